@@ -1,0 +1,19 @@
+"""The operations this project is fast for, one a file; installed as ``shodh_moe.kernels``.
+
+Each file holds the plain torch form of its operation, which defines the result on every device.
+"""
+
+from shodh_moe.kernels.dispatch import combine, dispatch
+from shodh_moe.kernels.gating import Gating, expert_capacity, top1_gating
+from shodh_moe.kernels.spectral_curl import curl, differentiation_matrix, divergence
+
+__all__ = [
+    "Gating",
+    "combine",
+    "curl",
+    "differentiation_matrix",
+    "dispatch",
+    "divergence",
+    "expert_capacity",
+    "top1_gating",
+]

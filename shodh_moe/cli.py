@@ -1,0 +1,82 @@
+"""The ``shodh`` command: the whole main job, or one of its stages."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from shodh_moe.command import exit_code
+from shodh_moe.config import Config
+from shodh_moe.config_io import load_config
+
+EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    failed: list[int] = []
+
+    def work() -> None:
+        from shodh_moe.pipeline import PretrainFailed
+
+        try:
+            options.stage(load_config(options.config, options.overrides, options.name))
+        except PretrainFailed as error:
+            failed.append(error.exit_code)
+
+    code = exit_code(work, options.debug)
+    return failed[0] if failed else code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shodh",
+        description="Multi-physics foundation models: divergence-free tokenizer, mixture-of-experts pretraining.",
+        epilog="Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 everything else.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
+    _command(commands, "data", "generate the dataset", _stage("make_data"))
+    tokenizer = commands.add_parser("tokenizer", help="train the tokenizer or encode a dataset with it")
+    steps = tokenizer.add_subparsers(required=True, metavar="step")
+    _command(steps, "train", "train the tokenizer", _stage("make_tokenizer"), "tokenizer train")
+    _command(steps, "encode", "cache the latents of the dataset", _stage("make_latents"), "tokenizer encode")
+    _command(commands, "pretrain", "pretrain the latent transformer under the DeepSpeed launcher", _stage("pretrain"))
+    _command(commands, "evaluate", "measure the newest checkpoint on held-out trajectories", _stage("evaluate"))
+    _command(commands, "report", "write the report of a run", _stage("report"))
+    return parser
+
+
+def _command(commands, name: str, text: str, stage: Callable[[Config], object], full_name: str = "") -> None:
+    parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLE.format(command=full_name or name)
+    )
+    parser.add_argument("--config", required=True, help="config file")
+    parser.add_argument("--name", help="run name; default: the config's")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.set_defaults(stage=stage)
+
+
+def _stage(name: str) -> Callable[[Config], object]:
+    def work(config: Config) -> None:
+        from shodh_moe import pipeline
+
+        pipeline.check(config)
+        getattr(pipeline, name)(config)
+
+    return work
+
+
+def _run(config: Config) -> None:
+    from shodh_moe import pipeline
+    from shodh_moe.evaluation.report import summary_table
+
+    metrics = pipeline.run_all(config)
+    print(summary_table(metrics))
+    print(f"report: {pipeline.paths_of(config).run / 'report' / 'index.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

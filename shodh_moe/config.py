@@ -1,0 +1,218 @@
+"""The configuration of a run: one pydantic model per section, the same for a laptop and a cluster.
+
+A YAML file states only what differs from the defaults here; ``load_config`` adds ``key.sub=value``
+overrides from the command line. A key that does not exist or a value of the wrong type is a
+`UserError` that names the key, where it was written, and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# The tokenizer halves each axis three times (DESIGN 3.2).
+COMPRESSION = 8
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values keep their YAML type, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class Trajectories(Section):
+    """How many independent simulations each split gets. A split never shares a trajectory."""
+
+    train: Positive = 24
+    valid: Positive = 4
+    test: Positive = 4
+
+    @property
+    def total(self) -> int:
+        return self.train + self.valid + self.test
+
+
+class DomainConfig(Section):
+    """What every flow domain has. Lattice units: cell = 1, time step = 1, density = 1."""
+
+    trajectories: Trajectories = Trajectories()
+    viscosity: PositiveFloat = 0.02
+    speed: PositiveFloat = Field(0.03, description="target mean streamwise speed of the fluid; +-30 % by trajectory")
+    spinup_steps: NonNegative = Field(100, description="time steps before the first stored snapshot")
+    steps_per_snapshot: Positive = 25
+    pulse: Fraction = Field(0.5, description="largest relative amplitude of the sinusoidal part of the drive")
+    pulse_period: PositiveFloat = Field(400.0, description="typical pulse period in time steps")
+
+
+class OpenChannelConfig(DomainConfig):
+    """Gravity-driven flow over a rough no-slip bed under a free-slip lid, periodic sideways."""
+
+    viscosity: PositiveFloat = 0.005
+    steps_per_snapshot: Positive = 40
+    pulse_period: PositiveFloat = 600.0
+    roughness: Fraction = Field(0.15, description="height of the largest bed element as a share of the depth")
+    perturbation: Fraction = Field(0.5, description="initial eddies' rms speed over the target speed")
+
+
+class PorousMediaConfig(DomainConfig):
+    """Flow driven by a mean pressure gradient through a periodic random solid, started from rest."""
+
+    viscosity: PositiveFloat = 0.03
+    speed: PositiveFloat = 0.025
+    pulse_period: PositiveFloat = 300.0
+    porosity: list[Fraction] = Field([0.6, 0.9], description="range from which each trajectory draws its porosity")
+    grain: PositiveFloat = Field(5.0, description="sphere radius, and length scale of blobs, in cells")
+
+    @model_validator(mode="after")
+    def _range(self) -> PorousMediaConfig:
+        if len(self.porosity) != 2 or not 0.3 <= self.porosity[0] <= self.porosity[1] <= 0.98:
+            raise ValueError(f"porosity must be [low, high] with 0.3 <= low <= high <= 0.98, not {self.porosity}")
+        return self
+
+
+class Domains(Section):
+    """The domains a dataset mixes; leave one out by setting it to null."""
+
+    open_channel: OpenChannelConfig | None = OpenChannelConfig()
+    porous_media: PorousMediaConfig | None = PorousMediaConfig()
+
+    def items(self) -> list[tuple[str, DomainConfig]]:
+        named = [(name, getattr(self, name)) for name in type(self).model_fields]
+        return [(name, domain) for name, domain in named if domain is not None]
+
+
+class DataConfig(Section):
+    """Which flow fields to learn from: generated ones, or an existing dataset folder at ``path``."""
+
+    name: str = "quickstart"
+    path: str | None = Field(None, description="an existing dataset folder; null: generate one under `root`")
+    root: str = "data"
+    seed: NonNegative = 0
+    grid: list[Positive] = [32, 32, 32]
+    snapshots: Positive = Field(24, description="stored snapshots per trajectory")
+    domains: Domains = Domains()
+
+    @model_validator(mode="after")
+    def _grid(self) -> DataConfig:
+        if len(self.grid) != 3:
+            raise ValueError(f"grid needs three sizes [X, Y, Z], not {self.grid}")
+        for size in self.grid:
+            if size % COMPRESSION:
+                raise ValueError(f"grid {self.grid} is not divisible by the tokenizer's compression {COMPRESSION}")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The divergence-free autoencoder (DESIGN 3.1, 3.2)."""
+
+    path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
+    root: str = "tokenizers"
+    operator: Literal["spectral"] = "spectral"
+    latent_channels: Positive = 64
+    widths: list[Positive] = Field([32, 64, 128], description="channels after each of the three stride-2 stages")
+    blocks: Positive = Field(1, description="residual blocks per stage")
+    steps: Positive = 400
+    batch_size: Positive = 8
+    learning_rate: PositiveFloat = 1e-3
+    checkpoint_every: Positive = 100
+    log_every: Positive = 20
+
+    @model_validator(mode="after")
+    def _widths(self) -> TokenizerConfig:
+        if len(self.widths) != 3:
+            raise ValueError(f"widths needs one entry for each of the three stages, not {self.widths}")
+        return self
+
+
+class RouterConfig(Section):
+    """Top-1 soft-semantic router (DESIGN 3.5)."""
+
+    kind: Literal["cosine", "linear"] = "cosine"
+    dim: Positive = Field(16, description="width of the projection whose cosine similarity scores the experts")
+    temperature: PositiveFloat = Field(0.1, description="initial tau")
+    min_temperature: PositiveFloat = 0.01
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    z_weight: Annotated[float, Field(ge=0)] = 1e-3
+
+
+class MoEConfig(Section):
+    """The sparse feed-forward block (DESIGN 3.4)."""
+
+    num_experts: Positive = 2
+    expert_hidden: Positive = 256
+    shared_experts: NonNegative = 1
+    capacity_factor: PositiveFloat = 1.25
+    min_capacity: Positive = 4
+    drop_order: Literal["position", "probability"] = "position"
+    router: RouterConfig = RouterConfig()
+
+
+class ModelConfig(Section):
+    """The latent transformer (DESIGN 3.4)."""
+
+    dim: Positive = 128
+    depth: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 1
+    history: Positive = Field(2, description="snapshots the model sees before it predicts the next")
+    moe: MoEConfig = MoEConfig()
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim {self.dim} must divide into {self.heads} heads of even width")
+        if self.dim // self.heads < 6:
+            raise ValueError(f"head width {self.dim // self.heads} is too small for 3D rotary positions (>= 6)")
+        return self
+
+
+class TrainingConfig(Section):
+    """Pretraining: optimizer, schedule and how often to write what."""
+
+    steps: Positive = 400
+    batch_size: Positive = Field(16, description="samples per rank and step")
+    learning_rate: PositiveFloat = 1e-3
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_steps: NonNegative = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: list[Fraction] = [0.9, 0.95]
+    grad_clip: PositiveFloat = 1.0
+    checkpoint_every: Positive = 100
+    keep_last: Positive = 2
+    log_every: Positive = 10
+    validate_every: Positive = 100
+
+
+class ParallelConfig(Section):
+    """World = EP x EDP (DESIGN 7)."""
+
+    processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
+    ep_size: Positive | Literal["auto"] = Field("auto", description="auto: the most that divides world and experts")
+
+
+class EvaluationConfig(Section):
+    """Measurements on held-out trajectories."""
+
+    batch_size: Positive = 8
+    rollout_steps: Positive = 10
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    name: str = "quickstart"
+    seed: NonNegative = Field(0, description="initial weights and data order of tokenizer and pretraining")
+    runs: str = Field("runs", description="folder that holds the run folders")
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: dict[str, Any] = Field({}, description="merged into the DeepSpeed JSON that this config generates")

@@ -1,0 +1,15 @@
+"""The one exception a user may cause, and the exit codes every command shares."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """The user's input is wrong: a config, a file, a folder, a disk.
+
+    The message is one line that says what is wrong, where, and what to do. Commands print it without a
+    traceback (unless ``--debug``) and exit with code 2; every other exception is a fault of ours, code 1.
+    """

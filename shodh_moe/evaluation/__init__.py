@@ -1,0 +1,1 @@
+"""Measurements on held-out trajectories, and the report that shows them."""

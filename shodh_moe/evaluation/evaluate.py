@@ -1,0 +1,281 @@
+"""Evaluation of a pretrained model on the held-out test trajectories: metrics.json and the report's arrays.
+
+It runs in one process and reads the checkpoint of any expert-parallel layout. Predictions drop no token;
+the routing section alone is measured on mixed batches with the capacity of training, so that
+``dropped_fraction`` is what training would drop on held-out data.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh_moe.config import Config
+from shodh_moe.data import Trajectory, list_trajectories, read_trajectory
+from shodh_moe.errors import UserError
+from shodh_moe.evaluation.divergence import divergence_table
+from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
+from shodh_moe.evaluation.routing import (
+    joint_counts,
+    mutual_information,
+    solid_fraction_category,
+    summarise_routing,
+)
+from shodh_moe.files import write_text
+from shodh_moe.model import LatentTransformer
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.progress import progress
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
+from shodh_moe.training.checkpoint import find_checkpoint, load_model
+from shodh_moe.training.sampler import DomainSampler
+from shodh_moe.training.telemetry import RoutingCounts
+
+SOLID_CATEGORIES = 6  # of `solid_fraction_category`
+
+
+@dataclass
+class Models:
+    """The two networks of a run, in evaluation mode."""
+
+    tokenizer: Tokenizer
+    transformer: LatentTransformer
+    step: int
+    world_size: int
+
+
+@torch.no_grad()
+def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, latents: Path) -> dict[str, Any]:
+    """Measure the newest checkpoint of ``run``; write ``metrics.json`` and ``evaluation.npz`` there.
+
+    Raises:
+        UserError: there is no checkpoint, or data and tokenizer do not fit together.
+    """
+    models = load_models(config, run, tokenizer_folder)
+    train, test = load_latents(latents, "train"), load_latents(latents, "test")
+    domains = sorted({trajectory.domain for trajectory in test})
+    files = {record.path.name: record for record in list_trajectories(dataset, "test")}
+
+    results, arrays, decoded = {}, {}, {}
+    arrays["domains"] = np.array(domains)
+    for domain in domains:
+        pairs = [
+            (z, read_trajectory(files[z.source].path, grid=config.data.grid)) for z in test if z.domain == domain
+        ]
+        mean_fields = _mean_fields(dataset, domain, config.data.grid)
+        mean_latent = torch.stack([z.z_TCxyz.mean(0) for z in train if z.domain == domain]).mean(0)
+        errors = []
+        for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
+            one_step = _OneStep(models, config, latent, truth)
+            errors.append(one_step.errors(mean_latent, mean_fields))
+            if number == 0:
+                arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
+                decoded[domain] = one_step.predicted[:, :3], one_step.true[:, :3]
+        results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
+        results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
+        results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
+        arrays.update({f"{domain}/{key}": value for key, value in _rollouts(models, config, pairs).items()})
+
+    table = divergence_table(decoded, models.tokenizer.config.operator)
+    exact = table[0]
+    history = _training_records(run)
+    metrics = {
+        "run": config.name,
+        "step": models.step,
+        "world_size": models.world_size,
+        "ep_size": history[-1].get("ep_size", 1),
+        "seed": config.seed,
+        "domains": results,
+        "routing": routing_on_heldout(models, config, test),
+        "divergence": {key: exact[key] for key in ("operator", "dtype", "rms_relative", "rms", "max", "spacing", "norm")},
+        "divergence_table": table,
+        "throughput": {
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in history),
+            "step_ms_median": statistics.median(record["step_ms"] for record in history),
+        },
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in history),
+    }
+    np.savez_compressed(run / "evaluation.npz", **arrays)
+    write_text(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def load_models(config: Config, run: Path, tokenizer_folder: Path) -> Models:
+    """Tokenizer and transformer of a run, every expert in this process."""
+    found = find_checkpoint(run / "checkpoints")
+    if found is None:
+        raise UserError(f"{run / 'checkpoints'} holds no checkpoint: run `shodh pretrain` with this config first")
+    path, state = found
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ep = ExpertParallel()
+    transformer = LatentTransformer(
+        config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep
+    )
+    load_model(path, transformer, ep)
+    return Models(tokenizer, transformer.eval(), state["step"], state["world_size"])
+
+
+class _OneStep:
+    """Predictions of every snapshot of one test trajectory from the true snapshots before it.
+
+    Shapes: T predicted snapshots; fields are [T, 4, X, Y, Z] (velocity, pressure) in the data's units, the
+    velocity decoded in float64.
+    """
+
+    def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory):
+        h = config.model.history
+        self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
+        self.solid = torch.from_numpy(truth.solid)
+        fields = torch.cat([torch.from_numpy(truth.velocity), torch.from_numpy(truth.pressure)], dim=1).double()
+        self.true, self.before = fields[h:], fields[h - 1 : -1]
+        starts = range(len(latent.z_TCxyz) - h)
+        windows = torch.stack([latent.z_TCxyz[start : start + h] for start in starts])
+        self.z_true, self.z_before = latent.z_TCxyz[h:], latent.z_TCxyz[h - 1 : -1]
+        z, predicted, self.experts = [], [], []
+        for window in windows.split(config.evaluation.batch_size):
+            out = models.transformer(window, latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1))
+            z.append(out.latent_BCxyz)
+            predicted.append(decode(models.tokenizer, out.latent_BCxyz, self.solid))
+            self.experts.append([layer.expert_N.view(len(window), -1) for layer in out.routing])
+        self.z, self.predicted = torch.cat(z), torch.cat(predicted)
+
+    def errors(self, mean_latent: Tensor, mean_fields: Tensor) -> dict[str, Any]:
+        """Means over this trajectory's predictions (DESIGN 3.6)."""
+        rms = torch.stack([self.tokenizer.velocity_rms] * 3 + [self.tokenizer.pressure_rms]).double()[:, None, None, None]
+        reconstruction = torch.cat(
+            [decode(self.tokenizer, part, self.solid) for part in self.z_true.split(self.config.evaluation.batch_size)]
+        )
+
+        def physical(fields: Tensor) -> float:
+            return float(((fields - self.true) / rms).square().mean())
+
+        velocity, true_velocity = self.predicted[:, :3], self.true[:, :3]
+        return {
+            "latent_mse": float((self.z - self.z_true).square().mean()),
+            "latent_mse_persistence": float((self.z_before - self.z_true).square().mean()),
+            "latent_mse_mean": float((mean_latent - self.z_true).square().mean()),
+            "physical_mse": physical(self.predicted),
+            "physical_mse_persistence": physical(self.before),
+            "physical_mse_mean": physical(mean_fields),
+            "physical_mse_reconstruction": physical(reconstruction),
+            "velocity_vrmse": float(vrmse(velocity, true_velocity).mean()),
+            "velocity_vrmse_persistence": float(vrmse(self.before[:, :3], true_velocity).mean()),
+            "pressure_vrmse": float(vrmse(self.predicted[:, 3:], self.true[:, 3:]).mean()),
+            "pressure_vrmse_persistence": float(vrmse(self.before[:, 3:], self.true[:, 3:]).mean()),
+            "velocity_nrmse": float(nrmse(velocity, true_velocity).mean()),
+            "band_errors": band_errors(velocity, true_velocity).mean(0).tolist(),
+        }
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the report draws of the middle prediction."""
+        middle = len(self.true) // 2
+        reconstruction = decode(self.tokenizer, self.z_true[middle : middle + 1], self.solid)[0]
+        k, spectrum = energy_spectrum(self.true[middle, :3])
+        batch, within = divmod(middle, self.config.evaluation.batch_size)
+        grid = [size // self.config.model.patch for size in self.z.shape[2:]]
+        solid = torch.nn.functional.avg_pool3d(self.latent.solid_fraction_xyz[None, None], self.config.model.patch)
+        arrays = {
+            "true": self.true[middle],
+            "pred": self.predicted[middle],
+            "solid": self.solid[0],
+            "spectrum_k": k,
+            "spectrum_true": spectrum,
+            "spectrum_pred": energy_spectrum(self.predicted[middle, :3])[1],
+            "spectrum_reconstruction": energy_spectrum(reconstruction[:3])[1],
+            "expert_map": torch.stack([layer[within].view(grid) for layer in self.experts[batch]]),
+            "solid_fraction": solid[0, 0],
+        }
+        return {key: value.numpy().astype(np.int32 if key == "expert_map" else np.float32) for key, value in arrays.items()}
+
+
+def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor) -> Tensor:
+    """Normalised latents of one geometry -> velocity and pressure [B, 4, X, Y, Z], curl in float64."""
+    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), torch.float64)
+    return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.double()], dim=1)
+
+
+def _rollouts(
+    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]]
+) -> dict[str, np.ndarray]:
+    """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
+    h = config.model.history
+    steps = min(config.evaluation.rollout_steps, min(len(z.z_TCxyz) for z, _ in pairs) - h)
+    errors = torch.zeros(len(pairs), steps)
+    still = torch.zeros(len(pairs), steps)
+    for row, (latent, truth) in enumerate(pairs):
+        window = latent.z_TCxyz[None, :h]
+        velocity, solid = torch.from_numpy(truth.velocity), torch.from_numpy(truth.solid)
+        for step in range(steps):
+            z = models.transformer(window, latent.geometry_Cxyz[None]).latent_BCxyz
+            window = torch.cat([window[:, 1:], z[:, None]], dim=1)
+            target = velocity[h + step]
+            errors[row, step] = nrmse(decode(models.tokenizer, z, solid)[0, :3], target.double())
+            still[row, step] = nrmse(velocity[h - 1], target)
+    return {
+        "rollout_time": np.arange(1, steps + 1, dtype=np.float32),
+        "rollout_error": errors.mean(0).numpy(),
+        "rollout_error_low": errors.amin(0).numpy(),
+        "rollout_error_high": errors.amax(0).numpy(),
+        "rollout_error_persistence": still.mean(0).numpy(),
+    }
+
+
+def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajectory]) -> dict[str, Any]:
+    """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training."""
+    samples = LatentSamples(test, config.model.history)
+    sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
+    experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
+    counts = RoutingCounts(len(layers), samples.domains, experts)
+    by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
+    for layer in layers:
+        layer.drop_in_eval = True
+    for step in range(-(-max(samples.sizes) * len(samples.sizes) // config.training.batch_size)):
+        picks = sampler.batch(step, 0)
+        history, geometry, _, domain_B = samples.batch(picks)
+        routing = models.transformer(history, geometry).routing
+        counts.add(routing, domain_B)
+        solid = torch.stack([test[samples.index[d][i][0]].solid_fraction_xyz for d, i in picks])
+        solid = torch.nn.functional.avg_pool3d(solid[:, None], config.model.patch)
+        category = solid_fraction_category(solid.flatten())
+        for table, layer_routing in zip(by_solid, routing, strict=True):
+            table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)
+    for layer in layers:
+        layer.drop_in_eval = False
+    summary = counts.summary()
+    result = summarise_routing(
+        [dict(zip(samples.domains, table[:, :experts], strict=True)) for table in counts.table_LDM],
+        dropped_fraction=[record["dropped_fraction"] for record in summary],
+        entropy=[record["entropy"] for record in summary],
+    )
+    for record, table in zip(result["layers"], by_solid, strict=True):
+        record["mutual_information"]["solid_fraction"] = mutual_information(table)
+    return result
+
+
+def _mean_fields(dataset: Path, domain: str, grid: list[int]) -> Tensor:
+    """The domain's mean over all training snapshots, voxel by voxel: [4, X, Y, Z], float64."""
+    total, count = torch.zeros(4, *grid, dtype=torch.float64), 0
+    for record in list_trajectories(dataset, "train"):
+        if record.domain == domain:
+            truth = read_trajectory(record.path, grid=grid)
+            fields = np.concatenate([truth.velocity, truth.pressure], axis=1)
+            total += torch.from_numpy(fields.sum(axis=0, dtype=np.float64))
+            count += len(fields)
+    return total / max(count, 1)
+
+
+def _tokens(latent: LatentTrajectory, config: Config) -> int:
+    snapshots, _, *grid = latent.z_TCxyz.shape
+    return (snapshots - config.model.history) * int(np.prod(grid)) // config.model.patch**3
+
+
+def _training_records(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "train"]

@@ -1,0 +1,52 @@
+"""Self-attention over latent tokens with QK-norm and 3D axial rotary positions (DESIGN 3.4).
+
+Shapes: B batch, S tokens of a sample, H heads, D model width, W head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
+    """Rotation angles [S, W / 2]: a third of the pairs turn with each axis, pairs left over stay still.
+
+    Rotary positions (RoFormer, arXiv 2104.09864) per axis. The base is small because a latent axis has at
+    most some tens of positions. Tokens are ordered as the flattened grid, last axis fastest.
+    """
+    pairs = head_width // 2 // 3
+    frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in axes]
+    still = torch.zeros(angles[0].shape[0], head_width // 2 - 3 * pairs, dtype=torch.float64)
+    return torch.cat([*angles, still], dim=1)
+
+
+def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+W/2}) by its token's angle."""
+    cos, sin = angles_SP.cos().to(x_BHSW.dtype), angles_SP.sin().to(x_BHSW.dtype)
+    a, b = x_BHSW.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Full attention among the tokens of one sample, through torch's scaled_dot_product_attention."""
+
+    angles_SP: Tensor
+
+    def __init__(self, dim: int, heads: int, grid: list[int]):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
+        self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        b, s, d = x_BSD.shape
+        q, k, v = self.qkv(x_BSD).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), self.angles_SP), rotate(self.k_norm(k), self.angles_SP)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, s, d))

@@ -1,0 +1,95 @@
+"""The latent transformer: the last H latents and the geometry latent in, the next latent out (DESIGN 3.3, 3.4).
+
+Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens of a sample, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shodh_moe.config import ModelConfig
+from shodh_moe.errors import UserError
+from shodh_moe.model.attention import Attention
+from shodh_moe.model.moe import MoE, Routing
+from shodh_moe.parallel import ExpertParallel
+
+
+class Prediction(NamedTuple):
+    """The next latent [B, C, x, y, z], and the routing of every layer's B * S tokens (sample by sample)."""
+
+    latent_BCxyz: Tensor
+    routing: list[Routing]
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm mixture of experts."""
+
+    def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int):
+        super().__init__()
+        self.attention_norm, self.moe_norm = nn.RMSNorm(config.dim), nn.RMSNorm(config.dim)
+        self.attention = Attention(config.dim, config.heads, grid)
+        self.moe = MoE(config.dim, config.moe, ep, seed, layer)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1))
+        return x_BSD + y_ND.view_as(x_BSD), routing
+
+
+class LatentTransformer(nn.Module):
+    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), f zero before training.
+
+    ``seed`` fixes the initial weights, whatever the expert-parallel size.
+    """
+
+    def __init__(
+        self, config: ModelConfig, latent_channels: int, latent_grid: list[int], seed: int, ep: ExpertParallel
+    ):
+        super().__init__()
+        for size in latent_grid:
+            if size % config.patch:
+                raise UserError(f"latent grid {latent_grid} is not divisible by model.patch {config.patch}")
+        self.config = config
+        torch.manual_seed(seed)
+        grid = [size // config.patch for size in latent_grid]
+        voxels = config.patch**3
+        self.embed = nn.Linear((config.history + 1) * latent_channels * voxels, config.dim)
+        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer) for layer in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, latent_channels * voxels)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        return [block.moe for block in self.blocks]
+
+    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
+        x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
+        x_BSD = self.embed(patchify(x_BCxyz, self.config.patch))
+        routing = []
+        for block in self.blocks:
+            x_BSD, layer_routing = block(x_BSD)
+            routing.append(layer_routing)
+        change_BSD = self.head(self.norm(x_BSD))
+        latest_BCxyz = history_BHCxyz[:, -1]
+        return Prediction(latest_BCxyz + unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape), routing)
+
+
+def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
+    """Cubes of ``patch``^3 latents become tokens: [B, S, C patch^3], last grid axis fastest."""
+    b, c, nx, ny, nz = x_BCxyz.shape
+    p = patch
+    x = x_BCxyz.reshape(b, c, nx // p, p, ny // p, p, nz // p, p)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, (nx // p) * (ny // p) * (nz // p), c * p**3)
+
+
+def unpatchify(x_BSC: Tensor, patch: int, shape: torch.Size) -> Tensor:
+    """Inverse of `patchify`; ``shape`` is the latent's [B, C, x, y, z]."""
+    b, c, nx, ny, nz = shape
+    p = patch
+    x = x_BSC.view(b, nx // p, ny // p, nz // p, c, p, p, p)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(shape)

@@ -1,0 +1,5 @@
+"""Where experts live and how tokens reach them: expert-parallel groups and their all-to-all."""
+
+from shodh_moe.parallel.expert_parallel import ExpertParallel, all_to_all
+
+__all__ = ["ExpertParallel", "all_to_all"]

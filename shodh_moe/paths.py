@@ -1,0 +1,65 @@
+"""Where a config's artefacts are. What others can reuse is named after a hash of all that it depends on.
+
+    <data.root>/<data.name>-<hash>/            generated dataset, in the_well's schema
+    <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json
+    <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset
+    <runs>/<name>/                             run folder (DESIGN 5)
+
+A changed data or tokenizer setting therefore makes new artefacts beside the old ones, and an unchanged one
+finds what is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shodh_moe.config import Config
+from shodh_moe.config_io import fingerprint
+from shodh_moe.errors import UserError
+
+# Raised when the code makes other files from the same config.
+DATA_VERSION = 1
+TOKENIZER_VERSION = 1
+LATENTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of a config."""
+
+    dataset: Path
+    tokenizer: Path
+    latents: Path
+    run: Path
+
+
+def paths_of(config: Config) -> Paths:
+    """Folders of this config; none need exist, except a dataset or tokenizer that the config names.
+
+    Raises:
+        UserError: ``data.path`` or ``tokenizer.path`` is no folder.
+    """
+    data = config.data
+    if data.path:
+        dataset = _existing(data.path, "data.path")
+        files = sorted(path for path in dataset.glob("data/*/*") if path.is_file())
+        data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    else:
+        data_id = fingerprint(DATA_VERSION, data.model_dump(exclude={"name", "path", "root"}))
+        dataset = Path(data.root) / f"{data.name}-{data_id}"
+    if config.tokenizer.path:
+        tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
+    else:
+        settings = config.tokenizer.model_dump(exclude={"path", "root", "log_every", "checkpoint_every"})
+        tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
+        tokenizer = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
+    latents = tokenizer / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id)}"
+    return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
+
+
+def _existing(text: str, key: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise UserError(f"{key}: there is no folder {path}")
+    return path

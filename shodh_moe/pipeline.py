@@ -1,0 +1,272 @@
+"""The main job, stage by stage: data, tokenizer, latents, pretraining, evaluation, report.
+
+A stage whose inputs and settings are unchanged is skipped, one that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from shodh_moe.config import Config
+from shodh_moe.config_io import differing_keys, fingerprint
+from shodh_moe.environment import describe_environment
+from shodh_moe.errors import EXIT_USER_ERROR, UserError
+from shodh_moe.files import whole_folder, write_text
+from shodh_moe.paths import Paths, paths_of
+from shodh_moe.tokenizer import load_tokenizer
+from shodh_moe.training.checkpoint import find_checkpoint
+from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+
+# Settings that do not change the weights: a run folder accepts others, and measures or reports again.
+FREE_SECTIONS = ("evaluation.", "runs", "name")
+
+
+class PretrainFailed(Exception):
+    """The launcher came back with an error that it has already printed."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"pretraining ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def run_all(config: Config) -> dict[str, Any]:
+    """Every stage in order; returns metrics.json's content."""
+    check(config)
+    for stage in (make_data, make_tokenizer, make_latents, pretrain):
+        stage(config)
+    metrics = evaluate(config)
+    report(config)
+    return metrics
+
+
+def check(config: Config) -> None:
+    """Everything that can be known to be wrong before any work begins.
+
+    Raises:
+        UserError: parallel layout, DeepSpeed section, patch size or run folder do not fit.
+    """
+    world = processes(config)
+    expert_parallel_size(config, world)
+    deepspeed_config(config, world)
+    domains = len(config.data.domains.items())
+    if not config.data.path and config.training.batch_size % domains:
+        raise UserError(f"training.batch_size {config.training.batch_size} is not divisible by the {domains} domains")
+    for size in config.data.grid:
+        if (size // 8) % config.model.patch:
+            raise UserError(f"data.grid {config.data.grid}: latents of {size // 8} are not divisible by model.patch")
+    claim_run_folder(config, write=False)
+
+
+def processes(config: Config) -> int:
+    """Ranks on this host: as configured, or one per GPU, or 2 on a machine without."""
+    if config.parallel.processes != "auto":
+        return config.parallel.processes
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
+
+
+def claim_run_folder(config: Config, write: bool = True) -> None:
+    """Make the run folder, or make sure that an existing one belongs to this config.
+
+    Raises:
+        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+    """
+    run = paths_of(config).run
+    stored_path = run / "config.yaml"
+    mine = config.model_dump()
+    if stored_path.exists():
+        stored = yaml.safe_load(stored_path.read_text())
+        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE_SECTIONS)]
+        if differing:
+            raise UserError(
+                f"run folder {run} belongs to another config; it differs in {', '.join(differing)}: "
+                f"choose another name (NAME=... or --name) or remove {run}"
+            )
+    if write:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(stored_path, yaml.safe_dump(mine, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"cannot write run folder {run}: {error.strerror}") from None
+
+
+def make_data(config: Config) -> Path:
+    """Generate the dataset unless it is there or the config names one."""
+    from shodh_moe.data import check_dataset, generate
+
+    dataset = paths_of(config).dataset
+    manifest = dataset / "manifest.json"
+    if config.data.path:
+        check_dataset(dataset, config.data.grid)
+        return _say("data", f"uses {dataset}", dataset)
+    if manifest.exists():
+        return _say("data", f"unchanged, {dataset}", dataset)
+    began = time.perf_counter()
+    generate(config.data, dataset)
+    write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
+    return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
+
+
+def make_tokenizer(config: Config) -> Path:
+    """Train the tokenizer unless it is there or the config names one that fits the data."""
+    from shodh_moe.tokenizer.train import train_tokenizer
+
+    paths = paths_of(config)
+    if (paths.tokenizer / "tokenizer.json").exists() or config.tokenizer.path:
+        tokenizer = load_tokenizer(paths.tokenizer)
+        if tokenizer.grid != config.data.grid:
+            raise UserError(
+                f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, the data have {config.data.grid}"
+            )
+        return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
+    _require(paths.dataset / "stats.yaml", "shodh data")
+    began = time.perf_counter()
+    train_tokenizer(config, paths.dataset, paths.tokenizer, device())
+    return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
+
+
+def make_latents(config: Config) -> Path:
+    """Encode the dataset unless its latents are cached."""
+    from shodh_moe.tokenizer.latents import encode_dataset
+
+    paths = paths_of(config)
+    if paths.latents.exists():
+        return _say("latents", f"unchanged, {paths.latents}", paths.latents)
+    _require(paths.dataset / "stats.yaml", "shodh data")
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(paths.tokenizer)
+    with whole_folder(paths.latents) as temporary:
+        encode_dataset(tokenizer, paths.dataset, temporary, device())
+    return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
+
+
+def pretrain(config: Config) -> Path:
+    """Train under the DeepSpeed launcher unless the run has its last checkpoint already."""
+    paths = paths_of(config)
+    claim_run_folder(config)
+    _require(paths.latents, "shodh tokenizer encode")
+    found = find_checkpoint(paths.run / "checkpoints")
+    if found and found[1]["step"] >= config.training.steps:
+        return _say("pretrain", f"unchanged, {found[0]}", paths.run)
+    write_text(paths.run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    tokenizer_log = paths.tokenizer / "metrics.jsonl"
+    if tokenizer_log.exists():
+        (paths.run / "tokenizer_metrics.jsonl").write_text(tokenizer_log.read_text())
+    began = time.perf_counter()
+    _launch(config, paths)
+    return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
+
+
+def _launch(config: Config, paths: Paths) -> None:
+    """Run the training script under ``deepspeed``; Ctrl-C reaches its ranks and leaves the last checkpoint."""
+    world = processes(config)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
+    command += ["--master_port", str(_free_port()), "--module", "shodh_moe.training"]
+    command += ["--config", str(paths.run / "config.yaml")]
+    environment = {
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
+        "DEEPSPEED_LOG_LEVEL": "warning",
+        **os.environ,
+    }
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        code = launcher.wait()
+    except BaseException:
+        # The launcher stops its ranks on SIGINT; whatever then still lives is killed with its session.
+        os.killpg(launcher.pid, signal.SIGINT)
+        try:
+            launcher.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            pass
+        _kill_session(launcher.pid)
+        raise
+    if code:
+        raise PretrainFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+
+
+def _kill_session(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measure the newest checkpoint on the test split unless that has been done with these settings."""
+    from shodh_moe.evaluation.evaluate import evaluate as measure
+
+    paths = paths_of(config)
+    found = find_checkpoint(paths.run / "checkpoints")
+    if found is None:
+        raise UserError(f"{paths.run / 'checkpoints'} holds no checkpoint: run `shodh pretrain` first")
+    key = fingerprint(found[1]["sha256"], str(paths.latents), config.evaluation.model_dump())
+    metrics_path = paths.run / "metrics.json"
+    if _stamp(paths.run, "evaluate") == key and metrics_path.exists() and (paths.run / "evaluation.npz").exists():
+        _say("evaluate", f"unchanged, {metrics_path}", None)
+        return json.loads(metrics_path.read_text())
+    claim_run_folder(config)
+    began = time.perf_counter()
+    metrics = measure(config, paths.run, paths.dataset, paths.tokenizer, paths.latents)
+    _stamp(paths.run, "evaluate", key)
+    _say("evaluate", f"{metrics_path} in {time.perf_counter() - began:.0f} s", None)
+    return metrics
+
+
+def report(config: Config) -> Path:
+    """Write the report unless it shows the present metrics already."""
+    from shodh_moe.evaluation.report import write_report
+
+    run = paths_of(config).run
+    page, key = run / "report" / "index.html", _stamp(run, "evaluate")
+    if page.exists() and key and _stamp(run, "report") == key:
+        return _say("report", f"unchanged, {page}", page)
+    began = time.perf_counter()
+    page = write_report(run)
+    if key:
+        _stamp(run, "report", key)
+    return _say("report", f"{page} in {time.perf_counter() - began:.0f} s", page)
+
+
+def device() -> str:
+    """``cuda`` where torch can use it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
+    """Read, or with ``key`` write, what a stage of a run was last made from."""
+    path = run / "stages.json"
+    try:
+        stamps = json.loads(path.read_text())
+    except (OSError, ValueError):
+        stamps = {}
+    if key:
+        write_text(path, json.dumps({**stamps, stage: key}) + "\n")
+        return key
+    return stamps.get(stage)
+
+
+def _require(path: Path, command: str) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `{command}` with this config first")
+
+
+def _say(stage: str, text: str, result: Any) -> Any:
+    print(f"[{stage}] {text}", flush=True)
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,5 @@
+"""The tokenizer: an autoencoder between flow fields and latents whose velocity is exactly divergence-free."""
+
+from shodh_moe.tokenizer.tokenizer import Flow, Tokenizer, load_tokenizer
+
+__all__ = ["Flow", "Tokenizer", "load_tokenizer"]

@@ -1,0 +1,174 @@
+"""Training of the tokenizer on the snapshots of a dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shodh_moe.config import Config
+from shodh_moe.data import SnapshotDataset, load_stats
+from shodh_moe.errors import UserError
+from shodh_moe.files import sha256, whole_folder
+from shodh_moe.progress import progress
+from shodh_moe.tokenizer.latents import trajectory_tensors
+from shodh_moe.tokenizer.tokenizer import Tokenizer
+
+
+def transform(fields_B5XYZ: Tensor, rng: np.random.Generator) -> Tensor:
+    """A random symmetry of the periodic box that keeps the streamwise (x) direction.
+
+    Any shift, mirror images across y and z, and the exchange of y and z where the box allows it: each maps
+    a flow of this equation to another, with the velocity components turned accordingly.
+    """
+    nx, ny, nz = fields_B5XYZ.shape[2:]
+    shift = [int(rng.integers(size)) for size in (nx, ny, nz)]
+    fields = torch.roll(fields_B5XYZ, shift, dims=(2, 3, 4))
+    sign = torch.ones(5)
+    for component, axis in ((1, 3), (2, 4)):
+        if rng.random() < 0.5:
+            fields = fields.flip(axis)
+            sign[component] = -1
+    fields = fields * sign.to(fields.device)[:, None, None, None]
+    if ny == nz and rng.random() < 0.5:
+        fields = fields.transpose(3, 4)[:, [0, 2, 1, 3, 4]]
+    return fields
+
+
+def reconstruction_errors(tokenizer: Tokenizer, fields_B5XYZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared errors per sample of velocity [B] and pressure [B], on fields over their training rms."""
+    normalised = tokenizer.normalise(fields_B5XYZ)
+    flow = tokenizer.decode_normalised(tokenizer.encoder(normalised), fields_B5XYZ[:, 4:])
+    velocity = (flow.velocity_B3XYZ - normalised[:, :3]).square().flatten(1).mean(1)
+    pressure = (flow.pressure_B1XYZ - normalised[:, 3:4]).square().flatten(1).mean(1)
+    return velocity, pressure
+
+
+def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "cpu") -> None:
+    """Train and write ``tokenizer.safetensors``, ``tokenizer.json`` and ``metrics.jsonl`` into ``folder``.
+
+    The loss is the mean squared error of velocity and pressure over their training rms, each field with the
+    same weight per voxel (DESIGN 3.2). A killed training goes on from its last checkpoint.
+    """
+    c = config.tokenizer
+    torch.manual_seed(config.seed)
+    stats = load_stats(dataset)
+    train, valid = SnapshotDataset(dataset, "train", config.data.grid), SnapshotDataset(dataset, "valid", config.data.grid)
+    tokenizer = Tokenizer(c, config.data.grid)
+    tokenizer.velocity_rms.fill_(stats.velocity_rms)
+    tokenizer.pressure_rms.fill_(stats.pressure_rms)
+    tokenizer.to(device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=c.learning_rate, weight_decay=0.01)
+
+    progress_folder = folder / "checkpoint"
+    start, log = _resume(progress_folder, tokenizer, optimizer)
+    sums, steps = torch.zeros(2, dtype=torch.float64), range(start, c.steps)
+    for step in progress(steps, "train tokenizer", len(steps)):
+        rng = np.random.default_rng([config.seed, step])  # by step, so that resuming continues the same order
+        picks = rng.choice(len(train), size=min(c.batch_size, len(train)), replace=False)
+        fields = transform(torch.stack([train[int(i)][0] for i in picks]).to(device), rng)
+        velocity, pressure = (error.mean() for error in reconstruction_errors(tokenizer, fields))
+        loss = (3 * velocity + pressure) / 4
+        for group in optimizer.param_groups:
+            group["lr"] = c.learning_rate * _schedule(step, c.steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimizer.step()
+
+        sums += torch.tensor([float(velocity), float(pressure)], dtype=torch.float64)
+        done = step + 1
+        if done % c.log_every == 0 or done == c.steps:
+            v, p = (sums / ((done - 1) % c.log_every + 1)).tolist()
+            if not math.isfinite(v + p):
+                raise RuntimeError(f"the tokenizer's loss is not finite at step {done}: lower tokenizer.learning_rate")
+            log.append({"kind": "train", "step": done, "loss": (3 * v + p) / 4, "velocity_mse": v, "pressure_mse": p})
+            sums.zero_()
+        if done % c.checkpoint_every == 0 or done == c.steps:
+            log.append({"kind": "valid", "step": done, **_validate(tokenizer, valid, c.batch_size, device)})
+            _save_progress(progress_folder, done, tokenizer, optimizer, log)
+
+    _set_latent_statistics(tokenizer, train, c.batch_size, device)
+    tokenizer.cpu().save(folder)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: 5 % linear warm-up, then a cosine to 2 %."""
+    warmup = max(steps // 20, 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+@torch.no_grad()
+def _validate(tokenizer: Tokenizer, valid: SnapshotDataset, batch: int, device: str) -> dict[str, dict[str, float]]:
+    """Reconstruction errors by domain over at most 64 evenly spread snapshots a domain."""
+    result: dict[str, dict[str, float]] = {"velocity_mse": {}, "pressure_mse": {}}
+    for number, domain in enumerate(valid.domains):
+        picks = [i for i in range(len(valid)) if valid.domain_index(i) == number]
+        picks = picks[:: max(len(picks) // 64, 1)]
+        errors = [
+            torch.stack(reconstruction_errors(tokenizer, torch.stack([valid[i][0] for i in picks[k : k + batch]]).to(device)))
+            for k in range(0, len(picks), batch)
+        ]
+        velocity, pressure = torch.cat(errors, dim=1).mean(dim=1).tolist()
+        result["velocity_mse"][domain], result["pressure_mse"][domain] = velocity, pressure
+    return result
+
+
+@torch.no_grad()
+def _set_latent_statistics(tokenizer: Tokenizer, train: SnapshotDataset, batch: int, device: str) -> None:
+    """Per-channel mean and standard deviation of raw latents over the training split, float64 sums."""
+    for name in ("latent", "geometry"):
+        total, square, count = 0.0, 0.0, 0
+        for first in range(0, len(train), batch):
+            fields = torch.stack([train[i][0] for i in range(first, min(first + batch, len(train)))]).to(device)
+            if name == "geometry":
+                fields[:, :4] = 0
+            z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
+            total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
+        mean = total / count
+        std = (square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
+        getattr(tokenizer, f"{name}_mean_C").copy_(mean)
+        getattr(tokenizer, f"{name}_std_C").copy_(std)
+
+
+def _save_progress(folder: Path, step: int, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, log: list) -> None:
+    """Replace the training checkpoint as a whole."""
+    names = [name for name, _ in tokenizer.named_parameters()]
+    moments = {
+        f"{name}/{key}": value
+        for name, state in zip(names, optimizer.state_dict()["state"].values(), strict=True)
+        for key, value in state.items()
+    }
+    with whole_folder(folder) as temporary:
+        save_file({k: v.contiguous() for k, v in tokenizer.state_dict().items()}, temporary / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in moments.items()}, temporary / "optimizer.safetensors")
+        hashes = {path.name: sha256(path) for path in temporary.iterdir()}
+        (temporary / "state.json").write_text(json.dumps({"step": step, "log": log, "sha256": hashes}))
+
+
+def _resume(folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    """Step and log of the training checkpoint, loaded into model and optimizer; (0, []) without one."""
+    if not (folder / "state.json").exists():
+        return 0, []
+    state = json.loads((folder / "state.json").read_text())
+    for name, expected in state["sha256"].items():
+        if sha256(folder / name) != expected:
+            raise UserError(f"tokenizer checkpoint {folder / name} is damaged: delete {folder} to start again")
+    tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
+    stored = load_file(folder / "optimizer.safetensors")
+    names = [name for name, _ in tokenizer.named_parameters()]
+    moments: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(names))}
+    for key, value in stored.items():
+        name, _, moment = key.rpartition("/")
+        moments[names.index(name)][moment] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return state["step"], state["log"]

@@ -1,0 +1,1 @@
+"""Pretraining under DeepSpeed: sampler, engine, telemetry, checkpoints and the training script itself."""

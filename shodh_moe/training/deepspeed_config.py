@@ -1,0 +1,50 @@
+"""What of a run the DeepSpeed launcher and engine are told; read before any process starts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from shodh_moe.config import Config
+from shodh_moe.errors import UserError
+
+
+def expert_parallel_size(config: Config, world_size: int) -> int:
+    """``parallel.ep_size``, ``auto`` resolved to the most that divides both the world and the experts.
+
+    Raises:
+        UserError: ep_size does not divide the world size or the number of experts.
+    """
+    experts, ep = config.model.moe.num_experts, config.parallel.ep_size
+    if ep == "auto":
+        return math.gcd(world_size, experts)
+    if experts % ep:
+        raise UserError(f"model.moe.num_experts {experts} is not divisible by parallel.ep_size {ep}")
+    if world_size % ep:
+        raise UserError(f"parallel.ep_size {ep} does not divide the world size {world_size} (parallel.processes)")
+    return ep
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of this config; the ``deepspeed`` section is merged in last.
+
+    Raises:
+        UserError: the section asks for what the checkpoints of this version cannot hold, or sets a key
+            that another section owns.
+    """
+    owned = {"train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"}
+    if clash := sorted(owned & config.deepspeed.keys()):
+        raise UserError(f"deepspeed.{clash[0]} is set from the training section: change it there")
+    for key in ("fp16", "bf16"):
+        if config.deepspeed.get(key, {}).get("enabled"):
+            raise UserError(f"deepspeed.{key}: training runs in float32; remove the key")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 0):
+        raise UserError("deepspeed.zero_optimization.stage must be 0: checkpoints hold unpartitioned optimizer state")
+    return {
+        "train_micro_batch_size_per_gpu": config.training.batch_size,
+        "train_batch_size": config.training.batch_size * world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # `Engine.step` clips by the true global norm
+        "steps_per_print": 10**9,
+        **config.deepspeed,
+    }

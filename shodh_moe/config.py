@@ -29,7 +29,7 @@ class Section(BaseModel):
 class Trajectories(Section):
     """How many independent simulations each split gets. A split never shares a trajectory."""
 
-    train: Positive = 24
+    train: Positive = 16
     valid: Positive = 4
     test: Positive = 4
 
@@ -54,20 +54,22 @@ class OpenChannelConfig(DomainConfig):
     """Gravity-driven flow over a rough no-slip bed under a free-slip lid, periodic sideways."""
 
     viscosity: PositiveFloat = 0.005
-    steps_per_snapshot: Positive = 40
-    pulse_period: PositiveFloat = 600.0
+    steps_per_snapshot: Positive = 50
+    pulse_period: PositiveFloat = 800.0
     roughness: Fraction = Field(0.15, description="height of the largest bed element as a share of the depth")
-    perturbation: Fraction = Field(0.5, description="initial eddies' rms speed over the target speed")
+    perturbation: Fraction = Field(0.7, description="initial eddies' rms speed over the target speed")
 
 
 class PorousMediaConfig(DomainConfig):
     """Flow driven by a mean pressure gradient through a periodic random solid, started from rest."""
 
-    viscosity: PositiveFloat = 0.03
-    speed: PositiveFloat = 0.025
-    pulse_period: PositiveFloat = 300.0
-    porosity: list[Fraction] = Field([0.6, 0.9], description="range from which each trajectory draws its porosity")
-    grain: PositiveFloat = Field(5.0, description="sphere radius, and length scale of blobs, in cells")
+    viscosity: PositiveFloat = 0.02
+    speed: PositiveFloat = 0.027
+    spinup_steps: NonNegative = 400
+    steps_per_snapshot: Positive = 50
+    pulse: Fraction = 1.0
+    porosity: list[Fraction] = Field([0.65, 0.9], description="range from which each trajectory draws its porosity")
+    grain: PositiveFloat = Field(5.5, description="sphere radius, and length scale of blobs, in cells")
 
     @model_validator(mode="after")
     def _range(self) -> PorousMediaConfig:

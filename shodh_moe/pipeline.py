@@ -102,12 +102,14 @@ def claim_run_folder(config: Config, write: bool = True) -> None:
 
 def make_data(config: Config) -> Path:
     """Generate the dataset unless it is there or the config names one."""
-    from shodh_moe.data import check_dataset, generate
+    from shodh_moe.data import SPLITS, FieldStats, generate, list_trajectories
 
     dataset = paths_of(config).dataset
     manifest = dataset / "manifest.json"
     if config.data.path:
-        check_dataset(dataset, config.data.grid)
+        FieldStats.load(dataset)
+        for split in SPLITS:
+            list_trajectories(dataset, split, config.data.grid)
         return _say("data", f"uses {dataset}", dataset)
     if manifest.exists():
         return _say("data", f"unchanged, {dataset}", dataset)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.config import Config
-from shodh_moe.data import Trajectory, list_trajectories, read_trajectory
+from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.errors import UserError
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
@@ -38,7 +38,7 @@ from shodh_moe.training.checkpoint import find_checkpoint, load_model
 from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.telemetry import RoutingCounts
 
-SOLID_CATEGORIES = 6  # of `solid_fraction_category`
+SOLID_CATEGORIES = 4  # of `solid_fraction_category`
 
 
 @dataclass
@@ -61,14 +61,13 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
     models = load_models(config, run, tokenizer_folder)
     train, test = load_latents(latents, "train"), load_latents(latents, "test")
     domains = sorted({trajectory.domain for trajectory in test})
-    files = {record.path.name: record for record in list_trajectories(dataset, "test")}
+    records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", config.data.grid)}
 
-    results, arrays, decoded = {}, {}, {}
-    arrays["domains"] = np.array(domains)
+    results: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, Any] = {"domains": np.array(domains)}
+    decoded = {}
     for domain in domains:
-        pairs = [
-            (z, read_trajectory(files[z.source].path, grid=config.data.grid)) for z in test if z.domain == domain
-        ]
+        pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
         mean_fields = _mean_fields(dataset, domain, config.data.grid)
         mean_latent = torch.stack([z.z_TCxyz.mean(0) for z in train if z.domain == domain]).mean(0)
         errors = []
@@ -132,8 +131,8 @@ class _OneStep:
     def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory):
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
-        self.solid = torch.from_numpy(truth.solid)
-        fields = torch.cat([torch.from_numpy(truth.velocity), torch.from_numpy(truth.pressure)], dim=1).double()
+        self.solid = torch.from_numpy(truth.solid_1XYZ)
+        fields = torch.cat([torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.pressure_T1XYZ)], dim=1).double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
         starts = range(len(latent.z_TCxyz) - h)
         windows = torch.stack([latent.z_TCxyz[start : start + h] for start in starts])
@@ -211,7 +210,7 @@ def _rollouts(
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
         window = latent.z_TCxyz[None, :h]
-        velocity, solid = torch.from_numpy(truth.velocity), torch.from_numpy(truth.solid)
+        velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         for step in range(steps):
             z = models.transformer(window, latent.geometry_Cxyz[None]).latent_BCxyz
             window = torch.cat([window[:, 1:], z[:, None]], dim=1)
@@ -262,10 +261,9 @@ def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajecto
 def _mean_fields(dataset: Path, domain: str, grid: list[int]) -> Tensor:
     """The domain's mean over all training snapshots, voxel by voxel: [4, X, Y, Z], float64."""
     total, count = torch.zeros(4, *grid, dtype=torch.float64), 0
-    for record in list_trajectories(dataset, "train"):
+    for record in list_trajectories(dataset, "train", grid):
         if record.domain == domain:
-            truth = read_trajectory(record.path, grid=grid)
-            fields = np.concatenate([truth.velocity, truth.pressure], axis=1)
+            fields, _ = read_snapshots(record)
             total += torch.from_numpy(fields.sum(axis=0, dtype=np.float64))
             count += len(fields)
     return total / max(count, 1)

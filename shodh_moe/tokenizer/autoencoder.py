@@ -87,6 +87,11 @@ class Decoder(nn.Module):
             self.up.append(_conv(width, 8 * finer))
         self.fine = _conv(self.FINE + 1, self.FINE)
         self.head = _conv(self.FINE, 4)
+        # A random potential has most of its curl at the grid scale: start from almost no flow instead.
+        for layer in (self.head, self.mean):
+            nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                layer.weight.mul_(0.02)
 
     def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns A [B, 3, X, Y, Z], Ubar [B, 3], pressure [B, 1, X, Y, Z]; normalised units, cell = 1."""

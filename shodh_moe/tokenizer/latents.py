@@ -2,7 +2,8 @@
 
 A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``; each has one group per trajectory with
 ``z`` [T, C, x, y, z] and ``geometry`` [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z]
-(share of solid voxels under each latent) and the attributes ``domain`` and ``source`` (the data file).
+(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (the data file) and
+``sample`` (which trajectory of that file).
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.config import COMPRESSION
-from shodh_moe.data import list_trajectories, read_trajectory
+from shodh_moe.data import SPLITS, Trajectory, list_trajectories, read_trajectory
 from shodh_moe.errors import UserError
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.tokenizer import Tokenizer
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass
@@ -31,6 +30,7 @@ class LatentTrajectory:
 
     domain: str
     source: str
+    sample: int
     z_TCxyz: Tensor
     geometry_Cxyz: Tensor
     solid_fraction_xyz: Tensor
@@ -40,15 +40,14 @@ class LatentTrajectory:
 def encode_dataset(tokenizer: Tokenizer, dataset: Path, folder: Path, device: str = "cpu") -> None:
     """Encode every trajectory of every split into ``folder`` (which should be a temporary one)."""
     tokenizer = tokenizer.to(device).eval()
-    work = [(split, record) for split in SPLITS for record in list_trajectories(dataset, split)]
+    work = [(split, record) for split in SPLITS for record in list_trajectories(dataset, split, tokenizer.grid)]
     files = {split: h5py.File(folder / f"{split}.hdf5", "w") for split in SPLITS}
     try:
         for split, record in progress(work, "encode latents", len(work)):
-            trajectory = read_trajectory(record.path, grid=tokenizer.grid)
-            fields, solid_1XYZ = trajectory_tensors(trajectory, device)
+            fields, solid_1XYZ = trajectory_tensors(read_trajectory(record), device)
             z = torch.cat([tokenizer.encode(part) for part in fields.split(8)])
-            group = files[split].create_group(record.path.stem)
-            group.attrs["domain"], group.attrs["source"] = record.domain, record.path.name
+            group = files[split].create_group(f"{record.path.stem}.{record.sample:04d}")
+            group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
             group["z"] = z.cpu().numpy()
             group["geometry"] = tokenizer.encode_geometry(solid_1XYZ[None])[0].cpu().numpy()
             group["solid_fraction"] = F.avg_pool3d(solid_1XYZ, COMPRESSION)[0].cpu().numpy()
@@ -57,11 +56,12 @@ def encode_dataset(tokenizer: Tokenizer, dataset: Path, folder: Path, device: st
             file.close()
 
 
-def trajectory_tensors(trajectory, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def trajectory_tensors(trajectory: Trajectory, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A data trajectory as encoder input [T, 5, X, Y, Z] and its solid mask [1, X, Y, Z], float32."""
-    velocity = torch.as_tensor(trajectory.velocity, dtype=torch.float32, device=device)
-    pressure = torch.as_tensor(trajectory.pressure, dtype=torch.float32, device=device)
-    solid = torch.as_tensor(trajectory.solid, dtype=torch.float32, device=device)
+    velocity, pressure, solid = (
+        torch.from_numpy(array).to(device)
+        for array in (trajectory.velocity_T3XYZ, trajectory.pressure_T1XYZ, trajectory.solid_1XYZ)
+    )
     return torch.cat([velocity, pressure, solid.expand(len(velocity), -1, -1, -1, -1)], dim=1), solid
 
 
@@ -78,6 +78,7 @@ def load_latents(folder: Path, split: str) -> list[LatentTrajectory]:
                 LatentTrajectory(
                     domain=str(group.attrs["domain"]),
                     source=str(group.attrs["source"]),
+                    sample=int(group.attrs["sample"]),
                     z_TCxyz=torch.from_numpy(np.asarray(group["z"])),
                     geometry_Cxyz=torch.from_numpy(np.asarray(group["geometry"])),
                     solid_fraction_xyz=torch.from_numpy(np.asarray(group["solid_fraction"])),

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shodh_moe.config import Config
-from shodh_moe.data import SnapshotDataset, load_stats
+from shodh_moe.data import FieldStats, SnapshotDataset, list_trajectories
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256, whole_folder
 from shodh_moe.progress import progress
-from shodh_moe.tokenizer.latents import trajectory_tensors
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
@@ -58,8 +57,8 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     """
     c = config.tokenizer
     torch.manual_seed(config.seed)
-    stats = load_stats(dataset)
-    train, valid = SnapshotDataset(dataset, "train", config.data.grid), SnapshotDataset(dataset, "valid", config.data.grid)
+    stats = FieldStats.load(dataset)
+    train, valid = (SnapshotDataset(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid"))
     tokenizer = Tokenizer(c, config.data.grid)
     tokenizer.velocity_rms.fill_(stats.velocity_rms)
     tokenizer.pressure_rms.fill_(stats.pressure_rms)
@@ -82,7 +81,7 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
 
-        sums += torch.tensor([float(velocity), float(pressure)], dtype=torch.float64)
+        sums += torch.stack([velocity, pressure]).detach().double().cpu()
         done = step + 1
         if done % c.log_every == 0 or done == c.steps:
             v, p = (sums / ((done - 1) % c.log_every + 1)).tolist()
@@ -112,7 +111,7 @@ def _validate(tokenizer: Tokenizer, valid: SnapshotDataset, batch: int, device: 
     """Reconstruction errors by domain over at most 64 evenly spread snapshots a domain."""
     result: dict[str, dict[str, float]] = {"velocity_mse": {}, "pressure_mse": {}}
     for number, domain in enumerate(valid.domains):
-        picks = [i for i in range(len(valid)) if valid.domain_index(i) == number]
+        picks = valid.of_domain(number)
         picks = picks[:: max(len(picks) // 64, 1)]
         errors = [
             torch.stack(reconstruction_errors(tokenizer, torch.stack([valid[i][0] for i in picks[k : k + batch]]).to(device)))

@@ -1,0 +1,49 @@
+# The commands of this project. `make` alone lists them.
+#
+# Settings, all optional:  PYTHON=python3.12  TORCH=auto|system|pinned  CONFIG=...  NAME=...  ARGS=...
+
+PYTHON ?= python3
+TORCH ?= auto
+CONFIG ?= configs/quickstart.yaml
+NAME ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPECHECK := build/typecheck
+SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sbatch tests/cluster/*.sh)
+
+export PYTHON TORCH
+
+.DEFAULT_GOAL := help
+.PHONY: help venv pretrain test lint clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make the environment in .venv (PYTHON=python3.12 and TORCH=system|pinned choose)
+
+$(STAMP): setup.py pyproject.toml constraints.txt launch/make_venv.sh
+	@bash launch/make_venv.sh $(VENV)
+
+pretrain: $(STAMP) ## the whole main job: CONFIG=configs/quickstart.yaml NAME=run ARGS="training.steps=200"
+	@$(BIN)/shodh run --config "$(CONFIG)" $(if $(NAME),--name "$(NAME)") $(ARGS)
+
+test: $(STAMP) ## run the tests: ARGS="-k router" or ARGS=tests/test_packaging.py narrow them down
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell scripts (shellcheck)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# kernels/ installs as shodh_moe.kernels: show the type checker the tree as it is installed.
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/shodh_moe
+	@ln -s "$(CURDIR)"/shodh_moe/* "$(CURDIR)/kernels" $(TYPECHECK)/shodh_moe/
+	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+	    --cache-dir "$(CURDIR)/.mypy_cache" --package shodh_moe
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+clean: ## remove .venv, caches and build folders; runs and data stay
+	rm -rf $(VENV) $(VENV).lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find shodh_moe kernels launch tests -type d -name __pycache__ -prune -exec rm -rf {} +

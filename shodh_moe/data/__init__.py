@@ -1,0 +1,32 @@
+"""Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
+
+from shodh_moe.data.dataset import SPLITS, SnapshotDataset, domain_names, list_trajectories
+from shodh_moe.data.generate import generate
+from shodh_moe.data.reading import (
+    Trajectory,
+    TrajectoryRecord,
+    open_trajectories,
+    read_provenance,
+    read_snapshots,
+    read_trajectory,
+)
+from shodh_moe.data.stats import FieldStats, compute_stats, write_stats
+from shodh_moe.data.well import write_trajectory
+
+__all__ = [
+    "SPLITS",
+    "FieldStats",
+    "SnapshotDataset",
+    "Trajectory",
+    "TrajectoryRecord",
+    "compute_stats",
+    "domain_names",
+    "generate",
+    "list_trajectories",
+    "open_trajectories",
+    "read_provenance",
+    "read_snapshots",
+    "read_trajectory",
+    "write_stats",
+    "write_trajectory",
+]

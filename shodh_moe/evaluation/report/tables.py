@@ -1,0 +1,227 @@
+"""The numbers of a report as rows: the same rows serve the page and the terminal."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = dict[str, Any]
+
+QUANTITIES = {
+    "latent_mse": "latent MSE",
+    "physical_mse": "physical MSE",
+    "velocity_vrmse": "velocity VRMSE",
+    "pressure_vrmse": "pressure VRMSE",
+    "velocity_nrmse": "velocity nRMSE",
+}
+SUMMARY_HEAD = ("domain", "quantity", "model", "persistence", "mean", "tokenizer alone", "beats both baselines")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading row and rows of cells; ``numeric`` are the columns to set right-aligned."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: frozenset[int] = frozenset()
+
+
+def number(value: Any) -> str:
+    """Four significant digits, a dash for what was not measured, and words for the rest."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(number, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)
+
+
+def beats_baselines(scores: Metrics, quantity: str) -> str:
+    """``yes`` only if the model's error is below persistence AND the mean predictor; a dash if one is unknown."""
+    model, persistence, mean = (scores.get(quantity + suffix) for suffix in ("", "_persistence", "_mean"))
+    if model is None or persistence is None or mean is None:
+        return "-"
+    return "yes" if model < persistence and model < mean else "no"  # NaN compares false: no
+
+
+def summary(metrics: Metrics) -> Table:
+    """A row for each domain and error measure, beside its baselines."""
+    rows: list[Sequence[str]] = []
+    for domain, scores in metrics.get("domains", {}).items():
+        for key, name in QUANTITIES.items():
+            if scores.get(key) is not None:
+                values = [scores.get(key + suffix) for suffix in ("", "_persistence", "_mean", "_reconstruction")]
+                rows.append((domain, name, *map(number, values), beats_baselines(scores, key)))
+    return Table(SUMMARY_HEAD, rows, frozenset({2, 3, 4, 5}))
+
+
+def band_errors(metrics: Metrics) -> Table:
+    """Relative error power in the three bands of wave number."""
+    rows = [
+        (domain, field, *map(number, bands))
+        for domain, scores in metrics.get("domains", {}).items()
+        for field, bands in scores.get("band_errors", {}).items()
+        if len(bands) == 3
+    ]
+    return Table(("domain", "field", "low k", "middle k", "high k"), rows, frozenset({2, 3, 4}))
+
+
+def _divergences(metrics: Metrics) -> list[Metrics]:
+    """Every divergence that was measured; norm and spacing hold for all unless a row says otherwise."""
+    main = metrics.get("divergence") or {}
+    entries = metrics.get("divergence_table") or ([{"what": "prediction", **main}] if main else [])
+    shared = {key: main[key] for key in ("norm", "spacing") if key in main}
+    return [{**shared, **entry} for entry in entries]
+
+
+def divergence_norm(metrics: Metrics) -> str:
+    """The norm that every measured divergence shares; empty if there is none, or not one."""
+    norms = {entry.get("norm") for entry in _divergences(metrics)}
+    return str(norms.pop()) if len(norms) == 1 and None not in norms else ""
+
+
+def divergence(metrics: Metrics) -> Table:
+    """Every divergence with its operator and dtype, and its norm unless all share it (`divergence_norm`)."""
+    columns = {
+        "what": "what",
+        "operator": "operator",
+        "dtype": "dtype",
+        "norm": "norm",
+        "spacing": "spacing h",
+        "rms_relative": "h rms(div u) / rms(u)",
+        "rms": "rms(div u)",
+        "max": "max |div u|",
+    }
+    if divergence_norm(metrics):
+        del columns["norm"]
+    rows = [tuple(number(entry.get(key)) for key in columns) for entry in _divergences(metrics)]
+    return Table(tuple(columns.values()), rows, frozenset(range(len(columns) - 4, len(columns))))
+
+
+def routing(metrics: Metrics) -> Table:
+    """Purity, majority expert, dropped share and entropy per layer and domain."""
+    rows: list[Sequence[str]] = []
+    for position, layer in enumerate(metrics.get("routing", {}).get("layers", [])):
+        for domain, load in layer.get("load", {}).items():
+            cells = [layer.get(key, {}).get(domain) for key in ("purity", "dropped_fraction", "entropy")]
+            majority = load.index(max(load)) if load else None
+            bifurcated = layer.get("bifurcated")
+            rows.append(
+                (
+                    number(layer.get("layer", position)),
+                    domain,
+                    number(majority),
+                    *map(number, cells),
+                    number(bifurcated),
+                )
+            )
+    head = (
+        "layer",
+        "domain",
+        "majority expert",
+        "purity",
+        "dropped share",
+        "router entropy (nats)",
+        "layer bifurcated",
+    )
+    return Table(head, rows, frozenset({0, 2, 3, 4, 5}))
+
+
+def mutual_information(metrics: Metrics) -> Table:
+    """Mutual information of expert with each category that was measured, per layer."""
+    layers = metrics.get("routing", {}).get("layers", [])
+    found = [layer.get("mutual_information") or {} for layer in layers]
+    kinds = list(dict.fromkeys(kind for entry in found for kind in entry))
+    rows = [
+        (number(layer.get("layer", i)), *(number(found[i].get(kind)) for kind in kinds))
+        for i, layer in enumerate(layers)
+    ]
+    head = ("layer", *(f"with {kind.replace('_', ' ')} (nats)" for kind in kinds))
+    return Table(head, rows if kinds else [], frozenset(range(len(head))))
+
+
+def cost(metrics: Metrics) -> Table:
+    """Throughput, memory and the size of the world the run had."""
+    throughput = metrics.get("throughput") or {}
+    peak = metrics.get("peak_memory_bytes")
+    rows = [
+        ("training step", number(metrics.get("step"))),
+        ("ranks (world size)", number(metrics.get("world_size"))),
+        ("expert-parallel size", number(metrics.get("ep_size"))),
+        ("seed", number(metrics.get("seed"))),
+        ("tokens per second, all ranks", number(throughput.get("tokens_per_second"))),
+        ("step time, median (ms)", number(throughput.get("step_ms_median"))),
+        ("peak memory (MiB)", number(peak / 2**20 if peak is not None else None)),
+    ]
+    return Table(("quantity", "value"), [row for row in rows if row[1] != "-"], frozenset({1}))
+
+
+def environment(facts: dict[str, Any]) -> Table:
+    """environment.json with nested keys joined by dots."""
+    return Table(("what", "value"), [(key, number(value)) for key, value in _flat(facts)])
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, inner
+
+
+def to_html(table: Table) -> str:
+    """The table as markup; every cell is escaped, and yes/no cells get a class for their colour."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        marked = []
+        for i, cell in enumerate(cells):
+            classes = " ".join(
+                filter(None, ("num" if i in table.numeric else "", cell if cell in ("yes", "no") else ""))
+            )
+            attribute = f' class="{classes}"' if classes else ""
+            marked.append(f"<{tag}{attribute}>{html.escape(cell)}</{tag}>")
+        return f"<tr>{''.join(marked)}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in table.rows)
+    return f'<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def to_text(table: Table) -> str:
+    """The table in fixed-width columns for a terminal."""
+    lines = [tuple(table.head), *map(tuple, table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    padded = [
+        "  ".join(
+            cell.rjust(w) if i in table.numeric else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    padded.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def summary_table(metrics: Metrics) -> str:
+    """What a terminal shows after an evaluation: errors beside their baselines, routing, divergence."""
+    parts = [
+        f"run {metrics.get('run', '?')}, step {number(metrics.get('step'))}, held-out data",
+        to_text(summary(metrics)),
+    ]
+    layers = metrics.get("routing", {}).get("layers", [])
+    if layers:
+        split = sum(bool(layer.get("bifurcated")) for layer in layers)
+        parts.append(
+            f"routing bifurcated: {number(metrics['routing'].get('bifurcated'))} ({split} of {len(layers)} layers)"
+        )
+    main = metrics.get("divergence")
+    if main:
+        named = ", ".join(f"{key} {main[key]}" for key in ("operator", "dtype", "norm") if main.get(key) is not None)
+        parts.append(f"relative divergence of the prediction: {number(main.get('rms_relative'))} ({named})")
+    return "\n".join(parts)

@@ -1,0 +1,122 @@
+"""What the routers did on held-out data, from counts of tokens per layer, domain and expert.
+
+Counts are those of the router's choice, before any token is dropped for want of capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PURITY_THRESHOLD = 0.99
+
+
+def load_shares(counts_E: Tensor | Sequence[float]) -> list[float]:
+    """Share of a domain's tokens at each expert, ``counts_E / sum``; all zero where there were no tokens."""
+    counts = torch.as_tensor(counts_E, dtype=torch.float64)
+    total = counts.sum()
+    return (counts / total if total > 0 else counts).tolist()
+
+
+def purity(counts_E: Tensor | Sequence[float]) -> float:
+    """Share of a domain's tokens at its majority expert: from 1/E (spread evenly) to 1 (all at one)."""
+    return max(load_shares(counts_E))
+
+
+def majority_expert(counts_E: Tensor | Sequence[float]) -> int:
+    """The expert that gets most of a domain's tokens; the lowest number wins a tie."""
+    shares = load_shares(counts_E)
+    return shares.index(max(shares))
+
+
+def bifurcated(counts: Mapping[str, Tensor | Sequence[float]], threshold: float = PURITY_THRESHOLD) -> bool:
+    """Has one layer given each domain an expert of its own? ``counts``: {domain: [E]}.
+
+    True when no two domains share a majority expert and every purity is at least ``threshold`` (the number is
+    ours). One domain alone has nothing to split from: False.
+    """
+    majorities = {majority_expert(counts_E) for counts_E in counts.values()}
+    pure = all(purity(counts_E) >= threshold for counts_E in counts.values())
+    return len(counts) > 1 and len(majorities) == len(counts) and pure
+
+
+def mutual_information(counts_DE: Tensor | Sequence[Sequence[float]]) -> float:
+    """Mutual information of category (rows) and expert (columns), in nats, from joint counts [D, E].
+
+        I = sum_de p_de ln( p_de / (p_d p_e) ),   0 <= I <= min(ln D, ln E)
+
+    0: the expert tells nothing about the category. The categories may be domains, or bins of the local solid
+    fraction. It is the plug-in estimate: with few tokens it is biased upwards by about (D-1)(E-1)/(2 N).
+    """
+    counts = torch.as_tensor(counts_DE, dtype=torch.float64)
+    if counts.ndim != 2:
+        raise ValueError(f"joint counts need the axes [categories, experts], not shape {tuple(counts.shape)}")
+    if counts.sum() <= 0:
+        return 0.0
+    joint = counts / counts.sum()
+    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    # xlogy is 0 at 0; the guard keeps 0/0 (an empty row or column) out of the logarithm.
+    terms = torch.special.xlogy(joint, torch.where(joint > 0, joint / independent, 1.0))
+    return max(float(terms.sum()), 0.0)
+
+
+def joint_counts(category_N: Tensor, expert_N: Tensor, categories: int, experts: int) -> Tensor:
+    """Counts [D, E] of tokens by category and expert (both integer [N]), the input of `mutual_information`."""
+    category, expert = category_N.long().flatten(), expert_N.long().flatten()
+    for name, number_N, size in (("category", category, categories), ("expert", expert, experts)):
+        if number_N.numel() and (number_N.min() < 0 or number_N.max() >= size):
+            raise ValueError(
+                f"{name} numbers run from {int(number_N.min())} to {int(number_N.max())}, not below {size}"
+            )
+    return torch.bincount(category * experts + expert, minlength=categories * experts).reshape(categories, experts)
+
+
+def solid_fraction_category(solid_fraction_N: Tensor, categories: int = 4) -> Tensor:
+    """Category of each token, 0 to ``categories`` - 1, by the share of its cells that is solid (ours).
+
+    The first is all fluid, the last all solid, and those between split the open interval (0, 1) evenly: with 4,
+    the two in the middle are less than half solid and half solid or more.
+    """
+    if categories < 3:
+        raise ValueError(f"solid fractions need at least 3 categories (fluid, mixed, solid), not {categories}")
+    fraction, mixed = solid_fraction_N.double(), categories - 2
+    between = (fraction * mixed).floor().long().clamp(0, mixed - 1) + 1
+    return torch.where(fraction <= 0, 0, torch.where(fraction >= 1, categories - 1, between))
+
+
+def router_entropy(probabilities_NE: Tensor) -> float:
+    """Mean over tokens of -sum_e p_e ln p_e in nats: 0 for a certain router, ln E for one that cannot tell."""
+    p = probabilities_NE.double()
+    return float(-torch.special.xlogy(p, p).sum(-1).mean())
+
+
+def summarise_routing(
+    counts: Sequence[Mapping[str, Tensor | Sequence[float]]],
+    dropped_fraction: Sequence[Mapping[str, float]] | None = None,
+    entropy: Sequence[Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """The ``routing`` section of metrics.json from ``counts[layer][domain][expert]``.
+
+    The top-level ``bifurcated`` says whether EVERY layer is; ``mutual_information.domain`` is in nats.
+    """
+    layers = []
+    for number, layer in enumerate(counts):
+        entry: dict[str, Any] = {
+            "layer": number,
+            "load": {domain: load_shares(counts_E) for domain, counts_E in layer.items()},
+            "purity": {domain: purity(counts_E) for domain, counts_E in layer.items()},
+            "majority_expert": {domain: majority_expert(counts_E) for domain, counts_E in layer.items()},
+            "bifurcated": bifurcated(layer),
+            "mutual_information": {
+                "domain": mutual_information(torch.stack([torch.as_tensor(c).double() for c in layer.values()]))
+            },
+        }
+        if dropped_fraction is not None:
+            entry["dropped_fraction"] = dict(dropped_fraction[number])
+        if entropy is not None:
+            entry["entropy"] = dict(entropy[number])
+        layers.append(entry)
+    return {"layers": layers, "bifurcated": bool(layers) and all(entry["bifurcated"] for entry in layers)}

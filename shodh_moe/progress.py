@@ -1,0 +1,46 @@
+"""Progress of long loops: a bar in a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+_LINE_EVERY_SECONDS = 10.0
+
+
+def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> Iterator[Item]:
+    """Yield from ``iterable`` and report on stderr how far it is and how long it will still take.
+
+    A terminal gets a tqdm bar. Anything else (a log, SLURM) gets a line at the end and at most one every 10 seconds
+    before. ``total`` defaults to ``len(iterable)`` where it has one.
+    """
+    if total is None:
+        try:
+            total = len(iterable)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, desc=desc, total=total, file=sys.stderr)
+        return
+    started = last = time.monotonic()
+    done = 0
+    for item in iterable:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if done != total and now - last >= _LINE_EVERY_SECONDS:
+            last = now
+            left = f", about {_clock((now - started) / done * (total - done))} left" if total else ""
+            print(f"{desc}: {done}/{total or '?'}{left}", file=sys.stderr, flush=True)
+    print(f"{desc}: {done}/{total or done} in {_clock(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

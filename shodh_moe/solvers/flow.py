@@ -1,0 +1,96 @@
+"""What a domain hands to the solver, and the pulsed drive that both domains share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+# Maps time steps [T] to the body force at each of them [T, 3].
+Force = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class FlowSetup:
+    """One trajectory before its first time step, in lattice units.
+
+    Attributes:
+        solid_XYZ: bool, True in solid voxels.
+        lid: free-slip lid on the top z face.
+        velocity_3XYZ: initial velocity, None for rest.
+        force: body force against the time step.
+        length: the length in the Reynolds number, in cells.
+        parameters: what was drawn at random, for the provenance.
+    """
+
+    solid_XYZ: NDArray[np.bool_]
+    lid: bool
+    velocity_3XYZ: FloatArray | None
+    force: Force
+    length: float
+    parameters: dict[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A sum of two sinusoids: sum_i amplitude_i sin(2 pi t / period_i + phase_i).
+
+    Two periods without a common multiple leave no moment at which the drive stands still for long.
+    """
+
+    amplitude_2: FloatArray
+    period_2: FloatArray
+    phase_2: FloatArray
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, amplitude: float, period: float) -> Pulse:
+        """Amplitudes that add up to between 0.5 and 1 times ``amplitude``, periods around ``period`` and its 0.55."""
+        share = rng.uniform(0.5, 0.75)
+        total = amplitude * rng.uniform(0.5, 1.0)
+        return cls(
+            amplitude_2=total * np.array([share, 1 - share]),
+            period_2=period * np.array([1.0, 0.55]) * rng.uniform(0.8, 1.25, 2),
+            phase_2=rng.uniform(0, 2 * np.pi, 2),
+        )
+
+    def value(self, time_T: FloatArray) -> FloatArray:
+        """The pulse at time_T [T]."""
+        return (self.amplitude_2 * np.sin(self._angle(time_T))).sum(-1)
+
+    def slope(self, time_T: FloatArray) -> FloatArray:
+        """Its time derivative at time_T [T]."""
+        return (self.amplitude_2 * 2 * np.pi / self.period_2 * np.cos(self._angle(time_T))).sum(-1)
+
+    def _angle(self, time_T: FloatArray) -> FloatArray:
+        return 2 * np.pi * np.asarray(time_T)[..., None] / self.period_2 + self.phase_2
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A vector of fixed length that turns in a plane: it never stands still, so neither does what it drives."""
+
+    amplitude: float
+    period: float
+    phase: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, amplitude: float, period: float) -> Turn:
+        """Length 0.7 to 1 times ``amplitude``, period around ``period``, either sense."""
+        sense = 1 if rng.random() < 0.5 else -1
+        return cls(
+            amplitude * rng.uniform(0.7, 1.0), sense * period * rng.uniform(0.8, 1.25), rng.uniform(0, 2 * np.pi)
+        )
+
+    def value(self, time_T: FloatArray) -> FloatArray:
+        """The two components at time_T [T]: [T, 2]."""
+        angle_T = 2 * np.pi * np.asarray(time_T) / self.period + self.phase
+        return self.amplitude * np.stack([np.cos(angle_T), np.sin(angle_T)], axis=-1)
+
+
+def smooth_step(x: FloatArray | float) -> FloatArray:
+    """0 for x <= 0, 1 for x >= 1, and 10 x^3 - 15 x^4 + 6 x^5 between: two derivatives vanish at both ends."""
+    t = np.clip(x, 0.0, 1.0)
+    return np.asarray(t**3 * (10 - 15 * t + 6 * t**2))

@@ -1,0 +1,76 @@
+"""Random periodic solids and what keeps them usable: exact porosity, connected pores, flow paths along x."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+BoolGrid = NDArray[np.bool_]
+FloatGrid = NDArray[np.float64]
+
+
+def add_sphere(distance_XYZ: FloatGrid, centre_3: NDArray[np.float64], radius: float, periodic_z: bool = True) -> None:
+    """Lower distance_XYZ in place to the signed distance to a sphere, periodic in x, y (and z), in cells."""
+    squares = []
+    for axis, (size, centre) in enumerate(zip(distance_XYZ.shape, centre_3, strict=True)):
+        offset = np.abs(np.arange(size) + 0.5 - centre)
+        if axis < 2 or periodic_z:
+            offset = np.minimum(offset, size - offset)
+        squares.append(offset**2)
+    reach_XYZ = np.sqrt(squares[0][:, None, None] + squares[1][None, :, None] + squares[2][None, None, :])
+    np.minimum(distance_XYZ, reach_XYZ - radius, out=distance_XYZ)
+
+
+def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rng: np.random.Generator) -> FloatGrid:
+    """Smooth field, low inside a random pack of overlapping spheres of about ``radius`` cells, periodic.
+
+    Spheres are added until they fill 1 - porosity; a light blur rounds the cusps where two of them meet.
+    """
+    distance_XYZ = np.full(shape, np.inf)
+    while (distance_XYZ > 0).mean() > porosity:
+        centre_3 = rng.uniform(0, 1, 3) * shape
+        add_sphere(distance_XYZ, centre_3, radius * rng.uniform(0.75, 1.25))
+    return ndimage.gaussian_filter(np.clip(distance_XYZ, -radius, radius), 1.0, mode="wrap")
+
+
+def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Generator) -> FloatGrid:
+    """Periodic Gaussian-filtered noise whose blobs have about the thickness of spheres of radius ``length``."""
+    return ndimage.gaussian_filter(rng.standard_normal(shape), 0.6 * length, mode="wrap")
+
+
+def threshold(field_XYZ: FloatGrid, porosity: float) -> BoolGrid:
+    """Solid mask: the lowest 1 - porosity of the cells of field_XYZ."""
+    return field_XYZ < np.quantile(field_XYZ, 1 - porosity)
+
+
+def connected_pores(solid_XYZ: BoolGrid) -> NDArray[np.int64]:
+    """Number the pores of a periodic mask: 0 in solids, 1.. in fluid, the same number if faces connect (periodic)."""
+    label_XYZ, count = ndimage.label(~solid_XYZ)
+    pairs = []
+    for axis in range(3):
+        first, last = np.take(label_XYZ, 0, axis), np.take(label_XYZ, -1, axis)
+        both = (first > 0) & (last > 0)
+        pairs.append(np.stack([first[both], last[both]]))
+    row, column = np.concatenate(pairs, axis=1)
+    graph = coo_matrix((np.ones(len(row)), (row, column)), shape=(count + 1, count + 1))
+    _, merged = connected_components(graph, directed=False)
+    return np.where(solid_XYZ, 0, merged[label_XYZ].astype(np.int64) + 1)
+
+
+def percolating(solid_XYZ: BoolGrid) -> BoolGrid | None:
+    """The mask with every pore that cannot carry flow along x filled in; None if no pore can.
+
+    A pore carries flow if it joins a cell of the first x layer to the same cell of the last one within the box.
+    """
+    # Cutting the box at x = 0 makes "the same pore on both faces" mean a path from one to the other.
+    inside_XYZ, _ = ndimage.label(~solid_XYZ)
+    first_YZ, last_YZ = inside_XYZ[0], inside_XYZ[-1]
+    through_YZ = (first_YZ > 0) & (first_YZ == last_YZ)
+    if not through_YZ.any():
+        return None
+    pore_XYZ = connected_pores(solid_XYZ)
+    keep = np.unique(pore_XYZ[0][through_YZ])
+    return ~np.isin(pore_XYZ, keep)

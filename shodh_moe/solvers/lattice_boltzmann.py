@@ -1,0 +1,158 @@
+"""Lattice Boltzmann solver for unsteady incompressible flow through voxel geometries (D3Q19, CPU).
+
+Two-relaxation-time collision (Ginzburg, Verhaeghe, d'Humieres 2008) with the magic parameter 3/16, which puts the
+no-slip wall of half-way bounce-back exactly between the last fluid and the first solid cell for every viscosity;
+incompressible equilibrium (He and Luo 1997); body force (Guo, Zheng, Shi 2002). Lattice units: the cell size, the
+time step and the mean density are 1, the sound speed is 1/sqrt(3).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from shodh_moe.solvers.d3q19 import SOUND_SPEED, VELOCITIES_Q3, WEIGHTS_Q, Q, gather_table
+from shodh_moe.solvers.kernel import advance_parallel, advance_serial
+
+MAGIC = 3 / 16
+MAX_SPEED = 0.3
+
+__all__ = ["MAGIC", "MAX_SPEED", "SOUND_SPEED", "DivergedError", "LatticeBoltzmann"]
+
+
+class DivergedError(ArithmeticError):
+    """The flow became non-finite or faster than the method allows; the message says which and by how much."""
+
+
+class LatticeBoltzmann:
+    """One flow at rest with unit density, ready to be stepped.
+
+    Args:
+        solid_XYZ: bool, True in solid voxels (no slip). At least one cell must be fluid.
+        viscosity: kinematic, > 0, lattice units.
+        lid: the top z face is a free-slip lid; the bottom layer solid_XYZ[:, :, 0] must then be solid.
+            Without a lid all three axes are periodic.
+        parallel: step with all of numba's threads; worth it from about 64^3 on. The bits do not depend on it.
+        dtype: float32 or float64, of the populations. They are stored as deviations from rest, so that float32
+            resolves small speeds.
+
+    Raises:
+        ValueError: a mask that is not 3D or has no fluid, a viscosity <= 0, a lid without a solid bottom.
+    """
+
+    def __init__(
+        self,
+        solid_XYZ: NDArray[np.bool_],
+        viscosity: float,
+        lid: bool = False,
+        dtype: DTypeLike = np.float32,
+        parallel: bool = False,
+    ) -> None:
+        solid_XYZ = np.asarray(solid_XYZ, dtype=bool)
+        if solid_XYZ.ndim != 3 or solid_XYZ.all():
+            raise ValueError(f"solid_XYZ must be a 3D mask with some fluid, not shape {solid_XYZ.shape}")
+        if not viscosity > 0:
+            raise ValueError(f"viscosity must be positive, not {viscosity}")
+        self.solid_XYZ = solid_XYZ
+        self.viscosity = float(viscosity)
+        self.lid = lid
+        self.parallel = parallel
+        self.dtype = np.dtype(dtype)
+        self._fluid_XYZ = ~solid_XYZ
+        self._table_QN = gather_table(solid_XYZ, lid)
+        self._f_2F = np.zeros((2, self._table_QN.size), self.dtype)
+        self._current = 0
+        self._last_force_3 = np.zeros(3, self.dtype)
+        # Lambda = (1/omega_even - 1/2) (1/omega_odd - 1/2); the even rate sets the viscosity.
+        even_time = 3 * self.viscosity
+        self._omega_even = 1 / (even_time + 0.5)
+        self._omega_odd = 1 / (MAGIC / even_time + 0.5)
+
+    @property
+    def n_fluid(self) -> int:
+        """Number of fluid cells."""
+        return self._table_QN.shape[1]
+
+    def run(self, force_T3: ArrayLike) -> None:
+        """Advance one time step per row of force_T3 [T, 3], a body force per volume, uniform in space."""
+        self._advance(force_T3, None, self._omega_even, self._omega_odd)
+
+    def step(self, force_3: ArrayLike) -> None:
+        """Advance one time step under the body force force_3 [3]."""
+        self.run(np.asarray(force_3)[None])
+
+    def set_velocity(self, velocity_3XYZ: ArrayLike, settle_pressure: bool = False) -> None:
+        """Restart from velocity_3XYZ [3, X, Y, Z] (values in solid voxels are ignored).
+
+        ``settle_pressure`` relaxes density and stresses with the velocity held fixed (Mei et al. 2006), so that the
+        flow starts with its own pressure instead of a burst of sound.
+        """
+        frozen_3N = np.ascontiguousarray(np.asarray(velocity_3XYZ)[:, self._fluid_XYZ], dtype=self.dtype)
+        cu_QN = VELOCITIES_Q3.astype(self.dtype) @ frozen_3N
+        uu_N = (frozen_3N**2).sum(0)
+        weights_Q1 = WEIGHTS_Q[:, None].astype(self.dtype)
+        self._f_2F[self._current] = (weights_Q1 * (3 * cu_QN + 4.5 * cu_QN**2 - 1.5 * uu_N)).reshape(-1)
+        self._last_force_3 = np.zeros(3, self.dtype)
+        if settle_pressure:
+            # With the velocity held, density obeys a damped wave equation whose damping is the odd rate. This one is
+            # critical for the longest wave of the box: all waves die out together, in a time of the box's size. The
+            # slower the rate, the less it matters what divergence the given velocity has on this lattice.
+            nx, ny, nz = self.solid_XYZ.shape
+            longest = max(nx, ny, 2 * nz if self.lid else nz)
+            rate = min(1.0, 2 * SOUND_SPEED * 2 * np.pi / longest)
+            self._advance(np.zeros((int(20 / rate), 3)), frozen_3N, 1.0, rate)
+            # Then let the stresses settle at their own rate, which sets their size.
+            self._advance(np.zeros((100, 3)), frozen_3N, self._omega_even, self._omega_odd)
+
+    def velocity(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
+        """Velocity [3, X, Y, Z] of the last step, half the force included; zero in solid voxels."""
+        dtype = dtype or self.dtype
+        f_QN = self._populations()
+        momentum_3N = np.einsum("qi,qn->in", VELOCITIES_Q3.astype(self.dtype), f_QN)
+        out = np.zeros((3, *self.solid_XYZ.shape), dtype)
+        # Populations are stored after collision, which has added the whole force to the momentum.
+        out[:, self._fluid_XYZ] = momentum_3N - self._last_force_3[:, None] / 2
+        return out
+
+    def pressure(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
+        """Pressure (rho - 1) / 3 [X, Y, Z], zero where density is 1; filled with zero in solid voxels."""
+        out = np.zeros(self.solid_XYZ.shape, dtype or self.dtype)
+        out[self._fluid_XYZ] = self._populations().sum(0, dtype=np.float64) / 3
+        return out
+
+    def mass(self) -> float:
+        """Total mass over the fluid cells minus its value at rest, summed in float64."""
+        return float(self._populations().sum(dtype=np.float64))
+
+    def check(self, name: str) -> None:
+        """Raise `DivergedError` naming the flow ``name`` if it is non-finite or faster than 0.3 anywhere."""
+        speed = float(np.sqrt((self.velocity() ** 2).sum(0).max()))
+        if not np.isfinite(speed):
+            raise DivergedError(f"{name}: the solver diverged (non-finite velocity)")
+        if speed > MAX_SPEED:
+            raise DivergedError(f"{name}: speed {speed:.3g} exceeds {MAX_SPEED} lattice units")
+
+    def _populations(self) -> NDArray[np.floating]:
+        return self._f_2F[self._current].reshape(Q, -1)
+
+    def _advance(
+        self, force_T3: ArrayLike, frozen_3N: NDArray[np.floating] | None, omega_even: float, omega_odd: float
+    ) -> None:
+        force_T3 = np.ascontiguousarray(force_T3, dtype=self.dtype).reshape(-1, 3)
+        if not len(force_T3):
+            return
+        freeze = frozen_3N is not None
+        advance = advance_parallel if self.parallel else advance_serial
+        advance(
+            self._f_2F,
+            self._table_QN,
+            VELOCITIES_Q3.astype(self.dtype),
+            WEIGHTS_Q.astype(self.dtype),
+            force_T3,
+            frozen_3N if frozen_3N is not None else np.zeros((3, 1), self.dtype),
+            freeze,
+            np.array([omega_even, omega_odd], self.dtype),
+            self._current,
+        )
+        self._current = (self._current + len(force_T3)) % 2
+        self._last_force_3 = force_T3[-1] if not freeze else np.zeros(3, self.dtype)

@@ -1,0 +1,279 @@
+"""Generating a folder: what lands where, what a second run keeps, and which numbers the statistics count."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from shodh_moe.config import DataConfig
+from shodh_moe.data import FieldStats, generate, list_trajectories, read_provenance, read_trajectory
+from shodh_moe.errors import UserError
+
+TRAJECTORIES = {"train": 2, "valid": 1, "test": 1}
+FAST = {"spinup_steps": 4, "steps_per_snapshot": 4, "trajectories": TRAJECTORIES}
+
+
+def config(**changes: Any) -> DataConfig:
+    domains = {"open_channel": FAST, "porous_media": {**FAST, "grain": 3.0}}
+    return DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 3, "domains": domains, **changes})
+
+
+def quiet(iterable: Any, desc: str, total: int) -> Any:
+    yield from iterable
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(config(), tmp_path_factory.mktemp("generated"), quiet)
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "copy"))
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*.hdf5"))}
+
+
+def test_folder_has_the_promised_files_and_nothing_else(dataset: Path) -> None:
+    names = {str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.is_file()}
+    wanted = {"stats.yaml"}
+    for split, count in TRAJECTORIES.items():
+        wanted |= {f"data/{split}/{d}_{i:04d}.hdf5" for d in ("open_channel", "porous_media") for i in range(count)}
+    assert names == wanted
+
+
+def test_file_follows_the_schema(dataset: Path) -> None:
+    for path in dataset.rglob("*.hdf5"):
+        with h5py.File(path) as file:
+            check_schema(file)
+
+
+def is_flag(value: object) -> bool:
+    return isinstance(value, np.bool_)
+
+
+def check_schema(file: h5py.File) -> None:
+    """the_well's rules, as far as our files use them (REFERENCE: schema)."""
+    attrs = file.attrs
+    assert attrs["dataset_name"] == "quickstart"
+    assert attrs["grid_type"] == "cartesian"
+    assert attrs["n_spatial_dims"] == 3
+    assert attrs["n_trajectories"] == 1
+    scalars = file["scalars"]
+    assert list(attrs["simulation_parameters"]) == list(scalars.attrs["field_names"])
+    for name in scalars.attrs["field_names"]:
+        assert name in attrs
+        assert scalars[name].shape == ()
+        assert is_flag(scalars[name].attrs["sample_varying"])
+        assert is_flag(scalars[name].attrs["time_varying"])
+    dimensions = file["dimensions"]
+    axes = list(dimensions.attrs["spatial_dims"])
+    assert axes == ["x", "y", "z"]
+    time = dimensions["time"][:]
+    assert time.dtype == np.float32
+    assert np.ptp(np.diff(time)) == 0
+    for name in ("time", *axes):
+        assert dimensions[name].ndim == 1
+        assert is_flag(dimensions[name].attrs["sample_varying"])
+        assert is_flag(dimensions[name].attrs["time_varying"])
+    grid = tuple(len(dimensions[axis]) for axis in axes)
+    for order, names in enumerate((["pressure", "solid"], ["velocity"], [])):
+        group = file[f"t{order}_fields"]
+        assert list(group.attrs["field_names"]) == names
+        for name in names:
+            field = group[name]
+            varying = (1,) + ((len(time),) if field.attrs["time_varying"] else ())
+            assert field.shape == varying + grid + (3,) * order
+            assert field.dtype == np.float32
+            assert field.attrs["dim_varying"].dtype == bool
+            assert field.attrs["dim_varying"].all()
+            assert is_flag(field.attrs["sample_varying"])
+            assert field.attrs["sample_varying"]
+    assert not file["t0_fields/solid"].attrs["time_varying"]
+    for boundary in file["boundary_conditions"].values():
+        assert boundary.attrs["bc_type"] in {"WALL", "OPEN", "PERIODIC"}
+        (axis,) = boundary.attrs["associated_dims"]
+        assert boundary["mask"].shape == dimensions[axis].shape
+        assert boundary["mask"].dtype == bool
+        assert isinstance(boundary.attrs["associated_fields"], np.ndarray)
+
+
+def test_the_well_itself_reads_the_folder(dataset: Path) -> None:
+    well = pytest.importorskip("the_well.data")
+    normalization = pytest.importorskip("the_well.data.normalization")
+    data = well.WellDataset(
+        path=str(dataset),
+        well_split_name="train",
+        use_normalization=True,
+        normalization_type=normalization.RMSNormalization,
+    )
+    assert len(data) == 4 * 2
+    sample = data[0]
+    assert sample["input_fields"].shape == (1, 16, 16, 16, 4)
+    assert sample["constant_fields"].shape == (16, 16, 16, 1)
+    assert sample["boundary_conditions"].tolist() == [[2, 2], [2, 2], [0, 0]]
+    assert data[7]["boundary_conditions"].tolist() == [[2, 2]] * 3
+    plain = well.WellDataset(path=str(dataset), well_split_name="train")[0]
+    ours = read_trajectory(list_trajectories(dataset, "train")[0])
+    np.testing.assert_array_equal(plain["input_fields"][0, ..., 0], ours.pressure_T1XYZ[0, 0])
+    np.testing.assert_array_equal(np.moveaxis(plain["input_fields"][0, ..., 1:].numpy(), -1, 0), ours.velocity_T3XYZ[0])
+
+
+def test_provenance_says_what_was_run(dataset: Path) -> None:
+    provenance = read_provenance(dataset / "data/valid/porous_media_0000.hdf5")
+    assert provenance["label"] == "synthetic"
+    assert "lattice units" in str(provenance["units"])
+    assert provenance["seed"] == 0
+    assert provenance["complete"]
+    parameters = provenance["parameters"]
+    assert isinstance(parameters, dict)
+    assert parameters["reynolds"] > 0
+    assert 0 < parameters["mach"] < 0.6
+
+
+def test_a_second_run_keeps_complete_files_and_makes_the_missing_ones(copy: Path) -> None:
+    before = files(copy)
+    (copy / "data/train/open_channel_0001.hdf5").unlink()
+    torn = copy / "data/valid/porous_media_0000.hdf5"
+    torn.write_bytes(torn.read_bytes()[:20_000])
+    old, fresh = (copy / f"data/train/.open_channel_0001.hdf5.{pid}.tmp" for pid in (98, 99))
+    for leftover in (old, fresh):
+        leftover.write_bytes(b"left by a killed run")
+    os.utime(old, (0, 0))
+    stats = (copy / "stats.yaml").read_bytes()
+    generate(config(), copy, quiet)
+    assert fresh.exists(), "a fresh one may belong to a run beside this one"
+    assert not old.exists()
+    after = files(copy)
+    remade = {"data/train/open_channel_0001.hdf5", "data/valid/porous_media_0000.hdf5"}
+    assert set(after) == set(before)
+    assert {name for name in before if before[name] != after[name]} == remade
+    assert (copy / "stats.yaml").read_bytes() == stats, "the remade files hold the same bits"
+
+
+def test_a_run_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> None:
+    done = 0
+
+    def dies(iterable: Any, desc: str, total: int) -> Any:
+        nonlocal done
+        for item in iterable:
+            done += 1
+            if done == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(config(), tmp_path, dies)
+    kept = files(tmp_path)
+    assert kept
+    assert not (tmp_path / "stats.yaml").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    generate(config(), tmp_path, quiet)
+    assert kept.items() <= files(tmp_path).items()
+    assert (tmp_path / "stats.yaml").read_bytes() == (dataset / "stats.yaml").read_bytes()
+
+
+def test_trajectories_do_not_depend_on_how_many_there_are(dataset: Path, tmp_path: Path) -> None:
+    fewer = config(
+        domains={
+            "open_channel": None,
+            "porous_media": {**FAST, "grain": 3.0, "trajectories": {**TRAJECTORIES, "train": 1}},
+        }
+    )
+    generate(fewer, tmp_path, quiet)
+    for name in ("data/train/porous_media_0000.hdf5", "data/test/porous_media_0000.hdf5"):
+        assert (
+            read_trajectory(tmp_path / name).velocity_T3XYZ.tobytes()
+            == read_trajectory(dataset / name).velocity_T3XYZ.tobytes()
+        )
+
+
+def test_splits_and_domains_share_no_trajectory(dataset: Path) -> None:
+    flows = {read_trajectory(path).velocity_T3XYZ.tobytes() for path in dataset.rglob("*.hdf5")}
+    assert len(flows) == 8
+
+
+def test_another_seed_makes_every_file_again(copy: Path) -> None:
+    before = files(copy)
+    generate(config(seed=1), copy, quiet)
+    assert all(before[name] != mtime for name, mtime in files(copy).items())
+
+
+def test_files_nobody_asked_for_are_refused(copy: Path) -> None:
+    (copy / "data/test/other.hdf5").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"other\.hdf5.*data\.name"):
+        generate(config(), copy, quiet)
+
+
+def test_statistics_are_those_of_the_training_split(dataset: Path) -> None:
+    train = [read_trajectory(record) for record in list_trajectories(dataset, "train")]
+    stats = yaml.safe_load((dataset / "stats.yaml").read_text())
+    u = np.concatenate([t.velocity_T3XYZ for t in train]).astype(np.float64)
+    p = np.concatenate([t.pressure_T1XYZ for t in train]).astype(np.float64)
+    dp = np.concatenate([np.diff(t.pressure_T1XYZ.astype(np.float64), axis=0) for t in train])
+    np.testing.assert_allclose(stats["rms"]["velocity"], np.sqrt((u**2).mean((0, 2, 3, 4))), rtol=1e-10)
+    np.testing.assert_allclose(stats["mean"]["velocity"], u.mean((0, 2, 3, 4)), rtol=1e-8, atol=1e-14)
+    np.testing.assert_allclose(stats["std"]["pressure"], p.std(), rtol=1e-10)
+    np.testing.assert_allclose(stats["rms_delta"]["pressure"], np.sqrt((dp**2).mean()), rtol=1e-5)
+    assert set(stats["mean_delta"]) == {"velocity", "pressure"}
+    assert "solid" in stats["std"]
+    loaded = FieldStats.load(dataset)
+    np.testing.assert_allclose(
+        [loaded.velocity_rms, loaded.pressure_rms], [np.sqrt((u**2).mean()), np.sqrt((p**2).mean())]
+    )
+
+
+def test_statistics_ignore_the_other_splits(copy: Path) -> None:
+    before = (copy / "stats.yaml").read_bytes()
+    with h5py.File(copy / "data/valid/open_channel_0000.hdf5", "r+") as file:
+        file["t1_fields/velocity"][:] = 100.0
+    generate(config(), copy, quiet)
+    assert (copy / "stats.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "rms: {velocity: [1, 1, 1]}", "rms: {velocity: .nan, pressure: 1}"])
+def test_bad_statistics_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stats.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"stats\.yaml"):
+        FieldStats.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        FieldStats.load(tmp_path / "nowhere")
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(UserError, match=r"need 0\.00\d* GB but .* free"):
+        generate(config(), tmp_path / "new", quiet)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fills_up_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*open_channel_0000\.hdf5: No space left"):
+        generate(config(), tmp_path, quiet)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write"):
+        generate(config(), tmp_path, quiet)
+
+
+def test_no_domain_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no domain"):
+        generate(config(domains={"open_channel": None, "porous_media": None}), tmp_path, quiet)

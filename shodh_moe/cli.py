@@ -18,7 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[int] = []
 
     def work() -> None:
+        from shodh_moe.memory import keep_freed_memory
         from shodh_moe.pipeline import PretrainFailed
+
+        keep_freed_memory()
 
         try:
             options.stage(load_config(options.config, options.overrides, options.name))

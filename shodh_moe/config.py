@@ -116,7 +116,7 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
     root: str = "tokenizers"
     operator: Literal["spectral"] = "spectral"
-    latent_channels: Positive = 64
+    latent_channels: Positive = 128
     widths: list[Positive] = Field([32, 64, 128], description="channels after each of the three stride-2 stages")
     blocks: Positive = Field(1, description="residual blocks per stage")
     steps: Positive = 400

@@ -47,7 +47,12 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Normalised fields [B, 5, X, Y, Z] (velocity, pressure, solid) to latents [B, C, X/8, Y/8, Z/8]."""
+    """Normalised fields [B, 5, X, Y, Z] (velocity, pressure, solid) to latents [B, C, X/8, Y/8, Z/8].
+
+    The latent is a linear projection of each 8^3 patch of velocity and pressure plus a convolutional
+    correction that also sees the neighbours and the walls, zero before training (ours: the projection starts
+    as the patches' principal components, and minutes of training go into what lies beyond them).
+    """
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
         super().__init__()
@@ -58,49 +63,47 @@ class Encoder(nn.Module):
             channels = width
         self.down = nn.ModuleList(stages)
         self.head = nn.Conv3d(channels, latent_channels, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.project = nn.Conv3d(4, latent_channels, 8, stride=8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        z = self.project(x[:, :4])
         for layer in self.down:
             x = layer(x if isinstance(layer, ResidualBlock) else space_to_depth(x))
-        return self.head(x)
+        return z + self.head(x)
 
 
 class Decoder(nn.Module):
-    """Latents and the known geometry to vector potential, mean velocity and pressure.
+    """Latents and the known geometry to a raw velocity and a pressure, both zero in solid voxels.
 
     The solid mask is an input of every simulation, so each stage sees it at its own resolution (ours):
-    the latents need not spend channels on where the walls are.
+    the latents need not spend channels on where the walls are. The mirror image of `Encoder`: linear patches
+    plus a convolutional correction that is zero before training.
     """
 
     FINE = 16  # channels at full resolution
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
         super().__init__()
-        deep = widths[-1]
-        self.stem = _conv(latent_channels, deep)
-        self.mean = nn.Linear(deep, 3)
+        self.stem = _conv(latent_channels, widths[-1])
         self.geometry, self.blocks, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(3)):
             width, finer = widths[level], widths[level - 1] if level else self.FINE
             self.geometry.append(nn.Conv3d(8 ** (level + 1), width, 1))
             self.blocks.append(nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))))
-            self.up.append(_conv(width, 8 * finer))
-        self.fine = _conv(self.FINE + 1, self.FINE)
-        self.head = _conv(self.FINE, 4)
-        # A random potential has most of its curl at the grid scale: start from almost no flow instead.
-        for layer in (self.head, self.mean):
-            nn.init.zeros_(layer.bias)
-            with torch.no_grad():
-                layer.weight.mul_(0.02)
+            self.up.append(nn.Conv3d(width, 8 * finer, 1))
+        # Features times the mask give the last layer a say in what happens next to a wall.
+        self.head = _conv(2 * self.FINE + 1, 4)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)
 
-    def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns A [B, 3, X, Y, Z], Ubar [B, 3], pressure [B, 1, X, Y, Z]; normalised units, cell = 1."""
-        x, mean = self.stem(z), None
+    def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw velocity [B, 3, X, Y, Z] and pressure [B, 1, X, Y, Z]; normalised units."""
+        x = self.stem(z)
         for i, (geometry, blocks, up) in enumerate(zip(self.geometry, self.blocks, self.up, strict=True)):
-            x = blocks(x + geometry(space_to_depth(solid_B1XYZ, 2 ** (3 - i))))
-            if mean is None:
-                mean = self.mean(x.mean(dim=(2, 3, 4)))
-            x = depth_to_space(up(x))
-        x = F.silu(self.fine(torch.cat([x, solid_B1XYZ], dim=1)))
-        out = self.head(x)
-        return out[:, :3], mean, out[:, 3:]
+            x = depth_to_space(up(blocks(x + geometry(space_to_depth(solid_B1XYZ, 2 ** (3 - i))))))
+        out = self.patches(z) + self.head(torch.cat([x, x * solid_B1XYZ, solid_B1XYZ], dim=1))
+        out = out * (1 - solid_B1XYZ)
+        return out[:, :3], out[:, 3:]

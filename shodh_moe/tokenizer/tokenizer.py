@@ -17,7 +17,8 @@ from shodh_moe.config import COMPRESSION, TokenizerConfig
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
 from shodh_moe.kernels import curl
-from shodh_moe.tokenizer.autoencoder import Decoder, Encoder
+from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
+from shodh_moe.tokenizer.helmholtz import vector_potential
 
 
 class Flow(NamedTuple):
@@ -30,27 +31,33 @@ class Flow(NamedTuple):
 class Tokenizer(nn.Module):
     """Autoencoder with a Helmholtz decoder, u = curl_D(A) + Ubar (DESIGN 3.1), and all its statistics.
 
+    The decoder's convolutions give a raw velocity w; its mean is Ubar and A is the vector potential of its
+    rotation in the Coulomb gauge (`vector_potential`). Left to itself a network that emits A must learn to
+    invert a curl, whose gain grows with the wave number (ours; measured in docs/tokenizer.md).
+
     One velocity scale and one pressure scale (rms over every domain of the training split) normalise the
-    fields; latents are normalised per channel. Both sets of statistics are buffers and travel with the weights.
+    fields; latents are normalised per channel. All statistics are buffers and travel with the weights.
     """
 
     velocity_rms: Tensor
     pressure_rms: Tensor
     latent_mean_C: Tensor
     latent_std_C: Tensor
-    geometry_mean_C: Tensor
-    geometry_std_C: Tensor
+    geometry_mean_P: Tensor
+    geometry_basis_CP: Tensor
 
     def __init__(self, config: TokenizerConfig, grid: list[int]):
         super().__init__()
         self.config, self.grid = config, list(grid)
         self.encoder = Encoder(config.widths, config.blocks, config.latent_channels)
         self.decoder = Decoder(config.widths, config.blocks, config.latent_channels)
-        for name in ("velocity_rms", "pressure_rms"):
-            self.register_buffer(name, torch.ones(()))
-        for name in ("latent", "geometry"):
-            self.register_buffer(f"{name}_mean_C", torch.zeros(config.latent_channels))
-            self.register_buffer(f"{name}_std_C", torch.ones(config.latent_channels))
+        patch = COMPRESSION**3
+        self.register_buffer("velocity_rms", torch.ones(()))
+        self.register_buffer("pressure_rms", torch.ones(()))
+        self.register_buffer("latent_mean_C", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std_C", torch.ones(config.latent_channels))
+        self.register_buffer("geometry_mean_P", torch.zeros(patch))
+        self.register_buffer("geometry_basis_CP", torch.zeros(config.latent_channels, patch))
 
     @property
     def latent_grid(self) -> list[int]:
@@ -58,28 +65,33 @@ class Tokenizer(nn.Module):
 
     def normalise(self, fields_B5XYZ: Tensor) -> Tensor:
         """Velocity and pressure over their training rms; the solid mask unchanged."""
-        scale = torch.cat([self.velocity_rms.expand(3), self.pressure_rms.expand(1), torch.ones_like(self.velocity_rms)[None]])
-        return fields_B5XYZ / scale[:, None, None, None]
+        velocity, pressure, solid = fields_B5XYZ.split([3, 1, 1], dim=1)
+        return torch.cat([velocity / self.velocity_rms, pressure / self.pressure_rms, solid], dim=1)
 
     def encode(self, fields_B5XYZ: Tensor) -> Tensor:
         """Velocity (3), pressure, solid mask in the data's units -> normalised latents [B, C, x, y, z]."""
-        return _standardise(self.encoder(self.normalise(fields_B5XYZ)), self.latent_mean_C, self.latent_std_C)
+        z = self.encoder(self.normalise(fields_B5XYZ))
+        return (z - _column(self.latent_mean_C)) / _column(self.latent_std_C)
 
     def encode_geometry(self, solid_B1XYZ: Tensor) -> Tensor:
-        """The latent of this geometry with the fluid at rest, normalised with statistics of its own."""
-        at_rest = torch.cat([solid_B1XYZ.new_zeros(len(solid_B1XYZ), 4, *solid_B1XYZ.shape[2:]), solid_B1XYZ], dim=1)
-        return _standardise(self.encoder(at_rest), self.geometry_mean_C, self.geometry_std_C)
+        """The geometry latent [B, C, x, y, z]: leading principal components of each 8^3 patch of the mask.
+
+        Components that the training geometries do not have are zero.
+        """
+        patches_BPxyz = space_to_depth(solid_B1XYZ, COMPRESSION) - _column(self.geometry_mean_P)
+        return torch.einsum("cp,bpxyz->bcxyz", self.geometry_basis_CP, patches_BPxyz)
 
     def decode_normalised(self, z_raw: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
         """Raw latents -> fields over their training rms; the curl is computed in ``dtype``."""
-        potential, mean, pressure = self.decoder(z_raw, solid_B1XYZ)
-        dtype = dtype or potential.dtype
-        velocity = curl(potential.to(dtype), mean.to(dtype), self.config.operator)
+        raw, pressure = self.decoder(z_raw, solid_B1XYZ)
+        raw = raw.to(dtype or raw.dtype)
+        potential = vector_potential(raw, self.config.operator)
+        velocity = curl(potential, raw.mean(dim=(2, 3, 4)), self.config.operator)
         return Flow(velocity, pressure)
 
     def decode(self, z: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
         """Normalised latents -> fields in the data's units; div_D(velocity) vanishes to the rounding of ``dtype``."""
-        z_raw = z * self.latent_std_C[:, None, None, None] + self.latent_mean_C[:, None, None, None]
+        z_raw = z * _column(self.latent_std_C) + _column(self.latent_mean_C)
         flow = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
         return Flow(flow.velocity_B3XYZ * self.velocity_rms, flow.pressure_B1XYZ * self.pressure_rms)
 
@@ -108,5 +120,5 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer.eval()
 
 
-def _standardise(z: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    return (z - mean_C[:, None, None, None]) / std_C[:, None, None, None]
+def _column(x_C: Tensor) -> Tensor:
+    return x_C[:, None, None, None]

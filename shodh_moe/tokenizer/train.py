@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shodh_moe.config import Config
+from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.data import FieldStats, SnapshotDataset, list_trajectories
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256, whole_folder
 from shodh_moe.progress import progress
+from shodh_moe.tokenizer.autoencoder import space_to_depth
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
@@ -63,10 +64,12 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     tokenizer.velocity_rms.fill_(stats.velocity_rms)
     tokenizer.pressure_rms.fill_(stats.pressure_rms)
     tokenizer.to(device)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=c.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(_learning_rate_groups(tokenizer, c.learning_rate), weight_decay=0.01)
 
     progress_folder = folder / "checkpoint"
     start, log = _resume(progress_folder, tokenizer, optimizer)
+    if not start:
+        start_from_principal_components(tokenizer, train, config.seed)
     sums, steps = torch.zeros(2, dtype=torch.float64), range(start, c.steps)
     for step in progress(steps, "train tokenizer", len(steps)):
         rng = np.random.default_rng([config.seed, step])  # by step, so that resuming continues the same order
@@ -75,7 +78,7 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
         velocity, pressure = (error.mean() for error in reconstruction_errors(tokenizer, fields))
         loss = (3 * velocity + pressure) / 4
         for group in optimizer.param_groups:
-            group["lr"] = c.learning_rate * _schedule(step, c.steps)
+            group["lr"] = group["base"] * _schedule(step, c.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -96,6 +99,53 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     _set_latent_statistics(tokenizer, train, c.batch_size, device)
     tokenizer.cpu().save(folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+
+
+@torch.no_grad()
+def start_from_principal_components(tokenizer: Tokenizer, train: SnapshotDataset, seed: int, samples: int = 512) -> None:
+    """Set the linear parts of encoder and decoder, and the geometry latent's basis, from training patches.
+
+    Principal components without centring, so that a field at rest has the latent zero; at most ``samples``
+    randomly shifted snapshots are looked at.
+    """
+    rng = np.random.default_rng([seed, 0x7C4])
+    channels, patch = tokenizer.config.latent_channels, COMPRESSION**3
+    flow, solid = (torch.zeros(size, size, dtype=torch.float64) for size in (4 * patch, patch))
+    mean, count = torch.zeros(patch, dtype=torch.float64), 0
+    device = tokenizer.velocity_rms.device
+    for i in rng.permutation(len(train))[:samples]:
+        fields = transform(train[int(i)][0][None].to(device), rng)
+        x = space_to_depth(tokenizer.normalise(fields), COMPRESSION)[0].flatten(1).T.cpu()
+        flow += (x[:, : 4 * patch].T @ x[:, : 4 * patch]).double()
+        solid += (x[:, 4 * patch :].T @ x[:, 4 * patch :]).double()
+        mean += x[:, 4 * patch :].double().sum(0)
+        count += len(x)
+    basis = _leading(flow / count, channels)[0].float().to(device)
+    tokenizer.encoder.project.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
+    tokenizer.decoder.patches.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
+    mean /= count
+    vectors, values = _leading(solid / count - torch.outer(mean, mean), channels)
+    present = values > 1e-6 * values[0].clamp(min=1e-12)
+    scaled = torch.where(present[:, None], vectors / values.clamp(min=1e-12).sqrt()[:, None], 0.0)
+    tokenizer.geometry_mean_P.copy_(mean)
+    tokenizer.geometry_basis_CP[: len(scaled)].copy_(scaled)
+
+
+def _leading(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` leading eigenvectors as rows, signs fixed by their largest entry, and their eigenvalues."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rows = vectors.T.flip(0)[:count]
+    sign = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+    return rows * sign, values.flip(0)[:count].clamp(min=0)
+
+
+def _learning_rate_groups(tokenizer: Tokenizer, learning_rate: float) -> list[dict[str, Any]]:
+    """Each weight at ``learning_rate * 16 / sqrt(fan-in)``: Adam moves every entry alike, and the more inputs
+    a layer sums, the further the same step moves its output."""
+    return [
+        {"params": [p], "base": learning_rate * (16 / p[0].numel() ** 0.5 if p.dim() > 1 else 1.0)}
+        for p in tokenizer.parameters()
+    ]
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -125,18 +175,15 @@ def _validate(tokenizer: Tokenizer, valid: SnapshotDataset, batch: int, device: 
 @torch.no_grad()
 def _set_latent_statistics(tokenizer: Tokenizer, train: SnapshotDataset, batch: int, device: str) -> None:
     """Per-channel mean and standard deviation of raw latents over the training split, float64 sums."""
-    for name in ("latent", "geometry"):
-        total, square, count = 0.0, 0.0, 0
-        for first in range(0, len(train), batch):
-            fields = torch.stack([train[i][0] for i in range(first, min(first + batch, len(train)))]).to(device)
-            if name == "geometry":
-                fields[:, :4] = 0
-            z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
-            total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
-        mean = total / count
-        std = (square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
-        getattr(tokenizer, f"{name}_mean_C").copy_(mean)
-        getattr(tokenizer, f"{name}_std_C").copy_(std)
+    total = square = torch.zeros(tokenizer.config.latent_channels, dtype=torch.float64, device=device)
+    count = 0
+    for first in range(0, len(train), batch):
+        fields = torch.stack([train[i][0] for i in range(first, min(first + batch, len(train)))]).to(device)
+        z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
+        total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
+    mean = total / count
+    tokenizer.latent_mean_C.copy_(mean)
+    tokenizer.latent_std_C.copy_((square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6))
 
 
 def _save_progress(folder: Path, step: int, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, log: list) -> None:

@@ -24,9 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        from shodh_moe.memory import keep_freed_memory
         from shodh_moe.pipeline import claim_run_folder
         from shodh_moe.training.pretrain import pretrain
 
+        keep_freed_memory()
         config = load_config(options.config, options.overrides, options.name)
         paths = paths_of(config)
         claim_run_folder(config, write=int(os.environ.get("RANK", 0)) == 0)

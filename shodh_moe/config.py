@@ -124,6 +124,9 @@ class TokenizerConfig(Section):
     learning_rate: PositiveFloat = 1e-3
     checkpoint_every: Positive = 100
     log_every: Positive = 20
+    latent_copies: Positive = Field(
+        4, description="copies of each training trajectory in the latent cache: itself, and others under random symmetries"
+    )
 
     @model_validator(mode="after")
     def _widths(self) -> TokenizerConfig:

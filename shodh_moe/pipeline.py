@@ -148,7 +148,8 @@ def make_latents(config: Config) -> Path:
     began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
     with whole_folder(paths.latents) as temporary:
-        encode_dataset(tokenizer, paths.dataset, temporary, device())
+        copies = config.tokenizer.latent_copies
+        encode_dataset(tokenizer, paths.dataset, temporary, copies, config.seed, device())
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 

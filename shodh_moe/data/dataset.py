@@ -73,6 +73,10 @@ class SnapshotDataset(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self._index)
 
+    def record(self, index: int) -> TrajectoryRecord:
+        """The trajectory that a snapshot belongs to."""
+        return self.records[self._index[index][0]]
+
     def of_domain(self, domain: int) -> list[int]:
         """The indices of all snapshots of a domain."""
         name = self.domains[domain]

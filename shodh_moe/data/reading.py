@@ -25,6 +25,7 @@ class TrajectoryRecord:
         domain: our domain name; for other files the_well's dataset_name.
         n_snapshots: stored snapshots T.
         grid: (X, Y, Z).
+        periodic: along which axes the flow repeats itself, from the file's boundary conditions.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class TrajectoryRecord:
     domain: str
     n_snapshots: int
     grid: tuple[int, int, int]
+    periodic: tuple[bool, bool, bool] = (False, False, False)
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +161,21 @@ def _records(path: Path, file: h5py.File, grid: tuple[int, ...] | None) -> list[
     if grid is not None and shape != tuple(grid):
         raise UserError(f"{path} has grid {list(shape)}, not {list(grid)}: set data.grid to match or use other data")
     domain = str(file.attrs.get("domain", file.attrs.get("dataset_name", path.parent.name)))
-    return [TrajectoryRecord(path, sample, domain, n_snapshots, shape) for sample in range(samples)]
+    periodic = _periodic(file)
+    return [TrajectoryRecord(path, sample, domain, n_snapshots, shape, periodic) for sample in range(samples)]
+
+
+def _periodic(file: h5py.File) -> tuple[bool, bool, bool]:
+    """Axes with a PERIODIC boundary condition; none where the file says nothing."""
+    axes = [str(name) for name in file["dimensions"].attrs.get("spatial_dims", [])] if "dimensions" in file else []
+    wraps = {
+        str(axis)
+        for group in file.get("boundary_conditions", {}).values()
+        if str(group.attrs.get("bc_type", "")).upper() == "PERIODIC"
+        for axis in group.attrs.get("associated_dims", [])
+    }
+    x, y, z = (axis in wraps for axis in axes) if len(axes) == 3 else (False, False, False)
+    return x, y, z
 
 
 def _dataset(path: Path, file: h5py.File, name: str, ndim: int) -> h5py.Dataset:

@@ -69,7 +69,7 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
         mean_fields = _mean_fields(dataset, domain, config.data.grid)
-        mean_latent = torch.stack([z.z_TCxyz.mean(0) for z in train if z.domain == domain]).mean(0)
+        mean_latent = _mean_latent([z for z in train if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
             one_step = _OneStep(models, config, latent, truth)
@@ -134,9 +134,9 @@ class _OneStep:
         self.solid = torch.from_numpy(truth.solid_1XYZ)
         fields = torch.cat([torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.pressure_T1XYZ)], dim=1).double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
-        starts = range(len(latent.z_TCxyz) - h)
-        windows = torch.stack([latent.z_TCxyz[start : start + h] for start in starts])
-        self.z_true, self.z_before = latent.z_TCxyz[h:], latent.z_TCxyz[h - 1 : -1]
+        z_TCxyz = latent.read()
+        windows = torch.stack([z_TCxyz[start : start + h] for start in range(len(z_TCxyz) - h)])
+        self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
         z, predicted, self.experts = [], [], []
         for window in windows.split(config.evaluation.batch_size):
             out = models.transformer(window, latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1))
@@ -205,11 +205,11 @@ def _rollouts(
 ) -> dict[str, np.ndarray]:
     """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
     h = config.model.history
-    steps = min(config.evaluation.rollout_steps, min(len(z.z_TCxyz) for z, _ in pairs) - h)
+    steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
     errors = torch.zeros(len(pairs), steps)
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
-        window = latent.z_TCxyz[None, :h]
+        window = latent.read(0, h)[None]
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         for step in range(steps):
             z = models.transformer(window, latent.geometry_Cxyz[None]).latent_BCxyz
@@ -258,6 +258,11 @@ def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajecto
     return result
 
 
+def _mean_latent(train: list[LatentTrajectory]) -> Tensor:
+    """Mean over a domain's training latents, cell by cell: [C, x, y, z]."""
+    return torch.stack([trajectory.read().mean(0) for trajectory in train]).mean(0)
+
+
 def _mean_fields(dataset: Path, domain: str, grid: list[int]) -> Tensor:
     """The domain's mean over all training snapshots, voxel by voxel: [4, X, Y, Z], float64."""
     total, count = torch.zeros(4, *grid, dtype=torch.float64), 0
@@ -270,8 +275,8 @@ def _mean_fields(dataset: Path, domain: str, grid: list[int]) -> Tensor:
 
 
 def _tokens(latent: LatentTrajectory, config: Config) -> int:
-    snapshots, _, *grid = latent.z_TCxyz.shape
-    return (snapshots - config.model.history) * int(np.prod(grid)) // config.model.patch**3
+    _, _, *grid = latent.z.shape
+    return (latent.snapshots - config.model.history) * int(np.prod(grid)) // config.model.patch**3
 
 
 def _training_records(run: Path) -> list[dict[str, Any]]:

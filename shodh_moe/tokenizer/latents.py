@@ -21,70 +21,94 @@ from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, list_trajectories, read_trajectory
 from shodh_moe.errors import UserError
 from shodh_moe.progress import progress
+from shodh_moe.tokenizer.symmetry import Symmetry
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class LatentTrajectory:
-    """One trajectory in latent space."""
+    """One trajectory in latent space. The latents stay on disk until they are read."""
 
     domain: str
     source: str
     sample: int
-    z_TCxyz: Tensor
+    z: h5py.Dataset
     geometry_Cxyz: Tensor
     solid_fraction_xyz: Tensor
 
+    @property
+    def snapshots(self) -> int:
+        return self.z.shape[0]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Latents of snapshots start..stop, float32 [T, C, x, y, z]."""
+        return torch.from_numpy(self.z[start:stop])
+
 
 @torch.no_grad()
-def encode_dataset(tokenizer: Tokenizer, dataset: Path, folder: Path, device: str = "cpu") -> None:
-    """Encode every trajectory of every split into ``folder`` (which should be a temporary one)."""
+def encode_dataset(
+    tokenizer: Tokenizer, dataset: Path, folder: Path, copies: int, seed: int, device: str = "cpu"
+) -> None:
+    """Encode every trajectory of every split into ``folder`` (which should be a temporary one).
+
+    Each training trajectory is encoded ``copies`` times: as it is, and under random symmetries of its flow.
+    Shifts by other than whole latent cells give latents that the first copy does not have.
+    """
     tokenizer = tokenizer.to(device).eval()
-    work = [(split, record) for split in SPLITS for record in list_trajectories(dataset, split, tokenizer.grid)]
+    work = [
+        (split, number, record, copy)
+        for split in SPLITS
+        for number, record in enumerate(list_trajectories(dataset, split, tokenizer.grid))
+        for copy in range(copies if split == "train" else 1)
+    ]
     files = {split: h5py.File(folder / f"{split}.hdf5", "w") for split in SPLITS}
     try:
-        for split, record in progress(work, "encode latents", len(work)):
-            fields, solid_1XYZ = trajectory_tensors(read_trajectory(record), device)
-            z = torch.cat([tokenizer.encode(part) for part in fields.split(8)])
-            group = files[split].create_group(f"{record.path.stem}.{record.sample:04d}")
+        for split, number, record, copy in progress(work, "encode latents", len(work)):
+            fields = trajectory_fields(read_trajectory(record))
+            if copy:
+                rng = np.random.default_rng([seed, number, copy])
+                fields = Symmetry.draw(rng, record.grid, record.periodic).apply(fields)
+            z = torch.cat([tokenizer.encode(part.to(device)) for part in fields.split(8)])
+            solid_11XYZ = fields[:1, 4:].to(device)
+            group = files[split].create_group(f"{record.path.stem}.{record.sample:04d}.{copy:04d}")
             group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
             group["z"] = z.cpu().numpy()
-            group["geometry"] = tokenizer.encode_geometry(solid_1XYZ[None])[0].cpu().numpy()
-            group["solid_fraction"] = F.avg_pool3d(solid_1XYZ, COMPRESSION)[0].cpu().numpy()
+            group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
+            group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
     finally:
         for file in files.values():
             file.close()
 
 
-def trajectory_tensors(trajectory: Trajectory, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """A data trajectory as encoder input [T, 5, X, Y, Z] and its solid mask [1, X, Y, Z], float32."""
+def trajectory_fields(trajectory: Trajectory) -> Tensor:
+    """A data trajectory as encoder input, float32 [T, 5, X, Y, Z]: velocity, pressure, solid mask."""
     velocity, pressure, solid = (
-        torch.from_numpy(array).to(device)
+        torch.from_numpy(array)
         for array in (trajectory.velocity_T3XYZ, trajectory.pressure_T1XYZ, trajectory.solid_1XYZ)
     )
-    return torch.cat([velocity, pressure, solid.expand(len(velocity), -1, -1, -1, -1)], dim=1), solid
+    return torch.cat([velocity, pressure, solid.expand(len(velocity), -1, -1, -1, -1)], dim=1)
 
 
 def load_latents(folder: Path, split: str) -> list[LatentTrajectory]:
-    """Every cached trajectory of a split, in the order of their names.
+    """Every cached trajectory of a split, in the order of their names. The file stays open.
 
     Raises:
         UserError: the cache is missing or cannot be read.
     """
     path = folder / f"{split}.hdf5"
     try:
-        with h5py.File(path, "r") as file:
-            return [
-                LatentTrajectory(
-                    domain=str(group.attrs["domain"]),
-                    source=str(group.attrs["source"]),
-                    sample=int(group.attrs["sample"]),
-                    z_TCxyz=torch.from_numpy(np.asarray(group["z"])),
-                    geometry_Cxyz=torch.from_numpy(np.asarray(group["geometry"])),
-                    solid_fraction_xyz=torch.from_numpy(np.asarray(group["solid_fraction"])),
-                )
-                for group in (file[name] for name in sorted(file))
-            ]
+        file = h5py.File(path, "r")
+        return [
+            LatentTrajectory(
+                domain=str(group.attrs["domain"]),
+                source=str(group.attrs["source"]),
+                sample=int(group.attrs["sample"]),
+                z=group["z"],
+                geometry_Cxyz=torch.from_numpy(group["geometry"][()]),
+                solid_fraction_xyz=torch.from_numpy(group["solid_fraction"][()]),
+            )
+            for group in (file[name] for name in sorted(file))
+        ]
     except (OSError, KeyError) as error:
         raise UserError(f"cannot read latents {path} ({error}): delete {folder} and encode again") from None
 
@@ -97,7 +121,7 @@ class LatentSamples:
         self.domains = sorted({trajectory.domain for trajectory in trajectories})
         self.index: list[list[tuple[int, int]]] = [[] for _ in self.domains]
         for number, trajectory in enumerate(trajectories):
-            starts = range(len(trajectory.z_TCxyz) - history)
+            starts = range(trajectory.snapshots - history)
             self.index[self.domains.index(trajectory.domain)].extend((number, start) for start in starts)
         for domain, samples in zip(self.domains, self.index, strict=True):
             if not samples:
@@ -114,8 +138,9 @@ class LatentSamples:
         for domain, within in samples:
             number, start = self.index[domain][within]
             trajectory = self.trajectories[number]
-            history.append(trajectory.z_TCxyz[start : start + self.history])
+            z_TCxyz = trajectory.read(start, start + self.history + 1)
+            history.append(z_TCxyz[:-1])
             geometry.append(trajectory.geometry_Cxyz)
-            target.append(trajectory.z_TCxyz[start + self.history])
+            target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
         return torch.stack(history), torch.stack(geometry), torch.stack(target), labels

@@ -18,27 +18,14 @@ from shodh_moe.errors import UserError
 from shodh_moe.files import sha256, whole_folder
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.autoencoder import space_to_depth
+from shodh_moe.tokenizer.symmetry import Symmetry
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
-def transform(fields_B5XYZ: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random symmetry of the periodic box that keeps the streamwise (x) direction.
-
-    Any shift, mirror images across y and z, and the exchange of y and z where the box allows it: each maps
-    a flow of this equation to another, with the velocity components turned accordingly.
-    """
-    nx, ny, nz = fields_B5XYZ.shape[2:]
-    shift = [int(rng.integers(size)) for size in (nx, ny, nz)]
-    fields = torch.roll(fields_B5XYZ, shift, dims=(2, 3, 4))
-    sign = torch.ones(5)
-    for component, axis in ((1, 3), (2, 4)):
-        if rng.random() < 0.5:
-            fields = fields.flip(axis)
-            sign[component] = -1
-    fields = fields * sign.to(fields.device)[:, None, None, None]
-    if ny == nz and rng.random() < 0.5:
-        fields = fields.transpose(3, 4)[:, [0, 2, 1, 3, 4]]
-    return fields
+def random_snapshot(train: SnapshotDataset, index: int, rng: np.random.Generator) -> Tensor:
+    """A training snapshot under a random symmetry of its flow, [1, 5, X, Y, Z]."""
+    record = train.record(index)
+    return Symmetry.draw(rng, record.grid, record.periodic).apply(train[index][0][None])
 
 
 def reconstruction_errors(tokenizer: Tokenizer, fields_B5XYZ: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +61,7 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     for step in progress(steps, "train tokenizer", len(steps)):
         rng = np.random.default_rng([config.seed, step])  # by step, so that resuming continues the same order
         picks = rng.choice(len(train), size=min(c.batch_size, len(train)), replace=False)
-        fields = transform(torch.stack([train[int(i)][0] for i in picks]).to(device), rng)
+        fields = torch.cat([random_snapshot(train, int(i), rng) for i in picks]).to(device)
         velocity, pressure = (error.mean() for error in reconstruction_errors(tokenizer, fields))
         loss = (3 * velocity + pressure) / 4
         for group in optimizer.param_groups:
@@ -114,7 +101,7 @@ def start_from_principal_components(tokenizer: Tokenizer, train: SnapshotDataset
     mean, count = torch.zeros(patch, dtype=torch.float64), 0
     device = tokenizer.velocity_rms.device
     for i in rng.permutation(len(train))[:samples]:
-        fields = transform(train[int(i)][0][None].to(device), rng)
+        fields = random_snapshot(train, int(i), rng).to(device)
         x = space_to_depth(tokenizer.normalise(fields), COMPRESSION)[0].flatten(1).T.cpu()
         flow += (x[:, : 4 * patch].T @ x[:, : 4 * patch]).double()
         solid += (x[:, 4 * patch :].T @ x[:, 4 * patch :]).double()

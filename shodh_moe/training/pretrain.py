@@ -55,7 +55,7 @@ def pretrain(config: Config, run: Path, latents: Path) -> None:
     rank, world, t = dist.get_rank(), dist.get_world_size(), config.training
     train = LatentSamples(load_latents(latents, "train"), config.model.history)
     valid = LatentSamples(load_latents(latents, "valid"), config.model.history)
-    _, channels, *grid = train.trajectories[0].z_TCxyz.shape
+    _, channels, *grid = train.trajectories[0].z.shape
     engine = Engine(config, channels, list(grid))
     sampler = DomainSampler(train.sizes, t.batch_size, config.seed, world)
 

@@ -1,0 +1,115 @@
+"""The DeepSpeed engine on two real ranks: experts sharded, gradients real, EP 2 equal to EP 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shodh_moe.config import Config
+from shodh_moe.config_io import load_config
+from shodh_moe.errors import UserError
+from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from tests.training.launch import launch
+from tests.training.synthetic import CONFIG, write_latents
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """(ep_size, rank) -> everything the worker wrote."""
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "config.yaml").write_text(CONFIG)
+    write_latents(folder / "latents")
+    for ep_size in (1, 2):
+        done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return {(ep, rank): load_file(folder / f"ep{ep}_rank{rank}.safetensors") for ep in (1, 2) for rank in (0, 1)}
+
+
+def _experts(run: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in run.items() if k.startswith(prefix) and ".experts." in k}
+
+
+def test_each_rank_holds_its_own_experts_only(runs):
+    """Fails if the experts were replicated: then both ranks would hold two, and the same."""
+    first, second = _experts(runs[2, 0], "local/"), _experts(runs[2, 1], "local/")
+    assert len(first) == 4  # two layers, two weights
+    for name, value in first.items():
+        assert value.shape[0] == 1
+        assert not torch.equal(value, second[name])
+    for value in _experts(runs[1, 0], "local/").values():
+        assert value.shape[0] == 2
+
+
+def test_expert_gradients_are_real_and_their_own(runs):
+    first, second = _experts(runs[2, 0], "grad/"), _experts(runs[2, 1], "grad/")
+    for name, value in first.items():
+        assert value.abs().max() > 0, name
+        assert second[name].abs().max() > 0, name
+        assert not torch.allclose(value, second[name])
+
+
+def test_router_gets_a_gradient_shared_by_all_ranks(runs):
+    names = [name for name in runs[2, 0] if name.startswith("grad/") and ".router." in name]
+    assert len(names) == 6  # projection, prototypes, temperature of two layers
+    for name in names:
+        assert runs[2, 0][name].abs().max() > 0, name
+        assert torch.equal(runs[2, 0][name], runs[2, 1][name]), name
+
+
+def test_ranks_agree_on_everything_but_experts(runs):
+    for name, value in runs[2, 0].items():
+        if name.startswith("local/") and ".experts." not in name:
+            assert torch.equal(value, runs[2, 1][name]), name
+
+
+def test_capacity_binds_in_this_setting(runs):
+    """Otherwise the comparison below would not see a wrong capacity."""
+    assert runs[2, 0]["dropped"].sum() > 0
+
+
+def test_ep_2_trains_as_ep_1(runs):
+    """Same losses, dropped tokens, true global norms, expert gradients and weights after three steps."""
+    for rank in (0, 1):
+        assert torch.equal(runs[1, rank]["dropped"], runs[2, rank]["dropped"])
+        torch.testing.assert_close(runs[1, rank]["losses"], runs[2, rank]["losses"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(runs[1, 0]["norms"], runs[2, 0]["norms"], rtol=1e-5, atol=0)
+    assert torch.equal(runs[2, 0]["norms"], runs[2, 1]["norms"])
+    for name, value in runs[1, 0].items():
+        if name.startswith(("logical/", "logical_grad/")):
+            torch.testing.assert_close(runs[2, 0][name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _config(tmp_path: Path, *overrides: str) -> Config:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return load_config(tmp_path / "c.yaml", list(overrides))
+
+
+@pytest.mark.parametrize(("world", "experts", "expected"), [(2, 2, 2), (4, 6, 2), (1, 2, 1), (8, 4, 4), (3, 2, 1)])
+def test_auto_ep_size(tmp_path, world, experts, expected):
+    assert expert_parallel_size(_config(tmp_path, f"model.moe.num_experts={experts}"), world) == expected
+
+
+def test_impossible_layouts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="num_experts 3 is not divisible by parallel.ep_size 2"):
+        expert_parallel_size(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
+    with pytest.raises(UserError, match="ep_size 2 does not divide the world size 3"):
+        expert_parallel_size(_config(tmp_path, "parallel.ep_size=2"), 3)
+
+
+@pytest.mark.parametrize(
+    "section", ["{zero_optimization: {stage: 1}}", "{bf16: {enabled: true}}", "{gradient_clipping: 1.0}"]
+)
+def test_deepspeed_settings_that_would_break_a_run_are_refused(tmp_path, section):
+    with pytest.raises(UserError, match=r"deepspeed\."):
+        deepspeed_config(_config(tmp_path, f"deepspeed={section}"), 2)
+
+
+def test_other_deepspeed_settings_pass_through(tmp_path):
+    config = deepspeed_config(_config(tmp_path, "deepspeed={wall_clock_breakdown: true}"), 2)
+    assert config["wall_clock_breakdown"] is True
+    assert config["train_batch_size"] == 8

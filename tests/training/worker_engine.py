@@ -1,0 +1,62 @@
+"""One rank of test_engine: three optimizer steps at a given EP size, everything of interest written out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from shodh_moe.config_io import load_config
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.training.checkpoint import EXPERT_MARK, gather_experts
+from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.pretrain import total_loss
+from shodh_moe.training.sampler import DomainSampler
+
+folder, ep_size = Path(sys.argv[-2]), sys.argv[-1]
+config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}"])
+init_distributed()
+rank, world = dist.get_rank(), dist.get_world_size()
+samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
+engine = Engine(config, 6, [2, 2, 2])
+torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
+sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, world)
+
+gradients: dict[str, torch.Tensor] = {}
+norms, losses, dropped = [], [], []
+clip = engine.gradient_norm
+
+
+def keep_gradients() -> float:
+    """Called between DeepSpeed's reduction and our clipping."""
+    if not gradients:
+        gradients.update({name: p.grad.clone() for name, p in engine.model.named_parameters()})
+    return clip()
+
+
+engine.gradient_norm = keep_gradients  # type: ignore[method-assign]
+for step in range(3):
+    history, geometry, target, _ = samples.batch(sampler.batch(step, rank))
+    prediction = engine(history, geometry)
+    loss, _ = total_loss(prediction, target, config)
+    norms.append(engine.step(loss, 1e-2))
+    losses.append(float(loss.detach()))
+    dropped.append(sum(int((~layer.kept_N).sum()) for layer in prediction.routing))
+
+out = {f"grad/{name}": value for name, value in gradients.items()}
+for name, parameter in engine.model.named_parameters():
+    out[f"local/{name}"] = parameter.detach().clone()
+    logical = gather_experts(parameter, engine.ep) if EXPERT_MARK in name else parameter.detach().clone()
+    out[f"logical/{name}"] = logical
+    if EXPERT_MARK in name:
+        out[f"logical_grad/{name}"] = gather_experts(gradients[name], engine.ep)
+out["norms"] = torch.tensor(norms, dtype=torch.float64)
+out["losses"] = torch.tensor(losses, dtype=torch.float64)
+out["dropped"] = torch.tensor(dropped)
+save_file({k: v.contiguous() for k, v in out.items()}, folder / f"ep{ep_size}_rank{os.environ['RANK']}.safetensors")
+dist.barrier()
+dist.destroy_process_group()

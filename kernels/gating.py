@@ -35,9 +35,7 @@ def expert_capacity(tokens: int, experts: int, factor: float, minimum: int) -> i
     return max(math.ceil(Fraction(tokens, experts) * Fraction(repr(float(factor)))), minimum)
 
 
-def top1_gating(
-    logits_NE: Tensor, capacity: int, drop_order: str = "position", bias_E: Tensor | None = None
-) -> Gating:
+def top1_gating(logits_NE: Tensor, capacity: int, drop_order: str = "position", bias_E: Tensor | None = None) -> Gating:
     """Route each token to its best expert and give it a slot there while there is room (DESIGN 3.5).
 
     Args:

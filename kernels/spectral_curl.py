@@ -77,4 +77,8 @@ def curl(
 def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
     """div_D(u) = D_x u_x + D_y u_y + D_z u_z, [B, X, Y, Z], with the same operators as `curl`."""
     u_x, u_y, u_z = u_B3XYZ.contiguous().unbind(1)
-    return sum(_derivative(u, axis, operator, spacing) for axis, u in enumerate((u_x, u_y, u_z)))
+    return (
+        _derivative(u_x, 0, operator, spacing)
+        + _derivative(u_y, 1, operator, spacing)
+        + _derivative(u_z, 2, operator, spacing)
+    )

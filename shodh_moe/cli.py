@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from shodh_moe.command import exit_code
 from shodh_moe.config import Config
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, text: str, stage: Callable[[Config], object], full_name: str = "") -> None:
+def _command(commands: Any, name: str, text: str, stage: Callable[[Config], object], full_name: str = "") -> None:
     parser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLE.format(command=full_name or name)
     )

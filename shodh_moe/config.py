@@ -125,7 +125,8 @@ class TokenizerConfig(Section):
     checkpoint_every: Positive = 100
     log_every: Positive = 20
     latent_copies: Positive = Field(
-        4, description="copies of each training trajectory in the latent cache: itself, and others under random symmetries"
+        4,
+        description="latent copies of each training trajectory: itself, and others under random symmetries",
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
@@ -51,7 +51,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
         if not equals or not key:
             raise UserError(f"override {override!r} must look like key.sub=value")
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: {text!r} is no valid YAML value") from None
         _set(tree, key, value)

@@ -18,7 +18,7 @@ PACKAGES = ("shodh_moe", "torch", "deepspeed", "triton", "numpy", "numba", "h5py
 
 def describe_environment() -> dict[str, Any]:
     """Versions, processor, devices, source commit and date; nothing that names the host or its user."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -51,7 +51,9 @@ def paths_of(config: Config) -> Paths:
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
     else:
-        settings = config.tokenizer.model_dump(exclude={"path", "root", "log_every", "checkpoint_every", "latent_copies"})
+        settings = config.tokenizer.model_dump(
+            exclude={"path", "root", "log_every", "checkpoint_every", "latent_copies"}
+        )
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
         tokenizer = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     copies = config.tokenizer.latent_copies

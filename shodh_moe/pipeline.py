@@ -5,6 +5,7 @@ A stage whose inputs and settings are unchanged is skipped, one that was interru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -188,10 +189,8 @@ def _launch(config: Config, paths: Paths) -> None:
     except BaseException:
         # The launcher stops its ranks on SIGINT; whatever then still lives is killed with its session.
         os.killpg(launcher.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            pass
         _kill_session(launcher.pid)
         raise
     if code:
@@ -199,10 +198,8 @@ def _launch(config: Config, paths: Paths) -> None:
 
 
 def _kill_session(leader: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def evaluate(config: Config) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
         "seed": config.seed,
         "domains": results,
         "routing": routing_on_heldout(models, config, test),
-        "divergence": {key: exact[key] for key in ("operator", "dtype", "rms_relative", "rms", "max", "spacing", "norm")},
+        "divergence": {
+            key: exact[key] for key in ("operator", "dtype", "rms_relative", "rms", "max", "spacing", "norm")
+        },
         "divergence_table": table,
         "throughput": {
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in history),
@@ -132,7 +134,9 @@ class _OneStep:
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
-        fields = torch.cat([torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.pressure_T1XYZ)], dim=1).double()
+        fields = torch.cat(
+            [torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.pressure_T1XYZ)], dim=1
+        ).double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
         z_TCxyz = latent.read()
         windows = torch.stack([z_TCxyz[start : start + h] for start in range(len(z_TCxyz) - h)])
@@ -147,7 +151,9 @@ class _OneStep:
 
     def errors(self, mean_latent: Tensor, mean_fields: Tensor) -> dict[str, Any]:
         """Means over this trajectory's predictions (DESIGN 3.6)."""
-        rms = torch.stack([self.tokenizer.velocity_rms] * 3 + [self.tokenizer.pressure_rms]).double()[:, None, None, None]
+        rms = torch.stack([self.tokenizer.velocity_rms] * 3 + [self.tokenizer.pressure_rms]).double()[
+            :, None, None, None
+        ]
         reconstruction = torch.cat(
             [decode(self.tokenizer, part, self.solid) for part in self.z_true.split(self.config.evaluation.batch_size)]
         )
@@ -191,7 +197,9 @@ class _OneStep:
             "expert_map": torch.stack([layer[within].view(grid) for layer in self.experts[batch]]),
             "solid_fraction": solid[0, 0],
         }
-        return {key: value.numpy().astype(np.int32 if key == "expert_map" else np.float32) for key, value in arrays.items()}
+        return {
+            key: value.numpy().astype(np.int32 if key == "expert_map" else np.float32) for key, value in arrays.items()
+        }
 
 
 def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class LatentTransformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoE]:
-        return [block.moe for block in self.blocks]
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)

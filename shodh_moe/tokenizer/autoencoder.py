@@ -31,6 +31,12 @@ def _conv(channels_in: int, channels_out: int) -> nn.Conv3d:
     return nn.Conv3d(channels_in, channels_out, 3, padding=1, padding_mode="circular")
 
 
+def _silence(layer: nn.Conv3d) -> None:
+    """Make a layer's output zero until it has learned something."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))), the second convolution zero at the start."""
 
@@ -56,15 +62,15 @@ class Encoder(nn.Module):
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
         super().__init__()
-        stages, channels = [], 5
+        stages: list[nn.Module] = []
+        channels = 5
         for width in widths:
             stages.append(_conv(8 * channels, width))
             stages.extend(ResidualBlock(width) for _ in range(blocks))
             channels = width
         self.down = nn.ModuleList(stages)
         self.head = nn.Conv3d(channels, latent_channels, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _silence(self.head)
         self.project = nn.Conv3d(4, latent_channels, 8, stride=8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,8 +101,7 @@ class Decoder(nn.Module):
             self.up.append(nn.Conv3d(width, 8 * finer, 1))
         # Features times the mask give the last layer a say in what happens next to a wall.
         self.head = _conv(2 * self.FINE + 1, 4)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _silence(self.head)
         self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)
 
     def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,7 @@ class Symmetry:
     swap_yz: bool = False
 
     @classmethod
-    def draw(
-        cls, rng: np.random.Generator, grid: tuple[int, int, int], periodic: tuple[bool, bool, bool]
-    ) -> Symmetry:
+    def draw(cls, rng: np.random.Generator, grid: tuple[int, int, int], periodic: tuple[bool, bool, bool]) -> Symmetry:
         """A random symmetry that keeps the streamwise (x) direction and every boundary where it is.
 
         Only periodic axes are shifted, mirrored or exchanged: a bed stays at the bottom.

@@ -46,7 +46,9 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     c = config.tokenizer
     torch.manual_seed(config.seed)
     stats = FieldStats.load(dataset)
-    train, valid = (SnapshotDataset(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid"))
+    train, valid = (
+        SnapshotDataset(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid")
+    )
     tokenizer = Tokenizer(c, config.data.grid)
     tokenizer.velocity_rms.fill_(stats.velocity_rms)
     tokenizer.pressure_rms.fill_(stats.pressure_rms)
@@ -89,7 +91,9 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
 
 
 @torch.no_grad()
-def start_from_principal_components(tokenizer: Tokenizer, train: SnapshotDataset, seed: int, samples: int = 512) -> None:
+def start_from_principal_components(
+    tokenizer: Tokenizer, train: SnapshotDataset, seed: int, samples: int = 512
+) -> None:
     """Set the linear parts of encoder and decoder, and the geometry latent's basis, from training patches.
 
     Principal components without centring, so that a field at rest has the latent zero; at most ``samples``
@@ -151,7 +155,9 @@ def _validate(tokenizer: Tokenizer, valid: SnapshotDataset, batch: int, device: 
         picks = valid.of_domain(number)
         picks = picks[:: max(len(picks) // 64, 1)]
         errors = [
-            torch.stack(reconstruction_errors(tokenizer, torch.stack([valid[i][0] for i in picks[k : k + batch]]).to(device)))
+            torch.stack(
+                reconstruction_errors(tokenizer, torch.stack([valid[i][0] for i in picks[k : k + batch]]).to(device))
+            )
             for k in range(0, len(picks), batch)
         ]
         velocity, pressure = torch.cat(errors, dim=1).mean(dim=1).tolist()

@@ -59,7 +59,8 @@ def save_checkpoint(
     Raises:
         UserError: no space or no permission. What was written before stays as it was.
     """
-    weights, moments = {}, {}
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = {"": parameter, **optimizer.state.get(parameter, {})}
         for key, value in state.items():

@@ -118,7 +118,8 @@ class Engine:
 
 def _weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases, prototypes and the temperature do not."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (decay if parameter.dim() >= 2 and "prototypes" not in name else plain).append(parameter)
     return [

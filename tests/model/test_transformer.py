@@ -61,7 +61,7 @@ def test_patches_turn_back():
 
 
 def test_patch_that_does_not_divide_the_grid_is_refused():
-    with pytest.raises(UserError, match="not divisible by model.patch 4"):
+    with pytest.raises(UserError, match=r"not divisible by model\.patch 4"):
         _model(SMALL.model_copy(update={"patch": 4}))
 
 

@@ -49,7 +49,7 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, damage):
 def test_only_damaged_checkpoints_is_an_error_not_a_silent_restart(tmp_path):
     _write(tmp_path, 1)
     (tmp_path / "1" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         find_checkpoint(tmp_path)
 
 

@@ -95,7 +95,7 @@ def test_auto_ep_size(tmp_path, world, experts, expected):
 
 
 def test_impossible_layouts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="num_experts 3 is not divisible by parallel.ep_size 2"):
+    with pytest.raises(UserError, match=r"num_experts 3 is not divisible by parallel\.ep_size 2"):
         expert_parallel_size(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
     with pytest.raises(UserError, match="ep_size 2 does not divide the world size 3"):
         expert_parallel_size(_config(tmp_path, "parallel.ep_size=2"), 3)

@@ -74,7 +74,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(folder,
     path.write_bytes(data)
     done = launch(2, WORKER, str(folder), str(run))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"checkpoint {run / 'checkpoints' / '6'} is refused: model.safetensors does not match its hash" in done.stdout
+    assert (
+        f"checkpoint {run / 'checkpoints' / '6'} is refused: model.safetensors does not match its hash" in done.stdout
+    )
     assert "from step 3" in done.stdout
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from shodh_moe.command import exit_code
+from shodh_moe.command import OneLineParser, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
 
@@ -15,7 +15,12 @@ EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name tria
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes the positional arguments only where they stand together.
+    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unknown argument {unknown[0]}")
+    options.overrides += rest
     failed: list[int] = []
 
     def work() -> None:
@@ -34,15 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="shodh",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Multi-physics foundation models: divergence-free tokenizer, mixture-of-experts pretraining.",
-        epilog="Exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 everything else.",
+        epilog=f"{EXAMPLE.format(command='run')}\n\n"
+        "exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 everything else",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
     _command(commands, "data", "generate the dataset", _stage("make_data"))
-    tokenizer = commands.add_parser("tokenizer", help="train the tokenizer or encode a dataset with it")
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="train the tokenizer or encode a dataset with it",
+        epilog=EXAMPLE.format(command="tokenizer train"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     steps = tokenizer.add_subparsers(required=True, metavar="step")
     _command(steps, "train", "train the tokenizer", _stage("make_tokenizer"), "tokenizer train")
     _command(steps, "encode", "cache the latents of the dataset", _stage("make_latents"), "tokenizer encode")
@@ -54,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, text: str, stage: Callable[[Config], object], full_name: str = "") -> None:
     parser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXAMPLE.format(command=full_name or name)
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=EXAMPLE.format(command=full_name or name),
+        # As it is: an example broken over two lines could not be copied.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="config file")
     parser.add_argument("--name", help="run name; default: the config's")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from shodh_moe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
 from shodh_moe.files import disk_trouble
@@ -13,26 +15,37 @@ from shodh_moe.files import disk_trouble
 EXIT_INTERRUPTED = 130
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Reports wrong arguments as every other wrong input: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"error: {message}: see `{self.prog} --help`\n")
+
+
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Run ``work`` and translate what it raises: 0 done, 2 wrong input, 130 Ctrl-C, 1 everything else."""
     try:
         work()
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return _wrong_input(str(error), debug)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if debug or not (reason := disk_trouble(error)):
-            traceback.print_exc()
-            return EXIT_FAILED
-        print(f"error: {error.filename or ''}: {reason}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        if reason := disk_trouble(error):
+            return _wrong_input(f"cannot use {error.filename or 'a file'}: {reason}", debug)
+        traceback.print_exc()
+        return EXIT_FAILED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def _wrong_input(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", 0))
+    # What a library says inside a message may have line breaks.
+    print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR

@@ -15,6 +15,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Becomes part of a folder name, and must not lead out of the folder it is meant for.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_length=100)]
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
@@ -23,7 +25,7 @@ COMPRESSION = 8
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values keep their YAML type, nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Trajectories(Section):
@@ -92,7 +94,7 @@ class Domains(Section):
 class DataConfig(Section):
     """Which flow fields to learn from: generated ones, or an existing dataset folder at ``path``."""
 
-    name: str = "quickstart"
+    name: Name = "quickstart"
     path: str | None = Field(None, description="an existing dataset folder; null: generate one under `root`")
     root: str = "data"
     seed: NonNegative = 0
@@ -116,7 +118,7 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
     root: str = "tokenizers"
     operator: Literal["spectral"] = "spectral"
-    latent_channels: Positive = 128
+    latent_channels: Annotated[int, Field(gt=0, le=4 * COMPRESSION**3)] = 128
     widths: list[Positive] = Field([32, 64, 128], description="channels after each of the three stride-2 stages")
     blocks: Positive = Field(1, description="residual blocks per stage")
     steps: Positive = 400
@@ -194,6 +196,12 @@ class TrainingConfig(Section):
     log_every: Positive = 10
     validate_every: Positive = 100
 
+    @model_validator(mode="after")
+    def _betas(self) -> TrainingConfig:
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(f"betas needs two numbers from 0 to below 1, not {self.betas}")
+        return self
+
 
 class ParallelConfig(Section):
     """World = EP x EDP (DESIGN 7)."""
@@ -212,7 +220,7 @@ class EvaluationConfig(Section):
 class Config(Section):
     """Everything a run depends on."""
 
-    name: str = "quickstart"
+    name: Name = "quickstart"
     seed: NonNegative = Field(0, description="initial weights and data order of tokenizer and pretraining")
     runs: str = Field("runs", description="folder that holds the run folders")
     data: DataConfig = DataConfig()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -36,9 +36,11 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read config {path}: {error.strerror or error}; check --config") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
@@ -58,6 +60,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
         written_in[key] = f"override {override!r}"
     if name is not None:
         _set(tree, "name", name)
+        written_in["name"] = f"--name {name!r}"
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -75,17 +78,49 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _explain(error: ValidationError, path: Path, written_in: dict[str, str]) -> str:
     """The first mistake as one line: key, place, remedy."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    source = next((text for written, text in written_in.items() if (key + ".").startswith(written + ".")), str(path))
+    mistakes = error.errors()
+    first, valid = mistakes[0], _keys(Config)
+    key = _written_key(first["loc"], valid)
+    source = _source(key, str(path), written_in)
     if first["type"] == "extra_forbidden":
-        valid = _keys(Config)
         near = _nearest(key, valid)
         return f"{source}: unknown key {key!r}" + (f"; the nearest valid key is {near!r}" if near else "")
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {key or 'config'}: {message}" + (
-        "" if first["type"] == "value_error" else f", not {first['input']!r}"
-    )
+    if first["type"] == "value_error":
+        return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"
+    # A key that takes either of several types has a mistake for each of them.
+    wanted = [_wanted(one) for one in mistakes if _written_key(one["loc"], valid) == key]
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{source}: {key or 'config'} should be {' or '.join(dict.fromkeys(wanted))}, not {shown}"
+
+
+def _wanted(mistake: Any) -> str:
+    if mistake["type"] == "string_pattern_mismatch":
+        return "a name of letters, digits and _ . + = - that does not start with a sign"
+    if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a section of `key: value` lines"
+    return str(mistake["msg"]).removeprefix("Input should be ").removeprefix("String should have ")
+
+
+def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
+    """The key as the user wrote it: pydantic appends which type of a union it tried."""
+    parts: list[str] = []
+    for part in location:
+        prefix = ".".join(parts)
+        leaf = prefix in valid and not any(key.startswith(f"{prefix}.") for key in valid)
+        # Below a leaf only positions in a list are the user's.
+        if leaf and not isinstance(part, int):
+            break
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _source(key: str, file: str, written_in: dict[str, str]) -> str:
+    """The override that sets ``key``, or a part of it, or a section around it; otherwise the file."""
+    for written, text in reversed(written_in.items()):
+        if f"{key}.".startswith(f"{written}.") or f"{written}.".startswith(f"{key}."):
+            return text
+    return file
 
 
 def _nearest(key: str, valid: list[str]) -> str | None:
@@ -103,9 +138,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        types = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in types:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for kind in (field.annotation, *get_args(field.annotation)):
+            # Python 3.10 takes list[int] for a class, which issubclass then refuses.
+            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys.extend(_keys(kind, f"{prefix}{name}."))
     return keys
 

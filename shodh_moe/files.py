@@ -1,12 +1,14 @@
-"""Files that are either whole or absent, and hashes that tell whether they still are."""
+"""Files and folders that are either whole or absent, and hashes that tell whether they still are."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shodh_moe.errors import UserError
@@ -30,12 +32,44 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` to write to; when the block ends well it is synced and renamed.
+
+    On any failure the temporary file is removed and ``path`` stays as it was.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be made or written to.
+    """
+    # The leading dot and the ending keep a leftover of a killed run from being taken for data.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except Exception as error:
+        if reason := disk_trouble(error):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path, older_than_seconds: float = 3600.0) -> None:
+    """Remove temporary files that killed runs left in ``folder``; a fresh one may belong to a run beside this one."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
+    """Replace a small text file in one step. Raises `UserError` as `atomic_file` does."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -45,29 +79,61 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or writing is not permitted.
     """
-    temporary = target.with_name(f".writing-{target.name}")
+    temporary, old = (target.with_name(f".{word}-{target.name}") for word in ("writing", "old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        shutil.rmtree(target, ignore_errors=True)
+        # Two renames rather than a slow removal first: hardly a moment without the one or the other.
+        shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.replace(target, old)
         os.replace(temporary, target)
         sync(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if reason := disk_trouble(error):
-            raise UserError(f"cannot write {target}: {reason}") from None
+            raise UserError(f"cannot write {target}: {reason}") from error
         raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done for it.
+
+    Raises:
+        UserError: a file stands in the way, or the permission is missing.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {disk_trouble(error) or error.strerror}") from error
+
+
+# HDF5 and safetensors report these as exceptions of their own that only the text tells apart.
+_TROUBLES = (
+    ((errno.ENOSPC, errno.EDQUOT), "no space left on the disk; free some and run the same command again"),
+    ((errno.EFBIG,), "the file is too large for this disk or for your limit (ulimit -f); raise it or use another disk"),
+    ((errno.EACCES, errno.EPERM), "permission denied; choose another folder or fix its permissions"),
+    ((errno.EROFS,), "the disk is read-only; choose another folder"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed; remove it or choose another folder"),
+    ((errno.ENAMETOOLONG,), "the name is too long; choose a shorter one"),
+)
 
 
 def disk_trouble(error: BaseException) -> str | None:
     """What the user can do about an error of writing, or None if it is no such error."""
-    text = str(error)
-    # HDF5 and safetensors report a full disk as exceptions of their own that only the text tells apart.
-    if getattr(error, "errno", None) in (28, 122) or "No space left" in text or "quota exceeded" in text:
-        return "no space left on the disk; free some and run the same command again"
-    if isinstance(error, PermissionError) or "Permission denied" in text or "Read-only file system" in text:
-        return "no permission to write there; choose another folder or fix its permissions"
+    if isinstance(error, UserError):
+        return None
+    number, text = getattr(error, "errno", None), str(error)
+    for numbers, reason in _TROUBLES:
+        if number in numbers or (number is None and any(os.strerror(one) in text for one in numbers)):
+            return reason
     return None

@@ -2,7 +2,8 @@
 
     <data.root>/<data.name>-<hash>/            generated dataset, in the_well's schema
     <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json
-    <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset
+    <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset; also of a tokenizer at tokenizer.path,
+                                               which may be shared and read-only
     <runs>/<name>/                             run folder (DESIGN 5)
 
 A changed data or tokenizer setting therefore makes new artefacts beside the old ones, and an unchanged one
@@ -43,26 +44,32 @@ def paths_of(config: Config) -> Paths:
     data = config.data
     if data.path:
         dataset = _existing(data.path, "data.path")
-        files = sorted(path for path in dataset.glob("data/*/*") if path.is_file())
+        files = sorted(
+            p for p in [*dataset.glob("data/*/*"), dataset / "stats.yaml"] if p.is_file() and p.name[0] != "."
+        )
         data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
     else:
         data_id = fingerprint(DATA_VERSION, data.model_dump(exclude={"name", "path", "root"}))
         dataset = Path(data.root) / f"{data.name}-{data_id}"
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
+        meta = tokenizer / "tokenizer.json"
+        # By its content: a tokenizer trained anew in the same place has other latents.
+        tokenizer_id = fingerprint(meta.read_text(encoding="utf-8", errors="replace") if meta.is_file() else "")
+        cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     else:
         settings = config.tokenizer.model_dump(
             exclude={"path", "root", "log_every", "checkpoint_every", "latent_copies"}
         )
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
-        tokenizer = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
+        tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     copies = config.tokenizer.latent_copies
-    latents = tokenizer / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, config.seed)}"
+    latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, config.seed)}"
     return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
 
 
 def _existing(text: str, key: str) -> Path:
     path = Path(text)
     if not path.is_dir():
-        raise UserError(f"{key}: there is no folder {path}")
+        raise UserError(f"{key}: there is no folder {path}; give an existing one, or null to make one")
     return path

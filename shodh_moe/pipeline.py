@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from shodh_moe.checks import check, claim_run_folder, processes, require_fit
 from shodh_moe.config import Config
-from shodh_moe.config_io import differing_keys, fingerprint
+from shodh_moe.config_io import fingerprint
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
+from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.training.checkpoint import find_checkpoint
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
-
-# Settings that do not change the weights: a run folder accepts others, and measures or reports again.
-FREE_SECTIONS = ("evaluation.", "runs", "name")
+from shodh_moe.training.sampler import DomainSampler
 
 
 class PretrainFailed(Exception):
@@ -51,68 +49,22 @@ def run_all(config: Config) -> dict[str, Any]:
     return metrics
 
 
-def check(config: Config) -> None:
-    """Everything that can be known to be wrong before any work begins.
-
-    Raises:
-        UserError: parallel layout, DeepSpeed section, patch size or run folder do not fit.
-    """
-    world = processes(config)
-    expert_parallel_size(config, world)
-    deepspeed_config(config, world)
-    domains = len(config.data.domains.items())
-    if not config.data.path and config.training.batch_size % domains:
-        raise UserError(f"training.batch_size {config.training.batch_size} is not divisible by the {domains} domains")
-    for size in config.data.grid:
-        if (size // 8) % config.model.patch:
-            raise UserError(f"data.grid {config.data.grid}: latents of {size // 8} are not divisible by model.patch")
-    claim_run_folder(config, write=False)
-
-
-def processes(config: Config) -> int:
-    """Ranks on this host: as configured, or one per GPU, or 2 on a machine without."""
-    if config.parallel.processes != "auto":
-        return config.parallel.processes
-    return torch.cuda.device_count() if torch.cuda.is_available() else 2
-
-
-def claim_run_folder(config: Config, write: bool = True) -> None:
-    """Make the run folder, or make sure that an existing one belongs to this config.
-
-    Raises:
-        UserError: it belongs to another config (the differing keys are named), or cannot be written.
-    """
-    run = paths_of(config).run
-    stored_path = run / "config.yaml"
-    mine = config.model_dump()
-    if stored_path.exists():
-        stored = yaml.safe_load(stored_path.read_text())
-        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE_SECTIONS)]
-        if differing:
-            raise UserError(
-                f"run folder {run} belongs to another config; it differs in {', '.join(differing)}: "
-                f"choose another name (NAME=... or --name) or remove {run}"
-            )
-    if write:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(stored_path, yaml.safe_dump(mine, sort_keys=False))
-        except OSError as error:
-            raise UserError(f"cannot write run folder {run}: {error.strerror}") from None
-
-
 def make_data(config: Config) -> Path:
-    """Generate the dataset unless it is there or the config names one."""
-    from shodh_moe.data import SPLITS, FieldStats, generate, list_trajectories
+    """Generate the dataset unless it is there; one that the config names is checked instead.
 
-    dataset = paths_of(config).dataset
+    A generated file that is missing or damaged is made again.
+    """
+    from shodh_moe.data import check_dataset, generate, is_complete
+
+    paths = paths_of(config)
+    dataset = paths.dataset
     manifest = dataset / "manifest.json"
     if config.data.path:
-        FieldStats.load(dataset)
-        for split in SPLITS:
-            list_trajectories(dataset, split, config.data.grid)
-        return _say("data", f"uses {dataset}", dataset)
-    if manifest.exists():
+        # Latents are named after the dataset's files: once they are there, every value has been read.
+        budget = {"budget_bytes": 0} if paths.latents.exists() else {}
+        check_dataset(dataset, config.data.grid, config.model.history, config.training.batch_size, **budget)
+        return _say("data", f"unchanged, {dataset}", dataset)
+    if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
     began = time.perf_counter()
     generate(config.data, dataset)
@@ -127,10 +79,7 @@ def make_tokenizer(config: Config) -> Path:
     paths = paths_of(config)
     if (paths.tokenizer / "tokenizer.json").exists() or config.tokenizer.path:
         tokenizer = load_tokenizer(paths.tokenizer)
-        if tokenizer.grid != config.data.grid:
-            raise UserError(
-                f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, the data have {config.data.grid}"
-            )
+        require_fit(tokenizer, config)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
     _require(paths.dataset / "stats.yaml", "shodh data")
     began = time.perf_counter()
@@ -140,10 +89,9 @@ def make_tokenizer(config: Config) -> Path:
 
 def make_latents(config: Config) -> Path:
     """Encode the dataset unless its latents are cached."""
-    from shodh_moe.tokenizer.latents import encode_dataset
-
     paths = paths_of(config)
     if paths.latents.exists():
+        _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
     _require(paths.dataset / "stats.yaml", "shodh data")
     began = time.perf_counter()
@@ -154,18 +102,26 @@ def make_latents(config: Config) -> Path:
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 
+def _check_latents(config: Config, paths: Paths) -> None:
+    """What every rank would find out for itself, told once and before the ranks start."""
+    for split in ("train", "valid", "test"):
+        sizes = LatentSamples(load_latents(paths.latents, split), config.model.history).sizes
+        DomainSampler(sizes, config.training.batch_size, config.seed, processes(config))
+
+
 def pretrain(config: Config) -> Path:
     """Train under the DeepSpeed launcher unless the run has its last checkpoint already."""
     paths = paths_of(config)
     claim_run_folder(config)
     _require(paths.latents, "shodh tokenizer encode")
+    _check_latents(config, paths)
     found = find_checkpoint(paths.run / "checkpoints")
     if found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
     write_text(paths.run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
     tokenizer_log = paths.tokenizer / "metrics.jsonl"
     if tokenizer_log.exists():
-        (paths.run / "tokenizer_metrics.jsonl").write_text(tokenizer_log.read_text())
+        write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
     began = time.perf_counter()
     _launch(config, paths)
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
@@ -180,7 +136,8 @@ def _launch(config: Config, paths: Paths) -> None:
     environment = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
-        "DEEPSPEED_LOG_LEVEL": "warning",
+        # Its errors only repeat the exit code of a rank that has said what is wrong.
+        "DEEPSPEED_LOG_LEVEL": "critical",
         **os.environ,
     }
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -216,6 +173,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         _say("evaluate", f"unchanged, {metrics_path}", None)
         return json.loads(metrics_path.read_text())
     claim_run_folder(config)
+    _stamp(paths.run, "evaluate", "")  # until the new measurement is whole
     began = time.perf_counter()
     metrics = measure(config, paths.run, paths.dataset, paths.tokenizer, paths.latents)
     _stamp(paths.run, "evaluate", key)
@@ -244,13 +202,13 @@ def device() -> str:
 
 
 def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
-    """Read, or with ``key`` write, what a stage of a run was last made from."""
+    """Read, or with ``key`` write, what a stage of a run was last made from; "" if that is not known."""
     path = run / "stages.json"
     try:
         stamps = json.loads(path.read_text())
     except (OSError, ValueError):
         stamps = {}
-    if key:
+    if key is not None:
         write_text(path, json.dumps({**stamps, stage: key}) + "\n")
         return key
     return stamps.get(stage)

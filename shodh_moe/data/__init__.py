@@ -1,7 +1,8 @@
 """Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
 
+from shodh_moe.data.check import check_dataset
 from shodh_moe.data.dataset import SPLITS, SnapshotDataset, domain_names, list_trajectories
-from shodh_moe.data.generate import generate
+from shodh_moe.data.generate import generate, is_complete
 from shodh_moe.data.reading import (
     Trajectory,
     TrajectoryRecord,
@@ -19,9 +20,11 @@ __all__ = [
     "SnapshotDataset",
     "Trajectory",
     "TrajectoryRecord",
+    "check_dataset",
     "compute_stats",
     "domain_names",
     "generate",
+    "is_complete",
     "list_trajectories",
     "open_trajectories",
     "read_provenance",

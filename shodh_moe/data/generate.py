@@ -15,11 +15,11 @@ import numpy as np
 
 from shodh_moe.config import DataConfig, DomainConfig
 from shodh_moe.data.dataset import SPLITS, list_trajectories
-from shodh_moe.data.files import remove_leftovers
 from shodh_moe.data.reading import read_provenance, read_trajectory
-from shodh_moe.data.stats import compute_stats, write_stats
+from shodh_moe.data.stats import STATS_FILE, compute_stats, write_stats
 from shodh_moe.data.well import write_trajectory
 from shodh_moe.errors import UserError
+from shodh_moe.files import remove_leftovers
 from shodh_moe.progress import progress as default_progress
 from shodh_moe.solvers import SOLVER_VERSION, SPLIT_BASE, simulate
 
@@ -135,6 +135,11 @@ def _request(config: DataConfig, domain: DomainConfig, trajectory: int) -> dict[
         "trajectory": trajectory,
         "domain": domain.model_dump(mode="json", exclude={"trajectories"}),
     }
+
+
+def is_complete(config: DataConfig, folder: Path) -> bool:
+    """Whether every file of this config is there and whole, by its header, and so are the statistics."""
+    return (folder / STATS_FILE).exists() and all(_is_done(job) for job in plan(config, folder))
 
 
 def _is_done(job: Job) -> bool:

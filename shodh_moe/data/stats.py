@@ -11,9 +11,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from shodh_moe.data.files import atomic_file
 from shodh_moe.data.reading import Trajectory
 from shodh_moe.errors import UserError
+from shodh_moe.files import atomic_file
 
 STATS_FILE = "stats.yaml"
 

@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from shodh_moe.data.files import atomic_file
+from shodh_moe.files import atomic_file
 from shodh_moe.solvers import Simulation
 
 # Every file of a folder needs the same scalars: the loader of the_well stacks them.

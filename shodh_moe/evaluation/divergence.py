@@ -13,19 +13,18 @@ from shodh_moe.kernels import divergence
 NORM = "h * rms(div u) / rms(u); rms over all voxels and samples, h = 1 cell"
 
 
-def divergence_table(velocities: dict[str, tuple[Tensor, Tensor]], operator: str) -> list[dict[str, Any]]:
-    """Rows for decoded predictions in float64 and float32, and for the data itself.
+def divergence_table(
+    decoded: dict[torch.dtype, Tensor], data: dict[str, Tensor], operator: str
+) -> list[dict[str, Any]]:
+    """One row for each precision of the decoder's curl, then one for the data of each domain.
 
     Args:
-        velocities: per domain the decoded prediction and the truth, [T, 3, X, Y, Z] in float64, cells per step.
+        decoded: velocities of the predictions, [B, 3, X, Y, Z], cells per step, by the dtype of the curl.
+        data: true velocities by domain, float64.
         operator: the derivative operator of the decoder.
     """
-    predicted = torch.cat([pair[0] for pair in velocities.values()])
-    rows = [
-        ("decoded prediction, curl in float64", predicted),
-        ("the same velocity rounded to float32", predicted.float()),
-    ]
-    rows += [(f"the simulated data, {domain}", pair[1]) for domain, pair in velocities.items()]
+    rows = [(f"decoded prediction, curl in {str(dtype).removeprefix('torch.')}", u) for dtype, u in decoded.items()]
+    rows += [(f"the simulated data, {domain}", u) for domain, u in data.items()]
     return [
         {
             "what": what,

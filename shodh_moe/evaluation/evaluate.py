@@ -65,7 +65,8 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}
-    decoded = {}
+    decoded: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.float32: []}
+    simulated = {}
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
         mean_fields = _mean_fields(dataset, domain, config.data.grid)
@@ -76,13 +77,16 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
             errors.append(one_step.errors(mean_latent, mean_fields))
             if number == 0:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
-                decoded[domain] = one_step.predicted[:, :3], one_step.true[:, :3]
+                simulated[domain] = one_step.true[:, :3]
+                for dtype, parts in decoded.items():
+                    parts.append(decode(models.tokenizer, one_step.z, one_step.solid, dtype)[:, :3])
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
         arrays.update({f"{domain}/{key}": value for key, value in _rollouts(models, config, pairs).items()})
 
-    table = divergence_table(decoded, models.tokenizer.config.operator)
+    velocities = {dtype: torch.cat(parts) for dtype, parts in decoded.items()}
+    table = divergence_table(velocities, simulated, models.tokenizer.config.operator)
     exact = table[0]
     history = _training_records(run)
     metrics = {
@@ -202,10 +206,10 @@ class _OneStep:
         }
 
 
-def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor) -> Tensor:
-    """Normalised latents of one geometry -> velocity and pressure [B, 4, X, Y, Z], curl in float64."""
-    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), torch.float64)
-    return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.double()], dim=1)
+def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normalised latents of one geometry -> velocity and pressure [B, 4, X, Y, Z], curl and result in ``dtype``."""
+    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
+    return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1)
 
 
 def _rollouts(

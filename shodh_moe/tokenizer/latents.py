@@ -8,6 +8,7 @@ A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``; each has 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def encode_dataset(
         for number, record in enumerate(list_trajectories(dataset, split, tokenizer.grid))
         for copy in range(copies if split == "train" else 1)
     ]
-    files = {split: h5py.File(folder / f"{split}.hdf5", "w") for split in SPLITS}
-    try:
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(h5py.File(folder / f"{split}.hdf5", "w")) for split in SPLITS}
         for split, number, record, copy in progress(work, "encode latents", len(work)):
             fields = trajectory_fields(read_trajectory(record))
             if copy:
@@ -70,14 +71,11 @@ def encode_dataset(
                 fields = Symmetry.draw(rng, record.grid, record.periodic).apply(fields)
             z = torch.cat([tokenizer.encode(part.to(device)) for part in fields.split(8)])
             solid_11XYZ = fields[:1, 4:].to(device)
-            group = files[split].create_group(f"{record.path.stem}.{record.sample:04d}.{copy:04d}")
+            group = files[split].create_group(f"{record.path.name}.{record.sample:04d}.{copy:04d}")
             group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
             group["z"] = z.cpu().numpy()
             group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
             group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
-    finally:
-        for file in files.values():
-            file.close()
 
 
 def trajectory_fields(trajectory: Trajectory) -> Tensor:
@@ -110,7 +108,8 @@ def load_latents(folder: Path, split: str) -> list[LatentTrajectory]:
             for group in (file[name] for name in sorted(file))
         ]
     except (OSError, KeyError) as error:
-        raise UserError(f"cannot read latents {path} ({error}): delete {folder} and encode again") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read latents {path} ({reason}): delete {folder} and run again") from error
 
 
 class LatentSamples:

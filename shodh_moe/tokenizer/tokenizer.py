@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from shodh_moe.config import COMPRESSION, TokenizerConfig
 from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
+from shodh_moe.files import atomic_file, sha256, write_text
 from shodh_moe.kernels import curl
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import vector_potential
+
+FIELDS = ("velocity", "pressure", "solid")  # what a tokenizer reads
 
 
 class Flow(NamedTuple):
@@ -31,9 +33,10 @@ class Flow(NamedTuple):
 class Tokenizer(nn.Module):
     """Autoencoder with a Helmholtz decoder, u = curl_D(A) + Ubar (DESIGN 3.1), and all its statistics.
 
-    The decoder's convolutions give a raw velocity w; its mean is Ubar and A is the vector potential of its
-    rotation in the Coulomb gauge (`vector_potential`). Left to itself a network that emits A must learn to
-    invert a curl, whose gain grows with the wave number (ours; measured in docs/tokenizer.md).
+    The decoder's layers give a raw velocity w; its mean is Ubar, and A is the vector potential of its rotation
+    in the Coulomb gauge (`vector_potential`). So the linear patches can start from what the data say about
+    velocities, and no layer has to learn to undo a curl, whose gain grows with the wave number (ours; see
+    docs/tokenizer.md).
 
     One velocity scale and one pressure scale (rms over every domain of the training split) normalise the
     fields; latents are normalised per channel. All statistics are buffers and travel with the weights.
@@ -96,26 +99,47 @@ class Tokenizer(nn.Module):
         return Flow(flow.velocity_B3XYZ * self.velocity_rms, flow.pressure_B1XYZ * self.pressure_rms)
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.safetensors`` and ``tokenizer.json`` (config, grid, hash of the weights)."""
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "tokenizer.safetensors")
+        """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights).
+
+        Raises:
+            UserError: no space or no permission; then neither file is new.
+        """
+        with atomic_file(folder / "tokenizer.safetensors") as temporary:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
         meta = {
             "config": self.config.model_dump(),
             "grid": self.grid,
-            "fields": ["velocity", "pressure", "solid"],
+            "fields": list(FIELDS),
             "sha256": sha256(folder / "tokenizer.safetensors"),
         }
-        (folder / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n")
+        write_text(folder / "tokenizer.json", json.dumps(meta, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read a tokenizer that `Tokenizer.save` wrote. Raises `UserError` if it is missing or damaged."""
+    """Read a tokenizer that `Tokenizer.save` wrote.
+
+    Raises:
+        UserError: it is missing or damaged, or was trained on other fields.
+    """
     weights, meta_path = folder / "tokenizer.safetensors", folder / "tokenizer.json"
     if not weights.exists() or not meta_path.exists():
         raise UserError(f"{folder} holds no finished tokenizer: run `shodh tokenizer train` with this config first")
-    meta = json.loads(meta_path.read_text())
-    if sha256(weights) != meta["sha256"]:
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        grid, fields, digest = list(meta["grid"]), list(meta["fields"]), str(meta["sha256"])
+        config = TokenizerConfig.model_validate(meta["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{meta_path} is damaged or of another version ({type(error).__name__}): delete {folder} and train again"
+        ) from error
+    if fields != list(FIELDS):
+        raise UserError(
+            f"tokenizer {folder} was trained on the fields {', '.join(map(str, fields))}, the data have "
+            f"{', '.join(FIELDS)}: set tokenizer.path to one trained on these"
+        )
+    if sha256(weights) != digest:
         raise UserError(f"{weights} is damaged (its hash differs from tokenizer.json): delete {folder} and train again")
-    tokenizer = Tokenizer(TokenizerConfig.model_validate(meta["config"]), meta["grid"])
+    tokenizer = Tokenizer(config, grid)
     tokenizer.load_state_dict(load_file(weights))
     return tokenizer.eval()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.data import FieldStats, SnapshotDataset, list_trajectories
 from shodh_moe.errors import UserError
-from shodh_moe.files import sha256, whole_folder
+from shodh_moe.files import sha256, whole_folder, write_text
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.autoencoder import space_to_depth
 from shodh_moe.tokenizer.symmetry import Symmetry
@@ -56,10 +56,10 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     optimizer = torch.optim.AdamW(_learning_rate_groups(tokenizer, c.learning_rate), weight_decay=0.01)
 
     progress_folder = folder / "checkpoint"
-    start, log = _resume(progress_folder, tokenizer, optimizer)
+    start, log, sums = _resume(progress_folder, tokenizer, optimizer)
     if not start:
         start_from_principal_components(tokenizer, train, config.seed)
-    sums, steps = torch.zeros(2, dtype=torch.float64), range(start, c.steps)
+    steps = range(start, c.steps)
     for step in progress(steps, "train tokenizer", len(steps)):
         rng = np.random.default_rng([config.seed, step])  # by step, so that resuming continues the same order
         picks = rng.choice(len(train), size=min(c.batch_size, len(train)), replace=False)
@@ -78,16 +78,16 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
         if done % c.log_every == 0 or done == c.steps:
             v, p = (sums / ((done - 1) % c.log_every + 1)).tolist()
             if not math.isfinite(v + p):
-                raise RuntimeError(f"the tokenizer's loss is not finite at step {done}: lower tokenizer.learning_rate")
+                raise UserError(f"the tokenizer's loss is not finite at step {done}: lower tokenizer.learning_rate")
             log.append({"kind": "train", "step": done, "loss": (3 * v + p) / 4, "velocity_mse": v, "pressure_mse": p})
             sums.zero_()
         if done % c.checkpoint_every == 0 or done == c.steps:
             log.append({"kind": "valid", "step": done, **_validate(tokenizer, valid, c.batch_size, device)})
-            _save_progress(progress_folder, done, tokenizer, optimizer, log)
+            _save_progress(progress_folder, tokenizer, optimizer, {"step": done, "log": log, "sums": sums.tolist()})
 
     _set_latent_statistics(tokenizer, train, c.batch_size, device)
-    tokenizer.cpu().save(folder)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+    tokenizer.cpu().save(folder)  # last: its tokenizer.json tells that training is complete
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def start_from_principal_components(
     tokenizer.decoder.patches.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     mean /= count
     vectors, values = _leading(solid / count - torch.outer(mean, mean), channels)
-    present = values > 1e-6 * values[0].clamp(min=1e-12)
+    present = values > 1e-6 * values[0].clamp(min=1.0)  # rounding is no component: the mask is 0 or 1
     scaled = torch.where(present[:, None], vectors / values.clamp(min=1e-12).sqrt()[:, None], 0.0)
     tokenizer.geometry_mean_P.copy_(mean)
     tokenizer.geometry_basis_CP[: len(scaled)].copy_(scaled)
@@ -179,29 +179,39 @@ def _set_latent_statistics(tokenizer: Tokenizer, train: SnapshotDataset, batch: 
     tokenizer.latent_std_C.copy_((square / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6))
 
 
-def _save_progress(folder: Path, step: int, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, log: list) -> None:
-    """Replace the training checkpoint as a whole."""
+def _save_progress(folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Replace the training checkpoint as a whole; ``state`` is what `_resume` returns."""
     names = [name for name, _ in tokenizer.named_parameters()]
     moments = {
         f"{name}/{key}": value
-        for name, state in zip(names, optimizer.state_dict()["state"].values(), strict=True)
-        for key, value in state.items()
+        for name, of_one in zip(names, optimizer.state_dict()["state"].values(), strict=True)
+        for key, value in of_one.items()
     }
     with whole_folder(folder) as temporary:
         save_file({k: v.contiguous() for k, v in tokenizer.state_dict().items()}, temporary / "model.safetensors")
         save_file({k: v.contiguous() for k, v in moments.items()}, temporary / "optimizer.safetensors")
         hashes = {path.name: sha256(path) for path in temporary.iterdir()}
-        (temporary / "state.json").write_text(json.dumps({"step": step, "log": log, "sha256": hashes}))
+        (temporary / "state.json").write_text(json.dumps({**state, "sha256": hashes}))
 
 
-def _resume(folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
-    """Step and log of the training checkpoint, loaded into model and optimizer; (0, []) without one."""
-    if not (folder / "state.json").exists():
-        return 0, []
-    state = json.loads((folder / "state.json").read_text())
-    for name, expected in state["sha256"].items():
-        if sha256(folder / name) != expected:
-            raise UserError(f"tokenizer checkpoint {folder / name} is damaged: delete {folder} to start again")
+def _resume(
+    folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, Any]], Tensor]:
+    """Step, log and sums since its last line of the training checkpoint, which is loaded into model and optimizer.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not folder.exists():
+        return 0, [], torch.zeros(2, dtype=torch.float64)
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        step, log, sums = int(state["step"]), state["log"], torch.tensor(state["sums"], dtype=torch.float64)
+        damaged = [name for name, expected in state["sha256"].items() if sha256(folder / name) != expected]
+    except (OSError, ValueError, KeyError, TypeError):
+        damaged = ["state.json"]
+    if damaged:
+        raise UserError(f"tokenizer checkpoint {folder / damaged[0]} is damaged: delete {folder} to start again")
     tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
     stored = load_file(folder / "optimizer.safetensors")
     names = [name for name, _ in tokenizer.named_parameters()]
@@ -210,4 +220,4 @@ def _resume(folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
         name, _, moment = key.rpartition("/")
         moments[names.index(name)][moment] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return state["step"], state["log"]
+    return step, log, sums

@@ -21,7 +21,7 @@ def loss_curves(run: RunData) -> Figure | None:
     count = bool(train) + bool(valid) + bool(fits) + bool(held_out)
     if not count:
         return None
-    figure, grid = style.panels(count, 2, 3.7, title="Losses")
+    figure, grid = style.panels(count, 2, 4.2, title="Losses")
     left = iter(grid)
     if train:
         axes = next(left)
@@ -69,4 +69,4 @@ def _domain_line(axes: Axes, history: list[Record], key: str, domain: str, name:
 def _finish(axes: Axes, title: str, y: str) -> None:
     style.log_y(axes)
     style.label(axes, title, "step", y)
-    style.legend(axes, loc="best")
+    style.legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)

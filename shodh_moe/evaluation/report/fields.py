@@ -105,6 +105,8 @@ def energy_spectra(run: RunData) -> Figure | None:
         axes.set_xscale("log")
         style.plain_ticks(axes.xaxis)
         style.log_y(axes)
+        # The decoder cannot make the corner modes at all: their rounding would take up the whole axis.
+        axes.set_ylim(bottom=true[k > 0].max() * 1e-8)
         axes.axvline(np.pi, color="0.6", linewidth=1.0)
         axes.annotate(
             "Nyquist",

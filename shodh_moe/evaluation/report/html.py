@@ -7,6 +7,7 @@ import html
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -80,12 +81,9 @@ class _Page:
 
     def verdict(self) -> str:
         """The two questions a reader has first, answered in a box."""
-        answers = {
-            domain: tables.beats_baselines(scores, "latent_mse")
-            for domain, scores in self.run.metrics.get("domains", {}).items()
-        }
+        answers = {domain: _both(scores) for domain, scores in self.run.metrics.get("domains", {}).items()}
         lines = [
-            f"<b>{html.escape(style.words(d))}</b>: beats both baselines in the latent space: <b>{_plain(a)}</b>"
+            f"<b>{html.escape(style.words(d))}</b>: beats both baselines, latent and physical MSE: <b>{_plain(a)}</b>"
             for d, a in answers.items()
         ]
         bifurcated = self.run.metrics.get("routing", {}).get("bifurcated")
@@ -182,6 +180,11 @@ class _Page:
         if not table.rows:
             return f'<p class="none">{html.escape(absent)}</p>' if absent else ""
         return tables.to_html(table) + (f"<p>{caption}</p>" if caption else "")
+
+
+def _both(scores: dict[str, Any]) -> str:
+    answers = {tables.beats_baselines(scores, quantity) for quantity in ("latent_mse", "physical_mse")}
+    return next(answer for answer in ("no", "-", "yes") if answer in answers)
 
 
 def _plain(answer: str) -> str:

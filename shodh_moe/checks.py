@@ -1,0 +1,107 @@
+"""What can be known to be wrong before any work begins, and whose a run folder is."""
+
+from __future__ import annotations
+
+import torch
+import yaml
+
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config_io import differing_keys, flatten
+from shodh_moe.errors import UserError
+from shodh_moe.files import require_writable, write_text
+from shodh_moe.paths import paths_of
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+
+# Settings that do not change the weights: a run folder accepts others, and measures or reports again.
+FREE_SECTIONS = ("evaluation.", "runs", "name")
+
+
+def check(config: Config) -> None:
+    """Everything that can be known to be wrong before any work begins.
+
+    Raises:
+        UserError: parallel layout, DeepSpeed section, sizes, tokenizer or run folder do not fit, or a folder
+            cannot be written.
+    """
+    world = processes(config)
+    expert_parallel_size(config, world)
+    deepspeed_config(config, world)
+    for size in config.data.grid:
+        if (size // COMPRESSION) % config.model.patch:
+            raise UserError(
+                f"data.grid {config.data.grid}: latents of {size // COMPRESSION} are not divisible by "
+                f"model.patch {config.model.patch}: change one of them"
+            )
+    if not config.data.path:
+        _check_generated(config)
+    if config.tokenizer.path:
+        require_fit(load_tokenizer(paths_of(config).tokenizer), config)
+    claim_run_folder(config, write=False)
+    paths = paths_of(config)
+    require_writable(paths.run)
+    for made in (paths.dataset, paths.tokenizer, paths.latents):
+        if not made.exists():
+            require_writable(made)
+
+
+def _check_generated(config: Config) -> None:
+    """Sizes that a dataset has only once it is there, but that the config of a generated one tells."""
+    domains = len(config.data.domains.items())
+    if not domains:
+        raise UserError("data.domains names no domain: keep at least one")
+    if config.training.batch_size % domains:
+        raise UserError(
+            f"training.batch_size {config.training.batch_size} is not divisible by the {domains} domains of "
+            "data.domains: every micro-batch mixes them equally"
+        )
+    if config.model.history >= config.data.snapshots:
+        raise UserError(
+            f"model.history {config.model.history} needs more than the {config.data.snapshots} snapshots of a "
+            "trajectory: lower it or raise data.snapshots"
+        )
+
+
+def require_fit(tokenizer: Tokenizer, config: Config) -> None:
+    """Refuse a tokenizer of another grid than the data's (its fields are checked when it is loaded)."""
+    if tokenizer.grid != config.data.grid:
+        raise UserError(
+            f"tokenizer {paths_of(config).tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
+            f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
+        )
+
+
+def processes(config: Config) -> int:
+    """Ranks on this host: as configured, or one per GPU, or 2 on a machine without."""
+    if config.parallel.processes != "auto":
+        return config.parallel.processes
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
+
+
+def claim_run_folder(config: Config, write: bool = True) -> None:
+    """Make the run folder, or make sure that an existing one belongs to this config.
+
+    Raises:
+        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+    """
+    run = paths_of(config).run
+    stored_path = run / "config.yaml"
+    mine = config.model_dump()
+    stored = None
+    if stored_path.exists():
+        try:
+            stored = yaml.safe_load(stored_path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise UserError(f"{stored_path} is damaged: choose another name (NAME=... or --name) or remove {run}")
+        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE_SECTIONS)]
+        if differing:
+            theirs, ours = flatten(stored), flatten(mine)
+            named = [f"{key} ({theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here)" for key in differing]
+            raise UserError(
+                f"run folder {run} belongs to another config; it differs in {', '.join(named)}: "
+                f"choose another name (NAME=... or --name) or remove {run}"
+            )
+    if write and stored != mine:
+        write_text(stored_path, yaml.safe_dump(mine, sort_keys=False))

@@ -1,0 +1,49 @@
+"""Whether a dataset that someone else made can be trained on, found out before any training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shodh_moe.data.dataset import RAM_BUDGET_BYTES, SPLITS, domain_names, list_trajectories
+from shodh_moe.data.reading import read_snapshots
+from shodh_moe.data.stats import FieldStats
+from shodh_moe.errors import UserError
+
+
+def check_dataset(
+    folder: Path, grid: Sequence[int], history: int, batch_size: int, budget_bytes: int = RAM_BUDGET_BYTES
+) -> None:
+    """Check statistics and the header of every file of every split; and every value, up to ``budget_bytes``.
+
+    Values beyond that are checked when they are read: a large dataset should not be read twice.
+
+    Raises:
+        UserError: a file is missing, damaged or of another grid, a value is not finite, a trajectory is too short,
+            or splits and domains do not fit the training.
+    """
+    FieldStats.load(folder)
+    splits = {split: list_trajectories(folder, split, grid) for split in SPLITS}
+    domains = domain_names(splits["train"])
+    if batch_size % len(domains):
+        raise UserError(
+            f"training.batch_size {batch_size} is not divisible by the {len(domains)} domains of {folder}: "
+            "every micro-batch mixes them equally"
+        )
+    for split, records in splits.items():
+        if domain_names(records) != domains:
+            raise UserError(
+                f"{folder / 'data' / split} has the domains {', '.join(domain_names(records))}, the training split "
+                f"{', '.join(domains)}: give every split trajectories of every domain"
+            )
+        for record in records:
+            if record.n_snapshots <= history:
+                raise UserError(
+                    f"{record.path} has {record.n_snapshots} snapshots, too few for model.history {history}: "
+                    "lower model.history or remove the file"
+                )
+    for record in (record for records in splits.values() for record in records):
+        budget_bytes -= record.nbytes
+        if budget_bytes < 0:
+            break
+        read_snapshots(record)

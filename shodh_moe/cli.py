@@ -10,6 +10,7 @@ from typing import Any
 from shodh_moe.command import OneLineParser, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
+from shodh_moe.errors import EXIT_USER_ERROR
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.stage(load_config(options.config, options.overrides, options.name))
         except PretrainFailed as error:
             failed.append(error.exit_code)
+            if error.exit_code != EXIT_USER_ERROR:
+                print(f"error: {error}; the ranks' output above says why", file=sys.stderr, flush=True)
 
     code = exit_code(work, options.debug)
     return failed[0] if failed else code

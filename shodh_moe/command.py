@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -36,10 +37,21 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
             return _wrong_input(f"cannot use {error.filename or 'a file'}: {reason}", debug)
         traceback.print_exc()
         return EXIT_FAILED
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _lost_a_peer(error):
+            # The rank that ended first has said why and its exit code counts: let the launcher stop this one.
+            time.sleep(10)
+            print("a rank stopped because another ended first: see that one's message", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because the process at the other end is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(f"Connection {end} by peer" in text for end in ("closed", "reset"))
 
 
 def _wrong_input(message: str, debug: bool) -> int:

@@ -84,7 +84,8 @@ def _explain(error: ValidationError, path: Path, written_in: dict[str, str]) -> 
     source = _source(key, str(path), written_in)
     if first["type"] == "extra_forbidden":
         near = _nearest(key, valid)
-        return f"{source}: unknown key {key!r}" + (f"; the nearest valid key is {near!r}" if near else "")
+        remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(Config.model_fields)}"
+        return f"{source}: unknown key {key!r}; {remedy}"
     if first["type"] == "value_error":
         return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"
     # A key that takes either of several types has a mistake for each of them.

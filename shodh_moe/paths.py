@@ -44,9 +44,8 @@ def paths_of(config: Config) -> Paths:
     data = config.data
     if data.path:
         dataset = _existing(data.path, "data.path")
-        files = sorted(
-            p for p in [*dataset.glob("data/*/*"), dataset / "stats.yaml"] if p.is_file() and p.name[0] != "."
-        )
+        found = [*dataset.glob("data/*/*"), dataset / "stats.yaml"]
+        files = sorted(path for path in found if path.is_file() and path.name[0] != ".")
         data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
     else:
         data_id = fingerprint(DATA_VERSION, data.model_dump(exclude={"name", "path", "root"}))

@@ -112,9 +112,9 @@ def _check_latents(config: Config, paths: Paths) -> None:
 def pretrain(config: Config) -> Path:
     """Train under the DeepSpeed launcher unless the run has its last checkpoint already."""
     paths = paths_of(config)
-    claim_run_folder(config)
     _require(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
+    claim_run_folder(config)
     found = find_checkpoint(paths.run / "checkpoints")
     if found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
@@ -124,6 +124,9 @@ def pretrain(config: Config) -> Path:
         write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
     began = time.perf_counter()
     _launch(config, paths)
+    found = find_checkpoint(paths.run / "checkpoints")
+    if found is None or found[1]["step"] < config.training.steps:
+        raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 
@@ -131,27 +134,35 @@ def _launch(config: Config, paths: Paths) -> None:
     """Run the training script under ``deepspeed``; Ctrl-C reaches its ranks and leaves the last checkpoint."""
     world = processes(config)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
-    command += ["--master_port", str(_free_port()), "--module", "shodh_moe.training"]
-    command += ["--config", str(paths.run / "config.yaml")]
+    # Quiet: its own errors only repeat the exit code of a rank that has said what is wrong.
+    command += ["--log_level", "critical", "--master_port", str(_free_port())]
+    command += ["--module", "shodh_moe.training", "--config", str(paths.run / "config.yaml")]
     environment = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
-        # Its errors only repeat the exit code of a rank that has said what is wrong.
-        "DEEPSPEED_LOG_LEVEL": "critical",
+        "DEEPSPEED_LOG_LEVEL": "warning",
         **os.environ,
     }
+    # Ended by a scheduler or `kill`, this process must take its ranks along: they have a session of their own.
+    before = signal.signal(signal.SIGTERM, _interrupt)
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         code = launcher.wait()
     except BaseException:
-        # The launcher stops its ranks on SIGINT; whatever then still lives is killed with its session.
-        os.killpg(launcher.pid, signal.SIGINT)
+        # Checkpoints are whole at any moment, so the ranks need no farewell.
+        os.killpg(launcher.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout=20)
         _kill_session(launcher.pid)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise PretrainFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _kill_session(leader: int) -> None:

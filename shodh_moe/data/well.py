@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.files import atomic_file
 from shodh_moe.solvers import Simulation
 
@@ -28,7 +29,7 @@ def write_trajectory(
     Raises:
         UserError: the file cannot be written (disk full, no permission).
     """
-    with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_file(path) as temporary, new_hdf5(temporary) as file:
         _write_root(file, simulation, dataset_name, domain)
         _write_dimensions(file, simulation)
         _write_boundaries(file, simulation)
@@ -38,7 +39,6 @@ def write_trajectory(
         group.attrs["units"] = "lattice units: cell size, time step and mean density are 1"
         for key, value in provenance.items():
             group.attrs[key] = value if isinstance(value, (str, bool, int, float)) else json.dumps(value)
-        file.flush()
         group.attrs["complete"] = True
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, list_trajectories, read_trajectory
+from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.errors import UserError
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.symmetry import Symmetry
@@ -63,7 +64,7 @@ def encode_dataset(
         for copy in range(copies if split == "train" else 1)
     ]
     with ExitStack() as stack:
-        files = {split: stack.enter_context(h5py.File(folder / f"{split}.hdf5", "w")) for split in SPLITS}
+        files = {split: stack.enter_context(new_hdf5(folder / f"{split}.hdf5")) for split in SPLITS}
         for split, number, record, copy in progress(work, "encode latents", len(work)):
             fields = trajectory_fields(read_trajectory(record))
             if copy:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -124,10 +125,12 @@ def start_from_principal_components(
 
 def _leading(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` leading eigenvectors as rows, signs fixed by their largest entry, and their eigenvalues."""
-    values, vectors = torch.linalg.eigh(covariance)
-    rows = vectors.T.flip(0)[:count]
+    size = len(covariance)
+    # Only the leading ones: several times faster than torch.linalg.eigh, which computes all.
+    values, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(size - count, 0), size - 1])
+    rows = torch.from_numpy(vectors.T[::-1].copy())
     sign = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
-    return rows * sign, values.flip(0)[:count].clamp(min=0)
+    return rows * sign, torch.from_numpy(values[::-1].copy()).clamp(min=0)
 
 
 def _learning_rate_groups(tokenizer: Tokenizer, learning_rate: float) -> list[dict[str, Any]]:

@@ -19,9 +19,13 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
     if ep == "auto":
         return math.gcd(world_size, experts)
     if experts % ep:
-        raise UserError(f"model.moe.num_experts {experts} is not divisible by parallel.ep_size {ep}")
+        raise UserError(
+            f"model.moe.num_experts {experts} is not divisible by parallel.ep_size {ep}; change one of them"
+        )
     if world_size % ep:
-        raise UserError(f"parallel.ep_size {ep} does not divide the world size {world_size} (parallel.processes)")
+        raise UserError(
+            f"parallel.ep_size {ep} does not divide the world size {world_size}; change it or parallel.processes"
+        )
     return ep
 
 
@@ -36,9 +40,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if clash := sorted(owned & config.deepspeed.keys()):
         raise UserError(f"deepspeed.{clash[0]} is set from the training section: change it there")
     for key in ("fp16", "bf16"):
-        if config.deepspeed.get(key, {}).get("enabled"):
+        if _section(config, key).get("enabled"):
             raise UserError(f"deepspeed.{key}: training runs in float32; remove the key")
-    if config.deepspeed.get("zero_optimization", {}).get("stage", 0):
+    if _section(config, "zero_optimization").get("stage", 0):
         raise UserError("deepspeed.zero_optimization.stage must be 0: checkpoints hold unpartitioned optimizer state")
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
@@ -48,3 +52,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         **config.deepspeed,
     }
+
+
+def _section(config: Config, key: str) -> dict[str, Any]:
+    section = config.deepspeed.get(key, {})
+    if not isinstance(section, dict):
+        raise UserError(f"deepspeed.{key} must hold `key: value` settings, not {section!r}")
+    return section

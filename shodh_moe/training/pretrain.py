@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.config import Config, TrainingConfig
+from shodh_moe.errors import UserError
 from shodh_moe.model import Prediction
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
@@ -87,7 +88,7 @@ def pretrain(config: Config, run: Path, latents: Path) -> None:
         if done % t.log_every == 0 or done == t.steps:
             means = _mean_over_ranks(sums, len(times))
             if not math.isfinite(means["loss"]):
-                raise RuntimeError(f"the loss is {means['loss']} at step {done}: lower training.learning_rate")
+                raise UserError(f"the loss is {means['loss']} at step {done}: lower training.learning_rate")
             routing = counts.summary()
             seconds = statistics.median(times)
             tokens = len(prediction.routing[0].expert_N) * world

@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_leaves_no_file(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*open_channel_0000\.hdf5: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*open_channel_0000\.hdf5: no space left"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

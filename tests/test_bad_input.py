@@ -1,0 +1,349 @@
+"""Wrong data, tokenizers and places: exit code 2, one line on stderr, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from shodh_moe import pipeline
+from shodh_moe.cli import main
+from shodh_moe.config import TokenizerConfig
+from shodh_moe.data import is_complete
+from shodh_moe.tokenizer import Tokenizer
+from tests.tiny import CONFIG, config, refused, tree, write_config, write_dataset
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a config in it."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("theirs"))
+
+
+@pytest.fixture
+def dataset(theirs: Path, here: Path) -> Path:
+    """A dataset of someone else's that a test may damage."""
+    return Path(shutil.copytree(theirs, here / "theirs"))
+
+
+def save_tokenizer(folder: Path, grid: list[int]) -> Path:
+    folder.mkdir()
+    Tokenizer(TokenizerConfig.model_validate(CONFIG["tokenizer"]), grid).save(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(here: Path) -> Path:
+    return save_tokenizer(here / "tok", [16, 16, 16])
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizer training without the seconds that its principal components take."""
+    monkeypatch.setattr("shodh_moe.tokenizer.train.start_from_principal_components", lambda *arguments: None)
+
+
+def shodh(*arguments: str) -> int:
+    stage = 2 if arguments[0] == "tokenizer" else 1
+    return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
+
+
+# Data files.
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def nan_in_velocity(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["t1_fields/velocity"][0, 1, 2, 3, 4, 0] = np.nan
+
+
+def other_fields(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.move("t1_fields/velocity", "t1_fields/magnetic_field")
+
+
+def other_domain(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["domain"] = "unheard_of"
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, "truncated: copy or generate it again"),
+        (empty, "is empty (0 bytes)"),
+        (nan_in_velocity, "velocity of snapshot 1 has values that are not finite"),
+        (other_fields, "has no t1_fields/velocity"),
+    ],
+)
+def test_a_bad_data_file_is_found_before_training(
+    dataset: Path, capfd: pytest.CaptureFixture[str], split: str, damage: Callable[[Path], None], says: str
+) -> None:
+    path = dataset / "data" / split / "wild.hdf5"
+    damage(path)
+    before = tree(dataset.parent)
+    refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", says=(f"data/{split}/wild.hdf5", says))
+    assert tree(dataset.parent) == before
+
+
+def test_a_missing_data_file_or_split_is_named(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", "--config", "tiny.yaml", "data.path=theirs")
+    (dataset / "data/test/wild.hdf5").unlink()
+    refused(capfd, *arguments, says=("theirs/data/test", "domains calm", "training split calm, wild"))
+    (dataset / "data/test/calm.hdf5").unlink()
+    refused(capfd, *arguments, says=("no HDF5 files in theirs/data/test",))
+    (dataset / "stats.yaml").unlink()
+    refused(capfd, *arguments, says=("theirs/stats.yaml does not exist",))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.grid=[32, 16, 16]", ("has grid [16, 16, 16], not [32, 16, 16]", "set data.grid")),
+        ("model.history=5", ("has 5 snapshots, too few for model.history 5",)),
+        ("training.batch_size=3", ("training.batch_size 3", "2 domains")),
+    ],
+)
+def test_a_dataset_that_does_not_fit_the_config(
+    dataset: Path, capfd: pytest.CaptureFixture[str], override: str, says: tuple[str, ...]
+) -> None:
+    before = tree(dataset.parent)
+    refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", override, says=says)
+    assert tree(dataset.parent) == before
+
+
+def test_a_domain_of_one_split_only_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other_domain(dataset / "data/valid/wild.hdf5")
+    refused(capfd, "data", "--config", "tiny.yaml", "data.path=theirs", says=("valid", "unheard_of", "calm, wild"))
+
+
+def test_a_sound_dataset_is_accepted_and_left_alone(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = tree(dataset)
+    assert shodh("data", "data.path=theirs") == 0
+    assert tree(dataset) == before
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, empty])
+def test_a_damaged_generated_file_is_made_again(here: Path, damage: Callable[[Path], None]) -> None:
+    assert shodh("data") == 0
+    made = next(here.glob("data/tiny-*"))
+    before = tree(made)
+    damage(made / "data/train/porous_media_0001.hdf5")
+    assert not is_complete(config().data, made)
+    assert shodh("data") == 0
+    after = tree(made)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"data/train/porous_media_0001.hdf5", "stats.yaml", "manifest.json"}
+
+
+def test_ctrl_c_while_generating_keeps_the_finished_files(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The function `generate` hides its module.
+    generate = sys.modules["shodh_moe.data.generate"]
+    made, run = [], generate._run
+
+    def stops(job: Any, *arguments: object) -> Path:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(job.path)
+        return run(job, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_workers", lambda config: 1)
+        patch.setattr(generate, "_run", stops)
+        assert shodh("data") == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command goes on")
+    assert not list(here.rglob("manifest.json"))
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*.hdf5")}
+    assert len(before) == 3
+    assert shodh("data") == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert len(list(here.rglob("*.hdf5"))) == 8
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize("data", [[], ["data.path=theirs"]])
+def test_a_tokenizer_of_another_grid(dataset: Path, capfd: pytest.CaptureFixture[str], data: list[str]) -> None:
+    save_tokenizer(dataset.parent / "tok", [16, 16, 32])
+    before = tree(dataset.parent)
+    says = ("tokenizer tok", "[16, 16, 32]", "[16, 16, 16]", "set tokenizer.path")
+    refused(capfd, "run", "--config", "tiny.yaml", *data, "tokenizer.path=tok", says=says)
+    assert tree(dataset.parent) == before
+
+
+def rewrite(key: str, value: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (rewrite("fields", ["velocity", "pressure", "density"]), ("velocity, pressure, density", "set tokenizer.path")),
+        (rewrite("grid", None), ("tokenizer.json is damaged",)),
+        (rewrite("config", {"latent_chanels": 3}), ("tokenizer.json is damaged or of another version",)),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"config"'), ("tokenizer.json is damaged",)),
+        (lambda folder: truncate(folder / "tokenizer.safetensors"), ("tokenizer.safetensors is damaged",)),
+        (lambda folder: (folder / "tokenizer.json").unlink(), ("holds no finished tokenizer", "shodh tokenizer train")),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used(
+    dataset: Path,
+    tokenizer: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    says: tuple[str, ...],
+) -> None:
+    damage(tokenizer)
+    before = tree(dataset.parent)
+    refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", "tokenizer.path=tok", says=says)
+    assert tree(dataset.parent) == before
+
+
+def test_latents_of_a_given_tokenizer_do_not_go_into_its_folder(dataset: Path, tokenizer: Path) -> None:
+    before = tree(tokenizer)
+    settings = ["data.path=theirs", "tokenizer.path=tok"]
+    assert shodh("tokenizer", "encode", *settings) == 0
+    assert tree(tokenizer) == before
+    (cached,) = dataset.parent.glob("tokenizers/*/latents/*")
+    # Another tokenizer in the same place: its latents are others.
+    shutil.rmtree(tokenizer)
+    save_tokenizer(tokenizer, [16, 16, 16])
+    assert shodh("tokenizer", "encode", *settings) == 0
+    assert len(list(dataset.parent.glob("tokenizers/*/latents/*"))) == 2
+    assert cached.exists()
+
+
+def test_a_damaged_latent_cache_is_named(dataset: Path, tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["data.path=theirs", "tokenizer.path=tok"]
+    assert shodh("tokenizer", "encode", *settings) == 0
+    (path,) = dataset.parent.glob("tokenizers/*/latents/*/valid.hdf5")
+    truncate(path)
+    for command in (["tokenizer", "encode"], ["pretrain"]):
+        refused(capfd, *command, "--config", "tiny.yaml", *settings, says=("valid.hdf5", "delete", "run again"))
+
+
+# Places that cannot be written.
+
+
+def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline.claim_run_folder(config())
+    before = tree(here)
+    says = ("runs/tiny", "model.moe.num_experts (2 there, 4 here)", "training.steps (4 there, 9 here)", "--name")
+    changed = ["training.steps=9", "model.moe.num_experts=4", "evaluation.rollout_steps=1"]
+    error = refused(capfd, "run", "--config", "tiny.yaml", *changed, says=says)
+    assert "rollout_steps" not in error
+    assert tree(here) == before
+    (here / "runs/tiny/config.yaml").write_text("half: [")
+    refused(capfd, "run", "--config", "tiny.yaml", says=("runs/tiny/config.yaml is damaged", "--name"))
+
+
+@pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
+def test_a_place_under_a_file(here: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
+    (here / "file").write_text("")
+    refused(capfd, "run", "--config", "tiny.yaml", f"{key}=file/x", says=("file/x", "a file stands", "another folder"))
+    assert set(tree(here)) == {"tiny.yaml", "file"}
+
+
+@pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
+def test_a_place_without_permission(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """As the system answers others than root, who may write anywhere."""
+    (here / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
+    says = ("locked/x", "permission denied; choose another folder")
+    refused(capfd, "run", "--config", "tiny.yaml", f"{key}=locked/x", says=says)
+    assert set(tree(here)) == {"tiny.yaml", "locked"}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "no space left"), (PermissionError(13, "x"), "permission")],
+)
+@pytest.mark.parametrize("command", ["data", "tokenizer train", "tokenizer encode", "pretrain"])
+def test_a_disk_that_fills_up_while_a_stage_writes(
+    dataset: Path,
+    tokenizer: Path,
+    no_start: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    error: OSError,
+    says: str,
+) -> None:
+    settings = {
+        "data": [],
+        "tokenizer train": ["data.path=theirs"],
+        "tokenizer encode": ["data.path=theirs", "tokenizer.path=tok"],
+        "pretrain": ["data.path=theirs", "tokenizer.path=tok"],
+    }[command]
+    if command == "pretrain":
+        assert shodh("tokenizer", "encode", *settings) == 0
+    before = {name for name in tree(dataset.parent) if (dataset.parent / name).is_file()}
+
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("os.fsync", full)
+    capsys.readouterr()
+    assert shodh(*command.split(), *settings) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith(("simulating", "encode latents"))] == lines[-1:]
+    assert lines[-1].startswith("error: cannot write ")
+    assert says in lines[-1]
+    assert {name for name in tree(dataset.parent) if (dataset.parent / name).is_file()} == before
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_a_really_full_disk(dataset: Path, tokenizer: Path, size: int) -> None:
+    """A file system of a few KB in a mount namespace of its own: HDF5 and not Python reports the failure.
+
+    It is full before the first latents, or after some of them.
+    """
+    (dataset.parent / "small").mkdir()
+    mount = f"mount -t tmpfs -o size={size}k none small"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here; the injected errors stand in")
+    command = f"{sys.executable} -m shodh_moe.cli tokenizer encode --config tiny.yaml data.path=theirs"
+    script = f"{mount} && {command} tokenizer.path=tok tokenizer.root=small; echo $?; find small -type f"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["2"], done.stdout + done.stderr  # the exit code, and no file after it
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("encode latents: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: cannot write small/")
+    assert "no space left on the disk" in lines[0]

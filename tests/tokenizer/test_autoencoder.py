@@ -1,0 +1,68 @@
+"""Folding voxels into channels and back, and what encoder and decoder keep of solids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, depth_to_space, space_to_depth
+
+CELLS = st.integers(1, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(channels=CELLS, grid=st.tuples(CELLS, CELLS, CELLS), factor=st.sampled_from([1, 2, 4, 8]))
+def test_folding_and_unfolding_are_inverse(channels: int, grid: tuple[int, int, int], factor: int) -> None:
+    fine = torch.randn(2, channels, *(size * factor for size in grid))
+    coarse = space_to_depth(fine, factor)
+    assert coarse.shape == (2, channels * factor**3, *grid)
+    assert torch.equal(depth_to_space(coarse, factor), fine)
+
+
+def test_folding_keeps_each_cube_together() -> None:
+    x = torch.arange(4**3, dtype=torch.float32).view(1, 1, 4, 4, 4)
+    coarse = space_to_depth(x, 2)
+    assert sorted(coarse[0, :, 1, 0, 1].tolist()) == sorted(x[0, 0, 2:4, 0:2, 2:4].flatten().tolist())
+
+
+@pytest.mark.parametrize("grid", [(8, 8, 8), (16, 8, 24)])
+def test_shapes(grid: tuple[int, int, int]) -> None:
+    fields, solid = torch.randn(2, 5, *grid), (torch.rand(2, 1, *grid) < 0.3).float()
+    z = Encoder([4, 6, 8], 1, 7)(fields)
+    assert z.shape == (2, 7, *(size // 8 for size in grid))
+    velocity, pressure = Decoder([4, 6, 8], 1, 7)(z, solid)
+    assert velocity.shape == (2, 3, *grid)
+    assert pressure.shape == (2, 1, *grid)
+
+
+def test_what_the_decoder_emits_is_zero_in_solids_and_only_there() -> None:
+    solid = torch.zeros(2, 1, 8, 8, 8)
+    solid[..., :3] = 1
+    velocity, pressure = Decoder([4, 4, 4], 1, 3).eval()(torch.randn(2, 3, 1, 1, 1), solid)
+    for field in (velocity, pressure):
+        assert (field[..., :3] == 0).all()
+        assert (field[..., 3:] != 0).all()
+
+
+def test_before_training_the_correction_is_zero_and_the_rest_linear() -> None:
+    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
+    x, z, fluid = torch.randn(1, 5, 16, 8, 8), torch.randn(1, 3, 2, 1, 1), torch.zeros(1, 1, 16, 8, 8)
+    assert torch.equal(encoder(x), encoder.project(x[:, :4]))
+    assert torch.equal(torch.cat(decoder(z, fluid), dim=1), decoder.patches(z))
+
+
+def test_every_parameter_can_learn() -> None:
+    """A correction that starts at zero must not stay there."""
+    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
+    parameters = [*encoder.named_parameters(), *decoder.named_parameters()]
+    optimizer = torch.optim.SGD([p for _, p in parameters], lr=1.0)
+    x, solid = torch.randn(2, 5, 16, 8, 8), (torch.rand(2, 1, 16, 8, 8) < 0.3).float()
+    for _ in range(3):  # the zero layers move first, then those before them
+        optimizer.zero_grad()
+        velocity, pressure = decoder(encoder(x), solid)
+        (velocity.square().mean() + pressure.square().mean() + velocity.mean()).backward()
+        seen = {name: bool(p.grad is not None and p.grad.abs().sum() > 0) for name, p in parameters}
+        optimizer.step()
+    assert [name for name, moved in seen.items() if not moved] == []

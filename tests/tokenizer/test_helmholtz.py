@@ -1,0 +1,62 @@
+"""The vector potential: it gives back divergence-free fields, in the Coulomb gauge, on any box."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from shodh_moe.kernels import curl, divergence
+from shodh_moe.tokenizer.helmholtz import vector_potential
+
+BOXES = [(8, 8, 8), (7, 9, 11), (8, 9, 16), (16, 8, 4), (5, 5, 5), (2, 6, 3)]
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_divergence_free_field_comes_back(box: tuple[int, int, int], dtype: torch.dtype, rounding: float) -> None:
+    u = curl(random((2, 3, *box), torch.float64)).to(dtype)
+    assert rms(u) > 0.1
+    back = curl(vector_potential(u))
+    assert back.dtype == dtype
+    assert rms(back - u) <= rounding * rms(u)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_the_gauge_is_coulombs(box: tuple[int, int, int]) -> None:
+    potential = vector_potential(random((1, 3, *box), torch.float64))
+    assert rms(potential) > 1e-3
+    assert rms(divergence(potential)) <= 1e-12 * rms(curl(potential))
+
+
+def test_mean_and_gradients_have_no_potential() -> None:
+    x, y, z = torch.meshgrid(*[torch.arange(8, dtype=torch.float64) * (2 * torch.pi / 8)] * 3, indexing="ij")
+    gradient = torch.stack([torch.cos(x), torch.cos(y), -2 * torch.sin(2 * z)])[None]  # of sin x + sin y + cos 2z
+    assert rms(vector_potential(gradient + 3.0)) <= 1e-12
+
+
+def test_a_known_potential() -> None:
+    """u = (0, 0, cos x) is the curl of A = (0, sin x, 0)."""
+    n = 16
+    x = (torch.arange(n, dtype=torch.float64) * (2 * torch.pi / n))[:, None, None].expand(n, n, n)
+    zero = torch.zeros_like(x)
+    # The operator's grid spacing is 1, not 2 pi / n.
+    wanted = torch.stack([zero, torch.sin(x) * n / (2 * torch.pi), zero])[None]
+    torch.testing.assert_close(vector_potential(torch.stack([zero, zero, torch.cos(x)])[None]), wanted)
+
+
+def test_only_the_divergence_free_part_of_a_field_returns() -> None:
+    u = random((1, 3, 8, 9, 8), torch.float64)
+    part = curl(vector_potential(u))
+    assert rms(divergence(part)) <= 1e-12 * rms(part)
+    torch.testing.assert_close(curl(vector_potential(part)), part)
+    # An orthogonal projection: the rest has nothing in common with it.
+    assert abs(float(((u - part) * part).sum())) <= 1e-9 * float(u.square().sum())

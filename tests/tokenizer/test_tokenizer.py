@@ -1,0 +1,121 @@
+"""The tokenizer: shapes, an exactly divergence-free velocity, and what is stored of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shodh_moe.config import TokenizerConfig
+from shodh_moe.errors import UserError
+from shodh_moe.kernels import divergence
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from tests.tiny import CONFIG
+
+GRIDS = [[16, 16, 16], [8, 16, 24]]
+
+
+def random_tokenizer(grid: list[int]) -> Tokenizer:
+    """As after training: no weight is zero, and every statistic differs from its initial value."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig.model_validate(CONFIG["tokenizer"]), grid)
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in tokenizer.buffers():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return tokenizer.eval()
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def solid(grid: list[int], batch: int) -> Tensor:
+    return (torch.rand(batch, 1, *grid, generator=torch.Generator().manual_seed(3)) < 0.3).float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS)
+def test_encode_and_decode_shapes(grid: list[int]) -> None:
+    tokenizer = random_tokenizer(grid)
+    fields = torch.cat([torch.randn(2, 4, *grid), solid(grid, 2)], dim=1)
+    z = tokenizer.encode(fields)
+    assert z.shape == (2, 16, *tokenizer.latent_grid)
+    assert tokenizer.latent_grid == [size // 8 for size in grid]
+    assert tokenizer.encode_geometry(fields[:, 4:]).shape == z.shape
+    flow = tokenizer.decode(z, fields[:, 4:])
+    assert flow.velocity_B3XYZ.shape == (2, 3, *grid)
+    assert flow.pressure_B1XYZ.shape == (2, 1, *grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (None, 1e-5)])
+def test_the_decoded_velocity_is_divergence_free(grid: list[int], dtype: torch.dtype | None, most: float) -> None:
+    tokenizer = random_tokenizer(grid)
+    mask = solid(grid, 3)
+    velocity = tokenizer.decode(torch.randn(3, 16, *tokenizer.latent_grid), mask, dtype).velocity_B3XYZ
+    assert velocity.dtype == (dtype or torch.float32)
+    assert rms(velocity) > 0.01
+    assert rms(divergence(velocity.double())) <= most * rms(velocity)
+    # The network's own output is far from it: the curl does the work.
+    raw, _ = tokenizer.decoder(torch.randn(3, 16, *tokenizer.latent_grid), mask)
+    assert rms(divergence(raw.double())) > 0.1 * rms(raw)
+
+
+@torch.no_grad()
+def test_the_mean_flow_passes_through() -> None:
+    """A periodic curl has no mean; the decoder adds that of the raw velocity."""
+    tokenizer = random_tokenizer(GRIDS[0])
+    z, mask = torch.randn(2, 16, 2, 2, 2), solid(GRIDS[0], 2)
+    raw, _ = tokenizer.decoder(z, mask)
+    flow = tokenizer.decode_normalised(z, mask, torch.float64)
+    torch.testing.assert_close(flow.velocity_B3XYZ.mean((2, 3, 4)), raw.double().mean((2, 3, 4)), rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_pressure_is_exactly_zero_in_solids() -> None:
+    tokenizer, mask = random_tokenizer(GRIDS[0]), solid(GRIDS[0], 2)
+    pressure = tokenizer.decode(torch.randn(2, 16, 2, 2, 2), mask, torch.float64).pressure_B1XYZ
+    assert (pressure[mask == 1] == 0).all()
+    assert (pressure[mask == 0] != 0).all()
+
+
+@torch.no_grad()
+def test_normalisation_has_one_scale_for_velocity_and_one_for_pressure() -> None:
+    tokenizer = random_tokenizer(GRIDS[0])
+    tokenizer.velocity_rms.fill_(2.0)
+    tokenizer.pressure_rms.fill_(4.0)
+    normalised = tokenizer.normalise(torch.full((1, 5, 8, 8, 8), 8.0))
+    assert normalised[0, :, 0, 0, 0].tolist() == [4.0, 4.0, 4.0, 2.0, 8.0]
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    tokenizer = random_tokenizer(GRIDS[1])
+    tokenizer.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer.safetensors"]
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.grid == GRIDS[1]
+    assert loaded.config == tokenizer.config
+    assert not loaded.training
+    stored = loaded.state_dict()
+    assert stored.keys() == tokenizer.state_dict().keys()
+    assert all(torch.equal(stored[key], value) for key, value in tokenizer.state_dict().items())
+    fields = torch.randn(1, 5, *GRIDS[1])
+    assert torch.equal(loaded.encode(fields), tokenizer.encode(fields))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["fields"] == ["velocity", "pressure", "solid"]
+
+
+def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
+    random_tokenizer(GRIDS[0]).save(tmp_path)
+    weights = tmp_path / "tokenizer.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.safetensors is damaged .* train again"):
+        load_tokenizer(tmp_path)

@@ -1,7 +1,7 @@
 # shodh_moe for GPU clusters: CUDA torch, DeepSpeed, NVIDIA apex with its CUDA extensions, MPI.
 #
 #   docker build --build-arg MAX_JOBS=8 --tag shodh_moe .
-#   docker run --gpus all --ipc host shodh_moe doctor
+#   docker run --gpus all --ipc host shodh_moe run --config /opt/source/configs/quickstart.yaml
 #
 # The CUDA release is that of the torch pinned in constraints.txt (2.13.0 is built with 13.0):
 # apex and DeepSpeed's operations compile against both, so change them together.

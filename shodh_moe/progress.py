@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,9 @@ def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> I
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(iterable, desc=desc, total=total, file=sys.stderr)
+        # A terminal that does not know its size (0 columns, 0 rows) would get empty lines.
+        size = shutil.get_terminal_size((100, 24))
+        yield from tqdm(iterable, desc=desc, total=total, file=sys.stderr, ncols=size.columns, nrows=size.lines)
         return
     started = last = time.monotonic()
     done = 0

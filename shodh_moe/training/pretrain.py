@@ -66,7 +66,9 @@ def pretrain(config: Config, run: Path, latents: Path) -> None:
         start = found[1]["step"]
         if rank == 0 and found[1]["world_size"] != world:
             was = found[1]["world_size"]
-            print(f"the checkpoint was made by {was} ranks, now {world}: the global batch changes with them", flush=True)
+            print(
+                f"the checkpoint was made by {was} ranks, now {world}: the global batch changes with them", flush=True
+            )
     log = Log(run, start) if rank == 0 else None
     if rank == 0:
         where = f"from step {start}" if start else "from scratch"

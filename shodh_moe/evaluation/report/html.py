@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 
 from shodh_moe.evaluation.report import curves, fields, page, routing_pictures, style, tables
 from shodh_moe.evaluation.report.load import RunData, load_run
+from shodh_moe.files import atomic_file
 
 
 def write_report(run_folder: Path) -> Path:
@@ -32,16 +31,8 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """All of the file or none of it: nobody ever reads half a page."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, but a report is for others to read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 

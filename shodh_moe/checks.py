@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 import yaml
 
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config_io import differing_keys, flatten
+from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
 from shodh_moe.paths import paths_of
@@ -71,6 +75,12 @@ def require_fit(tokenizer: Tokenizer, config: Config) -> None:
         )
 
 
+def require_made(path: Path, command: str) -> None:
+    """Refuse to go on without what an earlier stage makes."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `{command}` with this config first")
+
+
 def processes(config: Config) -> int:
     """Ranks on this host: as configured, or one per GPU, or 2 on a machine without."""
     if config.parallel.processes != "auto":
@@ -105,3 +115,13 @@ def claim_run_folder(config: Config, write: bool = True) -> None:
             )
     if write and stored != mine:
         write_text(stored_path, yaml.safe_dump(mine, sort_keys=False))
+
+
+def open_run_folder(config: Config) -> None:
+    """Claim the run folder and put there what a report needs beside the training, whoever starts the ranks."""
+    paths = paths_of(config)
+    claim_run_folder(config)
+    write_text(paths.run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    tokenizer_log = paths.tokenizer / "metrics.jsonl"
+    if tokenizer_log.exists():
+        write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))

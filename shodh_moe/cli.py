@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from shodh_moe.command import OneLineParser, exit_code
+from shodh_moe.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
 from shodh_moe.errors import EXIT_USER_ERROR
@@ -76,10 +76,7 @@ def _command(commands: Any, name: str, text: str, stage: Callable[[Config], obje
         # As it is: an example broken over two lines could not be copied.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="config file")
-    parser.add_argument("--name", help="run name; default: the config's")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    add_config_arguments(parser)
     parser.set_defaults(stage=stage)
 
 

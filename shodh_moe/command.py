@@ -23,6 +23,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"error: {message}: see `{self.prog} --help`\n")
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of everything that reads a config."""
+    parser.add_argument("--config", required=True, help="config file, e.g. configs/quickstart.yaml")
+    parser.add_argument("--name", help="run name; default: the config's")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+
+
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Run ``work`` and translate what it raises: 0 done, 2 wrong input, 130 Ctrl-C, 1 everything else."""
     try:

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from shodh_moe.checks import check, claim_run_folder, processes, require_fit
+from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
-from shodh_moe.environment import describe_environment
 from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.paths import Paths, paths_of
@@ -81,7 +80,7 @@ def make_tokenizer(config: Config) -> Path:
         tokenizer = load_tokenizer(paths.tokenizer)
         require_fit(tokenizer, config)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
-    _require(paths.dataset / "stats.yaml", "shodh data")
+    require_made(paths.dataset / "stats.yaml", "shodh data")
     began = time.perf_counter()
     train_tokenizer(config, paths.dataset, paths.tokenizer, device())
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
@@ -93,7 +92,7 @@ def make_latents(config: Config) -> Path:
     if paths.latents.exists():
         _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
-    _require(paths.dataset / "stats.yaml", "shodh data")
+    require_made(paths.dataset / "stats.yaml", "shodh data")
     began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
     with whole_folder(paths.latents) as temporary:
@@ -112,16 +111,13 @@ def _check_latents(config: Config, paths: Paths) -> None:
 def pretrain(config: Config) -> Path:
     """Train under the DeepSpeed launcher unless the run has its last checkpoint already."""
     paths = paths_of(config)
-    _require(paths.latents, "shodh tokenizer encode")
+    require_made(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
-    claim_run_folder(config)
+    claim_run_folder(config, write=False)
     found = find_checkpoint(paths.run / "checkpoints")
     if found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
-    write_text(paths.run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
-    tokenizer_log = paths.tokenizer / "metrics.jsonl"
-    if tokenizer_log.exists():
-        write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
+    open_run_folder(config)
     began = time.perf_counter()
     _launch(config, paths)
     found = find_checkpoint(paths.run / "checkpoints")
@@ -223,11 +219,6 @@ def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
         write_text(path, json.dumps({**stamps, stage: key}) + "\n")
         return key
     return stamps.get(stage)
-
-
-def _require(path: Path, command: str) -> None:
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `{command}` with this config first")
 
 
 def _say(stage: str, text: str, result: Any) -> Any:

@@ -18,8 +18,10 @@ import pytest
 from shodh_moe import pipeline
 from shodh_moe.cli import main
 from shodh_moe.config_io import load_config
+from shodh_moe.training.__main__ import main as train_rank
 from shodh_moe.training.checkpoint import find_checkpoint, list_checkpoints
 from tests.tiny import refused, tree, write_config
+from tests.training.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -257,3 +259,26 @@ def ranks(folder: Path) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def test_a_run_that_another_launcher_started_can_be_evaluated_and_reported(here: Path) -> None:
+    """The README's way on a cluster: only the ranks run, nothing of the pipeline around them."""
+    script = Path(__file__).resolve().parent.parent / "launch" / "pretrain.py"
+    started = launch(2, script, "--config", "tiny.yaml", "--name", "by_hand")
+    assert started.returncode == 0, started.stdout + started.stderr
+    for stage in ("evaluate", "report"):
+        assert main([stage, "--config", "tiny.yaml", "--name", "by_hand"]) == 0
+    by_hand, by_pipeline = (here / "runs" / name for name in ("by_hand", "tiny"))
+    for name in ("environment.json", "tokenizer_metrics.jsonl", "report/index.html"):
+        assert (by_hand / name).is_file()
+    scores = [json.loads((run / "metrics.json").read_text())["domains"] for run in (by_hand, by_pipeline)]
+    assert scores[0] == scores[1]
+
+
+def test_ranks_started_without_latents_leave_no_run_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("tokenizers")
+    assert train_rank(["--config", "tiny.yaml", "--name", "early"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "run `shodh tokenizer encode`" in error
+    assert not (here / "runs" / "early").exists()

@@ -33,12 +33,12 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.checkpoint import find_checkpoint, load_model
 from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.telemetry import RoutingCounts
 
-SOLID_CATEGORIES = 4  # of `solid_fraction_category`
+SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
 
 
 @dataclass
@@ -138,9 +138,7 @@ class _OneStep:
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
-        fields = torch.cat(
-            [torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.pressure_T1XYZ)], dim=1
-        ).double()
+        fields = trajectory_fields(truth)[:, :4].double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
         z_TCxyz = latent.read()
         windows = torch.stack([z_TCxyz[start : start + h] for start in range(len(z_TCxyz) - h)])
@@ -254,7 +252,7 @@ def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajecto
         counts.add(routing, domain_B)
         solid = torch.stack([test[samples.index[d][i][0]].solid_fraction_xyz for d, i in picks])
         solid = torch.nn.functional.avg_pool3d(solid[:, None], config.model.patch)
-        category = solid_fraction_category(solid.flatten())
+        category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
         for table, layer_routing in zip(by_solid, routing, strict=True):
             table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)
     for layer in layers:

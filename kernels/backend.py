@@ -1,0 +1,125 @@
+"""Which form of a kernel a call runs, Triton or the torch reference, and the one place that launches Triton.
+
+``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, the reference elsewhere),
+``reference`` or ``triton`` (on the CPU that needs Triton's interpreter: ``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "triton")
+# Block sizes measured on real devices: {device name: {kernel: {size class: {setting: value}}}}.
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+def _choice() -> str:
+    choice = os.environ.get("SHODH_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"SHODH_KERNELS is {choice!r}; it is one of {', '.join(CHOICES)}")
+    return choice
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether a call on ``tensor`` runs the Triton kernel.
+
+    Raises:
+        ValueError: ``SHODH_KERNELS`` holds an unknown word.
+        RuntimeError: it asks for Triton where Triton cannot run.
+    """
+    if _recorded is not None:
+        return True
+    choice = _choice()
+    if choice == "auto":
+        return tensor.is_cuda and _has_triton()
+    if choice == "triton" and not _has_triton():
+        raise RuntimeError("SHODH_KERNELS=triton, but triton is not installed: pip install 'shodh_moe[triton]'")
+    if choice == "triton" and not (tensor.is_cuda or _interpreting()):
+        raise RuntimeError(
+            f"SHODH_KERNELS=triton, but the tensors are on {tensor.device}: "
+            "move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
+        )
+    return choice == "triton"
+
+
+def describe(device: torch.device) -> str:
+    """One line for the log: which kernels run on ``device``, and why. Raises what `use_triton` raises."""
+    choice = _choice()
+    why = "" if choice == "auto" else f" (SHODH_KERNELS={choice})"
+    if use_triton(torch.empty(0, device=device)):
+        return f"triton {version('triton')}{', interpreted' if _interpreting() else ''}{why}"
+    if device.type == "cuda" and choice == "auto":
+        why = " (triton is not installed)"
+    return f"torch reference{why}"
+
+
+class Launch(NamedTuple):
+    """One kernel launch as it was asked for."""
+
+    kernel: Any  # the @triton.jit function
+    args: tuple[Any, ...]
+    meta: dict[str, Any]  # constexpr arguments and num_warps, num_stages
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect the launches inside the block instead of running them: `kernels.compile` reads them.
+
+    Inside, every operation takes its Triton form; give it tensors on the ``meta`` device.
+    """
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run ``kernel[grid](*args, **meta)`` on the device of its first tensor. An empty grid runs nothing."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, meta))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **meta)
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Any]:
+    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+
+
+@lru_cache(maxsize=8)
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def settings(kernel: str, size_class: str, default: dict[str, int], device: torch.device) -> dict[str, int]:
+    """Block sizes and warps for a launch: those measured on this device (benchmarks/tune.py), else ``default``."""
+    return default | _table().get(_device_name(device), {}).get(kernel, {}).get(size_class, {})

@@ -3,6 +3,7 @@
 Each file holds the plain torch form of its operation, which defines the result on every device.
 """
 
+from shodh_moe.kernels.cosine_gating import cosine_top1_gating
 from shodh_moe.kernels.dispatch import combine, dispatch
 from shodh_moe.kernels.gating import Gating, expert_capacity, top1_gating
 from shodh_moe.kernels.spectral_curl import curl, differentiation_matrix, divergence
@@ -10,6 +11,7 @@ from shodh_moe.kernels.spectral_curl import curl, differentiation_matrix, diverg
 __all__ = [
     "Gating",
     "combine",
+    "cosine_top1_gating",
     "curl",
     "differentiation_matrix",
     "dispatch",

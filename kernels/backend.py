@@ -98,6 +98,11 @@ def record() -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def recording() -> bool:
+    """Whether launches are recorded instead of run, so that no result can be read."""
+    return _recorded is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run ``kernel[grid](*args, **meta)`` on the device of its first tensor. An empty grid runs nothing."""
     if 0 in grid:

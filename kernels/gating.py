@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from shodh_moe.kernels.backend import recording, use_triton
+
+MAX_EXPERTS = 256
+DROP_ORDERS = ("position", "probability")
 
 
 class Gating(NamedTuple):
@@ -18,7 +23,7 @@ class Gating(NamedTuple):
 
     expert_N: Tensor  # int64, the routed expert, dropped or not
     gate_N: Tensor  # float32, softmax probability of that expert; carries the router's gradient
-    slot_N: Tensor  # int64 in [0, K), or -1
+    slot_N: Tensor  # int64 in [0, K), or -1; an expert's kept tokens fill 0, 1, ... in token order
     routed_E: Tensor  # int64, tokens that chose the expert
     kept_E: Tensor  # int64, tokens that found a slot
     entropy_N: Tensor  # float32, nats, of the softmax; detached
@@ -35,66 +40,210 @@ def expert_capacity(tokens: int, experts: int, factor: float, minimum: int) -> i
     return max(math.ceil(Fraction(tokens, experts) * Fraction(repr(float(factor)))), minimum)
 
 
-def top1_gating(logits_NE: Tensor, capacity: int, drop_order: str = "position", bias_E: Tensor | None = None) -> Gating:
+def top1_gating(
+    logits_NE: Tensor,
+    capacity: int,
+    drop_order: str = "position",
+    bias_E: Tensor | None = None,
+    check_finite: bool = True,
+) -> Gating:
     """Route each token to its best expert and give it a slot there while there is room (DESIGN 3.5).
 
     Args:
-        logits_NE: router logits, float32 or bfloat16; computed in float32 (float64 stays float64).
-        capacity: slots per expert.
+        logits_NE: router logits, float32, bfloat16 or float16, computed in float32; float64 stays float64
+            (and runs the torch reference on every device).
+        capacity: slots per expert, K.
         drop_order: who keeps a slot when an expert overflows: ``position`` the earliest tokens,
             ``probability`` the most probable, ties by position. Kept tokens sit in token order either way.
         bias_E: added to the probabilities for the choice only, without gradient.
+        check_finite: raise on logits that have no softmax. On a GPU that waits for the device; without it,
+            such a token's gate and both losses are NaN, and its expert is some index in range.
 
-    Ties choose the lowest expert. The balance loss is the Switch Transformer's (arXiv 2101.03961, eq. 4),
-    the z-loss ST-MoE's (arXiv 2202.08906, eq. 5).
+    Without a bias the expert with the largest logit is chosen, ties choose the lowest. The balance loss is the
+    Switch Transformer's (arXiv 2101.03961, eq. 4), the z-loss ST-MoE's (arXiv 2202.08906, eq. 5).
 
     Raises:
-        ValueError: a logit is NaN, or the drop order is unknown.
+        ValueError: an argument has the wrong shape, dtype, device or value, or a token's logits are NaN,
+            contain +inf, or are all -inf.
     """
-    if drop_order not in ("position", "probability"):
+    check_tensor("logits_NE", logits_NE, 2)
+    check_routing(logits_NE.shape[0], logits_NE.shape[1], capacity, drop_order, bias_E, logits_NE)
+    return Gating(*torch.ops.shodh.top1_gating(logits_NE, capacity, drop_order, bias_E, check_finite)[:8])
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_tensor(name: str, tensor: Tensor, dimensions: int) -> None:
+    if tensor.ndim != dimensions or not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} must be a {dimensions}-dimensional floating-point tensor, not {describe_tensor(tensor)}"
+        )
+
+
+def check_routing(
+    tokens: int, experts: int, capacity: int, drop_order: str, bias_E: Tensor | None, like: Tensor
+) -> None:
+    if tokens < 1 or tokens >= 2**31:
+        raise ValueError(f"gating needs between 1 and 2^31 - 1 tokens, not {tokens}")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"gating handles 1 to {MAX_EXPERTS} experts, not {experts}")
+    if not 1 <= capacity < 2**31:
+        raise ValueError(f"capacity must be between 1 and 2^31 - 1 slots, not {capacity}")
+    if drop_order not in DROP_ORDERS:
         raise ValueError(f"drop_order must be 'position' or 'probability', not {drop_order!r}")
-    if torch.isnan(logits_NE).any():
-        token = int(torch.isnan(logits_NE).any(dim=1).nonzero()[0])
-        raise ValueError(f"router logits of token {token} are NaN: the activations before the router diverged")
+    if bias_E is not None and (tuple(bias_E.shape) != (experts,) or bias_E.device != like.device):
+        raise ValueError(f"bias_E must be [{experts}] on {like.device}, not {describe_tensor(bias_E)}")
+
+
+# The torch reference, which defines the result ------------------------------------------------------------
+
+
+def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None) -> Gating:
+    """`top1_gating` in plain torch, differentiable by autograd; NaN goes through."""
     logits_NE = logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float()
     tokens, experts = logits_NE.shape
-
     log_p_NE = torch.log_softmax(logits_NE, dim=1)
     p_NE = log_p_NE.exp()
-    score_NE = p_NE.detach() if bias_E is None else p_NE.detach() + bias_E.detach()
-    # On equal values torch.max may return any of them; the comparison fixes the lowest index.
-    best_N = (score_NE == score_NE.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
-    gate_N = p_NE.gather(1, best_N[:, None]).squeeze(1)
-    routed_E = torch.bincount(best_N, minlength=experts)
-
-    if drop_order == "position":
-        kept_N = _rank_within_expert(best_N, experts) < capacity
-    else:
-        order = torch.argsort(gate_N.detach(), descending=True, stable=True)
-        kept_N = torch.empty(tokens, dtype=torch.bool, device=best_N.device)
-        kept_N[order] = _rank_within_expert(best_N[order], experts) < capacity
-    # Dropped tokens count in a class of their own, so the kept ones fill their slots without holes.
-    slot_N = _rank_within_expert(torch.where(kept_N, best_N, experts), experts + 1)
-    slot_N = torch.where(kept_N, slot_N, -1)
-
+    # By the logits where they decide alone: probabilities can tie by rounding where logits do not.
+    score_NE = logits_NE.detach() if bias_E is None else p_NE.detach() + bias_E.detach()
+    expert_N = score_NE.argmax(dim=1)  # the first of equal maxima
+    gate_N = p_NE.gather(1, expert_N[:, None]).squeeze(1)
+    routed_E = torch.bincount(expert_N, minlength=experts)
     fraction_E = routed_E.to(p_NE.dtype) / tokens
     return Gating(
-        expert_N=best_N,
+        expert_N=expert_N,
         gate_N=gate_N,
-        slot_N=slot_N,
+        slot_N=assign_slots(expert_N, gate_N.detach(), routed_E, capacity, drop_order),
         routed_E=routed_E,
-        kept_E=torch.bincount(best_N[kept_N], minlength=experts),
+        kept_E=routed_E.clamp(max=capacity),
         entropy_N=torch.special.entr(p_NE.detach()).sum(dim=1),
         balance_loss=experts * (p_NE.mean(dim=0) * fraction_E).sum(),
         z_loss=torch.logsumexp(logits_NE, dim=1).square().mean(),
     )
 
 
-def _rank_within_expert(expert_N: Tensor, experts: int) -> Tensor:
-    """How many earlier tokens chose the same expert. int64 [N]."""
+def assign_slots(expert_N: Tensor, gate_N: Tensor, routed_E: Tensor, capacity: int, drop_order: str) -> Tensor:
+    """Slot of each token in [0, capacity), -1 where dropped. int64 [N]."""
+    if drop_order == "probability":
+        # Experts in blocks, each block by falling probability; both sorts are stable, so ties stay in token order.
+        order = torch.argsort(gate_N, descending=True, stable=True)
+        order = order[torch.argsort(expert_N[order], stable=True)]
+        kept_N = torch.empty_like(expert_N, dtype=torch.bool)
+        kept_N[order] = _rank_in_block(expert_N[order], routed_E) < capacity
+        # Dropped tokens count in a class of their own, so the kept ones fill their slots without holes.
+        dropped = expert_N.numel() - kept_N.sum(dim=0, keepdim=True)
+        expert_N = torch.where(kept_N, expert_N, routed_E.numel())
+        routed_E = torch.cat((routed_E.clamp(max=capacity), dropped))
     order = torch.argsort(expert_N, stable=True)
-    count_E = torch.bincount(expert_N, minlength=experts)
-    start_E = count_E.cumsum(0) - count_E
     rank_N = torch.empty_like(expert_N)
-    rank_N[order] = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N[order]]
-    return rank_N
+    rank_N[order] = _rank_in_block(expert_N[order], routed_E)
+    kept_N = rank_N < capacity if drop_order == "position" else kept_N
+    return torch.where(kept_N, rank_N, -1)
+
+
+def _rank_in_block(sorted_expert_N: Tensor, count_E: Tensor) -> Tensor:
+    """Place within its expert of each entry of a list sorted by expert. int64 [N]."""
+    start_E = count_E.cumsum(0) - count_E
+    return torch.arange(sorted_expert_N.numel(), device=count_E.device) - start_E[sorted_expert_N]
+
+
+def _reference_backward(
+    logits_NE: Tensor, lse_N: Tensor, expert_N: Tensor, routed_E: Tensor,
+    d_gate_N: Tensor, d_balance: Tensor, d_z: Tensor,
+) -> Tensor:  # fmt: skip
+    """d logits = p * (g - <p, g>) + p * d_z * 2 lse / N, with g_e = d_gate [e chosen] + d_balance E fraction_e / N."""
+    tokens, experts = logits_NE.shape
+    p_NE = (logits_NE.to(lse_N.dtype) - lse_N[:, None]).exp()
+    g_E = d_balance * (experts / tokens**2) * routed_E.to(lse_N.dtype)
+    chosen_p_N = p_NE.gather(1, expert_N[:, None]).squeeze(1)
+    inner_N = p_NE @ g_E + d_gate_N * chosen_p_N
+    factor_NE = g_E[None, :] + (d_z * (2 / tokens) * lse_N - inner_N)[:, None]
+    factor_NE.scatter_add_(1, expert_N[:, None], d_gate_N[:, None])
+    return (p_NE * factor_NE).to(logits_NE.dtype)
+
+
+# The custom operators -------------------------------------------------------------------------------------
+
+SCHEMA = "int capacity, str drop_order, Tensor? bias_E, bool check_finite"
+OUTPUTS = ", ".join(["Tensor"] * 9)
+
+
+def raise_if_broken(first_broken: Tensor) -> None:
+    token = int(first_broken)
+    if token < 2**31 - 1:
+        raise ValueError(
+            f"router logits of token {token} are NaN or infinite: the activations before the router diverged"
+        )
+
+
+def _first_broken(logits_NE: Tensor) -> Tensor:
+    broken_N = ~logits_NE.amax(dim=1).isfinite()
+    return torch.where(broken_N.any(), broken_N.to(torch.int8).argmax(), 2**31 - 1)
+
+
+def runs_triton(logits_NE: Tensor) -> bool:
+    return logits_NE.dtype != torch.float64 and use_triton(logits_NE)
+
+
+def gate(
+    logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, check_finite: bool
+) -> tuple[Tensor, ...]:
+    if runs_triton(logits_NE):
+        from shodh_moe.kernels import gating_triton
+
+        outputs, first_broken = gating_triton.forward(logits_NE, capacity, drop_order, bias_E)
+    else:
+        g = reference_gating(logits_NE, capacity, drop_order, bias_E)
+        lse_N = torch.logsumexp(logits_NE.to(g.gate_N.dtype), dim=1)
+        outputs, first_broken = (*g, lse_N), _first_broken(logits_NE) if check_finite else lse_N
+    if check_finite and not recording():
+        raise_if_broken(first_broken)
+    return outputs
+
+
+def fake_outputs(logits_NE: Tensor) -> tuple[Tensor, ...]:
+    tokens, experts = logits_NE.shape
+    exact = torch.float64 if logits_NE.dtype == torch.float64 else torch.float32
+
+    def new(dtype: torch.dtype, *shape: int) -> Tensor:
+        return logits_NE.new_empty(shape, dtype=dtype)
+
+    i64 = torch.int64
+    return (
+        new(i64, tokens), new(exact, tokens), new(i64, tokens), new(i64, experts), new(i64, experts),
+        new(exact, tokens), new(exact), new(exact), new(exact, tokens),
+    )  # fmt: skip
+
+
+def _save_gating(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    expert_N, _, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N = output
+    ctx.save_for_backward(inputs[0], lse_N, expert_N, routed_E)
+    ctx.mark_non_differentiable(expert_N, slot_N, routed_E, kept_E, entropy_N, lse_N)
+
+
+def _gating_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    d_logits_NE = torch.ops.shodh.top1_gating_backward(*ctx.saved_tensors, grads[1], grads[6], grads[7])
+    return d_logits_NE, None, None, None, None
+
+
+def _gate_backward(
+    logits_NE: Tensor, lse_N: Tensor, expert_N: Tensor, routed_E: Tensor,
+    d_gate_N: Tensor, d_balance: Tensor, d_z: Tensor,
+) -> Tensor:  # fmt: skip
+    if runs_triton(logits_NE):
+        from shodh_moe.kernels import gating_triton
+
+        return gating_triton.backward(logits_NE, lse_N, expert_N, routed_E, d_gate_N, d_balance, d_z)
+    return _reference_backward(logits_NE, lse_N, expert_N, routed_E, d_gate_N, d_balance, d_z)
+
+
+_op = torch.library.custom_op(
+    "shodh::top1_gating", gate, mutates_args=(), schema=f"(Tensor logits_NE, {SCHEMA}) -> ({OUTPUTS})"
+)
+_op.register_fake(lambda logits_NE, *_: fake_outputs(logits_NE))
+_op.register_autograd(_gating_gradient, setup_context=_save_gating)
+
+_op_backward = torch.library.custom_op("shodh::top1_gating_backward", _gate_backward, mutates_args=())
+_op_backward.register_fake(lambda logits_NE, *_: torch.empty_like(logits_NE, memory_format=torch.contiguous_format))

@@ -1,0 +1,292 @@
+"""Top-1 gating in Triton: two launches forward (eight in probability order), one backward.
+
+Tokens are cut into G chunks, one program each. The first launch routes every token and counts the experts
+chosen in its chunk; in the second, each program adds up the counts of the chunks before its own, which gives
+its tokens their places in the experts' queues. Every sum has a fixed order, so the bits are the same every run.
+
+Shapes: N tokens, E experts (E_PAD: the next power of two), K slots per expert, G chunks, D model width,
+R routing width (R_PAD likewise).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shodh_moe.kernels.backend import launch, settings
+
+CHUNKS = 256  # at most; a constant, so that the order of the sums does not depend on the device
+
+
+@triton.jit
+def one_hot(expert_N, live_N, column_E):
+    """[BLOCK_N, E_PAD] int32: 1 where the live token n chose expert e."""
+    return ((column_E[None, :] == expert_N[:, None]) & live_N[:, None]).to(tl.int32)
+
+
+@triton.jit
+def pick(value_NE, chosen_NE):
+    """[BLOCK_N]: the value in the column that the row's one 1 marks, 0 in a row without."""
+    return tl.sum(value_NE * chosen_NE, axis=1)
+
+
+@triton.jit
+def sum_of_chunks(count_ptr, first, last, column_E, E: tl.constexpr, E_PAD: tl.constexpr):
+    """[E_PAD]: the rows first..last-1 of a [G, E] array, added up in order."""
+    total_E = tl.zeros([E_PAD], count_ptr.dtype.element_ty)
+    for start in range(first, last, 16):
+        row = start + tl.arange(0, 16)
+        at = count_ptr + row[:, None] * E + column_E[None, :]
+        total_E += tl.sum(tl.load(at, mask=(row[:, None] < last) & (column_E[None, :] < E), other=0), axis=0)
+    return total_E
+
+
+@triton.jit
+def _cosine_logits(
+    x_ptr, projection_ptr, prototypes_ptr, temperature_ptr, q_ptr, token_N, live_N, column_E,
+    E: tl.constexpr, E_PAD: tl.constexpr, D, R: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<q, P_e> / (|q| |P_e|) / tau with q = W x, [BLOCK_N, E_PAD]; q is kept for the backward pass."""
+    column_R = tl.arange(0, R_PAD)
+    live_R = column_R < R
+    q = tl.zeros([BLOCK_N, R_PAD], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        column_D = start + tl.arange(0, BLOCK_D)
+        at = x_ptr + token_N[:, None].to(tl.int64) * D + column_D[None, :]
+        x = tl.load(at, mask=live_N[:, None] & (column_D[None, :] < D), other=0.0).to(tl.float32)
+        at = projection_ptr + column_R[None, :] * D + column_D[:, None]
+        w = tl.load(at, mask=live_R[None, :] & (column_D[:, None] < D), other=0.0)
+        q = tl.dot(x, w, q, input_precision=PRECISION)
+    tl.store(q_ptr + token_N[:, None].to(tl.int64) * R + column_R[None, :], q, mask=live_N[:, None] & live_R[None, :])
+    at = prototypes_ptr + column_E[None, :] * R + column_R[:, None]
+    prototypes = tl.load(at, mask=(column_E[None, :] < E) & live_R[:, None], other=0.0)
+    # 1e-12 is the floor of torch.nn.functional.normalize.
+    q = q / tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), 1e-12)[:, None]
+    prototypes = prototypes / tl.maximum(tl.sqrt(tl.sum(prototypes * prototypes, axis=0)), 1e-12)[None, :]
+    return tl.dot(q, prototypes, input_precision=PRECISION) / tl.load(temperature_ptr)
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, bias_ptr, expert_ptr, gate_ptr, rank_ptr, entropy_ptr, lse_ptr,
+    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, x_ptr, projection_ptr, prototypes_ptr, temperature_ptr, q_ptr,
+    tokens, tiles, D, E: tl.constexpr, E_PAD: tl.constexpr, HAS_BIAS: tl.constexpr, COSINE: tl.constexpr,
+    R: tl.constexpr, R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Softmax, choice and place in the chunk's own queue of each token; sums over the chunk."""
+    chunk = tl.program_id(0)
+    column_E = tl.arange(0, E_PAD)
+    live_E = column_E < E
+    count_E = tl.zeros([E_PAD], tl.int32)
+    p_sum_E = tl.zeros([E_PAD], tl.float32)
+    z_sum_N = tl.zeros([BLOCK_N], tl.float32)
+    broken_N = tl.full([BLOCK_N], 0x7FFFFFFF, tl.int32)
+    for tile in range(tiles):
+        token_N = (chunk * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        live_N = token_N < tokens
+        live_NE = live_N[:, None] & live_E[None, :]
+        at_NE = logits_ptr + token_N[:, None].to(tl.int64) * E + column_E[None, :]
+        if COSINE:
+            logits = _cosine_logits(
+                x_ptr, projection_ptr, prototypes_ptr, temperature_ptr, q_ptr, token_N, live_N, column_E,
+                E, E_PAD, D, R, R_PAD, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            tl.store(at_NE, logits, mask=live_NE)
+        else:
+            logits = tl.load(at_NE, mask=live_NE, other=0.0).to(tl.float32)
+        logits = tl.where(live_E[None, :], logits, float("-inf"))
+
+        top_N = tl.max(logits, axis=1)
+        nan_N = tl.max((logits != logits).to(tl.int32), axis=1) > 0
+        bad_N = live_N & (nan_N | (top_N == float("inf")) | (top_N == float("-inf")))
+        broken_N = tl.minimum(broken_N, tl.where(bad_N, token_N, 0x7FFFFFFF))
+        shifted = logits - top_N[:, None]
+        exp = tl.exp(shifted)
+        total_N = tl.sum(exp, axis=1)
+        p = exp / total_N[:, None]
+        lse_N = top_N + tl.log(total_N)
+        entropy_N = tl.log(total_N) - tl.sum(tl.where(exp > 0, p * shifted, 0.0), axis=1)
+
+        score, best_N = logits, top_N
+        if HAS_BIAS:
+            bias_E = tl.load(bias_ptr + column_E, mask=live_E, other=0.0).to(tl.float32)
+            score = tl.where(live_E[None, :], p + bias_E[None, :], float("-inf"))
+            best_N = tl.max(score, axis=1)
+        # The lowest of equal scores. Nothing equals NaN: such a token still gets an index in range.
+        expert_N = tl.min(tl.where(score == best_N[:, None], column_E[None, :], E - 1), axis=1)
+        chosen = one_hot(expert_N, live_N, column_E)
+        rank_N = pick(tl.cumsum(chosen, axis=0) + count_E[None, :], chosen) - 1
+        gate_N = tl.sum(tl.where(chosen > 0, p, 0.0), axis=1)
+
+        count_E += tl.sum(chosen, axis=0)
+        p_sum_E += tl.sum(tl.where(live_NE, p, 0.0), axis=0)
+        z_sum_N += tl.where(live_N, lse_N * lse_N, 0.0)
+        tl.store(expert_ptr + token_N, expert_N.to(tl.int64), mask=live_N)
+        tl.store(gate_ptr + token_N, gate_N, mask=live_N)
+        tl.store(rank_ptr + token_N, rank_N.to(tl.int64), mask=live_N)
+        tl.store(entropy_ptr + token_N, entropy_N, mask=live_N)
+        tl.store(lse_ptr + token_N, lse_N, mask=live_N)
+    tl.store(count_ptr + chunk * E + column_E, count_E, mask=live_E)
+    tl.store(p_sum_ptr + chunk * E + column_E, p_sum_E, mask=live_E)
+    tl.store(z_sum_ptr + chunk, tl.sum(z_sum_N, axis=0))
+    tl.store(broken_ptr + chunk, tl.min(broken_N, axis=0))
+
+
+@triton.jit
+def totals(
+    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
+    tokens, capacity, column_E, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr,
+):  # fmt: skip
+    """What is summed over all chunks: tokens per expert, both losses, the first token without a softmax."""
+    live_E = column_E < E
+    routed_E = sum_of_chunks(count_ptr, 0, chunks, column_E, E, E_PAD)
+    p_sum_E = sum_of_chunks(p_sum_ptr, 0, chunks, column_E, E, E_PAD)
+    tl.store(routed_ptr + column_E, routed_E.to(tl.int64), mask=live_E)
+    tl.store(kept_ptr + column_E, tl.minimum(routed_E, capacity).to(tl.int64), mask=live_E)
+    tl.store(balance_ptr, E * tl.sum((p_sum_E / tokens) * (routed_E.to(tl.float32) / tokens), axis=0))
+    chunk = tl.arange(0, G_PAD)
+    z_sum_G = tl.load(z_sum_ptr + chunk, mask=chunk < chunks, other=0.0)
+    tl.store(z_ptr, tl.sum(z_sum_G, axis=0) / tokens)
+    broken_G = tl.load(broken_ptr + chunk, mask=chunk < chunks, other=0x7FFFFFFF)
+    tl.store(first_broken_ptr, tl.min(broken_G, axis=0))
+
+
+@triton.jit
+def _slot_kernel(
+    expert_ptr, slot_ptr, count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr,
+    routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr, tokens, tiles, capacity,
+    chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Place in the chunk's queue -> place in the expert's queue -> slot, or -1. The last program adds up."""
+    chunk = tl.program_id(0)
+    column_E = tl.arange(0, E_PAD)
+    if chunk == chunks:
+        totals(
+            count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr,
+            first_broken_ptr, tokens, capacity, column_E, chunks, E, E_PAD, G_PAD,
+        )  # fmt: skip
+    else:
+        before_E = sum_of_chunks(count_ptr, 0, chunk, column_E, E, E_PAD)
+        for tile in range(tiles):
+            token_N = (chunk * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+            live_N = token_N < tokens
+            expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0).to(tl.int32)
+            chosen = one_hot(expert_N, live_N, column_E)
+            slot_N = tl.load(slot_ptr + token_N, mask=live_N, other=0) + pick(before_E[None, :], chosen)
+            tl.store(slot_ptr + token_N, tl.where(slot_N < capacity, slot_N, -1), mask=live_N)
+
+
+@triton.jit
+def _backward_kernel(
+    logits_ptr, lse_ptr, expert_ptr, routed_ptr, d_gate_ptr, d_balance_ptr, d_z_ptr, out_ptr, tokens,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d logits = p * (g - <p, g>) + p * d_z * 2 lse / N, with g_e = d_gate [e chosen] + d_balance E fraction_e / N."""
+    token_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_N = token_N < tokens
+    column_E = tl.arange(0, E_PAD)
+    live_NE = live_N[:, None] & (column_E[None, :] < E)
+    at_NE = token_N[:, None].to(tl.int64) * E + column_E[None, :]
+    logits = tl.load(logits_ptr + at_NE, mask=live_NE, other=float("-inf")).to(tl.float32)
+    lse_N = tl.load(lse_ptr + token_N, mask=live_N, other=0.0)
+    expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0).to(tl.int32)
+    d_gate_N = tl.load(d_gate_ptr + token_N, mask=live_N, other=0.0)
+    fraction_E = tl.load(routed_ptr + column_E, mask=column_E < E, other=0).to(tl.float32) / tokens
+    p = tl.exp(logits - lse_N[:, None])
+    g = (tl.load(d_balance_ptr) * E / tokens) * fraction_E[None, :]
+    g += tl.where(column_E[None, :] == expert_N[:, None], d_gate_N[:, None], 0.0)
+    d_z_N = tl.load(d_z_ptr) * 2 / tokens * lse_N
+    d_logits = p * (g - tl.sum(p * g, axis=1)[:, None] + d_z_N[:, None])
+    tl.store(out_ptr + at_NE, d_logits.to(out_ptr.dtype.element_ty), mask=live_NE)
+
+
+class Cosine(NamedTuple):
+    """Inputs of the scores that the routing launch computes itself; all float32 but the tokens."""
+
+    x_ND: Tensor
+    projection_RD: Tensor
+    prototypes_ER: Tensor
+    temperature: Tensor  # one element
+
+
+def _precision() -> str:
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def forward(
+    logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, cosine: Cosine | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Everything `gating` returns, and the index of the first token without a softmax (2^31 - 1: none).
+
+    With ``cosine``, ``logits_NE`` (float32) is written, not read; q [N, R] is then the last tensor returned.
+    """
+    from shodh_moe.kernels import gating_select_triton
+
+    logits_NE = logits_NE.contiguous()
+    tokens, experts = logits_NE.shape
+    device, pad = logits_NE.device, triton.next_power_of_2(experts)
+    default = {"BLOCK_N": min(max(2048 // pad, 16), 256), "num_warps": 4}
+    if cosine is not None:
+        default = {"BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4}
+    name = "gating" if cosine is None else "gating_cosine"
+    chosen = settings(name, f"E{pad}", default, device)
+    block_d, warps = chosen.get("BLOCK_D", 16), chosen["num_warps"]
+    sizes = {"E": experts, "E_PAD": pad, "BLOCK_N": chosen["BLOCK_N"], "num_warps": warps}
+    tiles = triton.cdiv(triton.cdiv(tokens, sizes["BLOCK_N"]), CHUNKS)
+    chunks = triton.cdiv(tokens, sizes["BLOCK_N"] * tiles)
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    expert_N, slot_N = empty((tokens,), i64), empty((tokens,), i64)
+    gate_N, entropy_N, lse_N = empty((tokens,), f32), empty((tokens,), f32), empty((tokens,), f32)
+    count_GE, p_sum_GE = empty((chunks, experts), i32), empty((chunks, experts), f32)
+    z_sum_G, broken_G = empty((chunks,), f32), empty((chunks,), i32)
+    routed_E, kept_E = empty((experts,), i64), empty((experts,), i64)
+    balance, z, first_broken = empty((), f32), empty((), f32), empty((1,), i32)
+
+    if cosine is None:
+        x = projection = prototypes = temperature = q_NR = logits_NE  # not touched
+        width, routing_width = 1, 1
+    else:
+        x, projection, prototypes, temperature = (t.contiguous() for t in cosine)
+        width, routing_width = x.shape[1], projection.shape[0]
+        q_NR = empty((tokens, routing_width), f32)
+    launch(
+        _route_kernel, (chunks,), logits_NE, logits_NE if bias_E is None else bias_E.contiguous(), expert_N, gate_N,
+        slot_N, entropy_N, lse_N, count_GE, p_sum_GE, z_sum_G, broken_G, x, projection, prototypes, temperature, q_NR,
+        tokens, tiles, width, HAS_BIAS=bias_E is not None, COSINE=cosine is not None, R=routing_width,
+        R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=_precision(), BLOCK_D=block_d, **sizes,
+    )  # fmt: skip
+    sums = (count_GE, p_sum_GE, z_sum_G, broken_G, routed_E, kept_E, balance, z, first_broken)
+    sizes |= {"chunks": chunks, "G_PAD": triton.next_power_of_2(chunks)}
+    if drop_order == "position":
+        launch(_slot_kernel, (chunks + 1,), expert_N, slot_N, *sums, tokens, tiles, capacity, **sizes)
+    else:
+        gating_select_triton.assign_slots(expert_N, gate_N, slot_N, sums, tiles, capacity, sizes)
+    results = (expert_N, gate_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N)
+    return (results if cosine is None else (*results, q_NR)), first_broken
+
+
+def backward(
+    logits_NE: Tensor, lse_N: Tensor, expert_N: Tensor, routed_E: Tensor,
+    d_gate_N: Tensor, d_balance: Tensor, d_z: Tensor,
+) -> Tensor:  # fmt: skip
+    """d logits [N, E] in the dtype of the logits, one launch."""
+    logits_NE = logits_NE.contiguous()
+    tokens, experts = logits_NE.shape
+    pad = triton.next_power_of_2(experts)
+    default = {"BLOCK_N": min(max(2048 // pad, 16), 256), "num_warps": 4}
+    chosen = settings("gating_backward", f"E{pad}", default, logits_NE.device)
+    out_NE = torch.empty_like(logits_NE)
+    launch(
+        _backward_kernel, (triton.cdiv(tokens, chosen["BLOCK_N"]),), logits_NE, lse_N, expert_N, routed_E,
+        d_gate_N.contiguous(), d_balance, d_z, out_NE, tokens, E=experts, E_PAD=pad, **chosen,
+    )  # fmt: skip
+    return out_NE

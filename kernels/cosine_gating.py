@@ -25,6 +25,7 @@ from shodh_moe.kernels.gating import (
 )
 
 MAX_ROUTING_WIDTH = 128
+FUSED_EXPERTS = 64  # beyond, a tile's scores and prototypes no longer fit in registers beside the rest
 
 
 def cosine_top1_gating(
@@ -39,8 +40,8 @@ def cosine_top1_gating(
 ) -> Gating:
     """`top1_gating` of the logits ``<W x, P_e> / (|W x| |P_e|) / tau`` (X-MoE, arXiv 2204.09179; DESIGN 3.5).
 
-    On Triton the logits are computed in the routing pass, so the tokens are read once and nothing between
-    them and the logits is written but W x, for the backward pass.
+    On Triton, with at most 64 experts, the logits are computed in the routing pass: the tokens are read once,
+    and nothing is written between them and the logits but W x, for the backward pass.
 
     Args:
         x_ND: tokens, float32, bfloat16 or float16; float64 keeps everything in float64 (torch reference).
@@ -79,7 +80,7 @@ def _forward(
     x_ND: Tensor, projection_RD: Tensor, prototypes_ER: Tensor, temperature: Tensor,
     capacity: int, drop_order: str, bias_E: Tensor | None, check_finite: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if x_ND.dtype != torch.float64 and use_triton(x_ND):
+    if x_ND.dtype != torch.float64 and prototypes_ER.shape[0] <= FUSED_EXPERTS and use_triton(x_ND):
         from shodh_moe.kernels import gating_triton
 
         logits_NE = x_ND.new_empty((x_ND.shape[0], prototypes_ER.shape[0]), dtype=torch.float32)
@@ -100,7 +101,7 @@ def _fake(x_ND: Tensor, projection_RD: Tensor, prototypes_ER: Tensor, *_: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    expert_N, _, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N, logits_NE, q_NR = output
+    _, expert_N, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N, logits_NE, q_NR = output
     ctx.save_for_backward(*inputs[:4], logits_NE, lse_N, expert_N, routed_E, q_NR)
     ctx.mark_non_differentiable(expert_N, slot_N, routed_E, kept_E, entropy_N, lse_N, logits_NE, q_NR)
 
@@ -108,7 +109,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x_ND, projection_RD, prototypes_ER, temperature, logits_NE, lse_N, expert_N, routed_E, q_NR = ctx.saved_tensors
     d_logits_NE = torch.ops.shodh.top1_gating_backward(
-        logits_NE, lse_N, expert_N, routed_E, grads[1], grads[6], grads[7]
+        logits_NE, lse_N, expert_N, routed_E, grads[0], grads[6], grads[7]
     )
     d_cosine_NE = d_logits_NE / temperature
     d_temperature = -(d_cosine_NE * logits_NE).sum(dim=None, keepdim=False).reshape(1)

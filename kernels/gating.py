@@ -21,8 +21,8 @@ DROP_ORDERS = ("position", "probability")
 class Gating(NamedTuple):
     """Routing of N tokens. ``slot_N`` is -1 where the token was dropped."""
 
-    expert_N: Tensor  # int64, the routed expert, dropped or not
-    gate_N: Tensor  # float32, softmax probability of that expert; carries the router's gradient
+    gate_N: Tensor  # float32, softmax probability of the routed expert; carries the router's gradient
+    expert_N: Tensor  # int64, that expert, whether the token found a slot there or not
     slot_N: Tensor  # int64 in [0, K), or -1; an expert's kept tokens fill 0, 1, ... in token order
     routed_E: Tensor  # int64, tokens that chose the expert
     kept_E: Tensor  # int64, tokens that found a slot
@@ -113,8 +113,8 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
     routed_E = torch.bincount(expert_N, minlength=experts)
     fraction_E = routed_E.to(p_NE.dtype) / tokens
     return Gating(
-        expert_N=expert_N,
         gate_N=gate_N,
+        expert_N=expert_N,
         slot_N=assign_slots(expert_N, gate_N.detach(), routed_E, capacity, drop_order),
         routed_E=routed_E,
         kept_E=routed_E.clamp(max=capacity),
@@ -212,19 +212,19 @@ def fake_outputs(logits_NE: Tensor) -> tuple[Tensor, ...]:
 
     i64 = torch.int64
     return (
-        new(i64, tokens), new(exact, tokens), new(i64, tokens), new(i64, experts), new(i64, experts),
+        new(exact, tokens), new(i64, tokens), new(i64, tokens), new(i64, experts), new(i64, experts),
         new(exact, tokens), new(exact), new(exact), new(exact, tokens),
     )  # fmt: skip
 
 
 def _save_gating(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    expert_N, _, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N = output
+    _, expert_N, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N = output
     ctx.save_for_backward(inputs[0], lse_N, expert_N, routed_E)
     ctx.mark_non_differentiable(expert_N, slot_N, routed_E, kept_E, entropy_N, lse_N)
 
 
 def _gating_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    d_logits_NE = torch.ops.shodh.top1_gating_backward(*ctx.saved_tensors, grads[1], grads[6], grads[7])
+    d_logits_NE = torch.ops.shodh.top1_gating_backward(*ctx.saved_tensors, grads[0], grads[6], grads[7])
     return d_logits_NE, None, None, None, None
 
 

@@ -214,6 +214,11 @@ class Cosine(NamedTuple):
     temperature: Tensor  # one element
 
 
+def _tile(padded_experts: int) -> int:
+    """Tokens of a tile of about 2048 logits."""
+    return min(max(2048 // padded_experts, 16), 256)
+
+
 def _precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
@@ -230,13 +235,14 @@ def forward(
     logits_NE = logits_NE.contiguous()
     tokens, experts = logits_NE.shape
     device, pad = logits_NE.device, triton.next_power_of_2(experts)
-    default = {"BLOCK_N": min(max(2048 // pad, 16), 256), "num_warps": 4}
-    if cosine is not None:
-        default = {"BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4}
-    name = "gating" if cosine is None else "gating_cosine"
-    chosen = settings(name, f"E{pad}", default, device)
-    block_d, warps = chosen.get("BLOCK_D", 16), chosen["num_warps"]
-    sizes = {"E": experts, "E_PAD": pad, "BLOCK_N": chosen["BLOCK_N"], "num_warps": warps}
+    if cosine is None:
+        default = {"BLOCK_N": _tile(pad), "num_warps": 8 if pad > 64 else 4}
+        chosen = settings("gating", f"E{pad}", default, device)
+    else:
+        pad_r = max(triton.next_power_of_2(cosine.projection_RD.shape[0]), 16)
+        default = {"BLOCK_N": 32 if pad_r <= 64 else 16, "BLOCK_D": 32, "num_warps": 4}
+        chosen = settings("cosine_gating", f"E{pad}_R{pad_r}", default, device)
+    sizes = {"E": experts, "E_PAD": pad, "BLOCK_N": chosen["BLOCK_N"], "num_warps": chosen["num_warps"]}
     tiles = triton.cdiv(triton.cdiv(tokens, sizes["BLOCK_N"]), CHUNKS)
     chunks = triton.cdiv(tokens, sizes["BLOCK_N"] * tiles)
 
@@ -262,7 +268,8 @@ def forward(
         _route_kernel, (chunks,), logits_NE, logits_NE if bias_E is None else bias_E.contiguous(), expert_N, gate_N,
         slot_N, entropy_N, lse_N, count_GE, p_sum_GE, z_sum_G, broken_G, x, projection, prototypes, temperature, q_NR,
         tokens, tiles, width, HAS_BIAS=bias_E is not None, COSINE=cosine is not None, R=routing_width,
-        R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=_precision(), BLOCK_D=block_d, **sizes,
+        R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=_precision(),
+        BLOCK_D=chosen.get("BLOCK_D", 16), **sizes,
     )  # fmt: skip
     sums = (count_GE, p_sum_GE, z_sum_G, broken_G, routed_E, kept_E, balance, z, first_broken)
     sizes |= {"chunks": chunks, "G_PAD": triton.next_power_of_2(chunks)}
@@ -270,7 +277,7 @@ def forward(
         launch(_slot_kernel, (chunks + 1,), expert_N, slot_N, *sums, tokens, tiles, capacity, **sizes)
     else:
         gating_select_triton.assign_slots(expert_N, gate_N, slot_N, sums, tiles, capacity, sizes)
-    results = (expert_N, gate_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N)
+    results = (gate_N, expert_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N)
     return (results if cosine is None else (*results, q_NR)), first_broken
 
 
@@ -282,7 +289,7 @@ def backward(
     logits_NE = logits_NE.contiguous()
     tokens, experts = logits_NE.shape
     pad = triton.next_power_of_2(experts)
-    default = {"BLOCK_N": min(max(2048 // pad, 16), 256), "num_warps": 4}
+    default = {"BLOCK_N": _tile(pad), "num_warps": 4}
     chosen = settings("gating_backward", f"E{pad}", default, logits_NE.device)
     out_NE = torch.empty_like(logits_NE)
     launch(

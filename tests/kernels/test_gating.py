@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shodh_moe.kernels import expert_capacity, top1_gating
+from shodh_moe.kernels import cosine_top1_gating, expert_capacity, top1_gating
+from shodh_moe.kernels.cosine_gating import reference_logits
+from shodh_moe.kernels.gating import assign_slots, reference_gating
+from tests.kernels.forms import DEVICE, form
 
 
 @pytest.mark.parametrize(
@@ -26,43 +31,131 @@ def test_capacity_is_exact(tokens, experts, factor, minimum, expected):
     assert expert_capacity(tokens, experts, factor, minimum) == expected
 
 
-def _by_loop(logits: torch.Tensor, capacity: int, order: str) -> tuple[list[int], list[int]]:
-    """Expert and slot of each token, one token at a time."""
-    p = torch.log_softmax(logits, dim=1).exp().tolist()  # ties must round alike
-    expert = [row.index(max(row)) for row in p]
-    tokens = range(len(p))
-    queue = tokens if order == "position" else sorted(tokens, key=lambda n: -p[n][expert[n]])
-    kept, used = set(), [0] * logits.shape[1]
+def _slots_by_loop(expert: list[int], gate: list[float], capacity: int, order: str) -> list[int]:
+    """The slot of each token, one token at a time."""
+    tokens = range(len(expert))
+    queue = tokens if order == "position" else sorted(tokens, key=lambda n: -gate[n])
+    kept, used = set(), collections.Counter()
     for n in queue:
         if used[expert[n]] < capacity:
             used[expert[n]] += 1
             kept.add(n)
-    slot, filled = [], [0] * logits.shape[1]
+    slot, filled = [], collections.Counter()
     for n in tokens:
         slot.append(filled[expert[n]] if n in kept else -1)
         filled[expert[n]] += n in kept
-    return expert, slot
+    return slot
 
 
-@settings(max_examples=60, deadline=None)
+def _logits(tokens: int, experts: int, kind: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    if kind == "ties":
+        logits = logits.round()
+    elif kind == "one expert":
+        logits[:, experts // 2] += 100
+    elif kind == "empty expert":
+        logits[:, experts // 2] -= 100
+    elif kind == "-inf":
+        logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = -math.inf
+        logits[:, 0] = logits[:, 0].clamp(min=0)
+    elif kind == "huge":
+        logits *= 1e30
+    return logits.to(DEVICE, dtype)
+
+
+KINDS = ("normal", "ties", "one expert", "empty expert", "-inf", "huge")
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@settings(max_examples=40, deadline=None)
 @given(
-    tokens=st.integers(1, 70),
-    experts=st.integers(2, 9),
+    tokens=st.integers(1, 90),
+    experts=st.integers(1, 9),
     capacity=st.integers(1, 40),
     order=st.sampled_from(["position", "probability"]),
-    ties=st.booleans(),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    biased=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_slots_equal_those_of_a_loop(tokens, experts, capacity, order, ties, seed):
-    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if ties:
-        logits = logits.round()
-    g = top1_gating(logits, capacity, order)
-    expert, slot = _by_loop(logits, capacity, order)
-    assert g.expert_N.tolist() == expert
-    assert g.slot_N.tolist() == slot
-    assert g.routed_E.sum() == tokens
+def test_routing_equals_that_of_a_loop(name, tokens, experts, capacity, order, kind, dtype, biased, seed):
+    """Experts from the logits, slots from the operation's own gates: no rounding can hide a mistake."""
+    kind = "normal" if kind == "huge" and dtype == torch.float16 else kind
+    logits = _logits(tokens, experts, kind, seed, dtype)
+    bias = torch.linspace(-0.3, 0.3, experts, device=DEVICE) if biased else None
+    with form(name):
+        g = top1_gating(logits, capacity, order, bias)
+    expert = g.expert_N.tolist()
+    if bias is None:
+        assert expert == [row.index(max(row)) for row in logits.tolist()]
+    else:
+        score = torch.softmax(logits.double(), 1) + bias
+        best = score.gather(1, g.expert_N[:, None])[:, 0]
+        torch.testing.assert_close(best, score.amax(1), atol=1e-6, rtol=0)
+    assert g.slot_N.tolist() == _slots_by_loop(expert, g.gate_N.tolist(), capacity, order)
+    assert g.routed_E.tolist() == [expert.count(e) for e in range(experts)]
     assert g.kept_E.tolist() == [min(capacity, int(count)) for count in g.routed_E]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 90),
+    experts=st.integers(1, 20),
+    order=st.sampled_from(["position", "probability"]),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_triton_equals_the_reference_forward_and_backward(tokens, experts, order, kind, dtype, transposed, seed):
+    logits = _logits(tokens, experts, kind, seed, dtype)
+    logits = logits.T.contiguous().T if transposed else logits
+    d_gate = torch.randn(tokens, device=DEVICE)
+    results = []
+    for name in ("reference", "triton"):
+        x = logits.detach().requires_grad_()
+        with form(name):
+            g = top1_gating(x, 7, order)
+            # a huge z-loss overflows float32 in both; its gradient is taken elsewhere
+            loss = (g.gate_N * d_gate).sum() + 2 * g.balance_loss + (0 if kind == "huge" else 3 * g.z_loss)
+            loss.backward()
+        results.append((*(t.detach() for t in (g.gate_N, g.entropy_N, g.balance_loss, g.z_loss)), x.grad))
+        integers = (g.expert_N, g.routed_E, g.kept_E, *((g.slot_N,) if order == "position" else ()))
+        results[-1] += tuple(integers)
+    for reference, triton in zip(*results, strict=True):
+        assert reference.dtype == triton.dtype
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if reference.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(triton, reference, **tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(700, 256), (1, 256), (5000, 2), (600, 100)])
+@pytest.mark.parametrize("order", ["position", "probability"])
+def test_triton_over_many_tiles(tokens, experts, order):
+    """More tokens than a tile holds, experts up to the limit, experts that are no power of two."""
+    logits = _logits(tokens, experts, "ties", 1)
+    capacity = max(tokens // experts, 1)
+    with form("triton"):
+        g = top1_gating(logits, capacity, order)
+        again = top1_gating(logits, capacity, order)
+    expert = logits.cpu().argmax(1).tolist()
+    assert g.expert_N.tolist() == expert
+    assert g.slot_N.tolist() == _slots_by_loop(expert, g.gate_N.tolist(), capacity, order)
+    assert all(torch.equal(a, b) for a, b in zip(g, again, strict=True))  # the same bits every run
+
+
+def test_triton_over_more_tiles_than_chunks(monkeypatch):
+    """Programs then walk over several tiles each; 2^20 tokens do that on a GPU, three chunks do it here."""
+    from shodh_moe.kernels import gating_triton
+
+    monkeypatch.setattr(gating_triton, "CHUNKS", 3)
+    logits = _logits(4000, 5, "normal", 0)
+    for order in ("position", "probability"):
+        with form("triton"):
+            g = top1_gating(logits, 500, order)
+        reference = reference_gating(logits, 500, order, None)
+        assert g.slot_N.tolist() == _slots_by_loop(g.expert_N.tolist(), g.gate_N.tolist(), 500, order)
+        torch.testing.assert_close(g.balance_loss, reference.balance_loss)
+        torch.testing.assert_close(g.z_loss, reference.z_loss)
 
 
 def test_all_tied_goes_to_the_lowest_expert():
@@ -102,20 +195,147 @@ def test_gate_carries_the_gradient_of_its_softmax():
     torch.testing.assert_close(logits.grad, best * (one_hot - p))
 
 
-def test_losses_pass_gradcheck():
-    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: tuple(top1_gating(x, 5)[i] for i in (1, 6, 7)), (logits,))
+def _differentiable(x: torch.Tensor, order: str) -> tuple[torch.Tensor, ...]:
+    g = reference_gating(x, 2, order, None)
+    return g.gate_N, g.balance_loss, g.z_loss
 
 
-def test_extreme_logits_stay_finite_and_nan_raises():
-    g = top1_gating(torch.tensor([[1e30, -1e30], [0.0, -math.inf]]), 2)
+@pytest.mark.parametrize("order", ["position", "probability"])
+def test_reference_passes_gradcheck_by_autograd_and_by_formula(order):
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _differentiable(x, order), (x,))
+    assert torch.autograd.gradcheck(lambda x: tuple(top1_gating(x, 2, order)[i] for i in (0, 6, 7)), (x,))
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_extreme_logits_stay_finite(name):
+    with form(name):
+        g = top1_gating(torch.tensor([[1e30, -1e30], [0.0, -math.inf]], device=DEVICE), 2)
     assert g.expert_N.tolist() == [0, 0]
     assert g.gate_N.tolist() == [1.0, 1.0]
     assert g.entropy_N.tolist() == [0.0, 0.0]
-    with pytest.raises(ValueError, match="token 1 are NaN"):
-        top1_gating(torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), 2)
 
 
-def test_unknown_drop_order_raises():
-    with pytest.raises(ValueError, match="drop_order"):
-        top1_gating(torch.zeros(1, 2), 1, "random")
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("row", [[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_without_a_softmax_raise_and_name_the_token(name, row):
+    logits = torch.tensor([[0.0, 1.0], row, row], device=DEVICE)
+    with form(name), pytest.raises(ValueError, match="token 1 are NaN or infinite"):
+        top1_gating(logits, 2)
+    with form(name):
+        g = top1_gating(logits, 2, check_finite=False)
+    assert g.expert_N.max() < 2
+    assert not g.z_loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: top1_gating(torch.zeros(1, 2), 1, "random"), "drop_order"),
+        (lambda: top1_gating(torch.zeros(4), 1), "logits_NE must be a 2-dimensional"),
+        (lambda: top1_gating(torch.zeros(4, 2, dtype=torch.int32), 1), "logits_NE must be .* floating-point"),
+        (lambda: top1_gating(torch.zeros(0, 2), 1), "between 1 and 2\\^31 - 1 tokens, not 0"),
+        (lambda: top1_gating(torch.zeros(4, 257), 1), "1 to 256 experts, not 257"),
+        (lambda: top1_gating(torch.zeros(4, 2), 0), "capacity must be .* not 0"),
+        (lambda: top1_gating(torch.zeros(4, 2), 1, bias_E=torch.zeros(3)), r"bias_E must be \[2\]"),
+        (lambda: top1_gating(torch.zeros(4, 2), 1, bias_E=torch.zeros(2, device="meta")), "bias_E must be"),
+        (lambda: _cosine(projection=torch.zeros(3, 6)), r"projection_RD must be torch.float32 \[3, 5\]"),
+        (lambda: _cosine(prototypes=torch.zeros(2, 3).double()), "prototypes_ER must be torch.float32"),
+        (lambda: _cosine(temperature=torch.ones(())), "temperature must be"),
+        (lambda: _cosine(torch.zeros(200, 5), torch.zeros(2, 200)), "have 200 dimensions; at most 128"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _cosine(projection=None, prototypes=None, temperature=None):
+    projection = torch.zeros(3, 5) if projection is None else projection
+    prototypes = torch.zeros(2, 3) if prototypes is None else prototypes
+    temperature = torch.ones(1) if temperature is None else temperature
+    return cosine_top1_gating(torch.zeros(4, 5), projection, prototypes, temperature, 1)
+
+
+def _cosine_inputs(tokens: int, experts: int, width: int, routing: int, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(tokens)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(tokens, width, dtype=dtype, device=DEVICE)
+    weights = [torch.randn(shape, dtype=exact, device=DEVICE) for shape in ((routing, width), (experts, routing))]
+    return [t.requires_grad_() for t in (x, *weights, torch.full((1,), 0.3, dtype=exact, device=DEVICE))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width", "routing"), [(70, 4, 33, 8), (40, 64, 64, 20), (1, 2, 5, 1), (9, 70, 16, 16)]
+)
+def test_cosine_entry_equals_scores_then_gating(tokens, experts, width, routing, dtype):
+    inputs = _cosine_inputs(tokens, experts, width, routing, dtype)
+    results = []
+    for name in ("plain", "reference", "triton"):
+        for t in inputs:
+            t.grad = None
+        if name == "plain":
+            q = inputs[0].to(torch.float32) @ inputs[1].T
+            g = reference_gating(reference_logits(q, *inputs[2:]), 3, "position", None)
+        else:
+            with form(name):
+                g = cosine_top1_gating(*inputs, 3)
+        (g.gate_N.sum() + 2 * g.balance_loss + g.z_loss).backward()
+        results.append([*g, *(t.grad for t in inputs)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(b, a, rtol=2e-2 if a.dtype == torch.bfloat16 else 2e-4, atol=1e-4)
+
+
+def test_cosine_gradcheck():
+    inputs = _cosine_inputs(6, 3, 4, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: tuple(cosine_top1_gating(*t, 2)[i] for i in (0, 6, 7)), inputs)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("order", ["position", "probability"])
+def test_operators_pass_opcheck(name, order):
+    logits = _logits(12, 3, "normal", 0).requires_grad_()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    with form(name):
+        torch.library.opcheck(torch.ops.shodh.top1_gating.default, (logits, 3, order, None, True), test_utils=tests)
+        inputs = _cosine_inputs(12, 3, 5, 4)
+        cosine = torch.ops.shodh.cosine_top1_gating.default
+        torch.library.opcheck(cosine, (*inputs, 3, order, None, True), test_utils=tests)
+        g = torch.ops.shodh.top1_gating(logits.detach(), 3, order, None, True)
+        one = torch.ones((), device=DEVICE)
+        backward = (logits.detach(), g[8], g[1], g[3], g[0], one, one)
+        torch.library.opcheck(torch.ops.shodh.top1_gating_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_compile_without_graph_break_checkpointing_and_autocast(name):
+    weight = torch.randn(5, 3, device=DEVICE, requires_grad=True)
+    x = torch.randn(20, 5, device=DEVICE)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        g = top1_gating(x @ weight, 4)
+        return (g.gate_N * (g.slot_N >= 0)).sum() + g.balance_loss + g.z_loss
+
+    with form(name):
+        (expected,) = torch.autograd.grad(loss(weight), weight)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        checkpointed = torch.utils.checkpoint.checkpoint(loss, weight, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(compiled(weight), weight)[0], expected)
+        torch.testing.assert_close(torch.autograd.grad(checkpointed, weight)[0], expected)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            value = loss(weight)  # the product before it runs in bfloat16, the gating in float32
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(torch.autograd.grad(value, weight)[0], expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: a million tokens")
+@pytest.mark.parametrize("order", ["position", "probability"])
+@pytest.mark.parametrize(("tokens", "experts"), [(2**20, 8), (2**20 - 7, 256)])
+def test_a_million_tokens(tokens, experts, order):
+    logits = _logits(tokens, experts, "normal", 3)
+    g = top1_gating(logits, tokens // experts, order)
+    assert torch.equal(g.expert_N, logits.argmax(1))
+    assert torch.equal(g.slot_N, assign_slots(g.expert_N, g.gate_N, g.routed_E, tokens // experts, order))

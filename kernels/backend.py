@@ -73,6 +73,11 @@ def describe(device: torch.device) -> str:
     return f"torch reference{why}"
 
 
+def exact(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast does not round the operands of matrix products."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 class Launch(NamedTuple):
     """One kernel launch as it was asked for."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shodh_moe.kernels.backend import recording, use_triton
+from shodh_moe.kernels.backend import exact, recording, use_triton
 from shodh_moe.kernels.gating import (
     OUTPUTS,
     SCHEMA,
@@ -89,8 +89,9 @@ def _forward(
         if check_finite and not recording():
             raise_if_broken(first_broken)
         return (*outputs[:9], logits_NE, outputs[9])
-    q_NR = F.linear(x_ND.to(projection_RD.dtype), projection_RD)
-    logits_NE = reference_logits(q_NR, prototypes_ER, temperature)
+    with exact(x_ND):
+        q_NR = F.linear(x_ND.to(projection_RD.dtype), projection_RD)
+        logits_NE = reference_logits(q_NR, prototypes_ER, temperature)
     return (*gate(logits_NE, capacity, drop_order, bias_E, check_finite), logits_NE, q_NR)
 
 
@@ -111,13 +112,14 @@ def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     d_logits_NE = torch.ops.shodh.top1_gating_backward(
         logits_NE, lse_N, expert_N, routed_E, grads[0], grads[6], grads[7]
     )
-    d_cosine_NE = d_logits_NE / temperature
-    d_temperature = -(d_cosine_NE * logits_NE).sum(dim=None, keepdim=False).reshape(1)
-    unit_NR, unit_ER = F.normalize(q_NR, dim=1), F.normalize(prototypes_ER, dim=1)
-    d_q_NR = _through_normalize(d_cosine_NE @ unit_ER, unit_NR, q_NR)
-    d_prototypes_ER = _through_normalize(d_cosine_NE.T @ unit_NR, unit_ER, prototypes_ER)
-    d_projection_RD = d_q_NR.T @ x_ND.to(q_NR.dtype)
-    d_x_ND = (d_q_NR @ projection_RD).to(x_ND.dtype)
+    with exact(x_ND):
+        d_cosine_NE = d_logits_NE / temperature
+        d_temperature = -(d_cosine_NE * logits_NE).sum().reshape(1)
+        unit_NR, unit_ER = F.normalize(q_NR, dim=1), F.normalize(prototypes_ER, dim=1)
+        d_q_NR = _through_normalize(d_cosine_NE @ unit_ER, unit_NR, q_NR)
+        d_prototypes_ER = _through_normalize(d_cosine_NE.T @ unit_NR, unit_ER, prototypes_ER)
+        d_projection_RD = d_q_NR.T @ x_ND.to(q_NR.dtype)
+        d_x_ND = (d_q_NR @ projection_RD).to(x_ND.dtype)
     return d_x_ND, d_projection_RD, d_prototypes_ER, d_temperature, None, None, None, None
 
 

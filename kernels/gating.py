@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.backend import recording, use_triton
+from shodh_moe.kernels.backend import exact, recording, use_triton
 
 MAX_EXPERTS = 256
 DROP_ORDERS = ("position", "probability")
@@ -236,7 +236,8 @@ def _gate_backward(
         from shodh_moe.kernels import gating_triton
 
         return gating_triton.backward(logits_NE, lse_N, expert_N, routed_E, d_gate_N, d_balance, d_z)
-    return _reference_backward(logits_NE, lse_N, expert_N, routed_E, d_gate_N, d_balance, d_z)
+    with exact(logits_NE):
+        return _reference_backward(logits_NE, lse_N, expert_N, routed_E, d_gate_N, d_balance, d_z)
 
 
 _op = torch.library.custom_op(

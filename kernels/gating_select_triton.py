@@ -15,27 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from shodh_moe.kernels.backend import launch
-from shodh_moe.kernels.gating_triton import one_hot, pick, sum_of_chunks, totals
+from shodh_moe.kernels.gating_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
 DIGIT = 10  # bits
 PASSES = 3
+FIRST_SHIFT = DIGIT * (PASSES - 1)
 
 
 @triton.jit
 def _histogram_kernel(
     expert_ptr, gate_ptr, prefix_ptr, histogram_ptr, tokens,
-    SHIFT: tl.constexpr, DIGIT: tl.constexpr, FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHIFT: tl.constexpr, DIGIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Count, per expert, the next digit of the gates that start like the expert's prefix."""
     token_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_N = token_N < tokens
     expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0)
     key_N = tl.load(gate_ptr + token_N, mask=live_N, other=0.0).to(tl.int32, bitcast=True)
-    if not FIRST:
-        live_N = live_N & ((key_N >> (SHIFT + DIGIT)) == tl.load(prefix_ptr + expert_N, mask=live_N, other=-1))
-    # Keys with a sign or above 1 come from NaN alone; the mask keeps them inside the row.
-    digit_N = (key_N >> SHIFT) & ((1 << DIGIT) - 1)
-    tl.atomic_add(histogram_ptr + (expert_N << DIGIT) + digit_N, 1, mask=live_N, sem="relaxed")
+    live_N = live_N & ((key_N >> (SHIFT + DIGIT)) == tl.load(prefix_ptr + expert_N, mask=live_N, other=-1))
+    count_digit(histogram_ptr, expert_N, key_N, live_N, SHIFT, DIGIT)
 
 
 @triton.jit
@@ -122,21 +120,26 @@ def _slot_kernel(
             equal_E += tl.sum(equal, axis=0)
 
 
+def histograms(experts: int, device: torch.device) -> Tensor:
+    """Empty buckets, int32 [passes, E, 2^DIGIT]."""
+    return torch.zeros((PASSES, experts, 1 << DIGIT), dtype=torch.int32, device=device)
+
+
 def assign_slots(
-    expert_N: Tensor, gate_N: Tensor, slot_N: Tensor, sums: tuple[Tensor, ...], tiles: int, capacity: int,
-    sizes: dict[str, int],
+    expert_N: Tensor, gate_N: Tensor, slot_N: Tensor, histogram: Tensor, sums: tuple[Tensor, ...],
+    tiles: int, capacity: int, sizes: dict[str, int],
 ) -> None:  # fmt: skip
     """Write ``slot_N`` and what `totals` sums up, in seven launches. ``sizes``: block sizes and chunk counts."""
     tokens, experts, chunks = expert_N.numel(), sizes["E"], sizes["chunks"]
     integers = {"dtype": torch.int32, "device": expert_N.device}
-    histogram = torch.zeros((PASSES, experts, 1 << DIGIT), **integers)
     prefix_E, need_E = torch.empty(experts, **integers), torch.empty(experts, **integers)
     above_GE, equal_GE = torch.empty(chunks, experts, **integers), torch.empty(chunks, experts, **integers)
     for i in range(PASSES):
-        launch(
-            _histogram_kernel, (triton.cdiv(tokens, 512),), expert_N, gate_N, prefix_E, histogram[i], tokens,
-            SHIFT=DIGIT * (PASSES - 1 - i), DIGIT=DIGIT, FIRST=i == 0, BLOCK_N=512, num_warps=4,
-        )  # fmt: skip
+        if i > 0:  # the routing launch filled the first
+            launch(
+                _histogram_kernel, (triton.cdiv(tokens, 512),), expert_N, gate_N, prefix_E, histogram[i], tokens,
+                SHIFT=FIRST_SHIFT - DIGIT * i, DIGIT=DIGIT, BLOCK_N=512, num_warps=4,
+            )  # fmt: skip
         launch(
             _select_kernel, (experts,), histogram[i], prefix_E, need_E, capacity, DIGIT=DIGIT, FIRST=i == 0,
             E=experts, num_warps=4,

@@ -35,6 +35,13 @@ def pick(value_NE, chosen_NE):
 
 
 @triton.jit
+def count_digit(histogram_ptr, expert_N, key_N, live_N, SHIFT: tl.constexpr, DIGIT: tl.constexpr):
+    """Add the tokens to the buckets of their experts' rows; integer additions, so their order does not matter."""
+    digit_N = (key_N >> SHIFT) & ((1 << DIGIT) - 1)
+    tl.atomic_add(histogram_ptr + (expert_N << DIGIT) + digit_N, 1, mask=live_N, sem="relaxed")
+
+
+@triton.jit
 def sum_of_chunks(count_ptr, first, last, column_E, E: tl.constexpr, E_PAD: tl.constexpr):
     """[E_PAD]: the rows first..last-1 of a [G, E] array, added up in order."""
     total_E = tl.zeros([E_PAD], count_ptr.dtype.element_ty)
@@ -75,8 +82,9 @@ def _cosine_logits(
 def _route_kernel(
     logits_ptr, bias_ptr, expert_ptr, gate_ptr, rank_ptr, entropy_ptr, lse_ptr,
     count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, x_ptr, projection_ptr, prototypes_ptr, temperature_ptr, q_ptr,
-    tokens, tiles, D, E: tl.constexpr, E_PAD: tl.constexpr, HAS_BIAS: tl.constexpr, COSINE: tl.constexpr,
-    R: tl.constexpr, R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    histogram_ptr, tokens, tiles, D, E: tl.constexpr, E_PAD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HISTOGRAM: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, COSINE: tl.constexpr, R: tl.constexpr,
+    R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Softmax, choice and place in the chunk's own queue of each token; sums over the chunk."""
     chunk = tl.program_id(0)
@@ -131,6 +139,8 @@ def _route_kernel(
         tl.store(rank_ptr + token_N, rank_N.to(tl.int64), mask=live_N)
         tl.store(entropy_ptr + token_N, entropy_N, mask=live_N)
         tl.store(lse_ptr + token_N, lse_N, mask=live_N)
+        if HISTOGRAM:
+            count_digit(histogram_ptr, expert_N, gate_N.to(tl.int32, bitcast=True), live_N, SHIFT, DIGIT)
     tl.store(count_ptr + chunk * E + column_E, count_E, mask=live_E)
     tl.store(p_sum_ptr + chunk * E + column_E, p_sum_E, mask=live_E)
     tl.store(z_sum_ptr + chunk, tl.sum(z_sum_N, axis=0))
@@ -264,10 +274,13 @@ def forward(
         x, projection, prototypes, temperature = (t.contiguous() for t in cosine)
         width, routing_width = x.shape[1], projection.shape[0]
         q_NR = empty((tokens, routing_width), f32)
+    histogram = gating_select_triton.histograms(experts, device) if drop_order == "probability" else broken_G
     launch(
         _route_kernel, (chunks,), logits_NE, logits_NE if bias_E is None else bias_E.contiguous(), expert_N, gate_N,
         slot_N, entropy_N, lse_N, count_GE, p_sum_GE, z_sum_G, broken_G, x, projection, prototypes, temperature, q_NR,
-        tokens, tiles, width, HAS_BIAS=bias_E is not None, COSINE=cosine is not None, R=routing_width,
+        histogram, tokens, tiles, width, HAS_BIAS=bias_E is not None, HISTOGRAM=drop_order == "probability",
+        SHIFT=gating_select_triton.FIRST_SHIFT, DIGIT=gating_select_triton.DIGIT, COSINE=cosine is not None,
+        R=routing_width,
         R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=_precision(),
         BLOCK_D=chosen.get("BLOCK_D", 16), **sizes,
     )  # fmt: skip
@@ -276,7 +289,7 @@ def forward(
     if drop_order == "position":
         launch(_slot_kernel, (chunks + 1,), expert_N, slot_N, *sums, tokens, tiles, capacity, **sizes)
     else:
-        gating_select_triton.assign_slots(expert_N, gate_N, slot_N, sums, tiles, capacity, sizes)
+        gating_select_triton.assign_slots(expert_N, gate_N, slot_N, histogram, sums, tiles, capacity, sizes)
     results = (gate_N, expert_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N)
     return (results if cosine is None else (*results, q_NR)), first_broken
 

@@ -13,6 +13,7 @@ from shodh_moe.config_io import differing_keys, flatten
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
+from shodh_moe.kernels.backend import describe
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
@@ -31,6 +32,7 @@ def check(config: Config) -> None:
     world = processes(config)
     expert_parallel_size(config, world)
     deepspeed_config(config, world)
+    _check_kernels()
     for size in config.data.grid:
         if (size // COMPRESSION) % config.model.patch:
             raise UserError(
@@ -47,6 +49,13 @@ def check(config: Config) -> None:
     for made in (paths.dataset, paths.tokenizer, paths.latents):
         if not made.exists():
             require_writable(made)
+
+
+def _check_kernels() -> None:
+    try:
+        describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, RuntimeError) as error:  # SHODH_KERNELS asks for what is not there
+        raise UserError(str(error)) from error
 
 
 def _check_generated(config: Config) -> None:

@@ -20,6 +20,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_leng
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
+# What the gating kernels hold in registers (kernels/gating.py and cosine_gating.py; not imported, they need torch).
+MAX_EXPERTS = 256
+MAX_ROUTING_WIDTH = 128
 
 
 class Section(BaseModel):
@@ -142,7 +145,9 @@ class RouterConfig(Section):
     """Top-1 soft-semantic router (DESIGN 3.5)."""
 
     kind: Literal["cosine", "linear"] = "cosine"
-    dim: Positive = Field(16, description="width of the projection whose cosine similarity scores the experts")
+    dim: int = Field(
+        16, gt=0, le=MAX_ROUTING_WIDTH, description="width of the projection whose cosine similarity scores the experts"
+    )
     temperature: PositiveFloat = Field(0.1, description="initial tau")
     min_temperature: PositiveFloat = 0.01
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
@@ -152,7 +157,7 @@ class RouterConfig(Section):
 class MoEConfig(Section):
     """The sparse feed-forward block (DESIGN 3.4)."""
 
-    num_experts: Positive = 2
+    num_experts: int = Field(2, gt=0, le=MAX_EXPERTS)
     expert_hidden: Positive = 256
     shared_experts: NonNegative = 1
     capacity_factor: PositiveFloat = 1.25

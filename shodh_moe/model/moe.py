@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from shodh_moe.config import MoEConfig
-from shodh_moe.kernels import combine, dispatch, expert_capacity, top1_gating
+from shodh_moe.kernels import combine, dispatch, expert_capacity
 from shodh_moe.model.experts import Experts, FeedForward
 from shodh_moe.model.router import Router
 from shodh_moe.parallel import ExpertParallel, all_to_all
@@ -45,22 +45,23 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
         c = self.config
         tokens, width = x_ND.shape
-        logits_NE = self.router(x_ND)
         if self.training or self.drop_in_eval:
             capacity = expert_capacity(tokens, c.num_experts, c.capacity_factor, c.min_capacity)
-            gating = top1_gating(logits_NE, capacity, c.drop_order)
+            gating = self.router(x_ND, capacity, c.drop_order)
         else:
-            gating = top1_gating(logits_NE, tokens, c.drop_order)
+            gating = self.router(x_ND, tokens, c.drop_order)
             capacity = self.ep.max_over_group(int(gating.kept_E.max()))
 
-        slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, c.num_experts, capacity)
+        slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, capacity)
         sent_GLKD = slots_EKD.view(self.ep.size, -1, capacity, width)
         local_LTD = all_to_all(sent_GLKD, self.ep).transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
         done_LTD = self.experts(local_LTD)
         back_GLKD = done_LTD.view(-1, self.ep.size, capacity, width).transpose(0, 1)
         slots_EKD = all_to_all(back_GLKD, self.ep).reshape(c.num_experts, capacity, width)
 
-        shared_ND = sum((expert(x_ND) for expert in self.shared), start=x_ND.new_zeros(())) if self.shared else None
-        y_ND = combine(slots_EKD, gating.expert_N, gating.slot_N, gating.gate_N, shared_ND)
+        shared_ND = None
+        for expert in self.shared:
+            shared_ND = expert(x_ND) if shared_ND is None else shared_ND + expert(x_ND)
+        y_ND = combine(slots_EKD, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
         kept_N = gating.slot_N >= 0
         return y_ND, Routing(gating.balance_loss, gating.z_loss, gating.expert_N, kept_N, gating.entropy_N)

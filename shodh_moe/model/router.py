@@ -1,6 +1,6 @@
 """Top-1 soft-semantic router: scores of tokens against experts (DESIGN 3.5; ours, the paper gives no formula).
 
-Shapes: N tokens, D model width, R routing width, E experts.
+Shapes: N tokens, D model width, R routing width, E experts, K slots per expert.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.config import RouterConfig
+from shodh_moe.kernels import Gating, cosine_top1_gating, top1_gating
 
 
 class Router(nn.Module):
-    """Logits [N, E] in float32 (float64 stays float64), whatever the model's dtype.
+    """Scores tokens [N, D] and gives each an expert and a slot, in float32 (float64 stays float64) under any autocast.
 
     ``cosine``: q = W_q h, logit_e = <q, P_e> / (|q| |P_e|) / tau with learned prototypes P and a learned,
     floored temperature (X-MoE, arXiv 2204.09179). ``linear``: logits = W h.
@@ -32,11 +33,16 @@ class Router(nn.Module):
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without an axis.
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, capacity: int, drop_order: str) -> Gating:
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+        projection = self.projection.weight.to(dtype)
+        # On a GPU the check would wait for the device in every layer; there the loss shows NaN soon enough.
+        check_finite = not (self.training and x_ND.is_cuda)
         with torch.autocast(x_ND.device.type, enabled=False):
-            q = F.linear(x_ND.to(dtype), self.projection.weight.to(dtype))
             if self.kind == "linear":
-                return q
-            cosine_NE = F.normalize(q, dim=1) @ F.normalize(self.prototypes_ER.to(dtype), dim=1).T
-            return cosine_NE / self.log_temperature.to(dtype).exp().clamp(min=self.min_temperature)
+                return top1_gating(F.linear(x_ND.to(dtype), projection), capacity, drop_order, None, check_finite)
+            prototypes_ER = self.prototypes_ER.to(dtype)
+            temperature = self.log_temperature.to(dtype).exp().clamp(min=self.min_temperature)
+            return cosine_top1_gating(
+                x_ND, projection, prototypes_ER, temperature, capacity, drop_order, None, check_finite
+            )

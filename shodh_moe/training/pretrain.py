@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config, TrainingConfig
 from shodh_moe.errors import UserError
+from shodh_moe.kernels.backend import describe
 from shodh_moe.model import Prediction
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
@@ -73,6 +74,7 @@ def pretrain(config: Config, run: Path, latents: Path) -> None:
     if rank == 0:
         where = f"from step {start}" if start else "from scratch"
         print(f"pretrain {where}: {world} ranks, EP {engine.ep.size}, device {engine.device}", flush=True)
+        print(f"kernels: {describe(engine.device)}", flush=True)
 
     counts = RoutingCounts(config.model.depth, train.domains, config.model.moe.num_experts)
     sums: dict[str, Tensor] = {}

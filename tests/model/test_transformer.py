@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -86,19 +88,19 @@ def test_same_seed_same_weights():
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_router_kinds(kind):
-    router = Router(8, 3, RouterConfig(kind=kind))
+    router = Router(8, 3, RouterConfig(kind=kind, temperature=0.1))
     x = torch.randn(10, 8)
-    logits = router(x)
-    assert logits.shape == (10, 3)
-    scaled = router(2 * x)
-    if kind == "cosine":  # a cosine does not see the length of the token, and is at most 1 / tau
-        torch.testing.assert_close(scaled, logits)
-        assert logits.abs().max() <= 10.0001
+    once, twice = (router(scale * x, 10, "position") for scale in (1, 2))
+    assert torch.equal(once.expert_N, twice.expert_N)
+    if kind == "cosine":  # a cosine does not see the length of the token, and the logits are at most 1 / tau
+        torch.testing.assert_close(twice.gate_N, once.gate_N)
+        assert once.z_loss.sqrt() <= 10 + math.log(3)
     else:
-        torch.testing.assert_close(scaled, 2 * logits)
+        logits = x @ router.projection.weight.T
+        torch.testing.assert_close(twice.gate_N, torch.softmax(2 * logits, 1).amax(1))
 
 
 def test_router_temperature_is_floored():
     router = Router(8, 3, RouterConfig(temperature=0.1, min_temperature=0.05))
     router.log_temperature.data.fill_(-100.0)
-    assert router(torch.randn(10, 8)).abs().max() <= 20.0001
+    assert router(torch.randn(10, 8), 10, "position").z_loss.sqrt() <= 20 + math.log(3)

@@ -55,7 +55,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+        """The file of the kernel and its name there."""
+        file = self.kernel.__module__.rpartition(".")[2].removesuffix("_triton")
+        return f"{file}.{self.kernel.__name__.strip('_').removesuffix('_kernel')}"
 
 
 def variant(launch: Launch) -> Variant:

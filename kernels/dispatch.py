@@ -1,33 +1,307 @@
-"""Tokens into their experts' slots, and back.
+"""Tokens into their experts' slots, and back: `dispatch` and `combine`.
 
-Shapes: N tokens, D width, E experts, K slots per expert.
+Shapes: N tokens, D width, E experts, K capacity slots per expert, R rows (E * K of them, or N dropless).
+
+Rows come in two forms. With a capacity they are [E, K, D] and the token in slot s of expert e sits at row
+e * K + s. Dropless they are [N, D] in expert-sorted order, at row start_e + s, start the exclusive running sum of
+``kept_E``.
+
+Both forms read the routing as `top1_gating` gives it: the kept tokens of expert e fill its slots 0..kept_E[e]-1
+without holes, a dropped token has slot -1. A token whose expert or slot is out of range (expert outside 0..E-1,
+slot outside 0..kept_E[e]-1 or beyond the capacity) counts as dropped. What a hole or a slot given to two tokens
+holds is undefined, though nothing outside the rows is ever touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from shodh_moe.kernels.backend import use_triton
 
-def dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, experts: int, capacity: int) -> Tensor:
-    """Copy each kept token into its slot: [E, K, D], empty slots zero. Dropped tokens (slot -1) go nowhere."""
-    trash = experts * capacity
-    row_N = torch.where(slot_N >= 0, expert_N * capacity + slot_N, trash)
-    rows = x_ND.new_zeros(trash + 1, x_ND.shape[1]).index_copy(0, row_N, x_ND)
-    return rows[:trash].view(experts, capacity, -1)
+MAX_EXPERTS = 256
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+# The reference works through this many bytes of rows at a time on the CPU, so its second pass finds them in cache.
+CHUNK_BYTES = 2**24
+
+
+def dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
+    """Copy each kept token to its row; rows without a token are zero.
+
+    Args:
+        x_ND: tokens, float32, bfloat16, float16 or float64.
+        expert_N: the expert of each token, int64 or int32.
+        slot_N: its slot there, or -1 if it was dropped.
+        kept_E: how many tokens each expert kept.
+        capacity: slots per expert; None is dropless.
+
+    Returns:
+        [E, K, D] with a capacity; dropless [N, D] in expert-sorted order. The dtype of ``x_ND``.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, a capacity below 1 or more than 256 experts.
+    """
+    _expect("x_ND", x_ND, (None, None), FLOATS, x_ND.device)
+    _check_routing(expert_N, slot_N, kept_E, x_ND.shape[0], x_ND.device)
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, or None for dropless, not {capacity}")
+    return _dispatch(x_ND, expert_N, slot_N, kept_E, capacity)
 
 
 def combine(
-    slots_EKD: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, shared_ND: Tensor | None = None
+    rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor, shared_ND: Tensor | None = None
 ) -> Tensor:
-    """y_n = shared_n + gate_n * slots[expert_n, slot_n]: [N, D] in the dtype of ``slots_EKD``.
+    """y_n = shared_n + gate_n * rows[row_n]: [N, D] in the dtype of ``rows`` (DESIGN 3.4, 3.5).
 
-    A dropped token (slot -1) gets the shared experts' output alone (DESIGN 3.4, 3.5).
+    A dropped token gets the shared experts' output alone, or zero. Narrow dtypes are multiplied and added in
+    float32 and rounded once.
+
+    Args:
+        rows: [E, K, D], or [N, D] dropless, in the order of `dispatch`; float32, bfloat16, float16 or float64.
+        expert_N: the expert of each token, int64 or int32.
+        slot_N: its slot there, or -1 if it was dropped.
+        gate_N: the scale of each token, float32 (float64 with float64 rows).
+        kept_E: how many tokens each expert kept.
+        shared_ND: added to the result; the dtype of ``rows``.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or more than 256 experts.
     """
-    experts, capacity, width = slots_EKD.shape
-    kept_N = slot_N >= 0
-    row_N = torch.where(kept_N, expert_N * capacity + slot_N, 0)
-    routed_ND = slots_EKD.reshape(experts * capacity, width).index_select(0, row_N)
-    scale_N = torch.where(kept_N, gate_N, 0).to(slots_EKD.dtype)
-    y_ND = routed_ND * scale_N[:, None]
-    return y_ND if shared_ND is None else shared_ND + y_ND
+    if rows.ndim not in (2, 3):
+        raise ValueError(f"rows must be [E, K, D] or [N, D], not of shape {tuple(rows.shape)}")
+    tokens = expert_N.shape[0] if expert_N.ndim else 0
+    leading = (tokens,) if rows.ndim == 2 else (kept_E.numel(), None)
+    _expect("rows", rows, (*leading, None), FLOATS, rows.device)
+    if rows.ndim == 3 and rows.shape[1] < 1:
+        raise ValueError(f"rows must hold at least one slot per expert, not be of shape {tuple(rows.shape)}")
+    _check_routing(expert_N, slot_N, kept_E, tokens, rows.device)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    _expect("gate_N", gate_N, (tokens,), (wide,), rows.device)
+    if shared_ND is not None:
+        _expect("shared_ND", shared_ND, (tokens, rows.shape[-1]), (rows.dtype,), rows.device)
+    return _combine(rows, expert_N, slot_N, gate_N, kept_E, shared_ND)
+
+
+def _check_routing(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, tokens: int, device: torch.device) -> None:
+    _expect("expert_N", expert_N, (tokens,), INTEGERS, device)
+    _expect("slot_N", slot_N, (tokens,), INTEGERS, device)
+    _expect("kept_E", kept_E, (None,), INTEGERS, device)
+    if not 1 <= kept_E.shape[0] <= MAX_EXPERTS:
+        raise ValueError(f"kept_E must hold 1 to {MAX_EXPERTS} experts, not {kept_E.shape[0]}")
+
+
+def _expect(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """``shape`` has None where any size will do."""
+    sizes = list(tensor.shape)
+    fits = len(sizes) == len(shape) and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], not {sizes}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the other tensors are, not on {tensor.device}")
+
+
+# --- custom ops -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("shodh::dispatch", mutates_args=())
+def _dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
+    if use_triton(x_ND):
+        from shodh_moe.kernels import dispatch_triton
+
+        return dispatch_triton.dispatch(x_ND, expert_N, slot_N, kept_E, capacity)
+    rows = x_ND.new_empty(_rows_shape(x_ND, kept_E, capacity))
+    rows_RD = _flat(rows)
+    _select(x_ND, _sources(_row_of_tokens(expert_N, slot_N, kept_E, capacity), rows_RD.shape[0]), rows_RD)
+    return rows
+
+
+@_dispatch.register_fake
+def _(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
+    return x_ND.new_empty(_rows_shape(x_ND, kept_E, capacity))
+
+
+def _rows_shape(x_ND: Tensor, kept_E: Tensor, capacity: int | None) -> tuple[int, ...]:
+    tokens, width = x_ND.shape
+    return (tokens, width) if capacity is None else (kept_E.shape[0], capacity, width)
+
+
+@torch.library.custom_op("shodh::dispatch_backward", mutates_args=())
+def _dispatch_backward(drows: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor) -> Tensor:
+    """dx_n = drows[row_n], zero for a dropped token."""
+    if use_triton(drows):
+        from shodh_moe.kernels import dispatch_triton
+
+        return dispatch_triton.gather(drows, expert_N, slot_N, kept_E)
+    dx_ND = drows.new_empty(expert_N.shape[0], drows.shape[-1])
+    _select(_flat(drows), _row_of_tokens(expert_N, slot_N, kept_E, _capacity(drows)), dx_ND)
+    return dx_ND
+
+
+@_dispatch_backward.register_fake
+def _(drows: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor) -> Tensor:
+    return drows.new_empty(expert_N.shape[0], drows.shape[-1])
+
+
+@torch.library.custom_op("shodh::combine", mutates_args=())
+def _combine(
+    rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor, shared_ND: Tensor | None
+) -> Tensor:
+    if use_triton(rows):
+        from shodh_moe.kernels import dispatch_triton
+
+        return dispatch_triton.gather(rows, expert_N, slot_N, kept_E, gate_N, shared_ND)
+    row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
+    scale_N1 = torch.where(row_N >= 0, gate_N, 0)[:, None]
+    rows_RD, y_ND = _flat(rows), rows.new_empty(expert_N.shape[0], rows.shape[-1])
+    for part, wide_CD in _chunks(y_ND, gate_N.dtype):
+        _select(rows_RD, row_N[part], wide_CD)
+        wide_CD.mul_(scale_N1[part])
+        if shared_ND is not None:
+            wide_CD.add_(shared_ND[part])
+        if wide_CD.dtype != y_ND.dtype:
+            y_ND[part] = wide_CD
+    return y_ND
+
+
+@_combine.register_fake
+def _(
+    rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor, shared_ND: Tensor | None
+) -> Tensor:
+    return rows.new_empty(expert_N.shape[0], rows.shape[-1])
+
+
+@torch.library.custom_op("shodh::combine_backward", mutates_args=())
+def _combine_backward(
+    dy_ND: Tensor, rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """drows[row_n] = gate_n * dy_n, zero in empty rows; dgate_n = <dy_n, rows[row_n]>, zero for a dropped token."""
+    if use_triton(rows):
+        from shodh_moe.kernels import dispatch_triton
+
+        return dispatch_triton.combine_backward(dy_ND, rows, expert_N, slot_N, gate_N, kept_E)
+    row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
+    rows_RD, drows_RD = _flat(rows), _flat(drows := rows.new_empty(rows.shape))
+    source_R = _sources(row_N, rows_RD.shape[0])
+    scale_R1, dot_R = _pick(gate_N, source_R)[:, None], gate_N.new_empty(source_R.shape)
+    product_CD = gate_N.new_empty(min(_chunk_rows(drows_RD), drows_RD.shape[0]), drows_RD.shape[1])
+    # In the order of the rows, so that each chunk of dy is fetched once for both results.
+    for part, dy_CD in _chunks(drows_RD, gate_N.dtype):
+        _select(dy_ND, source_R[part], dy_CD)
+        torch.mul(dy_CD, rows_RD[part], out=product_CD[: len(dy_CD)])
+        torch.sum(product_CD[: len(dy_CD)], 1, out=dot_R[part])
+        dy_CD.mul_(scale_R1[part])
+        if dy_CD.dtype != drows_RD.dtype:
+            drows_RD[part] = dy_CD
+    return drows, _pick(dot_R, row_N)
+
+
+@_combine_backward.register_fake
+def _(
+    dy_ND: Tensor, rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), gate_N.new_empty(gate_N.shape)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _save_dispatch(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, expert_N, slot_N, kept_E, _ = inputs
+    ctx.save_for_backward(expert_N, slot_N, kept_E)
+
+
+def _dispatch_grad(ctx, drows: Tensor):  # type: ignore[no-untyped-def]
+    return _dispatch_backward(drows, *ctx.saved_tensors), None, None, None, None
+
+
+def _save_combine(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _combine_grad(ctx, dy_ND: Tensor):  # type: ignore[no-untyped-def]
+    drows = dgate_N = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        drows, dgate_N = _combine_backward(dy_ND, *ctx.saved_tensors)
+    return drows, None, None, dgate_N, None, dy_ND if ctx.needs_input_grad[5] else None
+
+
+_dispatch.register_autograd(_dispatch_grad, setup_context=_save_dispatch)
+_combine.register_autograd(_combine_grad, setup_context=_save_combine)
+
+
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+def _capacity(rows: Tensor) -> int | None:
+    return rows.shape[1] if rows.ndim == 3 else None
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[R, D]"""
+    return rows.flatten(0, 1) if rows.ndim == 3 else rows
+
+
+def _row_of_tokens(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
+    """The row of each token, -1 where it has none. int64 [N]."""
+    most = expert_N.shape[0] if capacity is None else capacity
+    kept_E = kept_E.long().clamp(0, most)
+    experts = kept_E.shape[0]
+    if capacity is None:
+        start_E, end = kept_E.cumsum(0) - kept_E, most
+    else:
+        start_E, end = torch.arange(experts, device=kept_E.device) * capacity, experts * capacity
+    known_N = (expert_N >= 0) & (expert_N < experts)
+    expert_N = torch.where(known_N, expert_N, 0).long()
+    row_N = start_E[expert_N] + slot_N
+    return torch.where(known_N & (slot_N >= 0) & (slot_N < kept_E[expert_N]) & (row_N < end), row_N, -1)
+
+
+def _sources(row_N: Tensor, rows: int) -> Tensor:
+    """The token of each row, -1 where it has none. int64 [R]."""
+    token_N = torch.arange(row_N.numel(), device=row_N.device)
+    # Tokens without a row write to one more entry, which is cut off.
+    return row_N.new_full((rows + 1,), -1).scatter_(0, torch.where(row_N >= 0, row_N, rows), token_N)[:rows]
+
+
+def _select(values: Tensor, index_C: Tensor, out: Tensor) -> None:
+    """``out[c] = values[index[c]]``, zero where the index is negative."""
+    if values.shape[0] == 0:
+        out.zero_()
+        return
+    source_C = index_C.clamp(min=0)
+    if out.dtype == values.dtype:
+        torch.index_select(values, 0, source_C, out=out)
+    else:
+        out.copy_(values.index_select(0, source_C))
+    # Zeros are written, not multiplied in: what stands there may be infinite or NaN.
+    out.index_fill_(0, (index_C < 0).nonzero().squeeze(1), 0)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    out = values.new_empty(index.shape)
+    _select(values, index, out)
+    return out
+
+
+def _chunk_rows(values_RD: Tensor) -> int:
+    if values_RD.device.type != "cpu":
+        return max(values_RD.shape[0], 1)
+    return max(CHUNK_BYTES // max(values_RD.shape[1] * values_RD.element_size(), 1), 1)
+
+
+def _chunks(out_RD: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows of ``out_RD``, each with the place to compute it in: itself, or a buffer of dtype ``wide``."""
+    total, step = out_RD.shape[0], _chunk_rows(out_RD)
+    # One buffer for all: the allocator may hand memory back to the system and fetch it again for each chunk.
+    buffer_CD = None if out_RD.dtype == wide else out_RD.new_empty(min(step, total), out_RD.shape[1], dtype=wide)
+    for first in range(0, total, step):
+        part = slice(first, min(first + step, total))
+        yield part, out_RD[part] if buffer_CD is None else buffer_CD[: part.stop - first]

@@ -17,10 +17,10 @@ SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sbatch tests/clust
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test lint clean
+.PHONY: help venv pretrain test lint kernels-compile gpu clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make the environment in .venv (PYTHON=python3.12 and TORCH=system|pinned choose)
 
@@ -43,6 +43,12 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 	    --cache-dir "$(CURDIR)/.mypy_cache" --package shodh_moe
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectures, without a GPU; fails on a spill
+	@$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
+
+gpu: ## on a machine with a GPU: its tests, all benchmarks, a short training run (PYTHON=one with a CUDA torch; no venv)
+	@$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove .venv, caches and build folders; runs and data stay
 	rm -rf $(VENV) $(VENV).lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

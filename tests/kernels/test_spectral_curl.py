@@ -1,32 +1,140 @@
-"""Curl and divergence: analytic fields, exact mass conservation, self-adjointness."""
+"""Curl and divergence: analytic fields, exact mass conservation, adjoints, and both forms of the kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from shodh_moe.kernels import curl, differentiation_matrix, divergence
+from shodh_moe.kernels.differentiation import MINIMUM, OPERATORS
+from tests.kernels.forms import DEVICE, form
+
+FORMS = ("reference", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Triton: planes of two multiples of 16 take the folded kernel, others the plain one.
+SHAPES = st.tuples(st.integers(1, 2), *[st.integers(5, 8)] * 3) | st.sampled_from(
+    [(1, 1, 2, 3), (1, 2, 7, 40), (2, 16, 2, 32), (1, 2, 32, 16)]
+)
 
 
-@pytest.mark.parametrize("size", [15, 16, 32])
-def test_matrix_differentiates_fourier_modes_exactly(size):
-    x = torch.arange(size, dtype=torch.float64) * (2 * math.pi / size)
-    d = differentiation_matrix(size, "spectral", 2 * math.pi / size, torch.float64)
-    for k in range((size - 1) // 2 + 1):
-        torch.testing.assert_close(d @ torch.sin(k * x), k * torch.cos(k * x), atol=1e-11, rtol=0)
-    assert torch.equal(d, -d.T)
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, permuted: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if permuted:  # the same shape, other strides
+        order = (1, *range(2, len(shape)), 0)
+        moved = torch.randn([shape[i] for i in order], generator=generator, dtype=torch.float64)
+        return moved.to(DEVICE, dtype).movedim(-1, 0)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def test_nyquist_derivative_is_zero():
-    d = differentiation_matrix(16, "spectral", 1.0, torch.float64)
-    assert (d @ torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)).abs().max() < 1e-13
+def rms(x: Tensor) -> float:
+    return float(x.detach().double().square().mean().sqrt())
 
 
-def test_curl_of_a_known_potential():
+def plain_derivative(f: Tensor, axis: int, operator: str, spacing: float) -> Tensor:
+    """The definition, differentiable: D along one of the last three axes."""
+    d = differentiation_matrix(f.shape[axis - 3], operator, spacing, f.dtype, f.device)
+    return torch.movedim(torch.movedim(f, axis - 3, -1) @ d.T, -1, axis - 3)
+
+
+def plain_curl(a: Tensor, mean: Tensor | None, operator: str, spacing: float) -> Tensor:
+    def d(axis: int, component: int) -> Tensor:
+        return plain_derivative(a[:, component], axis, operator, spacing)
+
+    u = torch.stack((d(1, 2) - d(2, 1), d(2, 0) - d(0, 2), d(0, 1) - d(1, 0)), dim=1)
+    return u if mean is None else u + mean[:, :, None, None, None]
+
+
+def plain_divergence(u: Tensor, operator: str, spacing: float) -> Tensor:
+    return sum((plain_derivative(u[:, i], i, operator, spacing) for i in range(3)), start=torch.zeros_like(u[:, 0]))
+
+
+def agree(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """``wanted`` is float64; ``got`` has the precision of ``dtype``."""
+    assert got.dtype == dtype
+    assert bool(got.isfinite().all())
+    rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert rms(got.double() - wanted) <= rounding * rms(wanted) + 1e-30
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=10, deadline=None)
+@given(
+    SHAPES, st.sampled_from(DTYPES), st.sampled_from(OPERATORS), st.booleans(), st.booleans(), st.floats(0.1, 10.0),
+    st.integers(0, 2**16),
+)  # fmt: skip
+def test_both_forms_are_the_definition(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, operator: str, has_mean: bool, permuted: bool,
+    spacing: float, seed: int,
+) -> None:  # fmt: skip
+    if min(shape[1:]) < MINIMUM[operator]:
+        operator = "spectral"
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    a = random(shape[0], 3, *shape[1:], dtype=dtype, seed=seed, permuted=permuted).requires_grad_()
+    mean = random(shape[0], 3, dtype=dtype, seed=seed + 1).requires_grad_() if has_mean else None
+    exact_a = a.detach().double().requires_grad_()
+    exact_mean = None if mean is None else mean.detach().double().requires_grad_()
+    with form(name):
+        u, div = curl(a, mean, operator, spacing), divergence(a, operator, spacing)
+        weight_u = random(*u.shape, dtype=computed, seed=seed + 2, permuted=permuted)
+        weight_div = random(*div.shape, dtype=computed, seed=seed + 3, permuted=permuted)
+        inputs = [a] if mean is None else [a, mean]
+        got = torch.autograd.grad(u, inputs, weight_u)
+        (got_div,) = torch.autograd.grad(div, a, weight_div)
+    exact_u, exact_div = (
+        plain_curl(exact_a, exact_mean, operator, spacing),
+        plain_divergence(exact_a, operator, spacing),
+    )
+    agree(u, exact_u, computed)
+    agree(div, exact_div, computed)
+    exact_inputs = [exact_a] if exact_mean is None else [exact_a, exact_mean]
+    wanted = torch.autograd.grad(exact_u, exact_inputs, weight_u.double())
+    for g, w in zip(got, wanted, strict=True):
+        agree(g, w, dtype)
+    agree(got_div, torch.autograd.grad(exact_div, exact_a, weight_div.double())[0], dtype)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_mass_is_conserved_and_adjoints_are_adjoint(name: str, operator: str) -> None:
+    box = (16, 7, 16)
+    a, b, g = random(1, 3, *box), random(1, 3, *box, seed=1), random(1, *box, seed=2)
+    spacing = 0.3
+    with form(name):
+        u = curl(a, random(1, 3), operator, spacing)
+        assert spacing * rms(divergence(u, operator, spacing)) <= 1e-13 * rms(u)
+        b_adjoint = curl(b, None, operator, spacing, adjoint=True)
+        u.copy_(curl(a, None, operator, spacing))
+        torch.testing.assert_close((u * b).sum(), (a * b_adjoint).sum())
+        if operator != "staggered":
+            torch.testing.assert_close(b_adjoint, curl(b, None, operator, spacing))
+        a.requires_grad_()
+        div = divergence(a, operator, spacing)
+        (gradient,) = torch.autograd.grad(div, a, g)
+        torch.testing.assert_close((div * g).sum(), (a * gradient).sum())
+        # The transposed pair: a gradient has no (transposed) curl.
+        assert spacing * rms(curl(gradient, None, operator, spacing, adjoint=True)) <= 1e-13 * rms(gradient)
+
+
+@pytest.mark.parametrize("box", [(32, 3, 48), (33, 3, 35), (3, 48, 32), (3, 20, 33)])
+def test_many_tiles_in_a_plane(box: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from shodh_moe.kernels import spectral_curl_triton
+
+    blocks = {"BLOCK_R": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(spectral_curl_triton, "settings", lambda *_: blocks)
+    a, mean = random(1, 3, *box), random(1, 3, seed=1)
+    with form("triton"):
+        agree(curl(a, mean), plain_curl(a, mean, "spectral", 1.0), torch.float64)
+
+
+def test_a_known_potential() -> None:
     """A = (0, 0, sin x cos y) has the Taylor-Green velocity (-sin x sin y, -cos x cos y, 0)."""
     n = 16
     h = 2 * math.pi / n
@@ -38,16 +146,7 @@ def test_curl_of_a_known_potential():
     torch.testing.assert_close(u[0], expected, atol=1e-12, rtol=0)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.tuples(*[st.integers(4, 20)] * 3), st.floats(0.1, 10), st.integers(0, 2**16))
-def test_divergence_of_a_curl_vanishes(shape, spacing, seed):
-    a = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    u = curl(a, torch.ones(2, 3, dtype=torch.float64), spacing=spacing)
-    relative = spacing * divergence(u, spacing=spacing).square().mean().sqrt() / u.square().mean().sqrt()
-    assert relative < 1e-13
-
-
-def test_divergence_sees_a_compressive_flow():
+def test_divergence_sees_a_compressive_flow() -> None:
     """The zero above is no artefact: u = (sin x, 0, 0) has divergence cos x."""
     n = 16
     h = 2 * math.pi / n
@@ -57,19 +156,142 @@ def test_divergence_sees_a_compressive_flow():
     torch.testing.assert_close(divergence(u, spacing=h)[0, :, 0, 0], torch.cos(x), atol=1e-12, rtol=0)
 
 
-def test_curl_is_its_own_adjoint():
-    torch.manual_seed(0)
-    a, b = (torch.randn(1, 3, 8, 10, 9, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close((curl(a) * b).sum(), (a * curl(b)).sum())
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradcheck(operator: str) -> None:
+    a = random(1, 3, 5, 5, 6).requires_grad_()
+    mean = random(1, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, m: curl(a, m, operator), (a, mean), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda a: divergence(a, operator), (a,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda a: divergence(a, operator), (a,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda a, m: curl(a, m, operator), (a, mean), fast_mode=True)
 
 
-def test_gradcheck():
-    a = torch.randn(1, 3, 4, 4, 6, dtype=torch.float64, requires_grad=True)
-    mean = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(curl, (a, mean))
-    assert torch.autograd.gradcheck(divergence, (a,))
+@pytest.mark.parametrize("name", FORMS)
+def test_opcheck(name: str) -> None:
+    a = random(1, 3, 2, 3, 4, dtype=torch.float32).requires_grad_()
+    mean = random(1, 3, dtype=torch.float32).requires_grad_()
+    half = random(1, 3, 5, 5, 6, dtype=torch.bfloat16).requires_grad_()
+    ops = torch.ops.shodh
+    with form(name):
+        torch.library.opcheck(ops.curl.default, (a, mean, "spectral", 1.0, False))
+        torch.library.opcheck(ops.curl.default, (half, None, "staggered", 1.0, True))
+        torch.library.opcheck(ops.divergence.default, (half, "central4", 1.0))
+        torch.library.opcheck(ops.divergence_backward.default, (a[:, 0].detach().requires_grad_(), "spectral", 1.0))
 
 
-def test_unknown_operator_raises():
-    with pytest.raises(ValueError, match="unknown derivative operator 'upwind'"):
-        curl(torch.zeros(1, 3, 4, 4, 4), operator="upwind")
+def gradients(step: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    a = random(1, 3, 6, 6, 7, dtype=torch.float32).requires_grad_()
+    mean = random(1, 3, dtype=torch.float32).requires_grad_()
+    loss = step(a, mean)
+    return (loss.detach(), *torch.autograd.grad(loss, (a, mean)))
+
+
+def loss(a: Tensor, mean: Tensor) -> Tensor:
+    u = curl(a * 2, mean)
+    return u.square().sum() + divergence(a, "central2").square().sum()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("way", ["compile", "checkpoint", "autocast"])
+def test_ways_to_train(name: str, way: str) -> None:
+    context = contextlib.nullcontext()
+    step = loss
+    if way == "compile":
+        torch.compiler.reset()
+        step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    elif way == "checkpoint":
+        step = lambda a, mean: checkpoint(loss, a, mean, use_reentrant=False)  # noqa: E731
+    else:
+        context = torch.autocast(DEVICE.type, dtype=torch.bfloat16)
+    with form(name):
+        wanted = gradients(loss)
+        with context:
+            got = gradients(step)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_autocast_does_not_round_the_products() -> None:
+    a = random(1, 3, 8, 8, 8, dtype=torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        u = curl(a)
+    assert torch.equal(u, curl(a))
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to the 10 mantissa bits of TF32, ties away from zero as the hardware's cvt.rna does."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32x3(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as the tensor cores do it: hi hi + hi lo + lo hi, products of TF32 numbers added up in float32."""
+    a_hi, b_hi = tf32(a), tf32(b)
+    a_lo, b_lo = tf32(a - a_hi), tf32(b - b_hi)
+    return a_hi @ b_lo + a_lo @ b_hi + a_hi @ b_hi
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_tf32x3_keeps_float32_accuracy(fold: bool) -> None:
+    """Triton's interpreter multiplies in float32 whatever the precision: this is the arithmetic of the GPU."""
+    size = 128
+    d = differentiation_matrix(size, "spectral", 1.0, torch.float64)
+    f = torch.randn(size, 4096, generator=torch.Generator().manual_seed(0))
+    exact = d @ f.double()
+
+    def derivative(product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if not fold:
+            return product(d.float(), f)
+        c0, c1 = d[: size // 2].chunk(2, dim=1)
+        near, far = f.chunk(2)
+        plus = product(((c0 + c1) / 2).float(), near + far)
+        minus = product(((c0 - c1) / 2).float(), near - far)
+        return torch.cat((plus + minus, plus - minus))
+
+    assert rms(derivative(tf32x3) - exact) <= 1e-6 * rms(exact)
+    assert rms(derivative(lambda a, b: tf32(a) @ tf32(b)) - exact) > 1e-4 * rms(exact)  # a single one does not
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_full_size_accuracy(operator: str) -> None:
+    """128 points an axis: float32 to 1e-6, and in float64 the mass balance to 1e-13."""
+    box = (128, 32, 64)
+    a = random(1, 3, *box)
+    u = curl(a, operator=operator)
+    assert rms(curl(a.float(), operator=operator) - u) <= 1e-6 * rms(u)
+    assert rms(divergence(u, operator)) <= 1e-13 * rms(u)
+
+
+def test_an_empty_batch() -> None:
+    for name in FORMS:
+        with form(name):
+            assert curl(torch.zeros(0, 3, 4, 4, 4, device=DEVICE)).shape == (0, 3, 4, 4, 4)
+            assert divergence(torch.zeros(0, 3, 4, 4, 4, device=DEVICE)).shape == (0, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: curl(torch.zeros(3, 8, 8, 8)), r"potential_B3XYZ has shape \[3, 8, 8, 8\]; expected \[B, 3, X, Y"),
+        (lambda: curl(torch.zeros(1, 2, 8, 8, 8)), r"potential_B3XYZ has shape \[1, 2, 8, 8, 8\]"),
+        (lambda: divergence(torch.zeros(1, 4, 8, 8, 8)), r"u_B3XYZ has shape \[1, 4, 8, 8, 8\]"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8, dtype=torch.int32)), "potential_B3XYZ has dtype torch.int32"),
+        (lambda: divergence(torch.zeros(1, 3, 8, 8, 8, dtype=torch.complex64)), "u_B3XYZ has dtype torch.complex64"),
+        (lambda: curl(torch.zeros(2, 3, 8, 8, 8), torch.zeros(1, 3)), r"mean_B3 has shape \[1, 3\]; expected \[2, 3\]"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), torch.zeros(3)), r"mean_B3 has shape \[3\]; expected \[1, 3\]"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), torch.zeros(1, 3).int()), "mean_B3 has dtype torch.int32"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), torch.zeros(1, 3, device="meta")), "mean_B3 is on meta; potential"),
+        (lambda: curl(torch.zeros(1, 3, 4, 4, 4), operator="upwind"), "unknown derivative operator 'upwind'"),
+        (lambda: curl(torch.zeros(1, 3, 4, 257, 4)), "Y of potential_B3XYZ is 257: .* at most 256"),
+        (lambda: divergence(torch.zeros(1, 3, 8, 8, 4), "central4"), "Z of u_B3XYZ is 4: .* at least 5"),
+        (lambda: curl(torch.zeros(1, 3, 0, 4, 4)), "X of potential_B3XYZ is 0: .* at least 1"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing=0.0), "spacing must be positive and finite, not 0.0"),
+        (lambda: divergence(torch.zeros(1, 3, 8, 8, 8), spacing=-1.0), "spacing must be positive"),
+    ],
+)  # fmt: skip
+def test_bad_input(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_local_operators_have_no_size_limit() -> None:
+    a = random(1, 3, 5, 300, 5)
+    assert rms(divergence(curl(a, operator="central4"), "central4")) <= 1e-13 * rms(a)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.kernels import curl, divergence
+from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.tokenizer.helmholtz import vector_potential
 
 BOXES = [(8, 8, 8), (7, 9, 11), (8, 9, 16), (16, 8, 4), (5, 5, 5), (2, 6, 3)]
@@ -60,3 +61,21 @@ def test_only_the_divergence_free_part_of_a_field_returns() -> None:
     torch.testing.assert_close(curl(vector_potential(part)), part)
     # An orthogonal projection: the rest has nothing in common with it.
     assert abs(float(((u - part) * part).sum())) <= 1e-9 * float(u.square().sum())
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("box", [(8, 9, 16), (5, 6, 7)])
+def test_every_operator_has_its_potential(operator: str, box: tuple[int, int, int]) -> None:
+    u = random((2, 3, *box), torch.float64)
+    part = curl(vector_potential(u, operator), operator=operator)
+    assert rms(part) > 0.5  # about two thirds of the variance of u
+    assert rms(divergence(part, operator)) <= 1e-12 * rms(part)
+    assert part.mean(dim=(2, 3, 4)).abs().max() <= 1e-12
+    torch.testing.assert_close(curl(vector_potential(part, operator), operator=operator), part)
+    assert abs(float(((u - part) * part).sum())) <= 1e-9 * float(u.square().sum())
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_curl_comes_back_from_its_potential(operator: str) -> None:
+    u = curl(random((1, 3, 8, 9, 10), torch.float64), operator=operator)
+    torch.testing.assert_close(curl(vector_potential(u, operator), operator=operator), u)

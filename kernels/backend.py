@@ -1,7 +1,8 @@
 """Which form of a kernel a call runs, Triton or the torch reference, and the one place that launches Triton.
 
-``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, the reference elsewhere),
-``reference`` or ``triton`` (on the CPU that needs Triton's interpreter: ``TRITON_INTERPRET=1``).
+``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, elsewhere the reference, with a numba
+curl for grids from 64^3 on), ``reference``, or ``triton`` (on the CPU that needs Triton's interpreter:
+``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ def use_triton(tensor: Tensor) -> bool:
     return choice == "triton"
 
 
+def use_reference() -> bool:
+    """Whether the plain torch reference is asked for, not merely the form that suits the device."""
+    return _choice() == "reference"
+
+
 def describe(device: torch.device) -> str:
     """One line for the log: which kernels run on ``device``, and why. Raises what `use_triton` raises."""
     choice = _choice()
@@ -70,7 +76,7 @@ def describe(device: torch.device) -> str:
         return f"triton {version('triton')}{', interpreted' if _interpreting() else ''}{why}"
     if device.type == "cuda" and choice == "auto":
         why = " (triton is not installed)"
-    return f"torch reference{why}"
+    return f"torch reference{why}" if choice == "reference" or device.type == "cuda" else "torch reference, numba curl"
 
 
 def exact(tensor: Tensor) -> torch.autocast:

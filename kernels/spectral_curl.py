@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.backend import use_triton
+from shodh_moe.kernels import spectral_curl_cpu
+from shodh_moe.kernels.backend import exact, use_reference, use_triton
 from shodh_moe.kernels.differentiation import (
     MATRIX_LIMIT,
     OPERATORS,
@@ -163,11 +164,6 @@ def _divergence_backward_reference(g_BXYZ: Tensor, how: tuple[str, float, bool])
     return du_B3XYZ
 
 
-def _exact(device: torch.device) -> torch.autocast:
-    """Autocast would round the operands of the matrix products."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @torch.library.custom_op("shodh::curl", mutates_args=())
 def _curl(
     potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool
@@ -176,7 +172,9 @@ def _curl(
         from shodh_moe.kernels import spectral_curl_triton
 
         return spectral_curl_triton.curl(potential_B3XYZ, mean_B3, operator, spacing, adjoint)
-    with _exact(potential_B3XYZ.device):
+    if operator == "spectral" and not use_reference() and spectral_curl_cpu.fits(potential_B3XYZ):
+        return spectral_curl_cpu.curl(potential_B3XYZ.contiguous(), mean_B3, spacing, adjoint)
+    with exact(potential_B3XYZ):
         return _curl_reference(potential_B3XYZ, mean_B3, (operator, spacing, adjoint))
 
 
@@ -209,7 +207,7 @@ def _divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
         from shodh_moe.kernels import spectral_curl_triton
 
         return spectral_curl_triton.divergence(u_B3XYZ, operator, spacing)
-    with _exact(u_B3XYZ.device):
+    with exact(u_B3XYZ):
         return _divergence_reference(u_B3XYZ, (operator, spacing, False))
 
 
@@ -226,7 +224,7 @@ def _divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tenso
         from shodh_moe.kernels import spectral_curl_triton
 
         return spectral_curl_triton.divergence_backward(g_BXYZ, operator, spacing)
-    with _exact(g_BXYZ.device):
+    with exact(g_BXYZ):
         return _divergence_backward_reference(g_BXYZ, (operator, spacing, True))
 
 

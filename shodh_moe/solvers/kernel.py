@@ -6,26 +6,12 @@ step: the result has the same bits for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
 
+from shodh_moe.kernels.compiled import compiled
+
 BLOCK = 128
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "fastmath": {"contract", "nsz", "arcp"}}
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile with numba, cached on disk where a writable cache folder exists (a read-only install may have none)."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        try:
-            return numba.njit(cache=True, **_OPTIONS, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:
-            return numba.njit(**_OPTIONS, **options)(function)  # type: ignore[no-any-return]
-
-    return decorate
 
 
 @compiled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shodh_moe.kernels import curl, differentiation_matrix, divergence
+from shodh_moe.kernels import curl, differentiation_matrix, divergence, spectral_curl_cpu
 from shodh_moe.kernels.differentiation import MINIMUM, OPERATORS
 from tests.kernels.forms import DEVICE, form
 
@@ -258,6 +259,42 @@ def test_full_size_accuracy(operator: str) -> None:
     u = curl(a, operator=operator)
     assert rms(curl(a.float(), operator=operator) - u) <= 1e-6 * rms(u)
     assert rms(divergence(u, operator)) <= 1e-13 * rms(u)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    box=st.tuples(*[st.integers(1, 13).map(lambda half: 2 * half)] * 3),
+    batch=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    with_mean=st.booleans(),
+    adjoint=st.booleans(),
+)
+def test_the_form_for_large_cpu_fields(box, batch, dtype, with_mean, adjoint) -> None:
+    """Halves that are no multiple of four, axes of two points: the loops' remainders."""
+    a = torch.randn(batch, 3, *box, dtype=dtype)
+    mean = torch.randn(batch, 3, dtype=dtype) if with_mean else None
+    with form("reference"):
+        expected = curl(a.double(), None if mean is None else mean.double(), "spectral", 0.5, adjoint)
+    results = []
+    for threads in (1, 2):
+        with mock.patch("torch.get_num_threads", return_value=threads):
+            results.append(spectral_curl_cpu.curl(a, mean, 0.5, adjoint))
+    assert torch.equal(*results)  # the same bits for any number of threads
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert rms(results[0] - expected) <= tolerance * max(rms(expected), 1)
+
+
+def test_large_cpu_fields_take_it_and_mass_is_conserved() -> None:
+    a = torch.randn(1, 3, 64, 66, 68, dtype=torch.float64)
+    mean = torch.ones(1, 3, dtype=torch.float64)
+    with form("auto"), mock.patch.object(spectral_curl_cpu, "curl", wraps=spectral_curl_cpu.curl) as used:
+        u = curl(a, mean)
+    used.assert_called_once()
+    assert rms(divergence(u)) <= 1e-13 * rms(u)
+    with form("reference"):
+        torch.testing.assert_close(u, curl(a, mean), rtol=0, atol=1e-12)
+    for unfit in (a[..., :62], a[..., :67], a.bfloat16()):
+        assert not spectral_curl_cpu.fits(unfit)
 
 
 def test_an_empty_batch() -> None:

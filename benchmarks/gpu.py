@@ -1,0 +1,302 @@
+"""What `make gpu` runs: GPU tests, all benchmarks, a short training run; a summary table and one JSON file.
+
+    python benchmarks/gpu.py [--out FOLDER] [--json FILE] [--minutes 8]
+    python benchmarks/gpu.py --rehearse     # the same steps on a CPU in tiny sizes: shows that the script works
+
+Any Python with a CUDA torch will do: no network, no root, nothing to install. Every step is a process of its own with
+a time limit; one that fails or overruns is recorded and the others go on. Exit code 0 if every step ran (or could not,
+for want of an optional package, which is recorded), 1 otherwise, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_summary import compare_losses, count_tests, merge_benchmarks, print_summary
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "benchmarks"
+TREE = ROOT / "build" / "gpu_tree"
+# What the quickstart imports beyond torch.
+TRAINING_NEEDS = ("deepspeed", "pydantic", "yaml", "h5py", "numba", "scipy", "safetensors", "tqdm", "tensorboard")
+SHORT = [
+    "data.snapshots=12",
+    "data.domains.open_channel.trajectories.train=6",
+    "data.domains.open_channel.trajectories.valid=2",
+    "data.domains.open_channel.trajectories.test=2",
+    "data.domains.porous_media.trajectories.train=6",
+    "data.domains.porous_media.trajectories.valid=2",
+    "data.domains.porous_media.trajectories.test=2",
+    "tokenizer.steps=60",
+    "tokenizer.latent_copies=1",
+    "training.steps=100",
+    "training.batch_size=8",
+]
+TINY = [
+    "data.grid=[16,16,16]",
+    "data.snapshots=5",
+    "data.domains.porous_media=null",
+    "data.domains.open_channel.trajectories.train=1",
+    "data.domains.open_channel.trajectories.valid=1",
+    "data.domains.open_channel.trajectories.test=1",
+    "data.domains.open_channel.spinup_steps=4",
+    "data.domains.open_channel.steps_per_snapshot=4",
+    "tokenizer.widths=[8,8,8]",
+    "tokenizer.latent_channels=16",
+    "tokenizer.steps=2",
+    "tokenizer.latent_copies=1",
+    "tokenizer.batch_size=2",
+    "model.dim=24",
+    "model.depth=1",
+    "model.heads=2",
+    "model.moe.expert_hidden=16",
+    "training.steps=2",
+    "training.batch_size=2",
+    "evaluation.rollout_steps=2",
+    "parallel.processes=1",
+]
+
+
+class Step(NamedTuple):
+    """One process. ``needs`` are modules without which it is not run."""
+
+    name: str
+    command: list[str]
+    limit: float  # seconds
+    environment: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    needs: tuple[str, ...] = ()
+    folder: Path = ROOT
+    read: Callable[[Path], dict[str, Any]] = lambda log: {}  # what to keep of its output
+    after: str = ""  # only if this step was done
+
+
+@dataclass
+class Outcome:
+    name: str
+    status: str  # done, failed, timed out, not run
+    seconds: float
+    reason: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+def source_tree() -> Path:
+    """shodh_moe with its kernels as an installation has them, and the tests, as links: nothing need be installed."""
+    package = TREE / "shodh_moe"
+    package.mkdir(parents=True, exist_ok=True)
+    wanted = {package / path.name: path for path in (ROOT / "shodh_moe").iterdir() if path.name != "__pycache__"}
+    wanted |= {package / "kernels": ROOT / "kernels", TREE / "tests": ROOT / "tests"}
+    for link in (*package.iterdir(), TREE / "tests"):
+        if link.is_symlink():
+            link.unlink()
+    for link, target in wanted.items():
+        link.symlink_to(target)
+    return TREE
+
+
+def installed(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def steps(out: Path, rehearse: bool) -> list[Step]:
+    """In the order of their worth, in case time runs out."""
+    python, device = sys.executable, "cpu" if rehearse else "cuda"
+
+    def script(name: str, *arguments: str) -> list[str]:
+        return [python, str(HERE / name), *arguments]
+
+    def bench(name: str, limit: float, *arguments: str) -> Step:
+        common = ["--device", device, "--json", str(out / f"{name}.json"), "--seconds", str(max(limit - 15, 10))]
+        command = script(f"{name}.py", *common, *(["--quick"] if rehearse else arguments))
+        return Step(name, command, limit)
+
+    def losses(kernels: str) -> Step:
+        size = ["--grid", "8", "--width", "16", "--steps", "3"] if rehearse else []
+        file = out / f"losses_{kernels}.json"
+        command = script("losses.py", "--device", device, "--json", str(file), *size)
+        return Step(f"losses {kernels}", command, 30, {"SHODH_KERNELS": kernels})
+
+    run_folder = out / "quickstart"
+    cli = [python, "-m", "shodh_moe.cli"]
+    settings = ["--config", str(ROOT / "configs" / "quickstart.yaml"), *(TINY if rehearse else SHORT)]
+
+    def first_losses(kernels: str) -> Step:
+        command = [
+            *cli,
+            "pretrain",
+            *settings,
+            "--name",
+            f"first_{kernels}",
+            "training.steps=20",
+            "training.log_every=1",
+        ]
+        return Step(
+            f"first losses {kernels}", command, 40, {"SHODH_KERNELS": kernels}, TRAINING_NEEDS, run_folder,
+            after="quickstart",
+        )  # fmt: skip
+
+    return [
+        Step("environment", script("gpu_summary.py", device), 30, read=lambda log: json.loads(log.read_text())),
+        tests(out, rehearse),
+        bench("dispatch", 85, "--experts", "8,64"),
+        bench("spectral_curl", 60),
+        bench("gating", 45, "--experts", "8,64"),
+        losses("triton"),
+        losses("reference"),
+        bench("moe_layer", 30),
+        Step("quickstart", [*cli, "run", *settings, "--name", "short"], 150, {}, TRAINING_NEEDS, run_folder),
+        *([] if rehearse else [first_losses("triton"), first_losses("reference")]),
+        Step(
+            "pictures",
+            script("plot.py", *(str(out / f"{name}.json") for name in BENCHMARKS), "--present"),
+            25,
+            needs=("matplotlib",),
+        ),
+    ]
+
+
+BENCHMARKS = ("dispatch", "spectral_curl", "gating", "moe_layer")
+
+
+def tests(out: Path, rehearse: bool) -> Step:
+    """The kernels' tests. Under settings of their own: the project's ask for plugins that may not be here."""
+    ini = out / "pytest.ini"
+    ini.write_text("[pytest]\nmarkers =\n    slow\n    distributed\n    gpu\n    timeout\n")
+    command = [sys.executable, "-m", "pytest", "-c", str(ini), "--rootdir", str(TREE), "-q", "-p", "no:cacheprovider"]
+    command += ["tests/kernels/test_gating.py", "-k", "tie or capacity"] if rehearse else ["tests/kernels"]
+    if installed("xdist") and not rehearse:
+        command += ["-n", "8"]  # compilation of the kernels is what takes the time
+    if installed("pytest_timeout"):
+        command += ["--timeout", "60"]
+    return Step("tests", command, 100, needs=("pytest", "hypothesis"), folder=TREE, read=count_tests)
+
+
+def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run one step for at most ``seconds``; its output goes to ``out``/<name>.log."""
+    began = time.monotonic()
+    log = out / f"{step.name.replace(' ', '_')}.log"
+    step.folder.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        child = subprocess.Popen(
+            step.command,
+            cwd=step.folder,
+            env=environment | step.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT if step.name != "environment" else None,
+            start_new_session=True,  # so that its own children can be ended with it
+        )
+        try:
+            code: int | None = child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    took = time.monotonic() - began
+    found = Outcome(step.name, "done" if code == 0 else "failed", took)
+    try:
+        found.result = step.read(log)
+    except Exception as error:
+        found.reason = f"its output could not be read: {error}"
+    if code is None:
+        found.status, found.reason = "timed out", f"stopped after {took:.0f} s"
+    elif code:
+        found.reason = f"exit code {code}: {_last_line(log)}"
+    return found
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outcome]], None]) -> list[Outcome]:
+    path = os.pathsep.join(filter(None, (str(source_tree()), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    if rehearse:
+        # One thread: what runs beside it on a shared machine makes threads wait for each other.
+        environment |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    deadline = time.monotonic() + 60 * minutes
+    done: list[Outcome] = []
+    for step in steps(out, rehearse):
+        remaining = deadline - time.monotonic()
+        absent = [module for module in step.needs if not installed(module)]
+        status = {outcome.name: outcome.status for outcome in done}
+        if absent:
+            outcome = Outcome(step.name, "not run", 0.0, f"{', '.join(absent)} is not installed")
+        elif step.after and status[step.after] != "done":
+            outcome = Outcome(step.name, "not run", 0.0, f"{step.after} was not done")
+        elif remaining < 5:
+            outcome = Outcome(step.name, "timed out", 0.0, f"the {minutes:g} minutes were over")
+        else:
+            print(f"{step.name} ...", flush=True)
+            outcome = run_step(step, out, min(step.limit, remaining), environment)
+        print(f"{step.name}: {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}", flush=True)
+        done.append(outcome)
+        save(done)
+    return done
+
+
+def result_file(out: Path, options: Any, name: str) -> Path:
+    """Where the JSON goes: a rehearsal has no business among the results."""
+    if options.json:
+        return options.json
+    if options.rehearse:
+        return out / "gpu_rehearsal.json"
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+    return HERE / "results" / f"gpu_{slug}_{datetime.now(timezone.utc):%Y-%m-%d}.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    sys.path.insert(0, str(source_tree()))
+    from shodh_moe.command import OneLineParser
+    from shodh_moe.files import write_text
+
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="logs, results and pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu_<name>_<date>.json")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
+    parser.add_argument("--rehearse", action="store_true", help="the same steps on the CPU in tiny sizes")
+    options = parser.parse_args(arguments)
+    try:
+        import torch
+    except ImportError:
+        parser.error(f"{sys.executable} has no torch")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("this torch finds no CUDA device; --rehearse runs the steps on the CPU")
+    name = "rehearsal" if options.rehearse else torch.cuda.get_device_name()
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (*out.glob("*.json"), *out.glob("*.png")):
+        old.unlink()  # or an older run's results would be taken for this one's
+    file, began = result_file(out, options, name), time.monotonic()
+    content: dict[str, Any] = {"what": "make gpu", "device": name, "rehearsal": options.rehearse}
+
+    def save(done: list[Outcome]) -> None:
+        content["seconds"] = round(time.monotonic() - began, 1)
+        content["steps"] = [asdict(outcome) for outcome in done]
+        content["benchmarks"] = merge_benchmarks(out, BENCHMARKS)
+        content["losses"] = compare_losses(out)
+        write_text(file, json.dumps(content, indent=1) + "\n")
+
+    done = run_all(out, options.rehearse, options.minutes, save)
+    print_summary(content)
+    print(f"\nresults: {file}\nlogs and pictures: {out}")
+    return 0 if all(outcome.status in ("done", "not run") for outcome in done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

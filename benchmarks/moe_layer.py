@@ -1,0 +1,194 @@
+"""A whole mixture-of-experts layer in one process against DeepSpeed's and a dense network of the same active size.
+
+    python benchmarks/moe_layer.py [--device cpu|cuda] [--json FILE] [--cases 4096/128/4 8192/256/16]
+
+Same SwiGLU experts, linear router, Top-1 and capacity factor in all; no shared expert. DeepSpeed 0.19's MOELayer
+always takes its sparse path (_sparse_encode, _sparse_decode) where Tutel is not asked for.
+Shapes: N tokens, D width, F hidden width (2 D), E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+from common import DTYPES, OURS, Report, run
+from peers import deepspeed
+from timing import BOTH, Missing, Times, first_line, release, rotating, with_backward
+from torch import Tensor, nn
+
+CAPACITY_FACTOR = 1.25
+MIN_CAPACITY = 4
+
+
+def layer_flops(tokens: int, width: int, hidden: int, experts: int) -> int:
+    """Per token 3 products of D x F in its expert and D x E in the router, 2 FLOP each; backward twice that.
+    Padding of slots that stay empty does not count."""
+    return 3 * 2 * tokens * (3 * width * hidden + width * experts)
+
+
+def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> int:
+    """x and its output, their two gradients; weights read forward and backward, their gradients written."""
+    return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
+
+
+def our_layer(width: int, hidden: int, experts: int, router: str) -> Any:
+    """`shodh_moe.model.MoE`, or why it cannot be made."""
+    try:
+        from shodh_moe.config import MoEConfig, RouterConfig
+        from shodh_moe.model.moe import MoE
+        from shodh_moe.parallel import ExpertParallel
+    except ImportError as error:
+        return Missing(first_line(error))
+    config = MoEConfig(
+        num_experts=experts,
+        expert_hidden=hidden,
+        shared_experts=0,
+        capacity_factor=CAPACITY_FACTOR,
+        min_capacity=MIN_CAPACITY,
+        router=RouterConfig(kind=router),  # type: ignore[arg-type]
+    )
+    return MoE(width, config, ExpertParallel(), seed=0, layer=0)
+
+
+def feed_forward(width: int, hidden: int) -> Any:
+    """One SwiGLU network, or why it cannot be made (the model needs pydantic, the kernels do not)."""
+    try:
+        from shodh_moe.model.experts import FeedForward
+    except ImportError as error:
+        return Missing(first_line(error))
+    return FeedForward(width, hidden)
+
+
+def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random_tokens: bool, device: Any) -> Any:
+    """`deepspeed.moe.layer.MoE` in a world of this process alone, or why it cannot be made."""
+    if isinstance(found := deepspeed(), Missing):
+        return found
+    if isinstance(expert := feed_forward(width, hidden), Missing):
+        return expert
+    try:
+        import deepspeed as ds
+        from deepspeed.moe.layer import MoE
+
+        if not torch.distributed.is_initialized():
+            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            os.environ.update(alone)
+            # Else DeepSpeed compiles an operation that serves inference alone, for a minute or more.
+            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            ds.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        layer = MoE(
+            width, expert, experts, ep_size=1, k=1, capacity_factor=factor,
+            min_capacity=MIN_CAPACITY, use_rts=random_tokens,
+        )  # fmt: skip
+        layer.set_deepspeed_parallelism()
+        return layer
+    except Exception as error:
+        return Missing(first_line(error))
+
+
+def check_same(report: Report, width: int, hidden: int, experts: int) -> None:
+    """With the same weights and room for every token, DeepSpeed's layer and ours give the same output."""
+    ours = our_layer(width, hidden, experts, "linear")
+    theirs = deepspeed_layer(width, hidden, experts, float(experts), False, report.device)
+    if isinstance(ours, Missing) or isinstance(theirs, Missing):
+        return
+    ours.config = ours.config.model_copy(update={"capacity_factor": float(experts)})
+    with torch.no_grad():
+        theirs.deepspeed_moe.gate.wg.weight.copy_(ours.router.projection.weight)
+        for local, expert in enumerate(theirs.deepspeed_moe.experts.deepspeed_experts):
+            expert.gate_up.weight.copy_(ours.experts.gate_up_LDF[local].T)
+            expert.down.weight.copy_(ours.experts.down_LFD[local].T)
+        ours, theirs = ours.to(report.device), theirs.to(report.device)
+        x_ND = torch.randn(64, width, device=report.device)
+        y_ND, routing = ours(x_ND)
+        their_y_ND, l_aux, _ = theirs(x_ND)
+    close = torch.allclose(y_ND, their_y_ND, rtol=1e-3, atol=1e-4) and torch.allclose(l_aux, routing.balance_loss)
+    worst = float((y_ND - their_y_ND).abs().max())
+    report.check("moe_layer", {"width": width, "experts": experts}, "deepspeed gives the same", close, f"{worst:.2e}")
+
+
+def bench_layer(report: Report, tokens: int, width: int, experts: int, dtype: torch.dtype) -> None:
+    device, hidden = report.device, 2 * width
+    check_same(report, width, hidden, experts)
+    case = {"tokens": tokens, "width": width, "hidden": hidden, "experts": experts, "dtype": str(dtype)[6:]}
+    modules: dict[str, Any] = {
+        OURS: our_layer(width, hidden, experts, "linear"),
+        "shodh, cosine router": our_layer(width, hidden, experts, "cosine"),
+        "deepspeed": deepspeed_layer(width, hidden, experts, CAPACITY_FACTOR, False, device),
+        "deepspeed, random token selection": deepspeed_layer(width, hidden, experts, CAPACITY_FACTOR, True, device),
+        "dense, active size": feed_forward(width, hidden),
+    }
+    calls: dict[str, Any] = {}
+    parameters: dict[str, list[Tensor]] = {}
+    for name, module in modules.items():
+        if isinstance(module, Missing):
+            calls[name] = module
+            continue
+        module = module.to(device, dtype).train()
+        parameters[name] = list(module.parameters())
+        calls[name] = _call(name, module, parameters[name])
+
+    def make(seed: int) -> dict[str, Any]:
+        x_ND, grad_ND = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
+        return {"x": x_ND.requires_grad_(), "grads": (grad_ND, torch.tensor(0.01, device=device))}
+
+    def rate(name: str, times: Times) -> dict[str, float]:
+        return {"tokens_per_s": tokens / times.median}
+
+    sets = rotating(make, 2 * tokens * width * dtype.itemsize, device)
+    bytes_ = layer_bytes(tokens, width, hidden, experts, dtype.itemsize)
+    flops = layer_flops(tokens, width, hidden, experts)
+    report.measure("moe_layer", case | {"pass": BOTH}, calls, sets, bytes_, flops, rate)
+    release(device)
+
+
+def _call(name: str, module: nn.Module, parameters: list[Tensor]) -> Any:
+    """Forward and backward to x and to every parameter, the balance loss included where there is one."""
+
+    def forward(i: dict[str, Any]) -> tuple[Tensor, ...]:
+        if name.startswith(OURS):
+            y_ND, routing = module(i["x"])
+            return y_ND, routing.balance_loss
+        if name.startswith("deepspeed"):
+            return module(i["x"])[:2]
+        return (module(i["x"]),)
+
+    both = with_backward(forward)
+    weights = {f"parameter {number}": one for number, one in enumerate(parameters)}
+    return lambda i: both(i | weights)
+
+
+def case_of(text: str) -> tuple[int, int, int]:
+    """``4096/128/4``: an argparse type."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not tokens/width/experts like 4096/128/4")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def work(report: Report) -> None:
+    options, cuda = report.options, report.device.type == "cuda"
+    cases = [(4096, 128, 4), (4096, 256, 8), (8192, 256, 16)] + ([(65_536, 1024, 16)] if cuda else [])
+    for tokens, width, experts in options.cases or ([(64, 16, 4)] if options.quick else cases):
+        for dtype in options.dtypes or (["float32", "bfloat16"] if cuda else ["float32"]):
+            if not report.late("moe_layer", {"tokens": tokens, "width": width, "experts": experts, "dtype": dtype}):
+                bench_layer(report, tokens, width, experts, DTYPES[dtype])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", type=case_of, nargs="+", metavar="TOKENS/WIDTH/EXPERTS")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32; cuda both")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run("moe_layer", (__doc__ or "").splitlines()[0], work, arguments, add_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

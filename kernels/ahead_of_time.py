@@ -27,6 +27,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Shared memory a program may have, in bytes, and columns of Blackwell's tensor memory.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TENSOR_MEMORY_LIMIT = 512
 _OPTIONS = ("num_warps", "num_stages")
 _DTYPES = {
     "float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16",
@@ -89,7 +92,8 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     """Compile for one of `TARGETS`.
 
     Raises:
-        Exception: what Triton or the assembler raises when the kernel does not compile.
+        RuntimeError: the kernel would not run: too much shared or tensor memory, or no code came out.
+        Exception: what Triton or the assembler raises when it does not compile.
     """
     gpu = TARGETS[target]
     constexprs = dict(variant.constexprs)
@@ -103,10 +107,16 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     )
     compiled = triton.compile(source, target=gpu, options=dict(variant.options))
     shared = int(compiled.metadata.shared)
+    if shared > SHARED_LIMIT[target]:
+        raise RuntimeError(f"{shared} bytes of shared memory; {target} has {SHARED_LIMIT[target]}")
+    if (getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY_LIMIT:
+        raise RuntimeError(f"{compiled.metadata.tmem_size} columns of tensor memory; there are {TENSOR_MEMORY_LIMIT}")
     if gpu.backend == "hip":
         registers, spills = _read_amd(compiled.asm["amdgcn"])
     else:
         registers, spills = _assemble(compiled.asm["ptx"], gpu.arch)
+    if registers < 8:  # Triton 3.7 turns a tile too large for sm_100 into a kernel without code
+        raise RuntimeError(f"compiled to an empty kernel ({registers} registers): use smaller blocks")
     return Resources(registers, shared, spills)
 
 

@@ -14,18 +14,15 @@ holds is undefined, though nothing outside the rows is ever touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.backend import use_triton
+from shodh_moe.kernels import dispatch_cpu
+from shodh_moe.kernels.backend import use_reference, use_triton
 
 MAX_EXPERTS = 256
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
-# The reference works through this many bytes of rows at a time on the CPU, so its second pass finds them in cache.
-CHUNK_BYTES = 2**24
 
 
 def dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
@@ -118,8 +115,11 @@ def _dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, ca
 
         return dispatch_triton.dispatch(x_ND, expert_N, slot_N, kept_E, capacity)
     rows = x_ND.new_empty(_rows_shape(x_ND, kept_E, capacity))
-    rows_RD = _flat(rows)
-    _select(x_ND, _sources(_row_of_tokens(expert_N, slot_N, kept_E, capacity), rows_RD.shape[0]), rows_RD)
+    row_N, rows_RD = _row_of_tokens(expert_N, slot_N, kept_E, capacity), _flat(rows)
+    if _compiled(rows):
+        dispatch_cpu.fill_rows(x_ND, row_N, rows_RD)
+    else:
+        rows_RD.copy_(_select(x_ND, _sources(row_N, rows_RD.shape[0])))
     return rows
 
 
@@ -140,8 +140,11 @@ def _dispatch_backward(drows: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: 
         from shodh_moe.kernels import dispatch_triton
 
         return dispatch_triton.gather(drows, expert_N, slot_N, kept_E)
+    row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(drows))
+    if not _compiled(drows):
+        return _select(_flat(drows), row_N)
     dx_ND = drows.new_empty(expert_N.shape[0], drows.shape[-1])
-    _select(_flat(drows), _row_of_tokens(expert_N, slot_N, kept_E, _capacity(drows)), dx_ND)
+    dispatch_cpu.gather(_flat(drows), row_N, dx_ND)
     return dx_ND
 
 
@@ -159,16 +162,13 @@ def _combine(
 
         return dispatch_triton.gather(rows, expert_N, slot_N, kept_E, gate_N, shared_ND)
     row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
-    scale_N1 = torch.where(row_N >= 0, gate_N, 0)[:, None]
-    rows_RD, y_ND = _flat(rows), rows.new_empty(expert_N.shape[0], rows.shape[-1])
-    for part, wide_CD in _chunks(y_ND, gate_N.dtype):
-        _select(rows_RD, row_N[part], wide_CD)
-        wide_CD.mul_(scale_N1[part])
-        if shared_ND is not None:
-            wide_CD.add_(shared_ND[part])
-        if wide_CD.dtype != y_ND.dtype:
-            y_ND[part] = wide_CD
-    return y_ND
+    if _compiled(rows):
+        y_ND = rows.new_empty(expert_N.shape[0], rows.shape[-1])
+        dispatch_cpu.gather(_flat(rows), row_N, y_ND, gate_N, shared_ND)
+        return y_ND
+    y_ND = _select(_flat(rows), row_N).to(gate_N.dtype) * gate_N[:, None]
+    y_ND = torch.where((row_N >= 0)[:, None], y_ND, 0)  # the gate of a dropped token may be NaN
+    return (y_ND if shared_ND is None else y_ND + shared_ND).to(rows.dtype)
 
 
 @_combine.register_fake
@@ -188,19 +188,16 @@ def _combine_backward(
 
         return dispatch_triton.combine_backward(dy_ND, rows, expert_N, slot_N, gate_N, kept_E)
     row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
-    rows_RD, drows_RD = _flat(rows), _flat(drows := rows.new_empty(rows.shape))
-    source_R = _sources(row_N, rows_RD.shape[0])
-    scale_R1, dot_R = _pick(gate_N, source_R)[:, None], gate_N.new_empty(source_R.shape)
-    product_CD = gate_N.new_empty(min(_chunk_rows(drows_RD), drows_RD.shape[0]), drows_RD.shape[1])
-    # In the order of the rows, so that each chunk of dy is fetched once for both results.
-    for part, dy_CD in _chunks(drows_RD, gate_N.dtype):
-        _select(dy_ND, source_R[part], dy_CD)
-        torch.mul(dy_CD, rows_RD[part], out=product_CD[: len(dy_CD)])
-        torch.sum(product_CD[: len(dy_CD)], 1, out=dot_R[part])
-        dy_CD.mul_(scale_R1[part])
-        if dy_CD.dtype != drows_RD.dtype:
-            drows_RD[part] = dy_CD
-    return drows, _pick(dot_R, row_N)
+    rows_RD = _flat(rows)
+    if _compiled(rows):
+        drows, dgate_N = rows.new_empty(rows.shape), gate_N.new_empty(gate_N.shape)
+        dispatch_cpu.combine_backward(dy_ND, rows_RD, row_N, gate_N, _flat(drows), dgate_N)
+        return drows, dgate_N
+    dy_ND = dy_ND.to(gate_N.dtype)
+    dgate_N = (dy_ND * _select(rows_RD, row_N)).sum(dim=1)
+    dgate_N = torch.where(row_N >= 0, dgate_N, 0)
+    drows_RD = _select(dy_ND * gate_N[:, None], _sources(row_N, rows_RD.shape[0]))
+    return drows_RD.to(rows.dtype).view(rows.shape), dgate_N
 
 
 @_combine_backward.register_fake
@@ -271,37 +268,14 @@ def _sources(row_N: Tensor, rows: int) -> Tensor:
     return row_N.new_full((rows + 1,), -1).scatter_(0, torch.where(row_N >= 0, row_N, rows), token_N)[:rows]
 
 
-def _select(values: Tensor, index_C: Tensor, out: Tensor) -> None:
-    """``out[c] = values[index[c]]``, zero where the index is negative."""
+def _select(values: Tensor, index_C: Tensor) -> Tensor:
+    """``values[index[c]]``, zero where the index is negative."""
     if values.shape[0] == 0:
-        out.zero_()
-        return
-    source_C = index_C.clamp(min=0)
-    if out.dtype == values.dtype:
-        torch.index_select(values, 0, source_C, out=out)
-    else:
-        out.copy_(values.index_select(0, source_C))
-    # Zeros are written, not multiplied in: what stands there may be infinite or NaN.
-    out.index_fill_(0, (index_C < 0).nonzero().squeeze(1), 0)
+        return values.new_zeros(index_C.shape[0], *values.shape[1:])
+    chosen = values.index_select(0, index_C.clamp(min=0))
+    # Zeros are put there, not multiplied in: what stands there may be infinite or NaN.
+    return torch.where((index_C >= 0).view(-1, *[1] * (values.ndim - 1)), chosen, 0)
 
 
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    out = values.new_empty(index.shape)
-    _select(values, index, out)
-    return out
-
-
-def _chunk_rows(values_RD: Tensor) -> int:
-    if values_RD.device.type != "cpu":
-        return max(values_RD.shape[0], 1)
-    return max(CHUNK_BYTES // max(values_RD.shape[1] * values_RD.element_size(), 1), 1)
-
-
-def _chunks(out_RD: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of rows of ``out_RD``, each with the place to compute it in: itself, or a buffer of dtype ``wide``."""
-    total, step = out_RD.shape[0], _chunk_rows(out_RD)
-    # One buffer for all: the allocator may hand memory back to the system and fetch it again for each chunk.
-    buffer_CD = None if out_RD.dtype == wide else out_RD.new_empty(min(step, total), out_RD.shape[1], dtype=wide)
-    for first in range(0, total, step):
-        part = slice(first, min(first + step, total))
-        yield part, out_RD[part] if buffer_CD is None else buffer_CD[: part.stop - first]
+def _compiled(rows: Tensor) -> bool:
+    return not use_reference() and dispatch_cpu.fits(rows)

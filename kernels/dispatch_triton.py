@@ -20,7 +20,7 @@ ZERO_TILES = 8
 
 
 @triton.jit
-def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):
     """How many slots each expert fills. int32 [BLOCK_E]."""
     experts = tl.arange(0, BLOCK_E)
     kept = tl.load(kept_ptr + experts, mask=experts < E, other=0).to(tl.int64)
@@ -28,7 +28,7 @@ def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr):
     """The row of each token, int64, and whether it has one."""
     inside = n < N
     expert = tl.load(expert_ptr + n, mask=inside, other=-1).to(tl.int64)
@@ -47,7 +47,7 @@ def _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS: tl.constexpr,
 
 
 @triton.jit
-def _zero_empty_rows(  # type: ignore[no-untyped-def]
+def _zero_empty_rows(
     out_ptr, kept_ptr, pid, parts, K, E, D,
     DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -67,7 +67,7 @@ def _zero_empty_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dispatch_kernel(  # type: ignore[no-untyped-def]
+def _dispatch_kernel(
     x_ptr, expert_ptr, slot_ptr, kept_ptr, out_ptr, zero_programs, parts, N, K, E, D,
     DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -85,7 +85,7 @@ def _dispatch_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gather_kernel(  # type: ignore[no-untyped-def]
+def _gather_kernel(
     rows_ptr, expert_ptr, slot_ptr, kept_ptr, gate_ptr, shared_ptr, y_ptr, N, K, E, D,
     DROPLESS: tl.constexpr, GATE: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,7 +108,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _combine_backward_kernel(  # type: ignore[no-untyped-def]
+def _combine_backward_kernel(
     dy_ptr, rows_ptr, expert_ptr, slot_ptr, gate_ptr, kept_ptr, drows_ptr, dgate_ptr,
     zero_programs, parts, N, K, E, D,
     DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -131,9 +131,8 @@ def assign_slots(
 ) -> None:  # fmt: skip
     """Write ``slot_N`` and what `totals` sums up, in seven launches. ``sizes``: block sizes and chunk counts."""
     tokens, experts, chunks = expert_N.numel(), sizes["E"], sizes["chunks"]
-    integers = {"dtype": torch.int32, "device": expert_N.device}
-    prefix_E, need_E = torch.empty(experts, **integers), torch.empty(experts, **integers)
-    above_GE, equal_GE = torch.empty(chunks, experts, **integers), torch.empty(chunks, experts, **integers)
+    prefix_E, need_E = histogram.new_empty(2, experts)
+    above_GE, equal_GE = histogram.new_empty(2, chunks, experts)
     for i in range(PASSES):
         if i > 0:  # the routing launch filled the first
             launch(

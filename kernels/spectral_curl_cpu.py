@@ -11,7 +11,6 @@ Shapes: X Y Z space, R rows and C columns of a plane, H half of either.
 
 from __future__ import annotations
 
-import threading
 from functools import lru_cache
 from typing import Any
 
@@ -20,14 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.compiled import compiled
+from shodh_moe.kernels.compiled import compiled, torch_threads
 from shodh_moe.kernels.differentiation import cached_matrix
 
 # Shorter axes are done faster by the full matrices of `spectral_curl` (measured at 32; at 64 this form leads).
 MINIMUM = 64
 PARTS = 8  # a thread, for balance
-# Numba's fallback threading layer, used where no OpenMP is installed, must not be entered twice.
-_one_caller = threading.Lock()
 
 
 @compiled()
@@ -163,9 +160,7 @@ def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: float, adjoint: bool)
     mean = np.zeros(a.shape[:2], a.dtype) if mean_B3 is None else mean_B3.to(a_B3XYZ.dtype).detach().numpy()
     d_x, d_y = (_blocks(n, spacing, a_B3XYZ.dtype, adjoint, False) for n in a.shape[2:4])
     d_zt = _blocks(a.shape[4], spacing, a_B3XYZ.dtype, adjoint, True)
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    with _one_caller:
-        numba.set_num_threads(threads)
+    with torch_threads() as threads:
         for b in range(len(a)):
             for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in this order: the second adds to the first's u_z
                 planes = a.shape[3] if rows_are_x else a.shape[2]

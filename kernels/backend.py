@@ -1,7 +1,7 @@
 """Which form of a kernel a call runs, Triton or the torch reference, and the one place that launches Triton.
 
-``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, elsewhere the reference, with a numba
-curl for grids from 64^3 on), ``reference``, or ``triton`` (on the CPU that needs Triton's interpreter:
+``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, elsewhere the reference, with
+compiled passes where they are faster), ``reference``, or ``triton`` (on the CPU that needs Triton's interpreter:
 ``TRITON_INTERPRET=1``).
 """
 
@@ -76,7 +76,9 @@ def describe(device: torch.device) -> str:
         return f"triton {version('triton')}{', interpreted' if _interpreting() else ''}{why}"
     if device.type == "cuda" and choice == "auto":
         why = " (triton is not installed)"
-    return f"torch reference{why}" if choice == "reference" or device.type == "cuda" else "torch reference, numba curl"
+    if device.type == "cpu" and choice == "auto":
+        return "compiled CPU passes, torch reference"
+    return f"torch reference{why}"
 
 
 def exact(tensor: Tensor) -> torch.autocast:

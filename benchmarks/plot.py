@@ -142,7 +142,7 @@ def _roofs(axis: Any, intensities: list[float], copy: float, gemm: dict[str, flo
     for name, rate in gemm.items():
         if rate < copy * x[-1]:
             axis.axhline(rate, color="black", linewidth=0.8, linestyle="--")
-            axis.annotate(f"matrix product {name} {rate:.3g} GFLOP/s", (x[-1], rate), ha="right", **style)
+            axis.annotate(f"matrix product {name} {rate:.3g} GFLOP/s", (x[0], rate), ha="left", **style)
 
 
 def _name_cases(axis: Any, mine: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
 from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
+from shodh_moe.kernels.backend import describe
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
@@ -81,6 +82,7 @@ def make_tokenizer(config: Config) -> Path:
         require_fit(tokenizer, config)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data")
+    _say("tokenizer", f"training on {device()}; kernels: {describe(torch.device(device()))}", None)
     began = time.perf_counter()
     train_tokenizer(config, paths.dataset, paths.tokenizer, device())
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)

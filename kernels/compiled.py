@@ -1,10 +1,10 @@
-"""Compilation of CPU kernels with numba, and how many threads they use."""
+"""Compilation of CPU kernels with numba."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -13,7 +13,7 @@ import torch
 # Fused multiply-adds and the like, but no other order of operations: the bits do not depend on vector widths.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "fastmath": {"contract", "nsz", "arcp"}}
 # Numba's fallback threading layer, used where no OpenMP is installed, must not be entered twice.
-_one_caller = threading.RLock()
+_one_caller = threading.Lock()
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -28,14 +28,28 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     return decorate
 
 
-@contextlib.contextmanager
-def torch_threads() -> Iterator[int]:
-    """Numba's parallel loops run on as many threads as torch uses, one caller at a time."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    with _one_caller:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            yield threads
-        finally:
-            numba.set_num_threads(before)
+def parallel_loops(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function whose ``numba.prange`` loops run on as many threads as torch uses.
+
+    With one thread it is another function without any: numba would start all its threads even for one, and idle
+    ones spin, which slows down the other ranks of the machine.
+    """
+    # Numba names the files of its cache after the function alone, whatever the options.
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__)
+    twin.__qualname__ = f"{function.__qualname__}_serial"
+    serial, parallel = compiled()(twin), compiled(parallel=True)(function)
+
+    def call(*arguments: Any) -> None:
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        if threads == 1:
+            serial(*arguments)
+            return
+        with _one_caller:
+            before = numba.get_num_threads()
+            numba.set_num_threads(threads)
+            try:
+                parallel(*arguments)
+            finally:
+                numba.set_num_threads(before)
+
+    return call

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.compiled import compiled, torch_threads
+from shodh_moe.kernels.compiled import compiled, parallel_loops
 
 
 @compiled()
@@ -29,7 +29,7 @@ def _zero(out_D: Any) -> None:
         out_D[d] = 0
 
 
-@compiled(parallel=True)
+@parallel_loops
 def _fill_rows(x_ND: Any, source_R: Any, out_RD: Any) -> None:
     for r in numba.prange(len(source_R)):
         if source_R[r] >= 0:
@@ -38,7 +38,7 @@ def _fill_rows(x_ND: Any, source_R: Any, out_RD: Any) -> None:
             _zero(out_RD[r])
 
 
-@compiled(parallel=True)
+@parallel_loops
 def _gather(rows_RD: Any, row_N: Any, gate_N: Any, shared_ND: Any, y_ND: Any, scaled: bool, added: bool) -> None:
     for n in numba.prange(len(row_N)):
         y_D = y_ND[n]
@@ -71,7 +71,7 @@ def _scale_and_dot(dy_D: Any, row_D: Any, gate: Any, out_D: Any) -> Any:
     return dot
 
 
-@compiled(parallel=True)
+@parallel_loops
 def _combine_backward(dy_ND: Any, rows_RD: Any, source_R: Any, gate_N: Any, drows_RD: Any, dgate_N: Any) -> None:
     for r in numba.prange(len(source_R)):
         n = source_R[r]
@@ -107,8 +107,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def fill_rows(x_ND: Tensor, row_N: Tensor, out_RD: Tensor) -> None:
     """out[row_n] = x_n, zero in rows without a token."""
-    with torch_threads():
-        _fill_rows(_array(x_ND), _sources(row_N, out_RD.shape[0]), out_RD.numpy())
+    _fill_rows(_array(x_ND), _sources(row_N, out_RD.shape[0]), out_RD.numpy())
 
 
 def gather(
@@ -118,8 +117,7 @@ def gather(
     rows, y = _array(rows_RD), y_ND.numpy()
     gate = rows[:0, 0] if gate_N is None else _array(gate_N)
     shared = rows[:0] if shared_ND is None else _array(shared_ND)
-    with torch_threads():
-        _gather(rows, row_N.numpy(), gate, shared, y, gate_N is not None, shared_ND is not None)
+    _gather(rows, row_N.numpy(), gate, shared, y, gate_N is not None, shared_ND is not None)
 
 
 def combine_backward(
@@ -128,5 +126,4 @@ def combine_backward(
     """drows[row_n] = gate_n * dy_n, zero in empty rows; dgate_n = <dy_n, rows[row_n]>, zero for a dropped token."""
     dgate_N.zero_()
     source_R = _sources(row_N, rows_RD.shape[0])
-    with torch_threads():
-        _combine_backward(_array(dy_ND), _array(rows_RD), source_R, _array(gate_N), drows_RD.numpy(), dgate_N.numpy())
+    _combine_backward(_array(dy_ND), _array(rows_RD), source_R, _array(gate_N), drows_RD.numpy(), dgate_N.numpy())

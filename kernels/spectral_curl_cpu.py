@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels.compiled import compiled, torch_threads
+from shodh_moe.kernels.compiled import compiled, parallel_loops
 from shodh_moe.kernels.differentiation import cached_matrix
 
 # Shorter axes are done faster by the full matrices of `spectral_curl` (measured at 32; at 64 this form leads).
@@ -132,8 +132,8 @@ def _planes(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool, fi
             _unfold(out2, u[2], fixed, False, -one, mean[2], False)
 
 
-@compiled(parallel=True)
-def _planes_parallel(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool, planes: int, parts: int) -> None:
+@parallel_loops
+def _all_planes(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool, planes: int, parts: int) -> None:
     for part in numba.prange(parts):
         _planes(a, u, mean, d_r, d_zt, rows_are_x, planes * part // parts, planes * (part + 1) // parts)
 
@@ -160,13 +160,9 @@ def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: float, adjoint: bool)
     mean = np.zeros(a.shape[:2], a.dtype) if mean_B3 is None else mean_B3.to(a_B3XYZ.dtype).detach().numpy()
     d_x, d_y = (_blocks(n, spacing, a_B3XYZ.dtype, adjoint, False) for n in a.shape[2:4])
     d_zt = _blocks(a.shape[4], spacing, a_B3XYZ.dtype, adjoint, True)
-    with torch_threads() as threads:
-        for b in range(len(a)):
-            for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in this order: the second adds to the first's u_z
-                planes = a.shape[3] if rows_are_x else a.shape[2]
-                task = (a[b], u[b], mean[b], d_r, d_zt, rows_are_x)
-                if threads == 1:
-                    _planes(*task, 0, planes)
-                else:
-                    _planes_parallel(*task, planes, threads * PARTS)
+    parts = PARTS * torch.get_num_threads()
+    for b in range(len(a)):
+        for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in this order: the second adds to the first's u_z
+            planes = a.shape[3] if rows_are_x else a.shape[2]
+            _all_planes(a[b], u[b], mean[b], d_r, d_zt, rows_are_x, planes, parts)
     return u_B3XYZ

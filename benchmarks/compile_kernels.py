@@ -177,7 +177,7 @@ def main() -> int:
 
 def _print(table: list[dict]) -> None:
     """One line a kernel and target: the range over its variants."""
-    print(f"{'kernel':24}{'target':>8}{'variants':>10}{'registers':>12}{'shared KiB':>14}{'spilled bytes':>15}")
+    print(f"{'kernel':28}{'target':>8}{'variants':>10}{'registers':>12}{'shared KiB':>14}{'spilled bytes':>15}")
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in table:
         if "error" not in row:
@@ -188,7 +188,7 @@ def _print(table: list[dict]) -> None:
             low, high = (f(row[key] for row in rows) / scale for f in (min, max))
             return f"{low:.3g}" if low == high else f"{low:.3g}-{high:.3g}"
 
-        line = f"{kernel:24}{target:>8}{len(rows):>10}{span('registers'):>12}"
+        line = f"{kernel:28}{target:>8}{len(rows):>10}{span('registers'):>12}"
         print(f"{line}{span('shared_bytes', 1024):>14}{span('spill_bytes'):>15}")
 
 

@@ -35,7 +35,7 @@ def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: in
     return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
 
 
-def our_layer(width: int, hidden: int, experts: int, router: str) -> Any:
+def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False) -> Any:
     """`shodh_moe.model.MoE`, or why it cannot be made."""
     try:
         from shodh_moe.config import MoEConfig, RouterConfig
@@ -47,6 +47,7 @@ def our_layer(width: int, hidden: int, experts: int, router: str) -> Any:
         num_experts=experts,
         expert_hidden=hidden,
         shared_experts=0,
+        dropless=dropless,
         capacity_factor=CAPACITY_FACTOR,
         min_capacity=MIN_CAPACITY,
         router=RouterConfig(kind=router),  # type: ignore[arg-type]
@@ -118,6 +119,7 @@ def bench_layer(report: Report, tokens: int, width: int, experts: int, dtype: to
     modules: dict[str, Any] = {
         OURS: our_layer(width, hidden, experts, "linear"),
         "shodh, cosine router": our_layer(width, hidden, experts, "cosine"),
+        "shodh, dropless": our_layer(width, hidden, experts, "linear", dropless=True),
         "deepspeed": deepspeed_layer(width, hidden, experts, CAPACITY_FACTOR, False, device),
         "deepspeed, random token selection": deepspeed_layer(width, hidden, experts, CAPACITY_FACTOR, True, device),
         "dense, active size": feed_forward(width, hidden),

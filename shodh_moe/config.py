@@ -160,6 +160,7 @@ class MoEConfig(Section):
     num_experts: int = Field(2, gt=0, le=MAX_EXPERTS)
     expert_hidden: Positive = 256
     shared_experts: NonNegative = 1
+    dropless: bool = Field(False, description="no capacity: experts take all their tokens, in uneven shares")
     capacity_factor: PositiveFloat = 1.25
     min_capacity: Positive = 4
     drop_order: Literal["position", "probability"] = "position"
@@ -189,7 +190,8 @@ class TrainingConfig(Section):
     """Pretraining: optimizer, schedule and how often to write what."""
 
     steps: Positive = 400
-    batch_size: Positive = Field(16, description="samples per rank and step")
+    batch_size: Positive = Field(16, description="samples per rank and micro-batch")
+    accumulation: Positive = Field(1, description="micro-batches whose gradients make one optimizer step")
     learning_rate: PositiveFloat = 1e-3
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup_steps: NonNegative = 20

@@ -1,6 +1,6 @@
 """The feed-forward networks of a mixture of experts: shared ones and the routed ones a rank holds.
 
-Shapes: L local experts, T rows an expert gets, D model width, F hidden width.
+Shapes: L local experts, T rows an expert gets, R rows of all experts, D model width, F hidden width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """L SwiGLU experts as stacked weights, one batched product for all.
+    """L SwiGLU experts as stacked weights: one batched product for all, or a grouped one for uneven shares.
 
     Each expert's initial weights come from its own random stream (seed, layer, global index), so the same
     expert starts equal on whatever rank it lives.
@@ -45,3 +45,18 @@ class Experts(nn.Module):
     def forward(self, x_LTD: Tensor) -> Tensor:
         gate, up = torch.bmm(x_LTD, self.gate_up_LDF).chunk(2, dim=-1)
         return torch.bmm(F.silu(gate) * up, self.down_LFD)
+
+    def grouped(self, x_RD: Tensor, count_L: Tensor) -> Tensor:
+        """As `forward`, for rows sorted by expert: the first ``count_L[0]`` for expert 0, and so on. [R, D]."""
+        gate, up = _grouped_product(x_RD, self.gate_up_LDF, count_L).chunk(2, dim=-1)
+        return _grouped_product(F.silu(gate) * up, self.down_LFD, count_L)
+
+
+def _grouped_product(x_RD: Tensor, weight_LDF: Tensor, count_L: Tensor) -> Tensor:
+    """Rows of group l times weight l, [R, F]."""
+    # Torch's grouped product (2.10 on) has a kernel for bfloat16 on GPUs, of rows that are multiples of 16 bytes.
+    fits = all(size % 8 == 0 for size in weight_LDF.shape[1:])
+    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(x_RD, weight_LDF, offs=count_L.cumsum(0, dtype=torch.int32))
+    shares = x_RD.split(count_L.tolist())
+    return torch.cat([share @ weight for share, weight in zip(shares, weight_LDF, strict=True)])

@@ -46,8 +46,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise UserError("deepspeed.zero_optimization.stage must be 0: checkpoints hold unpartitioned optimizer state")
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
-        "train_batch_size": config.training.batch_size * world_size,
-        "gradient_accumulation_steps": 1,
+        "train_batch_size": config.training.batch_size * config.training.accumulation * world_size,
+        "gradient_accumulation_steps": config.training.accumulation,
         "gradient_clipping": 0.0,  # `Engine.step` clips by the true global norm
         "steps_per_print": 10**9,
         **config.deepspeed,

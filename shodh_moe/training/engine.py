@@ -59,7 +59,7 @@ def is_expert(parameter: nn.Parameter) -> bool:
 
 
 class Engine:
-    """A DeepSpeed engine with one call per training step.
+    """A DeepSpeed engine with one call per micro-batch.
 
     Attributes:
         model: the latent transformer with this rank's experts.
@@ -93,13 +93,18 @@ class Engine:
     def __call__(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
         return self._engine(history_BHCxyz, geometry_BCxyz)
 
-    def step(self, loss: Tensor, learning_rate: float) -> float:
-        """Backward, reduce gradients, clip by the global norm, update. Returns the norm before clipping."""
+    def step(self, loss: Tensor, learning_rate: float) -> float | None:
+        """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
+
+        Returns the norm before clipping, None while gradients accumulate. They are those of the mean loss of the
+        step's micro-batches.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        last = self._engine.is_gradient_accumulation_boundary()
         self._engine.backward(loss)
-        norm = self.gradient_norm()
-        if norm > self._clip:
+        norm = self.gradient_norm() if last else None
+        if norm is not None and norm > self._clip:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._clip / norm)

@@ -82,23 +82,25 @@ def pretrain(config: Config, run: Path, latents: Path) -> None:
     steps = range(start, t.steps)
     for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
         began = time.perf_counter()
-        history, geometry, target, domain_B = _to(engine.device, *train.batch(sampler.batch(step, rank)))
-        prediction = engine(history, geometry)
-        loss, parts = total_loss(prediction, target, config)
-        norm = engine.step(loss, rate := learning_rate(step, t))
-        counts.add(prediction.routing, domain_B)
-        for key, value in parts.items():
-            sums[key] = sums.get(key, 0) + value.detach()
+        rate = learning_rate(step, t)
+        for micro in range(step * t.accumulation, (step + 1) * t.accumulation):
+            history, geometry, target, domain_B = _to(engine.device, *train.batch(sampler.batch(micro, rank)))
+            prediction = engine(history, geometry)
+            loss, parts = total_loss(prediction, target, config)
+            norm = engine.step(loss, rate)
+            counts.add(prediction.routing, domain_B)
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0) + value.detach()
         times.append(time.perf_counter() - began)
 
         done = step + 1
         if done % t.log_every == 0 or done == t.steps:
-            means = _mean_over_ranks(sums, len(times))
+            means = _mean_over_ranks(sums, len(times) * t.accumulation)
             if not math.isfinite(means["loss"]):
                 raise UserError(f"the loss is {means['loss']} at step {done}: lower training.learning_rate")
             routing = counts.summary()
             seconds = statistics.median(times)
-            tokens = len(prediction.routing[0].expert_N) * world
+            tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
             record = {
                 "kind": "train",
                 "step": done,

@@ -41,7 +41,7 @@ class DomainSampler:
             )
 
     def batch(self, step: int, rank: int) -> list[tuple[int, int]]:
-        """(domain, index within the domain) of each sample of this rank at this step (from 0)."""
+        """(domain, index within the domain) of each sample of this rank in this micro-batch (``step``, from 0)."""
         share = self.batch_size // len(self.domain_sizes)
         samples = []
         for domain, size in enumerate(self.domain_sizes):

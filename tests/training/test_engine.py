@@ -18,16 +18,27 @@ from tests.training.synthetic import CONFIG, write_latents
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+Runs = dict[tuple[int, int], dict[str, torch.Tensor]]
+
+
+def _train(folder: Path, dropless: str) -> Runs:
     """(ep_size, rank) -> everything the worker wrote."""
-    folder = tmp_path_factory.mktemp("engine")
     (folder / "config.yaml").write_text(CONFIG)
     write_latents(folder / "latents")
     for ep_size in (1, 2):
-        done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size))
+        done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size), dropless)
         assert done.returncode == 0, done.stdout + done.stderr
     return {(ep, rank): load_file(folder / f"ep{ep}_rank{rank}.safetensors") for ep in (1, 2) for rank in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return _train(tmp_path_factory.mktemp("engine"), "false")
+
+
+@pytest.fixture(scope="module")
+def dropless_runs(tmp_path_factory) -> Runs:
+    return _train(tmp_path_factory.mktemp("dropless"), "true")
 
 
 def _experts(run: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -72,7 +83,16 @@ def test_capacity_binds_in_this_setting(runs):
     assert runs[2, 0]["dropped"].sum() > 0
 
 
+def test_dropless_drops_nothing_and_ep_2_trains_as_ep_1(dropless_runs):
+    assert not any(run["dropped"].any() for run in dropless_runs.values())
+    _check_ep_2_equals_ep_1(dropless_runs)
+
+
 def test_ep_2_trains_as_ep_1(runs):
+    _check_ep_2_equals_ep_1(runs)
+
+
+def _check_ep_2_equals_ep_1(runs: Runs) -> None:
     """Same losses, dropped tokens, true global norms, expert gradients and weights after three steps."""
     for rank in (0, 1):
         assert torch.equal(runs[1, rank]["dropped"], runs[2, rank]["dropped"])

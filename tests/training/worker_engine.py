@@ -17,8 +17,8 @@ from shodh_moe.training.engine import Engine, init_distributed
 from shodh_moe.training.pretrain import total_loss
 from shodh_moe.training.sampler import DomainSampler
 
-folder, ep_size = Path(sys.argv[-2]), sys.argv[-1]
-config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}"])
+folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
+config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"model.moe.dropless={dropless}"])
 init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
 samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)

@@ -1,0 +1,115 @@
+"""The MoE layer on four real gloo processes: EP 1, 2 and 4 give the same outputs and gradients, to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
+
+from shodh_moe.config import MoEConfig
+from shodh_moe.model.moe import MoE
+from shodh_moe.parallel import ExpertParallel
+
+pytestmark = pytest.mark.distributed
+
+WORLD, TOKENS, DIM, EXPERTS = 4, 23, 6, 8
+EMPTY = 5  # no token chooses this expert
+LONELY = 3  # all tokens of rank 3 choose this expert, so the other ranks of its EP group get none from it
+
+
+def _layer(ep: ExpertParallel, dropless: bool) -> MoE:
+    config = MoEConfig(
+        num_experts=EXPERTS, expert_hidden=5, dropless=dropless, capacity_factor=1.0, min_capacity=1,
+        router={"kind": "linear"},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = MoE(DIM, config, ep, seed=0, layer=0).double()
+    torch.nn.init.normal_(layer.router.projection.weight, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layer.router.projection.weight[EMPTY] = 0
+        layer.router.projection.weight[EMPTY, 0] = -50.0  # the first feature of every token is positive
+        layer.router.projection.weight[LONELY, 1] = 50.0
+    return layer
+
+
+def _tokens(rank: int) -> torch.Tensor:
+    x = torch.randn(TOKENS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 + rank))
+    x[:, 0] = x[:, 0].abs() + 0.1
+    x[:, 1] = 1.0 if rank == 3 else 0.0
+    return x.requires_grad_()
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    results = {}
+    for size in (1, 2, 4):
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, WORLD, size)]
+        for dropless in (False, True):
+            for recomputed in (False, True):
+                layer = _layer(ExpertParallel(size, rank % size, groups[rank // size]), dropless)
+                x = _tokens(rank)
+                y, routing = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
+                ((y * torch.arange(DIM)).sum() + routing.balance_loss + routing.z_loss).backward()
+                held = layer.ep.local_experts(EXPERTS)
+                results[size, dropless, recomputed] = {
+                    "y": y.detach(), "dx": x.grad, "kept": routing.kept_N, "expert": routing.expert_N,
+                    "router": layer.router.projection.weight.grad, "shared": layer.shared[0].down.weight.grad,
+                    "held": torch.tensor(list(held)),
+                    "gate_up": layer.experts.gate_up_LDF.grad, "down": layer.experts.down_LFD.grad,
+                }  # fmt: skip
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("moe_ranks")
+    mp.spawn(_worker, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def _expert_gradient(ranks: list[dict], key: tuple, name: str) -> torch.Tensor:
+    """Summed over the ranks that hold each expert, [E, ...]."""
+    total = torch.zeros(EXPERTS, *ranks[0][key][name].shape[1:], dtype=torch.float64)
+    for rank in ranks:
+        total.index_add_(0, rank[key]["held"], rank[key][name])
+    return total
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_expert_parallel_sizes_agree(ranks, size, dropless):
+    one, other = (1, dropless, False), (size, dropless, False)
+    for rank in ranks:
+        assert torch.equal(rank[one]["kept"], rank[other]["kept"])  # the same tokens are dropped
+        for name in ("y", "dx", "router", "shared"):
+            torch.testing.assert_close(rank[other][name], rank[one][name], rtol=1e-12, atol=1e-12)
+    for name in ("gate_up", "down"):
+        expected = _expert_gradient(ranks, one, name)
+        torch.testing.assert_close(_expert_gradient(ranks, other, name), expected, rtol=1e-12, atol=1e-12)
+        assert not expected[EMPTY].any()
+        assert expected[LONELY].any()
+
+
+def test_the_setting_is_what_it_claims(ranks):
+    for number, rank in enumerate(ranks):
+        chosen = rank[1, True, False]["expert"]
+        assert EMPTY not in chosen
+        assert (chosen == LONELY).all() == (number == 3)
+        assert rank[1, True, False]["kept"].all()
+    assert not all(rank[1, False, False]["kept"].all() for rank in ranks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("dropless", [False, True])
+def test_recomputation_routes_alike(ranks, size, dropless):
+    for rank in ranks:
+        plain, recomputed = rank[size, dropless, False], rank[size, dropless, True]
+        for name in plain:
+            assert torch.equal(plain[name], recomputed[name]), name

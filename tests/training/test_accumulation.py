@@ -1,0 +1,33 @@
+"""Gradient accumulation: micro-batches that together hold a step's samples train as one batch of them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.launch import launch
+from tests.training.synthetic import CONFIG, write_latents
+
+pytestmark = pytest.mark.distributed
+
+
+def test_two_micro_batches_train_as_one_of_twice_the_size(tmp_path):
+    """Without the balance loss, which is no mean over samples, and dropless: else capacity depends on the batch."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    write_latents(tmp_path / "latents")
+    plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")
+    for name, sizes in (
+        ("whole", ("training.batch_size=8", "training.accumulation=1")),
+        ("parts", ("training.batch_size=4", "training.accumulation=2")),
+    ):
+        worker = Path(__file__).with_name("worker_accumulation.py")
+        done = launch(1, worker, str(tmp_path), name, *plain, *sizes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    whole, parts = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors")
+    assert whole["norms"].shape == (3,)
+    torch.testing.assert_close(parts["norms"], whole["norms"], rtol=1e-5, atol=0)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,33 @@
+"""Three optimizer steps of one rank with given overrides; weights and gradient norms written out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from shodh_moe.config_io import load_config
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.pretrain import total_loss
+from shodh_moe.training.sampler import DomainSampler
+
+folder, name, *overrides = sys.argv[-6:]
+config = load_config(Path(folder, "config.yaml"), overrides)
+init_distributed()
+samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.model.history)
+engine = Engine(config, 6, [2, 2, 2])
+torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
+sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
+norms = []
+for micro in range(3 * config.training.accumulation):
+    history, geometry, target, _ = samples.batch(sampler.batch(micro, 0))
+    loss, _ = total_loss(engine(history, geometry), target, config)
+    norms.append(engine.step(loss, 1e-2))
+tensors = {key: value.detach().clone().contiguous() for key, value in engine.model.named_parameters()}
+tensors["norms"] = torch.tensor([norm for norm in norms if norm is not None], dtype=torch.float64)
+save_file(tensors, Path(folder, f"{name}.safetensors"))
+dist.destroy_process_group()

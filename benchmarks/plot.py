@@ -213,7 +213,10 @@ def _legend(figure: Any, results: list[dict[str, Any]], others: list[str], passe
         for marker, text in (("o", "forward"), ("s", "forward+backward")):
             handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="white", markeredgecolor="black"))
             names.append(text)
-    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 7), fontsize=8, frameon=False)
+    # Names of about this many characters fill a line; longer lists take several.
+    widest = max(len(name) for name in names) + 8
+    columns = max(min(len(names), int(figure.get_figwidth() * 15 / widest)), 1)
+    figure.legend(handles, names, loc="lower center", ncol=columns, fontsize=8, frameon=False)
 
 
 def _save(figure: Any, target: Path) -> None:

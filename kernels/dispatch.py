@@ -14,10 +14,11 @@ holds is undefined, though nothing outside the rows is ever touched.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels import dispatch_cpu
 from shodh_moe.kernels.backend import use_reference, use_triton
 
 MAX_EXPERTS = 256
@@ -116,8 +117,8 @@ def _dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, ca
         return dispatch_triton.dispatch(x_ND, expert_N, slot_N, kept_E, capacity)
     rows = x_ND.new_empty(_rows_shape(x_ND, kept_E, capacity))
     row_N, rows_RD = _row_of_tokens(expert_N, slot_N, kept_E, capacity), _flat(rows)
-    if _compiled(rows):
-        dispatch_cpu.fill_rows(x_ND, row_N, rows_RD)
+    if passes := _compiled(rows):
+        passes.fill_rows(x_ND, row_N, rows_RD)
     else:
         rows_RD.copy_(_select(x_ND, _sources(row_N, rows_RD.shape[0])))
     return rows
@@ -141,10 +142,10 @@ def _dispatch_backward(drows: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: 
 
         return dispatch_triton.gather(drows, expert_N, slot_N, kept_E)
     row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(drows))
-    if not _compiled(drows):
+    if not (passes := _compiled(drows)):
         return _select(_flat(drows), row_N)
     dx_ND = drows.new_empty(expert_N.shape[0], drows.shape[-1])
-    dispatch_cpu.gather(_flat(drows), row_N, dx_ND)
+    passes.gather(_flat(drows), row_N, dx_ND)
     return dx_ND
 
 
@@ -162,9 +163,9 @@ def _combine(
 
         return dispatch_triton.gather(rows, expert_N, slot_N, kept_E, gate_N, shared_ND)
     row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
-    if _compiled(rows):
+    if passes := _compiled(rows):
         y_ND = rows.new_empty(expert_N.shape[0], rows.shape[-1])
-        dispatch_cpu.gather(_flat(rows), row_N, y_ND, gate_N, shared_ND)
+        passes.gather(_flat(rows), row_N, y_ND, gate_N, shared_ND)
         return y_ND
     y_ND = _select(_flat(rows), row_N).to(gate_N.dtype) * gate_N[:, None]
     y_ND = torch.where((row_N >= 0)[:, None], y_ND, 0)  # the gate of a dropped token may be NaN
@@ -189,9 +190,9 @@ def _combine_backward(
         return dispatch_triton.combine_backward(dy_ND, rows, expert_N, slot_N, gate_N, kept_E)
     row_N = _row_of_tokens(expert_N, slot_N, kept_E, _capacity(rows))
     rows_RD = _flat(rows)
-    if _compiled(rows):
+    if passes := _compiled(rows):
         drows, dgate_N = rows.new_empty(rows.shape), gate_N.new_empty(gate_N.shape)
-        dispatch_cpu.combine_backward(dy_ND, rows_RD, row_N, gate_N, _flat(drows), dgate_N)
+        passes.combine_backward(dy_ND, rows_RD, row_N, gate_N, _flat(drows), dgate_N)
         return drows, dgate_N
     dy_ND = dy_ND.to(gate_N.dtype)
     dgate_N = (dy_ND * _select(rows_RD, row_N)).sum(dim=1)
@@ -277,5 +278,10 @@ def _select(values: Tensor, index_C: Tensor) -> Tensor:
     return torch.where((index_C >= 0).view(-1, *[1] * (values.ndim - 1)), chosen, 0)
 
 
-def _compiled(rows: Tensor) -> bool:
-    return not use_reference() and dispatch_cpu.fits(rows)
+def _compiled(rows: Tensor) -> ModuleType | None:
+    """The passes compiled for a CPU, where they take such rows."""
+    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64) or use_reference():
+        return None
+    from shodh_moe.kernels import dispatch_cpu  # not sooner: a GPU needs no numba
+
+    return dispatch_cpu

@@ -11,7 +11,6 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from shodh_moe.kernels.compiled import compiled, parallel_loops
@@ -94,11 +93,6 @@ def _sources(row_N: Tensor, rows: int) -> np.ndarray:
     source_R = np.empty(rows, np.int64)
     _invert(row_N.numpy(), source_R)
     return source_R
-
-
-def fits(values: Tensor) -> bool:
-    """Whether these functions take rows of this kind."""
-    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

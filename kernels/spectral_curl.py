@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels import spectral_curl_cpu
 from shodh_moe.kernels.backend import exact, use_reference, use_triton
 from shodh_moe.kernels.differentiation import (
     MATRIX_LIMIT,
@@ -172,8 +171,11 @@ def _curl(
         from shodh_moe.kernels import spectral_curl_triton
 
         return spectral_curl_triton.curl(potential_B3XYZ, mean_B3, operator, spacing, adjoint)
-    if operator == "spectral" and not use_reference() and spectral_curl_cpu.fits(potential_B3XYZ):
-        return spectral_curl_cpu.curl(potential_B3XYZ.contiguous(), mean_B3, spacing, adjoint)
+    if operator == "spectral" and potential_B3XYZ.device.type == "cpu" and not use_reference():
+        from shodh_moe.kernels import spectral_curl_cpu  # not sooner: a GPU needs no numba
+
+        if spectral_curl_cpu.fits(potential_B3XYZ):
+            return spectral_curl_cpu.curl(potential_B3XYZ.contiguous(), mean_B3, spacing, adjoint)
     with exact(potential_B3XYZ):
         return _curl_reference(potential_B3XYZ, mean_B3, (operator, spacing, adjoint))
 

@@ -148,9 +148,9 @@ def _blocks(size: int, spacing: float, dtype: torch.dtype, adjoint: bool, column
 
 
 def fits(field: Tensor) -> bool:
-    """Whether `curl` takes this field, and is the fastest way."""
+    """Whether `curl` takes this field of a CPU, and is the fastest way."""
     wide = field.dtype in (torch.float32, torch.float64)
-    return field.device.type == "cpu" and wide and all(n % 2 == 0 and n >= MINIMUM for n in field.shape[2:])
+    return wide and all(n % 2 == 0 and n >= MINIMUM for n in field.shape[2:])
 
 
 def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: float, adjoint: bool) -> Tensor:

@@ -222,9 +222,9 @@ def parse(
         torch.set_num_threads(options.threads)
     cuda = options.device == "cuda" or (options.device is None and torch.cuda.is_available())
     options.device = torch.device("cuda" if cuda else "cpu")
-    # On a shared CPU a few slow rounds are worth more than many; on a GPU rounds cost little.
+    # On a CPU the first rounds touch memory that the process, or the host of a virtual machine, has to fetch.
     options.patience = (
-        Patience(0.0, 2, 2) if options.quick else Patience(1.0, 10, 200) if cuda else Patience(3.0, 5, 50)
+        Patience(0.0, 2, 2) if options.quick else Patience(1.0, 10, 200) if cuda else Patience(3.0, 15, 50)
     )
     os.environ.setdefault("DS_ACCELERATOR", options.device.type)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

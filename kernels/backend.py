@@ -86,6 +86,11 @@ def exact(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a Triton product accumulated in ``dtype``: AMD's compiler knows no tf32x3."""
+    return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"
+
+
 class Launch(NamedTuple):
     """One kernel launch as it was asked for."""
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from shodh_moe.kernels.backend import use_reference, use_triton
+from shodh_moe.kernels.gating import MAX_EXPERTS
 
-MAX_EXPERTS = 256
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shodh_moe.kernels.backend import launch, settings
+from shodh_moe.kernels.backend import dot_precision, launch, settings
 
 CHUNKS = 256  # at most; a constant, so that the order of the sums does not depend on the device
 
@@ -229,10 +229,6 @@ def _tile(padded_experts: int) -> int:
     return min(max(2048 // padded_experts, 16), 256)
 
 
-def _precision() -> str:
-    return "ieee" if torch.version.hip else "tf32x3"
-
-
 def forward(
     logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, cosine: Cosine | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -281,7 +277,7 @@ def forward(
         histogram, tokens, tiles, width, HAS_BIAS=bias_E is not None, HISTOGRAM=drop_order == "probability",
         SHIFT=gating_select_triton.FIRST_SHIFT, DIGIT=gating_select_triton.DIGIT, COSINE=cosine is not None,
         R=routing_width,
-        R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=_precision(),
+        R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=dot_precision(f32),
         BLOCK_D=chosen.get("BLOCK_D", 16), **sizes,
     )  # fmt: skip
     sums = (count_GE, p_sum_GE, z_sum_G, broken_G, routed_E, kept_E, balance, z, first_broken)

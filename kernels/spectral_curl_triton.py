@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shodh_moe.kernels import stencil_triton
-from shodh_moe.kernels.backend import launch, settings
+from shodh_moe.kernels.backend import dot_precision, launch, settings
 from shodh_moe.kernels.differentiation import cached_matrix
 from shodh_moe.kernels.spectral_fold_triton import folded_matrix, folded_plane_kernel
 
@@ -165,7 +165,7 @@ def _launch(product: Product, spacing: float, adjoint: bool) -> None:
         SIGN_1=product.sign_1,
         SIGN_Q=-product.sign_q,
         SIGN_2=product.sign_2,
-        PRECISION="ieee" if out.dtype == torch.float64 or torch.version.hip else "tf32x3",
+        PRECISION=dot_precision(out.dtype),
         **block,
     )
 

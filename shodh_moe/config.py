@@ -198,8 +198,16 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: list[Fraction] = [0.9, 0.95]
     grad_clip: PositiveFloat = 1.0
+    precision: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="of the products; bfloat16: autocast, weights and optimizer stay float32"
+    )
+    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = Field("auto", description="whose AdamW kernel")
+    norm: Literal["auto", "torch", "apex"] = Field("auto", description="whose RMS norm kernel")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory")
+    on_nonfinite: Literal["halt", "skip"] = Field("halt", description="what a loss or gradient that is not finite does")
     checkpoint_every: Positive = 100
     keep_last: Positive = 2
+    keep_every: NonNegative = Field(0, description="also keep the checkpoints of every so many steps for good; 0: none")
     log_every: Positive = 10
     validate_every: Positive = 100
 
@@ -210,11 +218,20 @@ class TrainingConfig(Section):
         return self
 
 
+class TelemetryConfig(Section):
+    """What a run tells about its routers and experts, layer by layer."""
+
+    every: Positive = Field(10, description="steps between records of the routers, experts and exchanges")
+    starved_below: Fraction = Field(0.1, description="warn of an expert with less than this share of an even load")
+    dropped_above: Fraction = Field(0.1, description="warn when more than this share of a domain's tokens is dropped")
+
+
 class ParallelConfig(Section):
     """World = EP x EDP (DESIGN 7)."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
     ep_size: Positive | Literal["auto"] = Field("auto", description="auto: the most that divides world and experts")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO: shards optimizer state (1) and gradients too (2)")
 
 
 class EvaluationConfig(Section):
@@ -234,6 +251,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: dict[str, Any] = Field({}, description="merged into the DeepSpeed JSON that this config generates")

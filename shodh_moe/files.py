@@ -79,26 +79,39 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or writing is not permitted.
     """
-    temporary, old = (target.with_name(f".{word}-{target.name}") for word in ("writing", "old"))
+    temporary = target.with_name(f".writing-{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        # Two renames rather than a slow removal first: hardly a moment without the one or the other.
-        shutil.rmtree(old, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            os.replace(target, old)
-        os.replace(temporary, target)
-        sync(target.parent)
+        replace_folder(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if reason := disk_trouble(error):
             raise UserError(f"cannot write {target}: {reason}") from error
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Rename a folder that has been synced to ``target``, and remove what stood there.
+
+    If the process is killed half way, what stood there lies beside it as ``.old-<name>``.
+    """
+    old = target.with_name(f".old-{target.name}")
+    # Two renames rather than a slow removal first: hardly a moment without the one or the other.
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_writable(folder: Path) -> None:

@@ -1,0 +1,32 @@
+"""Checkpoints: complete, atomic, portable between layouts, written while training goes on (DESIGN 8).
+
+`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, `CheckpointReader` and `load_model` read
+it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` tells people what one holds.
+"""
+
+from shodh_moe.checkpoint.fragments import EXPERT_MARK, Fragment, logical_shape, model_fragments
+from shodh_moe.checkpoint.read import (
+    CheckpointReader,
+    damage,
+    damages,
+    find_checkpoint,
+    list_checkpoints,
+    load_model,
+    mismatch,
+)
+from shodh_moe.checkpoint.write import CheckpointWriter
+
+__all__ = [
+    "EXPERT_MARK",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Fragment",
+    "damage",
+    "damages",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_model",
+    "logical_shape",
+    "mismatch",
+    "model_fragments",
+]

@@ -1,0 +1,100 @@
+"""What a checkpoint holds, as a table for people; and whether it is intact."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.checkpoint.fragments import EXPERT_MARK
+from shodh_moe.checkpoint.read import damages, list_checkpoints
+from shodh_moe.checkpoint.state import Damaged, load_state
+from shodh_moe.errors import UserError
+
+NOT_RECORDED = "not recorded"
+
+
+def inspect(path: Path) -> str:
+    """A table of one checkpoint; of a run or its ``checkpoints`` folder, the newest.
+
+    Raises:
+        UserError: there is no checkpoint, or its ``state.json`` cannot be read.
+    """
+    path = checkpoints_at(path)[-1]
+    try:
+        state = load_state(path)
+    except Damaged as error:
+        raise UserError(f"checkpoint {path} is refused: {error}") from error
+    shapes = {name: record["shape"] for name, record in state["tensors"].items()}
+    model = {name.removeprefix("model/"): math.prod(s) for name, s in shapes.items() if name.startswith("model/")}
+    config = state.get("config")
+    rows: list[tuple[str, Any]] = [
+        ("checkpoint", path),
+        ("step", state["step"]),
+        ("written", state["written"]),
+        ("config", config.get("name", NOT_RECORDED) if isinstance(config, dict) else NOT_RECORDED),
+        ("ranks", state["world_size"]),
+        ("expert-parallel size", state.get("ep_size", NOT_RECORDED)),
+        ("ZeRO stage", state.get("zero_stage", NOT_RECORDED)),
+        ("tensors", _counts(shapes)),
+        ("parameters", f"{sum(model.values()):,}"),
+    ]
+    rows += [(f"  {module}", f"{count:,}") for module, count in _by_module(model).items()]
+    experts = sum(count for name, count in model.items() if EXPERT_MARK in name)
+    rows += [("  of these in routed experts", f"{experts:,}"), ("experts by layer", _experts(shapes))]
+    rows.append(("bytes", f"{sum(file['bytes'] for file in state['files'].values()):,}"))
+    rows += [(f"  {name}", f"{file['bytes']:,}") for name, file in state["files"].items()]
+    versions = state.get("versions")
+    if isinstance(versions, dict):
+        rows += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def verify(path: Path) -> list[str]:
+    """Every damage of a checkpoint, or of all checkpoints of a run or its ``checkpoints`` folder; [] if intact.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    return [f"checkpoint {one}: {reason}" for one in checkpoints_at(path) for reason in damages(one)]
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint folders that ``path`` means, oldest first: itself, or those of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if steps := list_checkpoints(folder):
+            return [folder / str(step) for step in steps]
+    if path.is_dir() and ((path / "state.json").exists() or re.fullmatch(r"\d+", path.resolve().name, re.ASCII)):
+        return [path]
+    raise UserError(f"{path} is no checkpoint and holds none: name a run folder, its checkpoints, or one of them")
+
+
+def _counts(shapes: dict[str, list[int]]) -> str:
+    kinds: dict[str, int] = {}
+    for name in shapes:
+        kind = name.partition("/")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def _by_module(model: dict[str, int]) -> dict[str, int]:
+    modules: dict[str, int] = {}
+    for name, count in model.items():
+        module = name.partition(".")[0]
+        modules[module] = modules.get(module, 0) + count
+    return modules
+
+
+def _experts(shapes: dict[str, list[int]]) -> str:
+    """Number of routed experts of each MoE layer, in the order of the layers."""
+    layers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith("model/") and EXPERT_MARK in name and shape:
+            layers.setdefault(name.partition(EXPERT_MARK)[0], shape[0])
+    return ", ".join(map(str, layers.values())) or "none"

@@ -1,0 +1,141 @@
+"""``state.json``: what a checkpoint holds, where, and the hashes that tell whether it still does.
+
+A checkpoint is a folder with this file and one safetensors file a rank. ``tensors`` has for each logical tensor its
+shape, dtype and pieces ``[rank, first element, count]``: the key of a piece in that rank's file is
+``<name>@<first element>``. ``files`` has the size and SHA-256 of each file, ``sha256`` the hash of everything else in
+``state.json`` itself. Beside these stand the step, the number of ranks, and whatever facts the caller gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+FORMAT = 2
+STATE = "state.json"
+RANDOM = "rng/"  # keys of a rank's random state in its file
+
+
+class Damaged(Exception):
+    """Why a checkpoint cannot be used, to follow its name in a sentence."""
+
+
+class _TensorRecord(BaseModel):
+    shape: list[int]
+    dtype: str
+    pieces: list[tuple[int, int, int]]
+
+
+class _FileRecord(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _State(BaseModel, extra="allow"):
+    step: int
+    world_size: int = Field(ge=1)
+    attempt: str
+    written: str
+    tensors: dict[str, _TensorRecord]
+    files: dict[str, _FileRecord]
+
+
+# What the caller's facts may not be called.
+RESERVED = {"format", "sha256", *_State.model_fields}
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def piece_key(name: str, start: int) -> str:
+    """Name of a fragment in its file."""
+    return f"{name}@{start}"
+
+
+def not_covered(name: str, record: dict[str, Any]) -> str | None:
+    """Which elements of a logical tensor no piece or more than one piece holds; None if each is there once."""
+    total, done = math.prod(record["shape"]), 0
+    for _, start, count in sorted(record["pieces"], key=lambda piece: piece[1:]):
+        if start < 0 or count <= 0 or start + count > total:
+            return f"tensor {name} has elements {start} to {start + count - 1} of only {total}"
+        if start != done:
+            what = "are missing" if start > done else "are there more than once"
+            return f"tensor {name}: elements {min(start, done)} to {max(start, done) - 1} of {total} {what}"
+        done = start + count
+    if done != total:
+        return f"tensor {name}: elements {done} to {total - 1} of {total} are missing"
+    return None
+
+
+def join(shapes: dict[str, list[int]], reports: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``tensors`` of a checkpoint, from what each rank has reported: ``pieces`` [start, count] and ``dtypes`` by name.
+
+    Raises:
+        RuntimeError: an element is missing or there twice, or ranks differ about a tensor's type.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        tensors[name] = {"shape": [*shape], "dtype": "", "pieces": []}
+    for rank, report in sorted(reports.items()):
+        for name, pieces in report["pieces"].items():
+            if name not in tensors:
+                raise RuntimeError(f"rank {rank} saves {name}, which has no shape")
+            record, dtype = tensors[name], report["dtypes"][name]
+            if record["dtype"] not in ("", dtype):
+                raise RuntimeError(f"tensor {name} is {record['dtype']} on one rank and {dtype} on rank {rank}")
+            record["dtype"] = dtype
+            record["pieces"] += [[rank, start, count] for start, count in pieces]
+    for name, record in tensors.items():
+        if reason := not_covered(name, record):
+            raise RuntimeError(f"the checkpoint would be incomplete: {reason}")
+        record["dtype"] = record["dtype"] or "float32"  # a tensor without elements
+    return tensors
+
+
+def seal(state: dict[str, Any]) -> str:
+    """The text of ``state.json``, its own hash added."""
+    plain = json.loads(json.dumps(state))  # tuples become lists, keys strings: as they will be read
+    return json.dumps({**plain, "sha256": _hash(plain)})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint folder's ``state.json``.
+
+    Raises:
+        Damaged: it is missing, unreadable, changed, or of another format.
+    """
+    if not path.is_dir():
+        raise Damaged("it is not a folder" if path.exists() else "it does not exist")
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{STATE} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{STATE} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise Damaged(f"{STATE} is no JSON: it is truncated, or something else") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format", "an older or foreign one") if isinstance(state, dict) else "a foreign one"
+        raise Damaged(f"its format is {str(found)[:40]}, and this version reads format {FORMAT} only")
+    if state.get("sha256") != _hash({key: value for key, value in state.items() if key != "sha256"}):
+        raise Damaged(f"{STATE} does not match its hash")
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise Damaged(f"{STATE} has a wrong or no entry {where}") from None
+    # Only these names: a path in a foreign file must not lead out of the folder.
+    if set(state["files"]) != {rank_file(rank) for rank in range(state["world_size"])}:
+        raise Damaged(f"{STATE} does not list one file for each of {state['world_size']} ranks")
+    return state
+
+
+def _hash(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

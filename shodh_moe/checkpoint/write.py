@@ -1,0 +1,315 @@
+"""Writing a checkpoint from all ranks, while training goes on (DESIGN 8).
+
+Every rank copies its fragments to host memory and goes back to work; a thread writes them. The threads share only the
+file system, as collectives would get between those of training:
+
+1. Each rank writes its file into ``.writing-<step>-<attempt>-<count>``, then a report of it. A failure is reported too.
+2. When all have reported, rank 0 checks that the pieces make up every tensor, writes ``state.json`` and renames the
+   folder to ``<step>``; or, if anything failed, removes it.
+3. The others see the folder go, and find the new checkpoint in its place or not.
+
+So a checkpoint is there whole or not at all, and what a killed run left behind is never taken for a part of it: the
+attempt is another at each start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from shodh_moe.checkpoint.fragments import Fragment
+from shodh_moe.checkpoint.rank_file import HostCopy
+from shodh_moe.checkpoint.read import list_checkpoints
+from shodh_moe.checkpoint.state import (
+    FORMAT,
+    RANDOM,
+    RESERVED,
+    STATE,
+    Damaged,
+    join,
+    load_state,
+    piece_key,
+    rank_file,
+    seal,
+)
+from shodh_moe.errors import UserError
+from shodh_moe.files import disk_trouble, remove_leftovers, replace_folder, sync, write_text
+
+PATIENCE_S = 1800.0  # how long a rank that has done its part waits for the others
+GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
+HEAD_START_S = 5.0  # by which rank 0 tells a failure before the others: its message names the ranks that failed
+
+
+class _Save(NamedTuple):
+    """One checkpoint in the making; the fragments are in the host copy."""
+
+    step: int
+    temporary: Path
+    final: Path
+    mark: str  # attempt and count: distinguishes it from a save of the same step at any other time
+    shapes: dict[str, list[int]]
+    pieces: dict[str, list[list[int]]]  # tensor -> [start, count] of this rank's fragments
+    dtypes: dict[str, str]
+    facts: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        keep_last: how many of the newest checkpoints stay.
+        keep_every: checkpoints of every so many steps stay too; 0: none.
+        attempt: letters and digits, equal on all ranks and new at each start of the run.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, keep_last: int, keep_every: int, attempt: str):
+        if not attempt.isalnum() or keep_last < 1:
+            raise ValueError(f"attempt {attempt!r} must be letters and digits, keep_last {keep_last} at least 1")
+        self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._keep_last, self._keep_every, self._attempt = keep_last, keep_every, attempt
+        self._host = HostCopy()
+        self._count = 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if rank == 0:
+            _remove_leftovers(folder, attempt)
+
+    def save(
+        self,
+        step: int,
+        fragments: list[Fragment],
+        shapes: dict[str, list[int]],
+        random_state: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> None:
+        """Copy the fragments to host memory, then write in the background; returns when the copy is made.
+
+        All ranks call it in the same order. It waits for the previous checkpoint first.
+
+        Args:
+            shapes: of every logical tensor. Over all ranks the fragments hold each of their elements once.
+            random_state: 1-D tensors, e.g. ``cpu`` (uint8).
+            facts: whatever is to stand in ``state.json`` beside the tensors; of rank 0 alone. JSON values.
+
+        Raises:
+            UserError: the previous checkpoint could not be written: disk full, no permission.
+            ValueError: fragments that cannot be stored, or facts under a reserved name.
+        """
+        self.finish()
+        if taken := RESERVED & set(facts):
+            raise ValueError(f"facts of a checkpoint may not be called {sorted(taken)}")
+        fragments = [fragment for fragment in fragments if fragment.values.numel()]
+        tensors = {piece_key(name, start): values for name, start, values in fragments}
+        if len(tensors) != len(fragments):
+            raise ValueError(f"rank {self._rank} has two fragments of the same tensor and first element")
+        tensors.update({RANDOM + name: state for name, state in random_state.items()})
+        self._host.take(tensors)
+        self._count += 1
+        mark = f"{self._attempt}-{self._count}"
+        pieces: dict[str, list[list[int]]] = {}
+        dtypes: dict[str, str] = {}
+        for name, start, values in fragments:
+            pieces.setdefault(name, []).append([start, values.numel()])
+            dtypes[name] = str(values.dtype).removeprefix("torch.")
+        temporary, final = self._folder / f".writing-{step}-{mark}", self._folder / str(step)
+        facts = json.loads(json.dumps(facts)) if self._rank == 0 else {}  # a copy too
+        save = _Save(step, temporary, final, mark, {**shapes}, pieces, dtypes, facts)
+        # A daemon: when training ends in an error, waiting for ranks that are gone must not hold up the exit.
+        self._thread = threading.Thread(target=self._run, args=(save,), name=f"checkpoint {step}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the background write ran into, if it has ended; never waits."""
+        if self._thread is None or not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is there, on every rank.
+
+        Raises:
+            UserError: it could not be written: disk full, no permission, a rank that does not report.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, save: _Save) -> None:
+        cause: Exception | None = None
+        try:
+            report, cause = self._write_own_file(save)
+            if self._rank == 0:
+                self._commit(save, report)
+            else:
+                _write_report(save, self._rank, report)
+                self._await_commit(save, report)
+        except BaseException as error:
+            reason = disk_trouble(error)
+            self._error = UserError(f"cannot write {save.final}: {reason}") if reason else error
+            if reason or cause:
+                self._error.__cause__ = error if reason else cause
+            if self._rank == 0:
+                _remove(save.temporary)
+            else:
+                time.sleep(HEAD_START_S)
+
+    def _write_own_file(self, save: _Save) -> tuple[dict[str, Any], Exception | None]:
+        """This rank's report: size, hash and pieces of its file; or what went wrong, with the exception."""
+        path = save.temporary / rank_file(self._rank)
+        try:
+            save.temporary.mkdir(parents=True, exist_ok=True)
+            return {"file": self._host.write(path), "pieces": save.pieces, "dtypes": save.dtypes}, None
+        except Exception as error:
+            with suppress(OSError):
+                path.unlink()  # room for the report
+            reason = disk_trouble(error)
+            return {"error": reason or f"{type(error).__name__}: {error}", "user": bool(reason)}, error
+
+    def _commit(self, save: _Save, own: dict[str, Any]) -> None:
+        """Rank 0: wait for every report, then make the folder a checkpoint."""
+        reports = {0: own}
+
+        def all_reported() -> bool:
+            names = set(os.listdir(save.temporary))
+            for rank in range(self._world_size):
+                if rank not in reports and _report_name(rank) in names:
+                    reports[rank] = json.loads((save.temporary / _report_name(rank)).read_text(encoding="utf-8"))
+            return len(reports) == self._world_size
+
+        # Even after a failure: a rank that comes later would make the folder anew.
+        if not _wait(all_reported, PATIENCE_S):
+            late = [rank for rank in range(self._world_size) if rank not in reports]
+            raise UserError(
+                f"cannot write {save.final}: {_ranks(late)} did not report in {PATIENCE_S:.0f} s: "
+                "see their messages, and whether all ranks share this folder"
+            )
+        _raise_failures(save, reports, self._world_size)
+        state = {
+            "format": FORMAT,
+            "step": save.step,
+            "world_size": self._world_size,
+            "attempt": save.mark,
+            "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **save.facts,
+            "tensors": join(save.shapes, reports),
+            "files": {rank_file(rank): reports[rank]["file"] for rank in sorted(reports)},
+        }
+        for rank in range(1, self._world_size):
+            (save.temporary / _report_name(rank)).unlink()
+        (save.temporary / STATE).write_text(seal(state), encoding="utf-8")
+        sync(save.temporary / STATE)
+        sync(save.temporary)
+        self._set_aside_later(save.step)
+        replace_folder(save.temporary, save.final)
+        write_text(self._folder / "latest", f"{save.step}\n")
+        self._remove_old()
+
+    def _await_commit(self, save: _Save, own: dict[str, Any]) -> None:
+        """Other ranks: wait for rank 0's decision."""
+
+        def decided() -> bool:
+            # The listing of a folder is fresh on network disks too, where a single name may be remembered.
+            return save.temporary.name not in os.listdir(self._folder)
+
+        def committed() -> bool:
+            try:
+                return load_state(save.final)["attempt"] == save.mark
+            except Damaged:
+                return False
+
+        if not _wait(decided, PATIENCE_S):
+            raise UserError(f"cannot write {save.final}: rank 0 did not finish it in {PATIENCE_S:.0f} s")
+        _raise_failures(save, {self._rank: own}, self._world_size)
+        if not _wait(committed, GRACE_S):
+            raise UserError(f"cannot write {save.final}: rank 0 gave it up, and its message says why")
+
+    def _set_aside_later(self, step: int) -> None:
+        """Rename checkpoints of later steps: this run went on from before them, and must not be continued by them."""
+        for later in list_checkpoints(self._folder):
+            if later > step:
+                path, aside = self._folder / str(later), self._folder / f"abandoned-{later}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                print(f"checkpoint {path} is now {aside.name}: the run went on from an earlier step", flush=True)
+
+    def _remove_old(self) -> None:
+        for old in list_checkpoints(self._folder)[: -self._keep_last]:
+            if not (self._keep_every and old % self._keep_every == 0):
+                _remove(self._folder / str(old))
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a half-removed checkpoint must not look like a damaged one, and ranks that wait see it at once.
+    going = folder.with_name(f".removing-{folder.name.lstrip('.')}")
+    try:
+        os.replace(folder, going)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        print(f"{folder} cannot be removed: {error.strerror}", flush=True)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def _report_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def _write_report(save: _Save, rank: int, report: dict[str, Any]) -> None:
+    path = save.temporary / _report_name(rank)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report), encoding="utf-8")
+    os.replace(part, path)  # rank 0 must never read half of it
+
+
+def _ranks(ranks: list[int]) -> str:
+    few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {few}"
+
+
+def _raise_failures(save: _Save, reports: dict[int, dict[str, Any]], world_size: int) -> None:
+    """One error for the ranks that reported one."""
+    failed = sorted(rank for rank, report in reports.items() if "error" in report)
+    if failed:
+        where = f" ({_ranks(failed)})" if world_size > 1 else ""
+        text = f"cannot write {save.final}: {reports[failed[0]]['error']}{where}"
+        raise UserError(text) if reports[failed[0]]["user"] else RuntimeError(text)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether ``condition`` came true in time; asks less and less often."""
+    deadline, pause = time.monotonic() + seconds, 0.002
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    return True
+
+
+def _remove_leftovers(folder: Path, attempt: str) -> None:
+    """Clear what earlier attempts left when they were killed."""
+    remove_leftovers(folder, older_than_seconds=0.0)
+    for path in folder.glob(".writing-*"):
+        if f"-{attempt}-" not in path.name:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".removing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".old-*"):
+        target = folder / path.name.removeprefix(".old-")
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # killed between the two renames of `replace_folder`
+            os.replace(path, target)

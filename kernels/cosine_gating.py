@@ -68,7 +68,7 @@ def cosine_top1_gating(
     outputs = torch.ops.shodh.cosine_top1_gating(
         x_ND, projection_RD, prototypes_ER, temperature, capacity, drop_order, bias_E, check_finite
     )
-    return Gating(*outputs[:8])
+    return Gating(*outputs[:9])
 
 
 def reference_logits(q_NR: Tensor, prototypes_ER: Tensor, temperature: Tensor) -> Tensor:

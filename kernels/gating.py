@@ -29,6 +29,7 @@ class Gating(NamedTuple):
     entropy_N: Tensor  # float32, nats, of the softmax; detached
     balance_loss: Tensor  # scalar, E * sum_e(mean p_e * fraction_e), counts before dropping
     z_loss: Tensor  # scalar, mean(logsumexp(logits)^2)
+    logsumexp_N: Tensor  # float32, of the logits; detached; not finite where a token's logits have no softmax
 
 
 def expert_capacity(tokens: int, experts: int, factor: float, minimum: int) -> int:
@@ -68,7 +69,7 @@ def top1_gating(
     """
     check_tensor("logits_NE", logits_NE, 2)
     check_routing(logits_NE.shape[0], logits_NE.shape[1], capacity, drop_order, bias_E, logits_NE)
-    return Gating(*torch.ops.shodh.top1_gating(logits_NE, capacity, drop_order, bias_E, check_finite)[:8])
+    return Gating(*torch.ops.shodh.top1_gating(logits_NE, capacity, drop_order, bias_E, check_finite))
 
 
 def describe_tensor(tensor: Tensor) -> str:
@@ -112,6 +113,7 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
     gate_N = p_NE.gather(1, expert_N[:, None]).squeeze(1)
     routed_E = torch.bincount(expert_N, minlength=experts)
     fraction_E = routed_E.to(p_NE.dtype) / tokens
+    logsumexp_N = torch.logsumexp(logits_NE, dim=1)
     return Gating(
         gate_N=gate_N,
         expert_N=expert_N,
@@ -120,7 +122,8 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
         kept_E=routed_E.clamp(max=capacity),
         entropy_N=torch.special.entr(p_NE.detach()).sum(dim=1),
         balance_loss=experts * (p_NE.mean(dim=0) * fraction_E).sum(),
-        z_loss=torch.logsumexp(logits_NE, dim=1).square().mean(),
+        z_loss=logsumexp_N.square().mean(),
+        logsumexp_N=logsumexp_N.detach(),
     )
 
 
@@ -195,9 +198,8 @@ def gate(
 
         outputs, first_broken = gating_triton.forward(logits_NE, capacity, drop_order, bias_E)
     else:
-        g = reference_gating(logits_NE, capacity, drop_order, bias_E)
-        lse_N = torch.logsumexp(logits_NE.to(g.gate_N.dtype), dim=1)
-        outputs, first_broken = (*g, lse_N), _first_broken(logits_NE) if check_finite else lse_N
+        outputs = reference_gating(logits_NE, capacity, drop_order, bias_E)
+        first_broken = _first_broken(logits_NE) if check_finite else outputs.z_loss
     if check_finite and not recording():
         raise_if_broken(first_broken)
     return outputs

@@ -19,13 +19,15 @@ from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 
 
 class Routing(NamedTuple):
-    """What one MoE layer did with its N tokens; the two losses carry gradients, the rest does not."""
+    """What one MoE layer did with its N tokens; the two losses carry gradients, the rest does not (`Gating`)."""
 
     balance_loss: Tensor
     z_loss: Tensor
     expert_N: Tensor
-    kept_N: Tensor
+    kept_N: Tensor  # bool, whether the token found a slot at its expert
     entropy_N: Tensor
+    gate_N: Tensor
+    logsumexp_N: Tensor
 
 
 class MoE(nn.Module):
@@ -38,7 +40,7 @@ class MoE(nn.Module):
 
     def __init__(self, dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int):
         super().__init__()
-        self.config, self.ep = config, ep
+        self.config, self.ep, self.layer = config, ep, layer
         self.router = Router(dim, config.num_experts, config.router)
         self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
@@ -47,26 +49,42 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
         c = self.config
         tokens = x_ND.shape[0]
+        # A rank that raised alone would leave the others waiting for it in the exchange.
+        check_finite = not self.training and self.ep.size == 1
+        rows_ND = _as_products(x_ND)  # narrow before they travel: half the bytes
         if not c.dropless and (self.training or self.drop_in_eval):
             capacity = expert_capacity(tokens, c.num_experts, c.capacity_factor, c.min_capacity)
-            gating = self.router(x_ND, capacity, c.drop_order)
-            y_ND = self._with_capacity(x_ND, gating, capacity)
+            self.ep.check_same_tokens(tokens, capacity, x_ND.device)
+            gating = self.router(x_ND, capacity, c.drop_order, check_finite)
+            y_ND = self._with_capacity(rows_ND, gating, capacity)
         else:
-            gating = self.router(x_ND, tokens, c.drop_order)
-            y_ND = self._dropless(x_ND, gating)
-        kept_N = gating.slot_N >= 0
-        return y_ND, Routing(gating.balance_loss, gating.z_loss, gating.expert_N, kept_N, gating.entropy_N)
+            gating = self.router(x_ND, tokens, c.drop_order, check_finite)
+            y_ND = self._dropless(rows_ND, gating)
+        routing = Routing(
+            balance_loss=gating.balance_loss,
+            z_loss=gating.z_loss,
+            expert_N=gating.expert_N,
+            kept_N=gating.slot_N >= 0,
+            entropy_N=gating.entropy_N,
+            gate_N=gating.gate_N.detach(),
+            logsumexp_N=gating.logsumexp_N,
+        )
+        return y_ND.to(x_ND.dtype), routing
 
     def _with_capacity(self, x_ND: Tensor, gating: Gating, capacity: int) -> Tensor:
         """Every rank sends every expert ``capacity`` slots, filled or not."""
         experts, width = self.config.num_experts, x_ND.shape[1]
         slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, capacity)
-        on_the_way = start_all_to_all(slots_EKD.view(self.ep.size, -1, capacity, width), self.ep)
+        blocks_GLKD = slots_EKD.view(self.ep.size, -1, capacity, width)
+        on_the_way = start_all_to_all(blocks_GLKD, self.ep, layer=self.layer, direction="dispatch")
         shared_ND = self._shared_experts(x_ND)
+        # A CPU can leave out the slots without a token; on a GPU to know them would mean to wait for the device.
+        filled_LG = self.ep.exchange_counts(gating.kept_E, self.layer).T if x_ND.device.type == "cpu" else None
         local_LTD = on_the_way.wait().transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
-        done_LTD = self.experts(local_LTD)
+        done_LTD = self.experts(local_LTD, filled_LG)
         back_GLKD = done_LTD.view(-1, self.ep.size, capacity, width).transpose(0, 1)
-        slots_EKD = all_to_all(back_GLKD, self.ep).reshape(experts, capacity, width)
+        back_GLKD = all_to_all(back_GLKD, self.ep, layer=self.layer, direction="combine")
+        slots_EKD = back_GLKD.reshape(experts, capacity, width)
         return combine(slots_EKD, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
 
     def _dropless(self, x_ND: Tensor, gating: Gating) -> Tensor:
@@ -75,16 +93,16 @@ class MoE(nn.Module):
         if self.ep.size == 1:
             shared_ND, rows_ND = self._shared_experts(x_ND), self.experts.grouped(rows_ND, gating.kept_E)
             return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
-        received_GL = self.ep.exchange_counts(gating.kept_E)
+        received_GL = self.ep.exchange_counts(gating.kept_E, self.layer)
         send, receive = gating.kept_E.view(self.ep.size, -1).sum(1).tolist(), received_GL.sum(1).tolist()
-        on_the_way = start_all_to_all(rows_ND, self.ep, send, receive)
+        on_the_way = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")
         shared_ND = self._shared_experts(x_ND)
         # What arrives is sorted by rank, then by expert; the experts want it by expert, then by rank.
         local_L = torch.arange(received_GL.shape[1], device=x_ND.device)
         expert_R = torch.repeat_interleave(local_L.repeat(self.ep.size), received_GL.flatten())
         order_R = torch.argsort(expert_R, stable=True)
         done_RD = self.experts.grouped(on_the_way.wait()[order_R], received_GL.sum(0))
-        rows_ND = all_to_all(done_RD[torch.argsort(order_R)], self.ep, receive, send)
+        rows_ND = all_to_all(done_RD[torch.argsort(order_R)], self.ep, receive, send, self.layer, "combine")
         return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
 
     def _shared_experts(self, x_ND: Tensor) -> Tensor | None:
@@ -92,3 +110,10 @@ class MoE(nn.Module):
         for expert in self.shared:
             total_ND = expert(x_ND) if total_ND is None else total_ND + expert(x_ND)
         return total_ND
+
+
+def _as_products(x_ND: Tensor) -> Tensor:
+    """The tokens in the dtype that the experts' products have: autocast's where it is on (it leaves float64 alone)."""
+    device = x_ND.device.type
+    narrow = torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64
+    return x_ND.to(torch.get_autocast_dtype(device)) if narrow else x_ND

@@ -33,16 +33,21 @@ class Router(nn.Module):
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without an axis.
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
 
-    def forward(self, x_ND: Tensor, capacity: int, drop_order: str) -> Gating:
+    @property
+    def temperature(self) -> Tensor | None:
+        """tau, one element, without gradient; None for the linear router."""
+        return None if self.kind == "linear" else self._temperature(torch.float32).detach()
+
+    def _temperature(self, dtype: torch.dtype) -> Tensor:
+        return self.log_temperature.to(dtype).exp().clamp(min=self.min_temperature)
+
+    def forward(self, x_ND: Tensor, capacity: int, drop_order: str, check_finite: bool = True) -> Gating:
+        """See `kernels.top1_gating` for the arguments, the result and what is raised."""
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         projection = self.projection.weight.to(dtype)
-        # On a GPU the check would wait for the device in every layer; there the loss shows NaN soon enough.
-        check_finite = not (self.training and x_ND.is_cuda)
         with torch.autocast(x_ND.device.type, enabled=False):
             if self.kind == "linear":
                 return top1_gating(F.linear(x_ND.to(dtype), projection), capacity, drop_order, None, check_finite)
             prototypes_ER = self.prototypes_ER.to(dtype)
-            temperature = self.log_temperature.to(dtype).exp().clamp(min=self.min_temperature)
-            return cosine_top1_gating(
-                x_ND, projection, prototypes_ER, temperature, capacity, drop_order, None, check_finite
-            )
+            tau = self._temperature(dtype)
+            return cosine_top1_gating(x_ND, projection, prototypes_ER, tau, capacity, drop_order, None, check_finite)

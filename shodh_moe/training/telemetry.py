@@ -1,104 +1,170 @@
-"""What a run tells about itself: ``metrics.jsonl`` and TensorBoard, written by rank 0.
+"""What the routers, experts and exchanges did: sums kept on the device, and one record per layer from them.
 
-Routing is reported per layer and per domain: the load of each expert (share of the domain's tokens that chose
-it, before dropping), the dropped share, and the router's entropy in nats.
+Shapes: L layers, B samples, S tokens of a sample, N = B S tokens, D domains, E experts.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from shodh_moe.model import Routing
+from shodh_moe.config import TelemetryConfig
+from shodh_moe.model import MoE, Routing
+from shodh_moe.parallel import Exchange
+
+SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns behind the experts'
+DIRECTIONS = ("dispatch", "combine")
 
 
 class RoutingCounts:
-    """Sums over steps and ranks of what the routers did.
+    """Sums over steps and ranks of what the routers did; adding to them never waits for the device.
 
-    ``table_LDM`` holds, per layer and domain, the tokens of each expert, the dropped tokens and the summed
-    entropy: M = E + 2 columns.
+    ``table_LDM`` holds, per layer and domain, the tokens of each expert and the sums behind `SUMS`:
+    M = E + 3 columns. ``largest_L`` is the largest logit any token had.
     """
 
-    def __init__(self, layers: int, domains: list[str], experts: int):
+    def __init__(self, layers: int, domains: list[str], experts: int, device: torch.device | str = "cpu"):
         self.domains, self.experts = domains, experts
-        self.table_LDM = torch.zeros(layers, len(domains), experts + 2, dtype=torch.float64)
+        self.table_LDM = torch.zeros(layers, len(domains), experts + len(SUMS), dtype=torch.float64, device=device)
+        self.largest_L = torch.full((layers,), -torch.inf, dtype=torch.float64, device=device)
 
+    @torch.no_grad()
     def add(self, routing: list[Routing], domain_B: Tensor) -> None:
-        """Count one forward pass over B samples; every layer routes the same tokens, sample by sample."""
-        for layer, record in enumerate(routing):
-            domain_N = domain_B.repeat_interleave(len(record.expert_N) // len(domain_B)).to(record.expert_N.device)
-            row = self.table_LDM[layer]
-            pair = torch.bincount(domain_N * self.experts + record.expert_N, minlength=row[:, :-2].numel())
-            row[:, : self.experts] += pair.view(len(self.domains), self.experts).cpu()
-            for column, weight_N in ((-2, ~record.kept_N), (-1, record.entropy_N)):
-                row[:, column] += torch.bincount(domain_N, weight_N.double(), minlength=len(self.domains)).cpu()
+        """Count one forward pass over B samples; every layer routes the same tokens, sample by sample.
 
-    def reduced(self) -> Tensor:
-        """The table summed over all ranks."""
-        table = self.table_LDM.clone()
-        if dist.is_initialized():
-            on_gpu = dist.get_backend() == "nccl"
-            table = table.cuda() if on_gpu else table
-            dist.all_reduce(table)
-        return table.cpu()
+        Tokens whose logits are not finite add nothing to the sums behind `SUMS`.
+        """
+        table, domain_B = self.table_LDM, domain_B.to(self.table_LDM.device)
+        layers, domains, columns = table.shape
+        expert_LBS = torch.stack([r.expert_N for r in routing]).view(layers, len(domain_B), -1)
+        row_LD = torch.arange(layers * domains, device=table.device).view(layers, domains) * columns
+        cell = (expert_LBS + row_LD[:, domain_B, None]).flatten()
+        table.view(-1).index_add_(0, cell, torch.ones_like(cell, dtype=table.dtype))
+
+        values = torch.stack([value for r in routing for value in (~r.kept_N, r.entropy_N, r.gate_N)])
+        sums_LVB = values.nan_to_num_(0).view(layers, len(SUMS), len(domain_B), -1).sum(-1, dtype=table.dtype)
+        table[:, :, self.experts :].index_add_(1, domain_B, sums_LVB.transpose(1, 2))
+
+        # The expert chosen has the largest logit, and the logarithm of its probability is that less the logsumexp.
+        largest_LN = torch.stack([r.logsumexp_N + r.gate_N.log() for r in routing]).nan_to_num_(-torch.inf)
+        torch.maximum(self.largest_L, largest_LN.amax(1), out=self.largest_L)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One record a layer: ``load``, ``dropped_fraction`` and ``entropy`` by domain (collective)."""
-        layers = []
-        for layer, table_DM in enumerate(self.reduced()):
-            record: dict[str, Any] = {"layer": layer, "load": {}, "dropped_fraction": {}, "entropy": {}}
-            for domain, row in zip(self.domains, table_DM, strict=True):
-                tokens = max(float(row[: self.experts].sum()), 1.0)
-                record["load"][domain] = (row[: self.experts] / tokens).tolist()
-                record["dropped_fraction"][domain] = float(row[-2]) / tokens
-                record["entropy"][domain] = float(row[-1]) / tokens
+        """One record a layer (collective): ``load``, ``dropped_fraction``, ``entropy`` and ``mean_gate`` by domain,
+        ``load_all``, the load over all domains, and ``largest_logit``.
+        """
+        table_LDM = _over_ranks(self.table_LDM).cpu()
+        largest = _over_ranks(self.largest_L, dist.ReduceOp.MAX).tolist()
+        experts, layers = self.experts, []
+        tokens_LD1 = table_LDM[:, :, :experts].sum(2, keepdim=True)
+        share_LDM = table_LDM / tokens_LD1.clamp(min=1)
+        load_LE = table_LDM[:, :, :experts].sum(1) / tokens_LD1.sum(1).clamp(min=1)
+        for layer, share_DM in enumerate(share_LDM.tolist()):
+            by_domain = dict(zip(self.domains, share_DM, strict=True))
+            record: dict[str, Any] = {"layer": layer, "load": {d: row[:experts] for d, row in by_domain.items()}}
+            record["load_all"] = load_LE[layer].tolist()
+            for column, name in enumerate(SUMS, start=experts):
+                record[name] = {domain: row[column] for domain, row in by_domain.items()}
+            record["largest_logit"] = largest[layer]
             layers.append(record)
         return layers
 
     def clear(self) -> None:
         self.table_LDM.zero_()
+        self.largest_L.fill_(-torch.inf)
 
 
-class Log:
-    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``."""
+def layer_records(
+    counts: RoutingCounts, layers: list[MoE], exchanges: list[Exchange], expert_norms_LE: Tensor | None
+) -> list[dict[str, Any]]:
+    """`RoutingCounts.summary`, and of each layer ``temperature``, ``expert_grad_norm`` and ``all_to_all`` (collective).
 
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-        self.path.write_text("".join(kept))
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+    Args:
+        layers: the MoE layers of the model, in order; a linear router has the temperature None.
+        exchanges: those of one step (`ExpertParallel.exchanges`).
+        expert_norms_LE: gradient norm of every expert, the same on every rank; None: no ``expert_grad_norm``.
+    """
+    records, traffic = counts.summary(), _traffic(len(layers), exchanges, counts.table_LDM.device)
+    for layer, record in enumerate(records):
+        temperature = layers[layer].router.temperature
+        record["temperature"] = None if temperature is None else float(temperature)
+        if expert_norms_LE is not None:
+            record["expert_grad_norm"] = expert_norms_LE[layer].tolist()
+        record["all_to_all"] = traffic[layer]
+    return records
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with open(self.path) as file:
-            # A killed run may leave half a line at the end.
-            return [line for line in file if line.endswith("}\n")]
 
-    def write(self, record: dict[str, Any]) -> None:
-        """One record; its numbers become scalars ``<kind>/<key>``, its routing ``routing/...``."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        step, kind = record["step"], record["kind"]
-        for key, value in record.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"{kind}/{key}", value, step)
-            elif isinstance(value, dict):
-                for name, number in value.items():
-                    self.writer.add_scalar(f"{kind}/{key}/{name}", number, step)
-        for layer in record.get("routing", []):
-            for domain, load in layer["load"].items():
-                place = f"layer_{layer['layer']}/{domain}"
-                for expert, share in enumerate(load):
-                    self.writer.add_scalar(f"routing_load/{place}/expert_{expert}", share, step)
-                self.writer.add_scalar(f"routing_dropped/{place}", layer["dropped_fraction"][domain], step)
-                self.writer.add_scalar(f"routing_entropy/{place}", layer["entropy"][domain], step)
+def _traffic(layers: int, exchanges: list[Exchange], device: torch.device) -> list[dict[str, Any]]:
+    """Of each layer the sums ``ms``, ``wait_ms`` and ``bytes``, means over ranks; in all and by direction."""
+    sums = torch.zeros(layers, len(DIRECTIONS), 3, dtype=torch.float64)
+    for exchange in exchanges:
+        numbers = torch.tensor([*exchange.times_ms(), exchange.sent_bytes], dtype=torch.float64)
+        sums[exchange.layer, DIRECTIONS.index(exchange.direction)] += numbers
+    means = _over_ranks(sums.to(device)).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+    return [
+        _named(layer.sum(0)) | {name: _named(part) for name, part in zip(DIRECTIONS, layer, strict=True)}
+        for layer in means
+    ]
 
-    def close(self) -> None:
-        self.writer.close()
+
+def _named(numbers: Tensor) -> dict[str, Any]:
+    return dict(zip(("ms", "wait_ms", "bytes"), numbers.tolist(), strict=True))
+
+
+def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    values = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(values, operation)
+    return values
+
+
+def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]) -> tuple[int, str] | None:
+    """The first layer that has router logits without a softmax (NaN or infinite), and the domain of the first such
+    token there; None if all are finite. Waits for the device.
+    """
+    for layer, record in enumerate(routing):
+        broken_B = ~record.logsumexp_N.isfinite().view(len(domain_B), -1).all(dim=1)
+        if broken_B.any():
+            return layer, domains[int(domain_B[int(broken_B.nonzero()[0])])]
+    return None
+
+
+class Warnings:
+    """Says once that an expert starves or that a domain loses tokens, and again after it was over and came back."""
+
+    def __init__(self, config: TelemetryConfig):
+        self.config = config
+        self._said: set[tuple[str, int, int | str]] = set()
+
+    def check(self, step: int, layers: list[dict[str, Any]]) -> list[str]:
+        """New warnings from one step's records of the layers (`RoutingCounts.summary`), a line a layer and kind."""
+        c, lines = self.config, []
+        now: set[tuple[str, int, int | str]] = set()
+        for record in layers:
+            layer, load = record["layer"], record["load_all"]
+            place = f"warning: step {step}, layer {layer}: "
+            least = c.starved_below / len(load) if sum(load) else 0.0
+            starved = {
+                ("starved", layer, e): f"expert {e} gets {share:.2%}" for e, share in enumerate(load) if share < least
+            }
+            dropped = {
+                ("dropped", layer, domain): f"{share:.1%} of {domain}"
+                for domain, share in record["dropped_fraction"].items()
+                if share > c.dropped_above
+            }
+            if new := [text for key, text in starved.items() if key not in self._said]:
+                lines.append(
+                    f"{place}{', '.join(new)} of the tokens, an even share is {1 / len(load):.1%}; "
+                    "raise model.moe.router.balance_weight or use fewer experts (model.moe.num_experts)"
+                )
+            if new := [text for key, text in dropped.items() if key not in self._said]:
+                lines.append(
+                    f"{place}no room at their expert for {', '.join(new)} tokens; raise model.moe.capacity_factor "
+                    "or model.moe.router.balance_weight, or set model.moe.dropless=true"
+                )
+            now |= starved.keys() | dropped.keys()
+        self._said = now
+        return lines

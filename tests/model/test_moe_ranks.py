@@ -1,4 +1,5 @@
-"""The MoE layer on four real gloo processes: EP 1, 2 and 4 give the same outputs and gradients, to rounding."""
+"""The MoE layer on four real gloo processes: EP 1, 2 and 4 give the same outputs and gradients, to rounding; and
+under bfloat16 autocast half the bytes travel."""
 
 from __future__ import annotations
 
@@ -43,6 +44,21 @@ def _tokens(rank: int) -> torch.Tensor:
     return x.requires_grad_()
 
 
+def _under_autocast(ep: ExpertParallel, dropless: bool, rank: int, on: bool) -> dict:
+    layer, x = _layer(ep, dropless).float(), _tokens(rank).detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=on):
+        y, routing = layer(x)
+    ((y * torch.arange(DIM)).sum() + routing.balance_loss + routing.z_loss).backward()
+    named = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    rows = sum(e.sent_bytes for e in ep.exchanges) - _bytes_of_counts(layer)
+    return {"y": y.detach(), "dx": x.grad, "expert": routing.expert_N, "sent_bytes": rows, **named}
+
+
+def _bytes_of_counts(layer: MoE) -> int:
+    """Every rank tells the three others how many tokens it has for their experts, as int64."""
+    return EXPERTS * 8 * 3 // 4
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
@@ -62,6 +78,10 @@ def _worker(rank: int, folder: str) -> None:
                     "held": torch.tensor(list(held)),
                     "gate_up": layer.experts.gate_up_LDF.grad, "down": layer.experts.down_LFD.grad,
                 }  # fmt: skip
+    for dropless in (False, True):
+        for precision in ("float32", "bfloat16"):
+            ep = ExpertParallel(4, rank, groups[0], exchanges=[])
+            results[precision, dropless] = _under_autocast(ep, dropless, rank, precision == "bfloat16")
     torch.save(results, Path(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
@@ -113,3 +133,15 @@ def test_recomputation_routes_alike(ranks, size, dropless):
         plain, recomputed = rank[size, dropless, False], rank[size, dropless, True]
         for name in plain:
             assert torch.equal(plain[name], recomputed[name]), name
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+def test_bfloat16_autocast_is_close_and_sends_half_the_bytes(ranks, dropless):
+    for rank in ranks:
+        exact, narrow = rank["float32", dropless], rank["bfloat16", dropless]
+        assert torch.equal(exact["expert"], narrow["expert"])  # the router computes in float32 either way
+        assert 0 < 2 * narrow["sent_bytes"] == exact["sent_bytes"]
+        for name in exact.keys() - {"sent_bytes", "expert"}:
+            assert narrow[name].dtype == torch.float32, name
+            error = (narrow[name] - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
+            assert error < 0.02, (name, error)

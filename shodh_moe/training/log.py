@@ -1,0 +1,145 @@
+"""``metrics.jsonl`` and TensorBoard, written by rank 0 (docs/telemetry.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+COLUMNS = 256  # of a load map at most
+RECORDS_PER_MAP = 20  # the maps are drawn after so many records of the routing, and at the end
+MOST_EXPERTS = 16  # that get a scalar each; of more, the smallest and the largest number are shown beside the map
+MAP_HEIGHT = 128  # pixels at least
+# Colours of a map at no load, at an even share 1 / E, and far beyond.
+STARVED, EVEN, BUSY = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+
+
+class LoadMaps:
+    """The load of the experts over time, a map of experts by time for each layer and domain.
+
+    When there are `COLUMNS` columns, neighbours are merged: each then stands for twice the records.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[np.ndarray] = []  # [layers, domains, experts]
+        self.domains: list[str] = []
+        self._records_per_column = 1
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, layers: list[dict[str, Any]]) -> None:
+        self.domains = list(layers[0]["load"])
+        self._waiting.append(np.array([list(layer["load"].values()) for layer in layers]))
+        if len(self._waiting) < self._records_per_column:
+            return
+        self.columns.append(np.mean(self._waiting, axis=0))
+        self._waiting = []
+        if len(self.columns) == COLUMNS:
+            pairs = np.stack(self.columns)
+            self.columns = list((pairs[::2] + pairs[1::2]) / 2)
+            self._records_per_column *= 2
+
+    def images(self) -> dict[str, np.ndarray]:
+        """Red-green-blue pictures, uint8 [height, width, 3], by ``layer_<number>/<domain>``: expert 0 on top, time to
+        the right; white is an even share, blue less, red more.
+        """
+        if not self.columns:
+            return {}
+        load_LDET = np.stack(self.columns, axis=-1)
+        experts = load_LDET.shape[2]
+        # 0 without load, 1/2 at the even share, towards 1 beyond: as telling for 64 experts as for 2.
+        level = load_LDET * experts / (1 + load_LDET * experts)
+        rgb = np.stack([np.interp(level, (0, 0.5, 1), ends) for ends in zip(STARVED, EVEN, BUSY, strict=True)], axis=-1)
+        rgb = rgb.round().astype(np.uint8).repeat(max(MAP_HEIGHT // experts, 4), axis=2).repeat(2, axis=3)
+        return {
+            f"layer_{layer}/{domain}": rgb[layer, d]
+            for layer in range(len(rgb))
+            for d, domain in enumerate(self.domains)
+        }
+
+
+class Log:
+    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
+        self.path.write_text("".join(kept))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self._maps, self._records, self._step = LoadMaps(), 0, step
+        for record in map(json.loads, kept):
+            if record.get("routing"):
+                self._maps.add(record["routing"])
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with open(self.path) as file:
+            # A killed run may leave half a line at the end.
+            return [line for line in file if line.endswith("}\n")]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record with ``step`` and ``kind``; its numbers become scalars ``<kind>/<key>``, its routing
+        ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
+        """
+        record = _finite(record)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        kind, routing = record["kind"], record.get("routing") or []
+        scalars: dict[str, float] = {}
+        for key, value in record.items():
+            if key not in ("kind", "step", "routing"):
+                _flatten(f"{kind}/{key}", value, scalars)
+        for layer in routing:
+            _flatten_layer(layer, scalars)
+        # One event for all: a call of add_scalar for each would cost ten times as much.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(Summary(value=values), record["step"])
+        if routing:
+            self._maps.add(routing)
+            self._step, self._records = record["step"], self._records + 1
+            if self._records % RECORDS_PER_MAP == 0:
+                self._draw()
+
+    def _draw(self) -> None:
+        for name, image in self._maps.images().items():
+            self.writer.add_image(f"routing_load_map/{name}", image, self._step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._records % RECORDS_PER_MAP:
+            self._draw()
+        self.writer.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flatten(tag: str, value: Any, scalars: dict[str, float]) -> None:
+    """Numbers below ``value``; a list has one for each expert."""
+    if isinstance(value, float):
+        scalars[tag] = value
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            _flatten(f"{tag}/{key}", below, scalars)
+    elif isinstance(value, list) and len(value) <= MOST_EXPERTS:
+        for expert, below in enumerate(value):
+            _flatten(f"{tag}/expert_{expert}", below, scalars)
+    elif isinstance(value, list):
+        known = [number for number in value if number is not None]
+        _flatten(tag, {"smallest": min(known, default=None), "largest": max(known, default=None)}, scalars)
+
+
+def _flatten_layer(record: dict[str, Any], scalars: dict[str, float]) -> None:
+    for key, value in record.items():
+        name = {"dropped_fraction": "dropped"}.get(key, key)
+        _flatten(f"routing_{name}/layer_{record['layer']}", value, scalars)

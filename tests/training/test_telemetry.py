@@ -1,0 +1,263 @@
+"""Sums over tokens against plain loops, warnings that come once, and what reaches metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from shodh_moe.config import ModelConfig, MoEConfig, TelemetryConfig
+from shodh_moe.model import LatentTransformer, Routing
+from shodh_moe.parallel import Exchange, ExpertParallel
+from shodh_moe.training import log as log_module
+from shodh_moe.training.log import COLUMNS, EVEN, STARVED, LoadMaps, Log
+from shodh_moe.training.telemetry import RoutingCounts, Warnings, first_nonfinite, layer_records
+
+DOMAINS = ["calm", "wild", "absent"]
+DOMAIN_B = torch.tensor([0, 1, 1, 0])
+
+
+def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
+    torch.manual_seed(seed)
+    logits = 3 * torch.randn(tokens, experts)
+    gate, expert = torch.softmax(logits, 1).max(1)
+    lse, zero = torch.logsumexp(logits, 1), torch.zeros(())
+    return Routing(zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
+
+
+def _model(**moe) -> LatentTransformer:
+    config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(num_experts=3, expert_hidden=8, **moe))
+    return LatentTransformer(config, 4, [2, 2, 2], 0, ExpertParallel()).train()
+
+
+def test_sums_equal_those_of_a_loop_over_tokens():
+    steps = [[_routing(0), _routing(1)], [_routing(2), _routing(3)]]
+    counts = RoutingCounts(2, DOMAINS, 3)
+    for routing in steps:
+        counts.add(routing, DOMAIN_B)
+    for layer, record in enumerate(counts.summary()):
+        assert record["layer"] == layer
+        tokens = [
+            (
+                DOMAINS[DOMAIN_B[n // 3]],
+                int(r.expert_N[n]),
+                bool(r.kept_N[n]),
+                float(r.entropy_N[n]),
+                float(r.gate_N[n]),
+            )
+            for r in (routing[layer] for routing in steps)
+            for n in range(12)
+        ]
+        for domain in ("calm", "wild"):
+            of = [t for t in tokens if t[0] == domain]
+            assert record["load"][domain] == pytest.approx([sum(t[1] == e for t in of) / 12 for e in range(3)])
+            assert record["dropped_fraction"][domain] == pytest.approx(sum(not t[2] for t in of) / 12)
+            assert record["entropy"][domain] == pytest.approx(sum(t[3] for t in of) / 12)
+            assert record["mean_gate"][domain] == pytest.approx(sum(t[4] for t in of) / 12)
+        assert record["load_all"] == pytest.approx([sum(t[1] == e for t in tokens) / 24 for e in range(3)])
+        assert record["load"]["absent"] == [0, 0, 0]
+        assert record["dropped_fraction"]["absent"] == 0
+    assert counts.table_LDM[0, :, :3].sum() == 24  # evaluation reads the counts themselves
+    counts.clear()
+    assert counts.summary()[0]["load_all"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_largest_logit_is_the_largest_the_router_gave(kind):
+    model = _model(router={"kind": kind})
+    seen = []
+    gating_of = model.blocks[1].moe.router.forward
+    model.blocks[1].moe.router.forward = lambda x, *rest: (seen.append(x), gating_of(x, *rest))[1]
+    routing = model(torch.randn(4, 2, 4, 2, 2, 2), torch.randn(4, 4, 2, 2, 2)).routing
+    counts = RoutingCounts(2, DOMAINS, 3)
+    counts.add(routing, DOMAIN_B)
+    router, x = model.blocks[1].moe.router, seen[0].detach()
+    logits = x @ router.projection.weight.T
+    if kind == "cosine":
+        normal = torch.nn.functional.normalize
+        logits = normal(logits, dim=1) @ normal(router.prototypes_ER, dim=1).T / router.temperature
+    assert counts.summary()[1]["largest_logit"] == pytest.approx(float(logits.detach().max()), abs=1e-4)
+
+
+def test_tokens_that_are_not_finite_do_not_spoil_the_rest():
+    routing = _routing(0)
+    routing.entropy_N[0] = routing.gate_N[0] = routing.logsumexp_N[0] = torch.nan
+    counts = RoutingCounts(1, DOMAINS, 3)
+    counts.add([routing], DOMAIN_B)
+    (record,) = counts.summary()
+    assert record["entropy"]["calm"] == pytest.approx(float(routing.entropy_N[[1, 2, 9, 10, 11]].sum()) / 6)
+    assert math.isfinite(record["largest_logit"])
+
+
+def test_first_broken_layer_and_domain_are_found():
+    routing = [_routing(layer) for layer in range(3)]
+    assert first_nonfinite(routing, DOMAIN_B, DOMAINS) is None
+    routing[2].logsumexp_N[0] = torch.inf
+    routing[1].logsumexp_N[7] = torch.nan  # the eighth token of four samples of three: the third sample
+    assert first_nonfinite(routing, DOMAIN_B, DOMAINS) == (1, "wild")
+
+
+def test_a_broken_sample_raises_in_evaluation_but_never_in_training():
+    """In training another rank would wait for this one for ever; the training loop looks at the loss instead."""
+    model = _model()
+    history, geometry = torch.randn(4, 2, 4, 2, 2, 2), torch.randn(4, 4, 2, 2, 2)
+    history[2, 0, 0, 0, 0, 0] = torch.nan
+    assert first_nonfinite(model(history, geometry).routing, DOMAIN_B, DOMAINS) == (0, "wild")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.eval()(history, geometry)
+
+
+def test_records_hold_temperature_norms_and_traffic():
+    model = _model(router={"temperature": 0.2})
+    with torch.no_grad():
+        model.blocks[1].moe.router.log_temperature.fill_(-100.0)
+    counts = RoutingCounts(2, DOMAINS, 3)
+    counts.add([_routing(0), _routing(1)], DOMAIN_B)
+    exchanges = [
+        Exchange(1, "dispatch", 300, [1.0, 1.5, 2.0]),
+        Exchange(1, "combine", 30, [2.0, 2.0, 2.25]),
+        Exchange(1, "combine", 30, [3.0, 3.0, 3.25]),
+    ]
+    norms = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    first, second = layer_records(counts, model.moe_layers, exchanges, norms)
+    assert first["temperature"] == pytest.approx(0.2)
+    assert second["temperature"] == pytest.approx(0.01)  # its floor
+    assert (first["expert_grad_norm"], second["expert_grad_norm"]) == ([0, 1, 2], [3, 4, 5])
+    nothing = {"ms": 0, "wait_ms": 0, "bytes": 0}
+    assert first["all_to_all"] == {**nothing, "dispatch": nothing, "combine": nothing}
+    assert second["all_to_all"] == {
+        "ms": 1500, "wait_ms": 1000, "bytes": 360,
+        "dispatch": {"ms": 1000, "wait_ms": 500, "bytes": 300}, "combine": {"ms": 500, "wait_ms": 500, "bytes": 60},
+    }  # fmt: skip
+    linear = _model(router={"kind": "linear"})
+    assert layer_records(counts, linear.moe_layers, [], None)[0]["temperature"] is None
+
+
+def _layer(load: list[float], dropped: float, layer: int = 0) -> dict:
+    return {"layer": layer, "load_all": load, "dropped_fraction": {"calm": 0.0, "wild": dropped}}
+
+
+def test_a_warning_comes_once_until_its_cause_is_over():
+    warnings = Warnings(TelemetryConfig())  # an expert of four starves below 2.5 %, a domain loses above 10 %
+    well, ill = _layer([0.25, 0.25, 0.25, 0.25], 0.1), _layer([0.5, 0.026, 0.464, 0.01], 0.2)
+    assert warnings.check(10, [well, well]) == []
+    starved, dropped = warnings.check(20, [well, {**ill, "layer": 1}])
+    assert starved.startswith("warning: step 20, layer 1: expert 3 gets 1.00% of the tokens, an even share is 25.0%; ")
+    assert "expert 1" not in starved
+    assert "model.moe.router.balance_weight" in starved
+    assert dropped.startswith("warning: step 20, layer 1: no room at their expert for 20.0% of wild tokens; ")
+    assert "calm" not in dropped
+    assert "model.moe.capacity_factor" in dropped
+    assert "model.moe.dropless=true" in dropped
+    assert warnings.check(30, [well, {**ill, "layer": 1}]) == []
+    worse = _layer([0.6, 0.0, 0.4, 0.0], 0.3, layer=1)
+    (another,) = warnings.check(40, [well, worse])  # another expert of the same layer
+    assert "expert 1" in another
+    assert "expert 3" not in another
+    assert warnings.check(50, [well, {**well, "layer": 1}]) == []
+    assert len(warnings.check(60, [well, worse])) == 2
+    assert warnings.check(70, [_layer([0.0] * 4, 0.0)]) == []  # nothing was counted
+
+
+def _record(step: int, load: list[float]) -> dict:
+    layer = {
+        "layer": 0, "load": {"calm": load, "wild": load[::-1]}, "load_all": load, "dropped_fraction": {"calm": 0.25},
+        "entropy": {"calm": 0.5}, "mean_gate": {"calm": 0.75}, "largest_logit": 9.0, "temperature": None,
+        "expert_grad_norm": [1.0] * len(load), "all_to_all": {"ms": 4.0, "wait_ms": 2.0, "bytes": 512.0},
+    }  # fmt: skip
+    return {"kind": "train", "step": step, "loss": 0.5, "routing": [layer]}
+
+
+def _events(folder) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    return events.Reload()
+
+
+def test_both_places_get_every_number(tmp_path):
+    log = Log(tmp_path, 0)
+    log.write(_record(10, [0.25, 0.75]))
+    log.write({"kind": "valid", "step": 10, "latent_mse": {"calm": math.nan, "wild": 0.125}})
+    log.close()
+    train, valid = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert train == _record(10, [0.25, 0.75])
+    assert valid["latent_mse"] == {"calm": None, "wild": 0.125}
+    events = _events(tmp_path)
+    values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert values == {
+        "train/loss": 0.5,
+        "valid/latent_mse/wild": 0.125,
+        **{f"routing_load/layer_0/calm/expert_{e}": v for e, v in enumerate((0.25, 0.75))},
+        **{f"routing_load/layer_0/wild/expert_{e}": v for e, v in enumerate((0.75, 0.25))},
+        **{f"routing_load_all/layer_0/expert_{e}": v for e, v in enumerate((0.25, 0.75))},
+        "routing_dropped/layer_0/calm": 0.25,
+        "routing_entropy/layer_0/calm": 0.5,
+        "routing_mean_gate/layer_0/calm": 0.75,
+        "routing_largest_logit/layer_0": 9,
+        "routing_expert_grad_norm/layer_0/expert_0": 1,
+        "routing_expert_grad_norm/layer_0/expert_1": 1,
+        "routing_all_to_all/layer_0/ms": 4,
+        "routing_all_to_all/layer_0/wait_ms": 2,
+        "routing_all_to_all/layer_0/bytes": 512,
+    }
+    assert events.Tags()["images"] == ["routing_load_map/layer_0/calm", "routing_load_map/layer_0/wild"]
+
+
+def test_many_experts_become_two_scalars(tmp_path):
+    log = Log(tmp_path, 0)
+    log.write(_record(10, [n / 190 for n in range(20)]))
+    log.close()
+    tags = [tag for tag in _events(tmp_path).Tags()["scalars"] if tag.startswith("routing_load/layer_0/calm")]
+    assert sorted(tags) == ["routing_load/layer_0/calm/largest", "routing_load/layer_0/calm/smallest"]
+
+
+def test_maps_are_drawn_now_and_then_and_go_on_after_a_crash(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        SummaryWriter,
+        "add_image",
+        lambda self, tag, image, step, dataformats: drawn.append((tag, step, image.shape[1])),
+    )
+    monkeypatch.setattr(log_module, "RECORDS_PER_MAP", 3)
+    log = Log(tmp_path, 0)
+    for step in range(1, 6):
+        log.write(_record(step, [0.5, 0.5]))
+    # Killed here; the last checkpoint was of step 4.
+    log = Log(tmp_path, 4)
+    log.write(_record(5, [0.5, 0.5]))
+    log.close()
+    assert [(step, width) for tag, step, width in drawn if tag.endswith("calm")] == [(3, 6), (5, 10)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_map_shows_experts_by_time():
+    maps = LoadMaps()
+    for load in ([0.0, 1.0], [0.5, 0.5]):
+        maps.add(_record(0, load)["routing"])
+    image = maps.images()["layer_0/calm"]
+    assert image.dtype == np.uint8
+    height, width, _ = image.shape
+    top, bottom = image[0], image[-1]
+    assert tuple(top[0]) == STARVED  # expert 0, first record
+    assert bottom[0, 0] > bottom[0, 2]  # expert 1 has it all: red
+    assert tuple(top[-1]) == tuple(bottom[-1]) == EVEN
+    assert (height, width) == (128, 4)
+
+
+def test_a_long_run_keeps_a_short_map():
+    maps = LoadMaps()
+    records = 5 * COLUMNS + 3
+    for number in range(records):
+        share = number / records
+        maps.add(_record(number, [share, 1 - share])["routing"])
+        assert len(maps.columns) < COLUMNS
+    assert len(maps.columns) >= COLUMNS // 2
+    means = [column[0, 0, 0] for column in maps.columns]
+    assert means == sorted(means)
+    assert means[0] < 0.01
+    assert means[-1] > 0.98
+    assert maps.images()["layer_0/calm"].shape[1] < 2 * COLUMNS

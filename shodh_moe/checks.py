@@ -14,9 +14,11 @@ from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
 from shodh_moe.kernels.backend import describe
+from shodh_moe.model.norm import available_norm
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.optimizer import resolve_optimizer
 
 # Settings that do not change the weights: a run folder accepts others, and measures or reports again.
 FREE_SECTIONS = ("evaluation.", "runs", "name")
@@ -26,12 +28,14 @@ def check(config: Config) -> None:
     """Everything that can be known to be wrong before any work begins.
 
     Raises:
-        UserError: parallel layout, DeepSpeed section, sizes, tokenizer or run folder do not fit, or a folder
+        UserError: parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, or a folder
             cannot be written.
     """
     world = processes(config)
     expert_parallel_size(config, world)
     deepspeed_config(config, world)
+    resolve_optimizer(config.training)
+    available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
     _check_kernels()
     for size in config.data.grid:
         if (size // COMPRESSION) % config.model.patch:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
@@ -27,7 +28,6 @@ from shodh_moe.kernels.backend import describe
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
-from shodh_moe.training.checkpoint import find_checkpoint
 from shodh_moe.training.sampler import DomainSampler
 
 
@@ -110,31 +110,35 @@ def _check_latents(config: Config, paths: Paths) -> None:
         DomainSampler(sizes, config.training.batch_size, config.seed, processes(config))
 
 
-def pretrain(config: Config) -> Path:
-    """Train under the DeepSpeed launcher unless the run has its last checkpoint already."""
+def pretrain(config: Config, resume: str = "auto") -> Path:
+    """Train under the DeepSpeed launcher unless the run has its last checkpoint already.
+
+    ``resume`` is ``auto``, the run's newest intact checkpoint, or the folder of a checkpoint to go on from.
+    """
     paths = paths_of(config)
     require_made(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
     claim_run_folder(config, write=False)
     found = find_checkpoint(paths.run / "checkpoints")
-    if found and found[1]["step"] >= config.training.steps:
+    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
     open_run_folder(config)
     began = time.perf_counter()
-    _launch(config, paths)
+    _launch(config, paths, resume)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None or found[1]["step"] < config.training.steps:
         raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 
-def _launch(config: Config, paths: Paths) -> None:
+def _launch(config: Config, paths: Paths, resume: str) -> None:
     """Run the training script under ``deepspeed``; Ctrl-C reaches its ranks and leaves the last checkpoint."""
     world = processes(config)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
     # Quiet: its own errors only repeat the exit code of a rank that has said what is wrong.
     command += ["--log_level", "critical", "--master_port", str(_free_port())]
     command += ["--module", "shodh_moe.training", "--config", str(paths.run / "config.yaml")]
+    command += ["--resume", resume]
     environment = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),

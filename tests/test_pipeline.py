@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from shodh_moe import pipeline
+from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.cli import main
 from shodh_moe.config_io import load_config
 from shodh_moe.training.__main__ import main as train_rank
-from shodh_moe.training.checkpoint import find_checkpoint, list_checkpoints
 from tests.tiny import refused, tree, write_config
 from tests.training.launch import launch
 

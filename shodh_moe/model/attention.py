@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shodh_moe.model.norm import make_norm
+
 
 def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
     """Rotation angles [S, W / 2]: a third of the pairs turn with each axis, pairs left over stay still.
@@ -25,7 +27,8 @@ def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tenso
 
 
 def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+W/2}) by its token's angle."""
+    """Turn each pair (x_i, x_{i+W/2}) by its token's angle, in float32 at least."""
+    x_BHSW = x_BHSW.to(torch.promote_types(x_BHSW.dtype, torch.float32))
     cos, sin = angles_SP.cos().to(x_BHSW.dtype), angles_SP.sin().to(x_BHSW.dtype)
     a, b = x_BHSW.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -36,17 +39,19 @@ class Attention(nn.Module):
 
     angles_SP: Tensor
 
-    def __init__(self, dim: int, heads: int, grid: list[int]):
+    def __init__(self, dim: int, heads: int, grid: list[int], norm: str = "torch"):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
+        self.q_norm, self.k_norm = make_norm(dim // heads, norm), make_norm(dim // heads, norm)
         self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         b, s, d = x_BSD.shape
         q, k, v = self.qkv(x_BSD).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), self.angles_SP), rotate(self.k_norm(k), self.angles_SP)
-        y = F.scaled_dot_product_attention(q, k, v)
+        # Under autocast the products are narrow, but lengths and positions are not; a fused norm wants one dtype.
+        wide = self.q_norm.weight.dtype
+        q, k = rotate(self.q_norm(q.to(wide)), self.angles_SP), rotate(self.k_norm(k.to(wide)), self.angles_SP)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(y.transpose(1, 2).reshape(b, s, d))

@@ -1,13 +1,17 @@
 """The feed-forward networks of a mixture of experts: shared ones and the routed ones a rank holds.
 
-Shapes: L local experts, T rows an expert gets, R rows of all experts, D model width, F hidden width.
+Shapes: L local experts, T rows an expert gets, G ranks they come from, R rows of all experts, D model width, F hidden
+width (2 F where gate and up lie side by side).
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -25,7 +29,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """L SwiGLU experts as stacked weights: one batched product for all, or a grouped one for uneven shares.
+    """L SwiGLU experts as stacked weights.
 
     Each expert's initial weights come from its own random stream (seed, layer, global index), so the same
     expert starts equal on whatever rank it lives.
@@ -42,21 +46,113 @@ class Experts(nn.Module):
                 bound = weight.shape[1] ** -0.5  # what nn.Linear uses
                 weight.data[local].uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x_LTD: Tensor) -> Tensor:
-        gate, up = torch.bmm(x_LTD, self.gate_up_LDF).chunk(2, dim=-1)
-        return torch.bmm(F.silu(gate) * up, self.down_LFD)
+    def forward(self, x_LTD: Tensor, filled_LG: Tensor | None = None) -> Tensor:
+        """[L, T, D], in autocast's dtype under autocast.
+
+        Args:
+            x_LTD: T rows for each expert: blocks of T / G rows from each of G ranks.
+            filled_LG: how many rows at the start of each block hold a token; the others are zero, so that a CPU
+                leaves them out. None: all may.
+        """
+        x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+        # On a GPU, to know the counts here would mean to wait for the device.
+        if x_LTD.is_cuda:
+            gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
+            return torch.bmm(F.silu(gate) * up, down_LFD)
+        local, rows, _ = x_LTD.shape
+        filled = [[rows]] * local if filled_LG is None else filled_LG.tolist()
+        spans = []
+        for expert, filled_G in enumerate(filled):
+            block = rows // len(filled_G)
+            begins = range(expert * rows, (expert + 1) * rows, max(block, 1))
+            spans += [Span(expert, begin, begin + count) for begin, count in zip(begins, filled_G, strict=False)]
+        return _SwiGLU.apply(x_LTD.flatten(0, 1), gate_up_LDF, down_LFD, spans).view(x_LTD.shape)
 
     def grouped(self, x_RD: Tensor, count_L: Tensor) -> Tensor:
         """As `forward`, for rows sorted by expert: the first ``count_L[0]`` for expert 0, and so on. [R, D]."""
-        gate, up = _grouped_product(x_RD, self.gate_up_LDF, count_L).chunk(2, dim=-1)
-        return _grouped_product(F.silu(gate) * up, self.down_LFD, count_L)
+        x_RD, gate_up_LDF, down_LFD = _autocast(x_RD, self.gate_up_LDF, self.down_LFD)
+        # Torch's grouped product (2.10 on) has a kernel for bfloat16 on GPUs, of rows that are multiples of 16 bytes.
+        fits = all(size % 8 == 0 for size in (*gate_up_LDF.shape[1:], *down_LFD.shape[1:]))
+        if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
+            end_L = count_L.cumsum(0, dtype=torch.int32)
+            gate, up = F.grouped_mm(x_RD, gate_up_LDF, offs=end_L).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, down_LFD, offs=end_L)
+        spans, begin = [], 0
+        for expert, count in enumerate(count_L.tolist()):
+            spans.append(Span(expert, begin, begin + count))
+            begin += count
+        return _SwiGLU.apply(x_RD, gate_up_LDF, down_LFD, spans)
 
 
-def _grouped_product(x_RD: Tensor, weight_LDF: Tensor, count_L: Tensor) -> Tensor:
-    """Rows of group l times weight l, [R, F]."""
-    # Torch's grouped product (2.10 on) has a kernel for bfloat16 on GPUs, of rows that are multiples of 16 bytes.
-    fits = all(size % 8 == 0 for size in weight_LDF.shape[1:])
-    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x_RD, weight_LDF, offs=count_L.cumsum(0, dtype=torch.int32))
-    shares = x_RD.split(count_L.tolist())
-    return torch.cat([share @ weight for share, weight in zip(shares, weight_LDF, strict=True)])
+class Span(NamedTuple):
+    """Rows ``begin`` to ``end`` (exclusive) belong to a local expert."""
+
+    expert: int
+    begin: int
+    end: int
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype where it is on: it knows neither grouped products nor functions of our own."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Rows through the expert of their span; rows of no span give zero.
+
+    One expert after the other, so that what lies between its two products is still in the cache; results go where
+    they belong without a copy (autograd's own backward pass would join slices of every weight's gradient), and
+    the backward pass makes the product of gate and up again rather than keep it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, gate_up_LDF: Tensor, down_LFD: Tensor, spans: list[Span]) -> Tensor:
+        y_RD, hidden_RF = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], gate_up_LDF.shape[2])
+        for expert, begin, end in spans:
+            hidden = hidden_RF[begin:end]
+            torch.mm(x_RD[begin:end], gate_up_LDF[expert], out=hidden)
+            gate, up = hidden.chunk(2, dim=1)
+            torch.mm(F.silu(gate).mul_(up), down_LFD[expert], out=y_RD[begin:end])
+        _zero_between(spans, y_RD)
+        ctx.save_for_backward(x_RD, gate_up_LDF, down_LFD, hidden_RF)
+        ctx.spans = spans
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, gate_up_LDF, down_LFD, hidden_RF = ctx.saved_tensors
+        dx_RD, dgate_up_LDF, ddown_LFD = (torch.empty_like(t) for t in (x_RD, gate_up_LDF, down_LFD))
+        longest = max((end - begin for _, begin, end in ctx.spans), default=0)
+        dhidden_TF = hidden_RF.new_empty(longest, hidden_RF.shape[1])
+        seen: set[int] = set()
+        for expert, begin, end in ctx.spans:
+            x, dy, dhidden = x_RD[begin:end], dy_RD[begin:end], dhidden_TF[: end - begin]
+            gate, up = hidden_RF[begin:end].chunk(2, dim=1)
+            dgate, dup = dhidden.chunk(2, dim=1)
+            activation = F.silu(gate)
+            dproduct = torch.mm(dy, down_LFD[expert].t())
+            torch.mul(dproduct, activation, out=dup)
+            product = activation.mul_(up)
+            torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dgate)
+            add = int(expert in seen)  # zero for the first span of an expert: what was in memory is overwritten
+            seen.add(expert)
+            ddown_LFD[expert].addmm_(product.t(), dy, beta=add)
+            dgate_up_LDF[expert].addmm_(x.t(), dhidden, beta=add)
+            torch.mm(dhidden, gate_up_LDF[expert].t(), out=dx_RD[begin:end])
+        for expert in set(range(len(down_LFD))) - seen:
+            ddown_LFD[expert].zero_()
+            dgate_up_LDF[expert].zero_()
+        _zero_between(ctx.spans, dx_RD)
+        return dx_RD, dgate_up_LDF, ddown_LFD, None
+
+
+def _zero_between(spans: list[Span], rows_RD: Tensor) -> None:
+    done = 0
+    for _, begin, end in spans:
+        rows_RD[done:begin].zero_()
+        done = end
+    rows_RD[done:].zero_()

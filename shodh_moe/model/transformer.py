@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shodh_moe.config import ModelConfig
 from shodh_moe.errors import UserError
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.moe import MoE, Routing
+from shodh_moe.model.norm import make_norm
 from shodh_moe.parallel import ExpertParallel
 
 
@@ -27,10 +29,10 @@ class Prediction(NamedTuple):
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm mixture of experts."""
 
-    def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int):
+    def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
-        self.attention_norm, self.moe_norm = nn.RMSNorm(config.dim), nn.RMSNorm(config.dim)
-        self.attention = Attention(config.dim, config.heads, grid)
+        self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
+        self.attention = Attention(config.dim, config.heads, grid, norm)
         self.moe = MoE(config.dim, config.moe, ep, seed, layer)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
@@ -42,23 +44,41 @@ class Block(nn.Module):
 class LatentTransformer(nn.Module):
     """z[t+1] = z[t] + f(z[t-H+1..t], geometry), f zero before training.
 
-    ``seed`` fixes the initial weights, whatever the expert-parallel size.
+    Args:
+        config: sizes.
+        latent_channels: C.
+        latent_grid: sizes x, y, z.
+        seed: fixes the initial weights, whatever the expert-parallel size.
+        ep: which experts this rank holds.
+        norm: ``torch`` or ``apex`` (`available_norm`).
+        activation_checkpointing: keep only each block's input while training; the backward pass computes the
+            block, its exchanges between ranks too, once more.
+
+    Raises:
+        UserError: ``model.patch`` does not divide the grid.
     """
 
     def __init__(
-        self, config: ModelConfig, latent_channels: int, latent_grid: list[int], seed: int, ep: ExpertParallel
+        self,
+        config: ModelConfig,
+        latent_channels: int,
+        latent_grid: list[int],
+        seed: int,
+        ep: ExpertParallel,
+        norm: str = "torch",
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         for size in latent_grid:
             if size % config.patch:
                 raise UserError(f"latent grid {latent_grid} is not divisible by model.patch {config.patch}")
-        self.config = config
+        self.config, self.activation_checkpointing = config, activation_checkpointing
         torch.manual_seed(seed)
         grid = [size // config.patch for size in latent_grid]
         voxels = config.patch**3
         self.embed = nn.Linear((config.history + 1) * latent_channels * voxels, config.dim)
-        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer) for layer in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim)
+        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
+        self.norm = make_norm(config.dim, norm)
         self.head = nn.Linear(config.dim, latent_channels * voxels)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -69,10 +89,15 @@ class LatentTransformer(nn.Module):
 
     def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
-        x_BSD = self.embed(patchify(x_BCxyz, self.config.patch))
+        # What the blocks add to stays as wide as the latents under autocast.
+        x_BSD = self.embed(patchify(x_BCxyz, self.config.patch)).to(history_BHCxyz.dtype)
         routing = []
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x_BSD, layer_routing = block(x_BSD)
+            # The state of the random numbers need not be kept: nothing in a block draws any.
+            x_BSD, layer_routing = (
+                checkpoint(block, x_BSD, use_reentrant=False, preserve_rng_state=False) if recompute else block(x_BSD)
+            )
             routing.append(layer_routing)
         change_BSD = self.head(self.norm(x_BSD))
         latest_BCxyz = history_BHCxyz[:, -1]

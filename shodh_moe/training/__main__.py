@@ -15,6 +15,7 @@ from shodh_moe.paths import paths_of
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description="Pretrain the latent mixture-of-experts transformer (one rank).")
     add_config_arguments(parser)
+    parser.add_argument("--resume", default="auto", help="auto (the run's newest intact checkpoint) or a checkpoint")
     parser.add_argument("--local_rank", help="set by some launchers; the environment decides")
     options = parser.parse_args(arguments)
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         from shodh_moe.training.pretrain import pretrain
 
         keep_freed_memory()
-        pretrain(config, paths.run, paths.latents)
+        pretrain(config, paths.run, paths.latents, options.resume)
 
     return exit_code(work, options.debug)
 

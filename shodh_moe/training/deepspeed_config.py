@@ -39,11 +39,16 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     owned = {"train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"}
     if clash := sorted(owned & config.deepspeed.keys()):
         raise UserError(f"deepspeed.{clash[0]} is set from the training section: change it there")
-    for key in ("fp16", "bf16"):
-        if _section(config, key).get("enabled"):
-            raise UserError(f"deepspeed.{key}: training runs in float32; remove the key")
-    if _section(config, "zero_optimization").get("stage", 0):
-        raise UserError("deepspeed.zero_optimization.stage must be 0: checkpoints hold unpartitioned optimizer state")
+    for key in ("fp16", "bf16", "torch_autocast", "data_types"):
+        if key in config.deepspeed:
+            raise UserError(f"deepspeed.{key}: set training.precision instead")
+    zero = _section(config, "zero_optimization")
+    if refused := sorted(zero.keys() - _ZERO_SETTINGS):
+        instead = (
+            "set parallel.zero_stage instead" if refused[0] == "stage" else "checkpoints and clipping cannot do it"
+        )
+        raise UserError(f"deepspeed.zero_optimization.{refused[0]}: {instead}")
+    stage = config.parallel.zero_stage
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "train_batch_size": config.training.batch_size * config.training.accumulation * world_size,
@@ -51,7 +56,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,  # `Engine.step` clips by the true global norm
         "steps_per_print": 10**9,
         **config.deepspeed,
+        "zero_optimization": {"stage": stage, "compute_grad_norm": False, **zero} if stage else {"stage": 0},
     }
+
+
+_ZERO_SETTINGS = {"reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "use_multi_rank_bucket_allreduce"}
 
 
 def _section(config: Config, key: str) -> dict[str, Any]:

@@ -1,27 +1,48 @@
 """The DeepSpeed engine around the latent transformer: process groups, optimizer, gradient reduction, clipping.
 
-DeepSpeed owns initialisation, gradient averaging over the right group of each parameter, and the step.
-Two parts are ours: it recognises only its own MoE class (see `_ExpertParallelMarker`), and its global norm
-for float32 without ZeRO counts only the experts of the local rank (DeepSpeed issues 8475, 8613).
+DeepSpeed owns initialisation, gradient averaging over the right group of each parameter, the sharding of ZeRO, and
+the step. Three parts are ours: it recognises only its own MoE class (see `_ExpertParallelMarker`); its global norm
+counts only the experts of the local rank without ZeRO, and averages their norms with it (DeepSpeed issues 8475,
+8613), so `Engine.step` clips; and it keeps float32 where the model is float64 (see `_in_float64`).
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import Config
 from shodh_moe.model import LatentTransformer, Prediction
+from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel.rendezvous import join
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
+from shodh_moe.training.shards import (
+    Shard,
+    fragments,
+    logical_shapes,
+    shards_of_zero,
+    shards_without_zero,
+    squared_norms,
+)
 
 
 class _ExpertParallelMarker(DeepSpeedMoE):
@@ -53,9 +74,21 @@ class _TrainedModule(nn.Module):
         return self.model(history, geometry)
 
 
-def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether the parameter belongs to the experts of this rank alone (DeepSpeed's own mark)."""
-    return not getattr(parameter, "allreduce", True)
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was.
+
+    Attributes:
+        norm: L2 norm of all gradients before clipping, each parameter counted once.
+        shared_norm: that of everything but the routed experts.
+        expert_norms_LE: that of each routed expert, float64 [layers, E].
+        applied: False if a loss or gradient was not finite; then weights and optimizer are as before.
+    """
+
+    norm: float
+    shared_norm: float
+    expert_norms_LE: Tensor
+    applied: bool
 
 
 class Engine:
@@ -64,61 +97,149 @@ class Engine:
     Attributes:
         model: the latent transformer with this rank's experts.
         ep: the rank's expert-parallel group.
-        optimizer: torch AdamW over DeepSpeed's parameter groups.
-        device: where batches must be.
+        optimizer: AdamW over DeepSpeed's parameter groups.
+        optimizer_name, norm: whose optimizer and RMS norm kernels are used.
+        device, dtype: what batches must have.
     """
 
     def __init__(self, config: Config, latent_channels: int, latent_grid: list[int]):
-        world, rank = dist.get_world_size(), dist.get_rank()
+        world, rank, t = dist.get_world_size(), dist.get_rank(), config.training
         size = expert_parallel_size(config, world)
         self.ep = ExpertParallel(size, rank % size)
-        self.model = LatentTransformer(config.model, latent_channels, latent_grid, config.seed, self.ep)
+        self.norm = available_norm(t.norm, get_accelerator().device_name())
+        self.model = LatentTransformer(
+            config.model, latent_channels, latent_grid, config.seed, self.ep,
+            norm=self.norm, activation_checkpointing=t.activation_checkpointing,
+        )  # fmt: skip
+        self._float64, self._bfloat16 = t.precision == "float64", t.precision == "bfloat16"
+        self.dtype = torch.float64 if self._float64 else torch.float32
+        self.model.to(self.dtype)
         for layer in self.model.moe_layers:
             for parameter in layer.experts.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = f"ep_size_{size}"  # type: ignore[attr-defined]
 
         module = _TrainedModule(self.model, _ExpertParallelMarker(self.model, self.ep))
-        t = config.training
         parameters = split_params_into_different_moe_groups_for_optimizer(_weight_decay_groups(module, t.weight_decay))
-        self.optimizer = torch.optim.AdamW(parameters, lr=t.learning_rate, betas=(t.betas[0], t.betas[1]))
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=deepspeed_config(config, world)
-        )
+        self.optimizer_name = resolve_optimizer(t)
+        self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
+        with _in_float64(bool(config.parallel.zero_stage)) if self._float64 else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=deepspeed_config(config, world)
+            )
         self.device = self._engine.device
         self._clip = t.grad_clip
         if not self._engine.has_moe_layers:
             raise RuntimeError("DeepSpeed did not recognise the experts: their gradients would be wrong")
+        self._zero = self._engine.optimizer if config.parallel.zero_stage else None
+        if self._float64:
+            self._communicate_float64()
+        if self._zero:
+            self._shards = shards_of_zero(self.model, self._zero)
+            # DeepSpeed's own way to leave a step out; that one must be left out is known before it looks.
+            self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
+        else:
+            self._shards = shards_without_zero(self.model, rank, world, self.ep)
+        make_state(self.optimizer)
+        self._skip = False
+        self._bad_losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        experts = {id(p): layer for layer, moe in enumerate(self.model.moe_layers) for p in moe.experts.parameters()}
+        self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
     def __call__(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
-        return self._engine(history_BHCxyz, geometry_BCxyz)
+        with self.autocast():
+            return self._engine(history_BHCxyz, geometry_BCxyz)
 
-    def step(self, loss: Tensor, learning_rate: float) -> float | None:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of ``training.precision`` for calls of ``model`` itself."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def step(self, loss: Tensor, learning_rate: float) -> Step | None:
         """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
 
-        Returns the norm before clipping, None while gradients accumulate. They are those of the mean loss of the
-        step's micro-batches.
+        Returns None while gradients accumulate. They are those of the mean loss of the step's micro-batches.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self._engine.is_gradient_accumulation_boundary()
+        self._bad_losses += ~loss.detach().isfinite()
         self._engine.backward(loss)
-        norm = self.gradient_norm() if last else None
-        if norm is not None and norm > self._clip:
+        step = self._clipped() if last else None
+        if step is not None and not step.applied and not self._zero:
             for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self._clip / norm)
+                parameter.grad = None
         self._engine.step()
-        return norm
+        return step
 
-    def gradient_norm(self) -> float:
-        """L2 norm over every parameter counted once: shared ones here, experts over the whole EP group."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                squares[int(is_expert(parameter))] += parameter.grad.double().square().sum()
-        dist.all_reduce(squares[1:], group=self.ep.group)
-        return float(squares.sum().sqrt())
+    def _clipped(self) -> Step:
+        """Scale the gradients down to the clipping norm, and tell their norms."""
+        gradients = self._gradients()
+        experts = self.model.config.moe.num_experts
+        squares = squared_norms(gradients, self._layer_of, len(self.model.moe_layers), experts, self.ep)
+        # One small exchange tells every rank the norms and whether any rank's loss was not finite.
+        table = torch.cat([squares, self._bad_losses[None]])
+        self._bad_losses.zero_()
+        dist.all_reduce(table)
+        table = table.cpu()
+        norms = table[:-1].sqrt()
+        norm = float(table[:-1].sum().sqrt())
+        self._skip = not math.isfinite(norm) or bool(table[-1])
+        if not self._skip and norm > self._clip:
+            for _, gradient in gradients:
+                gradient.mul_(self._clip / norm)
+        return Step(norm, float(norms[-1]), norms[:-1].view(-1, experts), not self._skip)
+
+    def _gradients(self) -> list[tuple[Shard, Tensor]]:
+        """The reduced gradient of every shard that has one, flat."""
+        found = []
+        for shard in self._shards:
+            gradient = shard.parameter.grad
+            if self._zero:
+                gradient = self._zero.averaged_gradients[shard.group][shard.parameter._index_in_param_group]
+            if gradient is not None:
+                found.append((shard, gradient.view(-1)))
+        return found
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made so far; steps that were left out do not count."""
+        return updates(self.optimizer)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank saves: over all ranks every element of weights and moments once."""
+        return fragments(self._shards, self.optimizer, self.ep, all_held=False)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Logical shapes of all that a checkpoint holds."""
+        return logical_shapes(self.model, self.ep)
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
+        reader.fill(fragments(self._shards, self.optimizer, self.ep, all_held=True))
+        set_updates(self.optimizer, reader.state["updates"])
+        if self._zero:
+            self._zero.update_lp_params()
+
+    def _communicate_float64(self) -> None:
+        self._engine.communication_data_type = torch.float64
+        if self._zero:
+            self._zero.communication_data_type = torch.float64
+            self._zero.ipg_buckets = {torch.float64: IPGBucket()}
+
+
+@contextmanager
+def _in_float64(zero: bool) -> Iterator[None]:
+    """Let DeepSpeed take a float64 model as one: by itself it would keep master weights and gradients in float32."""
+    f64, accelerator = torch.float64, get_accelerator()
+    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16, f64]
+    kept = DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights
+    if zero:
+        DeepSpeedEngine.get_data_types = lambda self: (f64, f64)
+        ZeROOptimizer._configure_master_weights = lambda self, **settings: f64
+    try:
+        yield
+    finally:
+        DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights = kept
 
 
 def _weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -133,8 +254,18 @@ def _weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[st
     ]
 
 
-def init_distributed() -> None:
-    """Join the process group that the launcher's variables describe (a single process makes its own)."""
+START_SECONDS = 300.0  # that ranks may arrive apart: a shared disk can be slow to import from
+
+
+def init_distributed(facts: dict[str, Any] | None = None) -> None:
+    """Join the process group that the launcher's variables describe (a single process makes its own).
+
+    Args:
+        facts: what must be equal on every rank, by name.
+
+    Raises:
+        UserError: ranks differ in their facts, world size or library versions, or one is missing.
+    """
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -142,4 +273,5 @@ def init_distributed() -> None:
     # start, and no start at all without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
+    join(backend, facts or {}, START_SECONDS)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -11,21 +11,28 @@ import resource
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh_moe.checkpoint import CheckpointWriter
 from shodh_moe.config import Config, TrainingConfig
-from shodh_moe.errors import UserError
+from shodh_moe.config_io import flatten
+from shodh_moe.kernels import expert_capacity
 from shodh_moe.kernels.backend import describe
 from shodh_moe.model import Prediction
+from shodh_moe.parallel import Exchange
+from shodh_moe.parallel.rendezvous import versions
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.log import Log
+from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.resume import random_state, start_from
 from shodh_moe.training.sampler import DomainSampler
-from shodh_moe.training.telemetry import Log, RoutingCounts
+from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -37,98 +44,156 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def total_loss(prediction: Prediction, target: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latent MSE plus the weighted balance and z losses, means over layers; and the three parts."""
-    layers = prediction.routing
-    parts = {
-        "prediction_loss": (prediction.latent_BCxyz - target).square().mean(),
-        "balance_loss": torch.stack([r.balance_loss for r in layers]).mean(),
-        "z_loss": torch.stack([r.z_loss for r in layers]).mean(),
-    }
-    router = config.model.moe.router
-    loss = parts["prediction_loss"] + router.balance_weight * parts["balance_loss"] + router.z_weight * parts["z_loss"]
-    return loss, {"loss": loss, **parts}
+def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> tuple[dict[str, Tensor], Tensor]:
+    """Latent MSE plus the weighted balance and z losses, means over layers; and the MSE of each sample.
+
+    Returns the three parts and their sum, ``loss``, by name; and float [B].
+    """
+    layers, router = prediction.routing, config.model.moe.router
+    error_B = (prediction.latent_BCxyz - target_BCxyz).square().flatten(1).mean(1)
+    prediction_loss = error_B.mean()
+    balance = torch.stack([r.balance_loss for r in layers]).mean()
+    z = torch.stack([r.z_loss for r in layers]).mean()
+    loss = prediction_loss + router.balance_weight * balance + router.z_weight * z
+    return {"loss": loss, "prediction_loss": prediction_loss, "balance_loss": balance, "z_loss": z}, error_B.detach()
 
 
-def pretrain(config: Config, run: Path, latents: Path) -> None:
-    """Train to ``training.steps``, from the newest intact checkpoint of the run folder if there is one."""
+def pretrain(config: Config, run: Path, latents: Path, resume: str = "auto") -> None:
+    """Train to ``training.steps``.
+
+    Args:
+        resume: ``auto`` goes on from the newest intact checkpoint of the run folder, if there is one; a checkpoint
+            folder goes on from that one.
+
+    Raises:
+        UserError: ranks disagree, nothing fits to resume from, a step was not finite under the policy ``halt``.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    init_distributed()
-    rank, world, t = dist.get_rank(), dist.get_world_size(), config.training
+    t = config.training
     train = LatentSamples(load_latents(latents, "train"), config.model.history)
     valid = LatentSamples(load_latents(latents, "valid"), config.model.history)
     _, channels, *grid = train.trajectories[0].z.shape
+    init_distributed(_facts(config, train, valid))
+    rank, world = dist.get_rank(), dist.get_world_size()
     engine = Engine(config, channels, list(grid))
     sampler = DomainSampler(train.sizes, t.batch_size, config.seed, world)
 
-    checkpoints, start = run / "checkpoints", 0
-    if found := find_checkpoint(checkpoints):
-        load_checkpoint(found[0], engine.model, engine.optimizer, engine.ep)
-        start = found[1]["step"]
-        if rank == 0 and found[1]["world_size"] != world:
-            was = found[1]["world_size"]
+    checkpoints = run / "checkpoints"
+    found, attempt = start_from(checkpoints, resume, engine)
+    start = found["step"] if found else 0
+    writer = CheckpointWriter(checkpoints, rank, world, t.keep_last, t.keep_every, attempt)
+    log = Log(run, start) if rank == 0 else None
+    if rank == 0:
+        where = f"from step {start} of {found['path']}" if found else "from scratch"
+        layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}, {t.precision}"
+        print(f"pretrain {where}: {layout}, device {engine.device}", flush=True)
+        print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
+        if found and found["world_size"] != world:
+            was = found["world_size"]
             print(
                 f"the checkpoint was made by {was} ranks, now {world}: the global batch changes with them", flush=True
             )
-    log = Log(run, start) if rank == 0 else None
-    if rank == 0:
-        where = f"from step {start}" if start else "from scratch"
-        print(f"pretrain {where}: {world} ranks, EP {engine.ep.size}, device {engine.device}", flush=True)
-        print(f"kernels: {describe(engine.device)}", flush=True)
 
-    counts = RoutingCounts(config.model.depth, train.domains, config.model.moe.num_experts)
+    layers = engine.model.moe_layers
+    counts = RoutingCounts(len(layers), train.domains, config.model.moe.num_experts, engine.device)
+    warnings = Warnings(config.telemetry)
+    nonfinite = NonFinite(t.on_nonfinite, run, train)
     sums: dict[str, Tensor] = {}
     times: list[float] = []
+    told = start  # the step of the last record of the routers
     steps = range(start, t.steps)
     for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
         began = time.perf_counter()
-        rate = learning_rate(step, t)
-        for micro in range(step * t.accumulation, (step + 1) * t.accumulation):
-            history, geometry, target, domain_B = _to(engine.device, *train.batch(sampler.batch(micro, rank)))
+        done, rate, batches = step + 1, learning_rate(step, t), []
+        logs = done % t.log_every == 0 or done == t.steps
+        tells = logs and (done - told >= config.telemetry.every or done == t.steps)
+        exchanges: list[Exchange] = []
+        engine.ep.exchanges = exchanges if tells else None
+        for micro in range(step * t.accumulation, done * t.accumulation):
+            picks = sampler.batch(micro, rank)
+            history, geometry, target, domain_B = _to(engine, *train.batch(picks))
             prediction = engine(history, geometry)
-            loss, parts = total_loss(prediction, target, config)
-            norm = engine.step(loss, rate)
-            counts.add(prediction.routing, domain_B)
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0) + value.detach()
-        times.append(time.perf_counter() - began)
+            losses, error_B = total_loss(prediction, target, config)
+            result = engine.step(losses["loss"], rate)
+            losses = {key: value.detach() for key, value in losses.items()}
+            batches.append(MicroBatch(picks, domain_B, error_B, losses, prediction.routing))
+        engine.ep.exchanges = None
+        assert result is not None  # the last micro-batch of a step has one
+        if result.applied:
+            nonfinite.all_well()
+            for batch in batches:
+                counts.add(batch.routing, batch.domain_B)
+                for key, value in batch.losses.items():
+                    sums[key] = sums.get(key, 0) + value
+            times.append(time.perf_counter() - began)
+        else:
+            nonfinite.handle(done, batches)
 
-        done = step + 1
-        if done % t.log_every == 0 or done == t.steps:
-            means = _mean_over_ranks(sums, len(times) * t.accumulation)
-            if not math.isfinite(means["loss"]):
-                raise UserError(f"the loss is {means['loss']} at step {done}: lower training.learning_rate")
-            routing = counts.summary()
-            seconds = statistics.median(times)
-            tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
-            record = {
+        if logs and times:
+            record: dict[str, Any] = {
                 "kind": "train",
                 "step": done,
-                **means,
+                **_mean_over_ranks(sums, len(times) * t.accumulation),
+            }
+            seconds = statistics.median(times)
+            tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
+            record |= {
                 "learning_rate": rate,
-                "grad_norm": norm,
+                "grad_norm": result.norm,
+                "grad_norm_shared": result.shared_norm,
                 "step_ms": seconds * 1e3,
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "ep_size": engine.ep.size,
-                "routing": routing,
+                "skipped_steps": nonfinite.skipped,
             }
+            if tells:
+                record["routing"] = layer_records(counts, layers, exchanges, result.expert_norms_LE)
+                told = done
+                counts.clear()
             if log:
                 log.write(record)
-            counts.clear()
+                for line in warnings.check(done, record["routing"]) if tells else []:
+                    print(line, flush=True)
             sums, times = {}, []
         if done % t.validate_every == 0 or done == t.steps:
             errors = validate(engine, valid, config)
             if log:
                 log.write({"kind": "valid", "step": done, **errors})
+        writer.check()
         if done % t.checkpoint_every == 0 or done == t.steps:
-            save_checkpoint(
-                checkpoints, done, engine.model, engine.optimizer, engine.ep, config.model_dump(), t.keep_last
-            )
+            facts = {
+                "config": config.model_dump(),
+                "ep_size": engine.ep.size,
+                "zero_stage": config.parallel.zero_stage,
+                "updates": engine.updates,
+                "learning_rate": rate,
+                # The sampler is a function of these and the step.
+                "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
+                "versions": versions(),
+            }
+            writer.save(done, engine.fragments(), engine.shapes(), random_state(), facts)
+    writer.finish()
     if log:
         log.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:
+    """What all ranks must start with alike, or the exchanges between them would hang or mix up tokens."""
+    shape = list(train.trajectories[0].z.shape[1:])
+    tokens = config.training.batch_size * math.prod(shape[1:]) // config.model.patch**3
+    moe = config.model.moe
+    capacity = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+    return {
+        **flatten(config.model_dump()),
+        "tokens of a micro-batch": tokens,
+        "capacity of an expert": None if moe.dropless else capacity,
+        "shape of the latents": shape,
+        "samples of the training latents by domain": dict(zip(train.domains, train.sizes, strict=True)),
+        "samples of the validation latents by domain": dict(zip(valid.domains, valid.sizes, strict=True)),
+    }
 
 
 @torch.no_grad()
@@ -141,8 +206,10 @@ def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, 
     # Every rank makes the same number of calls: the all-to-all inside waits for all of them.
     for first in range(0, len(everything), size * world):
         mine = everything[first + rank * size : first + (rank + 1) * size]
-        history, geometry, target, domain_B = _to(engine.device, *valid.batch(mine or everything[:1]))
-        error = (engine.model(history, geometry).latent_BCxyz - target).square().flatten(1).mean(1)
+        history, geometry, target, domain_B = _to(engine, *valid.batch(mine or everything[:1]))
+        with engine.autocast():
+            predicted = engine.model(history, geometry).latent_BCxyz
+        error = (predicted - target).square().flatten(1).mean(1)
         change = (history[:, -1] - target).square().flatten(1).mean(1)
         if mine:
             rows = torch.stack([error, change, torch.ones_like(error)], dim=1).double()
@@ -169,5 +236,9 @@ def _mean_over_ranks(sums: dict[str, Tensor], count: int) -> dict[str, float]:
     return dict(zip(sums, (values / dist.get_world_size()).tolist(), strict=True))
 
 
-def _to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+def _to(engine: Engine, *tensors: Tensor) -> list[Tensor]:
+    """On the engine's device, floating-point ones in its dtype."""
+    return [
+        tensor.to(engine.device, engine.dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for tensor in tensors
+    ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.errors import UserError
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.attention import axial_rotary, rotate
+from shodh_moe.model.norm import available_norm, make_norm
 from shodh_moe.model.router import Router
-from shodh_moe.model.transformer import patchify, unpatchify
+from shodh_moe.model.transformer import Prediction, patchify, unpatchify
 from shodh_moe.parallel import ExpertParallel
 
 SMALL = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(expert_hidden=16))
@@ -104,3 +108,162 @@ def test_router_temperature_is_floored():
     router = Router(8, 3, RouterConfig(temperature=0.1, min_temperature=0.05))
     router.log_temperature.data.fill_(-100.0)
     assert router(torch.randn(10, 8), 10, "position").z_loss.sqrt() <= 20 + math.log(3)
+
+
+# ---- norm back ends, activation checkpointing, autocast ----
+
+
+def _trained_like(**options: Any) -> LatentTransformer:
+    """A model whose output depends on all its parameters, with few enough slots that some tokens are dropped."""
+    moe = MoEConfig(num_experts=3, expert_hidden=16, capacity_factor=0.8, min_capacity=1)
+    config = SMALL.model_copy(update={"moe": moe})
+    model = LatentTransformer(
+        config, latent_channels=5, latent_grid=[4, 4, 2], seed=0, ep=ExpertParallel(), **options
+    )  # fmt: skip
+    torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def _loss(out: Prediction) -> torch.Tensor:
+    return out.latent_BCxyz.square().mean() + sum(0.01 * r.balance_loss + 0.001 * r.z_loss for r in out.routing)
+
+
+def _saved_bytes(model: LatentTransformer) -> tuple[int, Prediction]:
+    """Bytes that autograd keeps between the two passes, parameters left out, and the prediction."""
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*_inputs())
+    return sum(kept.values()), out
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+def test_activation_checkpointing_changes_memory_alone(dropless):
+    models = [_trained_like(activation_checkpointing=on) for on in (False, True)]
+    for model in models:
+        for layer in model.moe_layers:
+            layer.config = layer.config.model_copy(update={"dropless": dropless})
+    (plain_bytes, plain), (recomputed_bytes, recomputed) = (_saved_bytes(model) for model in models)
+    assert torch.equal(plain.latent_BCxyz, recomputed.latent_BCxyz)
+    for one, other in zip(plain.routing, recomputed.routing, strict=True):
+        assert torch.equal(one.expert_N, other.expert_N)
+        assert torch.equal(one.kept_N, other.kept_N)
+        assert one.kept_N.all() == dropless
+        assert torch.equal(one.balance_loss, other.balance_loss)
+    assert recomputed_bytes < plain_bytes / 5
+    _loss(plain).backward()
+    _loss(recomputed).backward()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_losses_of_recomputed_blocks_teach_the_router():
+    model = _trained_like(activation_checkpointing=True)
+    sum(r.balance_loss + r.z_loss for r in model(*_inputs()).routing).backward()
+    assert all(layer.router.prototypes_ER.grad.any() for layer in model.moe_layers)
+
+
+def test_nothing_is_recomputed_outside_training(monkeypatch):
+    model = _trained_like(activation_checkpointing=True).eval()
+    monkeypatch.setattr("shodh_moe.model.transformer.checkpoint", None)
+    model(*_inputs())
+    with torch.no_grad():
+        model.train()(*_inputs())
+
+
+@pytest.mark.parametrize("dropless", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bfloat16_autocast_is_close_to_float32(dropless, recompute):
+    model = _trained_like(activation_checkpointing=recompute)
+    for layer in model.moe_layers:
+        layer.config = layer.config.model_copy(update={"dropless": dropless})
+    history, geometry = _inputs()
+    wide = model(history, geometry)
+    _loss(wide).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(history, geometry)
+        loss = _loss(narrow)
+    loss.backward()
+    assert narrow.latent_BCxyz.dtype == torch.float32
+    change, expected = (out.latent_BCxyz - history[:, -1] for out in (narrow, wide))
+    assert not torch.equal(change, expected)  # the products were narrow
+    # A token near a tie may take another expert: compare the whole, not each token.
+    assert (change - expected).norm() < 0.03 * expected.norm()
+    assert all(
+        (a.expert_N == b.expert_N).float().mean() > 0.95 for a, b in zip(narrow.routing, wide.routing, strict=True)
+    )
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert (p.grad - gradients[name]).norm() < 0.15 * gradients[name].norm(), name
+
+
+def test_norm_of_torch_is_the_default_everywhere():
+    assert available_norm("torch", "cuda") == "torch"
+    assert available_norm("auto", "cpu") == "torch"
+    x = torch.randn(4, 24)
+    assert torch.equal(make_norm(24, "torch")(x), torch.nn.RMSNorm(24)(x))
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Puts modules of given names and contents in place of what is installed."""
+
+    def install(**modules: dict[str, Any]) -> None:
+        for name, content in modules.items():
+            module = types.ModuleType(name.replace("__", "."))
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    for name in ("apex", "apex.normalization", "apex.optimizers", "fused_layer_norm_cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return install
+
+
+class _Apex(torch.nn.RMSNorm):
+    """Apex's class as far as it is used; its default eps is another."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
+
+
+NVIDIA = {
+    "apex": {},
+    "apex__normalization": {"FusedRMSNorm": _Apex},
+    "apex__optimizers": {"FusedAdam": object},
+    "fused_layer_norm_cuda": {},
+}
+
+
+def test_an_unrelated_apex_is_not_taken_for_nvidias(packages):
+    packages(apex={"__version__": "0.9.10"})
+    with pytest.raises(UserError, match="another project's"):
+        available_norm("apex", "cuda")
+    assert available_norm("auto", "cuda") == "torch"
+
+
+def test_apex_without_its_cuda_extensions_is_not_there(packages):
+    packages(**{name: content for name, content in NVIDIA.items() if name != "fused_layer_norm_cuda"})
+    with pytest.raises(UserError, match="CUDA extensions"):
+        available_norm("apex", "cuda")
+
+
+def test_nvidias_apex_is_used_where_asked_for(packages, monkeypatch):
+    packages(**NVIDIA)
+    assert available_norm("apex", "cuda") == "apex"
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        available_norm("apex", "cpu")
+    theirs, ours = _trained_like(norm="apex"), _trained_like()
+    norms = [m for m in theirs.modules() if isinstance(m, torch.nn.RMSNorm)]
+    assert len(norms) == 2 * 4 + 1
+    assert all(isinstance(m, _Apex) for m in norms)
+    theirs.load_state_dict(ours.state_dict())  # the same names
+    assert torch.equal(theirs(*_inputs()).latent_BCxyz, ours(*_inputs()).latent_BCxyz)

@@ -11,12 +11,16 @@ CONFIG = """\
 name: small
 model: {dim: 24, depth: 2, heads: 2, moe: {expert_hidden: 16, capacity_factor: 1.0}}
 training: {steps: 6, batch_size: 4, warmup_steps: 2, checkpoint_every: 3, log_every: 3, validate_every: 3}
+telemetry: {every: 1}
 evaluation: {batch_size: 3}
 """
 
 
-def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int = 7) -> None:
-    """Rotating random latents of two domains at different rates, in the format of tokenizer.latents."""
+def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int = 7, nan_in: str = "") -> None:
+    """Rotating random latents of two domains at different rates, in the format of tokenizer.latents.
+
+    ``nan_in`` names a training trajectory that gets a NaN in its fourth snapshot.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     shape = (channels, grid, grid, grid)
@@ -28,6 +32,9 @@ def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int
                     t = np.arange(snapshots).reshape(-1, 1, 1, 1, 1)
                     group = file.create_group(f"{domain}_{number}")
                     group.attrs.update(domain=domain, source=f"{domain}_{number}.hdf5", sample=0)
-                    group["z"] = (a * np.cos(rate * t) + b * np.sin(rate * t)).astype(np.float32)
+                    z = (a * np.cos(rate * t) + b * np.sin(rate * t)).astype(np.float32)
+                    if split == "train" and f"{domain}_{number}" == nan_in:
+                        z[3, 0] = np.nan
+                    group["z"] = z
                     group["geometry"] = rng.standard_normal(shape).astype(np.float32)
                     group["solid_fraction"] = rng.random((grid,) * 3).astype(np.float32)

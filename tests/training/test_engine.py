@@ -123,7 +123,13 @@ def test_impossible_layouts_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "section",
-    ["{fp16: true}", "{zero_optimization: {stage: 1}}", "{bf16: {enabled: true}}", "{gradient_clipping: 1.0}"],
+    [
+        "{fp16: true}",
+        "{zero_optimization: {stage: 1}}",
+        "{zero_optimization: {offload_optimizer: {device: cpu}}}",
+        "{bf16: {enabled: true}}",
+        "{gradient_clipping: 1.0}",
+    ],
 )
 def test_deepspeed_settings_that_would_break_a_run_are_refused(tmp_path, section):
     with pytest.raises(UserError, match=r"deepspeed\."):

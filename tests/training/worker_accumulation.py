@@ -22,12 +22,13 @@ samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.m
 engine = Engine(config, 6, [2, 2, 2])
 torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
 sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
-norms = []
+norms: list[float] = []
 for micro in range(3 * config.training.accumulation):
     history, geometry, target, _ = samples.batch(sampler.batch(micro, 0))
-    loss, _ = total_loss(engine(history, geometry), target, config)
-    norms.append(engine.step(loss, 1e-2))
+    loss = total_loss(engine(history, geometry), target, config)[0]["loss"]
+    step = engine.step(loss, 1e-2)
+    norms += [step.norm] if step else []
 tensors = {key: value.detach().clone().contiguous() for key, value in engine.model.named_parameters()}
-tensors["norms"] = torch.tensor([norm for norm in norms if norm is not None], dtype=torch.float64)
+tensors["norms"] = torch.tensor(norms, dtype=torch.float64)
 save_file(tensors, Path(folder, f"{name}.safetensors"))
 dist.destroy_process_group()

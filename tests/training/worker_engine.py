@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from shodh_moe.config_io import load_config
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.checkpoint import EXPERT_MARK, gather_experts
-from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.engine import Engine, Step, init_distributed
 from shodh_moe.training.pretrain import total_loss
 from shodh_moe.training.sampler import DomainSampler
+from shodh_moe.training.shards import is_expert
 
 folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
 config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"model.moe.dropless={dropless}"])
@@ -28,32 +28,39 @@ sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, 
 
 gradients: dict[str, torch.Tensor] = {}
 norms, losses, dropped = [], [], []
-clip = engine.gradient_norm
+clip = engine._clipped
 
 
-def keep_gradients() -> float:
+def keep_gradients() -> Step:
     """Called between DeepSpeed's reduction and our clipping."""
     if not gradients:
         gradients.update({name: p.grad.clone() for name, p in engine.model.named_parameters()})
     return clip()
 
 
-engine.gradient_norm = keep_gradients  # type: ignore[method-assign]
+engine._clipped = keep_gradients  # type: ignore[method-assign]
 for step in range(3):
     history, geometry, target, _ = samples.batch(sampler.batch(step, rank))
     prediction = engine(history, geometry)
-    loss, _ = total_loss(prediction, target, config)
-    norms.append(engine.step(loss, 1e-2))
+    loss = total_loss(prediction, target, config)[0]["loss"]
+    norms.append(engine.step(loss, 1e-2).norm)
     losses.append(float(loss.detach()))
     dropped.append(sum(int((~layer.kept_N).sum()) for layer in prediction.routing))
+
+
+def all_experts(local: torch.Tensor) -> torch.Tensor:
+    """[L, ...] of each rank -> [E, ...], in global expert order."""
+    parts = [torch.empty_like(local) for _ in range(engine.ep.size)]
+    dist.all_gather(parts, local.detach().contiguous(), group=engine.ep.group)
+    return torch.cat(parts)
+
 
 out = {f"grad/{name}": value for name, value in gradients.items()}
 for name, parameter in engine.model.named_parameters():
     out[f"local/{name}"] = parameter.detach().clone()
-    logical = gather_experts(parameter, engine.ep) if EXPERT_MARK in name else parameter.detach().clone()
-    out[f"logical/{name}"] = logical
-    if EXPERT_MARK in name:
-        out[f"logical_grad/{name}"] = gather_experts(gradients[name], engine.ep)
+    out[f"logical/{name}"] = all_experts(parameter) if is_expert(parameter) else parameter.detach().clone()
+    if is_expert(parameter):
+        out[f"logical_grad/{name}"] = all_experts(gradients[name])
 out["norms"] = torch.tensor(norms, dtype=torch.float64)
 out["losses"] = torch.tensor(losses, dtype=torch.float64)
 out["dropped"] = torch.tensor(dropped)

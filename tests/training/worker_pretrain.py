@@ -1,12 +1,22 @@
-"""One rank of test_pretrain: the training function on a folder that holds config.yaml and latents."""
+"""One rank of test_pretrain: the training function on a folder that holds config.yaml and latents.
+
+Arguments: folder, run folder, what to resume from, then overrides; ``rank1:key=value`` is one for that rank alone.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+from shodh_moe.command import exit_code
 from shodh_moe.config_io import load_config
 from shodh_moe.training.pretrain import pretrain
 
-folder, run = Path(sys.argv[-2]), Path(sys.argv[-1])
-pretrain(load_config(folder / "config.yaml"), run, folder / "latents")
+arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+folder, run, resume = Path(arguments[0]), Path(arguments[1]), arguments[2] if arguments[2:] else "auto"
+mine = f"rank{os.environ['RANK']}:"
+overrides = [o.removeprefix(mine) for o in arguments[3:] if o.startswith(mine) or not o.startswith("rank")]
+run.mkdir(exist_ok=True)
+config = load_config(folder / "config.yaml", overrides)
+sys.exit(exit_code(lambda: pretrain(config, run, folder / "latents", resume)))

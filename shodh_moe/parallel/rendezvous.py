@@ -1,0 +1,210 @@
+"""How ranks meet: before a process group exists they compare what they start with, and refuse to go on if it differs.
+
+Every rank writes its facts as JSON into the launcher's key-value store. The first rank compares them and writes the
+verdict, which every rank then reads: all go on, or all fail with the same message.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from shodh_moe.errors import UserError
+
+WORLD = "WORLD_SIZE"
+VERSION = "version of "
+_ANSWER_SECONDS = 10.0  # that a rank waits for another one that is certainly there
+_LAUNCH = "start all ranks with one launcher command, or give every host the same WORLD_SIZE and its own ranks"
+_joins = itertools.count()  # a second group in one process must not read the facts of the first
+
+
+def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
+    """Compare the ranks' facts and their libraries' versions, then make torch.distributed's default process group.
+
+    The launcher's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say who takes part. Does nothing if the
+    process group exists already.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        facts: what must be equal on every rank, JSON-like values by name.
+        timeout_seconds: that ranks may start apart.
+
+    Raises:
+        UserError: ranks differ, a rank is missing, started twice or does not belong; on every rank that is there.
+    """
+    if dist.is_initialized():
+        return
+    rank, world = _number("RANK"), _number(WORLD)
+    try:
+        # A store that waits for WORLD_SIZE ranks by itself could not say which one is missing, so it is told of one.
+        store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=timeout_seconds)))
+    except (dist.DistError, ValueError) as error:
+        raise UserError(_unreachable(rank, world, timeout_seconds, error)) from None
+    store = dist.PrefixStore(f"shodh{next(_joins)}", store)
+    try:
+        agree(store, rank, world, versions() | facts, timeout_seconds)
+    except dist.DistError as error:
+        raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
+    store.set_timeout(dist.default_pg_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeout_seconds: float) -> None:
+    """Return once ``world`` ranks are there with equal facts; every rank calls it, at most once a store.
+
+    Raises:
+        UserError: as `join`.
+    """
+    own = {"rank": rank, "facts": {WORLD: world} | json.loads(json.dumps(facts, default=str))}
+    number = store.add("arrivals", 1)
+    store.set(f"arrival {number}", json.dumps(own))
+    deadline = time.monotonic() + timeout_seconds
+    if rank == 0 and store.add("judges", 1) == 1:
+        arrivals = _gather(store, deadline)
+        message = _difference(arrivals, timeout_seconds)
+        store.set("verdict", json.dumps({"message": message, "arrivals": len(arrivals)}))
+        if message:  # this process may host the store: the others must have read the verdict before it ends
+            _until(lambda: store.add("read", 0) >= len(arrivals) - 1, time.monotonic() + _ANSWER_SECONDS)
+            raise UserError(message)
+        return
+    if not _until(lambda: store.check(["verdict"]), deadline + _ANSWER_SECONDS):
+        raise UserError(_difference(_read(store), timeout_seconds) or _absent({0}, world, timeout_seconds))
+    verdict = json.loads(store.get("verdict"))
+    store.add("read", 1)
+    if not verdict["message"] and number > verdict["arrivals"]:  # the others have started without this rank
+        verdict["message"] = _difference(_read(store), timeout_seconds)
+    if verdict["message"]:
+        raise UserError(verdict["message"])
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries whose parts on different ranks talk to each other."""
+    found = {f"{VERSION}python": platform.python_version()}
+    for name in ("torch", "deepspeed", "shodh_moe"):
+        try:
+            found[VERSION + name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[VERSION + name] = "none"
+    return found
+
+
+Arrival = dict[str, Any]  # rank: int, facts: dict[str, Any]
+
+
+def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
+    """Every arrival up to the last rank, or up to the deadline, or until ranks turn out to be of different worlds."""
+
+    def complete() -> bool:
+        arrivals = _read(store)
+        worlds = {a["facts"][WORLD] for a in arrivals}
+        return len(worlds) > 1 or {a["rank"] for a in arrivals} >= set(range(min(worlds)))
+
+    _until(complete, deadline)
+    arrivals = _read(store)
+    if len({a["facts"][WORLD] for a in arrivals}) > 1:  # whom to wait for is unknown; most start within a second
+        time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
+        arrivals = _read(store)
+    return arrivals
+
+
+def _read(store: dist.Store) -> list[Arrival]:
+    return [json.loads(store.get(f"arrival {number}")) for number in range(1, store.add("arrivals", 0) + 1)]
+
+
+def _until(condition: Callable[[], bool], deadline: float) -> bool:
+    """Whether the condition came true in time."""
+    pause = 0.001
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+    return True
+
+
+def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:
+    """What is wrong with those who came, as one line; nothing if all is well."""
+    worlds = {a["facts"][WORLD] for a in arrivals}
+    differing = [key for key in _keys(arrivals) if len({_value(a, key) for a in arrivals}) > 1]
+    ranks = [a["rank"] for a in arrivals]
+    # Ranks of different worlds differ in much else: it follows from that.
+    if WORLD not in differing:
+        twice = {rank for rank in ranks if ranks.count(rank) > 1}
+        if twice:
+            return f"{_ranks(twice)} was started more than once: the launcher must give each process its own RANK"
+        beyond = {rank for rank in ranks if rank >= min(worlds)}
+        if beyond:
+            return f"{_ranks(beyond)} cannot be part of a WORLD_SIZE of {min(worlds)}: ranks count from 0; {_LAUNCH}"
+        if missing := set(range(min(worlds))) - set(ranks):
+            return _absent(missing, min(worlds), timeout_seconds)
+    if not differing:
+        return ""
+    first = differing[0]
+    holders: dict[str, set[int]] = {}
+    for arrival in sorted(arrivals, key=lambda a: a["rank"]):
+        holders.setdefault(_value(arrival, first), set()).add(arrival["rank"])
+    values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+    more = f" (and on {', '.join(differing[1:4])}{', ...' if len(differing) > 4 else ''})" if differing[1:] else ""
+    if first == WORLD:
+        return f"ranks disagree on {WORLD}: {values}: {_LAUNCH}"
+    remedy = "install the same one everywhere" if first.startswith(VERSION) else "start every rank with the same config"
+    return f"ranks disagree on {first}: {values}{more}: {remedy}"
+
+
+def _keys(arrivals: list[Arrival]) -> list[str]:
+    """Of the facts of all, in the order in which they were given."""
+    return list(dict.fromkeys(key for arrival in arrivals for key in arrival["facts"]))
+
+
+def _value(arrival: Arrival, key: str) -> str:
+    return json.dumps(arrival["facts"][key], sort_keys=True) if key in arrival["facts"] else "nothing"
+
+
+def _absent(missing: set[int], world: int, timeout_seconds: float) -> str:
+    return (
+        f"{_ranks(missing)} of {world} did not arrive within {timeout_seconds:g} s: see its host for an error, "
+        "and whether WORLD_SIZE is the number of processes that the launcher starts"
+    )
+
+
+def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    reason = _short(error)
+    if rank == 0:
+        return (
+            f"rank 0 cannot listen on {where} ({reason}): set MASTER_ADDR to this host and MASTER_PORT to a free port, "
+            "and see that RANK differs between processes"
+        )
+    return f"rank 0 of {world} did not arrive at {where} within {timeout_seconds:g} s, says rank {rank} ({reason})"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    if not text.isdecimal():
+        raise UserError(f"the variable {variable} is {text!r}, not a whole number: start with a launcher that sets it")
+    return int(text)
+
+
+def _ranks(ranks: set[int]) -> str:
+    """``rank 3``, ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -1,0 +1,109 @@
+"""What to do about a loss or gradient that is not finite: say where it came from, and stop or go on without it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shodh_moe.errors import UserError
+from shodh_moe.files import write_text
+from shodh_moe.model import Routing
+from shodh_moe.tokenizer.latents import LatentSamples
+from shodh_moe.training.telemetry import first_nonfinite
+
+MAX_SKIPPED = 10  # in a row; a network that is itself broken gives no finite step any more
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one call of the model was: its samples as (domain, index), its losses, and what its routers did."""
+
+    picks: list[tuple[int, int]]
+    domain_B: Tensor
+    error_B: Tensor  # mean squared error of each sample
+    losses: dict[str, Tensor]
+    routing: list[Routing]
+
+
+class NonFinite:
+    """Follows ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
+
+    def __init__(self, policy: str, run: Path, samples: LatentSamples):
+        self.policy, self.run, self.samples = policy, run, samples
+        self.skipped, self._in_a_row = 0, 0
+
+    def all_well(self) -> None:
+        """Call after a step that was applied."""
+        self._in_a_row = 0
+
+    def handle(self, step: int, batches: list[MicroBatch]) -> None:
+        """After a step that was not applied: save who saw what, then raise or tell (collective).
+
+        ``nonfinite/<step>.json`` in the run folder holds, by rank, the losses and the samples of every micro-batch
+        (domain, data file, trajectory, first snapshot), and the first layer and domain with broken logits.
+
+        Raises:
+            UserError: the policy is ``halt``, or too many steps in a row were skipped.
+        """
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, self._report(batches))
+        path = self.run / "nonfinite" / f"{step}.json"
+        if dist.get_rank() == 0:
+            write_text(path, json.dumps({"step": step, "ranks": reports}, indent=1) + "\n")
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        where = "; ".join(_where(rank, report) for rank, report in enumerate(reports) if report["broken"])
+        where = where or "every loss is finite, only gradients are not"
+        told = f"step {step} has a loss or gradient that is not finite ({where}); its samples are in {path}"
+        if self.policy == "halt":
+            raise UserError(
+                f"{told}: look at those samples, lower training.learning_rate, or set training.on_nonfinite=skip"
+            )
+        if self._in_a_row >= MAX_SKIPPED:
+            raise UserError(f"{told}; {MAX_SKIPPED} steps in a row were skipped: lower training.learning_rate")
+        if dist.get_rank() == 0:
+            print(f"warning: {told}; the step is skipped", flush=True)
+
+    def _report(self, batches: list[MicroBatch]) -> dict[str, Any]:
+        records, broken = [], None
+        for number, batch in enumerate(batches):
+            losses = {key: float(value) for key, value in batch.losses.items()}
+            finite = all(math.isfinite(value) for value in losses.values())
+            place = first_nonfinite(batch.routing, batch.domain_B, self.samples.domains)
+            bad_B = ~batch.error_B.isfinite()
+            if place is None and bad_B.any():
+                place = None, self.samples.domains[int(batch.domain_B[bad_B.int().argmax()])]
+            if broken is None and not (finite and place is None):
+                layer, domain = place or (None, None)
+                broken = {"micro_batch": number, "layer": layer, "domain": domain}
+            records.append(
+                {
+                    # JSON has no NaN.
+                    "losses": {key: value if math.isfinite(value) else str(value) for key, value in losses.items()},
+                    "samples": [self._sample(domain, index) for domain, index in batch.picks],
+                }
+            )
+        return {"broken": broken, "micro_batches": records}
+
+    def _sample(self, domain: int, index: int) -> dict[str, Any]:
+        number, start = self.samples.index[domain][index]
+        trajectory = self.samples.trajectories[number]
+        return {
+            "domain": trajectory.domain,
+            "file": trajectory.source,
+            "trajectory": trajectory.sample,
+            "first_snapshot": start,
+            "finite": bool(torch.isfinite(trajectory.read(start, start + self.samples.history + 1)).all()),
+        }
+
+
+def _where(rank: int, report: dict[str, Any]) -> str:
+    broken = report["broken"]
+    layer = "after the last layer" if broken["layer"] is None else f"layer {broken['layer']}"
+    return f"rank {rank}: {layer}, domain {broken['domain'] or 'unknown'}"

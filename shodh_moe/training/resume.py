@@ -1,0 +1,83 @@
+"""Where a run goes on: rank 0 chooses and checks the checkpoint, every rank reads its own part of it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
+from shodh_moe.errors import EXIT_USER_ERROR, UserError
+from shodh_moe.training.engine import Engine
+
+
+def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, str]:
+    """Load weights, optimizer and, at the same number of ranks, random state (collective).
+
+    Args:
+        resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
+
+    Returns:
+        {path, step, world_size} of the checkpoint, or None for a start from scratch; and a mark of this start, the
+        same on every rank and another each time.
+
+    Raises:
+        UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
+    """
+    shapes = engine.shapes()
+    found, mark = on_rank_0(lambda: (_find(checkpoints, resume, shapes), uuid.uuid4().hex))
+    if found:
+        reader = CheckpointReader(Path(found["path"]))
+        engine.load(reader)
+        if found["world_size"] == dist.get_world_size():
+            _restore_random_state(reader.random_state(dist.get_rank()))
+    return found, mark
+
+
+def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
+    """Where to go on, as {path, step, world_size}; None: from scratch."""
+    if resume == "auto":
+        found = find_checkpoint(checkpoints, shapes)
+        return {"path": str(found[0]), **_pick(found[1])} if found else None
+    path = Path(resume)
+    if reason := damage(path) or mismatch(path, shapes):
+        raise UserError(f"checkpoint {path} is refused: {reason}")
+    return {"path": str(path), **_pick(CheckpointReader(path).state)}
+
+
+def _pick(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: state[key] for key in ("step", "world_size")}
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """The result of ``work``, done by rank 0 alone; if it raises there, the other ranks end too."""
+    told: list[Any] = [None, True]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            told[0] = work()
+        except Exception as raised:
+            error, told[1] = raised, False
+    dist.broadcast_object_list(told, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
+    if error:
+        raise error
+    if not told[1]:
+        raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
+    return told[0]
+
+
+def random_state() -> dict[str, Tensor]:
+    """Of this rank's generators, for a checkpoint."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _restore_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,138 @@
+"""Which elements of the model and of the optimizer's state this rank holds, whatever the ZeRO stage.
+
+Without ZeRO a rank updates whole parameters; with it, a stretch of each parameter group laid end to end. Either way
+what it holds of one parameter are consecutive elements, and so they are in the logical tensor, whose first axis
+counts all experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shodh_moe.checkpoint import Fragment
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.training.optimizer import MOMENTS
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether the parameter belongs to the experts of this rank alone (DeepSpeed's own mark)."""
+    return not getattr(parameter, "allreduce", True)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive elements of one parameter that this rank updates.
+
+    Attributes:
+        name: the parameter's name in the model.
+        parameter: it, on this rank: of experts the local ones.
+        group: index of its parameter group, where ZeRO keeps the gradients.
+        start: first element in the flattened local parameter.
+        master: what the optimizer updates: the parameter itself, or ZeRO's part of the flattened group.
+        offset: first element in the flattened ``master``.
+        count: number of elements.
+        owned: whether this rank, of all that hold the same elements, saves and counts them.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    group: int
+    start: int
+    master: Tensor
+    offset: int
+    count: int
+    owned: bool
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The shard's part of a tensor shaped as ``master``."""
+        return flat.detach().view(-1).narrow(0, self.offset, self.count)
+
+
+def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParallel) -> list[Shard]:
+    """Every parameter whole. Ranks with the same elements own them in turn, so that all write alike much."""
+    found = []
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        replicas, replica = (world // ep.size, rank // ep.size) if is_expert(parameter) else (world, rank)
+        found.append(Shard(name, parameter, 0, 0, parameter, 0, parameter.numel(), index % replicas == replica))
+    return found
+
+
+def shards_of_zero(model: nn.Module, zero: Any) -> list[Shard]:
+    """The stretches of DeepSpeed's ZeRO 1 and 2 optimizer: no two ranks hold the same elements."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for group, parameters in enumerate(zero.bit16_groups):
+        for parameter in parameters:
+            if mapping := parameter._hp_mapping:
+                start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+                master = zero.single_partition_of_fp32_groups[group]
+                found.append(Shard(names[parameter], parameter, group, start, master, at.start, at.numel, True))
+    return found
+
+
+def fragments(
+    shards: list[Shard], optimizer: torch.optim.Optimizer, ep: ExpertParallel, all_held: bool
+) -> list[Fragment]:
+    """Weights and moments of the shards as parts of logical tensors: the owned ones to save, all to load."""
+    found = []
+    for shard in shards:
+        if all_held or shard.owned:
+            start = shard.start + (ep.rank * shard.parameter.numel() if is_expert(shard.parameter) else 0)
+            found.append(Fragment(f"model/{shard.name}", start, shard.of(shard.master)))
+            for key in MOMENTS:
+                values = shard.of(optimizer.state[shard.master][key])
+                found.append(Fragment(f"{key}/{shard.name}", start, values))
+    return found
+
+
+def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]:
+    """Shapes of all logical tensors of a checkpoint of this model."""
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        shape = list(parameter.shape)
+        if is_expert(parameter):
+            shape[0] *= ep.size
+        shapes.update({f"{kind}/{name}": shape for kind in ("model", *MOMENTS)})
+    return shapes
+
+
+def squared_norms(
+    gradients: list[tuple[Shard, Tensor]], layer_of: dict[str, int], layers: int, experts: int, ep: ExpertParallel
+) -> Tensor:
+    """Squared L2 norms of this rank's owned gradients: their sum over all ranks counts every element once.
+
+    Args:
+        gradients: flat gradients by shard.
+        layer_of: MoE layer of each expert parameter, by name.
+
+    Returns:
+        float64 [layers * E + 1]: each layer's experts, then everything else.
+    """
+    device = gradients[0][1].device if gradients else torch.device("cpu")
+    table = torch.zeros(layers * experts + 1, dtype=torch.float64, device=device)
+    places: list[int] = []
+    squares: list[Tensor] = []
+    for shard, gradient in gradients:
+        if not shard.owned:
+            continue
+        if shard.name not in layer_of:
+            places.append(layers * experts)
+            squares.append(_square(gradient))
+            continue
+        size = shard.parameter[0].numel()
+        first = layer_of[shard.name] * experts + ep.local_experts(experts).start
+        for expert in range(shard.start // size, -(-(shard.start + shard.count) // size)):
+            low, high = max(expert * size - shard.start, 0), min((expert + 1) * size - shard.start, shard.count)
+            places.append(first + expert)
+            squares.append(_square(gradient[low:high]))
+    if places:
+        table.index_add_(0, torch.tensor(places, device=device), torch.stack(squares))
+    return table
+
+
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()

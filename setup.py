@@ -21,7 +21,7 @@ RUNTIME = [
     "tqdm>=4.66",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
-    "deepspeed>=0.19",
+    "deepspeed>=0.19.8",
 ]
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.

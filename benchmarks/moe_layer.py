@@ -1,7 +1,10 @@
 """A whole mixture-of-experts layer in one process against DeepSpeed's and a dense network of the same active size.
 
-    python benchmarks/moe_layer.py [--device cpu|cuda] [--json FILE] [--cases 4096/128/4 8192/256/16]
+    python benchmarks/moe_layer.py [--device cpu|cuda] [--json FILE] [--cases 4096/128/4 8192/256/16] [--ranks 2]
 
+After the times come the peak memory of each layer and the share of its parts in the time, forward and backward
+together: what the experts' products take, no other way of moving tokens can save. ``--ranks 2`` shares the layer
+between that many processes too (`moe_ranks`).
 Same SwiGLU experts, linear router, Top-1 and capacity factor in all; no shared expert. DeepSpeed 0.19's MOELayer
 always takes its sparse path (_sparse_encode, _sparse_decode) where Tutel is not asked for.
 Shapes: N tokens, D width, F hidden width (2 D), E experts.
@@ -15,7 +18,9 @@ import sys
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run
+from common import DTYPES, OURS, Report, describe, run
+from layer_profile import PARTS, peak_bytes, shares
+from moe_ranks import bench_ranks
 from peers import deepspeed
 from timing import BOTH, Missing, Times, first_line, release, rotating, with_backward
 from torch import Tensor, nn
@@ -35,8 +40,8 @@ def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: in
     return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
 
 
-def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False) -> Any:
-    """`shodh_moe.model.MoE`, or why it cannot be made."""
+def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False, ep: Any = None) -> Any:
+    """`shodh_moe.model.MoE` with the experts of ``ep`` (None: all of them), or why it cannot be made."""
     try:
         from shodh_moe.config import MoEConfig, RouterConfig
         from shodh_moe.model.moe import MoE
@@ -52,7 +57,7 @@ def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool
         min_capacity=MIN_CAPACITY,
         router=RouterConfig(kind=router),  # type: ignore[arg-type]
     )
-    return MoE(width, config, ExpertParallel(), seed=0, layer=0)
+    return MoE(width, config, ep or ExpertParallel(), seed=0, layer=0)
 
 
 def feed_forward(width: int, hidden: int) -> Any:
@@ -145,7 +150,23 @@ def bench_layer(report: Report, tokens: int, width: int, experts: int, dtype: to
     bytes_ = layer_bytes(tokens, width, hidden, experts, dtype.itemsize)
     flops = layer_flops(tokens, width, hidden, experts)
     report.measure("moe_layer", case | {"pass": BOTH}, calls, sets, bytes_, flops, rate)
+    explain(report, case, calls, sets[0])
     release(device)
+
+
+def explain(report: Report, case: dict[str, Any], calls: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Peak memory and parts of every layer that runs here, as a table and under ``profiles`` in the JSON."""
+    shape = {key: case[key] for key in ("width", "hidden", "experts")}
+    print(f"\nmoe_layer  {describe(case)}  peak memory and share of the time of {BOTH}")
+    print(f"  {'implementation':<36} {'peak MB':>9} " + " ".join(f"{part:>18}" for part in PARTS))
+    for name, call in calls.items():
+        if isinstance(call, Missing):
+            continue
+        peak, parts = peak_bytes(call, inputs, report.device), shares(call, inputs, report.device, **shape)
+        print(f"  {name:<36} {peak / 1e6:9.1f} " + " ".join(f"{parts[part]:18.1%}" for part in PARTS), flush=True)
+        row = {"implementation": name, "case": case, "peak_memory_bytes": peak, "shares": parts}
+        report.content.setdefault("profiles", []).append(row)
+    report.save()
 
 
 def _call(name: str, module: nn.Module, parameters: list[Tensor]) -> Any:
@@ -181,10 +202,14 @@ def work(report: Report) -> None:
                 bench_layer(report, tokens, width, experts, DTYPES[dtype])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if options.ranks > 1:
+        for tokens, width, experts in options.cases or ([(64, 16, 4)] if options.quick else cases):
+            bench_ranks(report, tokens, width, experts, options.ranks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=case_of, nargs="+", metavar="TOKENS/WIDTH/EXPERTS")
+    parser.add_argument("--ranks", type=int, default=1, help="also on this many ranks, at the same global batch")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32; cuda both")
 
 

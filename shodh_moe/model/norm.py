@@ -40,8 +40,8 @@ def available_norm(choice: str, device_type: str) -> str:
     if choice == "apex":
         if not _nvidia_apex():
             raise UserError(
-                "training.norm apex: NVIDIA's apex with its CUDA extensions is not installed (the package registry's `apex` is "
-                "another project's): build it from source as the Dockerfile does, or set it to auto"
+                "training.norm apex: NVIDIA's apex with its CUDA extensions is not installed (the package registry's "
+                "`apex` is another project's): build it from source as the Dockerfile does, or set it to auto"
             )
         if device_type != "cuda":
             raise UserError("training.norm apex needs an NVIDIA GPU: set it to auto, or run with DS_ACCELERATOR=cuda")

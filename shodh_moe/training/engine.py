@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ class Engine:
         self._clip = t.grad_clip
         if not self._engine.has_moe_layers:
             raise RuntimeError("DeepSpeed did not recognise the experts: their gradients would be wrong")
-        self._zero = self._engine.optimizer if config.parallel.zero_stage else None
+        self._skip = False
+        self._zero: Any = self._engine.optimizer if config.parallel.zero_stage else None
         if self._float64:
             self._communicate_float64()
         if self._zero:
@@ -141,7 +143,6 @@ class Engine:
         else:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
         make_state(self.optimizer)
-        self._skip = False
         self._bad_losses = torch.zeros((), dtype=torch.float64, device=self.device)
         experts = {id(p): layer for layer, moe in enumerate(self.model.moe_layers) for p in moe.experts.parameters()}
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
@@ -195,7 +196,8 @@ class Engine:
         for shard in self._shards:
             gradient = shard.parameter.grad
             if self._zero:
-                gradient = self._zero.averaged_gradients[shard.group][shard.parameter._index_in_param_group]
+                place = shard.parameter._index_in_param_group  # type: ignore[attr-defined]
+                gradient = self._zero.averaged_gradients[shard.group][place]
             if gradient is not None:
                 found.append((shard, gradient.view(-1)))
         return found
@@ -275,3 +277,5 @@ def init_distributed(facts: dict[str, Any] | None = None) -> None:
     backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
     join(backend, facts or {}, START_SECONDS)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed's ZeRO calls a function that torch renames: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)

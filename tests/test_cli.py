@@ -44,8 +44,36 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("predict", "predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"),
+        ("checkpoint", "checkpoint export runs/trial --output trial_model"),
+        ("checkpoint inspect", "checkpoint inspect runs/trial"),
+        ("checkpoint verify", "checkpoint verify runs/trial"),
+        ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
+    ],
+)
+def test_help_of_what_needs_no_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    assert f"example: shodh {example}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
     "arguments",
-    [[], ["dance"], ["run"], ["run", "--config"], ["run", "--config", "x", "--training.steps=3"], ["tokenizer"]],
+    [
+        [],
+        ["dance"],
+        ["run"],
+        ["run", "--config"],
+        ["run", "--config", "x", "--training.steps=3"],
+        ["tokenizer"],
+        ["checkpoint"],
+        ["checkpoint", "export", "x"],
+        ["checkpoint", "verify", "x", "training.steps=3"],
+        ["predict", "--checkpoint", "x", "--input", "y", "--output", "z", "--steps", "many"],
+    ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -62,6 +90,24 @@ def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: p
     monkeypatch.setattr(pipeline, "make_data", seen.append)
     assert main(["data", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"]) == 0
     assert (seen[0].training.steps, seen[0].seed, seen[0].data.seed, seen[0].name) == (6, 5, 7, "n")
+
+
+@pytest.mark.parametrize(
+    ("more", "resume"), [([], "auto"), (["--resume", "runs/a/checkpoints/5"], "runs/a/checkpoints/5")]
+)
+def test_pretrain_goes_on_from_a_checkpoint(
+    here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], resume: str
+) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "pretrain", lambda config, resume: seen.append(resume))
+    assert shodh("pretrain", *more) == 0
+    assert seen == [resume]
+
+
+def test_checkpoint_commands_name_what_is_missing(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for step in ("inspect", "verify"):
+        refused(capfd, "checkpoint", step, "nowhere", says=("nowhere is no checkpoint and holds none",))
+    refused(capfd, "checkpoint", "export", "nowhere", "--output", "x", says=("there is no folder nowhere",))
 
 
 def test_an_unexpected_exception_is_ours_with_a_traceback(

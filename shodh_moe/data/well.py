@@ -1,15 +1,19 @@
-"""Write simulated trajectories in the_well's HDF5 schema, one trajectory per file."""
+"""Write trajectories in the_well's HDF5 schema: simulated ones, one a file, and predictions of other files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.data.reading import TrajectoryRecord
 from shodh_moe.files import atomic_file
 from shodh_moe.solvers import Simulation
 
@@ -34,12 +38,124 @@ def write_trajectory(
         _write_dimensions(file, simulation)
         _write_boundaries(file, simulation)
         _write_fields(file, simulation)
-        group = file.create_group("provenance")
-        group.attrs["label"] = "synthetic"
-        group.attrs["units"] = "lattice units: cell size, time step and mean density are 1"
-        for key, value in provenance.items():
-            group.attrs[key] = value if isinstance(value, (str, bool, int, float)) else json.dumps(value)
-        group.attrs["complete"] = True
+        units = "lattice units: cell size, time step and mean density are 1"
+        _write_provenance(file, {"label": "synthetic", "units": units, **provenance})
+        file["provenance"].attrs["complete"] = True
+
+
+@contextmanager
+def new_prediction(
+    path: Path, records: list[TrajectoryRecord], time: NDArray[np.float32], dtype: str, provenance: dict[str, Any]
+) -> Iterator[h5py.File]:
+    """A file of predicted snapshots; when the block ends well it is complete and at ``path``, otherwise nowhere.
+
+    Scalars, axes, boundary conditions and the solid mask are those of the input; what the input says to vary with
+    time is left out. The block fills ``t1_fields/velocity`` [B, N, X, Y, Z, 3] and ``t0_fields/pressure``
+    [B, N, X, Y, Z].
+
+    Args:
+        records: the B trajectories that are continued, all of one file.
+        time: of the predicted snapshots, [N] or [B, N].
+        dtype: of velocity and pressure, ``float32`` or ``float64``.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission).
+    """
+    samples, shape = [record.sample for record in records], (len(records), time.shape[-1], *records[0].grid)
+    with h5py.File(records[0].path, "r") as given, atomic_file(path) as temporary, new_hdf5(temporary) as file:
+        _copy_root(given, file, records)
+        _copy_dimensions(given, file, time, records[0].grid)
+        scalars, boundaries = (_copied_group(given, file, name) for name in ("scalars", "boundary_conditions"))
+        for name, item in given.get("boundary_conditions", {}).items():
+            if not item.attrs.get("time_varying", False):
+                _copy(item, boundaries, name, samples)
+        names = [n for n, item in given.get("scalars", {}).items() if not item.attrs.get("time_varying", False)]
+        for name in names:
+            _copy(given["scalars"][name], scalars, name, samples)
+        scalars.attrs["field_names"] = file.attrs["simulation_parameters"] = _names(names)
+        fields = file.create_group("t0_fields")
+        fields.attrs["field_names"] = ["pressure"]
+        _describe(fields.create_dataset("pressure", shape, dtype), time_varying=True)
+        if "t0_fields/solid" in given:
+            fields.attrs["field_names"] = ["pressure", "solid"]
+            solid = np.asarray(given["t0_fields/solid"], dtype=np.float32)
+            solid = solid[samples] if solid.ndim == 4 else solid
+            _describe(fields.create_dataset("solid", data=solid), time_varying=False, sample_varying=solid.ndim == 4)
+        vectors = file.create_group("t1_fields")
+        vectors.attrs["field_names"] = ["velocity"]
+        _describe(vectors.create_dataset("velocity", (*shape, 3), dtype), time_varying=True)
+        file.create_group("t2_fields").attrs["field_names"] = _names([])
+        units = given["provenance"].attrs.get("units") if "provenance" in given else None
+        _write_provenance(file, {"label": "prediction", "units": str(units or "those of the input"), **provenance})
+        yield file
+        file["provenance"].attrs["complete"] = True
+
+
+def _copy_root(given: h5py.File, file: h5py.File, records: list[TrajectoryRecord]) -> None:
+    defaults = {"dataset_name": records[0].domain, "grid_type": "cartesian"}
+    for key, value in {**defaults, **_attributes(given)}.items():
+        file.attrs[key] = value
+    file.attrs["n_spatial_dims"] = 3
+    file.attrs["n_trajectories"] = len(records)
+
+
+def _copy_dimensions(given: h5py.File, file: h5py.File, time: NDArray[np.float32], grid: tuple[int, ...]) -> None:
+    group = _copied_group(given, file, "dimensions")
+    group.attrs["spatial_dims"] = axes = axis_names(given)
+    _flag(group.create_dataset("time", data=time), sample_varying=time.ndim == 2, time_varying=True)
+    for axis, size in zip(axes, grid, strict=True):
+        stored = given.get(f"dimensions/{axis}")
+        values = np.arange(size) + 0.5 if stored is None else stored[()]
+        _flag(group.create_dataset(axis, data=np.asarray(values, dtype=np.float32)))
+
+
+def axis_names(file: h5py.File) -> list[str]:
+    """The names of the three axes of space, x, y, z if the file does not tell."""
+    names = file["dimensions"].attrs.get("spatial_dims", ()) if "dimensions" in file else ()
+    return [str(name) for name in names] if len(names) == 3 else list(_AXES)
+
+
+def _copied_group(given: h5py.File, file: h5py.File, name: str) -> h5py.Group:
+    group = file.create_group(name)
+    for key, value in _attributes(given[name]).items() if name in given else ():
+        group.attrs[key] = value
+    return group
+
+
+def _copy(item: h5py.HLObject, parent: h5py.Group, name: str, samples: list[int], by_sample: bool = False) -> None:
+    """Copy a group or dataset with its attributes; of one that varies by trajectory only ``samples``."""
+    by_sample = bool(item.attrs.get("sample_varying", by_sample))
+    if isinstance(item, h5py.Group):
+        made = parent.create_group(name)
+        for child, value in item.items():
+            _copy(value, made, child, samples, by_sample)
+    else:
+        values = item[()]
+        made = parent.create_dataset(name, data=values[samples] if by_sample and item.ndim else values)
+    for key, value in _attributes(item).items():
+        made.attrs[key] = value
+
+
+def _attributes(item: h5py.HLObject) -> dict[str, Any]:
+    """Attributes that can be written again: numbers, flags and text; not the references that other writers add."""
+    found: dict[str, Any] = {}
+    for key, value in item.attrs.items():
+        if isinstance(value, np.ndarray) and value.dtype == object:
+            if all(isinstance(one, str) for one in value.flat):
+                found[key] = _names(value.tolist())
+        elif isinstance(value, (str, np.generic)) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufS"):
+            found[key] = value
+    return found
+
+
+def _names(names: list[str]) -> NDArray[Any]:
+    return np.array(names, dtype=h5py.string_dtype())
+
+
+def _write_provenance(file: h5py.File, provenance: dict[str, Any]) -> None:
+    group = file.create_group("provenance")
+    for key, value in provenance.items():
+        group.attrs[key] = value if isinstance(value, (str, bool, int, float)) else json.dumps(value)
 
 
 def _write_root(file: h5py.File, simulation: Simulation, dataset_name: str, domain: str) -> None:
@@ -96,13 +212,16 @@ def _write_fields(file: h5py.File, simulation: Simulation) -> None:
     vectors = file.create_group("t1_fields")
     vectors.attrs["field_names"] = ["velocity"]
     _field(vectors, "velocity", np.moveaxis(simulation.velocity_T3XYZ, 1, -1)[None], time_varying=True)
-    file.create_group("t2_fields").attrs["field_names"] = np.array([], dtype=h5py.string_dtype())
+    file.create_group("t2_fields").attrs["field_names"] = _names([])
 
 
 def _field(group: h5py.Group, name: str, values: np.ndarray, time_varying: bool) -> None:
-    dataset = group.create_dataset(name, data=np.ascontiguousarray(values, dtype=np.float32))
+    _describe(group.create_dataset(name, data=np.ascontiguousarray(values, dtype=np.float32)), time_varying)
+
+
+def _describe(dataset: h5py.Dataset, time_varying: bool, sample_varying: bool = True) -> None:
     dataset.attrs["dim_varying"] = np.ones(3, dtype=bool)
-    _flag(dataset, sample_varying=True, time_varying=time_varying)
+    _flag(dataset, sample_varying, time_varying)
 
 
 def _flag(item: h5py.HLObject, sample_varying: bool = False, time_varying: bool = False) -> None:

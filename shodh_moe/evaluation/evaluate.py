@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
-from shodh_moe.errors import UserError
 from shodh_moe.evaluation.divergence import divergence_table
+from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
+from shodh_moe.evaluation.rollout import decode, rollout
 from shodh_moe.evaluation.routing import (
     joint_counts,
     mutual_information,
@@ -29,36 +29,32 @@ from shodh_moe.evaluation.routing import (
     summarise_routing,
 )
 from shodh_moe.files import write_text
-from shodh_moe.model import LatentTransformer
-from shodh_moe.parallel import ExpertParallel
 from shodh_moe.progress import progress
-from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
-from shodh_moe.training.checkpoint import find_checkpoint, load_model
 from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.telemetry import RoutingCounts
 
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
 
 
-@dataclass
-class Models:
-    """The two networks of a run, in evaluation mode."""
-
-    tokenizer: Tokenizer
-    transformer: LatentTransformer
-    step: int
-    world_size: int
-
-
-@torch.no_grad()
 def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, latents: Path) -> dict[str, Any]:
     """Measure the newest checkpoint of ``run``; write ``metrics.json`` and ``evaluation.npz`` there.
 
     Raises:
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
-    models = load_models(config, run, tokenizer_folder)
+    models = load_models(find_source(run, tokenizer_folder), config.model)
+    return measure(config, models, dataset, latents, run, training_records(run))
+
+
+@torch.no_grad()
+def measure(
+    config: Config, models: Models, dataset: Path, latents: Path, folder: Path, history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
+
+    ``history`` holds the training records, from which speed and memory come; [] leaves those null.
+    """
     train, test = load_latents(latents, "train"), load_latents(latents, "test")
     domains = sorted({trajectory.domain for trajectory in test})
     records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", config.data.grid)}
@@ -83,17 +79,20 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        arrays.update({f"{domain}/{key}": value for key, value in _rollouts(models, config, pairs).items()})
+        free_running = _rollouts(models, config, pairs)
+        results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
+        results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
+        arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
 
     velocities = {dtype: torch.cat(parts) for dtype, parts in decoded.items()}
     table = divergence_table(velocities, simulated, models.tokenizer.config.operator)
     exact = table[0]
-    history = _training_records(run)
     metrics = {
         "run": config.name,
         "step": models.step,
         "world_size": models.world_size,
-        "ep_size": history[-1].get("ep_size", 1),
+        "ep_size": models.ep_size,
+        "weights_sha256": models.weights_sha256,
         "seed": config.seed,
         "domains": results,
         "routing": routing_on_heldout(models, config, test),
@@ -102,29 +101,14 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
         },
         "divergence_table": table,
         "throughput": {
-            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in history),
-            "step_ms_median": statistics.median(record["step_ms"] for record in history),
+            "tokens_per_second": _median(history, "tokens_per_second"),
+            "step_ms_median": _median(history, "step_ms"),
         },
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in history),
+        "peak_memory_bytes": max((record["peak_memory_bytes"] for record in history), default=None),
     }
-    np.savez_compressed(run / "evaluation.npz", **arrays)
-    write_text(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    np.savez_compressed(folder / "evaluation.npz", **arrays)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def load_models(config: Config, run: Path, tokenizer_folder: Path) -> Models:
-    """Tokenizer and transformer of a run, every expert in this process."""
-    found = find_checkpoint(run / "checkpoints")
-    if found is None:
-        raise UserError(f"{run / 'checkpoints'} holds no checkpoint: run `shodh pretrain` with this config first")
-    path, state = found
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ep = ExpertParallel()
-    transformer = LatentTransformer(
-        config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep
-    )
-    load_model(path, transformer, ep)
-    return Models(tokenizer, transformer.eval(), state["step"], state["world_size"])
 
 
 class _OneStep:
@@ -204,12 +188,6 @@ class _OneStep:
         }
 
 
-def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normalised latents of one geometry -> velocity and pressure [B, 4, X, Y, Z], curl and result in ``dtype``."""
-    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
-    return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1)
-
-
 def _rollouts(
     models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]]
 ) -> dict[str, np.ndarray]:
@@ -219,11 +197,9 @@ def _rollouts(
     errors = torch.zeros(len(pairs), steps)
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
-        window = latent.read(0, h)[None]
+        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None])
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
-        for step in range(steps):
-            z = models.transformer(window, latent.geometry_Cxyz[None]).latent_BCxyz
-            window = torch.cat([window[:, 1:], z[:, None]], dim=1)
+        for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
             errors[row, step] = nrmse(decode(models.tokenizer, z, solid)[0, :3], target.double())
             still[row, step] = nrmse(velocity[h - 1], target)
@@ -289,6 +265,5 @@ def _tokens(latent: LatentTrajectory, config: Config) -> int:
     return (latent.snapshots - config.model.history) * int(np.prod(grid)) // config.model.patch**3
 
 
-def _training_records(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
+def _median(history: list[dict[str, Any]], key: str) -> float | None:
+    return statistics.median(record[key] for record in history) if history else None

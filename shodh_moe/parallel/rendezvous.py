@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shodh_moe.errors import UserError
@@ -30,8 +31,8 @@ _joins = itertools.count()  # a second group in one process must not read the fa
 def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     """Compare the ranks' facts and their libraries' versions, then make torch.distributed's default process group.
 
-    The launcher's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say who takes part. Does nothing if the
-    process group exists already.
+    The launcher's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (LOCAL_RANK on GPUs) say who takes part.
+    Does nothing if the process group exists already.
 
     Args:
         backend: ``gloo`` or ``nccl``.
@@ -55,7 +56,9 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     except dist.DistError as error:
         raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
     store.set_timeout(dist.default_pg_timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # Bound to its device as DeepSpeed binds it: NCCL then connects now, and subgroups share the connection.
+    device = torch.device("cuda", _number("LOCAL_RANK")) if backend == "nccl" and world > 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device)
 
 
 def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeout_seconds: float) -> None:

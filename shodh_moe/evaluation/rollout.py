@@ -1,0 +1,28 @@
+"""Free-running predictions: each predicted latent is fed back as the newest of the history.
+
+Shapes: B batch, H history, C latent channels, x y z latent grid, X Y Z space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shodh_moe.model import LatentTransformer
+from shodh_moe.tokenizer import Tokenizer
+
+
+def rollout(transformer: LatentTransformer, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Iterator[Tensor]:
+    """The next latents [B, C, x, y, z], one after the other and without end."""
+    while True:
+        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz).latent_BCxyz
+        history_BHCxyz = torch.cat([history_BHCxyz[:, 1:], z_BCxyz[:, None]], dim=1)
+        yield z_BCxyz
+
+
+def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normalised latents of one geometry -> velocity and pressure [B, 4, X, Y, Z], curl and result in ``dtype``."""
+    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
+    return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1)

@@ -1,0 +1,83 @@
+"""A run as training leaves it, made without training: dataset, tokenizer, one checkpoint, one line of telemetry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import yaml
+
+from shodh_moe.checkpoint import CheckpointWriter, model_fragments
+from shodh_moe.config import Config
+from shodh_moe.model import LatentTransformer
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.tokenizer import Tokenizer
+from tests.tiny import CONFIG, write_dataset
+
+GRID = (16, 8, 24)  # three different sizes: an axis in the wrong place does not fit
+SNAPSHOTS = 5
+HISTORY = 2
+RECORD = {"kind": "train", "step": 7, "tokens_per_second": 5.0, "step_ms": 2.0, "peak_memory_bytes": 9}
+
+
+def run_config(folder: Path, **model: Any) -> Config:
+    return Config.model_validate(
+        {
+            "name": "trained",
+            "runs": str(folder / "runs"),
+            "data": {"name": "theirs", "path": str(folder / "theirs"), "grid": list(GRID)},
+            "tokenizer": {**CONFIG["tokenizer"], "path": str(folder / "tok"), "root": str(folder / "tokenizers")},
+            "model": {**CONFIG["model"], "history": HISTORY, **model},
+            "training": CONFIG["training"],
+            "parallel": {"processes": 1},
+            "evaluation": {"rollout_steps": 2},
+        }
+    )
+
+
+def make_run(folder: Path) -> Path:
+    """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``."""
+    write_dataset(folder / "theirs", GRID, SNAPSHOTS)
+    (folder / "tok").mkdir()
+    config = run_config(folder)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(config.tokenizer, list(GRID))
+    tokenizer.pressure_rms.fill_(0.5)
+    torch.nn.init.normal_(tokenizer.geometry_basis_CP, std=0.1)
+    tokenizer.save(folder / "tok")
+    transformer = LatentTransformer(config.model, 16, tokenizer.latent_grid, 3, ExpertParallel())
+    torch.nn.init.normal_(transformer.head.weight, std=0.3)  # zero at the start: every prediction would be persistence
+    run = folder / "runs" / "trained"
+    writer = CheckpointWriter(run / "checkpoints", 0, 1, 2, 0, "test")
+    fragments, shapes = model_fragments(transformer, ExpertParallel())
+    writer.save(7, fragments, shapes, {"cpu": torch.get_rng_state()}, {"config": config.model_dump(), "ep_size": 1})
+    writer.finish()
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    return run
+
+
+def two_trajectories(path: Path, dataset: Path) -> Path:
+    """A file with the test trajectories of both domains, the second one's first axis of time and scalars its own."""
+    files = [dataset / "data" / "test" / f"{domain}.hdf5" for domain in ("calm", "wild")]
+    with h5py.File(path, "w") as file, h5py.File(files[0]) as first, h5py.File(files[1]) as second:
+        for key, value in first.attrs.items():
+            file.attrs[key] = value
+        file.attrs["n_trajectories"] = 2
+        for name in first:
+            first.copy(name, file)
+        for name in ("t0_fields/pressure", "t0_fields/solid", "t1_fields/velocity"):
+            attributes = dict(file[name].attrs)
+            del file[name]
+            file[name] = np.concatenate([first[name], second[name]])
+            file[name].attrs.update(attributes)
+        flags = {"sample_varying": np.True_, "time_varying": np.False_}
+        for name, values in (("scalars/reynolds", [1.0, 2.0]),):
+            del file[name]
+            file[name] = np.array(values, dtype=np.float32)
+            file[name].attrs.update(flags)
+    return path

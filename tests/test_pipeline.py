@@ -240,7 +240,7 @@ def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.splitlines()[-1].startswith("interrupted: the same command goes on from the last checkpoint")
+    assert error.splitlines()[-1].startswith("interrupted: nothing half-written is left, the same command goes on")
     assert ranks(here) == []
     found = find_checkpoint(here / "runs/long/checkpoints")
     assert found is not None

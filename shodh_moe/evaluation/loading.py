@@ -25,6 +25,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 EXPORT_FORMAT = 1
 # Model settings that neither shape the weights nor change a prediction, in which no token is dropped.
@@ -144,7 +145,11 @@ def load_models(source: Source, model: ModelConfig | None = None) -> Models:
     Raises:
         UserError: the weights belong to another architecture (names tensors and both shapes, or settings).
     """
-    tokenizer = load_tokenizer(source.tokenizer_folder())
+    folder = source.tokenizer_folder()
+    tokenizer = load_tokenizer(folder)
+    made_with = source.state.get("tokenizer_sha256")
+    if made_with and made_with != tokenizer_sha256(folder):
+        raise UserError(f"{source.path} was trained on latents of another tokenizer than {folder}: name its own one")
     model = model or source.config.model
     transformer = LatentTransformer(
         model, tokenizer.config.latent_channels, tokenizer.latent_grid, source.config.seed, ExpertParallel()

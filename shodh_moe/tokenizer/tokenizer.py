@@ -144,5 +144,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer.eval()
 
 
+def tokenizer_sha256(folder: Path) -> str | None:
+    """Hash of a tokenizer's weights as it was saved; None if there is none."""
+    try:
+        return str(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]

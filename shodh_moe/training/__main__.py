@@ -31,10 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
         from shodh_moe.training.pretrain import pretrain
 
         keep_freed_memory()
-        pretrain(config, paths.run, paths.latents, options.resume)
+        pretrain(config, paths.run, paths.latents, options.resume, tokenizer_sha256(paths.tokenizer))
 
     return exit_code(work, options.debug)
 

@@ -58,12 +58,15 @@ def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> 
     return {"loss": loss, "prediction_loss": prediction_loss, "balance_loss": balance, "z_loss": z}, error_B.detach()
 
 
-def pretrain(config: Config, run: Path, latents: Path, resume: str = "auto") -> None:
+def pretrain(
+    config: Config, run: Path, latents: Path, resume: str = "auto", tokenizer_sha256: str | None = None
+) -> None:
     """Train to ``training.steps``.
 
     Args:
         resume: ``auto`` goes on from the newest intact checkpoint of the run folder, if there is one; a checkpoint
             folder goes on from that one.
+        tokenizer_sha256: hash of the tokenizer that made the latents; checkpoints keep it.
 
     Raises:
         UserError: ranks disagree, nothing fits to resume from, a step was not finite under the policy ``halt``.
@@ -171,6 +174,7 @@ def pretrain(config: Config, run: Path, latents: Path, resume: str = "auto") -> 
                 # The sampler is a function of these and the step.
                 "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
                 "versions": versions(),
+                "tokenizer_sha256": tokenizer_sha256,
             }
             writer.save(done, engine.fragments(), engine.shapes(), random_state(), facts)
     writer.finish()

@@ -21,7 +21,8 @@ from shodh_moe.evaluation import export as module
 from shodh_moe.evaluation.export import export
 from shodh_moe.evaluation.loading import find_source, load_models, read_weights, weights_sha256
 from shodh_moe.files import sha256
-from tests.evaluation.trained import RECORD, make_run
+from shodh_moe.tokenizer import Tokenizer
+from tests.evaluation.trained import GRID, RECORD, make_run, run_config
 from tests.tiny import refused, tree
 
 DAMAGED = ["model.safetensors", "config.yaml", "tokenizer/tokenizer.safetensors", "tokenizer/tokenizer.json"]
@@ -198,6 +199,10 @@ def test_what_an_export_refuses(
     refused(capfd, *arguments(model), says=("is an exported model already",))
     refused(capfd, *arguments(tmp_path), says=("no checkpoint and no exported model",))
     refused(capfd, *arguments(run), "--tokenizer", "nowhere", says=("nowhere", "--tokenizer"))
+    other = Tokenizer(run_config(tmp_path).tokenizer, list(GRID))
+    other.save(tmp_path / "other")
+    refused(capfd, *arguments(run), "--tokenizer", str(tmp_path / "other"), says=("of another tokenizer",))
+    shutil.rmtree(tmp_path / "other")
 
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")

@@ -16,6 +16,7 @@ from shodh_moe.config import Config
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import Tokenizer
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, write_dataset
 
 GRID = (16, 8, 24)  # three different sizes: an axis in the wrong place does not fit
@@ -54,7 +55,8 @@ def make_run(folder: Path) -> Path:
     run = folder / "runs" / "trained"
     writer = CheckpointWriter(run / "checkpoints", 0, 1, 2, 0, "test")
     fragments, shapes = model_fragments(transformer, ExpertParallel())
-    writer.save(7, fragments, shapes, {"cpu": torch.get_rng_state()}, {"config": config.model_dump(), "ep_size": 1})
+    facts = {"config": config.model_dump(), "ep_size": 1, "tokenizer_sha256": tokenizer_sha256(folder / "tok")}
+    writer.save(7, fragments, shapes, {"cpu": torch.get_rng_state()}, facts)
     writer.finish()
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
     (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")

@@ -38,7 +38,8 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     except UserError as error:
         return _wrong_input(str(error), debug)
     except KeyboardInterrupt:
-        print("interrupted: nothing half-written is left, the same command goes on (training: from the last checkpoint)", file=sys.stderr, flush=True)
+        told = "interrupted: nothing half-written is left, the same command goes on or starts anew"
+        print(told, file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except OSError as error:
         if reason := disk_trouble(error):

@@ -156,6 +156,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         losses("triton"),
         losses("reference"),
         bench("moe_layer", 30),
+        bench("optimizer", 25),
         Step("quickstart", [*cli, "run", *settings, "--name", "short"], 150, {}, TRAINING_NEEDS, run_folder),
         *([] if rehearse else [first_losses("triton"), first_losses("reference")]),
         Step(
@@ -167,7 +168,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     ]
 
 
-BENCHMARKS = ("dispatch", "spectral_curl", "gating", "moe_layer")
+BENCHMARKS = ("dispatch", "spectral_curl", "gating", "moe_layer", "optimizer")
 
 
 def tests(out: Path, rehearse: bool) -> Step:

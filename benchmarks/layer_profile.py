@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Call
+from timing import Call, peak_memory
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -64,13 +64,8 @@ def shares(
 def peak_bytes(call: Call, inputs: Any, device: torch.device) -> int:
     """Most bytes held at once during a call, above what was held before it."""
     call(inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call(inputs)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    if (on_device := peak_memory(call, inputs, device)) is not None:
+        return on_device
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call(inputs)
     held = peak = 0

@@ -98,7 +98,8 @@ def seconds_of(call: Call, inputs: Any, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000.0
 
 
-def _peak_memory(call: Call, inputs: Any, device: torch.device) -> int | None:
+def peak_memory(call: Call, inputs: Any, device: torch.device) -> int | None:
+    """Most device memory held at once during a call, above what was held before it; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -126,7 +127,7 @@ def time_alternately(
             continue
         try:
             call(sets[0])  # compilation
-            peak[name] = _peak_memory(call, sets[-1], device)
+            peak[name] = peak_memory(call, sets[-1], device)
             estimate += seconds_of(call, sets[len(sets) // 2], device)
             ready[name] = call
         except Exception as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config_io import differing_keys, flatten
@@ -20,8 +22,12 @@ from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from shodh_moe.training.optimizer import resolve_optimizer
 
-# Settings that do not change the weights: a run folder accepts others, and measures or reports again.
-FREE_SECTIONS = ("evaluation.", "runs", "name")
+# Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
+# Its checkpoints fit every layout; what a run does with one of these is told when it starts.
+FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "runs", "name")
+FREE_TRAINING = ("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "checkpoint_every", "keep_last")
+FREE_TRAINING += ("keep_every", "log_every", "validate_every")
+FREE = FREE_SECTIONS + tuple(f"training.{key}" for key in FREE_TRAINING)
 
 
 def check(config: Config) -> None:
@@ -118,7 +124,9 @@ def claim_run_folder(config: Config, write: bool = True) -> None:
             stored = None
         if not isinstance(stored, dict):
             raise UserError(f"{stored_path} is damaged: choose another name (NAME=... or --name) or remove {run}")
-        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE_SECTIONS)]
+        with suppress(ValidationError):  # a key that has come since has its default there
+            stored = Config.model_validate(stored).model_dump()
+        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE)]
         if differing:
             theirs, ours = flatten(stored), flatten(mine)
             named = [f"{key} ({theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here)" for key in differing]

@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import yaml
 
 from shodh_moe import pipeline
 from shodh_moe.cli import main
@@ -268,6 +269,14 @@ def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest
     error = refused(capfd, "run", "--config", "tiny.yaml", *changed, says=says)
     assert "rollout_steps" not in error
     assert tree(here) == before
+    # The layout, what is logged, and whose kernels run do not change what is learned.
+    layout = {"parallel": {"ep_size": 1, "zero_stage": 2}, "telemetry": {"every": 3}}
+    pipeline.claim_run_folder(config(**layout, training={**CONFIG["training"], "keep_last": 5}), write=False)
+    # A key that has come since the run began has its default there.
+    stored = yaml.safe_load((here / "runs/tiny/config.yaml").read_text())
+    del stored["telemetry"], stored["training"]["precision"]
+    (here / "runs/tiny/config.yaml").write_text(yaml.safe_dump(stored))
+    pipeline.claim_run_folder(config(), write=False)
     (here / "runs/tiny/config.yaml").write_text("half: [")
     refused(capfd, "run", "--config", "tiny.yaml", says=("runs/tiny/config.yaml is damaged", "--name"))
 

@@ -19,7 +19,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +43,7 @@ from shodh_moe.checkpoint.state import (
 )
 from shodh_moe.errors import UserError
 from shodh_moe.files import disk_trouble, remove_leftovers, replace_folder, sync, write_text
+from shodh_moe.polling import wait_until
 
 PATIENCE_S = 1800.0  # how long a rank that has done its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
@@ -190,7 +190,7 @@ class CheckpointWriter:
             return len(reports) == self._world_size
 
         # Even after a failure: a rank that comes later would make the folder anew.
-        if not _wait(all_reported, PATIENCE_S):
+        if not wait_until(all_reported, PATIENCE_S):
             late = [rank for rank in range(self._world_size) if rank not in reports]
             raise UserError(
                 f"cannot write {save.final}: {_ranks(late)} did not report in {PATIENCE_S:.0f} s: "
@@ -230,10 +230,10 @@ class CheckpointWriter:
             except Damaged:
                 return False
 
-        if not _wait(decided, PATIENCE_S):
+        if not wait_until(decided, PATIENCE_S):
             raise UserError(f"cannot write {save.final}: rank 0 did not finish it in {PATIENCE_S:.0f} s")
         _raise_failures(save, {self._rank: own}, self._world_size)
-        if not _wait(committed, GRACE_S):
+        if not wait_until(committed, GRACE_S):
             raise UserError(f"cannot write {save.final}: rank 0 gave it up, and its message says why")
 
     def _set_aside_later(self, step: int) -> None:
@@ -286,17 +286,6 @@ def _raise_failures(save: _Save, reports: dict[int, dict[str, Any]], world_size:
         where = f" ({_ranks(failed)})" if world_size > 1 else ""
         text = f"cannot write {save.final}: {reports[failed[0]]['error']}{where}"
         raise UserError(text) if reports[failed[0]]["user"] else RuntimeError(text)
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether ``condition`` came true in time; asks less and less often."""
-    deadline, pause = time.monotonic() + seconds, 0.002
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-    return True
 
 
 def _remove_leftovers(folder: Path, attempt: str) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shodh_moe.errors import UserError
+from shodh_moe.polling import wait_until
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "
@@ -76,10 +76,10 @@ def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeo
         message = _difference(arrivals, timeout_seconds)
         store.set("verdict", json.dumps({"message": message, "arrivals": len(arrivals)}))
         if message:  # this process may host the store: the others must have read the verdict before it ends
-            _until(lambda: store.add("read", 0) >= len(arrivals) - 1, time.monotonic() + _ANSWER_SECONDS)
+            wait_until(lambda: store.add("read", 0) >= len(arrivals) - 1, _ANSWER_SECONDS)
             raise UserError(message)
         return
-    if not _until(lambda: store.check(["verdict"]), deadline + _ANSWER_SECONDS):
+    if not wait_until(lambda: store.check(["verdict"]), deadline - time.monotonic() + _ANSWER_SECONDS):
         raise UserError(_difference(_read(store), timeout_seconds) or _absent({0}, world, timeout_seconds))
     verdict = json.loads(store.get("verdict"))
     store.add("read", 1)
@@ -111,7 +111,7 @@ def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
         worlds = {a["facts"][WORLD] for a in arrivals}
         return len(worlds) > 1 or {a["rank"] for a in arrivals} >= set(range(min(worlds)))
 
-    _until(complete, deadline)
+    wait_until(complete, deadline - time.monotonic())
     arrivals = _read(store)
     if len({a["facts"][WORLD] for a in arrivals}) > 1:  # whom to wait for is unknown; most start within a second
         time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
@@ -121,17 +121,6 @@ def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
 
 def _read(store: dist.Store) -> list[Arrival]:
     return [json.loads(store.get(f"arrival {number}")) for number in range(1, store.add("arrivals", 0) + 1)]
-
-
-def _until(condition: Callable[[], bool], deadline: float) -> bool:
-    """Whether the condition came true in time."""
-    pause = 0.001
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, 0.2)
-    return True
 
 
 def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:

@@ -18,7 +18,8 @@ from shodh_moe.kernels import curl
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("gating", "dispatch", "spectral_curl", "moe_layer")
+SCRIPTS = ("gating", "dispatch", "spectral_curl", "moe_layer", "optimizer")
+PEERS = {"spectral_curl": "torch.fft", "optimizer": "torch, foreach"}  # else DeepSpeed
 RESULT_KEYS = {
     "op", "implementation", "case", "seconds", "seconds_p20", "seconds_p80", "rounds", "bytes", "flops", "gb_s",
     "share_of_copy", "gflop_s", "peak_memory_bytes", "extra",
@@ -63,7 +64,7 @@ def test_rehearsal_of_make_gpu_runs_every_step(rehearsal: tuple[subprocess.Compl
     steps = {step["name"]: step for step in content["steps"]}
     assert list(steps) == [
         "environment", "tests", "dispatch", "spectral_curl", "gating", "losses triton", "losses reference",
-        "moe_layer", "quickstart", "pictures",
+        "moe_layer", "optimizer", "quickstart", "pictures",
     ]  # fmt: skip
     assert {step["status"] for step in steps.values()} == {"done"}, done.stdout
     assert steps["environment"]["result"]["packages"]["torch"]
@@ -85,10 +86,7 @@ def test_json_has_machine_versions_date_and_results(results: Path, name: str) ->
     assert content["machine"].keys() >= {"date", "packages", "device_name", "threads", "cores", "python", "commit"}
     assert content["ceilings"]["copy_gb_s"] > 0
     assert content["ceilings"]["gemm_gflop_s"]["float32"] > 0
-    assert {row["implementation"] for row in content["results"]} >= {
-        "shodh",
-        "deepspeed" if name != "spectral_curl" else "torch.fft",
-    }
+    assert {row["implementation"] for row in content["results"]} >= {"shodh", PEERS.get(name, "deepspeed")}
     for row in content["results"]:
         assert row.keys() == RESULT_KEYS
         assert 0 < row["seconds_p20"] <= row["seconds"] <= row["seconds_p80"]
@@ -96,7 +94,7 @@ def test_json_has_machine_versions_date_and_results(results: Path, name: str) ->
         assert row["gflop_s"] == pytest.approx(row["flops"] / row["seconds"] / 1e9)
     assert all(check["holds"] for check in content["checks"])
     assert content["ratios"]
-    if name != "moe_layer":
+    if name not in ("moe_layer", "optimizer"):
         assert all("compil" in row["reason"] for row in content["not_available"])
 
 

@@ -182,7 +182,7 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
         patch.setattr(generate, "_workers", lambda config: 1)
         patch.setattr(generate, "_run", stops)
         assert shodh("data") == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command goes on")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: nothing half-written is left")
     assert not list(here.rglob("manifest.json"))
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*.hdf5")}
     assert len(before) == 3

@@ -25,8 +25,10 @@ from shodh_moe.training.optimizer import resolve_optimizer
 # Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
 # Its checkpoints fit every layout; what a run does with one of these is told when it starts.
 FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "runs", "name")
-FREE_TRAINING = ("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "checkpoint_every", "keep_last")
-FREE_TRAINING += ("keep_every", "log_every", "validate_every")
+FREE_TRAINING = [
+    *("optimizer", "norm", "activation_checkpointing", "on_nonfinite"),
+    *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
+]
 FREE = FREE_SECTIONS + tuple(f"training.{key}" for key in FREE_TRAINING)
 
 

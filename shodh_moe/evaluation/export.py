@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.evaluation.loading import EXPORT_FORMAT, Source, find_source, load_models
 from shodh_moe.evaluation.model_card import model_card
 from shodh_moe.files import sha256, whole_folder
+from shodh_moe.tensors import save_tensors
 
 
 def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
@@ -38,9 +38,9 @@ def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
         raise UserError(f"{path} is an exported model already: copy the folder")
     models = load_models(source)
     metrics = _metrics(source, models.weights_sha256)
-    weights = {name: tensor.contiguous() for name, tensor in models.transformer.state_dict().items()}
+    weights = models.transformer.state_dict()
     with whole_folder(output) as folder:
-        save_file(weights, folder / "model.safetensors")
+        save_tensors(weights, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()
         for name in ("tokenizer.safetensors", "tokenizer.json"):
             shutil.copyfile(source.tokenizer_folder() / name, folder / "tokenizer" / name)

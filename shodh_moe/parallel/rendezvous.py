@@ -52,7 +52,13 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
         raise UserError(_unreachable(rank, world, timeout_seconds, error)) from None
     store = dist.PrefixStore(f"shodh{next(_joins)}", store)
     try:
-        agree(store, rank, world, versions() | facts, timeout_seconds)
+        agree(
+            store,
+            rank,
+            world,
+            {VERSION + name: version for name, version in versions().items()} | facts,
+            timeout_seconds,
+        )
     except dist.DistError as error:
         raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
     store.set_timeout(dist.default_pg_timeout)
@@ -91,12 +97,12 @@ def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeo
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries whose parts on different ranks talk to each other."""
-    found = {f"{VERSION}python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for name in ("torch", "deepspeed", "shodh_moe"):
         try:
-            found[VERSION + name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[VERSION + name] = "none"
+            found[name] = "none"
     return found
 
 

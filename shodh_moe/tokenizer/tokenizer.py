@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shodh_moe.config import COMPRESSION, TokenizerConfig
 from shodh_moe.errors import UserError
 from shodh_moe.files import atomic_file, sha256, write_text
 from shodh_moe.kernels import curl
+from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import vector_potential
 
@@ -105,7 +106,7 @@ class Tokenizer(nn.Module):
             UserError: no space or no permission; then neither file is new.
         """
         with atomic_file(folder / "tokenizer.safetensors") as temporary:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
+            save_tensors(self.state_dict(), temporary)
         meta = {
             "config": self.config.model_dump(),
             "grid": self.grid,

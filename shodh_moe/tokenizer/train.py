@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shodh_moe.config import COMPRESSION, Config
@@ -18,6 +18,7 @@ from shodh_moe.data import FieldStats, SnapshotDataset, list_trajectories
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256, whole_folder, write_text
 from shodh_moe.progress import progress
+from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import space_to_depth
 from shodh_moe.tokenizer.symmetry import Symmetry
 from shodh_moe.tokenizer.tokenizer import Tokenizer
@@ -191,8 +192,8 @@ def _save_progress(folder: Path, tokenizer: Tokenizer, optimizer: torch.optim.Op
         for key, value in of_one.items()
     }
     with whole_folder(folder) as temporary:
-        save_file({k: v.contiguous() for k, v in tokenizer.state_dict().items()}, temporary / "model.safetensors")
-        save_file({k: v.contiguous() for k, v in moments.items()}, temporary / "optimizer.safetensors")
+        save_tensors(tokenizer.state_dict(), temporary / "model.safetensors")
+        save_tensors(moments, temporary / "optimizer.safetensors")
         hashes = {path.name: sha256(path) for path in temporary.iterdir()}
         (temporary / "state.json").write_text(json.dumps({**state, "sha256": hashes}))
 

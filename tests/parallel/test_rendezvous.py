@@ -172,7 +172,7 @@ def test_processes_with_another_config_all_end_alike(tmp_path):
 @pytest.mark.distributed
 def test_processes_with_another_library_version(tmp_path):
     outcomes = _processes(tmp_path, [2, 2], {1: {"version of torch": "2.8.0"}})
-    own = versions()["version of torch"]
+    own = versions()["torch"]
     for outcome in outcomes:
         assert f'ranks disagree on version of torch: "{own}" on rank 0, "2.8.0" on rank 1' in outcome["error"]
         assert "install" in outcome["error"]

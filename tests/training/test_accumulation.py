@@ -14,20 +14,23 @@ from tests.training.synthetic import CONFIG, write_latents
 pytestmark = pytest.mark.distributed
 
 
-def test_two_micro_batches_train_as_one_of_twice_the_size(tmp_path):
+def test_two_micro_batches_train_as_one_of_twice_the_size_at_every_zero_stage(tmp_path):
     """Without the balance loss, which is no mean over samples, and dropless: else capacity depends on the batch."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     write_latents(tmp_path / "latents")
+    worker = Path(__file__).with_name("worker_accumulation.py")
     plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")
-    for name, sizes in (
-        ("whole", ("training.batch_size=8", "training.accumulation=1")),
-        ("parts", ("training.batch_size=4", "training.accumulation=2")),
-    ):
-        worker = Path(__file__).with_name("worker_accumulation.py")
-        done = launch(1, worker, str(tmp_path), name, *plain, *sizes)
+
+    def train(name: str, batch: int, accumulation: int, stage: int) -> dict[str, torch.Tensor]:
+        sizes = (f"training.batch_size={batch}", f"training.accumulation={accumulation}")
+        done = launch(1, worker, str(tmp_path), name, *plain, *sizes, f"parallel.zero_stage={stage}")
         assert done.returncode == 0, done.stdout + done.stderr
-    whole, parts = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors")
+        return load_file(tmp_path / f"{name}.safetensors")
+
+    whole = train("whole", 8, 1, 0)
     assert whole["norms"].shape == (3,)
-    torch.testing.assert_close(parts["norms"], whole["norms"], rtol=1e-5, atol=0)
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for stage in (0, 1, 2):
+        parts = train(f"parts{stage}", 4, 2, stage)
+        torch.testing.assert_close(parts["norms"], whole["norms"], rtol=1e-5, atol=0)
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -21,6 +21,7 @@ RUNTIME = [
     "tqdm>=4.66",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
+    "psutil>=5.9",
     "deepspeed>=0.19.8",
 ]
 

@@ -26,7 +26,7 @@ from shodh_moe.training.optimizer import resolve_optimizer
 # Its checkpoints fit every layout; what a run does with one of these is told when it starts.
 FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "runs", "name")
 FREE_TRAINING = [
-    *("optimizer", "norm", "activation_checkpointing", "on_nonfinite"),
+    *("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "stall_seconds"),
     *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
 ]
 FREE = FREE_SECTIONS + tuple(f"training.{key}" for key in FREE_TRAINING)

@@ -11,7 +11,7 @@ from typing import Any
 from shodh_moe.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             ended.append(options.work(options) or EXIT_DONE)
         except PretrainFailed as error:
             ended.append(error.exit_code)
-            if error.exit_code != EXIT_USER_ERROR:
+            if error.exit_code not in (EXIT_USER_ERROR, EXIT_REQUEUE):
                 print(f"error: {error}; the ranks' output above says why", file=sys.stderr, flush=True)
 
     return exit_code(work, options.debug) or ended[0]
@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Multi-physics foundation models: divergence-free tokenizer, mixture-of-experts pretraining.",
         epilog=f"{EXAMPLE.format(command='run')}\n\n"
-        "exit codes: 0 done, 2 the input is wrong, 130 interrupted, 1 everything else",
+        "exit codes: 0 done, 2 the input is wrong, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint,\n"
+        "130 interrupted, 1 everything else",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -49,6 +50,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     except Exception as error:
         if _lost_a_peer(error):
             # The rank that ended first has said why and its exit code counts: let the launcher stop this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
             print("a rank stopped because another ended first: see that one's message", file=sys.stderr, flush=True)
         else:

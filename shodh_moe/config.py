@@ -205,6 +205,9 @@ class TrainingConfig(Section):
     norm: Literal["auto", "torch", "apex"] = Field("auto", description="whose RMS norm kernel")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory")
     on_nonfinite: Literal["halt", "skip"] = Field("halt", description="what a loss or gradient that is not finite does")
+    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="end a job in which a rank makes no step for so long, stacks to the run folder; 0: never"
+    )
     checkpoint_every: Positive = 100
     keep_last: Positive = 2
     keep_every: NonNegative = Field(0, description="also keep the checkpoints of every so many steps for good; 0: none")

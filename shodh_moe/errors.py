@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # stopped by a signal, with a checkpoint: start it again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):

@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
-from shodh_moe.errors import EXIT_USER_ERROR, UserError
+from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
 from shodh_moe.paths import Paths, paths_of
@@ -145,9 +146,18 @@ def _launch(config: Config, paths: Paths, resume: str) -> None:
         "DEEPSPEED_LOG_LEVEL": "warning",
         **os.environ,
     }
-    # Ended by a scheduler or `kill`, this process must take its ranks along: they have a session of their own.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        """The ranks, in a session of their own, write a checkpoint and end; a second signal does not wait for it."""
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        for rank in _ranks_of(launcher.pid):
+            rank.send_signal(signal.SIGUSR1)
+
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         code = launcher.wait()
     except BaseException:
@@ -158,13 +168,20 @@ def _launch(config: Config, paths: Paths, resume: str) -> None:
         _kill_session(launcher.pid)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
-        raise PretrainFailed(EXIT_USER_ERROR if code == EXIT_USER_ERROR else 1)
+        raise PretrainFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _ranks_of(launcher: int) -> list[psutil.Process]:
+    """The training processes below a launcher."""
+    found = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(argument.startswith("--local_rank") for argument in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def _kill_session(leader: int) -> None:

@@ -84,12 +84,14 @@ class Step:
         shared_norm: that of everything but the routed experts.
         expert_norms_LE: that of each routed expert, float64 [layers, E].
         applied: False if a loss or gradient was not finite; then weights and optimizer are as before.
+        stop: whether any rank wants to stop.
     """
 
     norm: float
     shared_norm: float
     expert_norms_LE: Tensor
     applied: bool
+    stop: bool
 
 
 class Engine:
@@ -155,40 +157,41 @@ class Engine:
         """The precision of ``training.precision`` for calls of ``model`` itself."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    def step(self, loss: Tensor, learning_rate: float) -> Step | None:
+    def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
         """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
 
-        Returns None while gradients accumulate. They are those of the mean loss of the step's micro-batches.
+        ``stop`` tells the other ranks that this one wants to stop. Returns None while gradients accumulate. They are
+        those of the mean loss of the step's micro-batches.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self._engine.is_gradient_accumulation_boundary()
         self._bad_losses += ~loss.detach().isfinite()
         self._engine.backward(loss)
-        step = self._clipped() if last else None
+        step = self._clipped(stop) if last else None
         if step is not None and not step.applied and not self._zero:
             for parameter in self.model.parameters():
                 parameter.grad = None
         self._engine.step()
         return step
 
-    def _clipped(self) -> Step:
+    def _clipped(self, stop: bool) -> Step:
         """Scale the gradients down to the clipping norm, and tell their norms."""
         gradients = self._gradients()
         experts = self.model.config.moe.num_experts
         squares = squared_norms(gradients, self._layer_of, len(self.model.moe_layers), experts, self.ep)
-        # One small exchange tells every rank the norms and whether any rank's loss was not finite.
-        table = torch.cat([squares, self._bad_losses[None]])
+        # One small exchange tells every rank the norms, whether any rank's loss was not finite, and who wants to stop.
+        table = torch.cat([squares, self._bad_losses[None], self._bad_losses.new_tensor([float(stop)])])
         self._bad_losses.zero_()
         dist.all_reduce(table)
         table = table.cpu()
-        norms = table[:-1].sqrt()
-        norm = float(table[:-1].sum().sqrt())
-        self._skip = not math.isfinite(norm) or bool(table[-1])
+        norms, bad_losses, stops = table[:-2].sqrt(), bool(table[-2]), bool(table[-1])
+        norm = float(table[:-2].sum().sqrt())
+        self._skip = not math.isfinite(norm) or bad_losses
         if not self._skip and norm > self._clip:
             for _, gradient in gradients:
                 gradient.mul_(self._clip / norm)
-        return Step(norm, float(norms[-1]), norms[:-1].view(-1, experts), not self._skip)
+        return Step(norm, float(norms[-1]), norms[:-1].view(-1, experts), not self._skip, stops)
 
     def _gradients(self) -> list[tuple[Shard, Tensor]]:
         """The reduced gradient of every shard that has one, flat."""

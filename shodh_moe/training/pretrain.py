@@ -20,6 +20,7 @@ from torch import Tensor
 from shodh_moe.checkpoint import CheckpointWriter
 from shodh_moe.config import Config, TrainingConfig
 from shodh_moe.config_io import flatten
+from shodh_moe.errors import EXIT_REQUEUE
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.kernels.backend import describe
 from shodh_moe.model import Prediction
@@ -28,11 +29,14 @@ from shodh_moe.parallel.rendezvous import versions
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
-from shodh_moe.training.resume import random_state, start_from
+from shodh_moe.training.resume import on_rank_0, random_state, start_from
 from shodh_moe.training.sampler import DomainSampler
+from shodh_moe.training.stopping import StopRequest
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
+from shodh_moe.training.watchdog import Watchdog
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -69,7 +73,9 @@ def pretrain(
         tokenizer_sha256: hash of the tokenizer that made the latents; checkpoints keep it.
 
     Raises:
-        UserError: ranks disagree, nothing fits to resume from, a step was not finite under the policy ``halt``.
+        UserError: ranks disagree, nothing fits to resume from, a step was not finite under the policy ``halt``, or
+            another process trains in the run folder.
+        SystemExit: with `EXIT_REQUEUE`, after SIGTERM or SIGUSR1 and a checkpoint.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     t = config.training
@@ -81,6 +87,8 @@ def pretrain(
     engine = Engine(config, channels, list(grid))
     sampler = DomainSampler(train.sizes, t.batch_size, config.seed, world)
 
+    lock = on_rank_0(lambda: lock_run(run), tell=False)
+    watchdog = Watchdog(run, rank, t.stall_seconds)
     checkpoints = run / "checkpoints"
     found, attempt = start_from(checkpoints, resume, engine)
     start = found["step"] if found else 0
@@ -104,84 +112,96 @@ def pretrain(
     sums: dict[str, Tensor] = {}
     times: list[float] = []
     told = start  # the step of the last record of the routers
-    steps = range(start, t.steps)
-    for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
-        began = time.perf_counter()
-        done, rate, batches = step + 1, learning_rate(step, t), []
-        logs = done % t.log_every == 0 or done == t.steps
-        tells = logs and (done - told >= config.telemetry.every or done == t.steps)
-        exchanges: list[Exchange] = []
-        engine.ep.exchanges = exchanges if tells else None
-        for micro in range(step * t.accumulation, done * t.accumulation):
-            picks = sampler.batch(micro, rank)
-            history, geometry, target, domain_B = _to(engine, *train.batch(picks))
-            prediction = engine(history, geometry)
-            losses, error_B = total_loss(prediction, target, config)
-            result = engine.step(losses["loss"], rate)
-            losses = {key: value.detach() for key, value in losses.items()}
-            batches.append(MicroBatch(picks, domain_B, error_B, losses, prediction.routing))
-        engine.ep.exchanges = None
-        assert result is not None  # the last micro-batch of a step has one
-        if result.applied:
-            nonfinite.all_well()
-            for batch in batches:
-                counts.add(batch.routing, batch.domain_B)
-                for key, value in batch.losses.items():
-                    sums[key] = sums.get(key, 0) + value
-            times.append(time.perf_counter() - began)
-        else:
-            nonfinite.handle(done, batches)
+    steps, stopped = range(start, t.steps), False
+    with StopRequest() as asked:
+        for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
+            began = time.perf_counter()
+            done, rate, batches = step + 1, learning_rate(step, t), []
+            logs = done % t.log_every == 0 or done == t.steps
+            tells = logs and (done - told >= config.telemetry.every or done == t.steps)
+            exchanges: list[Exchange] = []
+            engine.ep.exchanges = exchanges if tells else None
+            for micro in range(step * t.accumulation, done * t.accumulation):
+                picks = sampler.batch(micro, rank)
+                history, geometry, target, domain_B = _to(engine, *train.batch(picks))
+                prediction = engine(history, geometry)
+                losses, error_B = total_loss(prediction, target, config)
+                result = engine.step(losses["loss"], rate, bool(asked))
+                losses = {key: value.detach() for key, value in losses.items()}
+                batches.append(MicroBatch(picks, domain_B, error_B, losses, prediction.routing))
+            engine.ep.exchanges = None
+            assert result is not None  # the last micro-batch of a step has one
+            if result.applied:
+                nonfinite.all_well()
+                for batch in batches:
+                    counts.add(batch.routing, batch.domain_B)
+                    for key, value in batch.losses.items():
+                        sums[key] = sums.get(key, 0) + value
+                times.append(time.perf_counter() - began)
+            else:
+                nonfinite.handle(done, batches)
 
-        if logs and times:
-            record: dict[str, Any] = {
-                "kind": "train",
-                "step": done,
-                **_mean_over_ranks(sums, len(times) * t.accumulation),
-            }
-            seconds = statistics.median(times)
-            tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
-            record |= {
-                "learning_rate": rate,
-                "grad_norm": result.norm,
-                "grad_norm_shared": result.shared_norm,
-                "step_ms": seconds * 1e3,
-                "tokens_per_second": tokens / seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
-                "ep_size": engine.ep.size,
-                "skipped_steps": nonfinite.skipped,
-            }
-            if tells:
-                record["routing"] = layer_records(counts, layers, exchanges, result.expert_norms_LE)
-                told = done
-                counts.clear()
-            if log:
-                log.write(record)
-                for line in warnings.check(done, record["routing"]) if tells else []:
-                    print(line, flush=True)
-            sums, times = {}, []
-        if done % t.validate_every == 0 or done == t.steps:
-            errors = validate(engine, valid, config)
-            if log:
-                log.write({"kind": "valid", "step": done, **errors})
-        writer.check()
-        if done % t.checkpoint_every == 0 or done == t.steps:
-            facts = {
-                "config": config.model_dump(),
-                "ep_size": engine.ep.size,
-                "zero_stage": config.parallel.zero_stage,
-                "updates": engine.updates,
-                "learning_rate": rate,
-                # The sampler is a function of these and the step.
-                "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
-                "versions": versions(),
-                "tokenizer_sha256": tokenizer_sha256,
-            }
-            writer.save(done, engine.fragments(), engine.shapes(), random_state(), facts)
-    writer.finish()
+            if logs and times:
+                record: dict[str, Any] = {
+                    "kind": "train",
+                    "step": done,
+                    **_mean_over_ranks(sums, len(times) * t.accumulation),
+                }
+                seconds = statistics.median(times)
+                tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
+                record |= {
+                    "learning_rate": rate,
+                    "grad_norm": result.norm,
+                    "grad_norm_shared": result.shared_norm,
+                    "step_ms": seconds * 1e3,
+                    "tokens_per_second": tokens / seconds,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    "ep_size": engine.ep.size,
+                    "skipped_steps": nonfinite.skipped,
+                }
+                if tells:
+                    record["routing"] = layer_records(counts, layers, exchanges, result.expert_norms_LE)
+                    told = done
+                    counts.clear()
+                if log:
+                    log.write(record)
+                    for line in warnings.check(done, record["routing"]) if tells else []:
+                        print(line, flush=True)
+                sums, times = {}, []
+            if done % t.validate_every == 0 or done == t.steps:
+                errors = validate(engine, valid, config)
+                if log:
+                    log.write({"kind": "valid", "step": done, **errors})
+            writer.check()
+            watchdog.alive()
+            stopped = result.stop and done < t.steps
+            if done % t.checkpoint_every == 0 or done == t.steps or stopped:
+                facts = {
+                    "config": config.model_dump(),
+                    "ep_size": engine.ep.size,
+                    "zero_stage": config.parallel.zero_stage,
+                    "updates": engine.updates,
+                    "learning_rate": rate,
+                    # The sampler is a function of these and the step.
+                    "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
+                    "versions": versions(),
+                    "tokenizer_sha256": tokenizer_sha256,
+                }
+                writer.save(done, engine.fragments(), engine.shapes(), random_state(), facts)
+            if stopped:
+                break
+        writer.finish()
+        watchdog.stop()
     if log:
         log.close()
     dist.barrier()
     dist.destroy_process_group()
+    if lock:
+        lock.close()
+    if stopped:
+        if rank == 0:
+            print(f"stopped by a signal after step {done}: the same command goes on from there", flush=True)
+        raise SystemExit(EXIT_REQUEUE)
 
 
 def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:

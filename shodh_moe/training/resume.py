@@ -54,21 +54,27 @@ def _pick(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state[key] for key in ("step", "world_size")}
 
 
-def on_rank_0(work: Callable[[], Any]) -> Any:
-    """The result of ``work``, done by rank 0 alone; if it raises there, the other ranks end too."""
+def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:
+    """The result of ``work``, done by rank 0 alone; if it raises there, the other ranks end too.
+
+    With ``tell`` False the others get None in place of a result that cannot travel.
+    """
     told: list[Any] = [None, True]
     error: Exception | None = None
+    result: Any = None
     if dist.get_rank() == 0:
         try:
-            told[0] = work()
+            result = work()
+            told[0] = result if tell else None
         except Exception as raised:
             error, told[1] = raised, False
     dist.broadcast_object_list(told, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
     if error:
         raise error
     if not told[1]:
+        dist.destroy_process_group()  # at the interpreter's end its threads could abort the process
         raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
-    return told[0]
+    return result if dist.get_rank() == 0 else told[0]
 
 
 def random_state() -> dict[str, Tensor]:

@@ -31,11 +31,11 @@ norms, losses, dropped = [], [], []
 clip = engine._clipped
 
 
-def keep_gradients() -> Step:
+def keep_gradients(stop: bool) -> Step:
     """Called between DeepSpeed's reduction and our clipping."""
     if not gradients:
         gradients.update({name: p.grad.clone() for name, p in engine.model.named_parameters()})
-    return clip()
+    return clip(stop)
 
 
 engine._clipped = keep_gradients  # type: ignore[method-assign]

@@ -1,0 +1,44 @@
+"""One training at a time in a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO
+
+from shodh_moe.errors import UserError
+
+
+def lock_run(run: Path) -> IO[str]:
+    """Keep other trainings out of a run folder until the file is closed or this process ends, however it ends.
+
+    The system gives the lock back, so a killed run leaves none behind. On network disks it holds between hosts where
+    they support flock, as NFS 4 and Lustre (mounted with flock) do.
+
+    Raises:
+        UserError: another process holds it; says which, and since when.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        text = file.read().strip()
+        file.close()
+        raise UserError(
+            f"run folder {run} is being trained by another process ({text or 'unknown'}): wait for it, end it, or "
+            "choose another name (NAME=... or --name)"
+        ) from None
+    except OSError as error:  # a disk without locks
+        print(f"warning: {run} cannot be locked ({error.strerror}): see that no second training uses it", flush=True)
+        return file
+    file.truncate(0)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
+    file.flush()
+    return file

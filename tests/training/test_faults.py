@@ -1,0 +1,169 @@
+"""What clusters do to a run: signals, hangs, a second start. Real ranks under the DeepSpeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
+from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.training.lock import lock_run
+from tests.training.launch import launch, start
+from tests.training.synthetic import CONFIG, write_latents
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("worker_pretrain.py")
+KILLS = int(os.environ.get("SHODH_KILLS", "3"))
+STEPS = 80 + 25 * max(KILLS - 3, 0)  # more than are made between so many kills
+LONG = (
+    f"training.steps={STEPS}",
+    "training.checkpoint_every=1000",
+    "training.validate_every=1000",
+    "training.log_every=5",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "config.yaml").write_text(CONFIG)
+    write_latents(folder / "latents")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder) -> Path:
+    run = folder / "unbroken"
+    done = launch(2, WORKER, str(folder), str(run), "auto", *LONG)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def _check_same_weights(run: Path, unbroken: Path) -> None:
+    a, b = (CheckpointReader(place / "checkpoints" / str(STEPS)) for place in (run, unbroken))
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in b.names())
+
+
+def _alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _once_training(process: subprocess.Popen[str], run: Path, before: str = "") -> list[psutil.Process]:
+    """The ranks, in order, as soon as the run has logged other steps than it had ``before``."""
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text() == before:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        command = child.cmdline()
+        for argument in command:
+            if argument.startswith("--local_rank="):
+                found[int(argument.partition("=")[2])] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+def _end(process: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(folder, unbroken, number):
+    run = folder / number.name
+    process = start(2, WORKER, str(folder), str(run), "auto", *LONG)
+    _once_training(process, run)[1].send_signal(number)
+    out, error = _end(process, 40)
+    assert process.returncode == EXIT_REQUEUE, out + error
+    (step,) = list_checkpoints(run / "checkpoints")
+    assert 0 < step < STEPS
+    assert f"stopped by a signal after step {step}" in out
+    done = launch(2, WORKER, str(folder), str(run), "auto", *LONG)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from step {step}" in done.stdout
+    _check_same_weights(run, unbroken)
+
+
+@pytest.mark.timeout(900)
+def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
+    """SHODH_KILLS=20 kills twenty times; each time the whole job must be gone within 30 s, with an error."""
+    run, random = folder / "killed", np.random.default_rng(0)
+    settings = (*LONG, "training.checkpoint_every=3")
+    for _ in range(KILLS):
+        process = start(2, WORKER, str(folder), str(run), "auto", *settings)
+        before = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+        ranks = _once_training(process, run, before)
+        time.sleep(random.uniform(0, 0.4))
+        ranks[random.integers(2)].kill()
+        began = time.monotonic()
+        out, error = _end(process, 60)
+        assert time.monotonic() - began < 30
+        assert process.returncode != 0, out + error
+        assert not any(_alive(rank) for rank in ranks)
+    done = launch(2, WORKER, str(folder), str(run), "auto", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _check_same_weights(run, unbroken)
+
+
+def test_a_stopped_rank_ends_the_job_and_every_stack_is_kept_but_a_suspended_job_goes_on(folder):
+    run = folder / "hung"
+    process = start(
+        2, WORKER, str(folder), str(run), "auto", *LONG, "training.steps=100000", "training.stall_seconds=4"
+    )
+    ranks = _once_training(process, run)
+    # A job that is suspended as a whole goes on when it is woken, however late.
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            rank.send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(7)
+    _once_training(process, run, (run / "metrics.jsonl").read_text())
+    ranks[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    out, error = _end(process, 60)
+    assert time.monotonic() - began < 4 + 30
+    assert process.returncode not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), out + error
+    assert "no progress for 4 s" in error
+    assert not any(_alive(rank) for rank in ranks)
+    for rank in (0, 1):
+        stack = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
+        assert "most recent call first" in stack
+        assert "pretrain.py" in stack
+
+
+def test_a_second_start_in_the_same_run_folder_is_refused(folder):
+    run = folder / "twice"
+    lock = lock_run(run)
+    done = launch(2, WORKER, str(folder), str(run))
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
+    assert f"run folder {run} is being trained by another process" in done.stderr
+    assert f'"process": {os.getpid()}' in done.stderr
+    assert done.stderr.count("error") == 1
+    lock.close()
+    lock_run(run).close()
+
+
+def test_the_lock_names_its_holder_and_ends_with_it(tmp_path):
+    with lock_run(tmp_path) as lock:
+        with pytest.raises(UserError, match=rf'"process": {os.getpid()}'):
+            lock_run(tmp_path)
+        assert json.loads((tmp_path / ".lock").read_text()).keys() == {"host", "process", "since"}
+        assert not lock.closed
+    lock_run(tmp_path).close()

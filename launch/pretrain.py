@@ -3,9 +3,8 @@
 deepspeed --num_gpus 2 launch/pretrain.py --config configs/quickstart.yaml
 """
 
-import sys
-
+from shodh_moe.command import end_rank
 from shodh_moe.training.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main)

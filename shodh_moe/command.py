@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from shodh_moe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
@@ -57,6 +58,22 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
             traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def end_rank(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and end the process with the exit code that it returns, or raises, there and then.
+
+    A rank may end while its process group and the group's threads live: at the interpreter's own end these have been
+    seen to abort the process, and the launcher then reports the abort instead of the rank's exit code.
+    """
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _lost_a_peer(error: Exception) -> bool:

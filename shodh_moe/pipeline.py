@@ -30,6 +30,7 @@ from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.training.sampler import DomainSampler
+from shodh_moe.training.stopping import on_stop_signals
 
 
 class PretrainFailed(Exception):
@@ -146,38 +147,36 @@ def _launch(config: Config, paths: Paths, resume: str) -> None:
         "DEEPSPEED_LOG_LEVEL": "warning",
         **os.environ,
     }
-    asked: list[int] = []
+    asked: list[bool] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def pass_on() -> None:
         """The ranks, in a session of their own, write a checkpoint and end; a second signal does not wait for it."""
-        asked.append(number)
-        if len(asked) > 1:
+        asked.append(True)
+        ranks = _ranks()
+        if len(asked) > 1 or not ranks:
             raise KeyboardInterrupt
-        for rank in _ranks_of(launcher.pid):
+        for rank in ranks:
             rank.send_signal(signal.SIGUSR1)
 
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        code = launcher.wait()
-    except BaseException:
-        # Checkpoints are whole at any moment, so the ranks need no farewell.
-        os.killpg(launcher.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(timeout=20)
-        _kill_session(launcher.pid)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with on_stop_signals(pass_on):
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            code = launcher.wait()
+        except BaseException:
+            # Checkpoints are whole at any moment, so the ranks need no farewell.
+            os.killpg(launcher.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout=20)
+            _kill_session(launcher.pid)
+            raise
     if code:
         raise PretrainFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
 
 
-def _ranks_of(launcher: int) -> list[psutil.Process]:
-    """The training processes below a launcher."""
+def _ranks() -> list[psutil.Process]:
+    """The training processes below this one."""
     found = []
-    for process in psutil.Process(launcher).children(recursive=True):
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if any(argument.startswith("--local_rank") for argument in process.cmdline()):
                 found.append(process)

@@ -4,7 +4,7 @@
 it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` tells people what one holds.
 """
 
-from shodh_moe.checkpoint.fragments import EXPERT_MARK, Fragment, logical_shape, model_fragments
+from shodh_moe.checkpoint.fragments import EXPERT_MARK, Fragment, first_element, logical_shape, model_fragments
 from shodh_moe.checkpoint.read import (
     CheckpointReader,
     damage,
@@ -24,6 +24,7 @@ __all__ = [
     "damage",
     "damages",
     "find_checkpoint",
+    "first_element",
     "list_checkpoints",
     "load_model",
     "logical_shape",

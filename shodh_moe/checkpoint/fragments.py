@@ -30,6 +30,11 @@ def logical_shape(name: str, local: Tensor, ep: ExpertParallel) -> list[int]:
     return [shape[0] * ep.size, *shape[1:]] if EXPERT_MARK in name and shape else shape
 
 
+def first_element(name: str, local: Tensor, ep: ExpertParallel) -> int:
+    """Where ``local`` begins in the flattened whole tensor."""
+    return ep.rank * local.numel() if EXPERT_MARK in name else 0
+
+
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
     """Everything of ``model/*`` that this rank holds, and the shapes of the logical tensors.
 
@@ -37,7 +42,7 @@ def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment
     """
     fragments, shapes = [], {}
     for name, local in model.state_dict().items():
-        key, first = f"model/{name}", local.numel() * ep.rank if EXPERT_MARK in name else 0
-        fragments.append(Fragment(key, first, local.detach().view(-1)))
+        key = f"model/{name}"
+        fragments.append(Fragment(key, first_element(name, local, ep), local.detach().view(-1)))
         shapes[key] = logical_shape(name, local, ep)
     return fragments, shapes

@@ -28,6 +28,7 @@ from shodh_moe.evaluation.rollout import decode, rollout
 from shodh_moe.files import require_writable, sha256
 from shodh_moe.kernels import divergence
 from shodh_moe.progress import progress
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 UNEVEN = 1e-3  # largest relative difference of time steps or grid spacings that count as equal
 
@@ -243,7 +244,7 @@ def _provenance(source: Source, models: Models, request: Request) -> dict[str, A
         "model": source.config.name,
         "checkpoint_step": models.step,
         "checkpoint_weights_sha256": models.weights_sha256,
-        "tokenizer_sha256": sha256(source.tokenizer_folder() / "tokenizer.safetensors"),
+        "tokenizer_sha256": tokenizer_sha256(source.tokenizer_folder()),
         "input": request.input.name,
         "input_sha256": sha256(request.input),
         "start": request.start,

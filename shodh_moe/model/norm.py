@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import nn
 
+from shodh_moe.apex import has_apex
 from shodh_moe.errors import UserError
 
 # What torch.nn.RMSNorm takes for float32 by itself. Apex has another default, and torch one for each dtype.
@@ -38,7 +37,7 @@ def available_norm(choice: str, device_type: str) -> str:
         UserError: apex is asked for and cannot be used.
     """
     if choice == "apex":
-        if not _nvidia_apex():
+        if not _has_fused_norm():
             raise UserError(
                 "training.norm apex: NVIDIA's apex with its CUDA extensions is not installed (the package registry's "
                 "`apex` is another project's): build it from source as the Dockerfile does, or set it to auto"
@@ -50,15 +49,9 @@ def available_norm(choice: str, device_type: str) -> str:
     # Torch has had a fused CUDA kernel since 2.9 (pull request 153666: about 9x the composite it replaces), which
     # follows autocast and needs nothing built. Only an older torch gains from apex.
     fused = hasattr(torch.ops.aten, "_fused_rms_norm")
-    return "apex" if device_type == "cuda" and not fused and _nvidia_apex() else "torch"
+    return "apex" if device_type == "cuda" and not fused and _has_fused_norm() else "torch"
 
 
-def _nvidia_apex() -> bool:
-    """By what it provides: another package has the name, and a build without its CUDA extensions lacks the kernel."""
-    try:
-        importlib.import_module("fused_layer_norm_cuda")
-        from apex.normalization import FusedRMSNorm  # noqa: F401
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except Exception:  # the unrelated package fails with whatever it likes
-        return False
-    return True
+def _has_fused_norm() -> bool:
+    """A build of apex without its CUDA extensions lacks the kernel."""
+    return has_apex("apex.normalization", "fused_layer_norm_cuda")

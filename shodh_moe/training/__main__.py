@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from shodh_moe.checks import claim_run_folder, open_run_folder, require_made
-from shodh_moe.command import OneLineParser, add_config_arguments, exit_code
+from shodh_moe.command import OneLineParser, add_config_arguments, end_rank, exit_code
 from shodh_moe.config_io import load_config
 from shodh_moe.memory import keep_freed_memory
 from shodh_moe.paths import paths_of
@@ -41,4 +40,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main)

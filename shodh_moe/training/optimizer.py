@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh_moe.apex import has_apex
 from shodh_moe.config import TrainingConfig
 from shodh_moe.errors import UserError
 
@@ -27,21 +28,12 @@ def resolve_optimizer(config: TrainingConfig) -> str:
     choice = "torch" if config.optimizer == "auto" else config.optimizer
     if choice != "torch" and config.precision == "float64":
         raise UserError(f"training.optimizer {choice} has no float64 kernel: set it to torch or auto")
-    if choice == "apex" and not apex_is_real():
+    if choice == "apex" and not (has_apex() and torch.cuda.is_available()):
         raise UserError(
             "training.optimizer apex: NVIDIA's apex is not installed (the package registry's `apex` is another "
             "project's); build it from source as the Dockerfile does, or set training.optimizer to auto"
         )
     return choice
-
-
-def apex_is_real() -> bool:
-    """Whether NVIDIA's apex can be used: by what it provides, since an unrelated package has its name."""
-    try:
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except Exception:  # the unrelated package fails with whatever it likes
-        return False
-    return torch.cuda.is_available()
 
 
 def make_optimizer(choice: str, groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -34,7 +34,7 @@ from shodh_moe.training.log import Log
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.resume import on_rank_0, random_state, start_from
 from shodh_moe.training.sampler import DomainSampler
-from shodh_moe.training.stopping import StopRequest
+from shodh_moe.training.stopping import stop_request
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 from shodh_moe.training.watchdog import Watchdog
 
@@ -113,7 +113,7 @@ def pretrain(
     times: list[float] = []
     told = start  # the step of the last record of the routers
     steps, stopped = range(start, t.steps), False
-    with StopRequest() as asked:
+    with stop_request() as asked:
         for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
             began = time.perf_counter()
             done, rate, batches = step + 1, learning_rate(step, t), []

@@ -72,7 +72,6 @@ def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:
     if error:
         raise error
     if not told[1]:
-        dist.destroy_process_group()  # at the interpreter's end its threads could abort the process
         raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
     return result if dist.get_rank() == 0 else told[0]
 

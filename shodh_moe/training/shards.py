@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shodh_moe.checkpoint import Fragment
+from shodh_moe.checkpoint import Fragment, first_element, logical_shape
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.optimizer import MOMENTS
 
@@ -81,7 +81,7 @@ def fragments(
     found = []
     for shard in shards:
         if all_held or shard.owned:
-            start = shard.start + (ep.rank * shard.parameter.numel() if is_expert(shard.parameter) else 0)
+            start = first_element(shard.name, shard.parameter, ep) + shard.start
             found.append(Fragment(f"model/{shard.name}", start, shard.of(shard.master)))
             for key in MOMENTS:
                 values = shard.of(optimizer.state[shard.master][key])
@@ -93,9 +93,7 @@ def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]
     """Shapes of all logical tensors of a checkpoint of this model."""
     shapes = {}
     for name, parameter in model.named_parameters():
-        shape = list(parameter.shape)
-        if is_expert(parameter):
-            shape[0] *= ep.size
+        shape = logical_shape(name, parameter, ep)
         shapes.update({f"{kind}/{name}": shape for kind in ("model", *MOMENTS)})
     return shapes
 

@@ -7,26 +7,26 @@ of each other's with the gradient norms of the step, write a checkpoint, and end
 from __future__ import annotations
 
 import signal
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopRequest:
-    """True once this process has been asked to stop. A context, within which the two signals do nothing else."""
-
-    def __enter__(self) -> StopRequest:
-        self._asked = False
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def on_stop_signals(act: Callable[[], object]) -> Iterator[None]:
+    """Within the block the two signals call ``act`` and do nothing else."""
+    before = {number: signal.signal(number, lambda *_: act()) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
-        return self._asked
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+@contextmanager
+def stop_request() -> Iterator[list[bool]]:
+    """A list that is empty until this process is asked to stop."""
+    asked: list[bool] = []
+    with on_stop_signals(lambda: asked.append(True)):
+        yield asked

@@ -38,3 +38,11 @@ def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int
                     group["z"] = z
                     group["geometry"] = rng.standard_normal(shape).astype(np.float32)
                     group["solid_fraction"] = rng.random((grid,) * 3).astype(np.float32)
+
+
+def write_case(folder: Path, nan_in: str = "") -> Path:
+    """``config.yaml`` and ``latents`` in a folder, which is made and returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    write_latents(folder / "latents", nan_in=nan_in)
+    return folder

@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.launch import launch
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
 
 
 def test_two_micro_batches_train_as_one_of_twice_the_size_at_every_zero_stage(tmp_path):
     """Without the balance loss, which is no mean over samples, and dropless: else capacity depends on the batch."""
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    write_latents(tmp_path / "latents")
+    write_case(tmp_path)
     worker = Path(__file__).with_name("worker_accumulation.py")
     plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")
 

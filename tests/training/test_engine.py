@@ -13,7 +13,7 @@ from shodh_moe.config_io import load_config
 from shodh_moe.errors import UserError
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from tests.training.launch import launch
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import CONFIG, write_case
 
 pytestmark = pytest.mark.distributed
 
@@ -23,8 +23,7 @@ Runs = dict[tuple[int, int], dict[str, torch.Tensor]]
 
 def _train(folder: Path, dropless: str) -> Runs:
     """(ep_size, rank) -> everything the worker wrote."""
-    (folder / "config.yaml").write_text(CONFIG)
-    write_latents(folder / "latents")
+    write_case(folder)
     for ep_size in (1, 2):
         done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size), dropless)
         assert done.returncode == 0, done.stdout + done.stderr

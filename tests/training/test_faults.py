@@ -19,7 +19,7 @@ from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
 from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.training.lock import lock_run
 from tests.training.launch import launch, start
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
 
@@ -36,10 +36,7 @@ LONG = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_latents(folder / "latents")
-    return folder
+    return write_case(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
 
@@ -152,9 +152,7 @@ class _Run:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("layouts")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_latents(folder / "latents")
+    folder = write_case(tmp_path_factory.mktemp("layouts"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

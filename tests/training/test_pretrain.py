@@ -14,17 +14,14 @@ from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import TrainingConfig
 from shodh_moe.training.pretrain import learning_rate
 from tests.training.launch import launch
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_case
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrain")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_latents(folder / "latents")
-    return folder
+    return write_case(tmp_path_factory.mktemp("pretrain"))
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +142,7 @@ def test_other_precisions_train_with_everything_else_on(folder, precision):
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_that_is_not_finite_halts_or_is_skipped(folder, stage):
     """One latent of one training trajectory is NaN."""
-    broken = folder / f"broken{stage}"
-    broken.mkdir()
-    (broken / "config.yaml").write_text(CONFIG)
-    write_latents(broken / "latents", nan_in="porous_media_1")
+    broken = write_case(folder / f"broken{stage}", nan_in="porous_media_1")
     zero = f"parallel.zero_stage={stage}"
     halted = launch(2, WORKER, str(broken), str(broken / "halted"), "auto", zero)
     assert halted.returncode == 2

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from shodh_moe.command import exit_code
+from shodh_moe.command import end_rank, exit_code
 from shodh_moe.config_io import load_config
 from shodh_moe.training.pretrain import pretrain
 
@@ -19,4 +19,4 @@ mine = f"rank{os.environ['RANK']}:"
 overrides = [o.removeprefix(mine) for o in arguments[3:] if o.startswith(mine) or not o.startswith("rank")]
 run.mkdir(exist_ok=True)
 config = load_config(folder / "config.yaml", overrides)
-sys.exit(exit_code(lambda: pretrain(config, run, folder / "latents", resume)))
+end_rank(lambda: exit_code(lambda: pretrain(config, run, folder / "latents", resume)))

@@ -17,6 +17,7 @@ from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
 from shodh_moe.kernels.backend import describe
 from shodh_moe.model.norm import available_norm
+from shodh_moe.parallel.hostfile import read_hostfile
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
@@ -103,7 +104,15 @@ def require_made(path: Path, command: str) -> None:
 
 
 def processes(config: Config) -> int:
-    """Ranks on this host: as configured, or one per GPU, or 2 on a machine without."""
+    """Ranks: those of the hostfile; or on this host as configured, or one per GPU, or 2 on a machine without.
+
+    Raises:
+        UserError: the hostfile cannot be used, or ``parallel.processes`` is set beside it.
+    """
+    if config.parallel.hostfile:
+        if config.parallel.processes != "auto":
+            raise UserError("parallel.processes is for this host alone: with a hostfile its slots say how many")
+        return sum(host.slots for host in read_hostfile(Path(config.parallel.hostfile)))
     if config.parallel.processes != "auto":
         return config.parallel.processes
     return torch.cuda.device_count() if torch.cuda.is_available() else 2

@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     if overrides is not None:
         overrides += rest
     ended: list[int] = []
+    if options.work is _doctor:  # which must work where torch, and so the rest below, does not
+        return exit_code(lambda: ended.append(_doctor(options)), options.debug) or ended[0]
 
     def work() -> None:
         from shodh_moe.memory import keep_freed_memory
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "130 interrupted, 1 everything else",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
+    run = _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
     _command(commands, "data", "generate the dataset", _stage("make_data"))
     tokenizer = commands.add_parser(
         "tokenizer",
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(steps, "train", "train the tokenizer", _stage("make_tokenizer"), "tokenizer train")
     _command(steps, "encode", "cache the latents of the dataset", _stage("make_latents"), "tokenizer encode")
     pretrain = _command(commands, "pretrain", "pretrain the latent transformer under the DeepSpeed launcher", _pretrain)
+    for command in (run, pretrain):
+        command.add_argument("--hostfile", help="train on these hosts: lines such as `worker-0 slots=8`")
     pretrain.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the run's newest one")
     evaluate = _command(
         commands, "evaluate", "measure the newest checkpoint, or another model, on held-out trajectories", _evaluate
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "report", "write the report of a run", _stage("report"))
     _add_predict(commands)
     _add_checkpoint(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -144,6 +149,21 @@ def _add_checkpoint(commands: Any) -> None:
         _add_debug(step)
 
 
+def _add_doctor(commands: Any) -> None:
+    text = "say whether a training can run here, or on the hosts of a hostfile, and what to do where not"
+    example = "example: shodh doctor --hostfile hostfile --shared runs"
+    parser = _plain_command(commands, "doctor", text, example, _doctor)
+    parser.add_argument("--hostfile", type=Path, help="look at these hosts too: lines such as `worker-0 slots=8`")
+    parser.add_argument(
+        "--shared",
+        action="append",
+        metavar="FOLDER",
+        help="of runs, data or tokenizers, the same on every host; may be repeated; default: the working folder",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_debug(parser)
+
+
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, if it is not where its config says")
 
@@ -153,7 +173,8 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    return load_config(options.config, options.overrides, options.name)
+    hostfile = [f"parallel.hostfile={options.hostfile}"] if getattr(options, "hostfile", None) else []
+    return load_config(options.config, options.overrides + hostfile, options.name)
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:
@@ -232,6 +253,12 @@ def _export(options: argparse.Namespace) -> None:
     from shodh_moe.evaluation.export import export
 
     print(f"[export] {export(options.path, options.output, options.tokenizer)}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from shodh_moe.doctor import doctor
+
+    return doctor(options.hostfile, options.shared, options.json)
 
 
 if __name__ == "__main__":

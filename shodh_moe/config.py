@@ -233,6 +233,7 @@ class ParallelConfig(Section):
     """World = EP x EDP (DESIGN 7)."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
+    hostfile: str | None = Field(None, description="hosts and their ranks, in DeepSpeed's form; null: this host")
     ep_size: Positive | Literal["auto"] = Field("auto", description="auto: the most that divides world and experts")
     zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO: shards optimizer state (1) and gradients too (2)")
 

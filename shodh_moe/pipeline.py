@@ -5,18 +5,11 @@ A stage whose inputs and settings are unchanged is skipped, one that was interru
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from shodh_moe.checkpoint import find_checkpoint
@@ -26,11 +19,11 @@ from shodh_moe.config_io import fingerprint
 from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
+from shodh_moe.launcher import launch_ranks
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.training.sampler import DomainSampler
-from shodh_moe.training.stopping import on_stop_signals
 
 
 class PretrainFailed(Exception):
@@ -126,66 +119,12 @@ def pretrain(config: Config, resume: str = "auto") -> Path:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
     open_run_folder(config)
     began = time.perf_counter()
-    _launch(config, paths, resume)
+    if code := launch_ranks(config, paths.run, resume):
+        raise PretrainFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None or found[1]["step"] < config.training.steps:
         raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
-
-
-def _launch(config: Config, paths: Paths, resume: str) -> None:
-    """Run the training script under ``deepspeed``; Ctrl-C reaches its ranks and leaves the last checkpoint."""
-    world = processes(config)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
-    # Quiet: its own errors only repeat the exit code of a rank that has said what is wrong.
-    command += ["--log_level", "critical", "--master_port", str(_free_port())]
-    command += ["--module", "shodh_moe.training", "--config", str(paths.run / "config.yaml")]
-    command += ["--resume", resume]
-    environment = {
-        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
-        "DEEPSPEED_LOG_LEVEL": "warning",
-        **os.environ,
-    }
-    asked: list[bool] = []
-
-    def pass_on() -> None:
-        """The ranks, in a session of their own, write a checkpoint and end; a second signal does not wait for it."""
-        asked.append(True)
-        ranks = _ranks()
-        if len(asked) > 1 or not ranks:
-            raise KeyboardInterrupt
-        for rank in ranks:
-            rank.send_signal(signal.SIGUSR1)
-
-    with on_stop_signals(pass_on):
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        try:
-            code = launcher.wait()
-        except BaseException:
-            # Checkpoints are whole at any moment, so the ranks need no farewell.
-            os.killpg(launcher.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                launcher.wait(timeout=20)
-            _kill_session(launcher.pid)
-            raise
-    if code:
-        raise PretrainFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
-
-
-def _ranks() -> list[psutil.Process]:
-    """The training processes below this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(argument.startswith("--local_rank") for argument in process.cmdline()):
-                found.append(process)
-    return found
-
-
-def _kill_session(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -246,9 +185,3 @@ def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
 def _say(stage: str, text: str, result: Any) -> Any:
     print(f"[{stage}] {text}", flush=True)
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -144,7 +144,7 @@ def test_another_name_reuses_all_but_the_run(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(pipeline, "_launch", lambda config, paths, resume: launched.append(paths.run))
+    monkeypatch.setattr(pipeline, "launch_ranks", lambda config, run, resume: launched.append(run))
     before = tree(here)
     # The launcher that does nothing leaves no checkpoint, which is a fault and no success.
     assert main(["run", "--config", "tiny.yaml", "--name", "other"]) == 1

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shodh_moe.errors import UserError
+from shodh_moe.parallel.launch import port_holder
 from shodh_moe.polling import wait_until
 
 WORLD = "WORLD_SIZE"
@@ -178,9 +179,11 @@ def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     reason = _short(error)
     if rank == 0:
+        holder = port_holder(int(os.environ.get("MASTER_PORT", "0") or 0))
+        holder = f", held by {holder}" if holder else ""
         return (
-            f"rank 0 cannot listen on {where} ({reason}): set MASTER_ADDR to this host and MASTER_PORT to a free port, "
-            "and see that RANK differs between processes"
+            f"rank 0 cannot listen on {where} ({reason}{holder}): set MASTER_ADDR to this host and MASTER_PORT to a "
+            "free port, and see that RANK differs between processes"
         )
     return f"rank 0 of {world} did not arrive at {where} within {timeout_seconds:g} s, says rank {rank} ({reason})"
 

@@ -1,0 +1,246 @@
+"""Lines about the hosts of a hostfile: pure functions of what hosts.py found.
+
+A line names only the hosts that differ, so that a table of a hundred hosts stays short; a silent host has its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from typing import Any
+
+from shodh_moe.doctor.table import Line
+from shodh_moe.parallel.hostfile import Host
+
+Found = dict[str, Any]
+HERE = "this host"
+GIB = 2**30
+SSH_REMEDIES = (
+    ("Permission denied", "ssh-copy-id {host}: ssh must log in without a password"),
+    ("Host key verification", "ssh {host} once and accept its key, or put it into ~/.ssh/known_hosts"),
+    ("not known", "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config"),
+    ("not resolve", "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config"),
+    ("No such file", "make the same environment there at {python}, or put it on a shared file system"),
+    ("not found", "make the same environment there at {python}, or put it on a shared file system"),
+    ("", "is it up, is its sshd running, and does a firewall let port 22 through? try: ssh {host} true"),
+)
+
+
+def answer_lines(facts: dict[str, Found]) -> list[Line]:
+    """One for each silent host, and one for the others."""
+    lines = []
+    for name, found in facts.items():
+        if "error" in found:
+            remedy = next(remedy for text, remedy in SSH_REMEDIES if text in found["error"])
+            lines.append(Line("error", f"host {name}", found["error"], remedy.format(host=name, python=sys.executable)))
+    times = {name: found["seconds"] for name, found in facts.items() if "error" not in found}
+    if times:
+        slowest = max(times, key=lambda name: times[name])
+        value = f"{len(times)} of {len(facts)} answer without a password, the slowest ({slowest})"
+        value += f" after {times[slowest]:.1f} s"
+        if times[slowest] > 4:
+            remedy = f"ssh -v {slowest} shows where the time goes; often UseDNS or a slow home folder"
+            lines.append(Line("warning", "hosts", value, remedy))
+        else:
+            lines.append(Line("ok", "hosts", value))
+    return lines
+
+
+def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[Line]:
+    """Of the hosts that answered, of which there is at least one, beside this host's own facts."""
+    everyone = {**facts, HERE: own}
+    packages = own["versions"]
+    lines = [
+        equal_line(
+            "same python",
+            {name: found["python"] for name, found in everyone.items()},
+            "make the same environment on every host",
+        ),
+        *(
+            line
+            for package in packages
+            if (
+                line := equal_line(
+                    f"same {package}",
+                    {name: found["versions"][package] for name, found in everyone.items()},
+                    f"pip install the same {package} on every host, best from constraints.txt",
+                )
+            ).status
+            != "ok"
+        ),
+    ]
+    if len(lines) == 1:
+        versions = ", ".join(f"{package} {version}" for package, version in packages.items() if version != "none")
+        lines.append(Line("ok", "same packages", f"{versions} on every host"))
+    return [
+        *lines,
+        equal_line(
+            "same code",
+            {name: found["code"] for name, found in everyone.items()},
+            "bring shodh_moe to the same commit on every host (git status shows changed files), or use a shared folder",
+        ),
+        slots_line(hosts, facts),
+        compiler_line(facts),
+        clocks_line(facts),
+        keepalive_line(facts),
+    ]
+
+
+def equal_line(what: str, values: dict[str, str], remedy: str) -> Line:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        groups[value].append(name)
+    if len(groups) == 1:
+        return Line("ok", what, f"{next(iter(groups))} on every host")
+    parts = (f"{value} on {some(names)}" for value, names in sorted(groups.items(), key=lambda group: len(group[1])))
+    return Line("error", what, "; ".join(parts), remedy)
+
+
+def some(names: list[str]) -> str:
+    """The names, or the first ones of many."""
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
+
+
+def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
+    there = [(host, facts[host.name]) for host in hosts if host.name in facts]
+    with_gpus = any(found["gpus"] for _, found in there)
+    unit, key = ("GPUs", "gpus") if with_gpus else ("cores", "cores")
+    over = [
+        f"{host.name} has {found[key]} {unit} for slots={host.slots}"
+        for host, found in there
+        if host.slots > found[key]
+    ]
+    under = [
+        f"{host.name} has {found[key]} {unit} for slots={host.slots}"
+        for host, found in there
+        if host.slots < found[key]
+    ]
+    if over:
+        # Ranks can share a core, slowly, but not a GPU.
+        return Line("error" if with_gpus else "warning", "slots", some(over), "lower these slots in the hostfile")
+    if under and with_gpus:
+        return Line("warning", "slots", some(under), "raise these slots in the hostfile, or leave the GPUs idle")
+    return Line(
+        "ok", "slots", f"{sum(host.slots for host, _ in there)} ranks, a {unit[:-1].removesuffix('s')} or more for each"
+    )
+
+
+def compiler_line(facts: dict[str, Found]) -> Line:
+    """In the environment that ssh gives, which is also that of the ranks."""
+    lacking = {name: [tool for tool, has in found["tools"].items() if not has] for name, found in facts.items()}
+    told = [f"no {' and no '.join(tools)} on {name}" for name, tools in lacking.items() if tools]
+    if not told:
+        return Line("ok", "compilers", "a C++ compiler and ninja on every host")
+    only_ninja_on_gpus = all(
+        tools in ([], ["ninja"]) and (not tools or facts[name]["gpus"]) for name, tools in lacking.items()
+    )
+    return Line(
+        "warning" if only_ninja_on_gpus else "error",
+        "compilers",
+        f"{some(told)}, on the PATH that ssh gives",
+        "apt-get install g++ ninja-build there, or the like: DeepSpeed and Triton compile at the first start",
+    )
+
+
+def clocks_line(facts: dict[str, Found]) -> Line:
+    worst = max(facts, key=lambda name: abs(facts[name]["clock"]))
+    if (off := abs(facts[worst]["clock"])) <= 2:
+        return Line("ok", "clocks", "within 2 s of this host's")
+    off_by = [
+        f"{name} is {abs(found['clock']):.0f} s {'ahead' if found['clock'] > 0 else 'behind'}"
+        for name, found in facts.items()
+        if abs(found["clock"]) > 2
+    ]
+    # munge, and with it SLURM, refuses what is five minutes off.
+    return Line(
+        "error" if off > 300 else "warning",
+        "clocks",
+        some(off_by),
+        "start an NTP service (chrony, systemd-timesyncd) there",
+    )
+
+
+def keepalive_line(facts: dict[str, Found]) -> Line:
+    never = [name for name, found in facts.items() if found["keepalive"] == 0]
+    if never:
+        return Line(
+            "warning",
+            "ssh keepalive",
+            f"off for {some(never)}: a host that drops off would be waited for without end",
+            "put `ServerAliveInterval 15` under `Host *` in ~/.ssh/config",
+        )
+    if any(found["keepalive"] is None for found in facts.values()):
+        return Line("ok", "ssh keepalive", "unknown: this ssh does not tell its options")
+    longest = max(found["keepalive"] for found in facts.values())
+    return Line("ok", "ssh keepalive", f"ServerAliveInterval {longest}")
+
+
+def between_lines(facts: dict[str, Found], checks: dict[str, Found], folders: list[str]) -> list[Line]:
+    """Of the second round: who fell silent in it, ports, shared folders."""
+    silent = [
+        Line("error", f"host {name}", f"fell silent: {told['error']}", f"try: ssh {name} true")
+        for name, told in checks.items()
+        if "error" in told
+    ]
+    checks = {name: told for name, told in checks.items() if "error" not in told}
+    return [
+        *silent,
+        *([port_line(facts, checks)] if len(facts) > 1 else []),
+        *(
+            shared_line(folder, checks)
+            for folder in folders
+            if any(folder in told["folders"] for told in checks.values())
+        ),
+    ]
+
+
+def port_line(facts: dict[str, Found], checks: dict[str, Found]) -> Line:
+    first = next(iter(facts))
+    port, addresses = facts[first]["port"], facts[first]["addresses"][:4]
+    if not addresses:
+        return Line("error", "ports", f"{first} has no IPv4 address but its loopback", "see `ip addr` there")
+    others = [name for name in checks if name != first]
+    if first not in checks or not others:
+        return Line("error", "ports", "not tried: too few hosts answer", "see the lines above")
+    if checks[first]["listened"]:
+        remedy = "run shodh doctor again: another program may have taken it"
+        return Line("warning", "ports", f"{first} could not listen on port {port}: {checks[first]['listened']}", remedy)
+    failed = {address: [name for name in others if checks[name]["reached"][address]] for address in addresses}
+    open_to_all = [address for address, names in failed.items() if not names]
+    if not open_to_all:
+        best = min(failed, key=lambda address: len(failed[address]))
+        why = checks[failed[best][0]]["reached"][best]
+        return Line(
+            "error",
+            "ports",
+            f"{some(failed[best])} cannot connect to {first} ({best}, port {port}): {why}",
+            "let the hosts reach each other on all TCP ports above 1023: firewall, security group, or wrong network",
+        )
+    value = f"every other host connects to {first} at {open_to_all[0]}, port {port}"
+    if open_to_all[0] != addresses[0]:
+        return Line(
+            "warning",
+            "ports",
+            f"{value}, but not at {addresses[0]}, which deepspeed takes",
+            f"export MASTER_ADDR={open_to_all[0]}; with deepspeed by hand: --master_addr {open_to_all[0]}",
+        )
+    return Line("ok", "ports", value)
+
+
+def shared_line(folder: str, checks: dict[str, Found]) -> Line:
+    told = {name: found["folders"][folder] for name, found in checks.items()}
+    wrong: dict[str, list[str]] = defaultdict(list)
+    for name, found in told.items():
+        if found["error"]:
+            wrong[found["error"]].append(name)
+    what = f"shared {folder}"
+    if wrong:
+        value = "; ".join(f"on {some(names)} it {error}" for error, names in wrong.items())
+        return Line(
+            "error", what, value, "mount it at the same place, writable, on every host, or name another: --shared"
+        )
+    least = min(told, key=lambda name: told[name]["free"])
+    value = f"seen and written by every host, {told[least]['free'] / GIB:.0f} GiB free"
+    if told[least]["free"] < 10 * GIB:
+        return Line("warning", what, f"{value} on {least}", "free space there, or choose another folder")
+    return Line("ok", what, value)

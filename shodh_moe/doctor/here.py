@@ -1,0 +1,179 @@
+"""Gathers what this host is like; every part may fail or hang without the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import shodh_moe
+
+PACKAGE = Path(shodh_moe.__file__).parent
+SECONDS = 60.0  # that an import may take: a cold network file system is slow
+FOLDER_SECONDS = 5.0
+HDF5_SECONDS = 20.0  # it is imported, and writes to a folder
+DEFAULT_PORT = 29500  # of deepspeed and torchrun
+
+Found = dict[str, Any]
+
+
+def gather(folders: list[str]) -> Found:
+    """What the checks of software.py and machine.py read; a part that failed has ``error``, one line."""
+    probe = PACKAGE / "doctor" / "probe.py"
+    with ThreadPoolExecutor(16) as pool:
+        parts: dict[str, Future[Any]] = {
+            "facts": pool.submit(run_part, PACKAGE / "parallel" / "probe.py"),
+            "torch": pool.submit(run_part, probe, "torch"),
+            "deepspeed": pool.submit(run_part, probe, "deepspeed"),
+            "hdf5": pool.submit(run_part, probe, "hdf5", folders[0], seconds=HDF5_SECONDS),
+            "nvidia": pool.submit(_nvidia),
+            "mpirun": pool.submit(_mpirun),
+            "pdsh": pool.submit(_output, "pdsh", "-V"),
+            "ssh": pool.submit(_output, "ssh", "-V"),
+            "slurm": pool.submit(_output, "scontrol", "ping"),
+            "compiler": pool.submit(_output, os.environ.get("CXX", "c++"), "--version"),
+            "ninja": pool.submit(_output, "ninja", "--version"),
+            "git": pool.submit(_git),
+            "port": pool.submit(_port, probe),
+            "clock": pool.submit(_output, "timedatectl", "show", "-p", "NTPSynchronized", "--value"),
+        }
+        for package, part in (("triton", "triton"), ("mpi4py", "mpi")):
+            if _installed(package):
+                parts[package] = pool.submit(run_part, probe, part)
+        looks = {name: pool.submit(run_part, probe, "folder", name, seconds=FOLDER_SECONDS) for name in folders}
+        found: Found = {name: part.result() for name, part in parts.items()}
+        found["folders"] = {name: look.result() for name, look in looks.items()}
+    return found | _system()
+
+
+def run_part(script: Path, *arguments: str, seconds: float = SECONDS) -> Found:
+    """The JSON that a script prints in its last line, or ``error``."""
+    process = subprocess.Popen(
+        [sys.executable, "-", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, errors = process.communicate(script.read_text(encoding="utf-8"), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: on a file system that hangs it does not end
+        return {"error": f"no answer within {seconds:g} s"}
+    if process.returncode < 0:
+        return {"error": f"ended by signal {-process.returncode}"}
+    try:
+        return dict(json.loads(output.splitlines()[-1]))
+    except (ValueError, IndexError):
+        lines = [line for line in errors.splitlines() if line.strip()]
+        return {"error": lines[-1][:300] if lines else f"exit code {process.returncode}"}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _output(*command: str) -> str | None:
+    """What a command says; None where it is not there."""
+    if not shutil.which(command[0]):
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"failed: {error}"
+    return (done.stdout + done.stderr).strip()
+
+
+def _nvidia() -> list[dict[str, str]]:
+    names = ("name", "memory.total", "compute_cap", "driver_version")
+    said = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader") or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def _mpirun() -> dict[str, str] | None:
+    # One that came with the Python packages is beside the interpreter, on the PATH or not.
+    beside = Path(sys.executable).with_name("mpirun")
+    path = str(beside) if beside.exists() else shutil.which("mpirun")
+    return {"path": path, "version": _output(path, "--version") or ""} if path else None
+
+
+def _git() -> str:
+    """Commit of the source, with ``+`` if files changed since; "" outside git."""
+    revision = _output("git", "-C", str(PACKAGE.parent), "rev-parse", "--short=10", "HEAD") or ""
+    if not re.fullmatch("[0-9a-f]{10,}", revision):
+        return ""
+    return revision + ("+" if _output("git", "-C", str(PACKAGE.parent), "status", "--porcelain", "-uno") else "")
+
+
+def _port(probe: Path) -> Found:
+    text = os.environ.get("MASTER_PORT", "")
+    found: Found = {"number": text or str(DEFAULT_PORT), "chosen": bool(text), "free": False, "holder": ""}
+    if not found["number"].isdecimal() or not 0 < int(found["number"]) < 65536:
+        return found | {"error": "is no port number"}
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", int(found["number"])))
+            return found | {"free": True}
+        except PermissionError:
+            return found | {"error": "needs root's rights"}
+        except OSError:
+            return found | {"holder": run_part(probe, "port", found["number"]).get("holder", "")}
+
+
+def _system() -> Found:
+    memory = {}
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            memory[name] = int(rest.split()[0]) * 1024
+    limit = None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number
+            limit = int(Path(path).read_text())
+    shm = None
+    with suppress(OSError):
+        shm = shutil.disk_usage("/dev/shm").total
+    return {
+        "memory": min(memory.get("MemTotal", 0), limit or memory.get("MemTotal", 0)),
+        "available": memory.get("MemAvailable"),
+        "shm": shm,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "time": time.time(),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "file_locking": os.environ.get("HDF5_USE_FILE_LOCKING"),
+        "headers": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+        **_requirements(),
+    }
+
+
+def _requirements() -> Found:
+    try:
+        texts = [text for text in metadata.requires("shodh_moe") or [] if "extra ==" not in text]
+        python = metadata.metadata("shodh_moe")["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:
+        return {"requires": [], "requires_python": "", "installed": {}}
+    names = [re.match(r"[\w.-]+", text)[0] for text in texts]  # type: ignore[index]
+    return {
+        "requires": texts,
+        "requires_python": python,
+        "installed": {name: metadata.version(name) for name in names if _installed(name)},
+    }

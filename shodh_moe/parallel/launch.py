@@ -1,0 +1,207 @@
+"""Which rank this process is: every launcher says it in its own words, and the rest of the code reads torch's.
+
+========================  =====================================================================
+started with              read
+========================  =====================================================================
+``deepspeed``, torchrun   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set already
+``mpirun``                the communicator of mpi4py; its first rank picks address and port
+``srun``                  SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; the first host of the step; the job's number
+none                      one process
+========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+from shodh_moe.errors import UserError
+
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+_PORTS = range(20000, 30000)  # below those that systems hand out by themselves
+
+
+def set_rank_variables() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT unless a launcher has.
+
+    Raises:
+        UserError: a launcher started this process without a variable that it should have set.
+    """
+    if "RANK" in os.environ:
+        local = os.environ.get("LOCAL_SIZE")  # DeepSpeed's word
+        if local:
+            os.environ.setdefault("LOCAL_WORLD_SIZE", local)
+        return
+    # mpirun inside a SLURM job starts its ranks through SLURM, so both have left variables.
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        found = _of_mpi()
+    elif "SLURM_STEP_ID" in os.environ:
+        found = _of_slurm()
+    elif any(name in os.environ for name in _MPI):
+        found = _of_mpi()
+    else:
+        found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in found.items():
+        if name.startswith("MASTER_"):
+            os.environ.setdefault(name, str(value))
+        else:
+            os.environ[name] = str(value)
+
+
+def require_hostfile_of_launcher() -> None:
+    """Refuse what DeepSpeed's launcher lets pass with a warning: without its hostfile it trains on this host alone.
+
+    Raises:
+        UserError: ``deepspeed --hostfile`` was given a file that does not exist.
+    """
+    import psutil
+
+    for ancestor in psutil.Process().parents() if os.environ.get("RANK") == "0" else []:
+        try:
+            words = ancestor.cmdline()
+        except psutil.Error:
+            continue
+        if not any("deepspeed" in Path(word).name for word in words[:3]):
+            continue
+        for option, value in zip(words, [*words[1:], ""], strict=True):
+            if option.endswith(".py") and "deepspeed" not in option:  # the script: what follows is not the launcher's
+                break
+            name, equals, joined = option.partition("=")
+            if name in ("--hostfile", "-H") and not os.path.isfile(joined if equals else value):
+                raise UserError(
+                    f"deepspeed --hostfile {joined or value} does not exist, so it trains on this host alone: "
+                    "check the path"
+                )
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of this host that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a port of this host, such as ``python, process 4711``; "" if that cannot be found out."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:  # another user's
+                    return "a process of another user"
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _of_mpi() -> dict[str, str | int]:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"mpirun started this process, but mpi4py cannot be used ({error}): pip install 'shodh_moe[mpi]'"
+        ) from None
+    world = MPI.COMM_WORLD
+    if (said := _said_size()) != world.size:
+        raise UserError(
+            f"mpirun started {said} processes, but mpi4py counts {world.size}: it was built for another MPI; "
+            "install one for the MPI of this mpirun"
+        )
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    networks = world.gather(_networks(), root=0)
+    meet = (common_address(networks), free_port("")) if networks else None
+    address, port = world.bcast(meet, root=0)
+    found = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local.rank, "LOCAL_WORLD_SIZE": local.size}
+    # MPI has done its part; mpirun takes a rank that ends without this for one that has crashed.
+    MPI.Finalize()
+    return found | {"MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+def _said_size() -> int:
+    return int(next(os.environ[name] for name in _MPI if name in os.environ))
+
+
+def _networks() -> list[str]:
+    """This host's IPv4 addresses with their networks, such as ``10.0.0.3/24``; not the loopback one."""
+    import psutil
+
+    return [
+        f"{address.address}/{address.netmask}"
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+
+
+def common_address(networks: list[list[str]]) -> str:
+    """An address of the first rank's host that the hosts of the others have a network in common with."""
+    first = [ipaddress.ip_interface(text) for text in networks[0]]
+    others = [[ipaddress.ip_interface(text) for text in texts] for texts in networks[1:] if texts != networks[0]]
+    for own in first if others else []:
+        if all(any(other.ip in own.network for other in there) for there in others):
+            return str(own.ip)
+    return str(first[0].ip) if others and first else "127.0.0.1"
+
+
+def _of_slurm() -> dict[str, str | int]:
+    found: dict[str, str | int] = {
+        "RANK": _slurm("SLURM_PROCID"),
+        "WORLD_SIZE": _slurm("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        "LOCAL_RANK": _slurm("SLURM_LOCALID"),
+    }
+    found["LOCAL_WORLD_SIZE"] = _tasks_here()
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if devices and devices.count(",") < int(found["LOCAL_RANK"]):  # --gpus-per-task shows each task its own only
+        found["LOCAL_RANK"] = int(found["LOCAL_RANK"]) % (devices.count(",") + 1)
+    if "MASTER_ADDR" not in os.environ:
+        found["MASTER_ADDR"] = first_host(_text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
+    # Every rank can work it out without asking another; the sbatch scripts pick one that is free instead.
+    found["MASTER_PORT"] = _PORTS[_slurm("SLURM_JOB_ID", "SLURM_JOBID") % len(_PORTS)]
+    return found
+
+
+def first_host(nodelist: str) -> str:
+    """The first of SLURM's list, such as ``gpu[003-007,12],login1``."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30)
+        if done.returncode == 0 and done.stdout.split():
+            return done.stdout.split()[0]
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # a container often has SLURM's variables without its commands
+    name = re.match(r"[^,\[]+(\[[^\]]*\][^,\[]*)*", nodelist)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name[0]) if name else nodelist
+
+
+def _tasks_here() -> int:
+    """How many tasks of the step this node has; SLURM_STEP_TASKS_PER_NODE is such as ``2(x3),1``."""
+    counts: list[int] = []
+    for part in _text("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if not match:
+            raise UserError(f"SLURM's tasks per node are {part!r}, which is no number: start with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _slurm("SLURM_NODEID")
+    return counts[min(node, len(counts) - 1)]
+
+
+def _slurm(*names: str) -> int:
+    text = _text(*names)
+    if not text.isdecimal():
+        raise UserError(f"SLURM's variable {names[0]} is {text!r}, not a whole number: start with srun")
+    return int(text)
+
+
+def _text(*names: str) -> str:
+    for name in names:
+        if os.environ.get(name):
+            return os.environ[name]
+    raise UserError(
+        f"SLURM started this process without {names[0]}: start ranks with srun, as launch/slurm/pretrain.sbatch does"
+    )

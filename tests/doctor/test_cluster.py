@@ -1,0 +1,155 @@
+"""What the hosts of a hostfile tell, and what the table says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shodh_moe.doctor.cluster import answer_lines, between_lines, fact_lines
+from shodh_moe.doctor.table import Line
+from shodh_moe.parallel.hostfile import Host
+from tests.doctor.found import facts
+
+FOLDER = "/shared/runs"
+FREE = 500 * 2**30
+
+
+def hosts(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Three hosts, of which some differ."""
+    return {name: facts(**changes.get(name, {})) for name in ("n0", "n1", "n2")}
+
+
+def checks(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    fine: dict[str, Any] = {
+        "folders": {FOLDER: {"error": "", "free": FREE}},
+        "reached": {"10.0.0.1": ""},
+        "listened": "",
+    }
+    return {name: fine | changes.get(name, {}) for name in ("n0", "n1", "n2")}
+
+
+def the(what: str, lines: list[Line]) -> Line:
+    (one,) = (line for line in lines if line.what == what)
+    assert bool(one.remedy) == (one.status != "ok")
+    return one
+
+
+def about(found: dict[str, dict[str, Any]], slots: int = 2) -> list[Line]:
+    return fact_lines([Host(name, slots) for name in found], found, facts())
+
+
+def test_equal_hosts_have_no_complaint() -> None:
+    found = hosts()
+    lines = [*answer_lines(found), *about(found), *between_lines(found, checks(), [FOLDER])]
+    assert {line.status for line in lines} == {"ok"}
+    assert the("hosts", lines).value.startswith("3 of 3 answer")
+    assert the("same packages", lines).value.startswith("torch 2.13.0, deepspeed 0.19.8")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("root@n1: Permission denied (publickey,password).", "ssh-copy-id n1"),
+        ("Host key verification failed.", "accept its key"),
+        ("ssh: Could not resolve hostname n1: Name or service not known", "correct the name"),
+        ("bash: line 1: /opt/venv/bin/python: No such file or directory", "same environment"),
+        ("no answer within 8 s", "ssh n1 true"),
+    ],
+)
+def test_a_silent_host_is_one_error_with_its_remedy(error: str, remedy: str) -> None:
+    lines = answer_lines({"n0": facts(), "n1": {"error": error}})
+    assert [line.status for line in lines] == ["error", "ok"]
+    assert the("host n1", lines).value == error
+    assert remedy in the("host n1", lines).remedy
+    assert the("hosts", lines).value.startswith("1 of 2")
+
+
+def test_a_slow_host_is_named() -> None:
+    line = the("hosts", answer_lines(hosts(n2={"seconds": 6.0})))
+    assert (line.status, "n2" in line.value) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "status", "text"),
+    [
+        ("same python", {"n1": {"python": "3.11.2"}}, "error", "3.11.2 on n1; 3.12.3 on n0, n2, this host"),
+        ("same code", {"n2": {"code": "ffff"}}, "error", "ffff on n2"),
+        ("same torch", {"n2": {"versions": facts()["versions"] | {"torch": "2.9.0"}}}, "error", "2.9.0 on n2"),
+        ("same triton", {"n2": {"versions": facts()["versions"] | {"triton": "none"}}}, "error", "none on n2"),
+        ("slots", {"n1": {"gpus": 1}}, "error", "n1 has 1 GPUs for slots=2"),
+        ("slots", {"n1": {"gpus": 8}}, "warning", "n1 has 8 GPUs for slots=2"),
+        ("slots", {name: {"gpus": 0} for name in ("n0", "n1", "n2")}, "ok", "6 ranks"),
+        ("slots", {name: {"gpus": 0, "cores": 1} for name in ("n0", "n1", "n2")}, "warning", "n0 has 1 cores"),
+        ("compilers", {"n1": {"tools": {"c++": True, "ninja": False}}}, "warning", "no ninja on n1"),
+        ("compilers", {"n1": {"tools": {"c++": True, "ninja": False}, "gpus": 0}}, "error", "no ninja on n1"),
+        ("compilers", {"n1": {"tools": {"c++": False, "ninja": True}}}, "error", "no c++ on n1"),
+        ("clocks", {"n1": {"clock": -3.4}}, "warning", "n1 is 3 s behind"),
+        ("clocks", {"n1": {"clock": 1.9}}, "ok", "within 2 s"),
+        ("clocks", {"n1": {"clock": 4000.0}, "n2": {"clock": 3.0}}, "error", "n1 is 4000 s ahead, n2 is 3 s ahead"),
+        ("ssh keepalive", {"n1": {"keepalive": 0}}, "warning", "off for n1"),
+        ("ssh keepalive", {"n1": {"keepalive": None}}, "ok", "unknown"),
+    ],
+)
+def test_each_difference(what: str, changes: dict[str, Any], status: str, text: str) -> None:
+    line = the(what, about(hosts(**changes)))
+    assert line.status == status
+    assert text in line.value
+
+
+def test_many_different_hosts_stay_one_short_line() -> None:
+    found = {f"node-{number}": facts(python="3.11.2") for number in range(100)}
+    assert "node-4 and 95 more" in the("same python", about(found)).value
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "text"),
+    [
+        (
+            {"n2": {"reached": {"10.0.0.1": "timed out"}}},
+            "error",
+            "n2 cannot connect to n0 (10.0.0.1, port 40123): timed out",
+        ),
+        (
+            {"n0": {"listened": "Address already in use"}},
+            "warning",
+            "n0 could not listen on port 40123: Address already",
+        ),
+        ({"n0": {"error": "no answer within 7 s"}}, "error", "too few hosts answer"),
+    ],
+)
+def test_ports(changes: dict[str, Any], status: str, text: str) -> None:
+    line = the("ports", between_lines(hosts(), checks(**changes), [FOLDER]))
+    assert line.status == status
+    assert text in line.value
+
+
+def test_an_address_that_others_do_not_reach_is_passed_over() -> None:
+    found = hosts(n0={"addresses": ["172.17.0.1", "10.0.0.1"]})
+    told = {"reached": {"172.17.0.1": "Connection refused", "10.0.0.1": ""}}
+    line = the("ports", between_lines(found, checks(n1=told, n2=told), []))
+    assert (line.status, line.remedy.split(";")[0]) == ("warning", "export MASTER_ADDR=10.0.0.1")
+
+
+def test_one_host_needs_no_ports() -> None:
+    lines = between_lines({"n0": facts()}, {"n0": checks()["n0"]}, [FOLDER])
+    assert [line.what for line in lines] == [f"shared {FOLDER}"]
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "text"),
+    [
+        ({"error": "is not there"}, "error", "on n1 it is not there"),
+        ({"error": "", "free": 2 * 2**30}, "warning", "2 GiB free on n1"),
+    ],
+)
+def test_shared_folder(told: dict[str, Any], status: str, text: str) -> None:
+    line = the(f"shared {FOLDER}", between_lines(hosts(), checks(n1={"folders": {FOLDER: told}}), [FOLDER]))
+    assert line.status == status
+    assert text in line.value
+
+
+def test_a_host_that_falls_silent_between_the_rounds_is_told() -> None:
+    lines = between_lines(hosts(), checks(n2={"error": "no answer within 7 s"}), [FOLDER])
+    assert the("host n2", lines).status == "error"
+    assert the("ports", lines).status == "ok"

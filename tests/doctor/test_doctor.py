@@ -1,0 +1,253 @@
+"""The command as a whole: on this host, and on two that are this host under other names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shodh_moe.kernels
+from shodh_moe.doctor import command, doctor, hosts
+from shodh_moe.doctor.here import PACKAGE, run_part
+from shodh_moe.errors import UserError
+from shodh_moe.parallel import probe, remote
+from shodh_moe.parallel.remote import Answer
+from tests.doctor import found
+
+pytestmark = pytest.mark.distributed
+
+Lines = dict[str, dict[str, str]]
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> Lines:
+    return {line["what"]: line for line in json.loads(capsys.readouterr().out)["lines"]}
+
+
+def test_the_real_host(tmp_path: Path) -> None:
+    """By its own process, as users start it: quick, one line a check, an exit code that fits, nothing left behind."""
+    script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor(json=True))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.stderr == ""
+    lines = {line["what"]: line for line in json.loads(done.stdout)["lines"]}
+    for what in ("shodh_moe", "python", "packages", "torch", "cuda", "deepspeed", "hdf5"):
+        assert lines[what]["status"] == "ok", lines[what]
+    assert lines[f"folder {tmp_path}"]["value"].endswith("free") or lines[f"folder {tmp_path}"]["remedy"]
+    assert done.returncode == (2 if any(line["status"] == "error" for line in lines.values()) else 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_are_the_same_in_the_process_and_as_a_script() -> None:
+    own, sent = probe.facts(), run_part(Path(probe.__file__))
+    for key in ("python", "executable", "versions", "code", "addresses", "cores", "gpus"):
+        assert own[key] == sent[key]
+    assert own["code"] != "none"
+    assert abs(own["time"] - sent["time"]) < 10
+
+
+def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
+    """A copy elsewhere has the same identity until a file of it changes."""
+    copy = tmp_path / "shodh_moe"
+    left_out = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(Path(shodh_moe.__file__).parent, copy, ignore=left_out)
+    shutil.copytree(Path(shodh_moe.kernels.__file__).parent, copy / "kernels", ignore=left_out)
+
+    def code() -> str:
+        script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + Path(probe.__file__).read_text().replace(
+            "from __future__ import annotations\n", ""
+        )
+        done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=True)
+        return str(json.loads(done.stdout)["code"])
+
+    assert code() == probe.facts()["code"]
+    with open(copy / "kernels" / "gating.py", "a") as file:
+        file.write("# changed\n")
+    assert code() != probe.facts()["code"]
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import os; os.abort()", "ended by signal 6"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+        ("raise SystemExit(3)", "exit code 3"),
+        ("print('no JSON')", "exit code 0"),
+    ],
+)
+def test_a_part_that_breaks_is_one_line(tmp_path: Path, script: str, error: str) -> None:
+    path = tmp_path / "part.py"
+    path.write_text(script)
+    assert run_part(path, seconds=1 if "sleep" in script else 30) == {"error": error}
+
+
+def test_a_folder_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = run_part(PACKAGE / "doctor" / "probe.py", "folder", str(tmp_path / "file" / "runs"))
+    assert told["refused"] == "Not a directory"
+    told = run_part(PACKAGE / "doctor" / "probe.py", "folder", str(tmp_path / "runs" / "later"))
+    assert told["exists"] is False
+    assert told["free"] > 0
+    assert "refused" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_broken_torch_is_a_line_and_not_the_end(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    (tmp_path / "hostfile").write_text("a slots=1\n")
+    script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor('hostfile', json=True))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=100, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    lines = {line["what"]: line for line in json.loads(done.stdout)["lines"]}
+    for what in ("torch", "deepspeed"):
+        assert lines[what]["status"] == "error"
+        assert "libcudart" in lines[what]["value"]
+    assert lines["python"]["status"] == "ok"
+
+
+# With a hostfile: ssh is replaced by processes of this host.
+
+
+class Cluster:
+    """Hosts by name; ``changes`` are made to what a host is asked or answers."""
+
+    def __init__(self) -> None:
+        self.silent: dict[str, str] = {}
+        self.orders: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, names: list[str], source: str, arguments: list[str] | None = None, timeout_seconds: float = 10.0
+    ) -> list[Answer]:
+        return [self._answer(name, source, list(arguments or []), timeout_seconds) for name in names]
+
+    def _answer(self, name: str, source: str, arguments: list[str], timeout_seconds: float) -> Answer:
+        if name in self.silent:
+            return Answer(name, "", self.silent[name])
+        if arguments:
+            arguments = [json.dumps(json.loads(arguments[0]) | self.orders.get(name, {}))]
+        done = subprocess.run(
+            [sys.executable, "-", *arguments],
+            input=source,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds + 20,
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if not arguments:
+            answer |= {"addresses": ["127.0.0.1"]} | self.answers.get(name, {})
+        return Answer(name, json.dumps(answer) + "\n", "")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(remote, "run_on_hosts", cluster.run)
+    monkeypatch.setattr(hosts, "run_on_hosts", cluster.run)
+    monkeypatch.setattr(hosts, "_keepalive", lambda name: 15)
+    monkeypatch.setattr(command, "gather", lambda folders: found.here(facts=probe.facts()))
+    return cluster
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostfile"
+    path.write_text("a slots=1\nb slots=1\nc slots=1\n")
+    return path
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder
+
+
+def test_hosts_that_are_well(
+    cluster: Cluster, hostfile: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor(hostfile, [str(shared)], json=True)
+    lines = told(capsys)
+    for what in ("hosts", "same python", "same packages", "same code", "clocks", "ports"):
+        assert lines[what]["status"] == "ok", lines[what]
+    assert lines["ports"]["value"].startswith("every other host connects to a at 127.0.0.1")
+    assert lines[f"shared {shared}"]["value"].startswith("seen and written by every host")
+    assert not list(shared.iterdir())
+
+
+def test_hosts_with_something_wrong_each(
+    cluster: Cluster,
+    hostfile: Path,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One is silent, one has another code, a clock that is wrong, another folder, and no way through to the port."""
+    monkeypatch.setattr(hosts, "PORT_SECONDS", 1.0)
+    cluster.silent["b"] = "no answer within 8 s"
+    cluster.answers["c"] = {"code": "ffff", "time": time.time() + 100}
+    with probe.socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        cluster.orders["c"] = {"port": closed.getsockname()[1], "folders": [[str(shared), ".not-the-one"]]}
+        assert doctor(hostfile, [str(shared)], json=True) == 2
+    lines = told(capsys)
+    assert lines["host b"]["value"] == "no answer within 8 s"
+    assert lines["hosts"]["value"].startswith("2 of 3")
+    assert "ffff on c" in lines["same code"]["value"]
+    assert "ahead" in lines["clocks"]["value"]
+    assert "c cannot connect to a" in lines["ports"]["value"]
+    assert "Connection refused" in lines["ports"]["value"]
+    assert "on c it is another folder of the same name" in lines[f"shared {shared}"]["value"]
+    assert lines[f"shared {shared}"]["status"] == "error"
+    assert not list(shared.iterdir())
+
+
+def test_a_folder_that_takes_files_which_do_not_arrive(
+    cluster: Cluster, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "PORT_SECONDS", 1.0)
+    cluster.orders["b"] = {"number": 7}  # what it writes is not what is waited for
+    facts = {name: probe.facts() | {"addresses": ["127.0.0.1"]} for name in ("a", "b")}
+    checks = hosts.check_between(facts, [str(shared)])
+    assert checks["a"]["folders"][str(shared)]["error"] == ""
+    assert checks["b"]["folders"][str(shared)]["error"] == "takes files that this host does not see"
+
+
+def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.silent = dict.fromkeys("abc", "ssh: connect to host port 22: No route to host")
+    assert doctor(hostfile, json=True) == 2
+    lines = told(capsys)
+    assert [what for what in lines if what.startswith("host")] == ["host a", "host b", "host c"]
+
+
+def test_an_answer_that_is_none(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a login script that writes to the terminal."""
+    monkeypatch.setattr(remote, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
+    assert "welcome" in probe.probe_hosts(["a"])["a"]["error"]
+
+
+def test_a_wrong_hostfile_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-such-hostfile"):
+        doctor(tmp_path / "no-such-hostfile")
+
+
+def test_without_ssh_the_rest_is_still_told(
+    hostfile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote.shutil, "which", lambda name: None)
+    monkeypatch.setattr(command, "gather", lambda folders: found.here())
+    assert doctor(hostfile, json=True) == 2
+    lines = told(capsys)
+    assert lines["hosts"]["value"].startswith("not asked: no ssh")
+    assert lines["torch"]["status"] == "ok"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shodh_moe.checkpoint.fragments import Fragment, model_fragments
 from shodh_moe.checkpoint.rank_file import DTYPES
-from shodh_moe.checkpoint.state import RANDOM, Damaged, load_state, not_covered, piece_key, rank_file
+from shodh_moe.checkpoint.state import RANK_STATE, Damaged, load_state, not_covered, piece_key, rank_file
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
 from shodh_moe.parallel import ExpertParallel
@@ -206,13 +206,13 @@ class CheckpointReader:
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).view(shape)
 
-    def random_state(self, rank: int) -> dict[str, Tensor]:
-        """What that rank gave as its random state; nothing if the checkpoint was made by fewer ranks."""
+    def rank_state(self, rank: int) -> dict[str, Tensor]:
+        """What that rank gave as its own state; nothing if the checkpoint was made by fewer ranks."""
         if rank >= self.state["world_size"]:
             return {}
         try:
             file = self._file(rank)
-            return {k.removeprefix(RANDOM): file.get_tensor(k) for k in file.keys() if k.startswith(RANDOM)}  # noqa: SIM118
+            return {k: file.get_tensor(k) for k in file.keys() if k.startswith(RANK_STATE)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise self._unreadable(rank, error) from error
 

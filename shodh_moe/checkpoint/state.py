@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 FORMAT = 2
 STATE = "state.json"
-RANDOM = "rng/"  # keys of a rank's random state in its file
+RANK_STATE = ("rng/", "interval/")  # how keys begin in a rank's file that are no pieces but its own state
 
 
 class Damaged(Exception):

@@ -31,7 +31,7 @@ from shodh_moe.checkpoint.rank_file import HostCopy
 from shodh_moe.checkpoint.read import list_checkpoints
 from shodh_moe.checkpoint.state import (
     FORMAT,
-    RANDOM,
+    RANK_STATE,
     RESERVED,
     STATE,
     Damaged,
@@ -90,7 +90,7 @@ class CheckpointWriter:
         step: int,
         fragments: list[Fragment],
         shapes: dict[str, list[int]],
-        random_state: dict[str, Tensor],
+        rank_state: dict[str, Tensor],
         facts: dict[str, Any],
     ) -> None:
         """Copy the fragments to host memory, then write in the background; returns when the copy is made.
@@ -99,21 +99,23 @@ class CheckpointWriter:
 
         Args:
             shapes: of every logical tensor. Over all ranks the fragments hold each of their elements once.
-            random_state: 1-D tensors, e.g. ``cpu`` (uint8).
+            rank_state: 1-D tensors that are this rank's own, under names such as ``rng/cpu`` (see `RANK_STATE`).
             facts: whatever is to stand in ``state.json`` beside the tensors; of rank 0 alone. JSON values.
 
         Raises:
             UserError: the previous checkpoint could not be written: disk full, no permission.
-            ValueError: fragments that cannot be stored, or facts under a reserved name.
+            ValueError: fragments that cannot be stored, facts under a reserved name, rank state under another.
         """
         self.finish()
         if taken := RESERVED & set(facts):
             raise ValueError(f"facts of a checkpoint may not be called {sorted(taken)}")
+        if alien := [name for name in rank_state if not name.startswith(RANK_STATE)]:
+            raise ValueError(f"rank state {alien[0]} must begin with one of {RANK_STATE}")
         fragments = [fragment for fragment in fragments if fragment.values.numel()]
         tensors = {piece_key(name, start): values for name, start, values in fragments}
         if len(tensors) != len(fragments):
             raise ValueError(f"rank {self._rank} has two fragments of the same tensor and first element")
-        tensors.update({RANDOM + name: state for name, state in random_state.items()})
+        tensors.update(rank_state)
         self._host.take(tensors)
         self._count += 1
         mark = f"{self._attempt}-{self._count}"

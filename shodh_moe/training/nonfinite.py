@@ -37,7 +37,7 @@ class NonFinite:
 
     def __init__(self, policy: str, run: Path, samples: LatentSamples):
         self.policy, self.run, self.samples = policy, run, samples
-        self.skipped, self._in_a_row = 0, 0
+        self._in_a_row = 0
 
     def all_well(self) -> None:
         """Call after a step that was applied."""
@@ -57,7 +57,7 @@ class NonFinite:
         path = self.run / "nonfinite" / f"{step}.json"
         if dist.get_rank() == 0:
             write_text(path, json.dumps({"step": step, "ranks": reports}, indent=1) + "\n")
-        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        self._in_a_row += 1
         where = "; ".join(_where(rank, report) for rank, report in enumerate(reports) if report["broken"])
         where = where or "every loss is finite, only gradients are not"
         told = f"step {step} has a loss or gradient that is not finite ({where}); its samples are in {path}"

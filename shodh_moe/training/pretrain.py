@@ -7,9 +7,12 @@ LOCAL_RANK and WORLD_SIZE; with none it is one process.
 from __future__ import annotations
 
 import math
+import os
 import resource
 import statistics
 import time
+import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from shodh_moe.parallel.rendezvous import versions
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
@@ -36,7 +40,7 @@ from shodh_moe.training.resume import on_rank_0, random_state, start_from
 from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.stopping import stop_request
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
-from shodh_moe.training.watchdog import Watchdog
+from shodh_moe.training.watchdog import watched
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -63,7 +67,12 @@ def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> 
 
 
 def pretrain(
-    config: Config, run: Path, latents: Path, resume: str = "auto", tokenizer_sha256: str | None = None
+    config: Config,
+    run: Path,
+    latents: Path,
+    resume: str = "auto",
+    tokenizer_sha256: str | None = None,
+    stop_file: Path | None = None,
 ) -> None:
     """Train to ``training.steps``.
 
@@ -71,6 +80,7 @@ def pretrain(
         resume: ``auto`` goes on from the newest intact checkpoint of the run folder, if there is one; a checkpoint
             folder goes on from that one.
         tokenizer_sha256: hash of the tokenizer that made the latents; checkpoints keep it.
+        stop_file: by which the launching process asks for an end (`sentinel`).
 
     Raises:
         UserError: ranks disagree, nothing fits to resume from, a step was not finite under the policy ``halt``, or
@@ -88,9 +98,15 @@ def pretrain(
     sampler = DomainSampler(train.sizes, t.batch_size, config.seed, world)
 
     lock = on_rank_0(lambda: lock_run(run), tell=False)
-    watchdog = Watchdog(run, rank, t.stall_seconds)
+    attempt = on_rank_0(lambda: uuid.uuid4().hex)  # tells this start of the run from all others
+    guards = ExitStack()
+    asked = guards.enter_context(stop_request())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    watchdog = guards.enter_context(watched(run, rank, local_rank, attempt, t.stall_seconds, stop_file))
+    layers = engine.model.moe_layers
+    interval = Interval(RoutingCounts(len(layers), train.domains, config.model.moe.num_experts, engine.device))
     checkpoints = run / "checkpoints"
-    found, attempt = start_from(checkpoints, resume, engine)
+    found = start_from(checkpoints, resume, engine, interval)
     start = found["step"] if found else 0
     writer = CheckpointWriter(checkpoints, rank, world, t.keep_last, t.keep_every, attempt)
     log = Log(run, start) if rank == 0 else None
@@ -105,20 +121,16 @@ def pretrain(
                 f"the checkpoint was made by {was} ranks, now {world}: the global batch changes with them", flush=True
             )
 
-    layers = engine.model.moe_layers
-    counts = RoutingCounts(len(layers), train.domains, config.model.moe.num_experts, engine.device)
     warnings = Warnings(config.telemetry)
     nonfinite = NonFinite(t.on_nonfinite, run, train)
-    sums: dict[str, Tensor] = {}
-    times: list[float] = []
-    told = start  # the step of the last record of the routers
     steps, stopped = range(start, t.steps), False
-    with stop_request() as asked:
+    watchdog.alive()
+    with guards:
         for step in progress(steps, "pretrain", len(steps)) if rank == 0 else steps:
             began = time.perf_counter()
             done, rate, batches = step + 1, learning_rate(step, t), []
             logs = done % t.log_every == 0 or done == t.steps
-            tells = logs and (done - told >= config.telemetry.every or done == t.steps)
+            tells = logs and (done - interval.told >= config.telemetry.every or done == t.steps)
             exchanges: list[Exchange] = []
             engine.ep.exchanges = exchanges if tells else None
             for micro in range(step * t.accumulation, done * t.accumulation):
@@ -134,20 +146,20 @@ def pretrain(
             if result.applied:
                 nonfinite.all_well()
                 for batch in batches:
-                    counts.add(batch.routing, batch.domain_B)
-                    for key, value in batch.losses.items():
-                        sums[key] = sums.get(key, 0) + value
-                times.append(time.perf_counter() - began)
+                    interval.counts.add(batch.routing, batch.domain_B)
+                    interval.add(batch.losses)
+                interval.times.append(time.perf_counter() - began)
             else:
                 nonfinite.handle(done, batches)
+                interval.skipped += 1
 
-            if logs and times:
+            if logs and interval.times:
                 record: dict[str, Any] = {
                     "kind": "train",
                     "step": done,
-                    **_mean_over_ranks(sums, len(times) * t.accumulation),
+                    **_mean_over_ranks(interval),
                 }
-                seconds = statistics.median(times)
+                seconds = statistics.median(interval.times)
                 tokens = len(prediction.routing[0].expert_N) * world * t.accumulation
                 record |= {
                     "learning_rate": rate,
@@ -157,17 +169,17 @@ def pretrain(
                     "tokens_per_second": tokens / seconds,
                     "peak_memory_bytes": peak_memory_bytes(),
                     "ep_size": engine.ep.size,
-                    "skipped_steps": nonfinite.skipped,
+                    "skipped_steps": interval.skipped,
                 }
                 if tells:
-                    record["routing"] = layer_records(counts, layers, exchanges, result.expert_norms_LE)
-                    told = done
-                    counts.clear()
+                    record["routing"] = layer_records(interval.counts, layers, exchanges, result.expert_norms_LE)
+                    interval.told = done
+                    interval.counts.clear()
                 if log:
                     log.write(record)
                     for line in warnings.check(done, record["routing"]) if tells else []:
                         print(line, flush=True)
-                sums, times = {}, []
+                interval.clear()
             if done % t.validate_every == 0 or done == t.steps:
                 errors = validate(engine, valid, config)
                 if log:
@@ -187,11 +199,11 @@ def pretrain(
                     "versions": versions(),
                     "tokenizer_sha256": tokenizer_sha256,
                 }
-                writer.save(done, engine.fragments(), engine.shapes(), random_state(), facts)
+                own = random_state() | interval.state()
+                writer.save(done, engine.fragments(), engine.shapes(), own, facts)
             if stopped:
                 break
         writer.finish()
-        watchdog.stop()
     if log:
         log.close()
     dist.barrier()
@@ -254,10 +266,10 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _mean_over_ranks(sums: dict[str, Tensor], count: int) -> dict[str, float]:
-    values = torch.stack([value.double() for value in sums.values()]) / count
+def _mean_over_ranks(interval: Interval) -> dict[str, float]:
+    values = interval.means()
     dist.all_reduce(values)
-    return dict(zip(sums, (values / dist.get_world_size()).tolist(), strict=True))
+    return dict(zip(interval.sums, (values / dist.get_world_size()).tolist(), strict=True))
 
 
 def _to(engine: Engine, *tensors: Tensor) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,31 @@ from torch import Tensor
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
 from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.training.engine import Engine
+from shodh_moe.training.interval import Interval
 
 
-def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, str]:
-    """Load weights, optimizer and, at the same number of ranks, random state (collective).
+def start_from(checkpoints: Path, resume: str, engine: Engine, interval: Interval) -> dict[str, Any] | None:
+    """Load weights, optimizer and, at the same number of ranks, random state and interval (collective).
 
     Args:
         resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
 
     Returns:
-        {path, step, world_size} of the checkpoint, or None for a start from scratch; and a mark of this start, the
-        same on every rank and another each time.
+        {path, step, world_size} of the checkpoint, or None for a start from scratch.
 
     Raises:
         UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
     """
     shapes = engine.shapes()
-    found, mark = on_rank_0(lambda: (_find(checkpoints, resume, shapes), uuid.uuid4().hex))
+    found = on_rank_0(lambda: _find(checkpoints, resume, shapes))
     if found:
         reader = CheckpointReader(Path(found["path"]))
         engine.load(reader)
         if found["world_size"] == dist.get_world_size():
-            _restore_random_state(reader.random_state(dist.get_rank()))
-    return found, mark
+            state = reader.rank_state(dist.get_rank())
+            _restore_random_state(state)
+            interval.load_state(state)
+    return found
 
 
 def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
@@ -78,11 +79,12 @@ def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:
 
 def random_state() -> dict[str, Tensor]:
     """Of this rank's generators, for a checkpoint."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    states = {"rng/cpu": torch.get_rng_state()}
+    return states | ({"rng/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _restore_random_state(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if "rng/cpu" in states:
+        torch.set_rng_state(states["rng/cpu"])
+    if "rng/cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["rng/cuda"])

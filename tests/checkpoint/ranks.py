@@ -40,7 +40,7 @@ class Ranks:
         tensors = TENSORS if tensors is None else tensors
         world_size = len(self.writers)
         for rank, writer in enumerate(self.writers):
-            state = {"cpu": torch.full((5,), rank, dtype=torch.uint8)}
+            state = {"rng/cpu": torch.full((5,), rank, dtype=torch.uint8)}
             writer.save(step, halves(tensors, rank, world_size), shapes_of(tensors), state, facts)
 
     def errors(self) -> list[BaseException | None]:

@@ -105,8 +105,8 @@ def test_random_state_of_each_rank(tmp_path: Path) -> None:
     Ranks(tmp_path, world_size=3).saved(1)
     reader = CheckpointReader(tmp_path / "1")
     for rank in range(3):
-        assert {key: value.tolist() for key, value in reader.random_state(rank).items()} == {"cpu": [rank] * 5}
-    assert reader.random_state(3) == {}
+        assert {key: value.tolist() for key, value in reader.rank_state(rank).items()} == {"rng/cpu": [rank] * 5}
+    assert reader.rank_state(3) == {}
 
 
 def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPECHECK := build/typecheck
-SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sbatch tests/cluster/*.sh)
+SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch)
 
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test lint kernels-compile gpu clean
+.PHONY: help venv pretrain test test-cluster lint kernels-compile gpu clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ pretrain: $(STAMP) ## the whole main job: CONFIG=configs/quickstart.yaml NAME=ru
 
 test: $(STAMP) ## run the tests: ARGS="-k router" or ARGS=tests/test_packaging.py narrow them down
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(STAMP) ## tests with real SLURM, sshd, pdsh and MPI on this machine: root; installs Debian's packages
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt \
+	    --editable '.[mpi]' || echo "make test-cluster: no MPI for this Python; its tests will be skipped"
+	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell scripts (shellcheck)
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""Generate a config's dataset: python launch/generate_data.py --config configs/quickstart.yaml"""
+"""Generate a config's dataset: python launch/generate_data.py --config configs/quickstart.yaml
+
+On many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or parts of it, one a job: --part 0 --of 16
+"""
 
 import sys
 
-from shodh_moe.cli import main
+from shodh_moe.generation import main
 
 if __name__ == "__main__":
-    sys.exit(main(["data", *sys.argv[1:]]))
+    sys.exit(main())

@@ -15,7 +15,7 @@ import os
 
 from shodh_moe.cli import main as shodh
 from shodh_moe.command import OneLineParser, end_rank, exit_code
-from shodh_moe.parallel.launch import require_hostfile_of_launcher, set_rank_variables
+from shodh_moe.parallel.launch import forget_launcher, require_hostfile_of_launcher, set_rank_variables
 from shodh_moe.training.__main__ import main as train
 
 
@@ -27,6 +27,8 @@ def main() -> int:
     # DeepSpeed's launcher takes only what stands before the script: here it has started ranks on one host alone.
     if options.hostfile and int(os.environ.get("CROSS_SIZE", 1)) == 1:
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if "CROSS_SIZE" in os.environ:
+            forget_launcher()
         return shodh(["pretrain", "--hostfile", options.hostfile, *rest]) if first else 0
 
     def prepare() -> None:

@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, help="folder for the results; needed with --checkpoint")
     _add_tokenizer(evaluate)
     _command(commands, "report", "write the report of a run", _stage("report"))
+    text = "show parameters, memory of a GPU, steps and disk of a config; needs no GPU and starts nothing"
+    _command(commands, "plan", text, _plan).add_argument("--world", type=int, help="ranks; default: those of this host")
     _add_predict(commands)
     _add_checkpoint(commands)
     _add_doctor(commands)
@@ -253,6 +255,16 @@ def _export(options: argparse.Namespace) -> None:
     from shodh_moe.evaluation.export import export
 
     print(f"[export] {export(options.path, options.output, options.tokenizer)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from shodh_moe.checks import processes
+    from shodh_moe.training.plan import plan
+
+    config = _config(options)
+    if options.world is not None and options.world < 1:
+        raise UserError(f"--world {options.world}: give the number of ranks, at least 1")
+    print(plan(config, options.world or processes(config)))
 
 
 def _doctor(options: argparse.Namespace) -> int:

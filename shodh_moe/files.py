@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,8 +42,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be made or written to.
     """
-    # The leading dot and the ending keep a leftover of a killed run from being taken for data.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The leading dot and the ending keep a leftover of a killed run from being taken for data. A number of the process
+    # would not tell it from one of another host or container that writes the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

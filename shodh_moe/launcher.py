@@ -34,8 +34,11 @@ END_S = 20.0  # that ranks get to go away after an interruption
 # pdsh runs one ssh for each host. A host that drops off must not hold it up for the two hours of TCP's own patience.
 SSH_OPTIONS = [*SSH[1:], "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
 FORWARDED = ("SHODH_", "DS_", "GLOO_", "NCCL_", "TORCH_", "OMP_", "MKL_", "CUDA_DEVICE_MAX", "TRITON_", "HDF5_", "FI_")
-# Neither a shell nor pdsh, which replaces %h and the like, reads anything into these.
+# What DeepSpeed itself exports to the hosts, between double quotes where there are odd characters.
+EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
+# Neither a shell nor pdsh, which replaces %h and the like, reads anything into these; or these, between double quotes.
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+_QUOTABLE = re.compile(r"[^\"$`\\%\n]*")
 
 
 def launch_ranks(config: Config, run: Path, resume: str) -> int:
@@ -153,6 +156,11 @@ def _write_variables(path: Path) -> Path:
     for given in {Path.home() / name, Path.cwd() / name}:
         if given.is_file():
             lines += [line.strip() for line in given.read_text().splitlines() if line.strip() and line[0] != "#"]
+    for key, value in os.environ.items():
+        if key.startswith(EXPORTED):
+            _require_plain("the name of a variable", key)
+            if not _QUOTABLE.fullmatch(value):
+                _require_plain(f"the variable {key}", value)
     for line in lines:
         key, _, value = line.partition("=")
         _require_plain("the name of a variable", key)

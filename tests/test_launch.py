@@ -144,6 +144,8 @@ def test_what_a_remote_shell_would_interpret_never_gets_there(case: Path, false_
         assert f"the working folder is {str(tmp_path / folder)!r}" in start(tmp_path / folder)
     for value in ("$(touch x)", "`touch x`", 'a"b', "a b", "a\\b"):
         assert "the variable NCCL_X is" in start(tmp_path / "f", NCCL_X=value)
+    assert "the variable PYTHONPATH is" in start(tmp_path / "f", PYTHONPATH="/$(touch x)")
+    assert "the name of a variable is 'PYTHON;touch x'" in start(tmp_path / "f", **{"PYTHON;touch x": "1"})
     assert not (false_ssh / "pdsh.log").exists()
     start(tmp_path / "f", NCCL_X="good,1=2", FINE="yes")
     words = (false_ssh / "pdsh.log").read_text().splitlines()

@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 
 from shodh_moe.config import DataConfig, DomainConfig
@@ -58,35 +60,59 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
     """Make ``<folder>/data/{train,valid,test}/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; returns ``folder``.
 
     Complete files that the same request made are kept, so a killed run goes on where it was. ``progress`` is called
-    as ``progress(iterable, desc, total)`` and must yield the items.
+    as ``progress(iterable, desc, total)`` and must yield the items. Others may work in the same folder at the same
+    time: each file is made whole beside its place, and nobody begins one that is there.
 
     Raises:
         UserError: the disk is too small or not writable, a flow diverged, or the folder holds other data.
     """
     folder = Path(folder)
+    make(unfinished(config, folder), config, progress)
+    records = list_trajectories(folder, "train", config.grid)
+    write_stats(folder, compute_stats(read_trajectory(r) for r in progress(records, "statistics", len(records))))
+    return folder
+
+
+def unfinished(config: DataConfig, folder: Path, part: int = 0, of: int = 1) -> list[Job]:
+    """What is missing or damaged in part ``part`` (from 0) of ``of`` equal parts of the dataset.
+
+    Raises:
+        UserError: the config asks for nothing, the folder holds other data, or what all parts still lack does not fit
+            on the disk.
+    """
     jobs = plan(config, folder)
     if not jobs:
         raise UserError("data.domains names no domain: keep at least one")
     for split in SPLITS:
         remove_leftovers(folder / "data" / split)
     _require_no_others(folder, {job.path for job in jobs})
-    missing = [job for job in jobs if not _is_done(job)]
-    _require_space(folder, len(missing), config)
-    if missing:
-        _run_all(missing, config, progress)
-    records = list_trajectories(folder, "train", config.grid)
-    write_stats(folder, compute_stats(read_trajectory(r) for r in progress(records, "statistics", len(records))))
-    return folder
+    left = missing(jobs)
+    _require_space(folder, len(left), config)
+    # Neighbours in the list are of different domains: a run of them is as much work as any other.
+    mine = {job.path for job in jobs[part * len(jobs) // of : (part + 1) * len(jobs) // of]}
+    return [job for job in left if job.path in mine]
 
 
-def _run_all(jobs: list[Job], config: DataConfig, progress: Progress) -> None:
-    workers = _workers(config)
-    if workers == 1:
-        _drain(progress((_run(job, config) for job in jobs), "simulating", len(jobs)))
+def missing(jobs: list[Job]) -> list[Job]:
+    """Those whose file is not there or not whole."""
+    for folder in {job.path.parent for job in jobs}:
+        with suppress(OSError):
+            os.listdir(folder)  # network disks remember for a while that a single name was not there
+    return [job for job in jobs if not is_done(job)]
+
+
+def make(jobs: list[Job], config: DataConfig, progress: Progress = default_progress) -> None:
+    """Simulate and write ``jobs`` on all cores of this process. Raises `UserError` as `generate` does."""
+    if not jobs:
+        return
+    cores = own_cores()
+    threads = simulation_threads(config, cores)
+    if threads == 1:
+        _drain(progress((run(job, config, cores) for job in jobs), "simulating", len(jobs)))
         return
     # The solver releases the GIL: threads are enough, and each flow has one core to itself.
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(_run, job, config) for job in jobs]
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(run, job, config, cores) for job in jobs]
         try:
             _drain(progress((future.result() for future in as_completed(futures)), "simulating", len(jobs)))
         except BaseException:
@@ -94,12 +120,40 @@ def _run_all(jobs: list[Job], config: DataConfig, progress: Progress) -> None:
             raise
 
 
+def own_cores() -> int:
+    """Cores that this process may use, as the system or SLURM says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Not every SLURM binds its tasks to the cores that it gives them.
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(given)) if given.isdecimal() and int(given) else cores
+
+
+def simulation_threads(config: DataConfig, cores: int) -> int:
+    """How many flows to simulate side by side on so many cores: one, if it is large enough to keep all of them busy."""
+    return 1 if _is_large(config) else min(cores, 16)
+
+
+def _is_large(config: DataConfig) -> bool:
+    return int(np.prod(config.grid)) >= _PARALLEL_CELLS
+
+
 def _drain(items: Iterable[Any]) -> None:
     for _ in items:
         pass
 
 
-def _run(job: Job, config: DataConfig) -> Path:
+def run(job: Job, config: DataConfig, cores: int) -> Path:
+    """Simulate one trajectory and write it, unless someone else has meanwhile; a large flow on ``cores`` cores.
+
+    Returns where it is.
+
+    Raises:
+        UserError: the disk is full or not writable, or the flow diverged.
+    """
+    if is_done(job):
+        return job.path
+    if _is_large(config):
+        numba.set_num_threads(min(cores, numba.config.NUMBA_NUM_THREADS))
     grid = (config.grid[0], config.grid[1], config.grid[2])
     simulation = simulate(
         job.domain,
@@ -108,7 +162,7 @@ def _run(job: Job, config: DataConfig) -> Path:
         config.seed,
         job.trajectory,
         config.snapshots,
-        parallel=_workers(config) == 1,
+        parallel=_is_large(config),
     )
     provenance = {
         "solver": "D3Q19 lattice Boltzmann, two relaxation times",
@@ -139,10 +193,11 @@ def _request(config: DataConfig, domain: DomainConfig, trajectory: int) -> dict[
 
 def is_complete(config: DataConfig, folder: Path) -> bool:
     """Whether every file of this config is there and whole, by its header, and so are the statistics."""
-    return (folder / STATS_FILE).exists() and all(_is_done(job) for job in plan(config, folder))
+    return (folder / STATS_FILE).exists() and all(is_done(job) for job in plan(config, folder))
 
 
-def _is_done(job: Job) -> bool:
+def is_done(job: Job) -> bool:
+    """Whether the file is there, whole by its header, and made by the same request."""
     if not job.path.exists():
         return False
     try:
@@ -175,13 +230,6 @@ def _require_space(folder: Path, count: int, config: DataConfig) -> None:
             f"{count} trajectories need {needed / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free: "
             "choose another data.root, or fewer trajectories, snapshots or grid cells"
         )
-
-
-def _workers(config: DataConfig) -> int:
-    if int(np.prod(config.grid)) >= _PARALLEL_CELLS:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
 
 
 def _package_version() -> str:

@@ -20,8 +20,9 @@ import subprocess
 from pathlib import Path
 
 from shodh_moe.errors import UserError
+from shodh_moe.mpi import in_slurm_step, mpi_world, under_mpirun
 
-_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PORTS = range(20000, 30000)  # below those that systems hand out by themselves
 
 
@@ -36,13 +37,10 @@ def set_rank_variables() -> None:
         if local:
             os.environ.setdefault("LOCAL_WORLD_SIZE", local)
         return
-    # mpirun inside a SLURM job starts its ranks through SLURM, so both have left variables.
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    if under_mpirun():
         found = _of_mpi()
-    elif "SLURM_STEP_ID" in os.environ:
+    elif in_slurm_step():
         found = _of_slurm()
-    elif any(name in os.environ for name in _MPI):
-        found = _of_mpi()
     else:
         found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -51,6 +49,12 @@ def set_rank_variables() -> None:
             os.environ.setdefault(name, str(value))
         else:
             os.environ[name] = str(value)
+
+
+def forget_launcher() -> None:
+    """Unset what DeepSpeed's launcher told this rank, which is to start a job of its own."""
+    for name in (*_RANK_VARIABLES, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
+        os.environ.pop(name, None)
 
 
 def require_hostfile_of_launcher() -> None:
@@ -102,18 +106,9 @@ def port_holder(port: int) -> str:
 
 
 def _of_mpi() -> dict[str, str | int]:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"mpirun started this process, but mpi4py cannot be used ({error}): pip install 'shodh_moe[mpi]'"
-        ) from None
-    world = MPI.COMM_WORLD
-    if (said := _said_size()) != world.size:
-        raise UserError(
-            f"mpirun started {said} processes, but mpi4py counts {world.size}: it was built for another MPI; "
-            "install one for the MPI of this mpirun"
-        )
+    world = mpi_world()
+    from mpi4py import MPI
+
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     networks = world.gather(_networks(), root=0)
     meet = (common_address(networks), free_port("")) if networks else None
@@ -124,8 +119,18 @@ def _of_mpi() -> dict[str, str | int]:
     return found | {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
-def _said_size() -> int:
-    return int(next(os.environ[name] for name in _MPI if name in os.environ))
+def interface_towards(host: str) -> str:
+    """The name of this host's network interface from which ``host`` is reached; "" if that cannot be found out."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # of a datagram socket: nothing is sent
+        except OSError:
+            return ""
+        own = probe.getsockname()[0]
+    names = [name for name, there in psutil.net_if_addrs().items() if own in (address.address for address in there)]
+    return names[0] if names else ""
 
 
 def _networks() -> list[str]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shodh_moe.errors import UserError
-from shodh_moe.parallel.launch import port_holder
+from shodh_moe.parallel.launch import interface_towards, port_holder
 from shodh_moe.polling import wait_until
 
 WORLD = "WORLD_SIZE"
@@ -63,6 +63,9 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     except dist.DistError as error:
         raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
     store.set_timeout(dist.default_pg_timeout)
+    # Otherwise gloo takes the address of this host's own name, which on many systems is the loopback.
+    if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # Bound to its device as DeepSpeed binds it: NCCL then connects now, and subgroups share the connection.
     device = torch.device("cuda", _number("LOCAL_RANK")) if backend == "nccl" and world > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device)

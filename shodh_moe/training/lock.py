@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from shodh_moe.errors import UserError
+from shodh_moe.files import disk_trouble
 
 
 def lock_run(run: Path) -> IO[str]:
@@ -37,8 +38,11 @@ def lock_run(run: Path) -> IO[str]:
     except OSError as error:  # a disk without locks
         print(f"warning: {run} cannot be locked ({error.strerror}): see that no second training uses it", flush=True)
         return file
-    file.truncate(0)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {run / '.lock'}: {disk_trouble(error) or error.strerror}") from error
     return file

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import image as image_summary
+
+from shodh_moe.files import write_text
+from shodh_moe.training.event_file import EventFile, append
 
 COLUMNS = 256  # of a load map at most
 RECORDS_PER_MAP = 20  # the maps are drawn after so many records of the routing, and at the end
@@ -63,13 +66,18 @@ class LoadMaps:
 
 
 class Log:
-    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``."""
+    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``.
+
+    Raises:
+        UserError: here and at every write, if the disk is full or not writable. Neither file gets half a record.
+    """
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-        self.path.write_text("".join(kept))
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        # In one step: on a full disk the records of a resumed run must not be lost.
+        write_text(self.path, "".join(kept))
+        self._events = EventFile(folder / "tensorboard", purge_step=step + 1 if step else 0)
         self._maps, self._records, self._step = LoadMaps(), 0, step
         for record in map(json.loads, kept):
             if record.get("routing"):
@@ -87,8 +95,7 @@ class Log:
         ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
         """
         record = _finite(record)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append(self.path, (json.dumps(record, allow_nan=False) + "\n").encode())
         kind, routing = record["kind"], record.get("routing") or []
         scalars: dict[str, float] = {}
         for key, value in record.items():
@@ -98,8 +105,7 @@ class Log:
             _flatten_layer(layer, scalars)
         # One event for all: a call of add_scalar for each would cost ten times as much.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        assert self.writer.file_writer is not None
-        self.writer.file_writer.add_summary(Summary(value=values), record["step"])
+        self._events.add(Summary(value=values), record["step"])
         if routing:
             self._maps.add(routing)
             self._step, self._records = record["step"], self._records + 1
@@ -108,12 +114,11 @@ class Log:
 
     def _draw(self) -> None:
         for name, image in self._maps.images().items():
-            self.writer.add_image(f"routing_load_map/{name}", image, self._step, dataformats="HWC")
+            self._events.add(image_summary(f"routing_load_map/{name}", image, dataformats="HWC"), self._step)
 
     def close(self) -> None:
         if self._records % RECORDS_PER_MAP:
             self._draw()
-        self.writer.close()
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,12 @@ import yaml
 
 from shodh_moe.config import DataConfig
 from shodh_moe.data import FieldStats, generate, list_trajectories, read_provenance, read_trajectory
-from shodh_moe.errors import UserError
+from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.files import sha256
+from shodh_moe.generation import main
+from tests.tiny import write_config
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAJECTORIES = {"train": 2, "valid": 1, "test": 1}
 FAST = {"spinup_steps": 4, "steps_per_snapshot": 4, "trajectories": TRAJECTORIES}
 
@@ -274,6 +282,159 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None
         generate(config(), tmp_path, quiet)
 
 
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """In a mount namespace of its own: HDF5 and not Python meets the failure, in the middle of a file."""
+    mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here; the injected errors stand in")
+    script = f"""
+import os
+from pathlib import Path
+from shodh_moe.command import exit_code
+from tests.data.test_generate import config, filling
+from shodh_moe.data import generate, open_trajectories
+folder = Path({str(tmp_path)!r}) / "set"
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # one flow after the other
+code = exit_code(lambda: generate(config(), folder, filling(folder)))
+left = [path for path in folder.rglob("*") if path.is_file() and path.name != "filler"]
+print("code", code, "whole", sum(len(open_trajectories(path)) for path in left if path.suffix == ".hdf5"), len(left))
+(folder / "filler").unlink()
+generate(config(), folder, lambda iterable, desc, total: iterable)
+print("made", len(list(folder.glob("data/*/*.hdf5"))), (folder / "stats.yaml").exists())
+"""
+    (tmp_path.parent / "full.py").write_text(script)
+    command = f"{mount} && exec {sys.executable} {tmp_path.parent / 'full.py'}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ended, made = done.stdout.splitlines()
+    _, code, _, whole, left = ended.split()
+    assert int(code) == EXIT_USER_ERROR
+    assert (whole, left) == ("2", "2"), "what is there is whole, and nothing else is there"
+    assert made == "made 8 True"
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"error: cannot write {tmp_path}/set/data/"), done.stderr
+    assert "no space left on the disk" in done.stderr
+
+
+def filling(folder: Path) -> Any:
+    """A progress that takes all the room but half a file's, once two files are there."""
+
+    def progress(iterable: Any, desc: str, total: int) -> Any:
+        for number, item in enumerate(iterable, 1):
+            if number == 2:
+                free = shutil.disk_usage(folder).free
+                (folder / "filler").write_bytes(bytes(free - 100_000))
+            yield item
+
+    return progress
+
+
 def test_no_domain_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no domain"):
         generate(config(domains={"open_channel": None, "porous_media": None}), tmp_path, quiet)
+
+
+# Parts, as an array of jobs makes them.
+
+
+def run_part(here: Path, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        return main(["--config", "tiny.yaml", *arguments])
+
+
+def made(here: Path) -> dict[str, str]:
+    return {str(p.relative_to(here)): sha256(p) for p in sorted((here / "data").rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of the files of tests/tiny.py's config, by their names."""
+    here = tmp_path_factory.mktemp("whole")
+    write_config(here)
+    assert run_part(here) == EXIT_DONE
+    return made(here)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("of", [2, 3, 12])
+def test_parts_in_any_order_make_the_same_files(
+    here: Path, whole: dict[str, str], of: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in reversed(range(of)):
+        assert run_part(here, "--part", str(part), "--of", str(of)) == EXIT_DONE
+        left = len(whole) - 2 - len(list(here.rglob("*.hdf5")))
+        assert list(here.rglob("stats.yaml")) == [] or not left
+        assert (f"{left} of 8 trajectories are still missing" in capsys.readouterr().out) == bool(left)
+    assert made(here) == whole
+    assert run_part(here, "--part", "0", "--of", str(of)) == EXIT_DONE
+    assert "[data] unchanged" in capsys.readouterr().out
+    assert made(here) == whole
+
+
+def test_the_tasks_of_srun_make_a_part_each(here: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert not list(here.rglob("stats.yaml"))
+        assert run_part(here) == EXIT_DONE
+    assert made(here) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--part", "4", "--of", "4"], "--part 4 --of 4: parts are numbered from 0 to 3"),
+        (["--part", "-1", "--of", "4"], "--part -1 --of 4: parts are numbered from 0 to 3"),
+        (["--part", "0", "--of", "0"], "--part 0 --of 0"),
+        (["--part", "1"], "--part and --of belong together"),
+        (["--of", "2"], "--part and --of belong together"),
+    ],
+)
+def test_wrong_parts_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run_part(here, *arguments) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {says}")
+    assert error.count("\n") == 1
+    assert not (here / "data").exists()
+
+
+def start(here: Path, *settings: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch" / "generate_data.py"), "--config", "tiny.yaml", *settings]
+    return subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.distributed
+def test_two_at_once_in_a_folder_do_no_harm(here: Path, whole: dict[str, str]) -> None:
+    for process in [start(here), start(here)]:
+        out, error = process.communicate(timeout=100)
+        assert process.returncode == EXIT_DONE, out + error
+    assert made(here) == whole
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_part_at_once_with_the_exit_code_that_requeues(here: Path, number: signal.Signals) -> None:
+    endless = "data.domains.porous_media.spinup_steps=100000000"
+    process = start(here, "--part", "0", "--of", "2", endless)
+    deadline = time.monotonic() + 60
+    while not list(here.glob("data/*/data/train/open_channel_0000.hdf5")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=10)
+    assert process.returncode == EXIT_REQUEUE, out + error
+    assert "stopped by a signal: the same command goes on" in out

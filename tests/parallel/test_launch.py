@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from shodh_moe.errors import UserError
-from shodh_moe.parallel.launch import common_address, first_host, port_holder, set_rank_variables
+from shodh_moe.parallel.launch import common_address, first_host, interface_towards, port_holder, set_rank_variables
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What srun of SLURM 22.05 sets in the second of two tasks on the second of two nodes, measured.
@@ -116,6 +116,11 @@ def test_ranks_of_several_hosts_meet_where_all_can_reach() -> None:
     assert common_address([first, [docker, "10.0.3.2/8"], ["10.9.0.1/8"]]) == "10.0.0.1"
     assert common_address([first, first]) == "127.0.0.1"
     assert common_address([["10.0.0.1/24"], ["10.0.9.1/24"]]) == "10.0.0.1"
+
+
+def test_the_interface_towards_a_host() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no.such.host.invalid") == ""
 
 
 def test_who_holds_a_port() -> None:

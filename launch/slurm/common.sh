@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts beside it, with REPOSITORY set: their checks, and when a job puts itself back in the queue.
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# What every script needs. Sets PYTHON, the interpreter.
+check_job() {
+    [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: submit the script with sbatch"
+    [ -n "${CONFIG:-}" ] || refuse "CONFIG is not set: submit with CONFIG=configs/quickstart.yaml sbatch ..."
+    [ -f "$CONFIG" ] || refuse "CONFIG: there is no file $CONFIG in $PWD: give its path from where sbatch is called"
+    PYTHON=${PYTHON:-$REPOSITORY/.venv/bin/python}
+    command -v "$PYTHON" > /dev/null || refuse "there is no interpreter $PYTHON on $(hostname): run make venv, or set PYTHON"
+    # As of SLURM 22.05 srun does not take this from sbatch by itself.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+}
+
+# end_job CODE: end the script with srun's exit code. Work that a signal stopped is put back in the queue first:
+# 75 wrote a checkpoint; 128 + 10 and 128 + 15 ended by SIGUSR1 or SIGTERM itself.
+end_job() {
+    local state restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-100}
+    case $1 in 75 | 138 | 143) ;; *) exit "$1" ;; esac
+    # scontrol would bring back a job that scancel ended: that one is COMPLETING by now, and so is one that SLURM
+    # itself puts back.
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$state" != RUNNING ]; then
+        echo "stopped by a signal; the job is $state and does not requeue itself"
+    elif [ "$restarts" -ge "$most" ]; then
+        echo "error: stopped by a signal after $restarts restarts, MAX_RESTARTS is $most: submit again to go on" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "stopped by a signal: the job is in the queue again and will go on"
+    fi
+    exit "$1"
+}

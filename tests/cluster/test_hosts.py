@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -233,3 +234,37 @@ def test_a_signal_to_the_launching_command_stops_both_hosts_with_a_checkpoint(ho
     (step,) = list_checkpoints(run.run / "checkpoints")
     assert f"stopped by a signal after step {step}" in run.printed()
     _check_all_gone(hosts, time.monotonic() + 5)
+
+
+def test_the_doctor_looks_at_every_host(hosts, config, tmp_path):
+    """Also over a real network: ports are open, the folder is shared, and a host that is down is told as such."""
+
+    def doctor() -> tuple[int, dict[str, list[dict[str, str]]]]:
+        shodh = [str(BIN / "shodh"), "doctor", "--hostfile", str(hosts.hostfile), "--shared", str(tmp_path), "--json"]
+        done = subprocess.run(hosts.first.command(*shodh, folder=ROOT), capture_output=True, text=True, timeout=60)
+        lines: dict[str, list[dict[str, str]]] = {}
+        for line in json.loads(done.stdout)["lines"]:
+            lines.setdefault(line["what"], []).append(line)
+        return done.returncode, lines
+
+    code, lines = doctor()
+    assert code == 0, lines
+    for what in ("hosts", "same python", "same packages", "same code", "ports", f"shared {tmp_path}"):
+        assert [line["status"] for line in lines[what]] == ["ok"], lines[what]
+    assert hosts.first.address in lines["ports"][0]["value"]
+    assert lines["ssh keepalive"][0]["status"] == "warning"
+    assert not list(tmp_path.iterdir())
+
+    hosts.set_link(hosts.second, "down")
+    began = time.monotonic()
+    code, lines = doctor()
+    assert time.monotonic() - began < 25  # of which half is torch and deepspeed
+    assert code == 2
+    assert lines[f"host {hosts.second.name}"][0]["status"] == "error"
+    # And so a training is refused before anything starts.
+    began = time.monotonic()
+    start = Launch(hosts.first, config, "unreachable", "python", SCRIPT, "--hostfile", str(hosts.hostfile))
+    assert start.end() == EXIT_USER_ERROR, start.printed()
+    assert time.monotonic() - began < 20  # ten for the hosts, and torch
+    assert f"hosts cannot be used: {hosts.second.name}: " in start.printed()
+    assert not start.run.exists() or not list_checkpoints(start.run / "checkpoints")

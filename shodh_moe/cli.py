@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.command import OneLineParser, add_config_arguments, exit_code
+from shodh_moe.command import OneLineParser, add_config_arguments, add_merge_arguments, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
 from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "plan", text, _plan).add_argument("--world", type=int, help="ranks; default: those of this host")
     _add_predict(commands)
     _add_checkpoint(commands)
+    _add_merge(commands)
     _add_doctor(commands)
     return parser
 
@@ -163,6 +164,13 @@ def _add_doctor(commands: Any) -> None:
         help="of runs, data or tokenizers, the same on every host; may be repeated; default: the working folder",
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_debug(parser)
+
+
+def _add_merge(commands: Any) -> None:
+    text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
+    parser = _plain_command(commands, "merge", text, "example: shodh merge configs/merge_example.yaml", _merge)
+    add_merge_arguments(parser)
     _add_debug(parser)
 
 
@@ -271,6 +279,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from shodh_moe.doctor import doctor
 
     return doctor(options.hostfile, options.shared, options.json)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from shodh_moe.merging import merge
+
+    merge(options.config, options.output, options.memory_limit, options.out_shard_size)
 
 
 if __name__ == "__main__":

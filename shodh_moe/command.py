@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from shodh_moe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
@@ -31,6 +32,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="run name; default: the config's")
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `shodh merge` and of launch/ccm_merge.py."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="what to merge: configs/merge_example.yaml")
+    parser.add_argument("--output", type=Path, help="the new folder, in place of the config's")
+    parser.add_argument(
+        "--memory-limit", default="1GiB", metavar="SIZE", help="of the whole process; default: %(default)s"
+    )
+    parser.add_argument(
+        "--out-shard-size", default="5GB", metavar="SIZE", help="largest file of an output; default: %(default)s"
+    )
 
 
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:

@@ -32,7 +32,7 @@ def shodh(*arguments: str) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "run", "data", "tokenizer", "tokenizer train", "tokenizer encode", "pretrain", "evaluate", "report"],
+    ["", "run", "data", "tokenizer", "tokenizer train", "tokenizer encode", "pretrain", "evaluate", "report", "plan"],
 )
 def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -51,6 +51,8 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
         ("checkpoint inspect", "checkpoint inspect runs/trial"),
         ("checkpoint verify", "checkpoint verify runs/trial"),
         ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
+        ("merge", "merge configs/merge_example.yaml"),
+        ("doctor", "doctor --hostfile hostfile --shared runs"),
     ],
 )
 def test_help_of_what_needs_no_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +60,14 @@ def test_help_of_what_needs_no_config(command: str, example: str, capsys: pytest
         main([*command.split(), "--help"])
     assert end.value.code == 0
     assert f"example: shodh {example}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_needs_no_gpu(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shodh("plan", "--world", "4", "model.moe.num_experts=4") == 0
+    shown = capsys.readouterr().out
+    assert "4: EP 4, EDP 1" in shown
+    assert "memory of a GPU" in shown
+    refused(capsys, "plan", "--config", "tiny.yaml", "--world", "0", says=("--world 0", "at least 1"))
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,10 @@ def _once_training(process: subprocess.Popen[str], run: Path, before: str = "") 
         time.sleep(0.05)
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        command = child.cmdline()
-        for argument in command:
-            if argument.startswith("--local_rank="):
-                found[int(argument.partition("=")[2])] = child
+        with suppress(psutil.Error):  # one that has just ended
+            for argument in child.cmdline():
+                if argument.startswith("--local_rank="):
+                    found[int(argument.partition("=")[2])] = child
     return [found[rank] for rank in sorted(found)]
 
 

@@ -1,0 +1,8 @@
+"""Merge models, one process of several: mpirun -n 4 python launch/ccm_merge.py configs/merge_example.yaml"""
+
+import sys
+
+from shodh_moe.merging.ranks import main
+
+if __name__ == "__main__":
+    sys.exit(main())

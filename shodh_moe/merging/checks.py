@@ -1,0 +1,99 @@
+"""What must hold of the inputs and the outputs before the first byte is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from shodh_moe.config_io import differing_keys
+from shodh_moe.errors import UserError
+from shodh_moe.files import require_writable
+from shodh_moe.merging.config import Target
+from shodh_moe.merging.layout import OutputFile
+from shodh_moe.merging.output import unfinished
+from shodh_moe.merging.settings import Conditional
+from shodh_moe.merging.sources import Source
+
+
+def require_same_tensors(reference: Source, other: Source) -> None:
+    """Raises: UserError: tensors are missing, extra, of another shape or type; names the first, and its file."""
+    ours, theirs = reference.tensors, other.tensors
+    if missing := [name for name in ours if name not in theirs]:
+        raise UserError(
+            f"{other.path} misses tensor {missing[0]}{_more(missing)}, which is in {reference.file_of(missing[0])}: "
+            "merge models of one architecture"
+        )
+    if extra := [name for name in theirs if name not in ours]:
+        raise UserError(
+            f"{other.file_of(extra[0])} has tensor {extra[0]}{_more(extra)}, which {reference.path} misses: "
+            "merge models of one architecture"
+        )
+    for what, remedy in (("shape", "merge models of one architecture"), ("dtype", "convert one with a linear merge")):
+        differing = [name for name in ours if getattr(ours[name], what) != getattr(theirs[name], what)]
+        if differing:
+            name = differing[0]
+            texts = [str(getattr(one.tensors[name], what)).removeprefix("torch.") for one in (other, reference)]
+            raise UserError(
+                f"tensor {name}{_more(differing)} has {what} {texts[0]} in {other.file_of(name)} and {texts[1]} in "
+                f"{reference.file_of(name)}: {remedy}"
+            )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def require_same_architecture(sources: list[Source]) -> None:
+    """Checkpoints of this project: shapes do not show everything.
+
+    Raises:
+        UserError: settings of the model, or the tokenizers, differ.
+    """
+    checkpoints = [source for source in sources if source.state]
+    for other in checkpoints[1:]:
+        from shodh_moe.evaluation.loading import FREE_KEYS  # heavy, and seldom needed
+
+        first = checkpoints[0]
+        a, b = (one.state.get("config", {}).get("model", {}) for one in (first, other))
+        if differing := [key for key in differing_keys(a, b) if key not in FREE_KEYS]:
+            raise UserError(
+                f"{first.path} and {other.path} are different models: model.{differing[0]}{_more(differing)}"
+            )
+        if first.state.get("tokenizer_sha256") != other.state.get("tokenizer_sha256"):
+            raise UserError(f"{first.path} and {other.path} were trained on latents of different tokenizers")
+
+
+def require_matches(conditions: list[Conditional], names: list[str]) -> None:
+    """Raises: UserError: a filter fits no tensor, so it is misspelt."""
+    for condition in conditions:
+        if condition.written and not any(condition.fits(name) for name in names):
+            raise UserError(f"{condition.written} fits none of the {len(names)} tensors, such as {names[0]}")
+
+
+def require_apart(target: Target) -> None:
+    """Raises: UserError: the output would touch an input."""
+    output = target.output.resolve()
+    for path in target.paths:
+        given = Path(path).resolve()
+        if output == given or output in given.parents or given in output.parents:
+            raise UserError(f"the output {target.output} and the input {path} lie in one another: name another output")
+
+
+def require_space(outputs: dict[Path, list[OutputFile]]) -> None:
+    """Raises: UserError: the disk is too small for all outputs, or a folder cannot be written to."""
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for folder, files in outputs.items():
+        require_writable(folder.parent)
+        there = next(path for path in folder.absolute().parents if path.exists())
+        device = there.stat().st_dev
+        written = sum(file.stat().st_blocks * 512 for file in unfinished(folder).glob("content/*"))
+        needed[device] = needed.get(device, 0) + max(0, sum(file.payload for file in files) - written)
+        places[device] = there
+    for device, size in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if size > free:
+            raise UserError(
+                f"{size / 1e9:.2f} GB are to be written and {places[device]} has {free / 1e9:.2f} GB free: "
+                "free some, or choose another disk"
+            )

@@ -1,0 +1,58 @@
+"""How far the experts are from the model they should come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+from torch import Tensor
+
+from shodh_moe.errors import UserError
+from shodh_moe.merging.methods import block_sums
+
+
+class Drift:
+    """Inner products of one tensor's theta_0 and d_i = theta_i - theta_0, over slices."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[float]] = {}
+
+    def add(self, inputs: list[Tensor]) -> None:
+        """A slice of the base and of the models."""
+        base, *models = inputs
+        vectors = [one - base for one in models]
+        self._add("base", base, base)
+        for i, j in itertools.combinations_with_replacement(range(len(vectors)), 2):
+            if i == j or len(vectors) == 2:
+                self._add(f"{i},{j}", vectors[i], vectors[j])
+
+    def _add(self, key: str, a: Tensor, b: Tensor) -> None:
+        self._parts.setdefault(key, []).extend(block_sums(a * b))
+
+    def sums(self) -> dict[str, float]:
+        """By ``base`` or the numbers of two models."""
+        return {key: math.fsum(parts) for key, parts in self._parts.items()}
+
+
+def summary(sums: list[dict[str, float]], models: list[str]) -> dict[str, Any]:
+    """Of all tensors: |d_i| / |theta_0| by model, and of two models the cosine of d_0 and d_1."""
+    keys = {key for one in sums for key in one}
+    total = {key: math.fsum(one.get(key, 0.0) for one in sums) for key in keys}
+    base = math.sqrt(total.get("base", 0.0))
+    norms = [math.sqrt(total.get(f"{i},{i}", 0.0)) for i in range(len(models))]
+    distances = {path: norm / base if base else float(norm > 0) for path, norm in zip(models, norms, strict=True)}
+    found: dict[str, Any] = {"relative_distance_from_base": distances}
+    if len(models) == 2 and min(norms) > 0:
+        found["cosine_of_task_vectors"] = total["0,1"] / norms[0] / norms[1]
+    return found
+
+
+def require_near(found: dict[str, Any], base: str, limit: float) -> None:
+    """Raises: UserError: an expert is so far from the base that it cannot have been trained from it."""
+    for path, distance in found["relative_distance_from_base"].items():
+        if distance > limit:
+            raise UserError(
+                f"{path} is {distance:.3g} times the norm of {base} away from it: it was not trained from it; "
+                "name the right one, or raise the parameter distance_limit if you know better"
+            )

@@ -1,0 +1,111 @@
+"""The files of an output: which tensor goes where, decided before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shodh_moe.checkpoint.rank_file import DTYPES as CHECKPOINT_DTYPES
+from shodh_moe.checkpoint.state import piece_key, rank_file
+from shodh_moe.errors import UserError
+from shodh_moe.merging.safetensors_file import make_header
+from shodh_moe.merging.sources import INDEX, MODEL
+
+Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # the type of a complex tensor's parts
+WIDER = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file, which is written from its beginning to its end."""
+
+    name: str
+    format: str
+    tensors: Described
+
+    @property
+    def payload(self) -> int:
+        """Bytes of its tensors."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
+
+    def begin(self, path: Path) -> dict[str, int]:
+        """Make the file, without the tensors' bytes; returns where those of each begin."""
+        if self.format == "pt":
+            return _begin_pt(path, self.tensors)
+        stored = self.tensors
+        if self.format == "checkpoint":
+            # There a tensor is flat, and its key says where it begins in the whole one.
+            stored = {piece_key(MODEL + k, 0): (dtype, (math.prod(shape),)) for k, (dtype, shape) in stored.items()}
+        beginning, places, _ = make_header(stored, {"format": "pt"})
+        path.write_bytes(beginning)
+        return dict(zip(self.tensors, places.values(), strict=True))
+
+
+def plan_files(tensors: Described, format: str, shard_bytes: int) -> list[OutputFile]:
+    """Share out ``tensors`` to files of at most ``shard_bytes`` (a larger tensor has one to itself), in their order.
+
+    Raises:
+        UserError: the format cannot hold one of the types.
+    """
+    if format == "checkpoint":
+        for name, (dtype, _) in tensors.items():
+            if dtype not in CHECKPOINT_DTYPES:
+                raise UserError(f"a checkpoint cannot hold tensor {name} of type {dtype}: write `format: safetensors`")
+    if format == "pt":  # torch reads one file
+        return [OutputFile("model.pt", format, tensors)]
+    groups: list[Described] = [{}]
+    size = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if size and size + nbytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = (dtype, shape)
+        size += nbytes
+    return [OutputFile(_name(format, i, len(groups)), format, group) for i, group in enumerate(groups)]
+
+
+def _name(format: str, number: int, count: int) -> str:
+    if format == "checkpoint":
+        return rank_file(number)
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_of(files: list[OutputFile]) -> dict[str, str]:
+    """Small files that say in which file a tensor lies, by their names."""
+    if len(files) == 1 or files[0].format != "safetensors":
+        return {}
+    where = {name: file.name for file in files for name in file.tensors}
+    index = {"metadata": {"total_size": sum(file.payload for file in files)}, "weight_map": where}
+    return {INDEX: json.dumps(index, indent=2) + "\n"}
+
+
+def output_dtype(stored: torch.dtype, words: str | None) -> torch.dtype:
+    """The type in which a tensor of type ``stored`` is written. A complex one has no half precision: it stays."""
+    if words is None or not (stored.is_floating_point or stored.is_complex):
+        return stored
+    wanted: torch.dtype = getattr(torch, words)
+    return WIDER.get(wanted, stored) if stored.is_complex else wanted
+
+
+def _begin_pt(path: Path, tensors: Described) -> dict[str, int]:
+    """A state dict as `torch.save` writes it, the tensors' bytes left out (holes)."""
+    # Memory that is reserved and never touched.
+    empty = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}
+    with torch.serialization.skip_data():
+        torch.save(empty, path)
+    places = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+        for number, name in enumerate(tensors):  # each tensor has its own storage, in this order
+            record = archive.getinfo(f"model/data/{number}")
+            raw.seek(record.header_offset + 26)
+            lengths = raw.read(4)
+            end = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            places[name] = record.header_offset + 30 + end
+    return places

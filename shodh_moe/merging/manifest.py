@@ -1,0 +1,91 @@
+"""What an output was made of, and with what: ``merge.json``, and a checkpoint's ``state.json``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from shodh_moe.checkpoint.state import FORMAT, STATE, seal
+from shodh_moe.merging.config import Target
+from shodh_moe.merging.drift import summary
+from shodh_moe.merging.layout import OutputFile, index_of
+from shodh_moe.merging.sources import MODEL, Source
+
+MANIFEST = "merge.json"
+MANIFEST_FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("shodh_moe", "torch", "numpy")}}
+
+
+def drift_of(target: Target, written: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Distances between base and experts, of all files' records; {} where there is no base to compare with."""
+    sums = [fact["drift"] for record in written.values() for fact in record["facts"].values() if "drift" in fact]
+    return summary(sums, target.models) if sums else {}
+
+
+def texts(
+    target: Target,
+    plan: str,
+    files: list[OutputFile],
+    written: dict[str, dict[str, Any]],
+    inputs: dict[str, dict[str, Any]],
+    reference: Source | None,
+) -> dict[str, str]:
+    """The small files of an output, by name.
+
+    Args:
+        written: size, hash and facts of every file of tensors.
+        inputs: of every input, by its path, size and hash of its files.
+        reference: the checkpoint that a merged checkpoint takes its config from.
+    """
+    notes = [
+        f"{name} (not of floats) is taken from {fact['taken_from']}; it is another in {', '.join(fact['differs_in'])}"
+        for record in written.values()
+        for name, fact in record["facts"].items()
+        if "taken_from" in fact
+    ]
+    hashes = {name: {"bytes": one["bytes"], "sha256": one["sha256"]} for name, one in written.items()}
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "plan": plan,
+        "merge": target.words.model_dump(exclude_none=True, exclude_defaults=True),
+        **({"alpha": target.alpha} if target.alpha else {}),
+        "inputs": {path: {"role": _role(target, path), "files": inputs[path]} for path in target.paths},
+        **drift_of(target, written),
+        "outputs": hashes,
+        "notes": target.warnings + notes,
+        "versions": versions(),
+    }
+    result = {**index_of(files), MANIFEST: json.dumps(manifest, indent=2) + "\n"}
+    if files[0].format == "checkpoint" and reference:
+        result[STATE] = _state(target, files, hashes, reference)
+    return result
+
+
+def _role(target: Target, path: str) -> str:
+    if path == target.base:
+        return "base"
+    if target.method == "ccm":
+        return ("low", "high")[target.models.index(path)]
+    return "model"
+
+
+def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: Source) -> str:
+    """A checkpoint of weights alone, at the step and with the config of ``reference``: to evaluate, predict, export."""
+    tensors = {}
+    for rank, file in enumerate(files):
+        for name, (dtype, shape) in file.tensors.items():
+            count = 1
+            for axis in shape:
+                count *= axis
+            pieces = [[rank, 0, count]] if count else []
+            described = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "pieces": pieces}
+            tensors[MODEL + name] = described
+    kept = ("step", "written", "config", "zero_stage", "tokenizer_sha256", "versions")
+    facts = {key: reference.state[key] for key in kept if key in reference.state}
+    own = {"format": FORMAT, "world_size": len(files), "ep_size": 1, "attempt": f"merge-{target.method}"}
+    return seal({**facts, **own, "tensors": tensors, "files": hashes})

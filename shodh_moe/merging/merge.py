@@ -1,0 +1,203 @@
+"""`shodh merge`: one or many models from one config, offline, in bounded memory, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shodh_moe.errors import UserError
+from shodh_moe.files import disk_trouble
+from shodh_moe.merging import checks, drift, manifest
+from shodh_moe.merging.config import Target, load_targets
+from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
+from shodh_moe.merging.output import Output
+from shodh_moe.merging.reading import SourceReader
+from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
+from shodh_moe.merging.sources import Source, open_source, verify_checkpoint
+from shodh_moe.merging.stream import Job, Stream, slice_length
+
+AT_ONCE = 16  # outputs made in one go over the inputs
+RESERVE = 64 << 20  # bytes for what libraries load later, blocks to hash, small tables
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512MiB, 5GB or 1000000. Raises: UserError: it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(match[2].upper()) if match else None
+    if not match or unit is None:
+        raise UserError(f"{text!r} is no size: write it as 512MiB, 1GiB or 5GB")
+    return int(float(match[1]) * unit)
+
+
+def merge(
+    config: Path,
+    output: Path | None = None,
+    memory_limit: str = "1GiB",
+    out_shard_size: str = "5GB",
+    rank: int = 0,
+    size: int = 1,
+) -> list[Path]:
+    """Make the outputs that a config asks for; returns their folders.
+
+    Args:
+        config: YAML with mergekit's words (docs/merging.md).
+        output: the new folder, in place of the config's ``output``; with a sweep the folder of all outputs.
+        memory_limit: what the whole process may take, libraries included.
+        out_shard_size: largest size of a file.
+        rank, size: several processes with the same config share its outputs: this one makes number ``rank``,
+            ``rank + size``, ... They exchange nothing.
+
+    Raises:
+        UserError: something about the config, an input, the output's place, the disk or the memory limit is wrong.
+            Inputs are never written to, and no output is there in part.
+    """
+    limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
+    targets = load_targets(config, output)
+    sources = {path: open_source(path) for path in sorted({path for target in targets for path in target.paths})}
+    plans = [_Plan(target, sources, shard_bytes) for target in targets]
+    for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
+        if rank == 0:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
+    mine = plans[rank::size]
+    left = [plan for plan in mine if not plan.made]
+    for plan in mine:
+        if plan.made:
+            print(f"[merge] {plan.target.output} is there already", flush=True)
+    for path in sorted({path for plan in left for path in plan.target.paths}):
+        verify_checkpoint(sources[path])
+    for group in _groups(left):
+        _run(group, sources, limit)
+    return [plan.target.output for plan in mine]
+
+
+class _Plan:
+    """One output, checked and laid out.
+
+    Attributes:
+        order: the tensors as they are written; ``described``: with their types and shapes.
+        identity: hash of all that the output's bytes depend on.
+        made: the output is there, by this very plan.
+    """
+
+    def __init__(self, target: Target, sources: dict[str, Source], shard_bytes: int):
+        self.target = target
+        checks.require_apart(target)
+        self.sources = [sources[path] for path in target.paths]
+        reference = self.sources[0]
+        for other in self.sources[1:]:
+            checks.require_same_tensors(reference, other)
+        checks.require_same_architecture(self.sources)
+        self.lookup = Lookup(target.words.parameters, target.settings)
+        checks.require_matches(self.lookup.conditions(), list(reference.tensors))
+        self.checkpoint = next((source for source in self.sources if source.state), None)
+        format = target.words.format or ("checkpoint" if reference.kind == "checkpoint" else "safetensors")
+        if format == "checkpoint" and self.checkpoint is None:
+            raise UserError(f"{target.output}: format checkpoint needs a checkpoint among the inputs, for its config")
+        words = target.words.out_dtype or target.words.dtype
+        written: Described = {k: (output_dtype(one.dtype, words), one.shape) for k, one in reference.tensors.items()}
+        # The widest types first, so that every tensor is aligned; otherwise the order in which the reference is read.
+        self.order = sorted(written, key=lambda name: -written[name][0].itemsize)
+        self.described = [(name, reference.tensors[name].dtype, reference.tensors[name].shape) for name in self.order]
+        self.files: list[OutputFile] = plan_files({k: written[k] for k in self.order}, format, shard_bytes)
+        self.identity = _identity(target, self.sources, self.files)
+        self.made = _made(target.output, self.identity)
+
+
+def _identity(target: Target, sources: list[Source], files: list[OutputFile]) -> str:
+    stats = [
+        (source.path, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]) for source in sources
+    ]
+    layout = [(file.name, list(file.tensors)) for file in files]
+    parts = [target.words.model_dump(), target.alpha, target.models, stats, layout, manifest.versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _made(output: Path, identity: str) -> bool:
+    """Raises: UserError: something else stands there."""
+    if not output.exists():
+        return False
+    try:
+        if json.loads((output / manifest.MANIFEST).read_text())["plan"] == identity:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{output} exists and is not this merge of these inputs: remove it, or choose another output")
+
+
+def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
+    """Outputs to be made in one go: of the same tensors in the same order, and not too many."""
+    groups: list[list[_Plan]] = []
+    for plan in plans:
+        alike = [group for group in groups if len(group) < AT_ONCE and group[0].described == plan.described]
+        if alike:
+            alike[0].append(plan)
+        else:
+            groups.append([plan])
+    return groups
+
+
+def _run(plans: list[_Plan], sources: dict[str, Source], limit: int) -> None:
+    """Make some outputs in one go."""
+    paths = sorted({path for plan in plans for path in plan.target.paths})
+    order, reference = plans[0].order, plans[0].sources[0]
+    with ExitStack() as stack:
+        readers = {}
+        for path in paths:
+            readers[path] = SourceReader(sources[path], order)
+            stack.callback(readers[path].close)
+        free = limit - psutil.Process().memory_info().rss - RESERVE
+        length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
+        jobs: list[Job] = []
+        try:
+            for plan in plans:
+                output = Output(plan.target.output, plan.files, plan.identity)
+                jobs.append(Job(plan.target, output, plan.lookup))
+            Stream(readers, jobs, length).run(order, reference.tensors)
+            inputs = {path: reader.files() for path, reader in readers.items()}
+            for plan, job in zip(plans, jobs, strict=True):
+                _finish(plan, job, inputs)
+        except UserError as error:
+            # Trouble with a disk passes, and the next try goes on. What is wrong in the inputs stays wrong.
+            if not isinstance(error.__cause__, OSError):
+                for job in jobs:
+                    job.output.discard()
+            raise
+        except OSError as error:
+            if reason := disk_trouble(error):
+                raise UserError(
+                    f"cannot write {plans[0].target.output}: {reason}; files that are complete stay"
+                ) from error
+            raise
+        finally:
+            for job in jobs:
+                job.output.close()
+
+
+def _finish(plan: _Plan, job: Job, inputs: dict[str, dict[str, Any]]) -> None:
+    target = plan.target
+    written = job.output.finish()
+    if found := manifest.drift_of(target, written):
+        assert target.base
+        drift.require_near(found, target.base, plan.lookup.value("distance_limit", "", DISTANCE_LIMIT))
+    job.output.publish(manifest.texts(target, plan.identity, plan.files, written, inputs, plan.checkpoint))
+    size = sum(record["bytes"] for record in written.values())
+    print(f"[merge] {target.output}: {len(plan.order)} tensors, {size / 1e9:.3g} GB, {target.method}", flush=True)

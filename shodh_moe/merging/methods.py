@@ -1,0 +1,225 @@
+"""The formulas, for one tensor that comes in slices.
+
+Each recipe sees the whole tensor ``passes`` times first (for what depends on all of its elements), then makes the
+result slice by slice. Slices are 1-D tensors of float32 or float64; a complex tensor comes as its real and
+imaginary parts, which are separate parameters here. A result does not depend on how a tensor was cut: sums over it
+are of fixed blocks, added exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shodh_moe.merging.settings import Lookup
+from shodh_moe.merging.sparsify import KthLargest, kept_at_random
+
+BLOCK = 32768  # elements of a partial sum; below the size from which torch shares a sum between threads
+COLINEAR = 0.9995  # mergekit's: from this cosine on slerp is a straight line
+
+
+class Recipe(Protocol):
+    """How one tensor of one output is made."""
+
+    passes: int
+
+    def observe(self, number: int, start: int, inputs: list[Tensor]) -> None:
+        """One slice of pass ``number``; ``inputs`` are the base (if there is one) and the models, ``start`` is its
+        first element."""
+
+    def end_pass(self, number: int) -> None: ...
+
+    def result(self, start: int, inputs: list[Tensor]) -> Tensor:
+        """The merged slice: a new tensor."""
+
+
+class Sum:
+    """sum_i c_i x_i: `linear` and `ccm`. An input of coefficient 0 does not count; 1 copies bit for bit."""
+
+    passes = 0
+
+    def __init__(self, coefficients: list[float]):
+        self._coefficients = coefficients
+
+    def observe(self, number: int, start: int, inputs: list[Tensor]) -> None: ...
+
+    def end_pass(self, number: int) -> None: ...
+
+    def result(self, start: int, inputs: list[Tensor]) -> Tensor:
+        return weighted_sum(self._coefficients, inputs)
+
+
+def weighted_sum(coefficients: list[float], inputs: list[Tensor]) -> Tensor:
+    """sum_i c_i x_i as a new tensor."""
+    total: Tensor | None = None
+    for coefficient, values in zip(coefficients, inputs, strict=True):
+        if coefficient == 0:
+            continue
+        # Products and sums apart: a fused operation would round otherwise at the end of a slice.
+        term = values.clone() if coefficient == 1 else values * coefficient
+        total = term if total is None else total.add_(term)
+    return torch.zeros_like(inputs[0]) if total is None else total
+
+
+def ccm(alpha: float, base: bool) -> Sum:
+    """theta(alpha) = (1 - alpha)/2 theta_low + (1 + alpha)/2 theta_high (CCM, arXiv 2605.14546).
+
+    The same as theta_0 + shared + alpha direction with shared = (d_low + d_high)/2, direction = (d_high - d_low)/2,
+    d = theta - theta_0: the anchor cancels. alpha = -1 and 1 give the experts bit for bit.
+    """
+    return Sum([*([0.0] if base else []), (1 - alpha) / 2, (1 + alpha) / 2])
+
+
+def linear(weights: list[float], normalize: bool, base: bool) -> Sum:
+    """sum_i w_i x_i, over sum_i w_i if normalized (model soups, arXiv 2203.05482; mergekit's `linear`)."""
+    total = math.fsum(weights) if normalize else 1.0
+    # As mergekit's task vectors do: what cannot be normalized is not.
+    total = total if abs(total) > 1e-8 else 1.0
+    return Sum([*([0.0] if base else []), *(weight / total for weight in weights)])
+
+
+class Slerp:
+    """Spherical linear interpolation from the base x_0 to the model x_1 (Shoemake, SIGGRAPH 1985; mergekit's `slerp`).
+
+    sin((1-t) phi)/sin(phi) x_0 + sin(t phi)/sin(phi) x_1, phi the angle between the tensors as vectors; nearly
+    colinear ones (|cos| > 0.9995) and zero vectors are interpolated linearly. t = 0 and 1 give them bit for bit.
+    """
+
+    passes = 1
+
+    def __init__(self, t: float):
+        self._t = t
+        self._sums: list[list[float]] = [[], [], []]
+        self._coefficients = [1 - t, t]
+
+    def observe(self, number: int, start: int, inputs: list[Tensor]) -> None:
+        a, b = (values.double() for values in inputs)
+        for sums, product in zip(self._sums, (a * a, b * b, a * b), strict=True):
+            sums.extend(block_sums(product))
+
+    def end_pass(self, number: int) -> None:
+        aa, bb, ab = (math.fsum(sums) for sums in self._sums)
+        # Norms below 1e-8 are no directions (mergekit's limit too).
+        cosine = ab / math.sqrt(aa) / math.sqrt(bb) if min(aa, bb) > 1e-16 else 1.0
+        if abs(cosine) <= COLINEAR and self._t not in (0, 1):
+            angle = math.acos(cosine)
+            self._coefficients = [math.sin((1 - self._t) * angle), math.sin(self._t * angle)]
+            self._coefficients = [one / math.sin(angle) for one in self._coefficients]
+
+    def result(self, start: int, inputs: list[Tensor]) -> Tensor:
+        return weighted_sum(self._coefficients, inputs)
+
+
+class TaskVectors:
+    """theta_0 + lambda sum_i w_i d_i with d_i = x_i - theta_0, and what is left out of the d_i before.
+
+    task_arithmetic: nothing (arXiv 2212.04089).
+    ties: of each d_i the share ``density`` of largest |d| stays (all that are equal to the smallest of these too); then
+        for each element those w_i d_i stay whose sign is that of their sum (zero counts as +); ``normalize`` (the
+        default) divides by the sum of the w_i that stay (arXiv 2306.01708, in mergekit's weighted form).
+    dare, dare_linear: each element of d_i stays with probability ``density`` and is divided by it (arXiv 2311.03099).
+    dare_ties: so too, then the signs as in ties.
+
+    A model of weight 0 counts for nothing; without any, or with lambda = 0, the base comes out bit for bit.
+
+    Args:
+        method: one of the names above.
+        name: of the tensor; it enters the random numbers.
+        numel: its elements (of a complex tensor twice as many).
+        models: how many there are beside the base.
+    """
+
+    def __init__(self, method: str, lookup: Lookup, name: str, numel: int, models: int, dtype: torch.dtype):
+        self._random = method.startswith("dare")
+        self._signs = method in ("ties", "dare_ties")
+        self._scale = lookup.value("lambda", name, 1.0)
+        self._normalize = bool(lookup.value("normalize", name, method == "ties"))
+        self._name, self._seed = name, int(lookup.value("seed", name, 0.0))
+        self._weights = [lookup.value("weight", name, None, i) for i in range(models)]
+        sparse = method != "task_arithmetic"
+        self._densities = [lookup.value("density", name, 1.0, i) if sparse else 1.0 for i in range(models)]
+        self._used = [i for i in range(models) if self._weights[i] != 0 and self._scale != 0]
+        self._limits: dict[int, KthLargest] = {}
+        if not self._random:
+            for i in self._used:
+                if self._densities[i] < 1:
+                    self._limits[i] = KthLargest(max(1, int(self._densities[i] * numel)), dtype)
+        self.passes = max((limit.passes for limit in self._limits.values()), default=0)
+
+    def observe(self, number: int, start: int, inputs: list[Tensor]) -> None:
+        for i, limit in self._limits.items():
+            limit.observe(number, inputs[1 + i] - inputs[0])
+
+    def end_pass(self, number: int) -> None:
+        for limit in self._limits.values():
+            limit.end_pass(number)
+
+    def result(self, start: int, inputs: list[Tensor]) -> Tensor:
+        base = inputs[0]
+        if not self._used:
+            return base.clone()
+        vectors = [self._vector(i, start, inputs[1 + i] - base) for i in self._used]
+        weights = [self._weights[i] for i in self._used]
+        if self._signs:
+            sign = torch.where(sum_of(vectors) >= 0, 1.0, -1.0).to(base.dtype)
+            masks = [torch.sign(vector) == sign for vector in vectors]
+            mixed = sum_of([vector * mask for vector, mask in zip(vectors, masks, strict=True)])
+            divisor = sum_of([mask.to(base.dtype) * weight for weight, mask in zip(weights, masks, strict=True)])
+            divisor[divisor == 0] = 1
+        else:
+            mixed = sum_of(vectors)
+            total = math.fsum(weights)
+            divisor = torch.tensor(total if abs(total) > 1e-8 else 1.0, dtype=base.dtype)
+        if self._normalize:
+            mixed /= divisor
+        if self._scale != 1:
+            mixed *= self._scale
+        return mixed.add_(base)
+
+    def _vector(self, i: int, start: int, delta: Tensor) -> Tensor:
+        """w_i d_i, thinned out."""
+        density = self._densities[i]
+        if i in self._limits:
+            delta *= delta.abs() >= self._limits[i].value
+        elif self._random and density < 1:
+            delta *= kept_at_random(density, self._seed, self._name, i, start, delta.numel())
+            delta /= density
+        if self._weights[i] != 1:
+            delta *= self._weights[i]
+        return delta
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Their sum, a new tensor."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+def block_sums(values: Tensor) -> list[float]:
+    """Sums of consecutive blocks, in float64: the same wherever slices begin, if they begin at multiples of a block."""
+    return [float(block.sum(dtype=torch.float64)) for block in values.split(BLOCK)]
+
+
+def recipe(
+    method: str, lookup: Lookup, name: str, numel: int, models: int, base: bool, dtype: torch.dtype, alpha: float | None
+) -> Recipe:
+    """How ``method`` makes the tensor ``name`` of ``numel`` real numbers, computed in ``dtype``.
+
+    Args:
+        models: how many there are beside the base.
+        base: whether there is a base.
+        alpha: for ccm, where no parameter ``alpha`` says it.
+    """
+    if method == "ccm":
+        return ccm(lookup.value("alpha", name, alpha), base)
+    if method == "linear":
+        weights = [lookup.value("weight", name, None, i) for i in range(models)]
+        return linear(weights, bool(lookup.value("normalize", name, True)), base)
+    if method == "slerp":
+        return Slerp(lookup.value("t", name))
+    return TaskVectors(method, lookup, name, numel, models, dtype)

@@ -1,0 +1,190 @@
+"""Parameters of a merge: which each method takes, and their value for one tensor."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from shodh_moe.errors import UserError
+
+Number = float | bool
+REACH = 1.5  # |alpha| of the ends of the bank that CCM was published with
+DISTANCE_LIMIT = 1.0  # |theta - theta_0| / |theta_0|: an unrelated network of the same size is at about sqrt(2)
+
+
+class Conditional(BaseModel):
+    """A value for the tensors whose names hold ``filter``, or match ``regex`` anywhere; for all others without both."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    filter: str | None = None
+    regex: str | None = None
+    value: Number = Field(union_mode="left_to_right")
+
+    @model_validator(mode="after")
+    def _one(self) -> Conditional:
+        if self.filter is not None and self.regex is not None:
+            raise ValueError(f"filter {self.filter!r} and regex {self.regex!r} stand in one entry: choose one of them")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex {self.regex!r} is no regular expression ({error})") from None
+        return self
+
+    @property
+    def written(self) -> str | None:
+        """The condition as a user would recognise it."""
+        if self.regex is not None:
+            return f"regex {self.regex!r}"
+        return None if self.filter in (None, "*") else f"filter {self.filter!r}"
+
+    def fits(self, name: str) -> bool:
+        if self.regex is not None:
+            return re.search(self.regex, name) is not None
+        return self.filter in (None, "*") or self.filter in name
+
+
+def _plain(value: Any) -> Any:
+    """One clear message in place of one for each type that a setting may have."""
+    if isinstance(value, list) and not all(isinstance(one, (dict, Conditional)) for one in value):
+        raise ValueError(
+            "a list of numbers is mergekit's gradient over the layers of a language model, which this command does not "
+            "know: use filters for single tensors, and `sweep` for several outputs"
+        )
+    if not isinstance(value, (int, float, list)):
+        raise ValueError(
+            f"a parameter is a number, true, false, or a list of `- filter: ... value: ...`, not {value!r}"
+        )
+    return value
+
+
+Setting = Annotated[bool | float | list[Conditional], BeforeValidator(_plain)]
+
+
+class Method(NamedTuple):
+    """What a method takes.
+
+    Attributes:
+        models: how many models it combines, the base not counted where it is dropped; 0: any number.
+        needs_base: it cannot do without ``base_model``.
+        drops_base: the base may stand among the models too, and is not combined as one of them.
+        ordered: the order of models has a meaning.
+        shared: parameters for all models, with filters.
+        single: parameters for all models that are one number.
+        own: parameters that a model may have for itself.
+    """
+
+    models: int
+    needs_base: bool
+    drops_base: bool
+    ordered: bool
+    shared: tuple[str, ...]
+    single: tuple[str, ...]
+    own: tuple[str, ...]
+
+
+_TASK = ("lambda", "normalize", "weight")
+_SPARSE = (*_TASK, "density")
+METHODS = {
+    "ccm": Method(2, False, True, True, ("alpha",), ("coordinate", "clip", "distance_limit"), ("coordinate",)),
+    "linear": Method(0, False, False, False, ("weight", "normalize"), (), ("weight",)),
+    "task_arithmetic": Method(0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
+    # int8_mask is about mergekit's memory and changes no number.
+    "ties": Method(0, True, True, False, _SPARSE, ("int8_mask", "distance_limit"), ("weight", "density")),
+    "dare": Method(0, True, True, False, _SPARSE, ("int8_mask", "seed", "distance_limit"), ("weight", "density")),
+    "slerp": Method(1, True, True, True, ("t",), (), ()),
+}
+METHODS["dare_linear"] = METHODS["dare"]
+METHODS["dare_ties"] = METHODS["dare"]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Parameters of one target by tensor: a model's own come before those for all."""
+
+    shared: dict[str, Setting]
+    own: list[dict[str, Setting]]
+
+    def value(self, key: str, tensor: str, default: Number | None = None, model: int | None = None) -> float:
+        """Raises: UserError: nothing says what it is for this tensor, and there is no default."""
+        for settings in ([] if model is None else [self.own[model]]) + [self.shared]:
+            if (found := _evaluate(settings.get(key), tensor)) is not None:
+                return float(found)
+        if default is None:
+            raise UserError(f"parameter {key} has no value for tensor {tensor}: add `- value: ...` without a filter")
+        return float(default)
+
+    def conditions(self) -> list[Conditional]:
+        settings = [value for one in (self.shared, *self.own) for value in one.values()]
+        return [condition for setting in settings if isinstance(setting, list) for condition in setting]
+
+
+def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
+    if isinstance(setting, list):
+        return next((condition.value for condition in setting if condition.fits(tensor)), None)
+    return setting
+
+
+def check_settings(method: str, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str) -> None:
+    """Raises: UserError: a parameter that the method does not take, or a value it cannot have."""
+    takes = METHODS[method]
+    for settings, valid in [(shared, (*takes.shared, *takes.single)), *((one, takes.own) for one in own)]:
+        for key, setting in settings.items():
+            if key not in valid:
+                near = difflib.get_close_matches(key, valid, n=1)
+                there = "for a model" if settings is not shared else "for all models"
+                known = f"the nearest is {near[0]!r}" if near else f"it takes {', '.join(valid) or 'none'}"
+                raise UserError(f"{where}: {method} takes no parameter {key!r} {there}; {known}")
+            if isinstance(setting, list) and key in (*takes.single, "coordinate"):
+                raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
+            if key == "density":
+                values = [one.value for one in setting] if isinstance(setting, list) else [setting]
+                if any(not 0 < value <= 1 for value in values):
+                    raise UserError(f"{where}: density is a share in (0, 1], not {values}")
+
+
+def alpha_of(shared: dict[str, Setting], own: list[dict[str, Setting]], where: str) -> tuple[dict[str, Any], list[str]]:
+    """Where a ccm target lies on the line, with how that was found, and warnings.
+
+    ``alpha`` is given, or ``coordinate`` with those of both experts: alpha = 2 (lambda - lambda_mid) /
+    (lambda_high - lambda_low), cut to +-``clip``.
+
+    Raises:
+        UserError: neither or both are given, the experts' coordinates are missing or equal, or clip is negative.
+    """
+    ends = [one.get("coordinate") for one in own]
+    if (ends[0] is None) != (ends[1] is None):
+        raise UserError(f"{where}: give coordinate to both models of ccm, or to none")
+    if ends[0] is not None and ends[0] == ends[1]:
+        raise UserError(f"{where}: both experts have coordinate {ends[0]}: ccm needs two ends of a range")
+    clip = shared.get("clip", REACH)
+    assert isinstance(clip, (int, float))  # what takes no filters is a number
+    if clip < 0:
+        raise UserError(f"{where}: clip is the largest |alpha|, not {clip}")
+    if ("alpha" in shared) == ("coordinate" in shared):
+        raise UserError(f"{where}: ccm needs either alpha or coordinate under parameters")
+    if "alpha" in shared:
+        alpha = shared["alpha"]
+        values = [one.value for one in alpha] if isinstance(alpha, list) else [alpha]
+        warnings = [
+            f"alpha {value:g} is outside +-{clip:g}: the line between the experts may not be straight there"
+            for value in values
+            if abs(value) > clip
+        ]
+        return {"found": "given", "value": alpha if not isinstance(alpha, list) else None}, warnings
+    if ends[0] is None:
+        raise UserError(f"{where}: a coordinate needs those of both experts: add `coordinate` to each one's parameters")
+    low, high, wanted = (float(value) for value in (*ends, shared["coordinate"]))  # type: ignore[arg-type]
+    unclipped = 2 * (wanted - (low + high) / 2) / (high - low)
+    value = min(max(unclipped, -clip), clip)
+    warnings = []
+    if value != unclipped:
+        warnings.append(
+            f"coordinate {wanted:g} is far outside {low:g} to {high:g}: alpha {unclipped:g} is cut to {value:g}"
+        )
+    found = {"found": "coordinate", "value": value, "unclipped": unclipped}
+    return {**found, "coordinate": wanted, "low": low, "high": high, "clip": clip}, warnings

@@ -1,0 +1,221 @@
+"""The stream: slices of all inputs are read ahead, combined, and written behind, in a fixed amount of memory.
+
+Every input has a thread that reads and hashes, every output one that writes and hashes; this thread computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh_moe.errors import UserError
+from shodh_moe.merging.config import Target
+from shodh_moe.merging.drift import Drift
+from shodh_moe.merging.layout import REAL, output_dtype
+from shodh_moe.merging.methods import BLOCK, Recipe, recipe
+from shodh_moe.merging.output import Output
+from shodh_moe.merging.reading import SourceReader
+from shodh_moe.merging.settings import Lookup
+from shodh_moe.merging.sources import Stored
+
+AHEAD, BEHIND = 3, 2  # slices in memory of each input, and of each output
+LARGEST_SLICE = 1 << 20  # real numbers; longer ones leave the caches and are no faster
+
+
+@dataclass
+class Job:
+    """One output of the stream."""
+
+    target: Target
+    output: Output
+    lookup: Lookup
+
+
+class Work:
+    """One tensor on its way through the stream."""
+
+    def __init__(self, name: str, stored: Stored, jobs: list[Job]):
+        self.name, self.stored, self.jobs = name, stored, jobs
+        self.real = REAL.get(stored.dtype, stored.dtype)
+        self.numel = stored.nbytes // self.real.itemsize  # real numbers
+        self.exact = not self.real.is_floating_point
+        self.computed = torch.float64 if self.real == torch.float64 else torch.float32
+        self.recipes: list[Recipe] = [] if self.exact else [self._recipe(job) for job in jobs]
+        self.passes = max((one.passes for one in self.recipes), default=0)
+        self.drifts: dict[tuple[str, ...], Drift] = {}
+        self.written = [self._written(job) for job in jobs]
+        self.unequal: list[set[str]] = [set() for _ in jobs]
+
+    def _recipe(self, job: Job) -> Recipe:
+        target = job.target
+        alpha = target.alpha["value"] if target.alpha else None
+        has_base, count = target.base is not None, len(target.models)
+        return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, alpha)
+
+    def _written(self, job: Job) -> torch.dtype:
+        dtype = output_dtype(self.stored.dtype, job.target.words.out_dtype or job.target.words.dtype)
+        return REAL.get(dtype, dtype)
+
+
+class Step(NamedTuple):
+    """One slice of one pass over a tensor."""
+
+    work: Work
+    number: int  # of the pass; the last one makes the result
+    start: int  # first real number
+    length: int
+
+
+def slice_length(bytes_free: int, readers: list[SourceReader], combined: list[int]) -> int:
+    """Real numbers in a slice, so that all buffers fit; ``combined`` has the number of inputs of each output.
+
+    Raises:
+        UserError: not even the shortest slice fits.
+    """
+    types = {stored.dtype for reader in readers for stored in reader.source.tensors.values()}
+    stored = max(REAL.get(dtype, dtype).itemsize for dtype in types)
+    computed = 8 if stored == 8 else 4
+    inputs = len(readers) * (AHEAD * stored + computed)
+    # Of methods with task vectors: one vector, its mask and its masked copy a model, and a few sums.
+    bytes_each = inputs + len(combined) * BEHIND * 8 + (3 * max(combined) + 6) * computed + 24
+    length = min(bytes_free // bytes_each, LARGEST_SLICE) // BLOCK * BLOCK
+    if length < BLOCK:
+        missing = math.ceil((BLOCK * bytes_each - bytes_free) / 2**20)
+        raise UserError(f"the memory limit is {missing} MiB too small for {len(readers)} inputs: raise --memory-limit")
+    return length
+
+
+class Stream:
+    """Makes all jobs' outputs in one go over the inputs."""
+
+    def __init__(self, readers: dict[str, SourceReader], jobs: list[Job], length: int):
+        self._readers, self._jobs, self._length = readers, jobs, length
+        self._threads = {path: ThreadPoolExecutor(1) for path in readers}
+        size = length * 8
+        self._in = {path: [np.empty(size, np.uint8) for _ in range(AHEAD)] for path in readers}
+        self._out = {id(job): [np.empty(size, np.uint8) for _ in range(BEHIND)] for job in jobs}
+        self._writes: dict[int, deque[Future[None]]] = {id(job): deque() for job in jobs}
+
+    def run(self, order: list[str], tensors: dict[str, Stored]) -> None:
+        """Merge the tensors ``order``, in this order; ``tensors`` describes them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the other cores hash
+        queue: deque[tuple[Step, dict[str, Future[Tensor]]]] = deque()
+        try:
+            for number, step in enumerate(self._steps(order, tensors)):
+                paths = {path for job in step.work.jobs for path in job.target.paths}
+                slot = number % AHEAD
+                queue.append((step, {p: self._threads[p].submit(self._read, p, step, slot) for p in sorted(paths)}))
+                if len(queue) == AHEAD:
+                    self._process(*queue.popleft())
+            while queue:
+                self._process(*queue.popleft())
+            for writes in self._writes.values():
+                for one in writes:
+                    one.result()
+        finally:
+            torch.set_num_threads(threads)
+            for pool in self._threads.values():
+                pool.shutdown(cancel_futures=True)
+
+    def _steps(self, order: list[str], tensors: dict[str, Stored]) -> Iterator[Step]:
+        for name in order:
+            jobs = [job for job in self._jobs if not job.output.has(name)]
+            if not jobs:
+                continue
+            work = Work(name, tensors[name], jobs)
+            for number in range(work.passes + 1):
+                for start in range(0, work.numel, self._length):
+                    yield Step(work, number, start, min(self._length, work.numel - start))
+
+    def _read(self, path: str, step: Step, slot: int) -> Tensor:
+        """A slice as it is stored, 1-D."""
+        work = step.work
+        buffer = self._in[path][slot][: step.length * work.real.itemsize]
+        parts = work.stored.dtype.itemsize // work.real.itemsize
+        self._readers[path].read(work.name, step.start // parts, buffer.data)
+        return torch.from_numpy(buffer).view(work.real)
+
+    def _process(self, step: Step, reads: dict[str, Future[Tensor]]) -> None:
+        work = step.work
+        stored = {path: one.result() for path, one in reads.items()}
+        if work.exact:
+            self._copy(step, stored)
+            return
+        values = {path: one.to(work.computed) for path, one in stored.items()}
+        if step.number == 0:
+            for path, one in values.items():
+                self._require_finite(step, path, one)
+        last = step.start + step.length == work.numel
+        for job, made in zip(work.jobs, work.recipes, strict=True):
+            if step.number < made.passes:
+                made.observe(step.number, step.start, [values[path] for path in job.target.paths])
+                if last:
+                    made.end_pass(step.number)
+        if step.number == work.passes:
+            self._make(step, values, last)
+
+    def _make(self, step: Step, values: dict[str, Tensor], last: bool) -> None:
+        work = step.work
+        for job in work.jobs:
+            key = tuple(job.target.paths)
+            if job.target.base and job.target.method != "slerp" and key not in work.drifts:
+                work.drifts[key] = Drift()
+        for key, drift in work.drifts.items():
+            drift.add([values[path] for path in key])
+        for job, made, dtype in zip(work.jobs, work.recipes, work.written, strict=True):
+            result = made.result(step.start, [values[path] for path in job.target.paths])
+            _require_fits(result, dtype, work.name, job.target)
+            if last and (found := work.drifts.get(tuple(job.target.paths))):
+                job.output.add_fact(work.name, {"drift": found.sums()})
+            self._write(job, step, result, dtype)
+
+    def _copy(self, step: Step, stored: dict[str, Tensor]) -> None:
+        """Integers and booleans cannot be averaged: the first input's are taken."""
+        work = step.work
+        for job, unequal in zip(work.jobs, work.unequal, strict=True):
+            first, *others = job.target.paths
+            unequal.update(path for path in others if not torch.equal(stored[path], stored[first]))
+            if unequal and step.start + step.length == work.numel:
+                job.output.add_fact(work.name, {"taken_from": first, "differs_in": sorted(unequal)})
+            self._write(job, step, stored[first], work.real)
+
+    def _write(self, job: Job, step: Step, values: Tensor, dtype: torch.dtype) -> None:
+        writes, buffers = self._writes[id(job)], self._out[id(job)]
+        if len(writes) == BEHIND:
+            writes.popleft().result()
+        buffers.append(buffers.pop(0))  # the one whose write is over
+        buffer = buffers[-1][: step.length * dtype.itemsize]
+        torch.from_numpy(buffer).view(dtype).copy_(values)
+        writes.append(job.output.write(step.work.name, step.start * dtype.itemsize, buffer.data))
+
+    def _require_finite(self, step: Step, path: str, values: Tensor) -> None:
+        # A sum is fast, and finite only if all are; large values alone may make it overflow.
+        if math.isfinite(values.sum()) or bool(values.isfinite().all()):
+            return
+        work, source = step.work, self._readers[path].source
+        parts = work.stored.dtype.itemsize // work.real.itemsize
+        place = (step.start + int((~values.isfinite()).nonzero()[0])) // parts
+        index = [int(i) for i in np.unravel_index(place, work.stored.shape)] if work.stored.shape else []
+        raise UserError(
+            f"{source.file_of(work.name)}: tensor {work.name} has NaN or infinity, first at {index}: "
+            "merge weights that are finite"
+        )
+
+
+def _require_fits(values: Tensor, dtype: torch.dtype, name: str, target: Target) -> None:
+    largest = torch.finfo(dtype).max
+    low, high = values.aminmax()
+    if not (-largest <= low and high <= largest):  # not so for NaN either
+        raise UserError(
+            f"{target.output}: the merged tensor {name} is too large for {str(dtype).removeprefix('torch.')}: "
+            "choose another dtype, or smaller coefficients"
+        )

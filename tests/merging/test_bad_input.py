@@ -1,0 +1,263 @@
+"""What is wrong is said in one line that names it; nothing is written and no input is touched."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shodh_moe.errors import UserError
+from shodh_moe.merging import merge
+from shodh_moe.merging.ranks import main
+from tests.merging.models import State, config, network, save, save_checkpoint
+from tests.tiny import tree
+
+PAIR = ["low.safetensors", "high.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    monkeypatch.chdir(tmp_path)
+    base = network()
+    save(base, Path("base.safetensors"))
+    save(network(1, near=base), Path("low.safetensors"))
+    save(network(2, near=base), Path("high.safetensors"))
+    return base
+
+
+def refused(*says: str, path: Path | None = None, method: str = "ccm", models: Any = PAIR, **words: Any) -> str:
+    """The merge must be refused in one line that holds each of ``says``, and change nothing."""
+    limits = {key: words.pop(key) for key in ("memory_limit", "out_shard_size") if key in words}
+    words = {"parameters": {"alpha": 0.5}, "output": "out", **words}
+    path = path or config(Path(), method, models, **words)
+    before = tree(Path())
+    with pytest.raises(UserError) as caught:
+        merge(path, **limits)
+    assert tree(Path()) == before
+    for text in says:
+        assert text in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"method": "cmm"}, ("cmm", "ccm")),
+        ({"merge_methd": 1}, ("merge_methd", "merge_method")),
+        ({"slices": []}, ("slices", "language models")),
+        ({"output": None}, ("--output",)),
+        ({"parameters": {"alhpa": 1}}, ("alhpa", "alpha")),
+        ({"parameters": {}}, ("alpha or coordinate",)),
+        ({"parameters": {"alpha": 1, "coordinate": 1}}, ("either",)),
+        ({"parameters": {"alpha": [0, 1]}}, ("gradient", "sweep")),
+        ({"parameters": {"alpha": "much"}}, ("much",)),
+        ({"parameters": {"alpha": float("nan")}}, ("alpha",)),
+        ({"parameters": {"alpha": [{"filter": "lft", "value": 1}, {"value": 0}]}}, ("lft", "none of the 10")),
+        ({"parameters": {"alpha": [{"filter": "lift", "value": 1}]}}, ("no value for tensor",)),
+        ({"parameters": {"alpha": [{"regex": "(", "value": 1}]}}, ("regular expression",)),
+        ({"parameters": {"alpha": [{"fliter": "lift", "value": 1}]}}, ("fliter", "filter")),
+        ({"models": ["low.safetensors"]}, ("2 model",)),
+        ({"models": ["low.safetensors"] * 2}, ("twice",)),
+        ({"models": [*PAIR, "base.safetensors"]}, ("2 model",)),
+        ({"models": ["low.safetensors", "absent.safetensors"]}, ("absent.safetensors",)),
+        ({"method": "ties", "parameters": {"weight": 1}}, ("base_model",)),
+        ({"method": "linear", "parameters": {}}, ("weight", "no value")),
+        (
+            {"method": "ties", "base_model": "base.safetensors", "parameters": {"weight": 1, "density": 0}},
+            ("density", "(0, 1]"),
+        ),
+        ({"dtype": "int8"}, ("dtype",)),
+        ({"format": "checkpoint"}, ("checkpoint among the inputs",)),
+        ({"output": "low.safetensors"}, ("another output",)),
+        ({"sweep": {"alpha": 1}}, ("sweep",)),
+        ({"sweep": [{"name": "../x", "parameters": {"alpha": 1}}]}, ("name",)),
+        ({"sweep": [{"name": "a"}, {"name": "a"}]}, ("two outputs",)),
+        ({"memory_limit": "100MiB"}, ("MiB too small", "--memory-limit")),
+        ({"memory_limit": "much"}, ("much",)),
+    ],
+)
+def test_words(words: dict[str, Any], says: tuple[str, ...]) -> None:
+    refused(*says, **words)
+
+
+def test_no_config_or_no_yaml() -> None:
+    refused("absent.yaml", path=Path("absent.yaml"))
+    Path("bad.yaml").write_text("models: [")
+    refused("bad.yaml", "YAML", path=Path("bad.yaml"))
+
+
+def test_equal_coordinates_and_far_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    ends = [("low.safetensors", {"coordinate": 1}), ("high.safetensors", {"coordinate": 1})]
+    refused("both experts have coordinate 1", models=ends, parameters={"coordinate": 2})
+    refused("those of both experts", parameters={"coordinate": 2})
+    refused("both models", models=[ends[0], "high.safetensors"])
+    ends[1] = ("high.safetensors", {"coordinate": 3})
+    merge(config(Path(), "ccm", ends, parameters={"coordinate": 9}), Path("far"))
+    assert "alpha 7 is cut to 1.5" in capsys.readouterr().err
+    merge(config(Path(), "ccm", PAIR, parameters={"alpha": -2}), Path("far too"))
+    assert "outside +-1.5" in capsys.readouterr().err
+
+
+def test_tensors_that_differ(experts: State) -> None:
+    def other(state: State) -> None:
+        save(state, Path("high.safetensors"))
+
+    other({k: v for k, v in experts.items() if not k.startswith("lift")})
+    refused("high.safetensors misses tensor lift.", "(and 1 more)", "low.safetensors")
+    other({**experts, "more": torch.ones(2)})
+    refused("high.safetensors has tensor more", "low.safetensors misses")
+    other({**experts, "lift.bias": torch.ones(41)})
+    refused("lift.bias", "(41,) in high.safetensors", "(40,) in low.safetensors")
+    other({**experts, "lift.bias": experts["lift.bias"].double()})
+    refused("lift.bias", "float64 in high.safetensors", "float32 in low.safetensors")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(bad: float, experts: State) -> None:
+    weight = experts["lift.weight"].clone()
+    weight[3, 5] = bad
+    save({**experts, "lift.weight": weight}, Path("high.safetensors"))
+    refused("high.safetensors: tensor lift.weight", "[3, 5]")
+    spectral = experts["spectral.weight"].clone()
+    spectral[1, 2, 3] = complex(0, bad)
+    save({**experts, "spectral.weight": spectral}, Path("high.pt"))
+    refused("high.pt: tensor spectral.weight", "[1, 2, 3]", models=["low.safetensors", "high.pt"])
+
+
+def test_too_large_for_the_type(experts: State) -> None:
+    save({**experts, "lift.bias": torch.full((40,), 1e6)}, Path("high.safetensors"))
+    refused("lift.bias", "too large for float16", dtype="float16")
+
+
+def test_an_expert_of_another_anchor() -> None:
+    save(network(77), Path("stranger.safetensors"))
+    message = refused(
+        "it was not trained from it", models=["low.safetensors", "stranger.safetensors"], base_model="base.safetensors"
+    )
+    assert message.startswith("stranger.safetensors is 1.")
+    parameters = {"alpha": 0.5, "distance_limit": 3}
+    merge(
+        config(
+            Path(),
+            "ccm",
+            ["low.safetensors", "stranger.safetensors"],
+            base_model="base.safetensors",
+            parameters=parameters,
+        ),
+        Path("forced"),
+    )
+
+
+def test_damaged_files() -> None:
+    whole = Path("high.safetensors").read_bytes()
+    for content, says in [
+        (whole[:-10], "truncated"),
+        (whole[:100], "truncated"),
+        (whole + b"x", "longer"),
+        (b"", "truncated"),
+        (whole[:8] + b"x" + whole[9:], "header cannot be read"),
+        (whole.replace(b'"F32"', b'"F99"'), "F99"),
+    ]:
+        Path("high.safetensors").write_bytes(content)
+        refused("high.safetensors", says)
+
+
+def test_a_missing_shard() -> None:
+    merge(config(Path(), "linear", ["high.safetensors"], parameters={"weight": 1}), Path("high"), out_shard_size="1KB")
+    shard = sorted(Path("high").glob("model-*"))[1]
+    moved = shard.rename("elsewhere")
+    refused(str(shard), "is missing", models=["low.safetensors", "high"])
+    moved.rename(shard)
+    shutil.copy(shard, "high/model-00001-of-00002.safetensors")
+    (Path("high") / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../low.safetensors"}}')
+    refused("not in its folder", models=["low.safetensors", "high"])
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": torch.ones(2), "evil": Evil()},
+        {"model": {"w": torch.ones(2)}, "step": 1},
+        [torch.ones(2)],
+        {},
+        {"w": torch.arange(6.0).view(2, 3).T},
+    ],
+)
+def test_pickles_that_are_no_state_dict(content: Any) -> None:
+    torch.save(content, "x.pt")
+    refused("x.pt", "save it again", models=["low.safetensors", "x.pt"])
+    assert not Path("executed").exists()
+
+
+def test_old_and_foreign_pickles() -> None:
+    torch.save({"w": torch.ones(2)}, "x.pt", _use_new_zipfile_serialization=False)
+    refused("x.pt", "save it again", models=["low.safetensors", "x.pt"])
+    Path("x.pt").write_bytes(pickle.dumps(Evil()))
+    refused("x.pt", "save it again", models=["low.safetensors", "x.pt"])
+    assert not Path("executed").exists()
+
+
+def test_damaged_and_different_checkpoints() -> None:
+    base = {"w": torch.randn(50)}
+    paths = [save_checkpoint(network(i, near=base), Path(f"run{i}"), 2) for i in (0, 1)]
+    file = Path(paths[1], "rank_00001.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    refused("run1", "rank_00001.safetensors does not match its hash", models=paths)
+    file.unlink()
+    refused("run1", "rank_00001.safetensors is missing", models=paths)
+    other = save_checkpoint(network(3, near=base), Path("run3"), 2, tokenizer_sha256="another")
+    refused("different tokenizers", models=[paths[0], other])
+    other = save_checkpoint(network(3, near=base), Path("run4"), 2, config={"model": {"top_k": 3}})
+    refused("different models: model.top_k", models=[paths[0], other])
+    Path("run0/checkpoints").mkdir()
+    refused("name one of its checkpoints", models=["run0", other])
+
+
+def test_an_output_that_exists() -> None:
+    Path("out").mkdir()
+    refused("out exists")
+    Path("out/x").touch()
+    refused("out exists")
+
+
+def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 1000))
+    refused("are to be written")
+
+
+def test_a_disk_that_becomes_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*arguments: Any) -> int:
+        raise OSError(28, os.strerror(28))
+
+    path = config(Path(), "ccm", PAIR, parameters={"alpha": 0.5}, output="out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert main([str(path)]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main([str(path)]) == 0
+    assert Path("out").exists()
+    assert not Path(".merging-out").exists()
+
+
+def test_an_output_that_another_process_is_making() -> None:
+    work = Path(".merging-out")
+    work.mkdir()
+    with open(work / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused("another process is writing")

@@ -1,0 +1,318 @@
+"""Whole merges: every kind of input and output, limits, kills, sweeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from shodh_moe.checkpoint import CheckpointReader, damage
+from shodh_moe.checkpoint.inspect import inspect
+from shodh_moe.evaluation.loading import find_source, read_weights
+from shodh_moe.merging import merge
+from shodh_moe.merging import stream as stream_module
+from shodh_moe.merging.methods import BLOCK
+from tests.merging.models import State, bits, config, load, merged, network, same_bits, save, save_checkpoint
+from tests.tiny import config as tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+HALF = {"alpha": 0.5}
+TWO_WEIGHTS = {"weight": 0.4, "density": 0.5}
+METHODS = ["ccm", "linear", "task_arithmetic", "ties", "dare", "dare_ties", "slerp"]
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[State, State, State]:
+    """An anchor and two experts in the current folder: base.safetensors, low.safetensors, high.safetensors."""
+    monkeypatch.chdir(tmp_path)
+    base = network()
+    states = base, network(1, near=base), network(2, near=base)
+    for name, state in zip(("base", "low", "high"), states, strict=True):
+        save(state, Path(f"{name}.safetensors"))
+    return states
+
+
+def words(method: str) -> dict[str, object]:
+    """A config of this method for the files of `three`, but for its models."""
+    if method == "ccm":
+        return {"parameters": HALF, "base_model": "base.safetensors"}
+    if method == "slerp":
+        return {"parameters": {"t": 0.3}, "base_model": "low.safetensors"}
+    parameters = {"weight": 0.4} if method in ("linear", "task_arithmetic") else TWO_WEIGHTS
+    return {"parameters": parameters, "base_model": "base.safetensors"}
+
+
+def models(method: str) -> list[str]:
+    return ["high.safetensors"] if method == "slerp" else ["low.safetensors", "high.safetensors"]
+
+
+def test_ccm_of_every_type(three: tuple[State, State, State]) -> None:
+    _, low, high = three
+    made = merged(Path(), "ccm", ["low.safetensors", "high.safetensors"], parameters=HALF)
+    assert made.keys() == low.keys()
+    for name, tensor in low.items():
+        assert (made[name].dtype, made[name].shape) == (tensor.dtype, tensor.shape)
+        if tensor.is_floating_point() or tensor.is_complex():
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            parts = 0.25 * tensor.to(wide), 0.75 * high[name].to(wide)
+            # Three roundings, of the terms and of their sum; two of them to float32 at least.
+            bound = torch.finfo(tensor.dtype).eps * (parts[0].abs() + parts[1].abs())
+            assert torch.all((made[name].to(wide) - sum(parts)).abs() <= bound), name
+        else:
+            assert torch.equal(made[name], tensor)
+
+
+def test_half_precision_is_accumulated_in_float32(tmp_path: Path) -> None:
+    """In bfloat16 256 + 1 is 256 again."""
+    parts = [
+        save({"w": torch.tensor([x], dtype=torch.bfloat16)}, tmp_path / f"{i}.safetensors")
+        for i, x in enumerate([256.0, 1.0, 1.0])
+    ]
+    made = merged(tmp_path, "linear", parts, parameters={"weight": 1, "normalize": False})
+    assert made["w"].item() == 258.0
+
+
+def test_filters_choose_tensors(three: tuple[State, State, State]) -> None:
+    _, low, high = three
+    alpha = [{"filter": "lift", "value": 1}, {"regex": r"^spectral\.", "value": -1}, {"value": 1}]
+    made = merged(Path(), "ccm", models("ccm"), parameters={"alpha": alpha})
+    assert bits(made["lift.weight"]) == bits(high["lift.weight"])
+    assert bits(made["spectral.weight"]) == bits(low["spectral.weight"])
+    assert bits(made["brain"]) == bits(high["brain"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("limits", [{"memory_limit": "100GB", "out_shard_size": "1KB"}, {"memory_limit": "64GB"}])
+def test_slices_and_files_do_not_change_a_bit(
+    method: str, limits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base: State = {
+        "a": torch.randn(2 * BLOCK + 5),
+        "z": torch.randn(7, BLOCK, dtype=torch.complex64),
+        "n": torch.ones(3),
+    }
+    for i, name in enumerate(("base", "low", "high")):
+        save(network(i, near=base), Path(f"{name}.safetensors"))
+    whole = merged(Path(), method, models(method), **words(method))
+    monkeypatch.setattr(stream_module, "LARGEST_SLICE", BLOCK)
+    sliced = merged(Path(), method, models(method), output="sliced", **words(method), **limits)
+    assert same_bits(whole, sliced)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations([0, 1, 2, 3]), st.sampled_from(["linear", "task_arithmetic", "ties", "dare"]))
+def test_the_order_of_models_does_not_change_a_bit(order: list[int], method: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        base = {"w": torch.randn(50, generator=torch.Generator().manual_seed(9))}
+        anchor = save(base, here / "base.safetensors")
+        entries = [
+            (save(network(i, near=base), here / f"{i}.safetensors"), {"weight": 0.1 * (i + 1)}) for i in range(4)
+        ]
+        shared = {"density": 0.6} if method in ("ties", "dare") else {}
+        first = merged(here, method, entries, base_model=anchor, parameters=shared)
+        other = merged(here, method, [entries[i] for i in order], base_model=anchor, parameters=shared, output="other")
+        assert same_bits(first, other)
+
+
+@pytest.mark.parametrize("method", ["ccm", "ties"])
+def test_the_form_of_the_inputs_does_not_change_a_bit(method: str, three: tuple[State, State, State]) -> None:
+    plain = merged(Path(), method, models(method), **words(method))
+    for name, state in zip(("low", "high"), three[1:], strict=True):
+        save(state, Path(f"{name}.pt"))
+        # One merge of one model: a copy in several files.
+        merge(
+            config(Path(), "linear", [f"{name}.safetensors"], parameters={"weight": 1}),
+            Path(name),
+            out_shard_size="1KB",
+        )
+        assert len(list(Path(name).glob("*.safetensors"))) > 2
+    for form in (["low.pt", "high.pt"], ["low", "high"], ["low.pt", "high"]):
+        again = merged(Path(), method, form, output="-".join(form).replace(".", ""), **words(method))
+        assert same_bits(plain, again)
+
+
+def test_a_merged_checkpoint_is_a_model_to_evaluate(tmp_path: Path) -> None:
+    base = {"w": torch.randn(50)}
+    described = tiny_config().model_dump()
+    paths = [save_checkpoint(network(i, near=base), tmp_path / str(i), 2, config=described) for i in (1, 2)]
+    made = merged(tmp_path, "linear", paths, parameters={"weight": 0.5})
+    source = find_source(tmp_path / "out")
+    assert bits(read_weights(source)["w"]) == bits(made["model/w@0"])
+    assert "50" in inspect(tmp_path / "out")
+
+
+def test_ep_size_of_checkpoints_does_not_change_a_bit(tmp_path: Path) -> None:
+    base = {k: v for k, v in network().items() if not v.is_complex() and v.numel()}
+    states = network(1, near=base), network(2, near=base)
+    made = []
+    for ranks in (1, 2, 3):
+        paths = [save_checkpoint(state, tmp_path / f"{ranks}-{i}", ranks) for i, state in enumerate(states)]
+        output = tmp_path / f"out{ranks}"
+        merge(config(tmp_path, "ccm", paths, parameters=HALF), output, out_shard_size="2KB")
+        assert damage(output) is None
+        made.append({path.name: path.read_bytes() for path in output.glob("*.safetensors")})
+    assert len(made[0]) > 1
+    assert made[0] == made[1] == made[2]
+    reader = CheckpointReader(tmp_path / "out2")
+    assert reader.state["step"] == 7
+    expected = 0.25 * states[0]["lift.weight"] + 0.75 * states[1]["lift.weight"]
+    torch.testing.assert_close(reader.tensor("model/lift.weight"), expected)
+    assert all(name.startswith("model/") for name in reader.names())
+    # And such an output is an input again.
+    words = {"parameters": {"weight": 1}, "format": "safetensors"}
+    again = merged(tmp_path, "linear", [str(tmp_path / "out2")], output="again", **words)
+    assert bits(again["lift.weight"]) == bits(reader.tensor("model/lift.weight"))
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_state_dict_comes_out_as_torch_would_save_it(mapped: bool, three: tuple[State, State, State]) -> None:
+    plain = merged(Path(), "ccm", models("ccm"), parameters=HALF)
+    merge(config(Path(), "ccm", models("ccm"), parameters=HALF, format="pt"), Path("pt"))
+    assert same_bits(plain, torch.load("pt/model.pt", weights_only=True, mmap=mapped))
+
+
+def test_dtype_and_complex128(tmp_path: Path) -> None:
+    state = {"z": torch.randn(5, 4, dtype=torch.complex64), "x": torch.randn(9), "i": torch.arange(4)}
+    path = save(state, tmp_path / "a.safetensors")
+    wide = merged(tmp_path, "linear", [path], parameters={"weight": 1}, dtype="float64")
+    assert (wide["x"].dtype, wide["i"].dtype) == (torch.float64, torch.int64)
+    # safetensors knows no complex128: the parts on a last axis, and a note in the file.
+    assert torch.equal(torch.view_as_complex(wide["z"]), state["z"].to(torch.complex128))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["complex128"]) == ["z"]
+    back = merged(tmp_path, "linear", [str(tmp_path / "out")], parameters={"weight": 1}, dtype="float32", output="back")
+    assert same_bits(back, state)
+    narrow = merged(tmp_path, "linear", [path], parameters={"weight": 1}, out_dtype="bfloat16", output="narrow")
+    assert (narrow["x"].dtype, narrow["z"].dtype) == (torch.bfloat16, torch.complex64)
+
+
+def test_the_manifest_has_true_hashes_and_says_how(three: tuple[State, State, State]) -> None:
+    other = {**three[2], "steps": torch.tensor(9)}
+    save(other, Path("high.safetensors"))
+    entries = [("low.safetensors", {"coordinate": 1.0}), ("high.safetensors", {"coordinate": 3.0})]
+    parameters = {"coordinate": 2.5}
+    merge(
+        config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters),
+        Path("out"),
+        out_shard_size="2KB",
+    )
+    told = json.loads(Path("out/merge.json").read_text())
+    assert told["alpha"] == {
+        "found": "coordinate",
+        "value": 0.5,
+        "unclipped": 0.5,
+        "coordinate": 2.5,
+        "low": 1.0,
+        "high": 3.0,
+        "clip": 1.5,
+    }
+    assert {path: one["role"] for path, one in told["inputs"].items()} == {
+        "base.safetensors": "base",
+        "low.safetensors": "low",
+        "high.safetensors": "high",
+    }
+    for path, one in told["inputs"].items():
+        assert one["files"][path]["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for name, one in told["outputs"].items():
+        assert one["sha256"] == hashlib.sha256((Path("out") / name).read_bytes()).hexdigest()
+    assert any("steps" in note and "high.safetensors" in note for note in told["notes"])
+    assert load(Path("out"))["steps"].item() == 3
+    distances = told["relative_distance_from_base"].values()
+    assert all(0.08 < distance < 0.12 for distance in distances)
+    assert abs(told["cosine_of_task_vectors"]) < 0.2
+
+
+def test_a_killed_merge_goes_on_and_ends_the_same(three: tuple[State, State, State]) -> None:
+    path = config(Path(), "ccm", models("ccm"), base_model="base.safetensors", parameters=HALF)
+    merge(path, Path("unbroken"), out_shard_size="2KB")
+    count = len(list(Path("unbroken").glob("*.safetensors")))
+    assert count > 3
+    for files in (1, 3):  # the second process goes on from the first
+        script = str(ROOT / "tests" / "merging" / "killed.py")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([sys.executable, script, str(path), "again", str(files)], env=environment, timeout=100)
+        assert ended.returncode == 9
+        assert not Path("again").exists()
+        complete = list(Path(".merging-again/records").iterdir())
+        assert len(complete) == files
+    first = {record.name.removesuffix(".json") for record in complete}
+    before = {name: Path(".merging-again/content", name).stat().st_mtime_ns for name in first}
+    merge(path, Path("again"), out_shard_size="2KB")
+    assert {name: Path("again", name).stat().st_mtime_ns for name in first} == before  # not written again
+    assert files_of(Path("again")) == files_of(Path("unbroken"))
+    assert not Path(".merging-again").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_left_of_other_inputs_is_not_used(
+    three: tuple[State, State, State], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(Path(), "ccm", models("ccm"), parameters=HALF)
+    script = str(ROOT / "tests" / "merging" / "killed.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script, str(path), "out", "2"], env=environment, timeout=100)
+    save(network(5, near=three[0]), Path("low.safetensors"))
+    merge(path, Path("out"), out_shard_size="2KB")
+    assert "begins anew" in capsys.readouterr().out
+    assert same_bits(load(Path("out")), merged(Path(), "ccm", models("ccm"), parameters=HALF, output="fresh"))
+
+
+def test_a_sweep_is_many_outputs(three: tuple[State, State, State], capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(Path(), "ccm", models("ccm"), parameters={}, sweep={"alpha": [-1, 0.5, 1.0]}, output="grid")
+    assert [one.name for one in merge(path)] == ["alpha=-1", "alpha=0.5", "alpha=1.0"]
+    assert bits(load(Path("grid/alpha=-1"))["double"]) == bits(three[1]["double"])
+    alone = merged(Path(), "ccm", models("ccm"), parameters=HALF, output="alone", name="alone.yaml")
+    assert same_bits(load(Path("grid/alpha=0.5")), alone)
+    # Again: what is there stays.
+    before = Path("grid/alpha=-1/merge.json").stat().st_mtime_ns
+    shutil.rmtree("grid/alpha=1.0")
+    merge(path)
+    assert Path("grid/alpha=-1/merge.json").stat().st_mtime_ns == before
+    assert bits(load(Path("grid/alpha=1.0"))["double"]) == bits(three[2]["double"])
+    entries = [
+        {"name": "soup", "merge_method": "linear", "parameters": {"weight": 0.5}},
+        {"name": "narrow", "parameters": HALF, "dtype": "bfloat16"},
+    ]
+    merge(config(Path(), "ccm", models("ccm"), sweep=entries, output="list"))
+    expected = (three[1]["double"] + three[2]["double"]) / 2
+    torch.testing.assert_close(load(Path("list/soup"))["double"], expected)
+    assert load(Path("list/narrow"))["double"].dtype == torch.bfloat16
+
+
+def test_processes_share_a_sweep(three: tuple[State, State, State]) -> None:
+    path = config(Path(), "ccm", models("ccm"), sweep={"alpha": [-1, 0, 1]}, output="serial")
+    merge(path)
+    for rank in (1, 0):
+        made = merge(path, Path("shared"), rank=rank, size=2)
+        assert len(made) == 2 - rank
+    assert files_of(Path("shared")) == files_of(Path("serial"))
+
+
+@pytest.mark.slow
+def test_memory_stays_below_the_limit(tmp_path: Path) -> None:
+    """600 MB of inputs, one tensor of 160 MB, ties with its three passes, 400 MiB: as one would need 900 MB."""
+    base = {"large": torch.randn(40_000_000), "small": torch.randn(10_000_000)}
+    paths = [save(network(i, near=base, distance=0.1 * i), tmp_path / f"{i}.safetensors") for i in range(3)]
+    path = config(tmp_path, "ties", paths[1:], base_model=paths[0], parameters=TWO_WEIGHTS)
+    script = str(ROOT / "tests" / "merging" / "peak.py")
+    command = [sys.executable, script, str(path), "--output", str(tmp_path / "out"), "--memory-limit", "420MiB"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[-1]) < 420 << 20

@@ -15,7 +15,7 @@ import os
 
 from shodh_moe.cli import main as shodh
 from shodh_moe.command import OneLineParser, end_rank, exit_code
-from shodh_moe.parallel.launch import forget_launcher, require_hostfile_of_launcher, set_rank_variables
+from shodh_moe.parallel.launch import forget_launcher, require_hostfile_of_launcher
 from shodh_moe.training.__main__ import main as train
 
 
@@ -31,11 +31,7 @@ def main() -> int:
             forget_launcher()
         return shodh(["pretrain", "--hostfile", options.hostfile, *rest]) if first else 0
 
-    def prepare() -> None:
-        set_rank_variables()
-        require_hostfile_of_launcher()
-
-    return exit_code(prepare) or train(rest)
+    return exit_code(require_hostfile_of_launcher) or train(rest)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from shodh_moe.checks import claim_run_folder, open_run_folder, require_made
 from shodh_moe.command import OneLineParser, add_config_arguments, end_rank, exit_code
 from shodh_moe.config_io import load_config
 from shodh_moe.memory import keep_freed_memory
+from shodh_moe.parallel.launch import set_rank_variables
 from shodh_moe.paths import paths_of
 
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
+        set_rank_variables()
         config = load_config(options.config, options.overrides, options.name)
         paths = paths_of(config)
         require_made(paths.latents, "shodh tokenizer encode")

@@ -33,6 +33,7 @@ from shodh_moe.config import Config
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel.launch import set_rank_variables
 from shodh_moe.parallel.rendezvous import join
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
@@ -271,9 +272,7 @@ def init_distributed(facts: dict[str, Any] | None = None) -> None:
     Raises:
         UserError: ranks differ in their facts, world size or library versions, or one is missing.
     """
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    set_rank_variables()
     # DeepSpeed would compile a shared-memory operation that serves inference alone: a minute or two at the first
     # start, and no start at all without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

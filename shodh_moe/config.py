@@ -7,7 +7,7 @@ overrides from the command line. A key that does not exist or a value of the wro
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -243,6 +243,20 @@ class EvaluationConfig(Section):
 
     batch_size: Positive = 8
     rollout_steps: Positive = 10
+
+
+class RunConfig(Protocol):
+    """What the trainer needs of a config, whatever is trained."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def deepspeed(self) -> dict[str, Any]: ...
+    def model_dump(self) -> dict[str, Any]: ...
 
 
 class Config(Section):

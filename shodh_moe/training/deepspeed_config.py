@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from shodh_moe.config import Config
+from shodh_moe.config import Config, RunConfig
 from shodh_moe.errors import UserError
 
 
@@ -29,7 +29,7 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
     return ep
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of this config; the ``deepspeed`` section is merged in last.
 
     Raises:
@@ -63,7 +63,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 _ZERO_SETTINGS = {"reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "use_multi_rank_bucket_allreduce"}
 
 
-def _section(config: Config, key: str) -> dict[str, Any]:
+def _section(config: RunConfig, key: str) -> dict[str, Any]:
     section = config.deepspeed.get(key, {})
     if not isinstance(section, dict):
         raise UserError(f"deepspeed.{key} must hold `key: value` settings, not {section!r}")

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the latent transformer: process groups, optimizer, gradient reduction, clipping.
+"""The DeepSpeed engine around a network, with experts or not: process groups, optimizer, gradients, clipping.
 
 DeepSpeed owns initialisation, gradient averaging over the right group of each parameter, the sharding of ZeRO, and
 the step. Three parts are ours: it recognises only its own MoE class (see `_ExpertParallelMarker`); its global norm
@@ -29,13 +29,12 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from shodh_moe.checkpoint import CheckpointReader, Fragment
-from shodh_moe.config import Config
-from shodh_moe.model import LatentTransformer, Prediction
-from shodh_moe.model.norm import available_norm
+from shodh_moe.config import RunConfig
+from shodh_moe.model import MoE
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.parallel.launch import set_rank_variables
 from shodh_moe.parallel.rendezvous import join
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
 from shodh_moe.training.shards import (
     Shard,
@@ -55,9 +54,9 @@ class _ExpertParallelMarker(DeepSpeedMoE):
     itself stays free of DeepSpeed.
     """
 
-    def __init__(self, model: LatentTransformer, ep: ExpertParallel):
+    def __init__(self, num_experts: int, ep: ExpertParallel):
         nn.Module.__init__(self)  # DeepSpeed's own constructor would build its layer
-        self.num_experts = model.config.moe.num_experts
+        self.num_experts = num_experts
         self._ep = ep
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -68,12 +67,12 @@ class _ExpertParallelMarker(DeepSpeedMoE):
 
 
 class _TrainedModule(nn.Module):
-    def __init__(self, model: LatentTransformer, marker: nn.Module):
+    def __init__(self, model: nn.Module, marker: nn.Module):
         super().__init__()
         self.model, self.marker = model, marker
 
-    def forward(self, history: Tensor, geometry: Tensor) -> Prediction:
-        return self.model(history, geometry)
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
 
 
 @dataclass(frozen=True)
@@ -99,31 +98,29 @@ class Engine:
     """A DeepSpeed engine with one call per micro-batch.
 
     Attributes:
-        model: the latent transformer with this rank's experts.
+        model: the network.
+        moe_layers: its layers with experts, those of this rank.
         ep: the rank's expert-parallel group.
         optimizer: AdamW over DeepSpeed's parameter groups.
         optimizer_name, norm: whose optimizer and RMS norm kernels are used.
         device, dtype: what batches must have.
     """
 
-    def __init__(self, config: Config, latent_channels: int, latent_grid: list[int]):
+    def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
         world, rank, t = dist.get_world_size(), dist.get_rank(), config.training
-        size = expert_parallel_size(config, world)
-        self.ep = ExpertParallel(size, rank % size)
-        self.norm = available_norm(t.norm, get_accelerator().device_name())
-        self.model = LatentTransformer(
-            config.model, latent_channels, latent_grid, config.seed, self.ep,
-            norm=self.norm, activation_checkpointing=t.activation_checkpointing,
-        )  # fmt: skip
+        self.ep, self.model, self.norm = ep, model, norm
+        self.moe_layers: list[MoE] = list(getattr(model, "moe_layers", []))
+        self._experts = self.moe_layers[0].config.num_experts if self.moe_layers else 0
         self._float64, self._bfloat16 = t.precision == "float64", t.precision == "bfloat16"
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
-        for layer in self.model.moe_layers:
+        for layer in self.moe_layers:
             for parameter in layer.experts.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.group_name = f"ep_size_{size}"  # type: ignore[attr-defined]
+                parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
-        module = _TrainedModule(self.model, _ExpertParallelMarker(self.model, self.ep))
+        marker = _ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
+        module = _TrainedModule(self.model, marker)
         parameters = split_params_into_different_moe_groups_for_optimizer(_weight_decay_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
@@ -133,7 +130,7 @@ class Engine:
             )
         self.device = self._engine.device
         self._clip = t.grad_clip
-        if not self._engine.has_moe_layers:
+        if self.moe_layers and not self._engine.has_moe_layers:
             raise RuntimeError("DeepSpeed did not recognise the experts: their gradients would be wrong")
         self._skip = False
         self._zero: Any = self._engine.optimizer if config.parallel.zero_stage else None
@@ -147,12 +144,13 @@ class Engine:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
         make_state(self.optimizer)
         self._bad_losses = torch.zeros((), dtype=torch.float64, device=self.device)
-        experts = {id(p): layer for layer, moe in enumerate(self.model.moe_layers) for p in moe.experts.parameters()}
+        experts = {id(p): layer for layer, moe in enumerate(self.moe_layers) for p in moe.experts.parameters()}
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
-    def __call__(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's forward pass in the precision of ``training.precision``."""
         with self.autocast():
-            return self._engine(history_BHCxyz, geometry_BCxyz)
+            return self._engine(*inputs)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of ``training.precision`` for calls of ``model`` itself."""
@@ -179,8 +177,8 @@ class Engine:
     def _clipped(self, stop: bool) -> Step:
         """Scale the gradients down to the clipping norm, and tell their norms."""
         gradients = self._gradients()
-        experts = self.model.config.moe.num_experts
-        squares = squared_norms(gradients, self._layer_of, len(self.model.moe_layers), experts, self.ep)
+        layers, experts = len(self.moe_layers), self._experts
+        squares = squared_norms(gradients, self._layer_of, layers, experts, self.ep)
         # One small exchange tells every rank the norms, whether any rank's loss was not finite, and who wants to stop.
         table = torch.cat([squares, self._bad_losses[None], self._bad_losses.new_tensor([float(stop)])])
         self._bad_losses.zero_()
@@ -192,7 +190,7 @@ class Engine:
         if not self._skip and norm > self._clip:
             for _, gradient in gradients:
                 gradient.mul_(self._clip / norm)
-        return Step(norm, float(norms[-1]), norms[:-1].view(-1, experts), not self._skip, stops)
+        return Step(norm, float(norms[-1]), norms[:-1].view(layers, experts), not self._skip, stops)
 
     def _gradients(self) -> list[tuple[Shard, Tensor]]:
         """The reduced gradient of every shard that has one, flat."""

@@ -5,22 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shodh_moe.training.telemetry import RoutingCounts
-
-PREFIX = "interval/"
+NUMBERS = "interval/numbers"
 LOSS = "interval/loss/"
 
 
 class Interval:
     """Attributes:
-    counts: what the routers did since the last record that told of them, which was at step ``told``.
     sums: of each loss over ``micro_batches`` micro-batches, those of applied steps since the last record.
     times: of the steps since then that this process made, seconds.
     skipped: steps that were not applied since the run began.
     """
 
-    def __init__(self, counts: RoutingCounts):
-        self.counts, self.told, self.skipped = counts, 0, 0
+    def __init__(self) -> None:
+        self.skipped = 0
         self.clear()
 
     def clear(self) -> None:
@@ -32,7 +29,7 @@ class Interval:
     def add(self, losses: dict[str, Tensor]) -> None:
         """The losses of a micro-batch, 0-d."""
         for key, value in losses.items():
-            self.sums[key] = self.sums.get(key, 0) + value
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.micro_batches += 1
 
     def means(self) -> Tensor:
@@ -41,23 +38,13 @@ class Interval:
 
     def state(self) -> dict[str, Tensor]:
         """All but the times, as 1-D tensors."""
-        numbers = torch.tensor([self.told, self.skipped, self.micro_batches])
-        routing = {"table": self.counts.table_LDM.flatten(), "largest": self.counts.largest_L}
-        return {
-            f"{PREFIX}numbers": numbers,
-            **{f"{PREFIX}routing_{name}": value for name, value in routing.items()},
-            **{LOSS + name: value.view(1) for name, value in self.sums.items()},
-        }
+        sums = {LOSS + name: value.view(1) for name, value in self.sums.items()}
+        return {NUMBERS: torch.tensor([self.skipped, self.micro_batches]), **sums}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state`; one of another network, or none, leaves everything as it is."""
-        table = state.get(f"{PREFIX}routing_table")
-        if table is None or table.numel() != self.counts.table_LDM.numel():
-            return
-        self.told, self.skipped, self.micro_batches = state[f"{PREFIX}numbers"].tolist()
-        device = self.counts.table_LDM.device
-        self.counts.table_LDM.copy_(table.view_as(self.counts.table_LDM))
-        self.counts.largest_L.copy_(state[f"{PREFIX}routing_largest"])
-        self.sums = {
-            name.removeprefix(LOSS): value.to(device).view(()) for name, value in state.items() if name.startswith(LOSS)
-        }
+        """Take over a `state`; one without it leaves everything as it is."""
+        if NUMBERS in state:
+            self.skipped, self.micro_batches = state[NUMBERS].tolist()
+            self.sums = {
+                name.removeprefix(LOSS): value.view(()) for name, value in state.items() if name.startswith(LOSS)
+            }

@@ -13,22 +13,23 @@ from torch import Tensor
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
 from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.training.engine import Engine
-from shodh_moe.training.interval import Interval
 
 
-def start_from(checkpoints: Path, resume: str, engine: Engine, interval: Interval) -> dict[str, Any] | None:
-    """Load weights, optimizer and, at the same number of ranks, random state and interval (collective).
+def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Load weights, optimizer and, at the same number of ranks, random state (collective).
 
     Args:
         resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
 
     Returns:
-        {path, step, world_size} of the checkpoint, or None for a start from scratch.
+        {path, step, world_size} of the checkpoint, or None for a start from scratch; and what else this rank left in
+        it, nothing at another number of ranks.
 
     Raises:
         UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
     """
     shapes = engine.shapes()
+    state: dict[str, Tensor] = {}
     found = on_rank_0(lambda: _find(checkpoints, resume, shapes))
     if found:
         reader = CheckpointReader(Path(found["path"]))
@@ -36,8 +37,7 @@ def start_from(checkpoints: Path, resume: str, engine: Engine, interval: Interva
         if found["world_size"] == dist.get_world_size():
             state = reader.rank_state(dist.get_rank())
             _restore_random_state(state)
-            interval.load_state(state)
-    return found
+    return found, state
 
 
 def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:

@@ -65,7 +65,7 @@ class _Run:
     def __init__(self, rank: int, folder: Path, precision: str, layout: tuple[int, int]):
         from shodh_moe.config_io import load_config
         from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-        from shodh_moe.training.engine import Engine
+        from shodh_moe.training.pretrain import latent_engine
         from shodh_moe.training.sampler import DomainSampler
 
         zero, ep = layout
@@ -74,7 +74,7 @@ class _Run:
         self.rank, self.step = rank, 0
         self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, WORLD)
-        self.engine = Engine(self.config, 6, [2, 2, 2])
+        self.engine = latent_engine(self.config, 6, [2, 2, 2])
         self.folder = folder / f"{precision}-zero{zero}-ep{ep}"
         self.start = [f.values.clone() for f in self.engine.fragments()]
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import TrainingConfig
-from shodh_moe.training.pretrain import learning_rate
+from shodh_moe.training.trainer import learning_rate
 from tests.training.launch import launch
 from tests.training.synthetic import write_case
 

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 
 from shodh_moe.config_io import load_config
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.engine import Engine, init_distributed
-from shodh_moe.training.pretrain import total_loss
+from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.pretrain import latent_engine, total_loss
 from shodh_moe.training.sampler import DomainSampler
 
 folder, name, *overrides = sys.argv[-7:]
 config = load_config(Path(folder, "config.yaml"), overrides)
 init_distributed()
 samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.model.history)
-engine = Engine(config, 6, [2, 2, 2])
+engine = latent_engine(config, 6, [2, 2, 2])
 torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
 for shard in engine._shards:  # ZeRO has copied the weights before
     shard.of(shard.master).copy_(shard.parameter.detach().view(-1)[shard.start :][: shard.count])

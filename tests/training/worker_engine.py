@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from shodh_moe.config_io import load_config
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.engine import Engine, Step, init_distributed
-from shodh_moe.training.pretrain import total_loss
+from shodh_moe.training.engine import Step, init_distributed
+from shodh_moe.training.pretrain import latent_engine, total_loss
 from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.shards import is_expert
 
@@ -22,7 +22,7 @@ config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"m
 init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
 samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
-engine = Engine(config, 6, [2, 2, 2])
+engine = latent_engine(config, 6, [2, 2, 2])
 torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
 sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, world)
 

@@ -16,8 +16,8 @@ from live_bytes import LiveBytes
 from shodh_moe.command import end_rank
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
-from shodh_moe.training.engine import Engine, init_distributed
-from shodh_moe.training.pretrain import total_loss
+from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.pretrain import latent_engine, total_loss
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def measure(config: Config) -> dict[str, int]:
     t, channels = config.training, config.tokenizer.latent_channels
     grid = [size // 8 for size in config.data.grid]
     with LiveBytes() as live:
-        engine = Engine(config, channels, grid)
+        engine = latent_engine(config, channels, grid)
         live.peak = 0
         for _ in range(2 * t.accumulation):
             history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)

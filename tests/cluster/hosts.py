@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.cluster.packages import lacking
+
 NAMES = ("node1", "node2")
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # a range that no network uses (RFC 5737)
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}  # by program
@@ -120,14 +122,8 @@ def missing() -> str:
         return "namespaces are Linux's"
     if os.geteuid() != 0:
         return "namespaces with a network and an sshd need root"
-    if packages := [package for program, package in PACKAGES.items() if not _which(program)]:
-        if not shutil.which("apt-get"):
-            return f"not installed: {', '.join(packages)} (Debian's names)"
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for arguments in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            done = subprocess.run(["apt-get", "-qq", *arguments], env=quiet, capture_output=True, text=True)
-        if not all(map(_which, PACKAGES)):
-            return f"apt-get could not install {', '.join(packages)}: {' '.join(done.stderr.split())[-300:]}"
+    if told := lacking(PACKAGES):
+        return told
     if absent := [program for program in ("setpriv", "unshare", "nsenter", "mount") if not shutil.which(program)]:
         return f"not on PATH: {', '.join(absent)} (util-linux)"
     trial = [*UNSHARE, "--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net", "sh", "-c"]
@@ -191,10 +187,6 @@ def _namespaces(log: Path, kinds: Sequence[str], command: Sequence[str]) -> Iter
 
 def _ip(process: int, *arguments: str) -> None:
     subprocess.run(["nsenter", "--target", str(process), "--net", "ip", *arguments], check=True)
-
-
-def _which(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
 def _wait(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:

@@ -10,7 +10,6 @@ import ctypes
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare")
-PACKAGES = ("slurm-wlm", "munge")
+from tests.cluster.packages import lacking
+
+_SLURM = dict.fromkeys(("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel"), "slurm-wlm")
+PACKAGES = {"munged": "munge", **_SLURM, "unshare": "util-linux"}  # by program
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
 NODES = ("n1", "n2")
 GPUS = 32  # of a node, for SLURM to count: its nodes have /dev/null in their place
@@ -73,15 +74,8 @@ def missing() -> str:
     """Why there can be no SLURM here, "" if there can; as root, what Debian has is installed first."""
     if os.geteuid():
         return "the SLURM tests need root: their daemons run as root in a process namespace of their own"
-    lacking = [name for name in PROGRAMS if not shutil.which(name)]
-    if lacking and shutil.which("apt-get"):
-        # RUNLEVEL: the packages must not start daemons of their own.
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", "--quiet", *command], env=environment, capture_output=True)
-        lacking = [name for name in PROGRAMS if not shutil.which(name)]
-    if lacking:
-        return f"the SLURM tests need {', '.join(lacking)} (Debian: apt-get install {' '.join(PACKAGES)})"
+    if told := lacking(PACKAGES):
+        return f"the SLURM tests need more: {told}"
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
     return "" if tried.returncode == 0 else f"the SLURM tests need a process namespace: {tried.stderr.strip()}"
 

@@ -1,0 +1,17 @@
+"""Neural operators that predict the next frame of a two-dimensional field, and their rollout."""
+
+from shodh_moe.operators.dpot import DPOT_SIZES, DPOT2d, DPOTSize
+from shodh_moe.operators.fno import FNO_SIZES, FNO2d, FNOSize
+from shodh_moe.operators.rollout import nrmse, rollout, rollout_loss
+
+__all__ = [
+    "DPOT_SIZES",
+    "FNO_SIZES",
+    "DPOT2d",
+    "DPOTSize",
+    "FNO2d",
+    "FNOSize",
+    "nrmse",
+    "rollout",
+    "rollout_loss",
+]

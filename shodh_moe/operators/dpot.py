@@ -1,0 +1,150 @@
+"""A network in the style of DPOT, the denoising operator transformer (Hao et al., arXiv 2403.03542).
+
+As published: patches, Fourier attention (the blocks of AFNO, arXiv 2111.13587, without its sparsity), one linear
+aggregation of the history, multilayer perceptrons of ratio 1. Ours: layer norm where it has group norm, coordinates
+where it learns an embedding for each place (any grid of whole patches will do), the change of the last frame as
+output, no factor cos(gamma t) in the aggregation (over a fixed number of frames the matrix can do that), and a head
+that also sees each cell's own history (on a small reaction-diffusion set 300 steps then leave a third less error).
+Noise on the input, the "denoising", is a matter of training. As published it does not commute with shifts, even by
+whole patches: GELU acts on the real and imaginary parts of Fourier coefficients, whose phases a shift turns.
+
+Shapes: B batch, T frames of history, C channels, H W grid, h w patches, D width, P and Q kept wave numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shodh_moe.errors import UserError
+from shodh_moe.operators.layers import initial_weights, make_modulation, modulate, modulations, with_coordinates
+from shodh_moe.operators.spectral import from_modes, to_modes
+
+
+@dataclass(frozen=True)
+class DPOTSize:
+    """``heads``: blocks of the matrices that mix channels; ``patch``: cells on a side; ``head_width``: of the head."""
+
+    width: int
+    patch: int
+    blocks: int = 4
+    heads: int = 4
+    modes: int = 32
+    head_width: int = 32
+
+
+# large has the width, depth, heads, patches and modes of DPOT-Tiny; tiny is ours, for a CPU.
+DPOT_SIZES = {"tiny": DPOTSize(128, patch=4), "large": DPOTSize(512, patch=8)}
+
+
+class FourierAttention(nn.Module):
+    """The same two-layer network for every wave number, block-diagonal over the channels.
+
+    Weights are real with a last axis (real, imaginary), as those of the FNO; GELU is on each part. Always in float32
+    or float64, under autocast too.
+    """
+
+    def __init__(self, width: int, heads: int, modes: int):
+        super().__init__()
+        self.heads, self.modes = heads, modes
+        block = width // heads
+        self.weight1 = nn.Parameter(torch.randn(heads, block, block, 2) * block**-0.5)
+        self.weight2 = nn.Parameter(torch.randn(heads, block, block, 2) * (2 * block) ** -0.5)
+        self.bias1, self.bias2 = (nn.Parameter(torch.zeros(heads, 1, block, 2)) for _ in range(2))
+
+    def forward(self, x_BhwD: Tensor) -> Tensor:
+        _, h, w, d = x_BhwD.shape
+        scale = (h * w) ** 0.5  # the orthonormal transform: white noise has coefficients of order one on every grid
+        with torch.autocast(x_BhwD.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight1.dtype, torch.float32)
+            weight1, weight2, bias1, bias2 = (
+                torch.view_as_complex(parameter.to(dtype))
+                for parameter in (self.weight1, self.weight2, self.bias1, self.bias2)
+            )
+            z_PQBD = to_modes(x_BhwD.to(dtype), self.modes) * scale
+            z = z_PQBD.view(-1, self.heads, d // self.heads).transpose(0, 1)
+            z = torch.view_as_complex(F.gelu(torch.view_as_real(torch.baddbmm(bias1, z, weight1))))
+            z = torch.baddbmm(bias2, z, weight2).transpose(0, 1).reshape(z_PQBD.shape)
+            return (from_modes(z, h, w, self.modes) / scale).to(x_BhwD.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, size: DPOTSize):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.attention = FourierAttention(size.width, size.heads, size.modes)
+        self.mlp = nn.Sequential(nn.Linear(size.width, size.width), nn.GELU(), nn.Linear(size.width, size.width))
+
+    def forward(self, x: Tensor, modulation: Tensor | None) -> Tensor:
+        x = x + self.attention(modulate(self.norm1(x), modulation))
+        return x + self.mlp(self.norm2(x))
+
+
+class DPOT2d(nn.Module):
+    """The next frame of a field: the last frame plus what the network says. Called as `FNO2d` is.
+
+    Before training it predicts that nothing changes. Fields should be normalised to order one.
+
+    Args:
+        size: one of `DPOT_SIZES`.
+        channels: C of a frame.
+        history: T, the number of frames that it sees.
+        conditions: number of physical parameters that it is told, 0 for none.
+        coordinates: it sees the places of the cells; for walls and forcing that varies in space.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        size: DPOTSize,
+        channels: int,
+        *,
+        history: int = 1,
+        conditions: int = 0,
+        coordinates: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.size, self.channels, self.history, self.coordinates = size, channels, history, coordinates
+        cells = size.patch**2
+        with initial_weights(seed):
+            self.embed = nn.Linear((channels + (2 if coordinates else 0)) * cells, size.width)
+            self.aggregate = nn.Linear(history * size.width, size.width)
+            self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
+            self.modulation = make_modulation(conditions, size.width, size.blocks)
+            self.hidden = nn.Linear(size.width, cells * size.head_width)
+            self.cell = nn.Linear(channels * history, size.head_width)
+            self.out = nn.Linear(size.head_width, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, history_BTCHW: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The next frame, [B, C, H, W], from T frames, the newest last.
+
+        Args:
+            history_BTCHW: real [B, T, C, H, W].
+            condition: parameters, [B] or [B, conditions], scaled to order one.
+
+        Raises:
+            UserError: H or W is no multiple of the patch.
+            ValueError: ``condition`` is there and the network has none, or the other way round.
+        """
+        b, t, _, height, width = history_BTCHW.shape
+        p = self.size.patch
+        if height % p or width % p:
+            raise UserError(f"a grid of {height} x {width} cannot be cut into patches of {p} x {p} cells")
+        h, w = height // p, width // p
+        x = history_BTCHW.flatten(0, 1).movedim(1, -1).to(self.embed.weight.dtype)
+        x = with_coordinates(x) if self.coordinates else x
+        x = x.view(b, t, h, p, w, p, -1).permute(0, 2, 4, 1, 3, 5, 6).flatten(4)  # [B, h, w, T, cells and channels]
+        x = self.aggregate(F.gelu(self.embed(x)).flatten(3))
+        for block, modulation in zip(
+            self.blocks, modulations(self.modulation, condition, self.size.blocks), strict=True
+        ):
+            x = block(x, modulation)
+        x = self.hidden(x).view(b, h, w, p, p, -1).transpose(2, 3).reshape(b, height, width, -1)
+        x = x + self.cell(history_BTCHW.flatten(1, 2).movedim(1, -1).to(x.dtype))
+        return history_BTCHW[:, -1] + self.out(F.gelu(x)).movedim(-1, 1)

@@ -1,0 +1,73 @@
+"""What both operators share: the random stream of initial weights, coordinates, the influence of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Weights made inside depend on ``seed`` alone; the global random state is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def with_coordinates(x_BHWC: Tensor) -> Tensor:
+    """Append the places of the cell centres, (i + 1/2) / H and (j + 1/2) / W, as two channels."""
+    b, h, w, _ = x_BHWC.shape
+    y = (torch.arange(h, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / h
+    x = (torch.arange(w, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / w
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+    return torch.cat([x_BHWC, grid.expand(b, -1, -1, -1)], dim=-1)
+
+
+class Modulation(nn.Module):
+    """Scale and shift of every channel in every block from physical parameters (FiLM, arXiv 1709.07871).
+
+    Zero at the start, so that an untrained network does not depend on the parameters.
+    """
+
+    def __init__(self, conditions: int, width: int, blocks: int):
+        super().__init__()
+        self.conditions, self.width, self.blocks = conditions, width, blocks
+        self.hidden = nn.Linear(conditions, width)
+        self.out = nn.Linear(width, 2 * blocks * width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """[B] or [B, conditions] to [blocks, 2, B, 1, 1, width]: what `modulate` takes, block by block."""
+        s = condition.reshape(len(condition), -1)
+        if s.shape[1] != self.conditions:
+            raise ValueError(f"the network depends on {self.conditions} parameters; {s.shape[1]} were given")
+        out = self.out(nn.functional.silu(self.hidden(s.to(self.hidden.weight.dtype))))
+        return out.view(-1, 1, 1, 2, self.blocks, self.width).permute(4, 3, 0, 1, 2, 5)
+
+
+def make_modulation(conditions: int, width: int, blocks: int) -> Modulation | None:
+    return Modulation(conditions, width, blocks) if conditions else None
+
+
+def modulations(layer: Modulation | None, condition: Tensor | None, blocks: int) -> list[Tensor | None]:
+    """One modulation a block, all None for a network without parameters.
+
+    Raises:
+        ValueError: ``condition`` is there and the network has none, or the other way round.
+    """
+    if (layer is None) != (condition is None):
+        raise ValueError(f"the network was made {'without' if layer is None else 'with'} physical parameters")
+    if layer is None or condition is None:
+        return [None] * blocks
+    return list(layer(condition))
+
+
+def modulate(x_BHWC: Tensor, modulation: Tensor | None) -> Tensor:
+    if modulation is None:
+        return x_BHWC
+    scale, shift = modulation
+    return torch.addcmul(x_BHWC + shift, x_BHWC, scale)

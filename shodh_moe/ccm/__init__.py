@@ -1,0 +1,1 @@
+"""CCM: neural PDE experts composed along a physical direction."""

@@ -1,0 +1,228 @@
+"""The data of a family: one HDF5 file for each regime, made by the planar solvers, and read back as tensors.
+
+Files: ``<folder>/<family>/<split>/s<coordinate>.hdf5``, like PDEBench's ``tensor`` files except that channels come
+before space: ``tensor`` [N, T, C, H, W] float32 and ``x-``, ``y-``, ``t-coordinate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from shodh_moe.ccm.family import SOLVERS, SPLITS, Family, require_sound, simulate
+from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.errors import UserError
+from shodh_moe.files import atomic_file, remove_leftovers, require_writable
+from shodh_moe.progress import progress as default_progress
+from shodh_moe.solvers import DivergedError, trajectory_seed
+from shodh_moe.solvers.planar import PLANAR_VERSION
+from shodh_moe.solvers.planar.navier_stokes import NavierStokes
+
+# Solved together: enough to keep the cost of a call small, few enough to stay in a core's cache.
+_BATCH = 16
+_ATTRIBUTES = ("coordinate", "value", "dt", "channels")
+
+Progress = Callable[..., Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One file of a family: a split, a coordinate and the parameter's value there."""
+
+    split: str
+    coordinate: float
+    value: float
+    path: Path
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What a file holds.
+
+    Attributes:
+        fields: [N, T, C, H, W] float32.
+        coordinate, value: s and the parameter of all N trajectories.
+        interval: time between snapshots.
+        channels: names of the C channels.
+    """
+
+    fields: torch.Tensor
+    coordinate: float
+    value: float
+    interval: float
+    channels: tuple[str, ...]
+
+
+def regimes(family: Family, folder: Path) -> list[Regime]:
+    """Every regime of a family and where its file is, split by split.
+
+    Raises:
+        UserError: the family is not sound.
+    """
+    require_sound(family)
+    settings = {key: value for key, value in asdict(family).items() if key not in ("coordinates", "trajectories")}
+    found = []
+    for split in SPLITS:
+        for coordinate in family.coordinates.get(split, ()):
+            value = family.value(coordinate)
+            request = {
+                "planar_version": PLANAR_VERSION,
+                "equation": type(family.settings).__name__,
+                "split": split,
+                "coordinate": coordinate,
+                "value": value,
+                "trajectories": family.trajectories[split],
+                **json.loads(json.dumps(settings)),
+            }
+            path = Path(folder) / family.name / split / f"s{coordinate:+.3f}.hdf5"
+            found.append(Regime(split, coordinate, value, path, request))
+    return found
+
+
+def generate(
+    family: Family, folder: Path, progress: Progress = default_progress, device: str | torch.device = "cpu"
+) -> Path:
+    """Make the files of ``family`` that are missing, damaged or of another request; returns ``<folder>/<family>``.
+
+    Solved in float64. On a CPU the bits do not depend on the batch or on other regimes; another device agrees to
+    rounding. ``progress`` is called as ``progress(iterable, desc, total)`` and must yield the items.
+
+    Raises:
+        UserError: the family is not sound, the disk is too small or not writable, or a solution diverged.
+    """
+    home = Path(folder) / family.name
+    wanted = regimes(family, folder)
+    require_writable(home)
+    for split in SPLITS:
+        remove_leftovers(home / split)
+    left = [regime for regime in wanted if not is_done(regime)]
+    _require_space(family, left, home)
+    for _ in progress((_make(family, regime, device) for regime in left), family.name.replace("_", " "), len(left)):
+        pass
+    return home
+
+
+def is_done(regime: Regime) -> bool:
+    """Whether the file is there, whole, and made by the same request."""
+    try:
+        with h5py.File(regime.path, "r") as file:
+            return _is_of(file, regime)
+    except (OSError, KeyError):
+        return False
+
+
+def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
+    """Trajectories ``start`` to ``stop`` (all) of one file.
+
+    Raises:
+        UserError: the file is missing, not whole, or no file of a family, or holds values that are not finite.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if not file.attrs.get("complete", False) or any(name not in file.attrs for name in _ATTRIBUTES):
+                raise UserError(f"{path} is no complete file of a family: generate the data again")
+            attributes = dict(file.attrs)
+            fields = torch.from_numpy(np.asarray(file["tensor"][start:stop], dtype=np.float32))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: generate the data first") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and generate the data again") from error
+    if not bool(torch.isfinite(fields).all()):
+        raise UserError(f"{path} holds values that are not finite: remove it and generate the data again")
+    return Trajectories(
+        fields,
+        float(attributes["coordinate"]),
+        float(attributes["value"]),
+        float(attributes["dt"]),
+        tuple(str(name) for name in attributes["channels"]),
+    )
+
+
+def read_split(family: Family, folder: Path, split: str) -> list[Trajectories]:
+    """All regimes of a split, in the order of ``family.coordinates[split]``.
+
+    Raises:
+        UserError: as `read`, or a file was made by another request.
+    """
+    found = []
+    for regime in regimes(family, folder):
+        if regime.split == split:
+            if regime.path.exists() and not is_done(regime):
+                raise UserError(f"{regime.path} is damaged or was made with other settings: generate the data again")
+            found.append(read(regime.path))
+    if not found:
+        raise UserError(f"family {family.name} has no regimes in split {split!r}: choose from {', '.join(SPLITS)}")
+    return found
+
+
+def _make(family: Family, regime: Regime, device: str | torch.device) -> Path:
+    stream = f"{family.name}/{regime.split}/{regime.coordinate:+.3f}"
+    seeds = [trajectory_seed(family.seed, stream, index) for index in range(family.trajectories[regime.split])]
+    where = f"{family.name} at {family.parameter} {regime.value:g} (s = {regime.coordinate:g}, {regime.split})"
+    parts = []
+    for first in range(0, len(seeds), _BATCH):
+        try:
+            solution = simulate(family, seeds[first : first + _BATCH], regime.value, device)
+        except DivergedError as error:
+            raise UserError(f"{where}, trajectories from {first} on: {error}") from error
+        parts.append(solution.float().cpu().numpy())
+    with atomic_file(regime.path) as temporary, new_hdf5(temporary) as file:
+        _write(file, family, regime, np.concatenate(parts))
+    return regime.path
+
+
+def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.ndarray) -> None:
+    file.create_dataset("tensor", data=tensor_NTCHW)
+    settings = family.settings
+    # Points of the torus start at its corner; the other two grids are cell centres around the origin.
+    shift = 0.0 if isinstance(settings, NavierStokes) else 0.5 - family.grid / 2
+    axis = (np.arange(family.grid) + shift) * settings.side / family.grid
+    file["x-coordinate"] = file["y-coordinate"] = axis.astype(np.float32)
+    file["t-coordinate"] = (np.arange(family.snapshots) * family.interval).astype(np.float32)
+    file.attrs.update(
+        family=family.name,
+        split=regime.split,
+        parameter=family.parameter,
+        value=regime.value,
+        coordinate=regime.coordinate,
+        units="dimensionless",
+        dt=family.interval,
+        channels=np.array(family.channels, dtype=h5py.string_dtype()),
+        solver=SOLVERS[type(family.settings)].__name__,
+        seed=family.seed,
+        label="synthetic",
+        request=json.dumps(regime.request, sort_keys=True),
+        request_hash=_hash(regime.request),
+    )
+    file.attrs["complete"] = True
+
+
+def _is_of(file: h5py.File, regime: Regime) -> bool:
+    whole = bool(file.attrs.get("complete", False)) and "tensor" in file
+    return whole and file.attrs.get("request_hash") == _hash(regime.request)
+
+
+def _hash(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _require_space(family: Family, left: list[Regime], home: Path) -> None:
+    cells = family.snapshots * len(family.channels) * family.grid**2
+    needed = sum(4 * cells * family.trajectories[regime.split] + 2**16 for regime in left)
+    existing = next(path for path in (home, *home.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"family {family.name} needs {needed / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free: "
+            "choose another folder, or fewer trajectories, snapshots or grid cells"
+        )

@@ -1,0 +1,178 @@
+"""Families of regimes: one equation, one physical parameter, and its values for training, validation and testing.
+
+A regime's place is its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter or in its
+logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shodh_moe.errors import UserError
+from shodh_moe.solvers.planar import navier_stokes, reaction_diffusion, shallow_water
+from shodh_moe.solvers.planar.navier_stokes import NavierStokes
+from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion
+from shodh_moe.solvers.planar.shallow_water import ShallowWater
+
+SPLITS = ("support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high")
+Settings = ReactionDiffusion | NavierStokes | ShallowWater
+
+
+def _coordinates() -> dict[str, tuple[float, ...]]:
+    return {
+        "support": (-1.0, -0.5, 0.0, 0.5, 1.0),
+        "endpoint_low": (-1.0,),
+        "endpoint_high": (1.0,),
+        "validation": (-1.2, -0.6, 0.6, 1.2),
+        "interpolation": (-0.75, -0.25, 0.25, 0.75),
+        "ood_low": (-1.5, -1.35),
+        "ood_high": (1.35, 1.5),
+    }
+
+
+def _trajectories() -> dict[str, int]:
+    return {
+        "support": 48,
+        "endpoint_low": 64,
+        "endpoint_high": 64,
+        "validation": 12,
+        "interpolation": 16,
+        "ood_low": 24,
+        "ood_high": 24,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One equation whose parameter varies. All quantities are without units; see shodh_moe.solvers.planar.
+
+    Attributes:
+        name: of the family and its folder.
+        parameter: ``diffusivity`` (D_u, reaction-diffusion), ``viscosity`` (Navier-Stokes), ``dam_height`` or
+            ``gravity`` (shallow water); with gravity dams have the height ``fixed_dam_height``.
+        low, high: the parameter at s = -1 and +1.
+        scale: s is linear in the parameter (``linear``) or in its logarithm (``log``).
+        settings: of the solver, which tell the equation.
+        grid: cells a side.
+        snapshots: stored states of a trajectory, the initial one among them.
+        interval: time between them.
+        coordinates: the s of each split's regimes.
+        trajectories: of each regime of a split.
+        seed: of all random initial states.
+    """
+
+    name: str
+    parameter: Literal["diffusivity", "viscosity", "dam_height", "gravity"]
+    low: float
+    high: float
+    scale: Literal["log", "linear"]
+    settings: Settings
+    interval: float
+    grid: int = 48
+    snapshots: int = 21
+    coordinates: dict[str, tuple[float, ...]] = field(default_factory=_coordinates)
+    trajectories: dict[str, int] = field(default_factory=_trajectories)
+    seed: int = 0
+    fixed_dam_height: float = 2.0
+
+    def value(self, coordinate: float) -> float:
+        """The parameter at coordinate s."""
+        if self.scale == "log":
+            return math.sqrt(self.low * self.high) * (self.high / self.low) ** (coordinate / 2)
+        return (self.low + self.high) / 2 + coordinate * (self.high - self.low) / 2
+
+    def coordinate(self, value: float) -> float:
+        """The coordinate s of a value of the parameter; s is not limited to [-1, 1]."""
+        if self.scale == "log":
+            return math.log(value**2 / (self.low * self.high)) / math.log(self.high / self.low)
+        return (2 * value - self.low - self.high) / (self.high - self.low)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the C channels."""
+        return SOLVERS[type(self.settings)].CHANNELS
+
+
+SOLVERS: dict[type, Any] = {
+    ReactionDiffusion: reaction_diffusion,
+    NavierStokes: navier_stokes,
+    ShallowWater: shallow_water,
+}
+_PARAMETERS: dict[type, tuple[str, ...]] = {
+    ReactionDiffusion: ("diffusivity",),
+    NavierStokes: ("viscosity",),
+    ShallowWater: ("dam_height", "gravity"),
+}
+
+FAMILIES = {
+    "reaction_diffusion": Family(
+        "reaction_diffusion", "diffusivity", 2e-3, 6e-3, "log", ReactionDiffusion(), interval=0.25
+    ),
+    "navier_stokes": Family("navier_stokes", "viscosity", 3e-4, 3e-3, "log", NavierStokes(), interval=0.5),
+    "shallow_water": Family("shallow_water", "dam_height", 1.5, 2.5, "linear", ShallowWater(), interval=0.1),
+}
+
+
+def initial_states(
+    family: Family, seeds: Sequence[np.random.SeedSequence], value: float, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random initial fields [B, C, H, W] float64 at a value of the parameter, and what `simulate` takes beside them."""
+    settings, parameter = family.settings, torch.full((len(seeds),), value, dtype=torch.float64)
+    if isinstance(settings, ReactionDiffusion):
+        fields = reaction_diffusion.random_initial(seeds, family.grid, settings)
+    elif isinstance(settings, NavierStokes):
+        fields = navier_stokes.random_initial(seeds, family.grid, settings)
+    elif family.parameter == "gravity":
+        fields = shallow_water.random_initial(
+            seeds, torch.full_like(parameter, family.fixed_dam_height), family.grid, settings
+        )
+    else:
+        fields = shallow_water.random_initial(seeds, parameter, family.grid, settings)
+        parameter = torch.full_like(parameter, settings.gravity)
+    return fields.to(device), parameter.to(device)
+
+
+def simulate(
+    family: Family, seeds: Sequence[np.random.SeedSequence], value: float, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """One trajectory for each seed at a value of the parameter: [B, T, C, H, W] float64.
+
+    Raises:
+        UserError, DivergedError: as the solvers do.
+    """
+    fields, parameter = initial_states(family, seeds, value, device)
+    module = SOLVERS[type(family.settings)]
+    solution: torch.Tensor = module.simulate(fields, parameter, family.snapshots, family.interval, family.settings)
+    return solution
+
+
+def require_sound(family: Family) -> None:
+    """Refuse a family that cannot be generated. Raises `UserError`."""
+    name, equation = f"family {family.name}", type(family.settings)
+    known = _PARAMETERS[equation]
+    if family.parameter not in known:
+        choices = " or ".join(known)
+        raise UserError(f"{name}: {equation.__name__} has no parameter {family.parameter!r}: give {choices}")
+    if not 0 < family.low < family.high:
+        raise UserError(f"{name}: low is {family.low:g} and high {family.high:g}: give 0 < low < high")
+    if min(family.grid, family.snapshots) < 2 or not family.interval > 0:
+        raise UserError(f"{name}: give a grid and snapshots of at least 2, and a positive interval")
+    for split, coordinates in family.coordinates.items():
+        if split not in SPLITS:
+            raise UserError(f"{name}: unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        if family.trajectories.get(split, 0) < 1:
+            raise UserError(f"{name}: trajectories has no positive number for split {split}")
+        if len({f"{coordinate:+.3f}" for coordinate in coordinates}) < len(coordinates):
+            raise UserError(f"{name}: two coordinates of {split} are the same to three decimals")
+        for coordinate in coordinates:
+            if not family.value(coordinate) > 0:
+                raise UserError(
+                    f"{name}: {family.parameter} is {family.value(coordinate):g} at s = {coordinate:g} ({split}): "
+                    "use the log scale or a smaller range"
+                )

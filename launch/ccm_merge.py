@@ -1,4 +1,4 @@
-"""Merge models, one process of several: mpirun -n 4 python launch/ccm_merge.py configs/merge_example.yaml"""
+"""Merge models, one process of several: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml"""
 
 import sys
 

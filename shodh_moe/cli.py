@@ -169,7 +169,7 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_merge(commands: Any) -> None:
     text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
-    parser = _plain_command(commands, "merge", text, "example: shodh merge configs/merge_example.yaml", _merge)
+    parser = _plain_command(commands, "merge", text, "example: shodh merge configs/merge/example.yaml", _merge)
     add_merge_arguments(parser)
     _add_debug(parser)
 

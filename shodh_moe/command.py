@@ -36,7 +36,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `shodh merge` and of launch/ccm_merge.py."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="what to merge: configs/merge_example.yaml")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="what to merge: configs/merge/example.yaml")
     parser.add_argument("--output", type=Path, help="the new folder, in place of the config's")
     parser.add_argument(
         "--memory-limit", default="1GiB", metavar="SIZE", help="of the whole process; default: %(default)s"

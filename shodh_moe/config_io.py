@@ -27,6 +27,26 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
+    """The ``key: value`` lines of a file; an empty one has none. ``remedy``: what to do where it cannot be opened.
+
+    Raises:
+        UserError: it is missing, no text, no YAML, or no mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
+    return tree
+
+
 def load_config(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Config:
     """Read a YAML config and apply ``key.sub=value`` overrides, then the run's name.
 
@@ -35,17 +55,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
             (the nearest valid one is named), or a value has the wrong type or range.
     """
     path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror or error}; check --config") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
+    tree = read_yaml(path)
 
     written_in: dict[str, str] = {}
     for override in overrides or []:

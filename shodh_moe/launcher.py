@@ -89,7 +89,9 @@ _DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical"]
 
 
 def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, *_DEEPSPEED, "--num_gpus", str(world), "--master_port", str(free_port())]
+    # Some clusters have a /job/hostfile, which DeepSpeed would take by itself.
+    command = [sys.executable, *_DEEPSPEED, "--hostfile", os.devnull, "--num_gpus", str(world)]
+    command += ["--master_port", str(free_port())]
     defaults = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),

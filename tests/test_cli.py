@@ -51,7 +51,7 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
         ("checkpoint inspect", "checkpoint inspect runs/trial"),
         ("checkpoint verify", "checkpoint verify runs/trial"),
         ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
-        ("merge", "merge configs/merge_example.yaml"),
+        ("merge", "merge configs/merge/example.yaml"),
         ("doctor", "doctor --hostfile hostfile --shared runs"),
     ],
 )

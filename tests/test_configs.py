@@ -13,8 +13,7 @@ from shodh_moe.config_io import load_config
 from shodh_moe.training import plan
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 
-# Those of runs: a merge has another form.
-CONFIGS = [p for p in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if "merge" not in p.stem]
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 HOST_GPUS = 8
 
 

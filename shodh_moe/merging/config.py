@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shodh_moe.config_io import _Loader
+from shodh_moe.config_io import read_yaml
 from shodh_moe.errors import UserError
 from shodh_moe.merging.settings import METHODS, Setting, alpha_of, check_settings
 
@@ -95,7 +94,7 @@ def load_targets(path: Path, output: Path | None = None) -> list[Target]:
     Raises:
         UserError: unreadable, unknown or wrong words; no output; models that do not fit the method.
     """
-    tree = _read(path)
+    tree = read_yaml(path, "check its path")
     sweep = tree.pop("sweep", None)
     named = tree.pop("output", None)
     folder = output or (Path(named) if isinstance(named, str) and named else None)
@@ -117,20 +116,6 @@ def load_targets(path: Path, output: Path | None = None) -> list[Target]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{path}: the sweep has two outputs of the name {twice}: name each differently")
     return targets
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read merge config {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold `key: value` lines, such as merge_method, models and output")
-    return tree
 
 
 def _entries(path: Path, sweep: Any) -> list[tuple[str, dict[str, Any]]]:

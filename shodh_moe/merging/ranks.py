@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="ccm_merge.py",
         description="Merge models: the outputs of a sweep are shared among the processes.",
-        epilog="example: mpirun -n 4 python launch/ccm_merge.py configs/merge_example.yaml",
+        epilog="example: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_merge_arguments(parser)

@@ -235,7 +235,7 @@ def test_the_outputs_of_a_merge_are_shared_out_over_the_nodes(cluster):
     for number, name in enumerate(("anchor", "low", "high")):
         save_file({"weight": torch.full((8,), float(number))}, cluster.folder / f"{name}.safetensors")
     config = cluster.folder / "merge.yaml"
-    config.write_text((REPOSITORY / "configs" / "merge_example.yaml").read_text())
+    config.write_text((REPOSITORY / "configs/merge/example.yaml").read_text())
     options = ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1")
     job = cluster.slurm.submit(SCRIPTS / "ccm_merge.sbatch", *options, cwd=cluster.folder, CONFIG=str(config))
     ended_well(cluster, job)

@@ -170,7 +170,7 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
 ) -> None:
     # The function `generate` hides its module.
     generate = sys.modules["shodh_moe.data.generate"]
-    made, run = [], generate._run
+    made, run = [], generate.run
 
     def stops(job: Any, *arguments: object) -> Path:
         if len(made) == 3:
@@ -179,8 +179,8 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
         return run(job, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_workers", lambda config: 1)
-        patch.setattr(generate, "_run", stops)
+        patch.setattr(generate, "simulation_threads", lambda config, cores: 1)
+        patch.setattr(generate, "run", stops)
         assert shodh("data") == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: nothing half-written is left")
     assert not list(here.rglob("manifest.json"))

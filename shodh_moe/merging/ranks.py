@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         nonlocal communicator
         communicator, rank, size = process_place()
-        os.environ["RANK"] = str(rank)  # messages name it
+        if size > 1:
+            os.environ["RANK"] = str(rank)  # messages name it
         merge(options.config, options.output, options.memory_limit, options.out_shard_size, rank, size)
 
     code = exit_code(work, options.debug)

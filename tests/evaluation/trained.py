@@ -56,7 +56,7 @@ def make_run(folder: Path) -> Path:
     writer = CheckpointWriter(run / "checkpoints", 0, 1, 2, 0, "test")
     fragments, shapes = model_fragments(transformer, ExpertParallel())
     facts = {"config": config.model_dump(), "ep_size": 1, "tokenizer_sha256": tokenizer_sha256(folder / "tok")}
-    writer.save(7, fragments, shapes, {"cpu": torch.get_rng_state()}, facts)
+    writer.save(7, fragments, shapes, {"rng/cpu": torch.get_rng_state()}, facts)
     writer.finish()
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
     (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +25,26 @@ from shodh_moe.training.pretrain import latent_engine, total_loss
 def main() -> int:
     path, *layouts = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
     init_distributed()
+    dist.all_reduce = _released(dist.all_reduce)
     counts = [measure(load_config(path, layout.split())) for layout in layouts]
     if dist.get_rank() == 0:
         Path(path).with_name("counts.json").write_text(json.dumps(counts))
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def _released(all_reduce: Any) -> Any:
+    """The same, back when gloo's thread, which may still hold the tensor for a moment, has let go; NCCL has none."""
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = tensor._use_count()
+        work = all_reduce(tensor, *args, **kwargs)
+        while work is None and tensor._use_count() > before:
+            time.sleep(1e-3)
+        return work
+
+    return call
 
 
 def measure(config: Config) -> dict[str, int]:

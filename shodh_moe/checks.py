@@ -10,7 +10,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config import COMPRESSION, Config, RunConfig
 from shodh_moe.config_io import differing_keys, flatten
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
@@ -25,7 +25,7 @@ from shodh_moe.training.optimizer import resolve_optimizer
 
 # Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
 # Its checkpoints fit every layout; what a run does with one of these is told when it starts.
-FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "runs", "name")
+FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "family.root", "runs", "name")
 FREE_TRAINING = [
     *("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "stall_seconds"),
     *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
@@ -103,7 +103,7 @@ def require_made(path: Path, command: str) -> None:
         raise UserError(f"{path} is missing: run `{command}` with this config first")
 
 
-def processes(config: Config) -> int:
+def processes(config: RunConfig) -> int:
     """Ranks: those of the hostfile; or on this host as configured, or one per GPU, or 2 on a machine without.
 
     Raises:
@@ -118,13 +118,13 @@ def processes(config: Config) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
-def claim_run_folder(config: Config, write: bool = True) -> None:
+def claim_run_folder(config: RunConfig, write: bool = True) -> None:
     """Make the run folder, or make sure that an existing one belongs to this config.
 
     Raises:
         UserError: it belongs to another config (the differing keys are named), or cannot be written.
     """
-    run = paths_of(config).run
+    run = Path(config.runs) / config.name
     stored_path = run / "config.yaml"
     mine = config.model_dump()
     stored = None
@@ -136,7 +136,7 @@ def claim_run_folder(config: Config, write: bool = True) -> None:
         if not isinstance(stored, dict):
             raise UserError(f"{stored_path} is damaged: choose another name (NAME=... or --name) or remove {run}")
         with suppress(ValidationError):  # a key that has come since has its default there
-            stored = Config.model_validate(stored).model_dump()
+            stored = type(config).model_validate(stored).model_dump()
         differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE)]
         if differing:
             theirs, ours = flatten(stored), flatten(mine)
@@ -153,7 +153,12 @@ def open_run_folder(config: Config) -> None:
     """Claim the run folder and put there what a report needs beside the training, whoever starts the ranks."""
     paths = paths_of(config)
     claim_run_folder(config)
-    write_text(paths.run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    write_environment(paths.run)
     tokenizer_log = paths.tokenizer / "metrics.jsonl"
     if tokenizer_log.exists():
         write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
+
+
+def write_environment(run: Path) -> None:
+    """Tell in the run folder what machine and versions it is trained with."""
+    write_text(run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from shodh_moe.command import OneLineParser, add_config_arguments, add_merge_arguments, exit_code
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
+from shodh_moe.config_io import load_config, load_config_of
 from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
@@ -18,7 +18,7 @@ EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name tria
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_as_commands(sys.argv[1:] if arguments is None else arguments))
     # argparse takes the positional arguments only where they stand together.
     overrides = getattr(options, "overrides", None)
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument or overrides is None]
@@ -31,14 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code(lambda: ended.append(_doctor(options)), options.debug) or ended[0]
 
     def work() -> None:
+        from shodh_moe.launcher import TrainingFailed
         from shodh_moe.memory import keep_freed_memory
-        from shodh_moe.pipeline import PretrainFailed
 
         keep_freed_memory()
 
         try:
             ended.append(options.work(options) or EXIT_DONE)
-        except PretrainFailed as error:
+        except TrainingFailed as error:
             ended.append(error.exit_code)
             if error.exit_code not in (EXIT_USER_ERROR, EXIT_REQUEUE):
                 print(f"error: {error}; the ranks' output above says why", file=sys.stderr, flush=True)
@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "plan", text, _plan).add_argument("--world", type=int, help="ranks; default: those of this host")
     _add_predict(commands)
     _add_checkpoint(commands)
+    _add_expert(commands)
     _add_merge(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -167,11 +169,71 @@ def _add_doctor(commands: Any) -> None:
     _add_debug(parser)
 
 
+def _add_expert(commands: Any) -> None:
+    example = "example: shodh expert {step} --config configs/ccm/reaction_diffusion.yaml"
+    parser = commands.add_parser(
+        "expert",
+        help="train neural operators on regimes of a 2D equation, to be merged",
+        epilog=example.format(step="train"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    steps = parser.add_subparsers(required=True, metavar="step")
+    for name, text in (
+        ("data", "generate the regimes of the config's family"),
+        ("train", "train an anchor, or fine-tune an expert from one; makes the data where they are missing"),
+    ):
+        step = _plain_command(steps, name, text, example.format(step=name), _expert)
+        add_config_arguments(step)
+        step.set_defaults(step=name)
+        if name == "train":
+            step.add_argument("--hostfile", help="train on these hosts: lines such as `worker-0 slots=8`")
+            step.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the newest one")
+
+
+READOUTS = ("merge calibrate", "merge prefix")  # commands of two words, beside `merge CONFIG`
+
+
+def _as_commands(arguments: list[str]) -> list[str]:
+    """The arguments with a readout as one word: argparse knows no command whose second word may be missing."""
+    first = " ".join(arguments[:2])
+    return [first, *arguments[2:]] if first in READOUTS else arguments
+
+
 def _add_merge(commands: Any) -> None:
     text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
-    parser = _plain_command(commands, "merge", text, "example: shodh merge configs/merge/example.yaml", _merge)
+    more = "where to merge: shodh merge calibrate --help, shodh merge prefix --help"
+    example = "example: shodh merge configs/merge/example.yaml"
+    parser = _plain_command(commands, "merge", text, f"{example}\n{more}", _merge)
     add_merge_arguments(parser)
     _add_debug(parser)
+    text = "fit gamma for the two experts of a ccm config, on validation data alone, and see how far their path is straight"
+    example = "example: shodh merge calibrate merge.yaml --output calibration.json"
+    parser = _plain_command(commands, "merge calibrate", text, example, _merge_calibrate)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a ccm config of two experts")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a new JSON file for the result")
+    _add_debug(parser)
+    text = "merge two experts where they predict the first frames of your own trajectories best"
+    example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
+    parser = _plain_command(commands, "merge prefix", text, example, _merge_prefix)
+    add_merge_arguments(parser)
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="trajectories of one regime: as a family, or PDEBench's",
+    )
+    parser.add_argument("--frames", type=int, default=4, metavar="K", help="that are looked at; default: %(default)s")
+    _add_debug(parser)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="run a benchmark; what is there already is kept")
+    benches = parser.add_subparsers(required=True, metavar="benchmark")
+    text = "compare CCM with its baselines: data, experts, measurements, tables and pictures"
+    ccm = _plain_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _bench_ccm)
+    add_config_arguments(ccm)
+    ccm.add_argument("--output", type=Path, help="a folder that gets a copy of tables, pictures and results")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -183,8 +245,13 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, _overrides(options), options.name)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
     hostfile = [f"parallel.hostfile={options.hostfile}"] if getattr(options, "hostfile", None) else []
-    return load_config(options.config, options.overrides + hostfile, options.name)
+    overrides: list[str] = options.overrides
+    return overrides + hostfile
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:
@@ -281,10 +348,43 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(options.hostfile, options.shared, options.json)
 
 
+def _expert(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm import stages
+    from shodh_moe.ccm.config import ExpertConfig
+
+    config = load_config_of(ExpertConfig, options.config, _overrides(options), options.name)
+    stages.check(config)
+    stages.make_data(config)
+    if options.step == "train":
+        stages.train(config, options.resume)
+
+
+def _bench_ccm(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.bench.config import BenchConfig
+    from shodh_moe.ccm.bench.run import run
+
+    config = load_config_of(BenchConfig, options.config, options.overrides, options.name)
+    run(config, options.output)
+    print((config.folder / "report" / "summary.md").read_text())
+
+
 def _merge(options: argparse.Namespace) -> None:
     from shodh_moe.merging import merge
 
     merge(options.config, options.output, options.memory_limit, options.out_shard_size)
+
+
+def _merge_calibrate(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.calibrate import calibrate
+
+    calibrate(options.config, options.output)
+
+
+def _merge_prefix(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.prefix import merge_by_prefix
+
+    limits = (options.memory_limit, options.out_shard_size)
+    merge_by_prefix(options.config, options.input, options.frames, options.output, *limits)
 
 
 if __name__ == "__main__":

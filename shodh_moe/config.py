@@ -249,7 +249,13 @@ class RunConfig(Protocol):
     """What the trainer needs of a config, whatever is trained."""
 
     @property
+    def name(self) -> str: ...
+    @property
+    def runs(self) -> str: ...
+    @property
     def seed(self) -> int: ...
+    @property
+    def start(self) -> str | None: ...
     @property
     def training(self) -> TrainingConfig: ...
     @property
@@ -257,6 +263,8 @@ class RunConfig(Protocol):
     @property
     def deepspeed(self) -> dict[str, Any]: ...
     def model_dump(self) -> dict[str, Any]: ...
+    @classmethod
+    def model_validate(cls, tree: Any, /) -> RunConfig: ...
 
 
 class Config(Section):
@@ -265,6 +273,7 @@ class Config(Section):
     name: Name = "quickstart"
     seed: NonNegative = Field(0, description="initial weights and data order of tokenizer and pretraining")
     runs: str = Field("runs", description="folder that holds the run folders")
+    start: str | None = Field(None, description="a run or checkpoint whose weights to start from; null: random ones")
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

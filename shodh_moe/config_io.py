@@ -7,13 +7,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shodh_moe.config import Config
+from shodh_moe.config import Config, Section
 from shodh_moe.errors import UserError
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,7 +50,14 @@ def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Config:
-    """Read a YAML config and apply ``key.sub=value`` overrides, then the run's name.
+    """The config of a latent transformer's run; see `load_config_of`."""
+    return load_config_of(Config, path, overrides, name)
+
+
+def load_config_of(
+    kind: type[Kind], path: Path | str, overrides: list[str] | None = None, name: str | None = None
+) -> Kind:
+    """Read a YAML config of that kind and apply ``key.sub=value`` overrides, then the run's name.
 
     Raises:
         UserError: the file is missing or no YAML mapping, an override has no ``=``, a key is unknown
@@ -72,9 +81,9 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
         _set(tree, "name", name)
         written_in["name"] = f"--name {name!r}"
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, path, written_in)) from None
+        raise UserError(_explain(error, kind, path, written_in)) from None
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -86,15 +95,15 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, path: Path, written_in: dict[str, str]) -> str:
+def _explain(error: ValidationError, kind: type[Section], path: Path, written_in: dict[str, str]) -> str:
     """The first mistake as one line: key, place, remedy."""
     mistakes = error.errors()
-    first, valid = mistakes[0], _keys(Config)
+    first, valid = mistakes[0], _keys(kind)
     key = _written_key(first["loc"], valid)
     source = _source(key, str(path), written_in)
     if first["type"] == "extra_forbidden":
         near = _nearest(key, valid)
-        remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(Config.model_fields)}"
+        remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(kind.model_fields)}"
         return f"{source}: unknown key {key!r}; {remedy}"
     if first["type"] == "value_error":
         return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from shodh_moe.checks import processes
-from shodh_moe.config import Config
+from shodh_moe.config import RunConfig
 from shodh_moe.errors import UserError
 from shodh_moe.parallel.hostfile import Host, read_hostfile
 from shodh_moe.parallel.launch import free_port
@@ -41,8 +41,18 @@ _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 _QUOTABLE = re.compile(r"[^\"$`\\%\n]*")
 
 
-def launch_ranks(config: Config, run: Path, resume: str) -> int:
+class TrainingFailed(Exception):
+    """The launcher came back with an error that it has already printed."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"training ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def launch_ranks(config: RunConfig, run: Path, resume: str, module: str = "shodh_moe.training") -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
+
+    ``module`` is the program of each rank.
 
     SIGTERM and SIGUSR1 have the ranks write a checkpoint and end, a second one or Ctrl-C ends them at once.
 
@@ -52,7 +62,8 @@ def launch_ranks(config: Config, run: Path, resume: str) -> int:
     for path in run.glob(".stop-*"):
         path.unlink()
     stop_file = run / f".stop-{uuid.uuid4().hex[:8]}"
-    training = ["--config", str(run / "config.yaml"), "--resume", resume, "--stop-file", str(stop_file)]
+    training = ["--module", module, "--config", str(run / "config.yaml")]
+    training += ["--resume", resume, "--stop-file", str(stop_file)]
     if config.parallel.hostfile:
         command, environment = _on_hosts(Path(config.parallel.hostfile), run, training)
     else:
@@ -97,7 +108,7 @@ def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
         "DEEPSPEED_LOG_LEVEL": "warning",
     }
-    return [*command, "--module", "shodh_moe.training", *training], {**defaults, **os.environ}
+    return [*command, *training], {**defaults, **os.environ}
 
 
 def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -117,7 +128,7 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
     environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "warning"}
     environment["DS_ENV_FILE"] = str(_write_variables(run / ".launch_env"))
     environment["PDSH_SSH_ARGS_APPEND"] = " ".join([*SSH_OPTIONS, os.environ.get("PDSH_SSH_ARGS_APPEND", "")]).strip()
-    return [*command, "--module", "shodh_moe.training", *training], environment
+    return [*command, *training], environment
 
 
 def _require_plain(what: str, text: str) -> None:

@@ -19,19 +19,11 @@ from shodh_moe.config_io import fingerprint
 from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
-from shodh_moe.launcher import launch_ranks
+from shodh_moe.launcher import TrainingFailed, launch_ranks
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.training.sampler import DomainSampler
-
-
-class PretrainFailed(Exception):
-    """The launcher came back with an error that it has already printed."""
-
-    def __init__(self, exit_code: int):
-        super().__init__(f"pretraining ended with exit code {exit_code}")
-        self.exit_code = exit_code
 
 
 def run_all(config: Config) -> dict[str, Any]:
@@ -120,7 +112,7 @@ def pretrain(config: Config, resume: str = "auto") -> Path:
     open_run_folder(config)
     began = time.perf_counter()
     if code := launch_ranks(config, paths.run, resume):
-        raise PretrainFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
+        raise TrainingFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None or found[1]["step"] < config.training.steps:
         raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")

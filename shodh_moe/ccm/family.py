@@ -38,13 +38,13 @@ def _coordinates() -> dict[str, tuple[float, ...]]:
 
 def _trajectories() -> dict[str, int]:
     return {
-        "support": 48,
-        "endpoint_low": 64,
-        "endpoint_high": 64,
+        "support": 128,
+        "endpoint_low": 256,
+        "endpoint_high": 256,
         "validation": 12,
-        "interpolation": 16,
-        "ood_low": 24,
-        "ood_high": 24,
+        "interpolation": 12,
+        "ood_low": 16,
+        "ood_high": 16,
     }
 
 

@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shodh_moe.config_io import read_yaml
 from shodh_moe.errors import UserError
-from shodh_moe.merging.settings import METHODS, Setting, alpha_of, check_settings
+from shodh_moe.merging.alpha import Composition, compose
+from shodh_moe.merging.settings import METHODS, Setting, check_settings
 
 DTYPES = Literal["float64", "float32", "float16", "bfloat16"]
 NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
+_PLACE = ("alpha", "coordinate")  # either says where ccm's target lies
 NOT_OURS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
 
 
@@ -62,9 +64,10 @@ class Target:
         output: the new folder.
         words: as written, the sweep's entry applied.
         base: path of the base model, if there is one.
-        models: the paths that are combined, without the base. In the order of the words where it has a meaning (ccm,
-            slerp), else sorted, so that the order in the file does not change a bit.
+        models: the paths that are combined, without the base. In the order of the words where it has a meaning (slerp,
+            ccm without coordinates), else sorted, so that the order in the file does not change a bit.
         settings: of each of ``models``.
+        composition: for ccm: the coefficients of base and models.
         alpha: for ccm: its value, and how it was found.
         warnings: to be shown to the user, and kept in the manifest.
     """
@@ -75,6 +78,7 @@ class Target:
     base: str | None
     models: list[str]
     settings: list[dict[str, Setting]]
+    composition: Composition | None = None
     alpha: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -88,11 +92,16 @@ class Target:
         return [*([self.base] if self.base else []), *self.models]
 
 
-def load_targets(path: Path, output: Path | None = None) -> list[Target]:
+def load_targets(path: Path, output: Path | None = None, found: dict[str, Any] | None = None) -> list[Target]:
     """The outputs that a config asks for; ``output`` replaces its word of that name.
 
+    Args:
+        found: an alpha that was chosen outside, and how, in place of the parameters ``alpha`` and ``coordinate``: its
+            ``value``, the word ``found``, and what else the manifest shall say of it.
+
     Raises:
-        UserError: unreadable, unknown or wrong words; no output; models that do not fit the method.
+        UserError: unreadable, unknown or wrong words; no output; models that do not fit the method; ``found`` for a
+            sweep, for another method than ccm, or for several axes.
     """
     tree = read_yaml(path, "check its path")
     sweep = tree.pop("sweep", None)
@@ -100,17 +109,18 @@ def load_targets(path: Path, output: Path | None = None) -> list[Target]:
     folder = output or (Path(named) if isinstance(named, str) and named else None)
     if folder is None:
         raise UserError(f"{path}: there is no output folder: write `output: FOLDER`, or give --output")
+    if found and sweep is not None:
+        raise UserError(f"{path}: the readout {found['found']} chooses one alpha: leave out sweep")
     if sweep is None:
-        return [_target("", folder, _words(path, tree))]
+        return [_target("", folder, _words(path, tree), found)]
     targets = []
     for name, entry in _entries(path, sweep):
         merged = {**tree, **entry}
         own = entry.get("parameters", {})
         if isinstance(own, dict) and isinstance(tree.get("parameters"), dict):
             # alpha and coordinate exclude each other: the entry's own one counts.
-            both = {"alpha", "coordinate"}
-            kept = {key: value for key, value in tree["parameters"].items() if not (key in both and both & set(own))}
-            merged["parameters"] = {**kept, **own}
+            shared = tree["parameters"]
+            merged["parameters"] = {**(_without_place(shared) if {*_PLACE} & {*own} else shared), **own}
         targets.append(_target(name, folder / name, _words(path, merged, f"sweep {name}: ")))
     names = [target.name for target in targets]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -118,9 +128,17 @@ def load_targets(path: Path, output: Path | None = None) -> list[Target]:
     return targets
 
 
+def _without_place(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if key not in _PLACE}
+
+
 def _entries(path: Path, sweep: Any) -> list[tuple[str, dict[str, Any]]]:
     """A mapping of parameters to lists of values is their grid; a list holds named changes of any words."""
     if isinstance(sweep, dict) and sweep and all(isinstance(values, list) and values for values in sweep.values()):
+        if key := next((key for key, values in sweep.items() if any(isinstance(one, dict) for one in values)), None):
+            raise UserError(
+                f"{path}: sweep has {key} by axis: write a list of entries instead, each with a name and its parameters"
+            )
         entries = []
         for values in itertools.product(*sweep.values()):
             chosen = dict(zip(sweep, values, strict=True))
@@ -151,7 +169,8 @@ def _explain(error: ValidationError) -> str:
     """The first mistake: key and remedy."""
     # A setting may be of several types, and has a mistake for each: that of the longest path is the user's.
     first = max(error.errors(), key=lambda one: len(one["loc"]))
-    types = ("list[", "function", "Conditional", "bool", "float")  # pydantic's parts of a place, not the user's
+    # pydantic's parts of a place are not the user's.
+    types = ("list[", "dict[", "[key]", "function", "Conditional", "bool", "float")
     key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(types))
     last = str(first["loc"][-1]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
@@ -168,7 +187,11 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {first['msg']}, not {str(first['input'])[:60]!r}"
 
 
-def _target(name: str, output: Path, words: Words) -> Target:
+def _target(name: str, output: Path, words: Words, found: dict[str, Any] | None = None) -> Target:
+    if found:
+        if words.merge_method != "ccm":
+            raise UserError(f"{output}: the readout {found['found']} is for ccm, not for {words.merge_method}")
+        words = words.model_copy(update={"parameters": _without_place(words.parameters)})
     method = METHODS[words.merge_method]
     entries = [entry for entry in words.models if not (method.drops_base and entry.model == words.base_model)]
     paths = [entry.model for entry in entries]
@@ -189,9 +212,9 @@ def _target(name: str, output: Path, words: Words) -> Target:
     check_settings(words.merge_method, words.parameters, settings, str(output))
     target = Target(name, output, words, words.base_model, [entry.model for entry in entries], settings)
     if words.merge_method == "ccm":
-        ends = [one.get("coordinate", 0.0) for one in settings]
-        if ends[0] > ends[1]:  # type: ignore[operator]
-            target.models.reverse()
-            target.settings.reverse()
-        target.alpha, target.warnings = alpha_of(words.parameters, target.settings, str(output))
+        own = dict(zip(target.models, settings, strict=True))
+        composed = compose(words.parameters, own, words.base_model is not None, str(output), found)
+        target.composition, target.alpha, target.warnings = composed
+        target.models = list(target.composition.layout.models)
+        target.settings = [own[model] for model in target.models]
     return target

@@ -69,9 +69,7 @@ def texts(
 def _role(target: Target, path: str) -> str:
     if path == target.base:
         return "base"
-    if target.method == "ccm":
-        return ("low", "high")[target.models.index(path)]
-    return "model"
+    return target.composition.layout.role(path) if target.composition else "model"
 
 
 def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: Source) -> str:
@@ -85,7 +83,7 @@ def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], refe
             pieces = [[rank, 0, count]] if count else []
             described = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "pieces": pieces}
             tensors[MODEL + name] = described
-    kept = ("step", "written", "config", "zero_stage", "tokenizer_sha256", "versions")
+    kept = ("step", "written", "config", "zero_stage", "tokenizer_sha256", "versions", "expert")
     facts = {key: reference.state[key] for key in kept if key in reference.state}
     own = {"format": FORMAT, "world_size": len(files), "ep_size": 1, "attempt": f"merge-{target.method}"}
     return seal({**facts, **own, "tensors": tensors, "files": hashes})

@@ -54,6 +54,7 @@ def merge(
     out_shard_size: str = "5GB",
     rank: int = 0,
     size: int = 1,
+    found: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Make the outputs that a config asks for; returns their folders.
 
@@ -64,13 +65,15 @@ def merge(
         out_shard_size: largest size of a file.
         rank, size: several processes with the same config share its outputs: this one makes number ``rank``,
             ``rank + size``, ... They exchange nothing.
+        found: for ccm of one axis, an alpha that a readout chose, and how, in place of the parameters ``alpha`` and
+            ``coordinate``: ``{"found": "prefix", "value": 0.85, ...}``, of values that JSON has; the manifest keeps it.
 
     Raises:
         UserError: something about the config, an input, the output's place, the disk or the memory limit is wrong.
             Inputs are never written to, and no output is there in part.
     """
     limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
-    targets = load_targets(config, output)
+    targets = load_targets(config, output, found)
     sources = {path: open_source(path) for path in sorted({path for target in targets for path in target.paths})}
     plans = [_Plan(target, sources, shard_bytes) for target in targets]
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):

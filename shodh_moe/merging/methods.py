@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shodh_moe.merging.alpha import Composition
 from shodh_moe.merging.settings import Lookup
 from shodh_moe.merging.sparsify import KthLargest, kept_at_random
 
@@ -62,15 +63,6 @@ def weighted_sum(coefficients: list[float], inputs: list[Tensor]) -> Tensor:
         term = values.clone() if coefficient == 1 else values * coefficient
         total = term if total is None else total.add_(term)
     return torch.zeros_like(inputs[0]) if total is None else total
-
-
-def ccm(alpha: float, base: bool) -> Sum:
-    """theta(alpha) = (1 - alpha)/2 theta_low + (1 + alpha)/2 theta_high (CCM, arXiv 2605.14546).
-
-    The same as theta_0 + shared + alpha direction with shared = (d_low + d_high)/2, direction = (d_high - d_low)/2,
-    d = theta - theta_0: the anchor cancels. alpha = -1 and 1 give the experts bit for bit.
-    """
-    return Sum([*([0.0] if base else []), (1 - alpha) / 2, (1 + alpha) / 2])
 
 
 def linear(weights: list[float], normalize: bool, base: bool) -> Sum:
@@ -206,17 +198,24 @@ def block_sums(values: Tensor) -> list[float]:
 
 
 def recipe(
-    method: str, lookup: Lookup, name: str, numel: int, models: int, base: bool, dtype: torch.dtype, alpha: float | None
+    method: str,
+    lookup: Lookup,
+    name: str,
+    numel: int,
+    models: int,
+    base: bool,
+    dtype: torch.dtype,
+    composition: Composition | None,
 ) -> Recipe:
     """How ``method`` makes the tensor ``name`` of ``numel`` real numbers, computed in ``dtype``.
 
     Args:
         models: how many there are beside the base.
         base: whether there is a base.
-        alpha: for ccm, where no parameter ``alpha`` says it.
+        composition: for ccm.
     """
-    if method == "ccm":
-        return ccm(lookup.value("alpha", name, alpha), base)
+    if composition:
+        return Sum(composition.coefficients(name)[0 if base else 1 :])
     if method == "linear":
         weights = [lookup.value("weight", name, None, i) for i in range(models)]
         return linear(weights, bool(lookup.value("normalize", name, True)), base)

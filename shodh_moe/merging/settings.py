@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -12,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from shodh_moe.errors import UserError
 
 Number = float | bool
-REACH = 1.5  # |alpha| of the ends of the bank that CCM was published with
 DISTANCE_LIMIT = 1.0  # |theta - theta_0| / |theta_0|: an unrelated network of the same size is at about sqrt(2)
 
 
@@ -50,6 +50,12 @@ class Conditional(BaseModel):
 
 def _plain(value: Any) -> Any:
     """One clear message in place of one for each type that a setting may have."""
+    if isinstance(value, dict):
+        return {axis: _single(one) for axis, one in value.items()}
+    return _single(value)
+
+
+def _single(value: Any) -> Any:
     if isinstance(value, list) and not all(isinstance(one, (dict, Conditional)) for one in value):
         raise ValueError(
             "a list of numbers is mergekit's gradient over the layers of a language model, which this command does not "
@@ -57,12 +63,17 @@ def _plain(value: Any) -> Any:
         )
     if not isinstance(value, (int, float, list)):
         raise ValueError(
-            f"a parameter is a number, true, false, or a list of `- filter: ... value: ...`, not {value!r}"
+            "a parameter is a number, true, false, a list of `- filter: ... value: ...`, or one of these by axis, not "
+            f"{value!r}"
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a parameter is a finite number, not {value}")
     return value
 
 
-Setting = Annotated[bool | float | list[Conditional], BeforeValidator(_plain)]
+Single = bool | float | list[Conditional]
+Setting = Annotated[Single | dict[str, Single], BeforeValidator(_plain)]
+BY_AXIS = ("alpha", "coordinate", "gamma", "log", "clip", "straight")  # may be a mapping by the names of axes
 
 
 class Method(NamedTuple):
@@ -90,7 +101,8 @@ class Method(NamedTuple):
 _TASK = ("lambda", "normalize", "weight")
 _SPARSE = (*_TASK, "density")
 METHODS = {
-    "ccm": Method(2, False, True, True, ("alpha",), ("coordinate", "clip", "distance_limit"), ("coordinate",)),
+    # How many models ccm combines depends on their coordinates.
+    "ccm": Method(0, False, True, True, ("alpha",), (*BY_AXIS[1:], "distance_limit"), ("coordinate",)),
     "linear": Method(0, False, False, False, ("weight", "normalize"), (), ("weight",)),
     "task_arithmetic": Method(0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
     # int8_mask is about mergekit's memory and changes no number.
@@ -119,11 +131,17 @@ class Lookup:
         return float(default)
 
     def conditions(self) -> list[Conditional]:
-        settings = [value for one in (self.shared, *self.own) for value in one.values()]
+        settings = [single for one in (self.shared, *self.own) for value in one.values() for single in singles(value)]
         return [condition for setting in settings if isinstance(setting, list) for condition in setting]
 
 
+def singles(setting: Setting) -> list[Single]:
+    """The values of a mapping by axis; a setting that is no mapping stands alone."""
+    return list(setting.values()) if isinstance(setting, dict) else [setting]
+
+
 def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
+    assert not isinstance(setting, dict)  # those are for ccm alone, which takes them apart (alpha.py)
     if isinstance(setting, list):
         return next((condition.value for condition in setting if condition.fits(tensor)), None)
     return setting
@@ -139,52 +157,11 @@ def check_settings(method: str, shared: dict[str, Setting], own: list[dict[str, 
                 there = "for a model" if settings is not shared else "for all models"
                 known = f"the nearest is {near[0]!r}" if near else f"it takes {', '.join(valid) or 'none'}"
                 raise UserError(f"{where}: {method} takes no parameter {key!r} {there}; {known}")
-            if isinstance(setting, list) and key in (*takes.single, "coordinate"):
+            if isinstance(setting, dict) and key not in BY_AXIS:
+                raise UserError(f"{where}: parameter {key} takes no values by axis: give one number")
+            if key in (*takes.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
                 raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
             if key == "density":
-                values = [one.value for one in setting] if isinstance(setting, list) else [setting]
-                if any(not 0 < value <= 1 for value in values):
+                values = [one.value for one in setting] if isinstance(setting, list) else singles(setting)
+                if any(not 0 < value <= 1 for value in values):  # type: ignore[operator]
                     raise UserError(f"{where}: density is a share in (0, 1], not {values}")
-
-
-def alpha_of(shared: dict[str, Setting], own: list[dict[str, Setting]], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Where a ccm target lies on the line, with how that was found, and warnings.
-
-    ``alpha`` is given, or ``coordinate`` with those of both experts: alpha = 2 (lambda - lambda_mid) /
-    (lambda_high - lambda_low), cut to +-``clip``.
-
-    Raises:
-        UserError: neither or both are given, the experts' coordinates are missing or equal, or clip is negative.
-    """
-    ends = [one.get("coordinate") for one in own]
-    if (ends[0] is None) != (ends[1] is None):
-        raise UserError(f"{where}: give coordinate to both models of ccm, or to none")
-    if ends[0] is not None and ends[0] == ends[1]:
-        raise UserError(f"{where}: both experts have coordinate {ends[0]}: ccm needs two ends of a range")
-    clip = shared.get("clip", REACH)
-    assert isinstance(clip, (int, float))  # what takes no filters is a number
-    if clip < 0:
-        raise UserError(f"{where}: clip is the largest |alpha|, not {clip}")
-    if ("alpha" in shared) == ("coordinate" in shared):
-        raise UserError(f"{where}: ccm needs either alpha or coordinate under parameters")
-    if "alpha" in shared:
-        alpha = shared["alpha"]
-        values = [one.value for one in alpha] if isinstance(alpha, list) else [alpha]
-        warnings = [
-            f"alpha {value:g} is outside +-{clip:g}: the line between the experts may not be straight there"
-            for value in values
-            if abs(value) > clip
-        ]
-        return {"found": "given", "value": alpha if not isinstance(alpha, list) else None}, warnings
-    if ends[0] is None:
-        raise UserError(f"{where}: a coordinate needs those of both experts: add `coordinate` to each one's parameters")
-    low, high, wanted = (float(value) for value in (*ends, shared["coordinate"]))  # type: ignore[arg-type]
-    unclipped = 2 * (wanted - (low + high) / 2) / (high - low)
-    value = min(max(unclipped, -clip), clip)
-    warnings = []
-    if value != unclipped:
-        warnings.append(
-            f"coordinate {wanted:g} is far outside {low:g} to {high:g}: alpha {unclipped:g} is cut to {value:g}"
-        )
-    found = {"found": "coordinate", "value": value, "unclipped": unclipped}
-    return {**found, "coordinate": wanted, "low": low, "high": high, "clip": clip}, warnings

@@ -56,9 +56,8 @@ class Work:
 
     def _recipe(self, job: Job) -> Recipe:
         target = job.target
-        alpha = target.alpha["value"] if target.alpha else None
-        has_base, count = target.base is not None, len(target.models)
-        return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, alpha)
+        has_base, count, composition = target.base is not None, len(target.models), target.composition
+        return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, composition)
 
     def _written(self, job: Job) -> torch.dtype:
         dtype = output_dtype(self.stored.dtype, job.target.words.out_dtype or job.target.words.dtype)

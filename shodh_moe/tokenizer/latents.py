@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -144,3 +145,15 @@ class LatentSamples:
             target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
         return torch.stack(history), torch.stack(geometry), torch.stack(target), labels
+
+    def describe(self, domain: int, index: int) -> dict[str, Any]:
+        """Where a sample lies, and whether its values are finite."""
+        number, start = self.index[domain][index]
+        trajectory = self.trajectories[number]
+        return {
+            "domain": trajectory.domain,
+            "file": trajectory.source,
+            "trajectory": trajectory.sample,
+            "first_snapshot": start,
+            "finite": bool(torch.isfinite(trajectory.read(start, start + self.history + 1)).all()),
+        }

@@ -224,6 +224,13 @@ class Engine:
         if self._zero:
             self._zero.update_lp_params()
 
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Weights alone; optimizer state stays that of a fresh start."""
+        held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
+        reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
+        if self._zero:
+            self._zero.update_lp_params()
+
     def _communicate_float64(self) -> None:
         self._engine.communication_data_type = torch.float64
         if self._zero:

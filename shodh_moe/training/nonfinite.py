@@ -6,16 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.errors import UserError
 from shodh_moe.files import write_text
 from shodh_moe.model import Routing
-from shodh_moe.tokenizer.latents import LatentSamples
 from shodh_moe.training.telemetry import first_nonfinite
 
 MAX_SKIPPED = 10  # in a row; a network that is itself broken gives no finite step any more
@@ -32,10 +30,19 @@ class MicroBatch:
     routing: list[Routing]
 
 
+class Samples(Protocol):
+    """Where micro-batches come from."""
+
+    domains: list[str]
+
+    def describe(self, domain: int, index: int) -> dict[str, Any]:
+        """Where a sample lies, for a report: file, trajectory, first snapshot, whether its values are finite."""
+
+
 class NonFinite:
     """Follows ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
 
-    def __init__(self, policy: str, run: Path, samples: LatentSamples):
+    def __init__(self, policy: str, run: Path, samples: Samples):
         self.policy, self.run, self.samples = policy, run, samples
         self._in_a_row = 0
 
@@ -85,21 +92,10 @@ class NonFinite:
                 {
                     # JSON has no NaN.
                     "losses": {key: value if math.isfinite(value) else str(value) for key, value in losses.items()},
-                    "samples": [self._sample(domain, index) for domain, index in batch.picks],
+                    "samples": [self.samples.describe(domain, index) for domain, index in batch.picks],
                 }
             )
         return {"broken": broken, "micro_batches": records}
-
-    def _sample(self, domain: int, index: int) -> dict[str, Any]:
-        number, start = self.samples.index[domain][index]
-        trajectory = self.samples.trajectories[number]
-        return {
-            "domain": trajectory.domain,
-            "file": trajectory.source,
-            "trajectory": trajectory.sample,
-            "first_snapshot": start,
-            "finite": bool(torch.isfinite(trajectory.read(start, start + self.samples.history + 1)).all()),
-        }
 
 
 def _where(rank: int, report: dict[str, Any]) -> str:

@@ -22,8 +22,8 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
         resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
 
     Returns:
-        {path, step, world_size} of the checkpoint, or None for a start from scratch; and what else this rank left in
-        it, nothing at another number of ranks.
+        {path, step, world_size, start} of the checkpoint, or None for a start from scratch; and what else this rank
+        left in it, nothing at another number of ranks.
 
     Raises:
         UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
@@ -40,8 +40,42 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
     return found, state
 
 
+def weights_from(path: Path, engine: Engine) -> dict[str, Any]:
+    """Load the weights of another run to begin a new one from (collective).
+
+    Args:
+        path: a run folder (its newest intact checkpoint) or a checkpoint, of any layout; a merged one too.
+
+    Returns:
+        {path, step, sha256 of its state}.
+
+    Raises:
+        UserError: on rank 0, if there is none, or its tensors are not those of this network; the others end quietly.
+    """
+    shapes = {name: shape for name, shape in engine.shapes().items() if name.startswith("model/")}
+    found: dict[str, Any] = on_rank_0(lambda: _find_weights(path, shapes))
+    engine.load_weights(CheckpointReader(Path(found["path"])))
+    return found
+
+
+def _find_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    remedy = "start: give a run folder or a checkpoint of the same network"
+    if (path / "checkpoints").is_dir():
+        found = find_checkpoint(path / "checkpoints")
+        if found is None:
+            raise UserError(f"{path} has no checkpoint to start from; {remedy}")
+        path = found[0]
+    elif reason := damage(path):
+        raise UserError(f"cannot start from {path}: {reason}; {remedy}")
+    state = CheckpointReader(path).state
+    weights = {name: record for name, record in state["tensors"].items() if name.startswith("model/")}
+    if reason := mismatch({"tensors": weights}, shapes):
+        raise UserError(f"cannot start from {path}: {reason}; {remedy}")
+    return {"path": str(path), "step": state["step"], "sha256": state["sha256"]}
+
+
 def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
-    """Where to go on, as {path, step, world_size}; None: from scratch."""
+    """Where to go on, as {path, step, world_size, start}; None: from scratch."""
     if resume == "auto":
         found = find_checkpoint(checkpoints, shapes)
         return {"path": str(found[0]), **_pick(found[1])} if found else None
@@ -52,7 +86,7 @@ def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[
 
 
 def _pick(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("step", "world_size")}
+    return {key: state.get(key) for key in ("step", "world_size", "start")}
 
 
 def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:

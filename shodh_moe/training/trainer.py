@@ -29,7 +29,7 @@ from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
-from shodh_moe.training.resume import on_rank_0, random_state, start_from
+from shodh_moe.training.resume import on_rank_0, random_state, start_from, weights_from
 from shodh_moe.training.stopping import stop_request
 from shodh_moe.training.watchdog import watched
 
@@ -104,6 +104,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
 
     checkpoints = run / "checkpoints"
     found, state = start_from(checkpoints, resume, engine)
+    origin = found["start"] if found else weights_from(Path(config.start), engine) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)
@@ -112,6 +113,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     log = Log(run, start) if rank == 0 else None
     if rank == 0:
         where = f"from step {start} of {found['path']}" if found else "from scratch"
+        where = f"with the weights of {origin['path']}" if origin and not found else where
         layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}, {t.precision}"
         print(f"{task.name} {where}: {layout}, device {engine.device}", flush=True)
         print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
@@ -179,6 +181,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
                     # The sampler is a function of these and the step.
                     "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
                     "versions": versions(),
+                    "start": origin,
                     **task.facts,
                 }
                 own = random_state() | interval.state() | task.state()

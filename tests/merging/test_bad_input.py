@@ -58,14 +58,14 @@ def refused(*says: str, path: Path | None = None, method: str = "ccm", models: A
         ({"parameters": {"alpha": 1, "coordinate": 1}}, ("either",)),
         ({"parameters": {"alpha": [0, 1]}}, ("gradient", "sweep")),
         ({"parameters": {"alpha": "much"}}, ("much",)),
-        ({"parameters": {"alpha": float("nan")}}, ("alpha",)),
+        ({"parameters": {"alpha": float("nan")}}, ("finite",)),
         ({"parameters": {"alpha": [{"filter": "lft", "value": 1}, {"value": 0}]}}, ("lft", "none of the 10")),
         ({"parameters": {"alpha": [{"filter": "lift", "value": 1}]}}, ("no value for tensor",)),
         ({"parameters": {"alpha": [{"regex": "(", "value": 1}]}}, ("regular expression",)),
         ({"parameters": {"alpha": [{"fliter": "lift", "value": 1}]}}, ("fliter", "filter")),
-        ({"models": ["low.safetensors"]}, ("2 model",)),
+        ({"models": ["low.safetensors"]}, ("2 models",)),
         ({"models": ["low.safetensors"] * 2}, ("twice",)),
-        ({"models": [*PAIR, "base.safetensors"]}, ("2 model",)),
+        ({"models": [*PAIR, "base.safetensors"]}, ("2 models",)),
         ({"models": ["low.safetensors", "absent.safetensors"]}, ("absent.safetensors",)),
         ({"method": "ties", "parameters": {"weight": 1}}, ("base_model",)),
         ({"method": "linear", "parameters": {}}, ("weight", "no value")),
@@ -95,9 +95,9 @@ def test_no_config_or_no_yaml() -> None:
 
 def test_equal_coordinates_and_far_targets(capsys: pytest.CaptureFixture[str]) -> None:
     ends = [("low.safetensors", {"coordinate": 1}), ("high.safetensors", {"coordinate": 1})]
-    refused("both experts have coordinate 1", models=ends, parameters={"coordinate": 2})
-    refused("those of both experts", parameters={"coordinate": 2})
-    refused("both models", models=[ends[0], "high.safetensors"])
+    refused("and high.safetensors have the same coordinate 1", models=ends, parameters={"coordinate": 2})
+    refused("those of the models", parameters={"coordinate": 2})
+    refused("low.safetensors has a coordinate and high.safetensors has none", models=[ends[0], "high.safetensors"])
     ends[1] = ("high.safetensors", {"coordinate": 3})
     merge(config(Path(), "ccm", ends, parameters={"coordinate": 9}), Path("far"))
     assert "alpha 7 is cut to 1.5" in capsys.readouterr().err

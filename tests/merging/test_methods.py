@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shodh_moe.merging.methods import BLOCK, Recipe, Slerp, TaskVectors, ccm, linear
+from shodh_moe.merging.axes import in_order
+from shodh_moe.merging.methods import BLOCK, Recipe, Slerp, Sum, TaskVectors, linear
 from shodh_moe.merging.sparsify import KthLargest, kept_at_random
 from tests.merging.models import lookup
 
@@ -32,6 +33,10 @@ def apply(recipe: Recipe, inputs: list[Tensor], length: int = 10**9) -> Tensor:
 def vectors(method: str, numel: int = 4, weights: tuple[float, ...] = (1.0, 1.0), **shared: float) -> TaskVectors:
     own = [{"weight": weight} for weight in weights]
     return TaskVectors(method, lookup(shared, own), "w", numel, len(weights), torch.float32)  # type: ignore[arg-type]
+
+
+def ccm(alpha: float, base: bool) -> Recipe:
+    return Sum(in_order(["low", "high"], "").coefficients([alpha])[0 if base else 1 :])
 
 
 def test_ccm_by_hand() -> None:

@@ -1,0 +1,1 @@
+"""The CCM benchmark: three families, several seeds, every baseline; resumable (docs/ccm.md)."""

@@ -1,0 +1,95 @@
+"""The config of the benchmark: for each family its data, network, and the two phases of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
+from shodh_moe.config import Name, NonNegative, ParallelConfig, Positive, PositiveFloat, Section, TrainingConfig
+
+EXPERTS = ("anchor", "low", "high", "conditioned")
+
+
+class Phase(Section):
+    """One training of the benchmark."""
+
+    rollout: list[Positive] = Field([1, 1, 2, 3], description="as of an expert's config")
+    training: TrainingConfig = TrainingConfig()
+
+
+class FineTuning(Section):
+    """The baseline that fine-tunes the anchor on the first K frames of a regime."""
+
+    steps: Positive = 40
+    batch_size: Positive = 16
+    learning_rates: list[PositiveFloat] = Field([3e-4, 1e-3, 3e-3], description="one is chosen on validation regimes")
+
+
+class FamilyBench(Section):
+    """One of the benchmarks."""
+
+    family: FamilyConfig
+    network: NetworkConfig = NetworkConfig()
+    anchor: Phase = Phase()
+    endpoint: Phase = Phase()
+    frames: Positive = Field(4, description="K: given frames; errors count later ones alone")
+    fine_tuning: FineTuning = FineTuning()
+
+
+class BenchConfig(Section):
+    """Everything that the benchmark depends on."""
+
+    name: Name = "ccm"
+    runs: str = Field("runs", description="folder that holds the benchmark's folder")
+    seeds: list[NonNegative] = Field([0, 1, 2], description="of weights and data order; the data are the same")
+    jobs: Positive | Literal["auto"] = Field("auto", description="trainings at once; auto: one a GPU, or one a core")
+    families: dict[Name, FamilyBench]
+
+    @model_validator(mode="after")
+    def _some(self) -> BenchConfig:
+        if not self.families or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("the benchmark needs one or more families, and one or more different seeds")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def expert(self, key: str, seed: int, role: str) -> ExpertConfig:
+        """What one of `EXPERTS` is trained with.
+
+        The conditioned network gets what the other three get together: their data and their steps.
+        """
+        one = self.families[key]
+        runs, training = self.folder / "experts", one.anchor.training
+        splits: list[Split] = ["support"]
+        phase, network, start = one.anchor, one.network, None
+        if role in ("low", "high"):
+            phase, start = one.endpoint, str(runs / expert_name(key, seed, "anchor"))
+            training = phase.training
+            splits = ["endpoint_low"] if role == "low" else ["endpoint_high"]
+        elif role == "conditioned":
+            splits = ["support", "endpoint_low", "endpoint_high"]
+            steps = one.anchor.training.steps + 2 * one.endpoint.training.steps
+            training = training.model_copy(update={"steps": steps})
+            network = network.model_copy(update={"conditioned": True})
+        return ExpertConfig(
+            name=expert_name(key, seed, role),
+            seed=seed,
+            runs=str(runs),
+            start=start,
+            family=one.family,
+            splits=splits,
+            rollout=phase.rollout,
+            network=network,
+            training=training,
+            parallel=ParallelConfig(processes=1),
+        )
+
+
+def expert_name(key: str, seed: int, role: str) -> str:
+    """Of an expert's run folder."""
+    return f"{key}-{seed}-{role}"

@@ -1,0 +1,106 @@
+"""Processes of the benchmark: several at once, each on its share of the machine, with the time that each takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shodh_moe.errors import UserError
+from shodh_moe.files import write_text
+from shodh_moe.parallel.launch import free_port
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Python process.
+
+    Attributes:
+        name: to tell its output and time by.
+        arguments: of the interpreter.
+        log: file for its output.
+        cost: JSON file with the seconds that it took, over all its starts.
+    """
+
+    name: str
+    arguments: list[str]
+    log: Path
+    cost: Path
+
+
+def resolve_jobs(jobs: int | str) -> int:
+    """How many processes run at once."""
+    if jobs != "auto":
+        return int(jobs)
+    return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
+    """Run all of them. After a failure none is started any more, those that run end by themselves.
+
+    Raises:
+        UserError: one failed; the end of its output is told.
+    """
+    places: queue.Queue[int] = queue.Queue()
+    for place in range(at_once):
+        places.put(place)
+    failed: list[str] = []
+
+    def run(job: Job) -> float:
+        place = places.get()
+        try:
+            return 0.0 if failed else _run(job, place, at_once, failed)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting = {pool.submit(run, job): job for job in jobs}
+        for number, future in enumerate(as_completed(waiting), start=1):
+            seconds = future.result()
+            if not failed:
+                print(f"[bench] {waiting[future].name}: {seconds:.0f} CPU s ({number} of {len(jobs)})", flush=True)
+    if failed:
+        raise UserError(failed[0])
+
+
+def _run(job: Job, place: int, at_once: int, failed: list[str]) -> float:
+    # One rank, whatever has started the benchmark itself.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        devices = [one for one in visible if one] or [str(one) for one in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with open(job.log, "ab") as log:
+        process = subprocess.Popen([sys.executable, *job.arguments], env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    cpu, wall = usage.ru_utime + usage.ru_stime, time.perf_counter() - began
+    before = read_cost(job.cost)
+    cost = {"cpu_seconds": before["cpu_seconds"] + cpu, "seconds": before["seconds"] + wall}
+    write_text(job.cost, json.dumps(cost) + "\n")
+    if process.returncode:
+        lines = job.log.read_text(errors="replace").strip().splitlines()
+        told = next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
+        failed.append(f"{job.name} ended with code {process.returncode}: {told} (all of it: {job.log})")
+    return cpu
+
+
+def read_cost(path: Path) -> dict[str, float]:
+    """What `run_jobs` has noted; zeros if nothing yet."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {"cpu_seconds": 0.0, "seconds": 0.0}

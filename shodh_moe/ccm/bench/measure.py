@@ -1,0 +1,187 @@
+"""All rows of the benchmark for one family and seed, as one JSON file.
+
+What is tuned is tuned on the validation split. The test splits (interpolation, ood_low, ood_high) are read afterwards;
+``oracle`` alone looks at their answers, as a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
+from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench
+from shodh_moe.ccm.compose import compose
+from shodh_moe.ccm.data import Trajectories, read_split
+from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
+from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_errors
+from shodh_moe.ccm.straightness import bend, straight_to
+from shodh_moe.checkpoint.read import CheckpointReader
+from shodh_moe.config_io import fingerprint
+from shodh_moe.files import write_text
+
+VERSION = 1  # raised when the same experts would give other numbers
+TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
+CURVE = tuple(step / 4 for step in range(-8, 9))
+PROBES = 8  # trajectories of each support regime that straightness is looked at with
+
+
+def result_path(config: BenchConfig, key: str, seed: int) -> Path:
+    return config.folder / "results" / f"{key}-{seed}.json"
+
+
+def measured(config: BenchConfig, key: str, seed: int) -> bool:
+    """Whether the result is there, of these very experts and settings."""
+    try:
+        return bool(json.loads(result_path(config, key, seed).read_text())["key"] == _key(config, key, seed))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _key(config: BenchConfig, key: str, seed: int) -> str:
+    hashes = [CheckpointReader(load_path(config, key, seed, role)).state["sha256"] for role in EXPERTS]
+    one = config.families[key]
+    return fingerprint(VERSION, hashes, one.frames, one.fine_tuning.model_dump())
+
+
+def load_path(config: BenchConfig, key: str, seed: int, role: str) -> Path:
+    """The last checkpoint of an expert."""
+    expert = config.expert(key, seed, role)
+    return Path(expert.runs) / expert.name / "checkpoints" / str(expert.training.steps)
+
+
+def measure(config: BenchConfig, key: str, seed: int) -> Path:
+    """Measure one family and seed, and write its result file.
+
+    Raises:
+        UserError: an expert or a file of the family is missing or damaged.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    experts = {role: load_expert(load_path(config, key, seed, role), device) for role in EXPERTS}
+    require_same_network([experts[role] for role in ("anchor", "low", "high")])
+    one = config.families[key]
+    family, folder = one.family.family(), one.family.folder()
+    chosen = _Choices(one, experts, read_split(family, folder, "validation"))
+    support = read_split(family, folder, "support")
+    history = one.network.history
+    probes = torch.cat([r.fields[:PROBES, t : t + history] for r in support for t in (0, r.fields.shape[1] // 2)])
+    bends = bend(experts["low"], experts["high"], probes)
+    regimes, prefixes, example = [], [], None
+    for split in TEST_SPLITS:
+        for regime in read_split(family, folder, split):
+            rows, prefix = chosen.rows(regime)
+            prefixes.append({"coordinate": regime.coordinate, "alpha": prefix.alpha, "sharpness": prefix.sharpness})
+            found = {"split": split, "coordinate": regime.coordinate, "value": regime.value, "rows": rows}
+            regimes.append(found)
+            if example is None and split != "interpolation":
+                example = chosen.example(regime)
+    result = {
+        "key": _key(config, key, seed),
+        "family": key,
+        "seed": seed,
+        "parameter": family.parameter,
+        "frames": one.frames,
+        "chosen": chosen.record,
+        "curves": chosen.curves(),
+        "straightness": {"bend": {str(k): v for k, v in bends.items()}, "straight_to": straight_to(bends)},
+        "prefix": prefixes,
+        "regimes": regimes,
+    }
+    path = result_path(config, key, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if example is not None:
+        np.savez(path.with_suffix(".npz"), allow_pickle=False, **example)
+    write_text(path, json.dumps(_without_nan(result), indent=1) + "\n")
+    return path
+
+
+class _Choices:
+    """Everything that is chosen before a test regime is looked at."""
+
+    def __init__(self, one: FamilyBench, experts: dict[str, Expert], validation: list[Trajectories]):
+        self._one, self._experts, self._validation = one, experts, validation
+        anchor, ends, k = experts["anchor"], [experts["low"], experts["high"]], one.frames
+        scale = fit_scale(experts["low"], experts["high"], validation, k)
+        self._gamma = scale["gamma"]
+        self.record: dict[str, Any] = {"gamma": self._gamma}
+        self._merged = {}
+        for method in ("task_arithmetic", "ties", "dare"):
+            self._merged[method], self.record[method] = task_vectors(method, anchor, ends, validation, k)
+        self._rate, errors = choose_rate(anchor, validation, k, one.fine_tuning)
+        self.record["fine_tuned"] = {"learning_rate": self._rate, "validation_errors": errors}
+        sides = {
+            "low": [r for r in validation if r.coordinate < 0],
+            "high": [r for r in validation if r.coordinate > 0],
+        }
+        self._best_end = {
+            side: min(("low", "high"), key=lambda end: mean_error(experts[end], regimes, k))
+            for side, regimes in sides.items()
+        }
+        self.record["best_endpoint"] = self._best_end
+
+    def rows(self, regime: Trajectories) -> tuple[dict[str, Any], Prefix]:
+        """Errors of every row on a regime."""
+        experts, s, k = self._experts, regime.coordinate, self._one.frames
+        ends = (experts["low"], experts["high"])
+        prefix = fit_prefix(*ends, regime.fields, k)
+        alphas = {"ccm_coordinate": clip(s), "ccm_scale": clip(self._gamma * s), "ccm_prefix": prefix.alpha}
+        rows: dict[str, Any] = {role: self._row(experts[role], regime) for role in ("anchor", "low", "high")}
+        rows["best_endpoint"] = rows[self._best_end["low" if s < 0 else "high"]]
+        rows["average"] = self._row(compose(*ends, 0.0), regime)
+        for method, expert in self._merged.items():
+            rows[method] = self._row(expert, regime)
+        for name, alpha in {**alphas, "wrong_sign": clip(-s)}.items():
+            rows[name] = {"alpha": alpha, **self._row(compose(*ends, alpha), regime)}
+        alpha, errors = oracle(*ends, regime, k, alphas.values())
+        rows["oracle"] = {"alpha": alpha, "errors": errors.mean(1).tolist()}
+        rows["conditioned"] = self._row(experts["conditioned"], regime)
+        tuned = fine_tune(experts["anchor"], regime, k, self._rate, self._one.fine_tuning)
+        rows["fine_tuned"] = self._row(tuned, regime)
+        return rows, prefix
+
+    def _row(self, expert: Expert, regime: Trajectories) -> dict[str, Any]:
+        errors = rollout_errors(expert, regime.fields, regime.coordinate, self._one.frames)
+        return {"errors": errors.mean(1).tolist()}
+
+    def curves(self) -> list[dict[str, Any]]:
+        """Validation error over alpha, for each validation regime."""
+        ends, k = (self._experts["low"], self._experts["high"]), self._one.frames
+        return [
+            {
+                "coordinate": regime.coordinate,
+                "errors": {f"{alpha:+.2f}": mean_error(compose(*ends, alpha), [regime], k) for alpha in CURVE},
+            }
+            for regime in self._validation
+        ]
+
+    def example(self, regime: Trajectories) -> dict[str, np.ndarray]:
+        """The last frame of the first trajectory, first channel [H, W]: the truth and what three experts predict."""
+        experts, s, k = self._experts, regime.coordinate, self._one.frames
+        shown = {
+            "anchor": experts["anchor"],
+            "best_endpoint": experts[self._best_end["low" if s < 0 else "high"]],
+            "ccm": compose(experts["low"], experts["high"], clip(s)),
+        }
+        fields = regime.fields[:1]
+
+        def last(expert: Expert) -> Tensor:
+            given = fields[:, :k].to(next(expert.network.parameters()))
+            return expert.predict(given, fields.shape[1] - k, s)[0, -1, 0].cpu()
+
+        images = {"truth": fields[0, -1, 0], **{name: last(expert) for name, expert in shown.items()}}
+        return {**{name: image.numpy() for name, image in images.items()}, "coordinate": np.float64(s)}
+
+
+def _without_nan(tree: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(tree, dict):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

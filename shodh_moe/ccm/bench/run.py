@@ -1,0 +1,122 @@
+"""`shodh bench ccm`: data, experts, measurements, summary. What is there is kept, so the same command goes on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from shodh_moe.ccm import data
+from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
+from shodh_moe.ccm.bench.jobs import Job, read_cost, resolve_jobs, run_jobs
+from shodh_moe.ccm.bench.measure import load_path, measured, result_path
+from shodh_moe.ccm.bench.pictures import draw, draw_fields
+from shodh_moe.ccm.bench.summary import markdown, summarise
+from shodh_moe.checks import claim_run_folder
+from shodh_moe.environment import describe_environment
+from shodh_moe.errors import UserError
+from shodh_moe.files import require_writable, write_text
+
+
+def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
+    """Everything that is not there yet; returns the summary.
+
+    Writes ``summary.json``, ``summary.md`` and pictures into ``<runs>/<name>/report``; with ``output`` a copy of them
+    there too.
+
+    Raises:
+        UserError: a setting is wrong, a process failed, or a folder cannot be written.
+    """
+    require_writable(config.folder)
+    write_text(config.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    at_once = resolve_jobs(config.jobs)
+    pairs = list(itertools.product(config.seeds, config.families))
+    experts = {(key, seed, role): config.expert(key, seed, role) for seed, key in pairs for role in EXPERTS}
+    for expert in experts.values():
+        claim_run_folder(expert, write=False)
+    run_jobs([job for key in config.families if (job := _data_job(config, key))], at_once)
+    for roles in (("anchor", "conditioned"), ("low", "high")):
+        run_jobs(
+            [job for seed, key in pairs for role in roles if (job := _expert_job(config, key, seed, role))], at_once
+        )
+    run_jobs([_measure_job(config, key, seed) for seed, key in pairs if not measured(config, key, seed)], at_once)
+    return report(config, output)
+
+
+def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
+    """Summarise the results that are there. Raises: UserError: one is missing."""
+    results = []
+    for key, seed in itertools.product(config.families, config.seeds):
+        path = result_path(config, key, seed)
+        if not path.exists():
+            raise UserError(f"{path} is missing: run `shodh bench ccm` with this config to its end")
+        result = json.loads(path.read_text())
+        spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
+        result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}
+        if seed == config.seeds[0]:
+            result["cpu_seconds"]["data"] = _seconds(_cost(config, f"{key}-data"))
+        results.append(result)
+    summary = {**summarise(results), "environment": describe_environment(), "config": config.model_dump()}
+    folder = config.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.md", markdown(summary))
+    pictures = draw(results, summary, folder)
+    for key in config.families:
+        example = result_path(config, key, config.seeds[0]).with_suffix(".npz")
+        if example.exists():
+            with np.load(example) as arrays:  # allow_pickle is off
+                images = {name: arrays[name] for name in arrays.files}
+            title = f"{key.replace('_', ' ')} at s = {float(images.pop('coordinate')):+.2f}, last frame"
+            draw_fields(images, title, folder / f"fields_{key}.png")
+            pictures.append(folder / f"fields_{key}.png")
+    if output:
+        _copy([folder / "summary.json", folder / "summary.md", *pictures], output)
+    return summary
+
+
+def _copy(files: Iterable[Path], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, output / file.name)
+
+
+def _data_job(config: BenchConfig, key: str) -> Job | None:
+    one = config.families[key].family
+    if all(data.is_done(regime) for regime in data.regimes(one.family(), one.folder())):
+        return None
+    return _job(config, f"{key}-data", ["shodh_moe.ccm.bench", "data", key, "0"])
+
+
+def _expert_job(config: BenchConfig, key: str, seed: int, role: str) -> Job | None:
+    if (load_path(config, key, seed, role) / "state.json").exists():
+        return None
+    expert = config.expert(key, seed, role)
+    path = config.folder / "configs" / f"{expert.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(expert.model_dump(), sort_keys=False))
+    return _job(config, expert.name, ["shodh_moe.ccm", "--config", str(path)])
+
+
+def _measure_job(config: BenchConfig, key: str, seed: int) -> Job:
+    return _job(config, f"{key}-{seed}-measure", ["shodh_moe.ccm.bench", "measure", key, str(seed)])
+
+
+def _job(config: BenchConfig, name: str, module: list[str]) -> Job:
+    if module[0] == "shodh_moe.ccm.bench":
+        module = [module[0], str(config.folder / "config.yaml"), *module[1:]]
+    return Job(name, ["-m", *module], config.folder / "logs" / f"{name}.log", _cost(config, name))
+
+
+def _cost(config: BenchConfig, name: str) -> Path:
+    return config.folder / "cost" / f"{name}.json"
+
+
+def _seconds(path: Path) -> float:
+    return read_cost(path)["cpu_seconds"]

@@ -1,0 +1,143 @@
+"""A trained expert from wherever it is: a run folder, a checkpoint of it, or a merged checkpoint; without DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
+from shodh_moe.ccm.windows import Scale
+from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
+from shodh_moe.errors import UserError
+from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
+
+
+@dataclass
+class Expert:
+    """A network with the units it works in.
+
+    Attributes:
+        path: the checkpoint that it was read from.
+        config: what it was trained with.
+        scale: of its fields.
+        network: in evaluation mode.
+    """
+
+    path: Path
+    config: ExpertConfig
+    scale: Scale
+    network: FNO2d | DPOT2d
+
+    def weights(self) -> dict[str, Tensor]:
+        """By parameter name."""
+        return dict(self.network.named_parameters())
+
+    def with_weights(self, weights: dict[str, Tensor]) -> Expert:
+        """Another expert with a network of its own."""
+        network = make_network(self.config.network, len(self.scale.mean), self.config.seed)
+        network.load_state_dict(weights)
+        device = next(self.network.parameters()).device
+        return Expert(self.path, self.config, self.scale, network.to(device).eval())
+
+    @torch.no_grad()
+    def predict(self, frames_BTCHW: Tensor, steps: int, coordinate: float) -> Tensor:
+        """The ``steps`` frames after the given ones, [B, steps, C, H, W], in physical units and the same precision.
+
+        Args:
+            frames_BTCHW: at least ``network.history`` frames, of which the last are used.
+            coordinate: s of the regime; counts only for a conditioned network.
+        """
+        frames = self.scale.normalise(frames_BTCHW)
+        condition = frames.new_full((len(frames),), coordinate) if self.config.network.conditioned else None
+        return self.scale.restore(rollout(self.network, frames, steps, condition))
+
+
+def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPOT2d:
+    """A new network of a config for fields of C channels."""
+    common: dict[str, Any] = {"history": config.history, "conditions": int(config.conditioned), "seed": seed}
+    common["coordinates"] = config.coordinates
+    if config.kind == "dpot":
+        return DPOT2d(DPOT_SIZES[config.size], channels, **common)
+    return FNO2d(FNO_SIZES[config.size], channels, padding=config.padding, **common)
+
+
+def facts_of(scale: Scale, channels: tuple[str, ...]) -> dict[str, Any]:
+    """What a checkpoint of an expert keeps beside its weights."""
+    return {"expert": {"channels": list(channels), "mean": list(scale.mean), "std": list(scale.std)}}
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint at ``path``: itself, or the newest intact one of a run folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        if found := find_checkpoint(path / "checkpoints"):
+            return found[0]
+        raise UserError(f"{path} has no checkpoint yet: train it with `shodh expert train`")
+    if not (path / "state.json").is_file():
+        raise UserError(f"{path} is no run folder and no checkpoint: name one of an expert")
+    if reason := damage(path):
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
+    return path
+
+
+def described(path: Path) -> tuple[ExpertConfig, Scale]:
+    """Config and scale of a checkpoint. Raises: UserError: it is none of an expert."""
+    state = CheckpointReader(path).state
+    try:
+        kept = state["expert"]
+        scale = Scale(tuple(map(float, kept["mean"])), tuple(map(float, kept["std"])))
+        return ExpertConfig.model_validate(state["config"]), scale
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise UserError(f"checkpoint {path} is not one of an expert of this version ({error})") from error
+
+
+def anchor_scale(config: ExpertConfig) -> Scale:
+    """The units of the anchor that a config starts from.
+
+    Raises:
+        UserError: there is no usable anchor, or its network or fields are others.
+    """
+    assert config.start
+    path = checkpoint_of(Path(config.start))
+    anchor, scale = described(path)
+    if anchor.network != config.network:
+        raise UserError(f"start: {path} is of another network than this config's: change the network section")
+    if len(scale.mean) != len(config.family.family().channels):
+        raise UserError(f"start: {path} is of fields with {len(scale.mean)} channels: give an anchor of this family")
+    return scale
+
+
+def load_expert(path: Path, device: str | torch.device = "cpu") -> Expert:
+    """The expert at ``path``, a run folder or a checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or its weights are not those of its config's network.
+    """
+    path = checkpoint_of(path)
+    config, scale = described(path)
+    network = make_network(config.network, len(scale.mean), config.seed)
+    reader = CheckpointReader(path)
+    names = [name for name in reader.names() if name.startswith("model/")]
+    shapes = {f"model/{name}": list(parameter.shape) for name, parameter in network.named_parameters()}
+    if reason := mismatch({"tensors": {name: {"shape": reader.shape(name)} for name in names}}, shapes):
+        raise UserError(f"checkpoint {path} is refused: {reason}")
+    network.load_state_dict({name.removeprefix("model/"): reader.tensor(name) for name in names})
+    return Expert(path, config, scale, network.to(device).eval())
+
+
+def require_same_network(experts: list[Expert]) -> None:
+    """Refuse experts whose weights, or units, do not mean the same. Raises `UserError`."""
+    first = experts[0]
+    for other in experts[1:]:
+        if other.config.network != first.config.network:
+            raise UserError(f"{first.path} and {other.path} are not of the same network: give experts of one anchor")
+        if other.scale != first.scale:
+            raise UserError(f"{first.path} and {other.path} have other units of fields: give experts of one anchor")

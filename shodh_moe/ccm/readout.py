@@ -1,0 +1,153 @@
+"""Where on the line a regime lies: the readouts coordinate, scale and prefix (DESIGN 3.7).
+
+coordinate   alpha = clip(s)             s of the regime, known
+scale        alpha = clip(gamma s)       gamma chosen once, on validation regimes
+prefix       alpha that predicts the first K frames of the regime best, out of a bank, refined by golden section
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh_moe.ccm.compose import compose
+from shodh_moe.ccm.data import Trajectories
+from shodh_moe.ccm.expert import Expert
+from shodh_moe.errors import UserError
+from shodh_moe.merging.alpha import REACH
+from shodh_moe.operators import nrmse
+
+BANK = tuple(step / 4 for step in range(-6, 7))  # 13 values
+FRAMES = 4  # K
+FLAT = 0.05  # an optimum whose error rises by less, a step of the bank away, is flat
+GAMMAS = tuple(step / 10 for step in range(4, 17))  # 0.4 ... 1.6
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def clip(alpha: float, reach: float = REACH) -> float:
+    """``alpha`` cut to +-``reach``."""
+    return min(max(alpha, -reach), reach)
+
+
+def rollout_errors(expert: Expert, fields_NTCHW: Tensor, coordinate: float, given: int, batch: int = 16) -> Tensor:
+    """nRMSE of the frames after the first ``given`` ones, predicted from those alone: [N, T - given].
+
+    In physical units, on the network's device, in its precision.
+    """
+    parameter = next(expert.network.parameters())
+    found = []
+    for fields in fields_NTCHW.split(batch):
+        fields = fields.to(parameter)
+        predicted = expert.predict(fields[:, :given], fields.shape[1] - given, coordinate)
+        found.append(nrmse(predicted, fields[:, given:]).cpu())
+    return torch.cat(found)
+
+
+def fit_scale(low: Expert, high: Expert, validation: list[Trajectories], given: int = FRAMES) -> dict[str, Any]:
+    """gamma with the smallest mean error over all validation regimes: ``{"gamma": ..., "errors": {gamma: error}}``.
+
+    Nothing but the given regimes is looked at. Of equal ones the gamma nearest to 1 is taken.
+    """
+    cache: dict[tuple[int, float], float] = {}
+
+    def error(gamma: float) -> float:
+        total = 0.0
+        for number, regime in enumerate(validation):
+            alpha = round(clip(gamma * regime.coordinate), 6)
+            if (number, alpha) not in cache:
+                errors = rollout_errors(compose(low, high, alpha), regime.fields, regime.coordinate, given)
+                cache[number, alpha] = _finite(errors.mean())
+            total += cache[number, alpha]
+        return total / len(validation)
+
+    errors = {gamma: error(gamma) for gamma in GAMMAS}
+    gamma = min(errors, key=lambda one: (errors[one], abs(one - 1)))
+    return {"gamma": gamma, "errors": {str(key): value for key, value in errors.items()}}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the first frames of a regime say.
+
+    Attributes:
+        alpha: the best one.
+        error: its nRMSE on the frames.
+        sharpness: by how much more, relatively, the error is a step of the bank (0.25) away on either side, the
+            smaller of both; below `FLAT` the frames hardly tell one alpha from another.
+        bank: error by alpha.
+        frames: K.
+    """
+
+    alpha: float
+    error: float
+    sharpness: float
+    bank: dict[str, float]
+    frames: int
+
+    @property
+    def flat(self) -> bool:
+        return self.sharpness < FLAT
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FRAMES) -> Prefix:
+    """The alpha that predicts frames ``history`` to ``frames`` - 1 of the trajectories best from those before.
+
+    Args:
+        fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are looked at.
+
+    Raises:
+        UserError: there are fewer frames than that, or too few for the network's history.
+    """
+    history = low.config.network.history
+    if fields_NTCHW.shape[1] < frames:
+        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer one")
+    if frames <= history:
+        raise UserError(f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more")
+    seen = fields_NTCHW[:, :frames]
+
+    def error(alpha: float) -> float:
+        # The coordinate is what is looked for: a network that is told it has no use for a prefix.
+        return _finite(rollout_errors(compose(low, high, alpha), seen, 0.0, history).mean())
+
+    bank = {alpha: error(alpha) for alpha in BANK}
+    best = min(bank, key=lambda alpha: bank[alpha])
+    step = BANK[1] - BANK[0]
+    alpha, smallest = golden_section(error, max(best - step, BANK[0]), min(best + step, BANK[-1]))
+    if bank[best] <= smallest:
+        alpha, smallest = best, bank[best]
+    # Beyond the bank's end too: an optimum there is not flat because one side is missing.
+    beside = min(error(alpha - step), error(alpha + step))
+    sharpness = beside / smallest - 1 if smallest > 0 else float("inf")
+    return Prefix(alpha, smallest, sharpness, {f"{key:+.2f}": value for key, value in bank.items()}, frames)
+
+
+def golden_section(error: Callable[[float], float], low: float, high: float, steps: int = 7) -> tuple[float, float]:
+    """(place, value) of the smallest value found in [low, high], for a function with one minimum there.
+
+    Kiefer 1953: each step asks for one value and leaves 61.8 % of the interval.
+    """
+    a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_a, at_b = error(a), error(b)
+    for _ in range(steps):
+        if at_a <= at_b:
+            high, b, at_b = b, a, at_a
+            a = high - _GOLDEN * (high - low)
+            at_a = error(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + _GOLDEN * (high - low)
+            at_b = error(b)
+    return (a, at_a) if at_a <= at_b else (b, at_b)
+
+
+def _finite(error: Tensor) -> float:
+    """A rollout that blew up counts as worse than any other."""
+    value = float(error)
+    return value if torch.isfinite(error) else float("inf")

@@ -1,0 +1,74 @@
+"""The two stages of an expert's config: its family's data, and its training. What is there already is kept."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from shodh_moe.ccm import data
+from shodh_moe.ccm.config import ExpertConfig
+from shodh_moe.ccm.expert import anchor_scale
+from shodh_moe.checkpoint import find_checkpoint
+from shodh_moe.checks import claim_run_folder, processes, write_environment
+from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.files import require_writable
+from shodh_moe.launcher import TrainingFailed, launch_ranks
+from shodh_moe.training.deepspeed_config import deepspeed_config
+from shodh_moe.training.optimizer import resolve_optimizer
+from shodh_moe.training.sampler import DomainSampler
+
+
+def check(config: ExpertConfig) -> None:
+    """Everything that can be known to be wrong before any work begins.
+
+    Raises:
+        UserError: layout, DeepSpeed section, batch, anchor or run folder do not fit, or a folder cannot be written.
+    """
+    world = processes(config)
+    deepspeed_config(config, world)
+    resolve_optimizer(config.training)
+    family = config.family.family()
+    regimes = [regime for regime in data.regimes(family, config.family.folder()) if regime.split in config.splits]
+    if not regimes:
+        raise UserError(f"splits {', '.join(config.splits)} have no regimes in family {family.name}")
+    coordinates = {regime.coordinate for regime in regimes}
+    DomainSampler(tuple(1 for _ in coordinates), config.training.batch_size, config.seed, world)
+    if config.start:
+        anchor_scale(config)
+    claim_run_folder(config, write=False)
+    require_writable(Path(config.runs) / config.name)
+
+
+def make_data(config: ExpertConfig) -> Path:
+    """Generate the files of the family that are missing or damaged."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    family, folder = config.family.family(), config.family.folder()
+    if all(data.is_done(regime) for regime in data.regimes(family, folder)):
+        print(f"[data] unchanged, {folder / family.name}", flush=True)
+        return folder / family.name
+    began = time.perf_counter()
+    home = data.generate(family, folder, device=device)
+    print(f"[data] {home} in {time.perf_counter() - began:.0f} s", flush=True)
+    return home
+
+
+def train(config: ExpertConfig, resume: str = "auto") -> Path:
+    """Train under the DeepSpeed launcher unless the run has its last checkpoint already; returns the run folder.
+
+    Raises:
+        TrainingFailed: the launcher came back with an error.
+    """
+    run = Path(config.runs) / config.name
+    found = find_checkpoint(run / "checkpoints")
+    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
+        print(f"[expert] unchanged, {found[0]}", flush=True)
+        return run
+    claim_run_folder(config)
+    write_environment(run)
+    began = time.perf_counter()
+    if code := launch_ranks(config, run, resume, "shodh_moe.ccm"):
+        raise TrainingFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
+    print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
+    return run

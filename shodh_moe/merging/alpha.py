@@ -1,0 +1,211 @@
+"""Where a ccm target lies: one alpha an axis, given, from a coordinate, or from a readout outside (DESIGN 3.7)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shodh_moe.errors import UserError
+from shodh_moe.merging.axes import Layout, Point, alpha_at, find_layout, in_order
+from shodh_moe.merging.settings import Lookup, Setting, Single
+
+REACH = 1.5  # |alpha| of the ends of the bank that CCM was published with
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The experts' layout, and a target's alpha on each of its axes (a number, or filters)."""
+
+    layout: Layout
+    alphas: Mapping[str, Setting]
+
+    def coefficients(self, tensor: str) -> list[float]:
+        """Of the base and of ``layout.models``, for one tensor.
+
+        Raises:
+            UserError: no filter says what alpha is for this tensor.
+        """
+        alphas = [Lookup({"alpha": self.alphas[axis]}, []).value("alpha", tensor) for axis in self.layout.axes]
+        return self.layout.coefficients(alphas)
+
+
+def compose(
+    shared: dict[str, Setting],
+    own: dict[str, dict[str, Setting]],
+    base: bool,
+    where: str,
+    found: dict[str, Any] | None = None,
+) -> tuple[Composition, dict[str, Any], list[str]]:
+    """The target of a ccm merge, what the manifest says of its alpha, and warnings.
+
+    Args:
+        shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``log`` and ``clip``.
+        own: parameters of each model, by its path.
+        base: whether there is a base model.
+        found: an alpha that was chosen outside, under ``value``; it is all that the manifest says.
+
+    Raises:
+        UserError: neither or both of alpha and coordinate are given, the models form no layout, an axis is missing,
+            unknown or has a value that it cannot have.
+    """
+    layout = _layout(own, where)
+    if layout.kind == "star" and not base:
+        raise UserError(f"{where}: the models are a star, whose middle is base_model: name it")
+    clip = _numbers(shared, "clip", layout, REACH, where)
+    straight = _numbers(shared, "straight", layout, math.inf, where)
+    for key, limits in (("clip", clip), ("straight", straight)):
+        if negative := [limit for limit in limits.values() if limit < 0]:
+            raise UserError(f"{where}: {key} is the largest |alpha|, not {negative[0]:g}")
+    alphas: Mapping[str, Single]
+    warnings: list[str] = []
+    if found:
+        if len(layout.axes) > 1:
+            raise UserError(f"{where}: the readout {found['found']} finds one alpha, and there are {_all(layout)}")
+        alphas, record = {layout.axes[0]: float(found["value"])}, found
+    elif ("alpha" in shared) == ("coordinate" in shared):
+        raise UserError(f"{where}: ccm needs either alpha or coordinate under parameters")
+    elif "alpha" in shared:
+        alphas = _by_axis(shared, "alpha", layout, where)
+        values = {axis: None if isinstance(alpha, list) else alpha for axis, alpha in alphas.items()}
+        record = _record(layout, "given", {"value": values})
+    else:
+        alphas, record, warnings = _from_coordinate(shared, layout, clip, where)
+    if found or "alpha" in shared:
+        # Nothing is cut, and where the path was measured, what is known of it counts.
+        warnings = [
+            f"{_of(axis)}alpha {value:g} is outside +-{clip[axis]:g}: the line between the experts may not be straight "
+            "there"
+            for axis, value in _values(alphas)
+            if straight[axis] == math.inf and abs(value) > clip[axis]
+        ]
+    warnings += [
+        f"{_of(axis)}alpha {value:g} is beyond +-{straight[axis]:g}, up to which the path was measured to be straight: "
+        "expect less than on it"
+        for axis, value in _values(alphas)
+        if abs(value) > straight[axis]
+    ]
+    return Composition(layout, dict(alphas)), record, warnings
+
+
+def _from_coordinate(
+    shared: dict[str, Setting], layout: Layout, clip: dict[str, float], where: str
+) -> tuple[dict[str, float], dict[str, Any], list[str]]:
+    if not layout.ends:
+        raise UserError(f"{where}: a coordinate needs those of the models: add `coordinate` to each one's parameters")
+    wanted = {axis: _number(value) for axis, value in _by_axis(shared, "coordinate", layout, where).items()}
+    gamma = _numbers(shared, "gamma", layout, 1.0, where)
+    log = _by_axis(shared, "log", layout, where, False)
+    unclipped, alphas, warnings = {}, {}, []
+    for k, axis in enumerate(layout.axes):
+        low, high = layout.ends[axis]
+        if not isinstance(log[axis], bool):
+            raise UserError(f"{where}: log is true or false, not {log[axis]}")
+        if log[axis] and min(low, wanted[axis]) <= 0:
+            first = next(model for model, place in zip(layout.models, layout.places, strict=True) if place[k] == -1)
+            whose, value = (first, low) if low <= 0 else ("the target", wanted[axis])
+            raise UserError(
+                f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `log: true` it must be positive"
+            )
+        unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, bool(log[axis]))
+        alphas[axis] = min(max(unclipped[axis], -clip[axis]), clip[axis])
+        if alphas[axis] != unclipped[axis]:
+            warnings.append(
+                f"{axis or 'coordinate'} {wanted[axis]:g} is far outside {low:g} to {high:g}: alpha "
+                f"{unclipped[axis]:g} is cut to {alphas[axis]:g}"
+            )
+    ends = {end: {axis: layout.ends[axis][i] for axis in layout.axes} for i, end in enumerate(("low", "high"))}
+    facts: dict[str, dict[str, Any]] = {
+        "value": alphas,
+        "unclipped": unclipped,
+        "coordinate": wanted,
+        **ends,
+        "clip": clip,
+    }
+    if "gamma" in shared:
+        facts["gamma"] = gamma
+    if any(log.values()):
+        facts["log"] = log
+    return alphas, _record(layout, "scale" if "gamma" in shared else "coordinate", facts), warnings
+
+
+def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:
+    """Raises: UserError: only some models have a coordinate, or their coordinates form no layout."""
+    without = [model for model in own if "coordinate" not in own[model]]
+    if len(without) == len(own):
+        return in_order(without, where)
+    if without:
+        other = next(model for model in own if model not in without)
+        raise UserError(
+            f"{where}: {other} has a coordinate and {without[0]} has none: give one to all models of ccm, or to none"
+        )
+    points: dict[str, Point] = {}
+    for model, settings in own.items():
+        coordinate = settings["coordinate"]
+        if coordinate == {}:
+            raise UserError(f"{where}: the coordinate of {model} names no axis: write `coordinate: {{AXIS: VALUE}}`")
+        axes = coordinate if isinstance(coordinate, dict) else {"": coordinate}
+        points[model] = {axis: _number(value) for axis, value in axes.items()}
+    return find_layout(points, where)
+
+
+def _by_axis(
+    shared: dict[str, Setting], key: str, layout: Layout, where: str, default: Single | None = None
+) -> dict[str, Single]:
+    """A parameter's value on each axis; what a mapping leaves out is ``default``, or must not be left out.
+
+    Raises:
+        UserError: the mapping has another axis, or lacks one; one number is given where each axis needs its own.
+    """
+    setting = shared[key] if default is None else shared.get(key, default)
+    if not isinstance(setting, dict):
+        if default is None and len(layout.axes) > 1:
+            raise UserError(f"{where}: {key} is one value, and there are {_all(layout)}: give one to each")
+        return dict.fromkeys(layout.axes, setting)
+    for axis in setting:
+        if layout.axes == ("",):
+            raise UserError(
+                f"{where}: {key} names the axis {axis!r}, and the models do not: give each model its coordinate by axis"
+            )
+        if axis not in layout.axes:
+            near = difflib.get_close_matches(axis, layout.axes, n=1)
+            known = f"the nearest is {near[0]!r}" if near else f"there are {_all(layout)}"
+            raise UserError(f"{where}: {key} names the axis {axis!r}, which the models have not; {known}")
+    if default is None and (missing := [axis for axis in layout.axes if axis not in setting]):
+        raise UserError(f"{where}: {key} of the target has no value for the axis {missing[0]!r}: add it")
+    return {axis: setting[axis] if default is None else setting.get(axis, default) for axis in layout.axes}
+
+
+def _numbers(shared: dict[str, Setting], key: str, layout: Layout, default: float, where: str) -> dict[str, float]:
+    return {axis: _number(value) for axis, value in _by_axis(shared, key, layout, where, default).items()}
+
+
+def _number(value: Single) -> float:
+    assert not isinstance(value, list)  # check_settings lets no filters through
+    return float(value)
+
+
+def _values(alphas: Mapping[str, Single]) -> list[tuple[str, float]]:
+    """All alphas, those of filters too."""
+    return [
+        (axis, float(one))
+        for axis, alpha in alphas.items()
+        for one in ([condition.value for condition in alpha] if isinstance(alpha, list) else [alpha])
+    ]
+
+
+def _record(layout: Layout, found: str, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For the manifest: each fact by axis, or alone where the axis has no name."""
+    if layout.axes == ("",):
+        return {"found": found, **{key: values[""] for key, values in facts.items()}}
+    return {"found": found, "layout": layout.kind, **facts}
+
+
+def _of(axis: str) -> str:
+    return f"{axis}: " if axis else ""
+
+
+def _all(layout: Layout) -> str:
+    return f"{len(layout.axes)} axes ({', '.join(layout.axes)})"

@@ -1,0 +1,164 @@
+"""Where ccm's experts lie along physical axes: points, the layout that they form, each model's coefficient.
+
+Three layouts are known. Of one axis, a ``line``: two models, at its ends. Of n axes, ``corners``: 2^n models at all
+corners of a box, or a ``star``: 2 n models, each at an end of one axis and in the middle of all others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from shodh_moe.errors import UserError
+
+Point = dict[str, float]
+BOTH = "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of models.
+
+    Attributes:
+        models: their paths, in an order that does not depend on that of the file (but for a line without coordinates).
+        axes: names, sorted; one empty name where the coordinates are plain numbers.
+        ends: lowest and highest coordinate of each axis; empty without coordinates.
+        places: of each model, for each axis: -1 at its low end, 1 at its high end, 0 in the middle.
+    """
+
+    kind: Literal["line", "corners", "star"]
+    models: tuple[str, ...]
+    axes: tuple[str, ...]
+    ends: dict[str, tuple[float, float]]
+    places: tuple[tuple[int, ...], ...]
+
+    def coefficients(self, alphas: list[float]) -> list[float]:
+        """Of the base and of the models, for one alpha an axis (CCM, arXiv 2605.14546, and its like in n dimensions).
+
+        line and corners: theta = sum over models of prod_k (1 + s_k alpha_k)/2 theta_s, s their places; the base
+        cancels. Where every alpha is -1 or 1 one coefficient is 1 and all others are 0: that expert, bit for bit.
+
+        star: theta = theta_0 + sum_k (shared_k + alpha_k direction_k) with shared_k = (d_low,k + d_high,k)/2,
+        direction_k = (d_high,k - d_low,k)/2, d = theta - theta_0; so the base has 1 - n.
+        """
+        base = 1.0 - len(self.axes) if self.kind == "star" else 0.0
+        factors = [[(1 + s * a) / 2 for s, a in zip(place, alphas, strict=True) if s] for place in self.places]
+        return [base, *(math.prod(one) for one in factors)]
+
+    def role(self, model: str) -> str:
+        """What a model is, in words: ``low``, or ``gravity=low, viscosity=high``."""
+        ends = [(axis, s) for axis, s in zip(self.axes, self.places[self.models.index(model)], strict=True) if s]
+        return ", ".join((f"{axis}=" if axis else "") + ("low" if s < 0 else "high") for axis, s in ends)
+
+
+def alpha_at(coordinate: float, low: float, high: float, log: bool = False) -> float:
+    """2 (lambda - lambda_mid)/(lambda_high - lambda_low), of logarithms if ``log``; exactly -1 and 1 at the ends."""
+    if log:
+        coordinate, low, high = (math.log(value) for value in (coordinate, low, high))
+    return ((coordinate - low) + (coordinate - high)) / (high - low)
+
+
+def in_order(models: list[str], where: str) -> Layout:
+    """The line of two models without coordinates: low, high.
+
+    Raises:
+        UserError: they are not two.
+    """
+    if len(models) != 2:
+        raise UserError(
+            f"{where}: ccm combines 2 models beside base_model, low and high, and models has {len(models)}; "
+            "for several axes give each model its coordinate by axis"
+        )
+    return Layout("line", tuple(models), ("",), {}, ((-1,), (1,)))
+
+
+def find_layout(points: dict[str, Point], where: str) -> Layout:
+    """The layout that models' points form; ``points`` by the models' paths, each by axis.
+
+    Raises:
+        UserError: models name different axes, lie at one point, or form no layout.
+    """
+    models = list(points)
+    axes = tuple(sorted(points[models[0]]))
+    for model in models:
+        if (others := tuple(sorted(points[model]))) != axes:
+            raise UserError(
+                f"{where}: the coordinate of {model} has {_names(others)}, that of {models[0]} has {_names(axes)}: "
+                "name the same axes for all models"
+            )
+    for one, other in itertools.combinations(models, 2):
+        if points[one] == points[other]:
+            raise UserError(
+                f"{where}: {one} and {other} have the same coordinate {written(points[one])}: ccm needs two ends of a "
+                "range, each from one model"
+            )
+    values = {axis: sorted({point[axis] for point in points.values()}) for axis in axes}
+    for axis in axes:
+        if len(values[axis]) == 1:
+            raise UserError(
+                f"{where}: all models have {axis or 'coordinate'}={values[axis][0]:g}: an axis needs models at "
+                "two ends; give other values, or leave this axis out"
+            )
+    if len(axes) == 1 and len(models) > 2:
+        raise UserError(
+            f"{where}: {len(models)} models lie on one axis, at {_listed(axes[0], points)}: keep its two ends; for "
+            "several axes name them, as in `coordinate: {viscosity: 0.001, gravity: 9.8}`"
+        )
+    counts = {len(one) for one in values.values()}
+    if counts == {2}:
+        places = _corners(points, values, where)
+        kind: Literal["line", "corners", "star"] = "line" if len(axes) == 1 else "corners"
+    elif counts == {3}:
+        places = _star(points, values, where)
+        kind = "star"
+    else:
+        axis = max(axes, key=lambda one: len(values[one]))
+        raise UserError(
+            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: {BOTH}"
+        )
+    ordered = sorted(models, key=lambda model: places[model])
+    ends = {axis: (values[axis][0], values[axis][-1]) for axis in axes}
+    return Layout(kind, tuple(ordered), axes, ends, tuple(places[model] for model in ordered))
+
+
+def _corners(points: dict[str, Point], values: dict[str, list[float]], where: str) -> dict[str, tuple[int, ...]]:
+    places = {
+        model: tuple(-1 if point[axis] == values[axis][0] else 1 for axis in values) for model, point in points.items()
+    }
+    there = set(places.values())
+    for corner in itertools.product((-1, 1), repeat=len(values)):
+        if corner not in there:
+            missing = {axis: values[axis][max(0, s)] for axis, s in zip(values, corner, strict=True)}
+            raise UserError(f"{where}: no model is at the corner {written(missing)}: add it; {BOTH}")
+    return places
+
+
+def _star(points: dict[str, Point], values: dict[str, list[float]], where: str) -> dict[str, tuple[int, ...]]:
+    places = {model: tuple(values[axis].index(point[axis]) - 1 for axis in values) for model, point in points.items()}
+    for model, place in places.items():
+        ends = [axis for axis, s in zip(values, place, strict=True) if s]
+        if len(ends) != 1:
+            at = f"at an end of {' and of '.join(ends)}" if ends else "in the middle of all axes, as base_model is"
+            raise UserError(f"{where}: {model} ({written(points[model])}) is {at}: leave it out; {BOTH}")
+    return places
+
+
+def written(point: Point) -> str:
+    """A point as a user would recognise it: ``gravity=9.8, viscosity=0.001``, or ``3``."""
+    return ", ".join(f"{axis}={point[axis]:g}" if axis else f"{point[axis]:g}" for axis in sorted(point))
+
+
+def _listed(axis: str, points: dict[str, Point]) -> str:
+    """Which models have which value on an axis."""
+    by_value: dict[float, list[str]] = {}
+    for model, point in points.items():
+        by_value.setdefault(point[axis], []).append(model)
+    return "; ".join(f"{value:g} in {', '.join(by_value[value])}" for value in sorted(by_value))
+
+
+def _names(axes: tuple[str, ...]) -> str:
+    if not axes:
+        return "no axis"
+    return f"axes {', '.join(axes)}" if axes != ("",) else "a plain number"

@@ -1,0 +1,218 @@
+"""Several axes: which layout models form, and merges of them against the plain formulas."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shodh_moe.errors import UserError
+from shodh_moe.merging import merge
+from shodh_moe.merging.axes import alpha_at, find_layout
+from tests.merging.models import State, bits, config, load, merged, network, same_bits, save
+
+BOX = {"dry": (0.001, 2), "thick": (0.004, 2), "heavy": (0.001, 7), "both": (0.004, 7)}  # viscosity, gravity
+STAR = {"thin": (0.001, 3), "thick": (0.004, 3), "light": (0.002, 2), "heavy": (0.002, 7)}
+
+
+def point(viscosity: float, gravity: float) -> dict[str, float]:
+    return {"viscosity": viscosity, "gravity": gravity}
+
+
+def experts(places: dict[str, tuple[float, float]]) -> tuple[list[Any], dict[str, State]]:
+    """Models on disk in the current folder with their coordinates, beside base.safetensors; and their tensors."""
+    base = network()
+    save(base, Path("base.safetensors"))
+    states = {name: network(i + 1, near=base) for i, name in enumerate(places)}
+    entries = [
+        (save(states[name], Path(f"{name}.safetensors")), {"coordinate": point(*places[name])}) for name in places
+    ]
+    return entries, {"base": base, **states}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def wide(states: dict[str, State], tensor: str) -> dict[str, Tensor]:
+    return {name: state[tensor].double() for name, state in states.items()}
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.3, -0.8), (-1.4, 1.2)])
+def test_corners_are_multilinear(alphas: tuple[float, float]) -> None:
+    entries, states = experts(BOX)
+    v, g = alphas
+    made = merged(Path(), "ccm", entries, parameters={"alpha": point(v, g)})
+    for name in ("lift.weight", "double"):
+        x = wide(states, name)
+        low = (1 - v) / 2 * x["dry"] + (1 + v) / 2 * x["thick"]
+        high = (1 - v) / 2 * x["heavy"] + (1 + v) / 2 * x["both"]
+        expected = (1 - g) / 2 * low + (1 + g) / 2 * high
+        torch.testing.assert_close(made[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.3, -0.8), (-1.4, 1.2)])
+def test_a_star_is_the_base_and_a_step_along_each_axis(alphas: tuple[float, float]) -> None:
+    entries, states = experts(STAR)
+    v, g = alphas
+    made = merged(Path(), "ccm", entries, base_model="base.safetensors", parameters={"alpha": point(v, g)})
+    for name in ("lift.weight", "double"):
+        x = wide(states, name)
+        d = {key: value - x["base"] for key, value in x.items()}
+        along_v = (d["thin"] + d["thick"]) / 2 + v * (d["thick"] - d["thin"]) / 2
+        along_g = (d["light"] + d["heavy"]) / 2 + g * (d["heavy"] - d["light"]) / 2
+        torch.testing.assert_close(made[name].double(), x["base"] + along_v + along_g, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_at_its_own_coordinate_a_corner_comes_out_bit_for_bit(log: bool) -> None:
+    entries, states = experts(BOX)
+    sweep = [{"name": name, "parameters": {"coordinate": point(*BOX[name])}} for name in BOX]
+    merge(config(Path(), "ccm", entries, parameters={"log": log}, sweep=sweep, output="out"))
+    assert all(same_bits(load(Path("out", name)), states[name]) for name in BOX)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+def test_alpha_is_exact_at_the_ends(a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    if low < high:
+        assert (alpha_at(low, low, high), alpha_at(high, low, high)) == (-1, 1)
+        assert abs(alpha_at(low / 2 + high / 2, low, high)) <= 1
+
+
+def test_alpha_of_logarithms() -> None:
+    assert alpha_at(2, 1, 3) == 0
+    assert math.isclose(alpha_at(1e-4, 1e-6, 1e-2, log=True), 0, abs_tol=1e-12)
+    assert math.isclose(alpha_at(1.0, 1e-6, 1e-2, log=True), 2)
+
+
+def test_three_axes_and_their_means() -> None:
+    names = ("a", "b", "c")
+    corners = list(itertools.product((0.0, 1.0), repeat=3))
+    box = find_layout({f"{i}": dict(zip(names, corner, strict=True)) for i, corner in enumerate(corners)}, "")
+    assert box.kind == "corners"
+    assert box.coefficients([0.0] * 3) == [0.0, *[1 / 8] * 8]
+    alphas = [0.5, -0.2, 1.3]
+    signed = [[(1 - a) / 2, (1 + a) / 2] for a in alphas]
+    expected = [x * y * z for x, y, z in itertools.product(*signed)]
+    assert [box.models, box.coefficients(alphas)[1:]] == [tuple("01234567"), pytest.approx(expected)]
+    middles = dict.fromkeys(names, 0.5)
+    star = find_layout({f"{name}{end}": {**middles, name: end} for name in names for end in (0.0, 1.0)}, "")
+    assert star.kind == "star"
+    assert star.coefficients([0.0] * 3) == [-2.0, *[0.5] * 6]
+    found = dict(zip(star.models, star.coefficients(alphas)[1:], strict=True))
+    low, high = ([(1 + sign * a) / 2 for a in alphas] for sign in (-1, 1))
+    assert [found[f"{name}0.0"] for name in names] == low
+    assert [found[f"{name}1.0"] for name in names] == high
+    assert math.isclose(sum(star.coefficients(alphas)), 1)
+
+
+@pytest.mark.parametrize("places", [BOX, STAR])
+def test_the_order_of_models_and_axes_does_not_change_a_bit(places: dict[str, tuple[float, float]]) -> None:
+    entries, _ = experts(places)
+    parameters = {"coordinate": point(0.0035, 6), "log": {"viscosity": True}}
+    words: dict[str, Any] = {"base_model": "base.safetensors", "parameters": parameters}
+    first = merged(Path(), "ccm", entries, **words)
+    turned = [(path, {"coordinate": dict(reversed(one["coordinate"].items()))}) for path, one in reversed(entries)]
+    again = merged(Path(), "ccm", turned, output="turned", **words)
+    assert same_bits(first, again)
+
+
+def test_filters_by_axis() -> None:
+    entries, states = experts(BOX)
+    alpha = {"viscosity": [{"filter": "lift", "value": 1}, {"value": -1}], "gravity": 1}
+    made = merged(Path(), "ccm", entries, parameters={"alpha": alpha})
+    assert bits(made["lift.weight"]) == bits(states["both"]["lift.weight"])
+    assert bits(made["double"]) == bits(states["heavy"]["double"])
+    assert json.loads(Path("out/merge.json").read_text())["alpha"]["value"] == {"viscosity": None, "gravity": 1}
+    alpha["viscosity"] = [{"filter": "lft", "value": 1}, {"value": -1}]
+    with pytest.raises(UserError, match="'lft' fits none"):
+        merge(config(Path(), "ccm", entries, parameters={"alpha": alpha}), Path("not"))
+
+
+def test_one_axis_may_have_a_name() -> None:
+    entries, states = experts(BOX)
+    line = [(path, {"coordinate": {"viscosity": value}}) for (path, _), value in zip(entries, (3, 1), strict=False)]
+    merge(config(Path(), "ccm", line, sweep={"alpha": [-1, 0.5]}, output="grid"))
+    assert same_bits(load(Path("grid/alpha=-1")), states["thick"])
+    merge(config(Path(), "ccm", line, sweep={"coordinate": [2.5]}, output="places"))
+    assert bits(load(Path("places/coordinate=2.5"))["double"]) == bits(load(Path("grid/alpha=0.5"))["double"])
+    told = json.loads(Path("places/coordinate=2.5/merge.json").read_text())
+    assert (told["alpha"]["layout"], told["alpha"]["value"]) == ("line", {"viscosity": 0.5})
+
+
+def test_the_manifest_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    entries, _ = experts(STAR)
+    parameters = {"coordinate": point(0.004, 12), "gamma": {"gravity": 0.5}, "clip": {"gravity": 1.25}}
+    path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters)
+    merge(path, Path("out"))
+    warning = "gravity 12 is far outside 2 to 7: alpha 1.5 is cut to 1.25"
+    assert f"warning: out: {warning}" in capsys.readouterr().err
+    told = json.loads(Path("out/merge.json").read_text())
+    assert told["alpha"] == {
+        "found": "scale",
+        "layout": "star",
+        "value": point(1.0, 1.25),
+        "unclipped": point(1.0, 1.5),
+        "coordinate": point(0.004, 12.0),
+        "low": point(0.001, 2.0),
+        "high": point(0.004, 7.0),
+        "clip": point(1.5, 1.25),
+        "gamma": point(1.0, 0.5),
+    }
+    assert told["notes"][0] == warning
+    roles = {path: one["role"] for path, one in told["inputs"].items()}
+    assert roles["base.safetensors"] == "base"
+    assert (roles["thin.safetensors"], roles["heavy.safetensors"]) == ("viscosity=low", "gravity=high")
+    assert len(told["relative_distance_from_base"]) == 4
+    merge(path, Path("out"))  # by the same plan
+    assert "is there already" in capsys.readouterr().out
+    parameters["gamma"] = {"gravity": 0.4}
+    with pytest.raises(UserError, match="is not this merge"):
+        merge(config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters), Path("out"))
+
+
+def test_an_expert_of_another_anchor_in_a_box() -> None:
+    entries, _ = experts(BOX)
+    save(network(77), Path("both.safetensors"))
+    path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters={"alpha": point(0, 0)})
+    with pytest.raises(UserError, match=r"^both.safetensors is 1\..* it was not trained from it"):
+        merge(path, Path("out"))
+
+
+def without(places: dict[str, tuple[float, float]], name: str) -> dict[str, dict[str, float]]:
+    return {key: point(*value) for key, value in places.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        (without(BOX, "heavy"), ("no model is at the corner gravity=7, viscosity=0.001", "add it")),
+        ({**without(BOX, "heavy"), "heavy": point(0.0011, 7)}, ("viscosity is 0.001 in dry; 0.0011 in heavy",)),
+        ({**without(BOX, ""), "more": point(0.001, 2)}, ("dry and more have the same coordinate gravity=2",)),
+        ({**without(BOX, "dry"), "dry": {"viscosity": 1}}, ("dry has axes viscosity", "thick has axes gravity, visc")),
+        ({**without(BOX, "dry"), "dry": {"viscosity": 1, "gravty": 1}}, ("axes gravty, viscosity", "same axes")),
+        ({**without(BOX, "dry"), "dry": {"": 1}}, ("dry has a plain number",)),
+        (without({"a": (1, 2), "b": (3, 2)}, ""), ("all models have gravity=2", "leave this axis out")),
+        (without(STAR, "heavy"), ("viscosity is 0.001 in thin; 0.002 in light; 0.004 in thick",)),
+        ({**without(STAR, ""), "corner": point(0.001, 7)}, ("corner", "at an end of viscosity and of gravity")),
+        ({**without(STAR, ""), "centre": point(0.002, 3)}, ("centre", "as base_model is")),
+        ({"a": {"": 1}, "b": {"": 2}, "c": {"": 4}}, ("3 models lie on one axis", "2 in b")),
+        ({"a": {"": 1}, "b": {"": 1}}, ("a and b have the same coordinate 1",)),
+    ],
+)
+def test_points_that_form_no_layout(points: dict[str, dict[str, float]], says: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        find_layout(points, "out")
+    assert str(caught.value).startswith("out: ")
+    for text in says:
+        assert text in str(caught.value).replace("gravity and of viscosity", "viscosity and of gravity")

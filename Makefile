@@ -17,7 +17,7 @@ SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sh launch/slurm/*.
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-cluster lint kernels-compile gpu clean
+.PHONY: help venv pretrain test test-cluster lint kernels-compile ccm gpu clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 
 kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectures, without a GPU; fails on a spill
 	@$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
+
+ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; goes on where it was
+	@$(BIN)/shodh bench ccm --config configs/ccm/bench.yaml $(ARGS)
 
 gpu: ## on a machine with a GPU: its tests, all benchmarks, a short training run (PYTHON=one with a CUDA torch; no venv)
 	@$(PYTHON) benchmarks/gpu.py $(ARGS)

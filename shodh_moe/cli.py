@@ -206,7 +206,7 @@ def _add_merge(commands: Any) -> None:
     parser = _plain_command(commands, "merge", text, f"{example}\n{more}", _merge)
     add_merge_arguments(parser)
     _add_debug(parser)
-    text = "fit gamma for the two experts of a ccm config, on validation data alone, and see how far their path is straight"
+    text = "fit gamma for two experts of a ccm config on validation data alone, and see how far their path is straight"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
     parser = _plain_command(commands, "merge calibrate", text, example, _merge_calibrate)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a ccm config of two experts")

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import Fraction, Name, NonNegative, ParallelConfig, Positive, Section, TrainingConfig
 from shodh_moe.config_io import fingerprint
-from shodh_moe.operators import DPOT_SIZES, FNO_SIZES
+from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, Coordinates
 
 Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high"]
 
@@ -19,7 +19,7 @@ Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "inter
 class FamilyConfig(Section):
     """Which data: one of the families (shodh_moe/ccm/family.py), generated under ``root`` where it is missing."""
 
-    name: Literal["reaction_diffusion", "navier_stokes", "shallow_water"] = "reaction_diffusion"
+    name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = "reaction_diffusion"
     root: str = "data"
     grid: Positive = Field(48, description="cells a side")
     snapshots: Positive = Field(21, description="stored states of a trajectory")
@@ -29,7 +29,7 @@ class FamilyConfig(Section):
     def family(self) -> Family:
         """The family at this size."""
         own = FAMILIES[self.name]
-        counts = {**own.trajectories, **self.trajectories}
+        counts = own.trajectories | {str(split): count for split, count in self.trajectories.items()}
         return replace(own, grid=self.grid, snapshots=self.snapshots, trajectories=counts, seed=self.seed)
 
     def folder(self) -> Path:
@@ -44,7 +44,7 @@ class NetworkConfig(Section):
     kind: Literal["fno", "dpot"] = "fno"
     size: str = Field("tiny", description="one of FNO_SIZES or DPOT_SIZES")
     history: Positive = Field(1, description="frames that it sees before it predicts the next")
-    coordinates: bool = Field(False, description="it sees where a cell is")
+    coordinates: Coordinates = Field("none", description="how it sees where a cell is: cells, or waves if periodic")
     padding: Fraction = Field(0.0, description="FNO: zeros beside the domain, as a share of its side")
     conditioned: bool = Field(False, description="it is told the regime's coordinate s")
 

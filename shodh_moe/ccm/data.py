@@ -138,7 +138,7 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and generate the data again") from error
     if not bool(torch.isfinite(fields).all()):
-        raise UserError(f"{path} holds values that are not finite: remove it and generate the data again")
+        raise UserError(f"{path} holds values that are not finite: give finite ones, or generate the data again")
     return Trajectories(
         fields,
         float(attributes["coordinate"]),

@@ -18,8 +18,8 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
     """The low and the high expert of a target of ccm, of one axis, on a GPU where there is one.
 
     Raises:
-        UserError: one is no expert, is damaged or told its coordinate; or they are of different networks, units or
-            families, or the same.
+        UserError: one is no expert, is damaged, not finite, or told its coordinate; or they are of different networks,
+            units or families, or the same.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low, high = (load_expert(Path(path), device) for path in target.models)
@@ -31,6 +31,10 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
         )
     if low.config.network.conditioned:
         raise UserError(f"{low.path} is of a network that is told the coordinate: give experts of one that is not")
+    for expert in (low, high):
+        for name, values in expert.weights().items():
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(f"{expert.path}: tensor {name} has NaN or infinity: use another checkpoint of its run")
     weights = high.weights()
     if all(torch.equal(values, weights[name]) for name, values in low.weights().items()):
         raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of two ends")

@@ -7,6 +7,7 @@ prefix       alpha that predicts the first K frames of the regime best, out of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,7 +104,7 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
         fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are looked at.
 
     Raises:
-        UserError: there are fewer frames than that, or too few for the network's history.
+        UserError: there are too few frames, also for the network's history, or no alpha has a finite error.
     """
     history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
@@ -122,6 +123,8 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     alpha, smallest = golden_section(error, max(best - step, BANK[0]), min(best + step, BANK[-1]))
     if bank[best] <= smallest:
         alpha, smallest = best, bank[best]
+    if math.isinf(smallest):
+        raise UserError("no prediction within the prefix is finite at any alpha: look at its values")
     # Beyond the bank's end too: an optimum there is not flat because one side is missing.
     beside = min(error(alpha - step), error(alpha + step))
     sharpness = beside / smallest - 1 if smallest > 0 else float("inf")

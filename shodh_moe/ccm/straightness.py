@@ -33,7 +33,7 @@ def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:
     at_low, at_high = predicted(-1.0), predicted(1.0)
     half = torch.linalg.vector_norm(at_high - at_low) / 2
     found = {}
-    for alpha in sorted({sign * size for size in ALPHAS for sign in (-1.0, 1.0)}):
+    for alpha in sorted({sign * size + 0.0 for size in ALPHAS for sign in (-1.0, 1.0)}):
         line = (1 - alpha) / 2 * at_low + (1 + alpha) / 2 * at_high
         found[alpha] = float(torch.linalg.vector_norm(predicted(alpha) - line) / half)
     return found

@@ -2,11 +2,13 @@
 
 from shodh_moe.operators.dpot import DPOT_SIZES, DPOT2d, DPOTSize
 from shodh_moe.operators.fno import FNO_SIZES, FNO2d, FNOSize
+from shodh_moe.operators.layers import Coordinates
 from shodh_moe.operators.rollout import nrmse, rollout, rollout_loss
 
 __all__ = [
     "DPOT_SIZES",
     "FNO_SIZES",
+    "Coordinates",
     "DPOT2d",
     "DPOTSize",
     "FNO2d",

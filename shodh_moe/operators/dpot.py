@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.errors import UserError
-from shodh_moe.operators.layers import initial_weights, make_modulation, modulate, modulations, with_coordinates
+from shodh_moe.operators.layers import (
+    COORDINATES,
+    Coordinates,
+    initial_weights,
+    make_modulation,
+    modulate,
+    modulations,
+    with_coordinates,
+)
 from shodh_moe.operators.spectral import from_modes, to_modes
 
 
@@ -93,7 +101,8 @@ class DPOT2d(nn.Module):
         channels: C of a frame.
         history: T, the number of frames that it sees.
         conditions: number of physical parameters that it is told, 0 for none.
-        coordinates: it sees the places of the cells; for walls and forcing that varies in space.
+        coordinates: how it sees where a cell is, see `layers.with_coordinates`; for walls and forces that vary in
+            space.
         seed: of the initial weights.
     """
 
@@ -104,14 +113,14 @@ class DPOT2d(nn.Module):
         *,
         history: int = 1,
         conditions: int = 0,
-        coordinates: bool = False,
+        coordinates: Coordinates = "none",
         seed: int = 0,
     ):
         super().__init__()
         self.size, self.channels, self.history, self.coordinates = size, channels, history, coordinates
         cells = size.patch**2
         with initial_weights(seed):
-            self.embed = nn.Linear((channels + (2 if coordinates else 0)) * cells, size.width)
+            self.embed = nn.Linear((channels + COORDINATES[coordinates]) * cells, size.width)
             self.aggregate = nn.Linear(history * size.width, size.width)
             self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
             self.modulation = make_modulation(conditions, size.width, size.blocks)
@@ -138,7 +147,7 @@ class DPOT2d(nn.Module):
             raise UserError(f"a grid of {height} x {width} cannot be cut into patches of {p} x {p} cells")
         h, w = height // p, width // p
         x = history_BTCHW.flatten(0, 1).movedim(1, -1).to(self.embed.weight.dtype)
-        x = with_coordinates(x) if self.coordinates else x
+        x = with_coordinates(x, self.coordinates)
         x = x.view(b, t, h, p, w, p, -1).permute(0, 2, 4, 1, 3, 5, 6).flatten(4)  # [B, h, w, T, cells and channels]
         x = self.aggregate(F.gelu(self.embed(x)).flatten(3))
         for block, modulation in zip(

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.errors import UserError
-from shodh_moe.operators.layers import initial_weights, make_modulation, modulate, modulations, with_coordinates
+from shodh_moe.operators.layers import (
+    COORDINATES,
+    Coordinates,
+    initial_weights,
+    make_modulation,
+    modulate,
+    modulations,
+    with_coordinates,
+)
 from shodh_moe.operators.spectral import from_modes, to_modes
 
 
@@ -72,7 +80,8 @@ class FNO2d(nn.Module):
         channels: C of a frame.
         history: T, the number of frames that it sees.
         conditions: number of physical parameters that it is told, 0 for none.
-        coordinates: it sees the places of the cells; for walls and forcing that varies in space.
+        coordinates: how it sees where a cell is, see `layers.with_coordinates`; for walls and forces that vary in
+            space.
         padding: share of each side that is added as zeros behind it and cut off at the end; for domains that are
             not periodic.
         seed: of the initial weights.
@@ -85,7 +94,7 @@ class FNO2d(nn.Module):
         *,
         history: int = 1,
         conditions: int = 0,
-        coordinates: bool = False,
+        coordinates: Coordinates = "none",
         padding: float = 0.0,
         seed: int = 0,
     ):
@@ -94,7 +103,7 @@ class FNO2d(nn.Module):
         self.coordinates, self.padding = coordinates, padding
         width = size.width
         with initial_weights(seed):
-            self.lift = nn.Linear(channels * history + (2 if coordinates else 0), width)
+            self.lift = nn.Linear(channels * history + COORDINATES[coordinates], width)
             self.spectral = nn.ModuleList(SpectralConv(width, size.modes) for _ in range(size.blocks))
             self.pointwise = nn.ModuleList(nn.Linear(width, width) for _ in range(size.blocks))
             self.modulation = make_modulation(conditions, width, size.blocks)
@@ -116,7 +125,7 @@ class FNO2d(nn.Module):
         """
         h, w = history_BTCHW.shape[-2:]
         x = history_BTCHW.flatten(1, 2).movedim(1, -1).to(self.lift.weight.dtype)
-        x = self.lift(with_coordinates(x) if self.coordinates else x)
+        x = self.lift(with_coordinates(x, self.coordinates))
         x = F.pad(x, (0, 0, 0, round(self.padding * w), 0, round(self.padding * h)))
         if min(x.shape[1:3]) < 2 * self.size.modes:
             raise UserError(

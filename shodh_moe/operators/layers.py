@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,28 @@ def initial_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def with_coordinates(x_BHWC: Tensor) -> Tensor:
-    """Append the places of the cell centres, (i + 1/2) / H and (j + 1/2) / W, as two channels."""
+Coordinates = Literal["none", "cells", "waves"]
+COORDINATES: dict[Coordinates, int] = {"none": 0, "cells": 2, "waves": 8}  # channels that they add
+
+
+def with_coordinates(x_BHWC: Tensor, kind: Coordinates) -> Tensor:
+    """Append what tells where a cell is.
+
+    ``cells``: the places of the cell centres, y = (i + 1/2) / H and x = (j + 1/2) / W.
+    ``waves``: sine and cosine of 2 pi times y, x, y + x and y - x, for periodic domains. From ``cells``, which jump at
+    the domain's edge, an FNO did not learn a force sin(2 pi (x + y)) within 4,000 steps for most seeds; from these it
+    did within a few hundred.
+    """
+    if kind == "none":
+        return x_BHWC
     b, h, w, _ = x_BHWC.shape
-    y = (torch.arange(h, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / h
-    x = (torch.arange(w, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / w
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
-    return torch.cat([x_BHWC, grid.expand(b, -1, -1, -1)], dim=-1)
+    rows = (torch.arange(h, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / h
+    columns = (torch.arange(w, device=x_BHWC.device, dtype=x_BHWC.dtype) + 0.5) / w
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    channels = [y, x]
+    if kind == "waves":
+        channels = [wave(2 * math.pi * phase) for phase in (y, x, y + x, y - x) for wave in (torch.sin, torch.cos)]
+    return torch.cat([x_BHWC, torch.stack(channels, dim=-1).expand(b, -1, -1, -1)], dim=-1)
 
 
 class Modulation(nn.Module):

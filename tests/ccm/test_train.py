@@ -140,7 +140,7 @@ def test_wrong_settings_are_named(tmp_path, capfd, changes, words):
 
 
 def test_an_anchor_of_another_network_is_refused(folder, capfd):
-    path = _write(folder, name="other", start=str(folder / "runs" / "anchor"), network={"coordinates": True})
+    path = _write(folder, name="other", start=str(folder / "runs" / "anchor"), network={"coordinates": "waves"})
     assert shodh(["expert", "train", "--config", str(path)]) == 2
     assert "is of another network than this config's" in capfd.readouterr().err
 

@@ -57,7 +57,9 @@ def test_before_training_nothing_changes(make: Make) -> None:
 
 
 @both
-@pytest.mark.parametrize("options", [{}, {"coordinates": True}, {"conditions": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"coordinates": "cells"}, {"coordinates": "waves"}, {"conditions": 2}], ids=str
+)
 def test_gradients(make: Make, options: dict[str, Any]) -> None:
     model = awake(make(history=2, **options).double())
     frames = fields(2, 2, 2, 8, 6, dtype=torch.float64).requires_grad_()
@@ -77,7 +79,7 @@ def test_a_shifted_field_gives_the_shifted_frame() -> None:
     moved = frames.roll(shift, (-2, -1))
     plain = awake(fno())
     torch.testing.assert_close(plain(moved), plain(frames).roll(shift, (-2, -1)), rtol=0, atol=2e-5)
-    placed = awake(fno(coordinates=True))
+    placed = awake(fno(coordinates="cells"))
     assert (placed(moved) - placed(frames).roll(shift, (-2, -1))).abs().max() > 1e-2
 
 
@@ -98,7 +100,7 @@ def test_a_finer_grid_gives_the_same_field() -> None:
 
 def test_a_patch_stays_in_its_place() -> None:
     """Without the attention every patch is on its own; of a fault in the order of cells others would hear."""
-    model = awake(dpot(history=2, coordinates=True))
+    model = awake(dpot(history=2, coordinates="cells"))
     with torch.no_grad():
         for block in model.blocks:
             block.attention.weight2.zero_()
@@ -155,7 +157,7 @@ def test_weights_are_real_tensors_and_go_through_safetensors(make: Make) -> None
 @both
 def test_bfloat16_is_near_float32(make: Make) -> None:
     """Under autocast, and with weights in bfloat16; the transform stays in float32 in both."""
-    model, frames = awake(make(history=2, coordinates=True)), fields(2, 2, 2, 8, 8)
+    model, frames = awake(make(history=2, coordinates="cells")), fields(2, 2, 2, 8, 8)
     change = model(frames) - frames[:, -1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(frames)

@@ -38,6 +38,15 @@ class FamilyBench(Section):
     frames: Positive = Field(4, description="K: given frames; errors count later ones alone")
     fine_tuning: FineTuning = FineTuning()
 
+    @model_validator(mode="after")
+    def _frames(self) -> FamilyBench:
+        if not self.network.history < self.frames < self.family.snapshots:
+            raise ValueError(
+                f"frames {self.frames} must be more than network.history {self.network.history} and less than "
+                f"family.snapshots {self.family.snapshots}"
+            )
+        return self
+
 
 class BenchConfig(Section):
     """Everything that the benchmark depends on."""

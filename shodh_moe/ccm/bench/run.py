@@ -40,7 +40,8 @@ def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     experts = {(key, seed, role): config.expert(key, seed, role) for seed, key in pairs for role in EXPERTS}
     for expert in experts.values():
         claim_run_folder(expert, write=False)
-    run_jobs([job for key in config.families if (job := _data_job(config, key))], at_once)
+    datasets = {(one.family.folder(), one.family.name): key for key, one in config.families.items()}
+    run_jobs([job for key in datasets.values() if (job := _data_job(config, key))], at_once)
     for roles in (("anchor", "conditioned"), ("low", "high")):
         run_jobs(
             [job for seed, key in pairs for role in roles if (job := _expert_job(config, key, seed, role))], at_once

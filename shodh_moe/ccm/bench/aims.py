@@ -1,0 +1,89 @@
+"""What the benchmark is to show, and whether it does.
+
+Every aim is judged for each readout by itself: the readout with the smallest test error would be one chosen on the test
+data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from shodh_moe.ccm.bench.rows import OOD, READOUTS
+
+REDUCTIONS = {"reaction_diffusion": 0.60, "navier_stokes": 0.50, "shallow_water": 0.25}
+PAPER = {  # arXiv 2605.14546: reduction and the readout it was reached with
+    "reaction_diffusion": (0.542, "ccm_coordinate"),
+    "navier_stokes": (0.428, "ccm_scale"),
+    "shallow_water": (0.138, "ccm_prefix"),
+}
+WORSE_THAN_ENDPOINT = 1.02
+WORSE_THAN_ORACLE = 1.10
+
+REDUCTION = "OOD error reduced against the anchor's"
+BETTER_ENDPOINT = "error over that of the better endpoint expert of the same regime, worst regime"
+CHOSEN_ENDPOINT = "error over that of the best endpoint expert by validation, worst regime"
+ORACLE_WORST = "error over that of the oracle alpha, worst OOD regime"
+ORACLE_MEAN = "error over that of the oracle alpha, mean over OOD regimes"
+
+
+def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record for each aim and readout whose rows were measured.
+
+    Args:
+        name: of the family.
+        family: its ``rows`` and ``regimes``, as `summarise` makes them; errors that blew up are infinite.
+
+    Returns:
+        records of ``family``, ``readout``, ``aim``, ``target``, ``value``, ``held`` and ``where`` (the worst regime, or
+        what the value is a mean over). A reduction is to be at least its target, a ratio at most.
+    """
+    regimes = family["regimes"]
+    ood = [regime for regime in regimes if regime["split"] in OOD]
+    found = []
+    for readout in READOUTS:
+
+        def record(aim: str, target: float, value: float, where: str, readout: str = readout) -> None:
+            held = value >= target if aim == REDUCTION else value <= target  # NaN: not held
+            found.append(
+                {
+                    "family": name,
+                    "readout": readout,
+                    "aim": aim,
+                    "target": target,
+                    "value": value,
+                    "held": bool(held),
+                    "where": where,
+                }
+            )
+
+        reduced = family["rows"].get(readout, {}).get("reduction", {}).get("anchor")
+        if reduced and name in REDUCTIONS:
+            record(REDUCTION, REDUCTIONS[name], reduced["value"], f"mean over {len(ood)} OOD regimes")
+        for aim, base in ((BETTER_ENDPOINT, ("low", "high")), (CHOSEN_ENDPOINT, ("best_endpoint",))):
+            if ratios := _ratios(regimes, readout, base):
+                where, worst = max(ratios, key=lambda one: one[1])
+                record(aim, WORSE_THAN_ENDPOINT, worst, where)
+        if ratios := _ratios(ood, readout, ("oracle",)):
+            where, worst = max(ratios, key=lambda one: one[1])
+            record(ORACLE_WORST, WORSE_THAN_ORACLE, worst, where)
+            mean = float(np.mean([ratio for _, ratio in ratios]))
+            record(ORACLE_MEAN, WORSE_THAN_ORACLE, mean, f"mean over {len(ratios)} OOD regimes")
+    return found
+
+
+def _ratios(regimes: list[dict[str, Any]], row: str, base: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Where, and the row's error over the smallest of the base rows there; infinite wherever the row blew up."""
+    found = []
+    for regime in regimes:
+        errors = regime["errors"]
+        if row not in errors or any(one not in errors for one in base):
+            continue
+        error, smallest = errors[row], min(errors[one] for one in base)
+        if np.isinf(error) or smallest == 0:
+            ratio = 1.0 if error == smallest == 0 else np.inf
+        else:
+            ratio = error / smallest
+        found.append((f"s = {regime['coordinate']:+g}", float(ratio)))
+    return found

@@ -1,0 +1,174 @@
+"""Means, intervals and aims out of the benchmark's result files (one for each family and seed)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from shodh_moe.ccm.bench import bootstrap
+from shodh_moe.ccm.bench.aims import judge
+from shodh_moe.ccm.bench.bootstrap import Array
+from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS
+from shodh_moe.ccm.bench.tables import markdown
+from shodh_moe.errors import UserError
+
+__all__ = ["GROUPS", "markdown", "summarise"]
+
+GROUPS = {"interpolation": ("interpolation",), "ood": OOD, "ood_low": ("ood_low",), "ood_high": ("ood_high",)}
+
+
+def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The numbers of tables and pictures, ready for JSON; what blew up (infinite error) is None.
+
+    Means give each regime the same weight. A row counts in a regime if every seed has it there, and in a group of
+    regimes if it counts in all of them.
+
+    Args:
+        results: what the benchmark wrote, one for each family and seed, in any order. None and NaN among errors are
+            rollouts that blew up.
+        seed: of the bootstrap.
+
+    Returns:
+        ``aims`` (see `judge`), ``cpu_seconds`` and ``resamples`` of all, and for each of ``families``:
+        ``parameter``, ``frames``, ``seeds``; ``rows``: by row and group (`GROUPS`) an estimate (``value``, ``low``,
+        ``high``: 95 % interval), under ``reduction`` those against ``anchor`` and ``best_endpoint`` (OOD), and
+        ``blew_up``, how many of ``rollouts`` did; ``regimes``: mean ``errors`` by row and ``alpha`` by CCM row of each
+        one; ``incomplete``: rows that some seeds lack; ``chosen`` and ``straight_to`` by seed; ``sharpness`` by
+        coordinate; ``cpu_seconds`` by stage.
+
+    Raises:
+        UserError: no results, two of one family and seed, or results of one family that do not fit together.
+    """
+    if not results:
+        raise UserError("there are no results of the CCM benchmark to summarise: run it first")
+    by_family: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(results, key=lambda one: one["seed"]):
+        by_family[result["family"]].append(result)
+    order = dict.fromkeys(result["family"] for result in results)
+    families = {name: _family(by_family[name], np.random.default_rng(seed)) for name in order}
+    summary = {
+        "families": families,
+        "aims": [record for name, family in families.items() for record in judge(name, family)],
+        "cpu_seconds": sum(sum(family["cpu_seconds"].values()) for family in families.values()),
+        "resamples": bootstrap.RESAMPLES,
+    }
+    return _plain(summary)
+
+
+def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+    _require_same(results)
+    first = results[0]
+    seeds_BS = bootstrap.weights(len(results), rng)
+    regimes, means = [], []  # of each regime: its record, and its rows' means [B]
+    blew_up, rollouts = dict.fromkeys(ROWS, 0), dict.fromkeys(ROWS, 0)
+    incomplete: set[str] = set()
+    for number, regime in enumerate(first["regimes"]):
+        of_seeds = [result["regimes"][number]["rows"] for result in results]
+        trajectories_BN = bootstrap.weights(len(next(iter(of_seeds[0].values()))["errors"]), rng)
+        here: dict[str, Array] = {}
+        for row in ROWS:
+            if not all(row in one for one in of_seeds):
+                incomplete.update({row} if any(row in one for one in of_seeds) else ())
+                continue
+            errors_SN = np.array([[_error(value) for value in one[row]["errors"]] for one in of_seeds])
+            here[row] = bootstrap.means(errors_SN, seeds_BS, trajectories_BN)
+            blew_up[row] += int(np.isinf(errors_SN).sum())
+            rollouts[row] += errors_SN.size
+        means.append(here)
+        alpha = {
+            row: [one[row]["alpha"] for one in of_seeds if "alpha" in one.get(row, {})] for row in (*READOUTS, "oracle")
+        }
+        regimes.append(
+            {key: regime[key] for key in ("split", "coordinate", "value")}
+            | {"errors": {row: float(values[0]) for row, values in here.items()}}
+            | {"alpha": {row: float(np.mean(values)) for row, values in alpha.items() if values}}
+        )
+    splits = [regime["split"] for regime in regimes]
+    rows = {
+        row: _row(row, splits, means) | {"blew_up": blew_up[row], "rollouts": rollouts[row]}
+        for row in ROWS
+        if rollouts[row]
+    }
+    return {
+        "parameter": first["parameter"],
+        "frames": first["frames"],
+        "seeds": [result["seed"] for result in results],
+        "rows": rows,
+        "regimes": regimes,
+        "incomplete": [row for row in ROWS if row in incomplete],
+        **_besides(results),
+    }
+
+
+def _besides(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is told beside the errors."""
+    sharpness = defaultdict(list)
+    stages: dict[str, float] = defaultdict(float)
+    for result in results:
+        for entry in result.get("prefix", []):
+            sharpness[entry["coordinate"]].append(_error(entry["sharpness"]))
+        for stage, seconds in result.get("cpu_seconds", {}).items():
+            stages[stage] += seconds
+    return {
+        "chosen": {str(result["seed"]): result.get("chosen", {}) for result in results},
+        "straight_to": {str(r["seed"]): r["straightness"]["straight_to"] for r in results if "straightness" in r},
+        "sharpness": {f"{s:+g}": float(np.mean(values)) for s, values in sorted(sharpness.items())},
+        "cpu_seconds": dict(stages),
+    }
+
+
+def _row(row: str, splits: list[str], means: list[dict[str, Array]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for group, members in GROUPS.items():
+        mean_B = _group(row, members, splits, means)
+        if mean_B is not None:
+            found[group] = bootstrap.estimate(mean_B)
+    found["reduction"] = {}
+    error_B = _group(row, OOD, splits, means)
+    for base in ("anchor", "best_endpoint"):
+        base_B = _group(base, OOD, splits, means)
+        if error_B is not None and base_B is not None:
+            found["reduction"][base] = bootstrap.estimate(bootstrap.reduction(error_B, base_B))
+    return found
+
+
+def _group(row: str, members: tuple[str, ...], splits: list[str], means: list[dict[str, Array]]) -> Array | None:
+    """The row's mean over the regimes of the splits: [B]; None unless it was measured in all of them."""
+    values = [here.get(row) for split, here in zip(splits, means, strict=True) if split in members]
+    measured = [value for value in values if value is not None]
+    return np.mean(measured, axis=0) if measured and len(measured) == len(values) else None
+
+
+def _require_same(results: list[dict[str, Any]]) -> None:
+    """Results of one family, all seeds: the same regimes, trajectories and frames. Raises `UserError`."""
+    first = results[0]
+    for number, result in enumerate(results):
+        name = f"the results of {result['family']}, seed {result['seed']}"
+        if number and result["seed"] == results[number - 1]["seed"]:
+            raise UserError(f"{name} are given twice: leave one out")
+        places = [[(one["split"], one["coordinate"]) for one in each["regimes"]] for each in (first, result)]
+        if places[0] != places[1] or result["frames"] != first["frames"]:
+            raise UserError(f"{name} have other regimes or frames than seed {first['seed']}: run one of them again")
+        for regime, expected in zip(result["regimes"], first["regimes"], strict=True):
+            where = f"{name}, {regime['split']} at s = {regime['coordinate']:+g}"
+            if unknown := sorted(set(regime["rows"]) - set(ROWS)):
+                raise UserError(f"{where} have an unknown row {unknown[0]}: rows are {', '.join(ROWS)}")
+            counts = {len(row["errors"]) for rows in (regime["rows"], expected["rows"]) for row in rows.values()}
+            if len(counts) != 1 or 0 in counts or not regime["rows"]:
+                raise UserError(f"{where} have rows of different or no trajectories: run that seed again")
+
+
+def _error(value: float | None) -> float:
+    """A number of a result file; what blew up is infinite."""
+    return float("inf") if value is None or np.isnan(value) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no infinite numbers: None instead."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,187 @@
+"""The summary of the benchmark as GitHub markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shodh_moe.ccm.bench.aims import PAPER, REDUCTION
+from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS, family_title
+from shodh_moe.ccm.readout import FLAT
+from shodh_moe.ccm.straightness import TOLERANCE
+
+BLEW_UP = "blew up"
+NOT_MEASURED = "-"
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Aims, then a section for each family, then the time it took. ``summary`` is what `summarise` returns."""
+    parts = ["## Aims", _aims(summary["aims"]), _paper(summary)]
+    for name, family in summary["families"].items():
+        parts += [f"## {family_title(name)[0].upper()}{family_title(name)[1:]}", *_family(family, summary["resamples"])]
+    parts += ["## Cost", _cost(summary)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """The first ``words`` columns are text, set left, the others numbers, set right."""
+    line = [":--"] * words + ["--:"] * (len(head) - words)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, line, *rows))
+
+
+def _error(value: float | None) -> str:
+    if value is None:
+        return BLEW_UP
+    return f"{value:#.3g}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _estimate(estimate: dict[str, Any] | None) -> str:
+    """``0.0815 [0.0790, 0.0841]``"""
+    if estimate is None:
+        return NOT_MEASURED
+    if estimate["value"] is None:
+        return BLEW_UP
+    return f"{_error(estimate['value'])} [{_error(estimate['low'])}, {_error(estimate['high'])}]"
+
+
+def _percent(estimate: dict[str, Any] | None) -> str:
+    """``54.2 % [48.1, 59.0]``"""
+    if estimate is None:
+        return NOT_MEASURED
+    if estimate["value"] is None:
+        return BLEW_UP
+    ends = [NOT_MEASURED if end is None else f"{100 * end:.1f}" for end in (estimate["low"], estimate["high"])]
+    return f"{100 * estimate['value']:.1f} % [{ends[0]}, {ends[1]}]"
+
+
+def _aims(records: list[dict[str, Any]]) -> str:
+    """A line for each family and aim, a column for each readout."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        reduction, target = record["aim"] == REDUCTION, record["target"]
+        wanted = f">= {100 * target:.0f} %" if reduction else f"<= {target:.2f}"
+        line = lines.setdefault(
+            (record["family"], record["aim"]),
+            [family_title(record["family"]), record["aim"], wanted, *[NOT_MEASURED] * len(READOUTS)],
+        )
+        value = record["value"]
+        shown = BLEW_UP if value is None else f"{100 * value:.1f} %" if reduction else f"{value:.3f}"
+        where = f" at {record['where']}" if record["where"].startswith("s =") else ""
+        line[3 + READOUTS.index(record["readout"])] = f"{'held' if record['held'] else '**missed**'}: {shown}{where}"
+    return _table(("family", "aim", "target", *(ROWS[readout] for readout in READOUTS)), list(lines.values()), 6)
+
+
+def _paper(summary: dict[str, Any]) -> str:
+    known = [
+        f"{family_title(name)} {100 * PAPER[name][0]:.1f} % ({ROWS[PAPER[name][1]]})"
+        for name in summary["families"]
+        if name in PAPER
+    ]
+    if not known:
+        return ""
+    return (
+        "Each readout is judged by itself: the one with the smallest test error would be chosen on test data. "
+        f"Reductions that arXiv 2605.14546 reports, on data and splits of its own: {', '.join(known)}."
+    )
+
+
+def _family(family: dict[str, Any], resamples: int) -> Iterator[str]:
+    seeds = family["seeds"]
+    yield (
+        f"Parameter: {_words(family['parameter'])}. Seeds: {', '.join(map(str, seeds))}. "
+        f"The first K = {family['frames']} frames are given; errors are the nRMSE of the later ones. "
+        f"In brackets: 95 % interval by a paired bootstrap over seeds and trajectories ({resamples:,} resamples)."
+        + (" With so few seeds it is a rough one." if len(seeds) < 5 else "")
+    )
+    bases = {"anchor": "reduction against the anchor (OOD)", "best_endpoint": "against the best endpoint (OOD)"}
+    yield _table(
+        ("row", "interpolation nRMSE", "OOD nRMSE", "OOD low", "OOD high", *bases.values()),
+        [
+            (
+                ROWS[row],
+                *(_estimate(found.get(group)) for group in ("interpolation", "ood")),
+                *(
+                    _error(found[group]["value"]) if group in found else NOT_MEASURED
+                    for group in ("ood_low", "ood_high")
+                ),
+                *(_percent(found["reduction"].get(base)) for base in bases),
+            )
+            for row, found in family["rows"].items()
+        ],
+    )
+    yield "Each OOD regime by itself: nRMSE, mean over seeds and trajectories (alpha, mean over seeds)."
+    yield _regimes(family)
+    yield from _notes(family)
+
+
+def _regimes(family: dict[str, Any]) -> str:
+    regimes = [regime for regime in family["regimes"] if regime["split"] in OOD]
+
+    def cell(regime: dict[str, Any], row: str) -> str:
+        if row not in regime["errors"]:
+            return NOT_MEASURED
+        alpha = regime["alpha"].get(row)
+        return _error(regime["errors"][row]) + (f" ({alpha:+.2f})" if alpha is not None else "")
+
+    head = [f"s = {regime['coordinate']:+g} ({regime['value']:.3g})" for regime in regimes]
+    return _table(("row", *head), [(ROWS[row], *(cell(one, row) for one in regimes)) for row in family["rows"]])
+
+
+def _notes(family: dict[str, Any]) -> Iterator[str]:
+    """What was chosen, how far the path is straight, what blew up, what is missing."""
+    by_seed: dict[str, list[str]] = {}
+    for position, chosen in enumerate(family["chosen"].values()):
+        for name, value in _leaves(chosen):
+            by_seed.setdefault(name, [NOT_MEASURED] * len(family["seeds"]))[position] = value
+    if by_seed:
+        numbers = " / ".join(map(str, family["seeds"]))
+        listed = "; ".join(f"{name} = {_same(values)}" for name, values in by_seed.items())
+        yield f"Chosen on validation regimes (seeds {numbers}, one number where they agree): {listed}."
+    if straight := list(family["straight_to"].values()):
+        reached = _same([f"{one:g}" for one in straight])
+        yield f"The path is straight (bend at most {TOLERANCE:g}) to |alpha| = {reached}."
+    if sharp := [value for value in family["sharpness"].values() if value is not None]:
+        yield (
+            f"Sharpness of the prefix's optimum, by regime: {min(sharp):.3f} to {max(sharp):.3f} "
+            f"(below {FLAT:g} the frames hardly tell one alpha from another)."
+        )
+    blown = [f"{ROWS[row]} {r['blew_up']} of {r['rollouts']}" for row, r in family["rows"].items() if r["blew_up"]]
+    if blown:
+        yield f"Rollouts that blew up: {', '.join(blown)}."
+    if family["incomplete"]:
+        yield f"Left out where a seed lacks it: {', '.join(ROWS[row] for row in family['incomplete'])}."
+
+
+def _same(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; the errors it was chosen by are left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not key.startswith("validation_error"):
+                yield from _leaves(inner, f"{name} {_words(key)}".strip())
+    else:
+        yield name, f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cost(summary: dict[str, Any]) -> str:
+    families = summary["families"]
+    stages = dict.fromkeys(stage for family in families.values() for stage in family["cpu_seconds"])
+    rows = [
+        (family_title(name), *(_minutes(spent.get(stage)) for stage in stages), _minutes(sum(spent.values())))
+        for name, spent in ((name, family["cpu_seconds"]) for name, family in families.items())
+    ]
+    total = f"In all {summary['cpu_seconds'] / 3600:.2f} CPU hours."
+    if not stages:
+        return total
+    return f"CPU minutes, all seeds:\n\n{_table(('family', *map(_words, stages), 'all'), rows)}\n\n{total}"
+
+
+def _minutes(seconds: float | None) -> str:
+    return NOT_MEASURED if seconds is None else f"{seconds / 60:.1f}"

@@ -1,0 +1,140 @@
+"""`shodh merge calibrate`: the factor of the readout ``scale``, and how far the path is straight, from validation data.
+
+Of the family's data only the files of the split ``validation`` are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh_moe.ccm import data
+from shodh_moe.ccm.data import Trajectories
+from shodh_moe.ccm.ends import finite, load_ends, state_record
+from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.readout import FRAMES, GAMMAS, fit_scale
+from shodh_moe.ccm.straightness import TOLERANCE, bend, straight_to
+from shodh_moe.errors import UserError
+from shodh_moe.files import require_writable, write_text
+from shodh_moe.merging.config import Target, load_targets
+from shodh_moe.merging.manifest import versions
+from shodh_moe.merging.settings import singles
+
+SPLIT = "validation"
+PROBES = 8  # trajectories of each regime that straightness is looked at with
+
+
+def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
+    """Fit gamma for the two experts of a ccm config, print what was found, and return it.
+
+    Args:
+        config: of `shodh merge`; its models may be runs too. What it says of the target does not count.
+        output: a new JSON file for the result.
+
+    Raises:
+        UserError: the config is none of ccm with two models or has a sweep, experts or validation data are missing,
+            damaged or do not fit each other, no gamma leaves the rollouts finite, or ``output`` exists.
+    """
+    target = load_targets(config, config, {"found": "scale", "value": 0.0})[0]
+    if output is not None:
+        if output.exists():
+            raise UserError(f"{output} exists: remove it, or choose another --output")
+        require_writable(output.parent)
+    low, high = load_ends(target)
+    _require_ends(target, low, high)
+    validation = _validation(low, high)
+    given = max(FRAMES, low.config.network.history)
+    if low.config.family.snapshots <= given:
+        raise UserError(
+            f"the validation data have {low.config.family.snapshots} snapshots, of which {given} are given: "
+            "train the experts with more family.snapshots"
+        )
+    fitted = fit_scale(low, high, validation, given)
+    if not math.isfinite(fitted["errors"][str(fitted["gamma"])]):
+        raise UserError(f"rollouts of {low.path} and {high.path} on the validation data are not finite at any gamma")
+    bends = bend(low, high, _probes(validation, low.config.network.history))
+    found = {
+        "gamma": fitted["gamma"],
+        "errors": {gamma: finite(error) for gamma, error in fitted["errors"].items()},
+        "straight": straight_to(bends),
+        "bend": {f"{alpha + 0.0:+.2f}": finite(value) for alpha, value in bends.items()},
+        "family": low.config.family.name,
+        "split": SPLIT,
+        "regimes": [{"coordinate": r.coordinate, "value": r.value, "trajectories": len(r.fields)} for r in validation],
+        "given_frames": given,
+        "experts": {"low": state_record(low), "high": state_record(high)},
+        "versions": versions(),
+    }
+    if output is not None:
+        write_text(output, json.dumps(found, indent=2) + "\n")
+    print("\n".join(_lines(found)), flush=True)
+    return found
+
+
+def _require_ends(target: Target, low: Expert, high: Expert) -> None:
+    """Refuse experts at the wrong ends, and coordinates of which gamma would mean something else than of s."""
+    for expert, other in ((low, "endpoint_high"), (high, "endpoint_low")):
+        if expert.config.splits == [other]:
+            raise UserError(
+                f"{expert.path} was trained on {other} and stands at the other end: exchange the two models"
+            )
+    assert target.composition
+    family, log = low.config.family.family(), any(singles(target.words.parameters.get("log", False)))
+    for ends in target.composition.layout.ends.values():
+        as_parameter = all(map(math.isclose, ends, (family.low, family.high))) and log == (family.scale == "log")
+        if not as_parameter and (ends != (-1, 1) or log):
+            raise UserError(
+                f"{target.output}: gamma is fitted for {family.low:g} and {family.high:g} as the models' coordinates, "
+                f"with `log: {str(family.scale == 'log').lower()}` under parameters: write these"
+            )
+
+
+def _validation(low: Expert, high: Expert) -> list[Trajectories]:
+    family, folder = low.config.family.family(), low.config.family.folder()
+    regimes, theirs = (
+        [regime for regime in data.regimes(one.config.family.family(), folder) if regime.split == SPLIT]
+        for one in (low, high)
+    )
+    if [regime.request for regime in regimes] != [regime.request for regime in theirs]:
+        raise UserError(
+            f"{low.path} and {high.path} have different validation data of the family {family.name}: "
+            "train them with the same grid, snapshots and seed of the family"
+        )
+    for regime in regimes:
+        if not regime.path.exists():
+            raise UserError(
+                f"the validation data {regime.path} do not exist: make them with `shodh expert data --config CONFIG`, "
+                f"with the config that {low.path} was trained with"
+            )
+    return data.read_split(family, folder, SPLIT)
+
+
+def _probes(regimes: list[Trajectories], history: int) -> Tensor:
+    """States from the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
+    return torch.cat(
+        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
+    )
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    gamma, errors = found["gamma"], found["errors"]
+    places = ", ".join(f"{regime['coordinate']:+g}" for regime in found["regimes"])
+    shown = {float(key): math.inf if error is None else error for key, error in errors.items()}
+    more = shown[1.0] / shown[gamma] - 1 if shown[gamma] else 0.0
+    lines = [
+        f"{found['family']}, validation regimes at s = {places}; nRMSE after the first {found['given_frames']} frames"
+    ]
+    lines += ["", "gamma   error"]
+    lines += [f"{key:5.1f}   {error:.4g}{'   smallest' if key == gamma else ''}" for key, error in shown.items()]
+    lines += ["", f"gamma = 1: error {shown[1.0]:.4g}, {more:.1%} more than at {gamma:g}"]
+    if gamma in (GAMMAS[0], GAMMAS[-1]):
+        lines.append(f"gamma {gamma:g} is at the end of what was tried: the coordinates say little about these experts")
+    lines += ["", "alpha    bend"]
+    lines += [f"{alpha}   {math.nan if value is None else value:.3f}" for alpha, value in found["bend"].items()]
+    lines += ["", f"straight (bend at most {TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]
+    return [*lines, "", "under parameters:", f"gamma: {gamma:g}", f"straight: {found['straight']:g}"]

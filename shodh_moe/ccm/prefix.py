@@ -1,0 +1,176 @@
+"""`shodh merge prefix`: an alpha from the first frames of a user's own trajectories, and the merge there."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+from torch import Tensor
+
+from shodh_moe.ccm import data, pdebench
+from shodh_moe.ccm.ends import finite, load_ends
+from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
+from shodh_moe.errors import UserError
+from shodh_moe.files import sha256
+from shodh_moe.merging import merge
+from shodh_moe.merging.checks import require_apart
+from shodh_moe.merging.config import load_targets
+from shodh_moe.merging.merge import parse_size
+from shodh_moe.merging.sources import open_source
+
+TRAJECTORIES = 16  # of the file that are looked at; published files have a thousand, of which each says much the same
+
+
+def merge_by_prefix(
+    config: Path,
+    file: Path,
+    frames: int = FRAMES,
+    output: Path | None = None,
+    memory_limit: str = "1GiB",
+    out_shard_size: str = "5GB",
+) -> Path:
+    """Merge the two experts of a ccm config at the alpha that predicts the first frames of ``file`` best.
+
+    Args:
+        config, output, memory_limit, out_shard_size: as `merge` takes them; the config's alpha or coordinate does not
+            count. The memory limit is for the merge, after the networks are gone.
+        file: trajectories of one regime, a file of a family or of PDEBench.
+        frames: how many frames of it are looked at, K.
+
+    Returns:
+        the new folder.
+
+    Raises:
+        UserError: as `merge`; also the models are no experts of one network and family, the file is missing, damaged,
+            too short, of other channels or another time step, or no prediction of it is finite.
+    """
+    for size in (memory_limit, out_shard_size):
+        parse_size(size)
+    target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
+    require_apart(target)
+    for path in target.paths:
+        open_source(path)  # what cannot be merged need not be loaded
+    prefix, facts = _fit(*load_ends(target), file, frames)
+    print("\n".join(_lines(prefix, file)), flush=True)
+    for warning in _warnings(prefix):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    found = {"found": "prefix", "value": prefix.alpha, **facts}
+    _give_back_memory()
+    return merge(config, output, memory_limit, out_shard_size, found=found)[0]
+
+
+class Input(NamedTuple):
+    """``fields``: [N, T, C, H, W] float32; ``interval``: time between frames; ``channels``: their names."""
+
+    fields: Tensor
+    interval: float
+    channels: tuple[str, ...]
+
+
+def read_input(path: Path) -> Input:
+    """The first trajectories of a file of a family, or of PDEBench.
+
+    Raises:
+        UserError: it is missing, damaged, neither of them, or has values that are not finite.
+    """
+    remedy = "give a file of a family (`shodh expert data`) or of PDEBench"
+    try:
+        with h5py.File(path, "r") as file:
+            ours = "tensor" in file
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as HDF5 ({error}): {remedy}") from None
+    kind: Any = data if ours else pdebench
+    found = kind.read(path, 0, TRAJECTORIES)
+    if found.fields.ndim != 5 or not len(found.fields) or found.fields.shape[2] != len(found.channels):
+        shape = list(found.fields.shape)
+        raise UserError(f"{path}: tensor has shape {shape} and {len(found.channels)} channels have names: {remedy}")
+    return Input(found.fields, found.interval, found.channels)
+
+
+def _give_back_memory() -> None:
+    """Hand freed memory back to the system, which counts towards the merge's limit; outside glibc do nothing."""
+    if sys.platform.startswith("linux"):
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
+    """The prefix of a file, and what the manifest says of it."""
+    found = read_input(path)
+    family, network = low.config.family.family(), low.config.network
+    if found.channels != family.channels:
+        raise UserError(
+            f"{path} has the channels {', '.join(found.channels)}, and the experts, of {family.name}, "
+            f"{', '.join(family.channels)}: give trajectories of the same equation"
+        )
+    if found.fields.shape[1] < 2:
+        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer one")
+    every = max(1, round(family.interval / found.interval)) if found.interval > 0 else 0
+    if not every or not math.isclose(every * found.interval, family.interval, rel_tol=1e-3):
+        raise UserError(
+            f"{path} has a frame every {found.interval:g}, and the experts predict {family.interval:g} ahead: "
+            "give a file of that interval, or of a whole fraction of it"
+        )
+    fields = found.fields[:, ::every]
+    if fields.shape[1] < frames:
+        steps = f" {family.interval:g} apart" if every > 1 else ""
+        raise UserError(
+            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer one, or fewer --frames"
+        )
+    if frames <= network.history:
+        raise UserError(f"--frames {frames}: the network sees {network.history}, give at least {network.history + 1}")
+    prefix = fit_prefix(low, high, fields[:, :frames], frames)
+    if not math.isfinite(prefix.error):
+        raise UserError(
+            f"{path}: at no alpha the error of its first {frames} frames is finite: a frame is zero everywhere, or "
+            "values are far from those that the experts were trained on"
+        )
+    # Four digits: last bits differ between devices and numbers of threads, and the same merge must be known again.
+    record = {
+        "file": str(path),
+        "sha256": sha256(path),
+        "trajectories": len(fields),
+        "every": every,
+        "frames": frames,
+        "error": finite(prefix.error, 4),
+        "sharpness": finite(prefix.sharpness, 4),
+        "flat": prefix.flat,
+        "bank": {alpha: finite(error, 4) for alpha, error in prefix.bank.items()},
+    }
+    return prefix, record
+
+
+def _lines(prefix: Prefix, path: Path) -> list[str]:
+    lines = [f"nRMSE on the first {prefix.frames} frames of {path}", "", "alpha   error"]
+    lines += [f"{alpha}   {error:.4g}" for alpha, error in prefix.bank.items()]
+    return [*lines, "", f"alpha {prefix.alpha:+.3f}: error {prefix.error:.4g}, {_sharpness(prefix)}"]
+
+
+def _sharpness(prefix: Prefix) -> str:
+    rise = "infinitely more" if math.isinf(prefix.sharpness) else f"{prefix.sharpness:+.1%}"
+    return f"{rise} at {BANK[1] - BANK[0]:g} away from it"
+
+
+def _warnings(prefix: Prefix) -> list[str]:
+    warnings = []
+    at_end = abs(prefix.alpha) >= BANK[-1]
+    if at_end:
+        warnings.append(
+            f"alpha {prefix.alpha:+g} is at the end of the bank, and the best one may lie beyond it: expect less than "
+            "between the experts"
+        )
+    # At the end the error may well be smaller further out, which is not flat.
+    if prefix.flat and not (at_end and prefix.sharpness < -FLAT):
+        warnings.append(
+            f"the optimum is flat: {_sharpness(prefix)}, less than {FLAT:.0%}, so these frames hardly tell one alpha "
+            "from another: give more frames or trajectories, or use the coordinate"
+        )
+    return warnings

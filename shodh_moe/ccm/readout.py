@@ -76,7 +76,7 @@ class Prefix:
 
     Attributes:
         alpha: the best one.
-        error: its nRMSE on the frames.
+        error: its nRMSE on the frames; infinite where no alpha has a finite one.
         sharpness: by how much more, relatively, the error is a step of the bank (0.25) away on either side, the
             smaller of both; below `FLAT` the frames hardly tell one alpha from another.
         bank: error by alpha.
@@ -104,7 +104,7 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
         fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are looked at.
 
     Raises:
-        UserError: there are too few frames, also for the network's history, or no alpha has a finite error.
+        UserError: there are fewer frames than that, or too few for the network's history.
     """
     history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
@@ -123,11 +123,9 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     alpha, smallest = golden_section(error, max(best - step, BANK[0]), min(best + step, BANK[-1]))
     if bank[best] <= smallest:
         alpha, smallest = best, bank[best]
-    if math.isinf(smallest):
-        raise UserError("no prediction within the prefix is finite at any alpha: look at its values")
     # Beyond the bank's end too: an optimum there is not flat because one side is missing.
     beside = min(error(alpha - step), error(alpha + step))
-    sharpness = beside / smallest - 1 if smallest > 0 else float("inf")
+    sharpness = math.inf if smallest == 0 else beside / smallest - 1 if math.isfinite(smallest) else 0.0
     return Prefix(alpha, smallest, sharpness, {f"{key:+.2f}": value for key, value in bank.items()}, frames)
 
 

@@ -115,7 +115,7 @@ FAMILIES = {
         "reaction_diffusion", "diffusivity", 2e-3, 6e-3, "log", ReactionDiffusion(), interval=0.25
     ),
     "navier_stokes": Family("navier_stokes", "viscosity", 3e-3, 1.1e-2, "linear", NavierStokes(), interval=0.5),
-    "shallow_water": Family("shallow_water", "gravity", 0.5, 2.0, "log", ShallowWater(), interval=0.1),
+    "shallow_water": Family("shallow_water", "gravity", 0.4, 2.5, "log", ShallowWater(), interval=0.1),
     # Its parameter is in the state: a network sees how high the dam is, and needs no experts to tell.
     "dam_height": Family("dam_height", "dam_height", 1.5, 2.5, "linear", ShallowWater(), interval=0.1),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -11,8 +12,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from shodh_moe.errors import UserError
+
+
+def finite_json(tree: Any) -> Any:
+    """For JSON, which has neither NaN nor infinity: None in their place, in dictionaries and lists too."""
+    if isinstance(tree, dict):
+        return {key: finite_json(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [finite_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def sha256(path: Path) -> str:

@@ -1,9 +1,10 @@
-"""Settings of the C library's allocator for training on a CPU."""
+"""The C library's allocator: what it keeps and gives back."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 
 # Parameter numbers of glibc's mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -24,3 +25,10 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 64 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Hand what is freed, and kept by `keep_freed_memory`, back to the system. Does nothing outside glibc."""
+    if sys.platform.startswith("linux"):
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
+from shodh_moe.memory import give_back_freed_memory
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
@@ -61,7 +60,7 @@ def merge_by_prefix(
     for warning in _warnings(prefix):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     found = {"found": "prefix", "value": prefix.alpha, **facts}
-    _give_back_memory()
+    give_back_freed_memory()  # which would count towards the limit
     return merge(config, output, memory_limit, out_shard_size, found=found)[0]
 
 
@@ -93,13 +92,6 @@ def read_input(path: Path) -> Input:
         shape = list(found.fields.shape)
         raise UserError(f"{path}: tensor has shape {shape} and {len(found.channels)} channels have names: {remedy}")
     return Input(found.fields, found.interval, found.channels)
-
-
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system, which counts towards the merge's limit; outside glibc do nothing."""
-    if sys.platform.startswith("linux"):
-        with suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import image as image_summary
 
-from shodh_moe.files import write_text
+from shodh_moe.files import finite_json, write_text
 from shodh_moe.training.event_file import EventFile, append
 
 COLUMNS = 256  # of a load map at most
@@ -94,7 +93,7 @@ class Log:
         """One record with ``step`` and ``kind``; its numbers become scalars ``<kind>/<key>``, its routing
         ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
         """
-        record = _finite(record)
+        record = finite_json(record)
         append(self.path, (json.dumps(record, allow_nan=False) + "\n").encode())
         kind, routing = record["kind"], record.get("routing") or []
         scalars: dict[str, float] = {}
@@ -119,14 +118,6 @@ class Log:
     def close(self) -> None:
         if self._records % RECORDS_PER_MAP:
             self._draw()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(tag: str, value: Any, scalars: dict[str, float]) -> None:

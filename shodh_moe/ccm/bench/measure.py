@@ -7,7 +7,6 @@ What is tuned is tuned on the validation split. The test splits (interpolation, 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_e
 from shodh_moe.ccm.straightness import bend, straight_to
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config_io import fingerprint
-from shodh_moe.files import write_text
+from shodh_moe.files import finite_json, write_text
 
 VERSION = 1  # raised when the same experts would give other numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
@@ -97,7 +96,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if example is not None:
         np.savez(path.with_suffix(".npz"), allow_pickle=False, **example)
-    write_text(path, json.dumps(_without_nan(result), indent=1) + "\n")
+    write_text(path, json.dumps(finite_json(result), indent=1) + "\n")
     return path
 
 
@@ -176,12 +175,3 @@ class _Choices:
 
         images = {"truth": fields[0, -1, 0], **{name: last(expert) for name, expert in shown.items()}}
         return {**{name: image.numpy() for name, image in images.items()}, "coordinate": np.float64(s)}
-
-
-def _without_nan(tree: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(tree, dict):
-        return {key: _without_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

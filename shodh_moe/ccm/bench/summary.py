@@ -13,6 +13,7 @@ from shodh_moe.ccm.bench.bootstrap import Array
 from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS
 from shodh_moe.ccm.bench.tables import markdown
 from shodh_moe.errors import UserError
+from shodh_moe.files import finite_json
 
 __all__ = ["GROUPS", "markdown", "summarise"]
 
@@ -54,7 +55,7 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         "cpu_seconds": sum(sum(family["cpu_seconds"].values()) for family in families.values()),
         "resamples": bootstrap.RESAMPLES,
     }
-    return _plain(summary)
+    return finite_json(summary)
 
 
 def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
@@ -163,12 +164,3 @@ def _require_same(results: list[dict[str, Any]]) -> None:
 def _error(value: float | None) -> float:
     """A number of a result file; what blew up is infinite."""
     return float("inf") if value is None or np.isnan(value) else float(value)
-
-
-def _plain(value: Any) -> Any:
-    """For JSON, which has no infinite numbers: None instead."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

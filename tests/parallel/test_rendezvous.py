@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shodh_moe.errors import UserError
+from shodh_moe.parallel.launch import free_port
 from shodh_moe.parallel.rendezvous import agree, join, versions
 
 FACTS = {"training.batch_size": 16, "model.dim": 128, "data.grid": [32, 32, 32]}
@@ -107,12 +107,6 @@ def test_variables_that_are_no_numbers(monkeypatch, variable, value):
 # ---- real processes ----
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _process(rank: int, world: int, port: int, facts: dict[str, Any], timeout: float, result: str) -> None:
     variables = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in variables.items()})
@@ -135,7 +129,7 @@ def _processes(
     """Outcome of each rank, which all must reach well before the timeout unless one is absent."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "shodh_moe.parallel.rendezvous", __name__])
-    port, here = _free_port(), [rank for rank in range(len(worlds)) if rank != absent]
+    port, here = free_port(), [rank for rank in range(len(worlds)) if rank != absent]
     files = {rank: folder / f"{rank}.json" for rank in here}
     processes = [
         context.Process(

@@ -28,7 +28,6 @@ from shodh_moe.cli import main as shodh
 from shodh_moe.command import OneLineParser, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint, load_config, read_yaml
-from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
 from shodh_moe.paths import paths_of
 
@@ -143,7 +142,8 @@ class Bench:
             ):
                 code = shodh(["evaluate", *what, *settings])
             if code:
-                raise UserError(f"measuring {row} at {regime.viscosity:g} failed: see the end of {log}")
+                print(f"error: measuring {row} at {regime.viscosity:g} failed: see the end of {log}", file=sys.stderr)
+                raise SystemExit(code)
         metrics = json.loads((folder / "metrics.json").read_text())
         manifest = checkpoint / "merge.json"
         found = {"low": -1.0, "high": 1.0}.get(row)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import COMPRESSION, Config, RunConfig
 from shodh_moe.config_io import differing_keys, flatten
 from shodh_moe.environment import describe_environment
@@ -58,6 +59,10 @@ def check(config: Config) -> None:
         require_fit(load_tokenizer(paths_of(config).tokenizer), config)
     claim_run_folder(config, write=False)
     paths = paths_of(config)
+    if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a run that goes on needs its start no more
+        start = Path(config.start)
+        if not (start / "checkpoints").is_dir() and not (start / "state.json").is_file():
+            raise UserError(f"start: {start} is no run folder and no checkpoint: give one of the same network, or null")
     require_writable(paths.run)
     for made in (paths.dataset, paths.tokenizer, paths.latents):
         if not made.exists():

@@ -183,6 +183,23 @@ def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key, missing) != flat_b.get(key, missing))
 
 
+# Model settings that neither shape the weights nor change a prediction, in which no token is dropped.
+_FREE_OF_MODEL = {
+    "moe.dropless",
+    "moe.capacity_factor",
+    "moe.min_capacity",
+    "moe.drop_order",
+    "moe.router.temperature",
+    "moe.router.balance_weight",
+    "moe.router.z_weight",
+}
+
+
+def differing_model_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Keys of two ``model`` sections whose values make the same weights another model."""
+    return [key for key in differing_keys(a, b) if key not in _FREE_OF_MODEL]
+
+
 def fingerprint(*parts: Any) -> str:
     """Eight hex digits that change when any of the JSON-like parts does."""
     text = json.dumps(parts, sort_keys=True, default=str)

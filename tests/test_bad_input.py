@@ -203,6 +203,12 @@ def test_a_tokenizer_of_another_grid(dataset: Path, capfd: pytest.CaptureFixture
     assert tree(dataset.parent) == before
 
 
+def test_a_start_that_is_not_there(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = tree(here)
+    refused(capfd, "run", "--config", "tiny.yaml", "start=nowhere", says=("start: nowhere is no run folder", "or null"))
+    assert tree(here) == before
+
+
 def rewrite(key: str, value: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "tokenizer.json"

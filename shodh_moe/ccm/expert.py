@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
 from shodh_moe.ccm.windows import Scale
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
+from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
 from shodh_moe.errors import UserError
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
@@ -99,13 +99,16 @@ def described(path: Path) -> tuple[ExpertConfig, Scale]:
         raise UserError(f"checkpoint {path} is not one of an expert of this version ({error})") from error
 
 
-def anchor_scale(config: ExpertConfig) -> Scale:
-    """The units of the anchor that a config starts from.
+def units_of_start(config: ExpertConfig) -> Scale:
+    """The units of the anchor that a config starts from; a run that goes on has them itself, and needs no anchor.
 
     Raises:
         UserError: there is no usable anchor, or its network or fields are others.
     """
     assert config.start
+    run = Path(config.runs) / config.name
+    if list_checkpoints(run / "checkpoints"):
+        return described(checkpoint_of(run))[1]
     path = checkpoint_of(Path(config.start))
     anchor, scale = described(path)
     if anchor.network != config.network:

@@ -9,7 +9,7 @@ import torch
 
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
-from shodh_moe.ccm.expert import anchor_scale
+from shodh_moe.ccm.expert import units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import claim_run_folder, processes, write_environment
 from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
@@ -36,7 +36,7 @@ def check(config: ExpertConfig) -> None:
     coordinates = {regime.coordinate for regime in regimes}
     DomainSampler(tuple(1 for _ in coordinates), config.training.batch_size, config.seed, world)
     if config.start:
-        anchor_scale(config)
+        units_of_start(config)
     claim_run_folder(config, write=False)
     require_writable(Path(config.runs) / config.name)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.data import read_split
-from shodh_moe.ccm.expert import anchor_scale, facts_of, make_network
+from shodh_moe.ccm.expert import facts_of, make_network, units_of_start
 from shodh_moe.ccm.windows import Scale, Windows
 from shodh_moe.config_io import flatten
 from shodh_moe.operators import nrmse, rollout
@@ -56,7 +56,7 @@ class _ExpertTask:
         family, folder, t = config.family.family(), config.family.folder(), config.training
         regimes = [regime for split in config.splits for regime in read_split(family, folder, split)]
         # Experts of one anchor work in its units, or their weights could not be merged.
-        scale = on_rank_0(lambda: anchor_scale(config)) if config.start else None
+        scale = on_rank_0(lambda: units_of_start(config)) if config.start else None
         scale = scale or Scale.of(regimes)
         self._config, self._family, self._scale = config, family, scale
         self._windows = Windows(regimes, scale, config.network.history + max(config.rollout))
@@ -70,6 +70,9 @@ class _ExpertTask:
         self._nonfinite = NonFinite(t.on_nonfinite, run, self._windows)
         self._batches: list[MicroBatch] = []
         self._unrolled = config.rollout[0]
+
+    def check_start(self, state: dict[str, Any]) -> str | None:
+        return None  # `units_of_start` has looked
 
     def begin(self, step: int, logs: bool) -> None:
         lengths = self._config.rollout

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
 from shodh_moe.config import Config, ModelConfig
-from shodh_moe.config_io import differing_keys, flatten, load_config
+from shodh_moe.config_io import differing_model_keys, flatten, load_config
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
 from shodh_moe.model import LatentTransformer
@@ -28,16 +28,6 @@ from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 EXPORT_FORMAT = 1
-# Model settings that neither shape the weights nor change a prediction, in which no token is dropped.
-FREE_KEYS = {
-    "moe.dropless",
-    "moe.capacity_factor",
-    "moe.min_capacity",
-    "moe.drop_order",
-    "moe.router.temperature",
-    "moe.router.balance_weight",
-    "moe.router.z_weight",
-}
 
 
 @dataclass(frozen=True)
@@ -194,8 +184,7 @@ def _require_same_shapes(path: Path, transformer: LatentTransformer, weights: di
 def _require_same_settings(source: Source, model: ModelConfig) -> None:
     """Shapes do not show everything, such as the floor of the routers' temperature."""
     theirs, ours = source.config.model.model_dump(), model.model_dump()
-    differing = [key for key in differing_keys(theirs, ours) if key not in FREE_KEYS]
-    if differing:
+    if differing := differing_model_keys(theirs, ours):
         flat_theirs, flat_ours = flatten(theirs), flatten(ours)
         named = [f"model.{key} ({flat_theirs.get(key)} there, {flat_ours.get(key)} here)" for key in differing]
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shodh_moe.config_io import differing_keys
+from shodh_moe.config_io import differing_model_keys
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable
 from shodh_moe.merging.config import Target
@@ -51,11 +51,9 @@ def require_same_architecture(sources: list[Source]) -> None:
     """
     checkpoints = [source for source in sources if source.state]
     for other in checkpoints[1:]:
-        from shodh_moe.evaluation.loading import FREE_KEYS  # heavy, and seldom needed
-
         first = checkpoints[0]
         a, b = (one.state.get("config", {}).get("model", {}) for one in (first, other))
-        if differing := [key for key in differing_keys(a, b) if key not in FREE_KEYS]:
+        if differing := differing_model_keys(a, b):
             raise UserError(
                 f"{first.path} and {other.path} are different models: model.{differing[0]}{_more(differing)}"
             )

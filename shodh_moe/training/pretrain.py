@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from shodh_moe.config import Config
-from shodh_moe.config_io import flatten
+from shodh_moe.config_io import differing_model_keys, flatten
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
@@ -103,6 +103,13 @@ class _LatentTask:
         self._exchanges: list[Exchange] = []
         self._tells = False
         self.tokens = _tokens(config, list(grid))
+
+    def check_start(self, state: dict[str, Any]) -> str | None:
+        if differing := differing_model_keys(state["config"]["model"], self._config.model.model_dump()):
+            return f"it is of another model, which differs in {', '.join(f'model.{key}' for key in differing)}"
+        if state.get("tokenizer_sha256") != self.facts["tokenizer_sha256"]:
+            return "it was trained on latents of another tokenizer: name that one with tokenizer.path"
+        return None
 
     def begin(self, step: int, logs: bool) -> None:
         last = step == self._config.training.steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,15 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
     return found, state
 
 
-def weights_from(path: Path, engine: Engine) -> dict[str, Any]:
+class Starts(Protocol):
+    """The part of `trainer.Task` that `weights_from` needs."""
+
+    engine: Engine
+
+    def check_start(self, state: dict[str, Any]) -> str | None: ...
+
+
+def weights_from(path: Path, task: Starts) -> dict[str, Any]:
     """Load the weights of another run to begin a new one from (collective).
 
     Args:
@@ -52,13 +60,13 @@ def weights_from(path: Path, engine: Engine) -> dict[str, Any]:
     Raises:
         UserError: on rank 0, if there is none, or its tensors are not those of this network; the others end quietly.
     """
-    shapes = {name: shape for name, shape in engine.shapes().items() if name.startswith("model/")}
-    found: dict[str, Any] = on_rank_0(lambda: _find_weights(path, shapes))
-    engine.load_weights(CheckpointReader(Path(found["path"])))
+    found: dict[str, Any] = on_rank_0(lambda: _find_weights(path, task))
+    task.engine.load_weights(CheckpointReader(Path(found["path"])))
     return found
 
 
-def _find_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
+    shapes = {name: shape for name, shape in task.engine.shapes().items() if name.startswith("model/")}
     remedy = "start: give a run folder or a checkpoint of the same network"
     if (path / "checkpoints").is_dir():
         found = find_checkpoint(path / "checkpoints")
@@ -69,7 +77,7 @@ def _find_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
         raise UserError(f"cannot start from {path}: {reason}; {remedy}")
     state = CheckpointReader(path).state
     weights = {name: record for name, record in state["tensors"].items() if name.startswith("model/")}
-    if reason := mismatch({"tensors": weights}, shapes):
+    if reason := mismatch({"tensors": weights}, shapes) or task.check_start(state):
         raise UserError(f"cannot start from {path}: {reason}; {remedy}")
     return {"path": str(path), "step": state["step"], "sha256": state["sha256"]}
 

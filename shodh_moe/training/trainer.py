@@ -49,6 +49,9 @@ class Task(Protocol):
     tokens: int
     facts: dict[str, Any]
 
+    def check_start(self, state: dict[str, Any]) -> str | None:
+        """Why the weights of another run, with this ``state.json``, would mean something else here; None if not."""
+
     def begin(self, step: int, logs: bool) -> None:
         """Before the micro-batches of the step that ends as ``step``; ``logs``: a record will be written of it."""
 
@@ -104,7 +107,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
 
     checkpoints = run / "checkpoints"
     found, state = start_from(checkpoints, resume, engine)
-    origin = found["start"] if found else weights_from(Path(config.start), engine) if config.start else None
+    origin = found["start"] if found else weights_from(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)

@@ -107,12 +107,15 @@ def test_goes_on_bit_for_bit_and_remembers_its_start(folder, origin):
     assert CheckpointReader(broken / "checkpoints" / "2").state["start"] == first
 
 
-@pytest.mark.parametrize("what", ["missing", "another network", "damaged"])
+@pytest.mark.parametrize("what", ["missing", "another network", "another meaning", "damaged"])
 def test_refuses_in_one_line_of_rank_0(folder, origin, what):
     start, settings, says = folder / "nowhere", (), "it does not exist"
     if what == "another network":
         start, settings = origin, ("model.moe.expert_hidden=24",)
         says = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here"
+    if what == "another meaning":  # of the same shapes
+        start, settings = origin, ("model.moe.router.min_temperature=0.02",)
+        says = "it is of another model, which differs in model.moe.router.min_temperature"
     if what == "damaged":
         start = folder / "hurt"
         shutil.copytree(origin / "checkpoints" / "2", start)

@@ -17,8 +17,8 @@ from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import golden_section, rollout_errors
 from shodh_moe.operators import rollout_loss
 
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-DENSITIES = (0.2, 0.5, 0.8)
+SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)
+DENSITIES = (0.1, 0.2, 0.5, 0.8)
 ORACLE_REACH = 2.0
 
 

@@ -25,7 +25,7 @@ class FineTuning(Section):
 
     steps: Positive = 40
     batch_size: Positive = 16
-    learning_rates: list[PositiveFloat] = Field([3e-4, 1e-3, 3e-3], description="one is chosen on validation regimes")
+    learning_rates: list[PositiveFloat] = Field([1e-3, 3e-3, 1e-2], description="one is chosen on validation regimes")
 
 
 class FamilyBench(Section):

@@ -25,7 +25,7 @@ from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config_io import fingerprint
 from shodh_moe.files import finite_json, write_text
 
-VERSION = 1  # raised when the same experts would give other numbers
+VERSION = 2  # raised when the same experts would give other numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
 CURVE = tuple(step / 4 for step in range(-8, 9))
 PROBES = 8  # trajectories of each support regime that straightness is looked at with

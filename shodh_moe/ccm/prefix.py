@@ -16,7 +16,6 @@ from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
-from shodh_moe.memory import give_back_freed_memory
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
@@ -60,7 +59,6 @@ def merge_by_prefix(
     for warning in _warnings(prefix):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     found = {"found": "prefix", "value": prefix.alpha, **facts}
-    give_back_freed_memory()  # which would count towards the limit
     return merge(config, output, memory_limit, out_shard_size, found=found)[0]
 
 

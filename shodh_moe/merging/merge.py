@@ -14,6 +14,7 @@ import psutil
 
 from shodh_moe.errors import UserError
 from shodh_moe.files import disk_trouble
+from shodh_moe.memory import give_back_freed_memory
 from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
@@ -45,6 +46,12 @@ def parse_size(text: str) -> int:
     if not match or unit is None:
         raise UserError(f"{text!r} is no size: write it as 512MiB, 1GiB or 5GB")
     return int(float(match[1]) * unit)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now, without what is only kept for later."""
+    give_back_freed_memory()
+    return int(psutil.Process().memory_info().rss)
 
 
 def merge(
@@ -167,7 +174,7 @@ def _run(plans: list[_Plan], sources: dict[str, Source], limit: int) -> None:
         for path in paths:
             readers[path] = SourceReader(sources[path], order)
             stack.callback(readers[path].close)
-        free = limit - psutil.Process().memory_info().rss - RESERVE
+        free = limit - resident() - RESERVE
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
         jobs: list[Job] = []
         try:

@@ -17,6 +17,7 @@ from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
 from shodh_moe.ccm.bench.jobs import Job, read_cost, resolve_jobs, run_jobs
 from shodh_moe.ccm.bench.measure import load_path, measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
+from shodh_moe.ccm.bench.rows import family_title
 from shodh_moe.ccm.bench.summary import markdown, summarise
 from shodh_moe.checks import claim_run_folder
 from shodh_moe.environment import describe_environment
@@ -74,7 +75,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
         if example.exists():
             with np.load(example) as arrays:  # allow_pickle is off
                 images = {name: arrays[name] for name in arrays.files}
-            title = f"{key.replace('_', ' ')} at s = {float(images.pop('coordinate')):+.2f}, last frame"
+            title = f"{family_title(key)} at s = {float(images.pop('coordinate')):+.2f}, last frame"
             draw_fields(images, title, folder / f"fields_{key}.png")
             pictures.append(folder / f"fields_{key}.png")
     if output:

@@ -21,7 +21,7 @@ import torch
 
 from shodh_moe.checks import processes
 from shodh_moe.config import RunConfig
-from shodh_moe.errors import UserError
+from shodh_moe.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.parallel.hostfile import Host, read_hostfile
 from shodh_moe.parallel.launch import free_port
 from shodh_moe.parallel.probe import probe_hosts
@@ -42,11 +42,15 @@ _QUOTABLE = re.compile(r"[^\"$`\\%\n]*")
 
 
 class TrainingFailed(Exception):
-    """The launcher came back with an error that it has already printed."""
+    """The launcher came back with an error that it has already printed, and with a rank's exit code.
 
-    def __init__(self, exit_code: int):
-        super().__init__(f"training ended with exit code {exit_code}")
-        self.exit_code = exit_code
+    Attributes:
+        exit_code: what our own process shall end with: a code that has a meaning stays, every other is 1.
+    """
+
+    def __init__(self, code: int):
+        self.exit_code = code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else EXIT_FAILED
+        super().__init__(f"training ended with exit code {self.exit_code}")
 
 
 def launch_ranks(config: RunConfig, run: Path, resume: str, module: str = "shodh_moe.training") -> int:

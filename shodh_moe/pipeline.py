@@ -16,7 +16,7 @@ from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
-from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.errors import UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
 from shodh_moe.launcher import TrainingFailed, launch_ranks
@@ -112,7 +112,7 @@ def pretrain(config: Config, resume: str = "auto") -> Path:
     open_run_folder(config)
     began = time.perf_counter()
     if code := launch_ranks(config, paths.run, resume):
-        raise TrainingFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
+        raise TrainingFailed(code)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None or found[1]["step"] < config.training.steps:
         raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")

@@ -10,15 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from shodh_moe.ccm import data
 from shodh_moe.ccm.data import Trajectories
 from shodh_moe.ccm.ends import finite, load_ends, state_record
 from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import FRAMES, GAMMAS, fit_scale
-from shodh_moe.ccm.straightness import TOLERANCE, bend, straight_to
+from shodh_moe.ccm.straightness import TOLERANCE, bend, probes, straight_to
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
 from shodh_moe.merging.config import Target, load_targets
@@ -26,7 +23,6 @@ from shodh_moe.merging.manifest import versions
 from shodh_moe.merging.settings import singles
 
 SPLIT = "validation"
-PROBES = 8  # trajectories of each regime that straightness is looked at with
 
 
 def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     fitted = fit_scale(low, high, validation, given)
     if not math.isfinite(fitted["errors"][str(fitted["gamma"])]):
         raise UserError(f"rollouts of {low.path} and {high.path} on the validation data are not finite at any gamma")
-    bends = bend(low, high, _probes(validation, low.config.network.history))
+    bends = bend(low, high, probes(validation, low.config.network.history))
     found = {
         "gamma": fitted["gamma"],
         "errors": {gamma: finite(error) for gamma, error in fitted["errors"].items()},
@@ -112,13 +108,6 @@ def _validation(low: Expert, high: Expert) -> list[Trajectories]:
                 f"with the config that {low.path} was trained with"
             )
     return data.read_split(family, folder, SPLIT)
-
-
-def _probes(regimes: list[Trajectories], history: int) -> Tensor:
-    """States from the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
-    return torch.cat(
-        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
-    )
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,9 @@ class Expert:
 
     def with_weights(self, weights: dict[str, Tensor]) -> Expert:
         """Another expert with a network of its own."""
-        network = make_network(self.config.network, len(self.scale.mean), self.config.seed)
+        network = copy.deepcopy(self.network)
         network.load_state_dict(weights)
-        device = next(self.network.parameters()).device
-        return Expert(self.path, self.config, self.scale, network.to(device).eval())
+        return Expert(self.path, self.config, self.scale, network)
 
     @torch.no_grad()
     def predict(self, frames_BTCHW: Tensor, steps: int, coordinate: float) -> Tensor:

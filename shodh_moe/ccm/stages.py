@@ -12,7 +12,7 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import claim_run_folder, processes, write_environment
-from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable
 from shodh_moe.launcher import TrainingFailed, launch_ranks
 from shodh_moe.training.deepspeed_config import deepspeed_config
@@ -69,6 +69,6 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     write_environment(run)
     began = time.perf_counter()
     if code := launch_ranks(config, run, resume, "shodh_moe.ccm"):
-        raise TrainingFailed(code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else 1)
+        raise TrainingFailed(code)
     print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
     return run

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from shodh_moe.ccm.compose import compose
+from shodh_moe.ccm.data import Trajectories
 from shodh_moe.ccm.expert import Expert
 
 ALPHAS = (0.0, 0.5, 1.25, 1.5, 1.75, 2.0)  # asked for on both sides
 TOLERANCE = 0.25
+PROBES = 8  # trajectories of each regime
+
+
+def probes(regimes: list[Trajectories], history: int) -> Tensor:
+    """From the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
+    return torch.cat(
+        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
+    )
 
 
 def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:

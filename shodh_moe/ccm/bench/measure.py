@@ -20,7 +20,7 @@ from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories, read_split
 from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
 from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_errors
-from shodh_moe.ccm.straightness import bend, straight_to
+from shodh_moe.ccm.straightness import bend, probes, straight_to
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config_io import fingerprint
 from shodh_moe.files import finite_json, write_text
@@ -28,7 +28,6 @@ from shodh_moe.files import finite_json, write_text
 VERSION = 2  # raised when the same experts would give other numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
 CURVE = tuple(step / 4 for step in range(-8, 9))
-PROBES = 8  # trajectories of each support regime that straightness is looked at with
 
 
 def result_path(config: BenchConfig, key: str, seed: int) -> Path:
@@ -68,9 +67,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
     family, folder = one.family.family(), one.family.folder()
     chosen = _Choices(one, experts, read_split(family, folder, "validation"))
     support = read_split(family, folder, "support")
-    history = one.network.history
-    probes = torch.cat([r.fields[:PROBES, t : t + history] for r in support for t in (0, r.fields.shape[1] // 2)])
-    bends = bend(experts["low"], experts["high"], probes)
+    bends = bend(experts["low"], experts["high"], probes(support, one.network.history))
     regimes, prefixes, example = [], [], None
     for split in TEST_SPLITS:
         for regime in read_split(family, folder, split):

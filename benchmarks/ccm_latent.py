@@ -225,7 +225,7 @@ def merge(bench: Bench, models: dict[str, Path]) -> Path:
     sweep: list[dict[str, Any]] = [{"name": "average", "parameters": {"alpha": 0.0}}]
     for value in values:
         for readout in READOUTS:
-            place = {"coordinate": value, "log": readout == "log"}
+            place = {"coordinate": value, "power": 0 if readout == "log" else 1}
             sweep.append({"name": f"{readout}_{value:g}", "parameters": place})
     sweep += [{"name": f"alpha_{a:g}", "parameters": {"alpha": a}} for a in ALPHAS if a not in (-1.0, 0.0, 1.0)]
     words = {**bench.words, "base_model": str(models["anchor"]), "sweep": sweep}

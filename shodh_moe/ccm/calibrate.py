@@ -80,13 +80,13 @@ def _require_ends(target: Target, low: Expert, high: Expert) -> None:
                 f"{expert.path} was trained on {other} and stands at the other end: exchange the two models"
             )
     assert target.composition
-    family, log = low.config.family.family(), any(singles(target.words.parameters.get("log", False)))
+    family, power = low.config.family.family(), singles(target.words.parameters.get("power", 1))[0]
     for ends in target.composition.layout.ends.values():
-        as_parameter = all(map(math.isclose, ends, (family.low, family.high))) and log == (family.scale == "log")
-        if not as_parameter and (ends != (-1, 1) or log):
+        as_parameter = all(map(math.isclose, ends, (family.low, family.high))) and power == family.power
+        if not as_parameter and (ends != (-1, 1) or power != 1):
             raise UserError(
                 f"{target.output}: gamma is fitted for {family.low:g} and {family.high:g} as the models' coordinates, "
-                f"with `log: {str(family.scale == 'log').lower()}` under parameters: write these"
+                f"with `power: {family.power:g}` under parameters: write these"
             )
 
 

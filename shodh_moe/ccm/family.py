@@ -1,7 +1,7 @@
 """Families of regimes: one equation, one physical parameter, and its values for training, validation and testing.
 
-A regime's place is its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter or in its
-logarithm.
+A regime's place is its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter, in its root
+or in its logarithm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shodh_moe.errors import UserError
+from shodh_moe.merging.axes import alpha_at
 from shodh_moe.solvers.planar import navier_stokes, reaction_diffusion, shallow_water
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes
 from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion
@@ -57,7 +58,7 @@ class Family:
         parameter: ``diffusivity`` (D_u, reaction-diffusion), ``viscosity`` (Navier-Stokes), ``dam_height`` or
             ``gravity`` (shallow water); with gravity dams have the height ``fixed_dam_height``.
         low, high: the parameter at s = -1 and +1.
-        scale: s is linear in the parameter (``linear``) or in its logarithm (``log``).
+        scale: s is linear in the parameter (``linear``), its root (``sqrt``) or its logarithm (``log``).
         settings: of the solver, which tell the equation.
         grid: cells a side.
         snapshots: stored states of a trajectory, the initial one among them.
@@ -71,7 +72,7 @@ class Family:
     parameter: Literal["diffusivity", "viscosity", "dam_height", "gravity"]
     low: float
     high: float
-    scale: Literal["log", "linear"]
+    scale: Literal["log", "sqrt", "linear"]
     settings: Settings
     interval: float
     grid: int = 48
@@ -85,13 +86,20 @@ class Family:
         """The parameter at coordinate s."""
         if self.scale == "log":
             return math.sqrt(self.low * self.high) * (self.high / self.low) ** (coordinate / 2)
+        if self.scale == "sqrt":
+            low, high = math.sqrt(self.low), math.sqrt(self.high)
+            root = (low + high) / 2 + coordinate * (high - low) / 2
+            return math.copysign(root**2, root)
         return (self.low + self.high) / 2 + coordinate * (self.high - self.low) / 2
 
     def coordinate(self, value: float) -> float:
         """The coordinate s of a value of the parameter; s is not limited to [-1, 1]."""
-        if self.scale == "log":
-            return math.log(value**2 / (self.low * self.high)) / math.log(self.high / self.low)
-        return (2 * value - self.low - self.high) / (self.high - self.low)
+        return alpha_at(value, self.low, self.high, self.power)
+
+    @property
+    def power(self) -> float:
+        """s is linear in the parameter to this power; 0 is the logarithm."""
+        return {"linear": 1.0, "sqrt": 0.5, "log": 0.0}[self.scale]
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -115,7 +123,7 @@ FAMILIES = {
         "reaction_diffusion", "diffusivity", 2e-3, 6e-3, "log", ReactionDiffusion(), interval=0.25
     ),
     "navier_stokes": Family("navier_stokes", "viscosity", 3e-3, 1.1e-2, "linear", NavierStokes(), interval=0.5),
-    "shallow_water": Family("shallow_water", "gravity", 0.4, 2.5, "log", ShallowWater(), interval=0.1),
+    "shallow_water": Family("shallow_water", "gravity", 0.4, 2.5, "sqrt", ShallowWater(), interval=0.1),
     # Its parameter is in the state: a network sees how high the dam is, and needs no experts to tell.
     "dam_height": Family("dam_height", "dam_height", 1.5, 2.5, "linear", ShallowWater(), interval=0.1),
 }

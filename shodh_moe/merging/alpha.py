@@ -42,7 +42,7 @@ def compose(
     """The target of a ccm merge, what the manifest says of its alpha, and warnings.
 
     Args:
-        shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``log`` and ``clip``.
+        shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``power`` and ``clip``.
         own: parameters of each model, by its path.
         base: whether there is a base model.
         found: an alpha that was chosen outside, under ``value``; it is all that the manifest says.
@@ -97,19 +97,20 @@ def _from_coordinate(
         raise UserError(f"{where}: a coordinate needs those of the models: add `coordinate` to each one's parameters")
     wanted = {axis: _number(value) for axis, value in _by_axis(shared, "coordinate", layout, where).items()}
     gamma = _numbers(shared, "gamma", layout, 1.0, where)
-    log = _by_axis(shared, "log", layout, where, False)
+    power = _numbers(shared, "power", layout, 1.0, where)
     unclipped, alphas, warnings = {}, {}, []
     for k, axis in enumerate(layout.axes):
         low, high = layout.ends[axis]
-        if not isinstance(log[axis], bool):
-            raise UserError(f"{where}: log is true or false, not {log[axis]}")
-        if log[axis] and min(low, wanted[axis]) <= 0:
+        if power[axis] != 1 and min(low, wanted[axis]) <= 0:
             first = next(model for model, place in zip(layout.models, layout.places, strict=True) if place[k] == -1)
             whose, value = (first, low) if low <= 0 else ("the target", wanted[axis])
             raise UserError(
-                f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `log: true` it must be positive"
+                f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `power: {power[axis]:g}` it must be "
+                "positive"
             )
-        unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, bool(log[axis]))
+        if abs(power[axis]) > 8:  # beyond, float64 overflows at coordinates that are in use
+            raise UserError(f"{where}: power {power[axis]:g} is not from -8 to 8")
+        unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, power[axis])
         alphas[axis] = min(max(unclipped[axis], -clip[axis]), clip[axis])
         if alphas[axis] != unclipped[axis]:
             warnings.append(
@@ -126,8 +127,8 @@ def _from_coordinate(
     }
     if "gamma" in shared:
         facts["gamma"] = gamma
-    if any(log.values()):
-        facts["log"] = log
+    if "power" in shared:
+        facts["power"] = power
     return alphas, _record(layout, "scale" if "gamma" in shared else "coordinate", facts), warnings
 
 

@@ -53,10 +53,13 @@ class Layout:
         return ", ".join((f"{axis}=" if axis else "") + ("low" if s < 0 else "high") for axis, s in ends)
 
 
-def alpha_at(coordinate: float, low: float, high: float, log: bool = False) -> float:
-    """2 (lambda - lambda_mid)/(lambda_high - lambda_low), of logarithms if ``log``; exactly -1 and 1 at the ends."""
-    if log:
-        coordinate, low, high = (math.log(value) for value in (coordinate, low, high))
+def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> float:
+    """2 (x - x_mid)/(x_high - x_low), x the coordinate to this ``power``, or its logarithm if that is 0.
+
+    Exactly -1 and 1 at the ends. With any power but 1 coordinates are positive.
+    """
+    if power != 1:
+        low, high, coordinate = (math.log(value) if power == 0 else value**power for value in (low, high, coordinate))
     return ((coordinate - low) + (coordinate - high)) / (high - low)
 
 

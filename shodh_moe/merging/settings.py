@@ -73,7 +73,7 @@ def _single(value: Any) -> Any:
 
 Single = bool | float | list[Conditional]
 Setting = Annotated[Single | dict[str, Single], BeforeValidator(_plain)]
-BY_AXIS = ("alpha", "coordinate", "gamma", "log", "clip", "straight")  # may be a mapping by the names of axes
+BY_AXIS = ("alpha", "coordinate", "gamma", "power", "clip", "straight")  # may be a mapping by the names of axes
 
 
 class Method(NamedTuple):

@@ -88,11 +88,11 @@ def test_it_finds_what_made_the_data_and_prints_what_to_write(here: Path, capsys
 
 def test_what_it_prints_serves_a_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = [(MODELS[0], {"coordinate": 2e-3}), (MODELS[1], {"coordinate": 6e-3})]
-    log = {"coordinate": 5e-3, "log": True}
-    path = config(Path(), "ccm", ends, parameters=log, output="merged")
+    place = {"coordinate": 5e-3, "power": 0}
+    path = config(Path(), "ccm", ends, parameters=place, output="merged")
     assert main(["merge", "calibrate", str(path)]) == 0
     printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-2:])
-    merged(here, "ccm", ends, parameters={**log, **{key: float(value) for key, value in printed.items()}})
+    merged(here, "ccm", ends, parameters={**place, **{key: float(value) for key, value in printed.items()}})
     alpha = json.loads((here / "out" / "merge.json").read_text())["alpha"]
     s = expert_config().family.family().coordinate(5e-3)
     assert alpha["value"] == pytest.approx(1.2 * s)
@@ -225,13 +225,13 @@ def test_coordinates_that_are_not_those_of_gamma(here: Path, capfd: pytest.Captu
         config(Path(), "ccm", models, parameters=parameters, output="merged")
 
     ends(2e-3, 6e-3)
-    says_no(capfd, "0.002 and 0.006", "`log: true`")
-    ends(2e-3, 7e-3, log=True)
-    says_no(capfd, "0.002 and 0.006", "`log: true`")
-    ends(6e-3, 2e-3, log=True)
+    says_no(capfd, "0.002 and 0.006", "`power: 0`")
+    ends(2e-3, 7e-3, power=0)
+    says_no(capfd, "0.002 and 0.006", "`power: 0`")
+    ends(6e-3, 2e-3, power=0)
     says_no(capfd, "stands at the other end")
-    ends(-1, 1, log=True)
-    says_no(capfd, "0.002 and 0.006", "`log: true`")
+    ends(-1, 1, power=0)
+    says_no(capfd, "0.002 and 0.006", "`power: 0`")
     ends(-1, 1)
     assert main(["merge", "calibrate", "merge.yaml"]) == 0
 

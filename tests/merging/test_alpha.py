@@ -69,13 +69,13 @@ def test_gamma_scales_before_the_cut() -> None:
 
 def test_logarithms() -> None:
     ends = {"low": 1e-4, "high": 1e-2}
-    middle = alpha({"coordinate": 1e-3, "log": True}, ends)
-    assert (middle["value"], middle["log"]) == (pytest.approx(0, abs=1e-12), True)
-    assert alpha({"coordinate": 10**-1.75, "log": True}, ends)["value"] == pytest.approx(1.25)
-    found = alpha({"coordinate": CENTRE, "log": {"viscosity": True}, "gamma": {"gravity": 2}}, BOX)
+    middle = alpha({"coordinate": 1e-3, "power": 0}, ends)
+    assert (middle["value"], middle["power"]) == (pytest.approx(0, abs=1e-12), 0)
+    assert alpha({"coordinate": 10**-1.75, "power": 0}, ends)["value"] == pytest.approx(1.25)
+    found = alpha({"coordinate": CENTRE, "power": {"viscosity": 0}, "gamma": {"gravity": 2}}, BOX)
     expected = 2 * math.log(2 / math.sqrt(3)) / math.log(3)
     assert found["value"] == {"viscosity": pytest.approx(expected), "gravity": 0}
-    assert found["log"] == {"viscosity": True, "gravity": False}
+    assert found["power"] == {"viscosity": 0, "gravity": 1}
 
 
 def test_leaving_the_range_where_the_path_is_straight() -> None:
@@ -137,10 +137,11 @@ def test_the_example_of_two_axes_loads() -> None:
 @pytest.mark.parametrize(
     ("parameters", "coordinates", "words", "says"),
     [
-        ({"coordinate": 2, "log": True}, {"low": 0, "high": 1}, {}, ("coordinate of low is 0", "positive")),
-        ({"coordinate": -2, "log": True}, LINE, {}, ("coordinate of the target is -2",)),
-        ({"coordinate": 2, "log": 1}, LINE, {}, ("log is true or false",)),
-        ({"coordinate": CENTRE, "log": True}, {**BOX, "a": {"viscosity": -1, "gravity": 2}}, {}, ("-1 in a",)),
+        ({"coordinate": 2, "power": 0}, {"low": 0, "high": 1}, {}, ("coordinate of low is 0", "positive")),
+        ({"coordinate": -2, "power": 0}, LINE, {}, ("coordinate of the target is -2",)),
+        ({"coordinate": 2, "power": "log"}, LINE, {}, ("a number", "'log'")),
+        ({"coordinate": 2, "power": 1e4}, LINE, {}, ("power 10000", "-8 to 8")),
+        ({"coordinate": CENTRE, "power": 0}, {**BOX, "a": {"viscosity": -1, "gravity": 2}}, {}, ("-1 in a",)),
         ({"coordinate": 2, "gamma": [{"value": 1}]}, LINE, {}, ("gamma", "no filters")),
         ({"coordinate": 2, "gamma": float("inf")}, LINE, {}, ("finite",)),
         ({"coordinate": 2, "straight": -1}, LINE, {}, ("straight", "-1")),

@@ -73,11 +73,11 @@ def test_a_star_is_the_base_and_a_step_along_each_axis(alphas: tuple[float, floa
         torch.testing.assert_close(made[name].double(), x["base"] + along_v + along_g, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_at_its_own_coordinate_a_corner_comes_out_bit_for_bit(log: bool) -> None:
+@pytest.mark.parametrize("power", [1, 0.5, 0])
+def test_at_its_own_coordinate_a_corner_comes_out_bit_for_bit(power: float) -> None:
     entries, states = experts(BOX)
     sweep = [{"name": name, "parameters": {"coordinate": point(*BOX[name])}} for name in BOX]
-    merge(config(Path(), "ccm", entries, parameters={"log": log}, sweep=sweep, output="out"))
+    merge(config(Path(), "ccm", entries, parameters={"power": power}, sweep=sweep, output="out"))
     assert all(same_bits(load(Path("out", name)), states[name]) for name in BOX)
 
 
@@ -89,10 +89,15 @@ def test_alpha_is_exact_at_the_ends(a: float, b: float) -> None:
         assert abs(alpha_at(low / 2 + high / 2, low, high)) <= 1
 
 
+def test_alpha_of_a_power() -> None:
+    assert math.isclose(alpha_at(4, 1, 9, power=0.5), 0, abs_tol=1e-12)
+    assert math.isclose(alpha_at(16, 1, 9, power=0.5), 2)
+
+
 def test_alpha_of_logarithms() -> None:
     assert alpha_at(2, 1, 3) == 0
-    assert math.isclose(alpha_at(1e-4, 1e-6, 1e-2, log=True), 0, abs_tol=1e-12)
-    assert math.isclose(alpha_at(1.0, 1e-6, 1e-2, log=True), 2)
+    assert math.isclose(alpha_at(1e-4, 1e-6, 1e-2, power=0), 0, abs_tol=1e-12)
+    assert math.isclose(alpha_at(1.0, 1e-6, 1e-2, power=0), 2)
 
 
 def test_three_axes_and_their_means() -> None:
@@ -119,7 +124,7 @@ def test_three_axes_and_their_means() -> None:
 @pytest.mark.parametrize("places", [BOX, STAR])
 def test_the_order_of_models_and_axes_does_not_change_a_bit(places: dict[str, tuple[float, float]]) -> None:
     entries, _ = experts(places)
-    parameters = {"coordinate": point(0.0035, 6), "log": {"viscosity": True}}
+    parameters = {"coordinate": point(0.0035, 6), "power": {"viscosity": 0}}
     words: dict[str, Any] = {"base_model": "base.safetensors", "parameters": parameters}
     first = merged(Path(), "ccm", entries, **words)
     turned = [(path, {"coordinate": dict(reversed(one["coordinate"].items()))}) for path, one in reversed(entries)]

@@ -66,9 +66,26 @@ def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPO
     return FNO2d(FNO_SIZES[config.size], channels, padding=config.padding, **common)
 
 
-def facts_of(scale: Scale, channels: tuple[str, ...]) -> dict[str, Any]:
-    """What a checkpoint of an expert keeps beside its weights."""
-    return {"expert": {"channels": list(channels), "mean": list(scale.mean), "std": list(scale.std)}}
+def facts_of(scale: Scale, channels: tuple[str, ...], dataset: str) -> dict[str, Any]:
+    """What a checkpoint of an expert keeps beside its weights; ``dataset`` is the name of its family's folder."""
+    units = {"mean": list(scale.mean), "std": list(scale.std)}
+    return {"expert": {"channels": list(channels), **units, "dataset": dataset}}
+
+
+def require_same_dataset(config: ExpertConfig) -> None:
+    """Refuse to go on with a run whose family has been defined anew since.
+
+    Raises:
+        UserError: the newest checkpoint of the run is of other data than the config names today.
+    """
+    run = Path(config.runs) / config.name
+    if found := find_checkpoint(run / "checkpoints"):
+        there, here = found[1].get("expert", {}).get("dataset"), config.family.folder().name
+        if there != here:
+            raise UserError(
+                f"run folder {run} was trained on {there}, and family {config.family.name} is {here} now: "
+                f"choose another name or remove {run}"
+            )
 
 
 def checkpoint_of(path: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
-from shodh_moe.ccm.expert import units_of_start
+from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import claim_run_folder, processes, write_environment
 from shodh_moe.errors import UserError
@@ -38,6 +38,7 @@ def check(config: ExpertConfig) -> None:
     if config.start:
         units_of_start(config)
     claim_run_folder(config, write=False)
+    require_same_dataset(config)
     require_writable(Path(config.runs) / config.name)
 
 

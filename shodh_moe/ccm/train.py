@@ -64,7 +64,7 @@ class _ExpertTask:
         self._valid = read_split(family, folder, "validation")
         network = make_network(config.network, len(family.channels), config.seed)
         self.engine = Engine(network, config, ExpertParallel(), "torch")
-        self.facts = facts_of(scale, family.channels)
+        self.facts = facts_of(scale, family.channels, folder.name)
         self.tokens = t.batch_size
         self._network = _InEngine(self.engine, config.network.history)
         self._nonfinite = NonFinite(t.on_nonfinite, run, self._windows)

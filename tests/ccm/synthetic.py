@@ -62,7 +62,11 @@ def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Sca
     writer = CheckpointWriter(path.parent, 0, 1, 9, 0, "synthetic")
     fragments = [Fragment(name, 0, tensor.flatten()) for name, tensor in tensors.items()]
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    facts = {"config": config.model_dump(), "tokenizer_sha256": "", **facts_of(scale, channels)}
+    facts = {
+        "config": config.model_dump(),
+        "tokenizer_sha256": "",
+        **facts_of(scale, channels, config.family.folder().name),
+    }
     writer.save(int(path.name), fragments, shapes, {"rng/cpu": torch.zeros(5, dtype=torch.uint8)}, facts)
     writer.finish()
     return str(path)

@@ -45,7 +45,7 @@ def measured(config: BenchConfig, key: str, seed: int) -> bool:
 def _key(config: BenchConfig, key: str, seed: int) -> str:
     hashes = [CheckpointReader(load_path(config, key, seed, role)).state["sha256"] for role in EXPERTS]
     one = config.families[key]
-    return fingerprint(VERSION, hashes, one.frames, one.fine_tuning.model_dump())
+    return fingerprint(VERSION, hashes, one.family.folder().name, one.frames, one.fine_tuning.model_dump())
 
 
 def load_path(config: BenchConfig, key: str, seed: int, role: str) -> Path:

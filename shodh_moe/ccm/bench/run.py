@@ -19,6 +19,7 @@ from shodh_moe.ccm.bench.measure import load_path, measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.rows import family_title
 from shodh_moe.ccm.bench.summary import markdown, summarise
+from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.checks import claim_run_folder
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
@@ -41,6 +42,7 @@ def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     experts = {(key, seed, role): config.expert(key, seed, role) for seed, key in pairs for role in EXPERTS}
     for expert in experts.values():
         claim_run_folder(expert, write=False)
+        require_same_dataset(expert)
     datasets = {(one.family.folder(), one.family.name): key for key, one in config.families.items()}
     run_jobs([job for key in datasets.values() if (job := _data_job(config, key))], at_once)
     for roles in (("anchor", "conditioned"), ("low", "high")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from shodh_moe.ccm.bench.config import BenchConfig
 from shodh_moe.ccm.bench.jobs import Job, run_jobs
 from shodh_moe.ccm.bench.rows import ROWS
 from shodh_moe.ccm.bench.run import run
-from shodh_moe.ccm.family import SPLITS
+from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
 from shodh_moe.errors import UserError
 
@@ -54,6 +55,11 @@ def test_from_nothing_to_tables_and_what_is_there_is_kept(tmp_path, monkeypatch,
 
     monkeypatch.setattr(jobs, "_run", lambda *arguments: pytest.fail("a process was started"))
     run(config)
+
+    wider = replace(FAMILIES["reaction_diffusion"], high=7e-3)
+    monkeypatch.setitem(FAMILIES, "reaction_diffusion", wider)
+    with pytest.raises(UserError, match=r"was trained on ccm-.*choose another name"):
+        run(config)
 
 
 def test_after_a_failure_nothing_more_is_started_and_its_last_words_are_told(tmp_path):

@@ -1,6 +1,6 @@
 """Compile every kernel variant that the configs use, without a GPU, and print what each needs.
 
-    python benchmarks/compile_kernels.py [--target sm_90 ...] [--json FILE]
+    python benchmarks/compile_kernels.py [--target sm_90 ...] [--only WORD] [--json FILE]
 
 The variants are those of each file in configs/ and of the microbenchmarks' sizes: the operations are called
 with tensors that have a shape and no data, and their launches are compiled for each target. Prints registers
@@ -49,9 +49,23 @@ class Field:
     batch: int = 1
 
 
-def configured() -> list[Layer | Field]:
+@dataclass(frozen=True)
+class Flow:
+    """A flow of the lattice Boltzmann solver: its grid and what its step is to do."""
+
+    grid: tuple[int, int, int]
+    dtype: torch.dtype
+    lid: bool = True
+    eddies: bool = True
+    mode: str = "scalar"  # scalar: carries one, free: does not, held: settles its pressure
+
+
+Size = Layer | Field | Flow
+
+
+def configured() -> list[Size]:
     """What the files in configs/ ask for."""
-    sizes: list[Layer | Field] = []
+    sizes: list[Size] = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = load_config(path)
         moe, patch = config.model.moe, config.model.patch
@@ -67,9 +81,9 @@ def configured() -> list[Layer | Field]:
     return sizes
 
 
-def benchmarked() -> list[Layer | Field]:
+def benchmarked() -> list[Size]:
     """What the microbenchmarks measure."""
-    sizes: list[Layer | Field] = []
+    sizes: list[Size] = []
     for experts in (8, 64, 256):
         for dtype in (torch.float32, torch.bfloat16):
             for drop_order in ("position", "probability"):
@@ -79,6 +93,18 @@ def benchmarked() -> list[Layer | Field]:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             sizes.append(Field((128, 128, 128), operator, dtype))
     sizes.append(Field((50, 49, 51), "spectral", torch.float32))  # odd sizes take another kernel
+    sizes += flows()
+    return sizes
+
+
+def flows() -> list[Size]:
+    """The forms of the solver's step that exist in float32 under a lid; elsewhere those that need most."""
+    cube, float32, float64 = (64, 64, 64), torch.float32, torch.float64
+    modes = ("free", "held", "scalar")
+    sizes: list[Size] = [Flow(cube, float32, eddies=eddies, mode=mode) for eddies in (False, True) for mode in modes]
+    sizes += [Flow(cube, float32, lid=False), Flow(cube, float32, lid=False, eddies=False, mode="free")]
+    sizes += [Flow(cube, float64), Flow(cube, float64, mode="held"), Flow(cube, float64, eddies=False, mode="free")]
+    sizes += [Flow((512, 512, 512), float32), Flow((50, 49, 51), float32)]  # 64-bit indices; odd sizes
     return sizes
 
 
@@ -117,15 +143,32 @@ def _launch_field(size: Field) -> None:
     triton_curl.divergence_backward(scalar, size.operator, 1.0)
 
 
-def _variants(sizes: list[Layer | Field]) -> list:
+def _launch_flow(size: Flow) -> None:
+    from shodh_moe.kernels import lattice_boltzmann_triton as lattice
+
+    x, y, z = size.grid
+    f_QN, g_QN = _meta(19, x * y * z, dtype=size.dtype), _meta(7, x * y * z, dtype=size.dtype)
+    word_N, velocity_3N = _meta(x * y * z, dtype=torch.int32), _meta(3, x * y * z, dtype=size.dtype)
+    numbers_4 = _meta(4, dtype=size.dtype)
+    lattice.step(
+        f_QN, f_QN, word_N, size.grid, numbers_4, numbers_4, None if size.mode == "free" else velocity_3N,
+        lid=size.lid, eddies=size.eddies, held=size.mode == "held",
+    )  # fmt: skip
+    if size.mode == "scalar":
+        lattice.scalar_step(g_QN, g_QN, word_N, size.grid, velocity_3N, numbers_4, lid=size.lid)
+
+
+def _variants(sizes: list[Size]) -> list:
     from shodh_moe.kernels.ahead_of_time import variant
 
     with backend.record() as launches:
         for size in sizes:
             if isinstance(size, Layer):
                 _launch_layer(size)
-            else:
+            elif isinstance(size, Field):
                 _launch_field(size)
+            else:
+                _launch_flow(size)
     return list(dict.fromkeys(variant(launch) for launch in launches))
 
 
@@ -157,12 +200,14 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--only", metavar="WORD", default="", help="kernels with this word in their name")
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     variants = _variants(configured() + benchmarked())
-    print(f"{len(variants)} kernel variants for {', '.join(arguments.target)}", flush=True)
+    numbers = [number for number, variant in enumerate(variants) if arguments.only in variant.name]
+    print(f"{len(numbers)} kernel variants for {', '.join(arguments.target)}", flush=True)
     with ProcessPoolExecutor() as pool:
-        tasks = [(number, tuple(arguments.target)) for number in range(len(variants))]
+        tasks = [(number, tuple(arguments.target)) for number in numbers]
         table = [row for rows in pool.map(_rows, tasks) for row in rows]
     bad = [row for row in table if row.get("error") or row["spill_bytes"]]
     _print(table)

@@ -117,10 +117,10 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     def script(name: str, *arguments: str) -> list[str]:
         return [python, str(HERE / name), *arguments]
 
-    def bench(name: str, limit: float, *arguments: str) -> Step:
+    def bench(name: str, limit: float, *arguments: str, needs: tuple[str, ...] = ()) -> Step:
         common = ["--device", device, "--json", str(out / f"{name}.json"), "--seconds", str(max(limit - 15, 10))]
         command = script(f"{name}.py", *common, *(["--quick"] if rehearse else arguments))
-        return Step(name, command, limit)
+        return Step(name, command, limit, needs=needs)
 
     def losses(kernels: str) -> Step:
         size = ["--grid", "8", "--width", "16", "--steps", "3"] if rehearse else []
@@ -153,6 +153,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         bench("dispatch", 85, "--experts", "8,64"),
         bench("spectral_curl", 60),
         bench("gating", 45, "--experts", "8,64"),
+        bench("lattice_boltzmann", 60, "--grids", "64,128,256", needs=("numba", "scipy")),
         losses("triton"),
         losses("reference"),
         bench("moe_layer", 30),
@@ -168,7 +169,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     ]
 
 
-BENCHMARKS = ("dispatch", "spectral_curl", "gating", "moe_layer", "optimizer")
+BENCHMARKS = ("dispatch", "spectral_curl", "gating", "lattice_boltzmann", "moe_layer", "optimizer")
 
 
 def tests(out: Path, rehearse: bool) -> Step:

@@ -1,7 +1,7 @@
-"""The D3Q19 velocity set and the table that says where each population comes from.
+"""The table that says where each population of the D3Q19 lattice comes from.
 
-Directions come in opposite pairs, (1, 2), (3, 4), ..., after the rest direction 0, because the two-relaxation-time
-collision works on pairs.
+The velocity set itself is that of `kernels.lattice_boltzmann`. Its first seven directions are the D3Q7 set, so the
+first seven rows of the table serve the scalar.
 """
 
 from __future__ import annotations
@@ -9,16 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_HALF = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, -1, 0), (1, 0, 1), (1, 0, -1), (0, 1, 1), (0, 1, -1)]
-VELOCITIES_Q3: NDArray[np.int64] = np.array(
-    [(0, 0, 0)] + [sign * np.array(c) for c in _HALF for sign in (1, -1)], dtype=np.int64
-)
-WEIGHTS_Q: NDArray[np.float64] = np.array([1 / 3] + [1 / 18] * 6 + [1 / 36] * 12)
-OPPOSITE_Q: NDArray[np.int64] = np.array([0] + [q + 1 if q % 2 else q - 1 for q in range(1, 19)])
-Q = 19
-SOUND_SPEED = 1 / np.sqrt(3.0)
+from shodh_moe.kernels.lattice_boltzmann import INDEX, OPPOSITE_Q, SOUND_SPEED, VELOCITIES_Q3, WEIGHTS_Q, Q
 
-_INDEX = {tuple(int(x) for x in c): q for q, c in enumerate(VELOCITIES_Q3)}
+__all__ = ["OPPOSITE_Q", "SOUND_SPEED", "VELOCITIES_Q3", "WEIGHTS_Q", "Q", "gather_table"]
 
 
 def gather_table(solid_XYZ: NDArray[np.bool_], lid: bool) -> NDArray[np.uint32]:
@@ -44,7 +37,7 @@ def gather_table(solid_XYZ: NDArray[np.bool_], lid: bool) -> NDArray[np.uint32]:
             # Mirror: the population left the top layer upwards, met the lid half a cell above, and came back.
             top_N = cell_N3[:, 2] == nz - 1
             source_N3[top_N, 2] = nz - 1
-            from_N[top_N] = _INDEX[int(cx), int(cy), 1]
+            from_N[top_N] = INDEX[int(cx), int(cy), 1]
         elif lid and cz == 1:
             bottom_N = cell_N3[:, 2] == 0
             if bottom_N.any():

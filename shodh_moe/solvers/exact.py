@@ -69,7 +69,6 @@ def beltrami(n: int, speed: float) -> Array:
     return speed * np.stack([np.sin(z) + np.cos(y), np.sin(x) + np.cos(z), np.sin(y) + np.cos(x)])
 
 
-
 def sphere_radius(fraction: float) -> float:
     """Radius of the sphere that fills ``fraction`` of a cube, over the cube's side."""
     return float((3 * fraction / (4 * math.pi)) ** (1 / 3))

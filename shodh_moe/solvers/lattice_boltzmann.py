@@ -3,7 +3,7 @@
 Two-relaxation-time collision (Ginzburg, Verhaeghe, d'Humieres 2008) with the magic parameter 3/16, which puts the
 no-slip wall of half-way bounce-back exactly between the last fluid and the first solid cell for every viscosity;
 incompressible equilibrium (He and Luo 1997); body force (Guo, Zheng, Shi 2002). Lattice units: the cell size, the
-time step and the mean density are 1, the sound speed is 1/sqrt(3).
+time step and the mean density are 1, the sound speed is 1/sqrt(3). `kernels.lattice_boltzmann` defines the step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from shodh_moe.kernels.lattice_boltzmann import MAGIC, relaxation_rates
 from shodh_moe.solvers.d3q19 import SOUND_SPEED, VELOCITIES_Q3, WEIGHTS_Q, Q, gather_table
-from shodh_moe.solvers.kernel import advance_parallel, advance_serial
+from shodh_moe.solvers.kernel import FREE, HOLD, KEEP, advance_parallel, advance_serial
+from shodh_moe.solvers.scalar import Scalar
 
-MAGIC = 3 / 16
 MAX_SPEED = 0.3
 
 __all__ = ["MAGIC", "MAX_SPEED", "SOUND_SPEED", "DivergedError", "LatticeBoltzmann"]
@@ -35,9 +36,12 @@ class LatticeBoltzmann:
         parallel: step with all of numba's threads; worth it from about 64^3 on. The bits do not depend on it.
         dtype: float32 or float64, of the populations. They are stored as deviations from rest, so that float32
             resolves small speeds.
+        smagorinsky: constant C of the eddy viscosity C^2 |S| (lattice units), 0 for none; 0.1 to 0.2 is usual.
+        diffusivity: of a scalar that the flow carries, lattice units; None for no scalar. It is 0 until `set_scalar`.
 
     Raises:
-        ValueError: a mask that is not 3D or has no fluid, a viscosity <= 0, a lid without a solid bottom.
+        ValueError: a mask that is not 3D or has no fluid, a viscosity or diffusivity <= 0, a constant < 0, a lid
+            without a solid bottom.
     """
 
     def __init__(
@@ -47,12 +51,16 @@ class LatticeBoltzmann:
         lid: bool = False,
         dtype: DTypeLike = np.float32,
         parallel: bool = False,
+        smagorinsky: float = 0.0,
+        diffusivity: float | None = None,
     ) -> None:
         solid_XYZ = np.asarray(solid_XYZ, dtype=bool)
         if solid_XYZ.ndim != 3 or solid_XYZ.all():
             raise ValueError(f"solid_XYZ must be a 3D mask with some fluid, not shape {solid_XYZ.shape}")
         if not viscosity > 0:
             raise ValueError(f"viscosity must be positive, not {viscosity}")
+        if not smagorinsky >= 0:
+            raise ValueError(f"smagorinsky must not be negative, not {smagorinsky}")
         self.solid_XYZ = solid_XYZ
         self.viscosity = float(viscosity)
         self.lid = lid
@@ -63,10 +71,9 @@ class LatticeBoltzmann:
         self._f_2F = np.zeros((2, self._table_QN.size), self.dtype)
         self._current = 0
         self._last_force_3 = np.zeros(3, self.dtype)
-        # Lambda = (1/omega_even - 1/2) (1/omega_odd - 1/2); the even rate sets the viscosity.
-        even_time = 3 * self.viscosity
-        self._omega_even = 1 / (even_time + 0.5)
-        self._omega_odd = 1 / (MAGIC / even_time + 0.5)
+        self.smagorinsky = float(smagorinsky)
+        self._velocity_3N = np.zeros((3, 1 if diffusivity is None else self.n_fluid), self.dtype)
+        self._scalar = None if diffusivity is None else Scalar(self._table_QN[:7], diffusivity, self.dtype)
 
     @property
     def n_fluid(self) -> int:
@@ -75,7 +82,12 @@ class LatticeBoltzmann:
 
     def run(self, force_T3: ArrayLike) -> None:
         """Advance one time step per row of force_T3 [T, 3], a body force per volume, uniform in space."""
-        self._advance(force_T3, None, self._omega_even, self._omega_odd)
+        if self._scalar is None:
+            self._advance(force_T3, self._velocity_3N, FREE)
+            return
+        for force_3 in np.asarray(force_T3, dtype=self.dtype).reshape(-1, 3):
+            self._advance(force_3, self._velocity_3N, KEEP)
+            self._scalar.step(self._velocity_3N, self.parallel)
 
     def step(self, force_3: ArrayLike) -> None:
         """Advance one time step under the body force force_3 [3]."""
@@ -100,9 +112,26 @@ class LatticeBoltzmann:
             nx, ny, nz = self.solid_XYZ.shape
             longest = max(nx, ny, 2 * nz if self.lid else nz)
             rate = min(1.0, 2 * SOUND_SPEED * 2 * np.pi / longest)
-            self._advance(np.zeros((int(20 / rate), 3)), frozen_3N, 1.0, rate)
+            self._advance(np.zeros((int(20 / rate), 3)), frozen_3N, HOLD, (1.0, rate))
             # Then let the stresses settle at their own rate, which sets their size.
-            self._advance(np.zeros((100, 3)), frozen_3N, self._omega_even, self._omega_odd)
+            self._advance(np.zeros((100, 3)), frozen_3N, HOLD)
+
+    def set_scalar(self, scalar_XYZ: ArrayLike) -> None:
+        """Start the scalar from scalar_XYZ [X, Y, Z] (solid voxels are ignored); call it after `set_velocity`.
+
+        Raises:
+            ValueError: the flow was made without a diffusivity, or a wrong shape.
+        """
+        scalar_XYZ = np.asarray(scalar_XYZ, dtype=self.dtype)
+        if scalar_XYZ.shape != self.solid_XYZ.shape:
+            raise ValueError(f"the scalar must be {list(self.solid_XYZ.shape)}, not {list(scalar_XYZ.shape)}")
+        self._carried().set(scalar_XYZ[self._fluid_XYZ], self.velocity()[:, self._fluid_XYZ])
+
+    def scalar(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
+        """The scalar [X, Y, Z]; zero in solid voxels. Raises ValueError for a flow made without a diffusivity."""
+        out = np.zeros(self.solid_XYZ.shape, dtype or self.dtype)
+        out[self._fluid_XYZ] = self._carried().values()
+        return out
 
     def velocity(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
         """Velocity [3, X, Y, Z] of the last step, half the force included; zero in solid voxels."""
@@ -135,13 +164,24 @@ class LatticeBoltzmann:
     def _populations(self) -> NDArray[np.floating]:
         return self._f_2F[self._current].reshape(Q, -1)
 
+    def _carried(self) -> Scalar:
+        if self._scalar is None:
+            raise ValueError("this flow carries no scalar: make it with a diffusivity")
+        return self._scalar
+
     def _advance(
-        self, force_T3: ArrayLike, frozen_3N: NDArray[np.floating] | None, omega_even: float, omega_odd: float
+        self,
+        force_T3: ArrayLike,
+        velocity_3N: NDArray[np.floating],
+        mode: int,
+        rates: tuple[float, float] | None = None,
     ) -> None:
+        """Advance one step a row, with other ``rates`` than those of viscosity and eddy viscosity where given."""
         force_T3 = np.ascontiguousarray(force_T3, dtype=self.dtype).reshape(-1, 3)
         if not len(force_T3):
             return
-        freeze = frozen_3N is not None
+        even, odd = rates or relaxation_rates(self.viscosity, self.smagorinsky)
+        eddies = 0.0 if rates else 18 * 2**0.5 * self.smagorinsky**2
         advance = advance_parallel if self.parallel else advance_serial
         advance(
             self._f_2F,
@@ -149,10 +189,10 @@ class LatticeBoltzmann:
             VELOCITIES_Q3.astype(self.dtype),
             WEIGHTS_Q.astype(self.dtype),
             force_T3,
-            frozen_3N if frozen_3N is not None else np.zeros((3, 1), self.dtype),
-            freeze,
-            np.array([omega_even, omega_odd], self.dtype),
+            velocity_3N,
+            mode,
+            np.array([even, odd, 3 * self.viscosity, eddies], self.dtype),
             self._current,
         )
         self._current = (self._current + len(force_T3)) % 2
-        self._last_force_3 = force_T3[-1] if not freeze else np.zeros(3, self.dtype)
+        self._last_force_3 = force_T3[-1] if mode != HOLD else np.zeros(3, self.dtype)

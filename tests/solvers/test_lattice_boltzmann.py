@@ -162,3 +162,21 @@ def test_bad_arguments_are_refused(arguments: tuple[np.ndarray, float]) -> None:
 def test_a_lid_needs_a_bottom() -> None:
     with pytest.raises(ValueError, match="bottom"):
         LatticeBoltzmann(np.zeros((4, 4, 4), bool), 0.1, lid=True)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_shear_wave_decays_alike_in_a_moving_frame(axis: int) -> None:
+    # A wave of u_x along another axis, carried by a flow along that axis. The error of the decay is 3 speed^2.
+    n, viscosity, steps, speed = 32, 0.05, 640, 0.05
+    angle = 2 * np.pi * np.arange(n) / n
+    shape = tuple(n if a == axis else 1 for a in range(3))
+    flow = LatticeBoltzmann(np.zeros(shape, bool), viscosity, dtype=np.float64)
+    start = np.zeros((3, *shape))
+    start[0] = 1e-3 * np.sin(angle).reshape(shape)
+    start[axis] = speed
+    flow.set_velocity(start, settle_pressure=True)
+    flow.run(np.zeros((steps, 3)))
+    amplitude = 2 * (flow.velocity()[0].reshape(-1) * np.exp(-1j * (angle - np.pi / 2))).mean() / 1e-3
+    assert -np.log(abs(amplitude)) == pytest.approx(viscosity * (2 * np.pi / n) ** 2 * steps, rel=0.015)
+    # It went once round the box.
+    assert abs(np.angle(amplitude)) < 0.02

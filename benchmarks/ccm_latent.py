@@ -2,8 +2,8 @@
 
     python benchmarks/ccm_latent.py [--json FILE] [key=value ...]
 
-Everything is done by the commands `shodh data`, `tokenizer`, `pretrain`, `merge` and `evaluate`. What is there already
-is kept, so the same call goes on. Settings (key=value) are for all runs and data. Docs: docs/ccm_latent.md.
+Everything is done by the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. What is there
+already is kept, so the same call goes on. Settings (key=value) are for all runs and data. Docs: docs/ccm_latent.md.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Bench:
     def train(self, name: str, settings: list[str]) -> Path:
         """A run from its data to its last checkpoint, which is returned."""
         config = load_config(ANCHOR, settings, name)
-        for step in (("data",), ("tokenizer", "train"), ("tokenizer", "encode"), ("pretrain",)):
+        for step in (("data", "generate"), ("tokenizer", "train"), ("tokenizer", "encode"), ("pretrain",)):
             with self.timed(f"{name}: {' '.join(step)}"):
                 command(*step, "--config", str(ANCHOR), "--name", name, *settings)
         return Path(config.runs) / name / "checkpoints" / str(config.training.steps)
@@ -181,7 +181,7 @@ def work(own: list[str], output: Path) -> None:
             with bench.timed(f"{regime.viscosity:g}: data"):
                 name = f"{anchor.name}_at_{regime.viscosity:g}"  # no run: a run folder must not be another's
                 settings = bench.at(regime.viscosity, regime.settings)
-                command("data", "--config", str(ANCHOR), "--name", name, *settings)
+                command("data", "generate", "--config", str(ANCHOR), "--name", name, *settings)
 
     merged = merge(bench, models)
     rows: list[dict[str, Any]] = []

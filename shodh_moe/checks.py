@@ -27,11 +27,12 @@ from shodh_moe.training.optimizer import resolve_optimizer
 # Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
 # Its checkpoints fit every layout; what a run does with one of these is told when it starts.
 FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "family.root", "runs", "name")
+FREE_DATA = ("data.compression", "data.device")
 FREE_TRAINING = [
     *("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "stall_seconds"),
     *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
 ]
-FREE = FREE_SECTIONS + tuple(f"training.{key}" for key in FREE_TRAINING)
+FREE = FREE_SECTIONS + FREE_DATA + tuple(f"training.{key}" for key in FREE_TRAINING)
 
 
 def check(config: Config) -> None:

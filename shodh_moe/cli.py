@@ -8,9 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.command import OneLineParser, add_config_arguments, add_merge_arguments, exit_code
+from shodh_moe.command import (
+    OneLineParser,
+    add_config_arguments,
+    add_debug,
+    add_merge_arguments,
+    exit_code,
+    plain_command,
+)
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config, load_config_of
+from shodh_moe.data_command import add_data_commands
 from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
@@ -57,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     run = _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
-    _command(commands, "data", "generate the dataset", _stage("make_data"))
+    data = commands.add_parser(
+        "data",
+        help="generate a dataset, import your own, check it or look at it",
+        epilog=EXAMPLE.format(command="data generate"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = data.add_subparsers(required=True, metavar="step")
+    _command(kinds, "generate", "generate the dataset", _stage("make_data"), "data generate")
+    add_data_commands(kinds)
     tokenizer = commands.add_parser(
         "tokenizer",
         help="train the tokenizer or encode a dataset with it",
@@ -95,29 +111,14 @@ MODEL = "a run folder (its newest intact checkpoint), a checkpoint, or an export
 def _command(
     commands: Any, name: str, text: str, work: Callable[[argparse.Namespace], object], full_name: str = ""
 ) -> argparse.ArgumentParser:
-    parser = _plain_command(commands, name, text, EXAMPLE.format(command=full_name or name), work)
+    parser = plain_command(commands, name, text, EXAMPLE.format(command=full_name or name), work)
     add_config_arguments(parser)
-    return parser
-
-
-def _plain_command(
-    commands: Any, name: str, text: str, example: str, work: Callable[[argparse.Namespace], object]
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=example,
-        # As it is: an example broken over two lines could not be copied.
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(work=work)
     return parser
 
 
 def _add_predict(commands: Any) -> None:
     example = "example: shodh predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"
-    parser = _plain_command(commands, "predict", "continue your own flow with a trained model", example, _predict)
+    parser = plain_command(commands, "predict", "continue your own flow with a trained model", example, _predict)
     parser.add_argument("--checkpoint", type=Path, required=True, help=MODEL)
     parser.add_argument("--input", type=Path, required=True, help="HDF5 file in the_well's schema")
     parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
@@ -128,7 +129,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     _add_tokenizer(parser)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_checkpoint(commands: Any) -> None:
@@ -146,18 +147,18 @@ def _add_checkpoint(commands: Any) -> None:
         ("export", "write one folder with weights, tokenizer, config and model card", _export),
     ):
         end = " --output trial_model" if name == "export" else ""
-        step = _plain_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
+        step = plain_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
         step.add_argument("path", type=Path, metavar="PATH", help="a checkpoint or a run folder")
         if name == "export":
             step.add_argument("--output", type=Path, required=True, help="a new folder")
             _add_tokenizer(step)
-        _add_debug(step)
+        add_debug(step)
 
 
 def _add_doctor(commands: Any) -> None:
     text = "say whether a training can run here, or on the hosts of a hostfile, and what to do where not"
     example = "example: shodh doctor --hostfile hostfile --shared runs"
-    parser = _plain_command(commands, "doctor", text, example, _doctor)
+    parser = plain_command(commands, "doctor", text, example, _doctor)
     parser.add_argument("--hostfile", type=Path, help="look at these hosts too: lines such as `worker-0 slots=8`")
     parser.add_argument(
         "--shared",
@@ -166,7 +167,7 @@ def _add_doctor(commands: Any) -> None:
         help="of runs, data or tokenizers, the same on every host; may be repeated; default: the working folder",
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_expert(commands: Any) -> None:
@@ -182,7 +183,7 @@ def _add_expert(commands: Any) -> None:
         ("data", "generate the regimes of the config's family"),
         ("train", "train an anchor, or fine-tune an expert from one; makes the data where they are missing"),
     ):
-        step = _plain_command(steps, name, text, example.format(step=name), _expert)
+        step = plain_command(steps, name, text, example.format(step=name), _expert)
         add_config_arguments(step)
         step.set_defaults(step=name)
         if name == "train":
@@ -203,18 +204,18 @@ def _add_merge(commands: Any) -> None:
     text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
     more = "where to merge: shodh merge calibrate --help, shodh merge prefix --help"
     example = "example: shodh merge configs/merge/example.yaml"
-    parser = _plain_command(commands, "merge", text, f"{example}\n{more}", _merge)
+    parser = plain_command(commands, "merge", text, f"{example}\n{more}", _merge)
     add_merge_arguments(parser)
-    _add_debug(parser)
+    add_debug(parser)
     text = "fit gamma for two experts of a ccm config on validation data alone, and see how far their path is straight"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
-    parser = _plain_command(commands, "merge calibrate", text, example, _merge_calibrate)
+    parser = plain_command(commands, "merge calibrate", text, example, _merge_calibrate)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a ccm config of two experts")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new JSON file for the result")
-    _add_debug(parser)
+    add_debug(parser)
     text = "merge two experts where they predict the first frames of your own trajectories best"
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
-    parser = _plain_command(commands, "merge prefix", text, example, _merge_prefix)
+    parser = plain_command(commands, "merge prefix", text, example, _merge_prefix)
     add_merge_arguments(parser)
     parser.add_argument(
         "--input",
@@ -224,24 +225,20 @@ def _add_merge(commands: Any) -> None:
         help="trajectories of one regime: as a family, or PDEBench's",
     )
     parser.add_argument("--frames", type=int, default=4, metavar="K", help="that are looked at; default: %(default)s")
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="run a benchmark; what is there already is kept")
     benches = parser.add_subparsers(required=True, metavar="benchmark")
     text = "compare CCM with its baselines: data, experts, measurements, tables and pictures"
-    ccm = _plain_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _bench_ccm)
+    ccm = plain_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _bench_ccm)
     add_config_arguments(ccm)
     ccm.add_argument("--output", type=Path, help="a folder that gets a copy of tables, pictures and results")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, if it is not where its config says")
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
 
 
 def _config(options: argparse.Namespace) -> Config:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shodh_moe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
 from shodh_moe.files import disk_trouble
@@ -32,6 +32,27 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="run name; default: the config's")
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+
+
+def plain_command(
+    commands: Any, name: str, text: str, example: str, work: Callable[[argparse.Namespace], object]
+) -> argparse.ArgumentParser:
+    """A command that calls ``work`` with its options; ``commands`` is what argparse's `add_subparsers` gives."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=example,
+        # As it is: an example broken over two lines could not be copied.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(work=work)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that reads no config."""
+    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:

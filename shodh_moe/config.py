@@ -7,16 +7,12 @@ overrides from the command line. A key that does not exist or a value of the wro
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Becomes part of a folder name, and must not lead out of the folder it is meant for.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_length=100)]
+from shodh_moe.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.solvers.domains import DEFAULT, DOMAINS, Domain
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
@@ -25,73 +21,26 @@ MAX_EXPERTS = 256
 MAX_ROUTING_WIDTH = 128
 
 
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values keep their YAML type, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Trajectories(Section):
-    """How many independent simulations each split gets. A split never shares a trajectory."""
-
-    train: Positive = 16
-    valid: Positive = 4
-    test: Positive = 4
-
-    @property
-    def total(self) -> int:
-        return self.train + self.valid + self.test
-
-
-class DomainConfig(Section):
-    """What every flow domain has. Lattice units: cell = 1, time step = 1, density = 1."""
-
-    trajectories: Trajectories = Trajectories()
-    viscosity: PositiveFloat = 0.02
-    speed: PositiveFloat = Field(0.03, description="target mean streamwise speed of the fluid; +-30 % by trajectory")
-    spinup_steps: NonNegative = Field(100, description="time steps before the first stored snapshot")
-    steps_per_snapshot: Positive = 25
-    pulse: Fraction = Field(0.5, description="largest relative amplitude of the sinusoidal part of the drive")
-    pulse_period: PositiveFloat = Field(400.0, description="typical pulse period in time steps")
-
-
-class OpenChannelConfig(DomainConfig):
-    """Gravity-driven flow over a rough no-slip bed under a free-slip lid, periodic sideways."""
-
-    viscosity: PositiveFloat = 0.005
-    steps_per_snapshot: Positive = 50
-    pulse_period: PositiveFloat = 800.0
-    roughness: Fraction = Field(0.15, description="height of the largest bed element as a share of the depth")
-    perturbation: Fraction = Field(0.7, description="initial eddies' rms speed over the target speed")
-
-
-class PorousMediaConfig(DomainConfig):
-    """Flow driven by a mean pressure gradient through a periodic random solid, started from rest."""
-
-    viscosity: PositiveFloat = 0.02
-    speed: PositiveFloat = 0.027
-    spinup_steps: NonNegative = 400
-    steps_per_snapshot: Positive = 50
-    pulse: Fraction = 1.0
-    porosity: list[Fraction] = Field([0.65, 0.9], description="range from which each trajectory draws its porosity")
-    grain: PositiveFloat = Field(5.5, description="sphere radius, and length scale of blobs, in cells")
-
-    @model_validator(mode="after")
-    def _range(self) -> PorousMediaConfig:
-        if len(self.porosity) != 2 or not 0.3 <= self.porosity[0] <= self.porosity[1] <= 0.98:
-            raise ValueError(f"porosity must be [low, high] with 0.3 <= low <= high <= 0.98, not {self.porosity}")
-        return self
-
-
 class Domains(Section):
-    """The domains a dataset mixes; leave one out by setting it to null."""
+    """The domains a dataset mixes, a key for each that is registered; null leaves it out, {} takes its defaults."""
 
-    open_channel: OpenChannelConfig | None = OpenChannelConfig()
-    porous_media: PorousMediaConfig | None = PorousMediaConfig()
-
-    def items(self) -> list[tuple[str, DomainConfig]]:
+    def items(self) -> list[tuple[str, Domain]]:
         named = [(name, getattr(self, name)) for name in type(self).model_fields]
         return [(name, domain) for name, domain in named if domain is not None]
+
+    @model_serializer(mode="wrap")
+    def _without_those_never_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A domain that is added to the software changes no dataset that does not have it.
+        return {name: value for name, value in handler(self).items() if value is not None or name in DEFAULT}
+
+
+if not TYPE_CHECKING:
+    Domains = create_model(
+        "Domains",
+        __base__=Domains,
+        __doc__=Domains.__doc__,
+        **{name: (kind | None, kind() if name in DEFAULT else None) for name, kind in DOMAINS.items()},
+    )
 
 
 class DataConfig(Section):
@@ -101,8 +50,10 @@ class DataConfig(Section):
     path: str | None = Field(None, description="an existing dataset folder; null: generate one under `root`")
     root: str = "data"
     seed: NonNegative = 0
-    grid: list[Positive] = [32, 32, 32]
+    grid: list[Positive] = Field([32, 32, 32])
     snapshots: Positive = Field(24, description="stored snapshots per trajectory")
+    compression: Literal["lzf", "gzip"] | None = Field(None, description="of generated files; null: as fast as can be")
+    device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="where to simulate; auto: on GPUs if there are")
     domains: Domains = Domains()
 
     @model_validator(mode="after")
@@ -196,7 +147,7 @@ class TrainingConfig(Section):
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup_steps: NonNegative = 20
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: list[Fraction] = [0.9, 0.95]
+    betas: list[Fraction] = Field([0.9, 0.95])
     grad_clip: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16", "float64"] = Field(
         "float32", description="of the products; bfloat16: autocast, weights and optimizer stay float32"

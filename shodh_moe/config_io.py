@@ -12,8 +12,9 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shodh_moe.config import Config, Section
+from shodh_moe.config import Config
 from shodh_moe.errors import UserError
+from shodh_moe.section import Section
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -98,13 +99,17 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: ValidationError, kind: type[Section], path: Path, written_in: dict[str, str]) -> str:
     """The first mistake as one line: key, place, remedy."""
     mistakes = error.errors()
-    first, valid = mistakes[0], _keys(kind)
+    # A misspelt key that has to be there makes two mistakes; the spelling is the one to name.
+    first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])
+    valid = _keys(kind)
     key = _written_key(first["loc"], valid)
     source = _source(key, str(path), written_in)
     if first["type"] == "extra_forbidden":
         near = _nearest(key, valid)
         remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(kind.model_fields)}"
         return f"{source}: unknown key {key!r}; {remedy}"
+    if first["type"] == "missing":
+        return f"{source}: key {key!r} is missing: add it"
     if first["type"] == "value_error":
         return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"
     # A key that takes either of several types has a mistake for each of them.

@@ -18,8 +18,10 @@ from shodh_moe import pipeline
 from shodh_moe.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
-from shodh_moe.data.generate import Job, make, missing, plan, run, simulation_threads, unfinished
-from shodh_moe.data.ranks import cores_of_rank, share_out
+from shodh_moe.data.estimate import told, update_rate, worth_measuring
+from shodh_moe.data.generate import estimate, flow_devices, make, on_devices, on_free_device, own_cores, run
+from shodh_moe.data.jobs import Job, missing, plan, require_space, unfinished
+from shodh_moe.data.ranks import place_of_rank, share_out
 from shodh_moe.errors import EXIT_REQUEUE, UserError
 from shodh_moe.memory import keep_freed_memory
 from shodh_moe.mpi import in_slurm_step, mpi_rank, mpi_size, mpi_world
@@ -33,6 +35,7 @@ _VISIBLE_S = 60.0  # how long a network disk may take to show a file to other ho
 EXAMPLES = """\
 examples:
   python launch/generate_data.py --config configs/quickstart.yaml
+  python launch/generate_data.py --config configs/data/full.yaml --estimate
   mpirun -n 64 python launch/generate_data.py --config configs/quickstart.yaml
   python launch/generate_data.py --config configs/quickstart.yaml --part $SLURM_ARRAY_TASK_ID --of 16"""
 
@@ -47,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--part", type=int, help="make this part of the trajectories only, from 0; needs --of")
     parser.add_argument("--of", type=int, help="the number of parts")
+    parser.add_argument("--estimate", action="store_true", help="say what it would take, and make nothing")
     options = parser.parse_intermixed_args(arguments)
     world: Any = None
 
@@ -121,6 +125,9 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
     config = _config(options)
+    if options.estimate:
+        _estimate_only(config, part, of)
+        return
     if of == 1:
         if "SLURM_ARRAY_TASK_ID" in os.environ:
             # Not taken for a part: the tasks of an array may as well have a config each.
@@ -129,25 +136,49 @@ def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
         return
     jobs = _jobs(config, part, of)
     print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to make", flush=True)
-    make(jobs, config.data)
+    if jobs:
+        dataset = paths_of(config).dataset
+        print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
+    make(jobs, config.data, local_rank=_task_of_host())
     _finish(config)
+
+
+def _task_of_host() -> int | None:
+    """Which of several tasks of ``srun`` on this host this is; None where there is one."""
+    several = in_slurm_step() and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return int(os.environ.get("SLURM_LOCALID", "0")) if several else None
+
+
+def _estimate_only(config: Config, part: int, of: int) -> None:
+    """What is still to be made, whether or not the disk has room; a disk that has none is refused after it."""
+    if config.data.path:
+        raise UserError("--estimate is for data that are generated, and data.path names a folder: set it to null")
+    dataset = paths_of(config).dataset
+    jobs = unfinished(config.data, dataset, part, of, begin=False)
+    if not jobs:
+        print("[data] nothing is left to be made", flush=True)
+        return
+    print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
+    require_space(dataset, len(jobs), config.data)
 
 
 def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: int) -> None:
     """Rank 0 alone reads the config and looks at the folder, so that what is wrong is told once."""
     found: tuple[Config, list[Job]] | None = None
     if world.rank == 0:
+        if options.estimate:
+            raise UserError("--estimate is for one process: leave out mpirun")
         config = _config(options)
+        flow_devices(config.data, 1, 0)  # a GPU that is asked for and not there is told once
         found = config, _jobs(config, part, of)
         print(f"[data] {world.size} ranks, {len(found[1])} trajectories to make", flush=True)
     config, jobs = world.bcast(found)
-    cores = cores_of_rank(world)
-
-    def simulate_and_write(number: int) -> None:
-        run(jobs[number], config.data, cores)
-
+    cores, number = place_of_rank(world)
+    devices = flow_devices(config.data, cores, number)
     if jobs:
-        ends = share_out(world, simulate_and_write, len(jobs), simulation_threads(config.data, cores))
+        _tell_estimate(world, jobs, config, devices, cores)
+        work = on_free_device(lambda job, device: run(jobs[job], config.data, cores, device), devices)
+        ends = share_out(world, work, len(jobs), len(devices))
         for _ in progress(ends, "simulating", len(jobs)) if world.rank == 0 else ends:
             pass
     if world.rank == 0:
@@ -158,6 +189,18 @@ def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: i
                 "put data.root on a disk that all hosts share"
             )
         _finish(config)
+
+
+def _tell_estimate(world: Any, jobs: list[Job], config: Config, devices: list[str], cores: int) -> None:
+    """Print the estimate; all ranks measure at the same time, as they will work at the same time (collective)."""
+    # Ranks of a host without GPUs know nothing of the GPUs of another: all measure, or none.
+    everywhere = all(world.allgather(worth_measuring(jobs, config.data, devices)))
+    rates = world.gather(update_rate(config.data, len(devices), cores) if everywhere else 0.0)
+    flows, all_cores, gpus = (world.gather(n) for n in (len(devices), cores, int(devices[0] != "cpu")))
+    if world.rank == 0:
+        dataset, where = paths_of(config).dataset, on_devices(sum(gpus), sum(all_cores))
+        all_jobs = len(plan(config.data, dataset))
+        print(f"[data] {told(jobs, all_jobs, config.data, dataset, sum(flows), sum(rates), where)}", flush=True)
 
 
 def _jobs(config: Config, part: int, of: int) -> list[Job]:

@@ -23,6 +23,8 @@ from shodh_moe.errors import UserError
 DATA_VERSION = 1
 TOKENIZER_VERSION = 1
 LATENTS_VERSION = 1
+# Settings of the data section that change no field of a dataset.
+FREE_OF_DATA = {"name", "path", "root", "compression", "device"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def paths_of(config: Config) -> Paths:
         files = sorted(path for path in found if path.is_file() and path.name[0] != ".")
         data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
     else:
-        data_id = fingerprint(DATA_VERSION, data.model_dump(exclude={"name", "path", "root"}))
+        data_id = fingerprint(DATA_VERSION, data.model_dump(exclude=FREE_OF_DATA))
         dataset = Path(data.root) / f"{data.name}-{data_id}"
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")

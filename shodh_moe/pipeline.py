@@ -16,6 +16,7 @@ from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.errors import UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
@@ -23,7 +24,6 @@ from shodh_moe.launcher import TrainingFailed, launch_ranks
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
-from shodh_moe.training.sampler import DomainSampler
 
 
 def run_all(config: Config) -> dict[str, Any]:
@@ -42,14 +42,15 @@ def make_data(config: Config) -> Path:
     A generated file that is missing or damaged is made again.
     """
     from shodh_moe.data import check_dataset, generate, is_complete
+    from shodh_moe.data.listing import READ_BYTES
 
     paths = paths_of(config)
     dataset = paths.dataset
     manifest = dataset / "manifest.json"
     if config.data.path:
         # Latents are named after the dataset's files: once they are there, every value has been read.
-        budget = {"budget_bytes": 0} if paths.latents.exists() else {}
-        check_dataset(dataset, config.data.grid, config.model.history, config.training.batch_size, **budget)
+        budget = 0 if paths.latents.exists() else READ_BYTES
+        check_dataset(dataset, config.data.grid, config.model.history, config.training.batch_size, budget)
         return _say("data", f"unchanged, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
@@ -68,7 +69,7 @@ def make_tokenizer(config: Config) -> Path:
         tokenizer = load_tokenizer(paths.tokenizer)
         require_fit(tokenizer, config)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
-    require_made(paths.dataset / "stats.yaml", "shodh data")
+    require_made(paths.dataset / "stats.yaml", "shodh data generate")
     _say("tokenizer", f"training on {device()}; kernels: {describe(torch.device(device()))}", None)
     began = time.perf_counter()
     train_tokenizer(config, paths.dataset, paths.tokenizer, device())
@@ -81,7 +82,7 @@ def make_latents(config: Config) -> Path:
     if paths.latents.exists():
         _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
-    require_made(paths.dataset / "stats.yaml", "shodh data")
+    require_made(paths.dataset / "stats.yaml", "shodh data generate")
     began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
     with whole_folder(paths.latents) as temporary:

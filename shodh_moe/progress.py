@@ -38,9 +38,16 @@ def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> I
         now = time.monotonic()
         if done != total and now - last >= _LINE_EVERY_SECONDS:
             last = now
-            left = f", about {_clock((now - started) / done * (total - done))} left" if total else ""
-            print(f"{desc}: {done}/{total or '?'}{left}", file=sys.stderr, flush=True)
+            each = (now - started) / done
+            left = f", about {_clock(each * (total - done))} left" if total else ""
+            print(f"{desc}: {done}/{total or '?'}, {_rate(each)}{left}", file=sys.stderr, flush=True)
     print(f"{desc}: {done}/{total or done} in {_clock(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+
+def _rate(each: float) -> str:
+    """How many in the shortest time that has at least one, for ``each`` so many seconds."""
+    unit, name = (1, "second") if each <= 1 else (60, "minute") if each <= 60 else (3600, "hour")
+    return f"{unit / max(each, 1e-9):.3g} a {name}"
 
 
 def _clock(seconds: float) -> str:

@@ -61,7 +61,7 @@ def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shodh(*arguments: str) -> int:
-    stage = 2 if arguments[0] == "tokenizer" else 1
+    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
     return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
 
 
@@ -143,23 +143,31 @@ def test_a_dataset_that_does_not_fit_the_config(
 
 def test_a_domain_of_one_split_only_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     other_domain(dataset / "data/valid/wild.hdf5")
-    refused(capfd, "data", "--config", "tiny.yaml", "data.path=theirs", says=("valid", "unheard_of", "calm, wild"))
+    refused(
+        capfd,
+        "data",
+        "generate",
+        "--config",
+        "tiny.yaml",
+        "data.path=theirs",
+        says=("valid", "unheard_of", "calm, wild"),
+    )
 
 
 def test_a_sound_dataset_is_accepted_and_left_alone(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = tree(dataset)
-    assert shodh("data", "data.path=theirs") == 0
+    assert shodh("data", "generate", "data.path=theirs") == 0
     assert tree(dataset) == before
 
 
 @pytest.mark.parametrize("damage", [remove, truncate, empty])
 def test_a_damaged_generated_file_is_made_again(here: Path, damage: Callable[[Path], None]) -> None:
-    assert shodh("data") == 0
+    assert shodh("data", "generate") == 0
     made = next(here.glob("data/tiny-*"))
     before = tree(made)
     damage(made / "data/train/porous_media_0001.hdf5")
     assert not is_complete(config().data, made)
-    assert shodh("data") == 0
+    assert shodh("data", "generate") == 0
     after = tree(made)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"data/train/porous_media_0001.hdf5", "stats.yaml", "manifest.json"}
@@ -181,12 +189,12 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
     with monkeypatch.context() as patch:
         patch.setattr(generate, "simulation_threads", lambda config, cores: 1)
         patch.setattr(generate, "run", stops)
-        assert shodh("data") == 130
+        assert shodh("data", "generate") == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: nothing half-written is left")
     assert not list(here.rglob("manifest.json"))
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*.hdf5")}
     assert len(before) == 3
-    assert shodh("data") == 0
+    assert shodh("data", "generate") == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(list(here.rglob("*.hdf5"))) == 8
 
@@ -310,7 +318,7 @@ def test_a_place_without_permission(
     ("error", "says"),
     [(OSError(errno.ENOSPC, "No space left on device"), "no space left"), (PermissionError(13, "x"), "permission")],
 )
-@pytest.mark.parametrize("command", ["data", "tokenizer train", "tokenizer encode", "pretrain"])
+@pytest.mark.parametrize("command", ["data generate", "tokenizer train", "tokenizer encode", "pretrain"])
 def test_a_disk_that_fills_up_while_a_stage_writes(
     dataset: Path,
     tokenizer: Path,
@@ -322,7 +330,7 @@ def test_a_disk_that_fills_up_while_a_stage_writes(
     says: str,
 ) -> None:
     settings = {
-        "data": [],
+        "data generate": [],
         "tokenizer train": ["data.path=theirs"],
         "tokenizer encode": ["data.path=theirs", "tokenizer.path=tok"],
         "pretrain": ["data.path=theirs", "tokenizer.path=tok"],

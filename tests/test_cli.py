@@ -23,7 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shodh(*arguments: str) -> int:
-    stage = 2 if arguments[0] == "tokenizer" else 1
+    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
     return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
 
 
@@ -32,13 +32,25 @@ def shodh(*arguments: str) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "run", "data", "tokenizer", "tokenizer train", "tokenizer encode", "pretrain", "evaluate", "report", "plan"],
+    [
+        "",
+        "run",
+        "data",
+        "data generate",
+        "tokenizer",
+        "tokenizer train",
+        "tokenizer encode",
+        "pretrain",
+        "evaluate",
+        "report",
+        "plan",
+    ],
 )
 def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
-    shown = {"": "run", "tokenizer": "tokenizer train"}.get(command, command)
+    shown = {"": "run", "data": "data generate", "tokenizer": "tokenizer train"}.get(command, command)
     example = f"example: shodh {shown} --config configs/quickstart.yaml --name trial training.steps=200"
     assert example in capsys.readouterr().out.splitlines()
 
@@ -52,6 +64,10 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
         ("checkpoint verify", "checkpoint verify runs/trial"),
         ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
         ("merge", "merge configs/merge/example.yaml"),
+        ("data import", "data import configs/import/jhtdb_channel.yaml"),
+        ("data check", "data check data/quickstart"),
+        ("data info", "data info data/quickstart"),
+        ("data preview", "data preview data/quickstart --output pictures"),
         ("doctor", "doctor --hostfile hostfile --shared runs"),
     ],
 )
@@ -98,7 +114,10 @@ def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.Captu
 def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(pipeline, "make_data", seen.append)
-    assert main(["data", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"]) == 0
+    assert (
+        main(["data", "generate", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"])
+        == 0
+    )
     assert (seen[0].training.steps, seen[0].seed, seen[0].data.seed, seen[0].name) == (6, 5, 7, "n")
 
 
@@ -124,14 +143,14 @@ def test_an_unexpected_exception_is_ours_with_a_traceback(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "make_data", lambda config: {}["nothing"])
-    assert shodh("data") == 1
+    assert shodh("data", "generate") == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert "KeyError: 'nothing'" in error
 
 
 def test_debug_adds_a_traceback_to_wrong_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shodh("data", "--debug", "training.stpes=3") == 2
+    assert shodh("data", "generate", "--debug", "training.stpes=3") == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.splitlines()[-1].startswith("error: ")
@@ -144,7 +163,7 @@ def test_a_message_of_several_lines_becomes_one(
         raise UserError("HDF5 says\n  this\n  and that")
 
     monkeypatch.setattr(pipeline, "make_data", stage)
-    assert refused(capfd, "data", "--config", "tiny.yaml", says=()) == "error: HDF5 says this and that\n"
+    assert refused(capfd, "data", "generate", "--config", "tiny.yaml", says=()) == "error: HDF5 says this and that\n"
 
 
 def test_the_installed_command_gives_exit_code_and_one_line(here: Path) -> None:

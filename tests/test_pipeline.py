@@ -203,7 +203,7 @@ def test_stages_before_their_inputs_name_the_missing_one(here: Path, capfd: pyte
     shutil.rmtree(here / "tokenizers")
     refused(capfd, "tokenizer", "encode", *at, says=("holds no finished tokenizer", "shodh tokenizer train"))
     shutil.rmtree(here / "data")
-    refused(capfd, "tokenizer", "train", *at, says=("stats.yaml is missing", "shodh data"))
+    refused(capfd, "tokenizer", "train", *at, says=("stats.yaml is missing", "shodh data generate"))
     assert not (here / "runs/none").exists()
 
 

@@ -12,12 +12,12 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import claim_run_folder, processes, write_environment
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable
 from shodh_moe.launcher import TrainingFailed, launch_ranks
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.optimizer import resolve_optimizer
-from shodh_moe.training.sampler import DomainSampler
 
 
 def check(config: ExpertConfig) -> None:

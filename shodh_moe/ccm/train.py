@@ -14,12 +14,12 @@ from shodh_moe.ccm.data import read_split
 from shodh_moe.ccm.expert import facts_of, make_network, units_of_start
 from shodh_moe.ccm.windows import Scale, Windows
 from shodh_moe.config_io import flatten
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.operators import nrmse, rollout
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.engine import Engine, Step, init_distributed
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.resume import on_rank_0
-from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.trainer import train
 
 

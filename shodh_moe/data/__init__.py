@@ -1,8 +1,9 @@
 """Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
 
 from shodh_moe.data.check import check_dataset
-from shodh_moe.data.dataset import SPLITS, SnapshotDataset, domain_names, list_trajectories
+from shodh_moe.data.dataset import SnapshotDataset
 from shodh_moe.data.generate import generate, is_complete
+from shodh_moe.data.listing import SPLITS, domain_names, list_trajectories
 from shodh_moe.data.reading import (
     Trajectory,
     TrajectoryRecord,

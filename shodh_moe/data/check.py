@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shodh_moe.data.dataset import RAM_BUDGET_BYTES, SPLITS, domain_names, list_trajectories
+from shodh_moe.data.listing import READ_BYTES, SPLITS, domain_names, list_trajectories
 from shodh_moe.data.reading import read_snapshots
 from shodh_moe.data.stats import FieldStats
 from shodh_moe.errors import UserError
 
 
 def check_dataset(
-    folder: Path, grid: Sequence[int], history: int, batch_size: int, budget_bytes: int = RAM_BUDGET_BYTES
+    folder: Path,
+    grid: Sequence[int],
+    history: int,
+    batch_size: int,
+    budget_bytes: int = READ_BYTES,
+    skip_bad: bool = False,
 ) -> None:
     """Check statistics and the header of every file of every split; and every value, up to ``budget_bytes``.
 
-    Values beyond that are checked when they are read: a large dataset should not be read twice.
+    Values beyond that are checked when they are read: a large dataset should not be read twice. With ``skip_bad``
+    the files that `list_trajectories` leaves out are listed on stderr, and only the others have to fit.
 
     Raises:
         UserError: a file is missing, damaged or of another grid, a value is not finite, a trajectory is too short,
             or splits and domains do not fit the training.
     """
     FieldStats.load(folder)
-    splits = {split: list_trajectories(folder, split, grid) for split in SPLITS}
+    splits = {split: list_trajectories(folder, split, grid, skip_bad) for split in SPLITS}
     domains = domain_names(splits["train"])
     if batch_size % len(domains):
         raise UserError(

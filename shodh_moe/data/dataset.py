@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_snapshots
+from shodh_moe.data.listing import domain_names
+from shodh_moe.data.reading import TrajectoryRecord, read_snapshots
 from shodh_moe.errors import UserError
 
-SPLITS = ("train", "valid", "test")
 RAM_BUDGET_BYTES = 4 * 2**30
-
-
-def list_trajectories(folder: Path | str, split: str, grid: Sequence[int] | None = None) -> list[TrajectoryRecord]:
-    """The trajectories under ``<folder>/data/<split>``, in the order of their file names.
-
-    Raises:
-        UserError: the folder is missing or has no HDF5 file, a file is unreadable, or the grids differ from ``grid``
-            (from each other, if None).
-    """
-    root = Path(folder) / "data" / split
-    if split not in SPLITS:
-        raise UserError(f"no split named {split!r}: choose one of {', '.join(SPLITS)}")
-    # A leading dot marks an unfinished file.
-    paths = sorted(p for ending in ("*.hdf5", "*.h5") for p in root.glob(ending) if not p.name.startswith("."))
-    if not paths:
-        raise UserError(f"no HDF5 files in {root}: generate the data first, or check data.path")
-    records: list[TrajectoryRecord] = []
-    wanted = tuple(grid) if grid is not None else None
-    for path in paths:
-        records += open_trajectories(path, wanted)
-        wanted = records[0].grid
-    return records
-
-
-def domain_names(records: Sequence[TrajectoryRecord]) -> list[str]:
-    """The domains that occur, in alphabetical order: their position is the domain index."""
-    return sorted({record.domain for record in records})
 
 
 class SnapshotDataset(Dataset[tuple[torch.Tensor, int]]):

@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 
-from shodh_moe.config import DataConfig, DomainConfig
-from shodh_moe.data.dataset import SPLITS, list_trajectories
-from shodh_moe.data.reading import read_provenance, read_trajectory
-from shodh_moe.data.stats import STATS_FILE, compute_stats, write_stats
+from shodh_moe.config import DataConfig
+from shodh_moe.data.estimate import told, update_rate, worth_measuring
+from shodh_moe.data.jobs import Job, is_done, plan, unfinished
+from shodh_moe.data.listing import list_trajectories
+from shodh_moe.data.stats import STATS_FILE, stats_of_files, write_stats
+from shodh_moe.data.summary import summarise
 from shodh_moe.data.well import write_trajectory
 from shodh_moe.errors import UserError
-from shodh_moe.files import remove_leftovers
 from shodh_moe.progress import progress as default_progress
-from shodh_moe.solvers import SOLVER_VERSION, SPLIT_BASE, simulate
+from shodh_moe.solvers import simulate
 
 Progress = Callable[..., Iterator[Any]]
 # From this size on one flow keeps all cores busy; below, cores do better with a flow each.
 _PARALLEL_CELLS = 96**3
 
 
-@dataclass(frozen=True)
-class Job:
-    """One trajectory to be made: which one, where it goes and the request that identifies it."""
-
-    path: Path
-    domain: str
-    config: DomainConfig
-    trajectory: int
-    request: dict[str, Any]
-
-
-def plan(config: DataConfig, folder: Path) -> list[Job]:
-    """Every trajectory that ``config`` asks for, domains interleaved."""
-    jobs = []
-    for split in SPLITS:
-        domains = config.domains.items()
-        most = max((getattr(domain.trajectories, split) for _, domain in domains), default=0)
-        for index in range(most):
-            for name, domain in domains:
-                if index < getattr(domain.trajectories, split):
-                    path = folder / "data" / split / f"{name}_{index:04d}.hdf5"
-                    trajectory = SPLIT_BASE[split] + index
-                    jobs.append(Job(path, name, domain, trajectory, _request(config, domain, trajectory)))
-    return jobs
-
-
 def generate(config: DataConfig, folder: Path, progress: Progress = default_progress) -> Path:
-    """Make ``<folder>/data/{train,valid,test}/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; returns ``folder``.
+    """Make ``<folder>/data/{train,valid,test}/<domain>_<index>.hdf5``, ``stats.yaml`` and ``dataset.yaml`` there.
+
+    Returns ``folder``. What it will take is printed first, what there is at the end.
 
     Complete files that the same request made are kept, so a killed run goes on where it was. ``progress`` is called
     as ``progress(iterable, desc, total)`` and must yield the items. Others may work in the same folder at the same
@@ -67,57 +43,85 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
         UserError: the disk is too small or not writable, a flow diverged, or the folder holds other data.
     """
     folder = Path(folder)
-    make(unfinished(config, folder), config, progress)
+    jobs = unfinished(config, folder)
+    if jobs:
+        print(f"[data] {estimate(jobs, config, folder, own_cores())}", flush=True)
+    make(jobs, config, progress)
     records = list_trajectories(folder, "train", config.grid)
-    write_stats(folder, compute_stats(read_trajectory(r) for r in progress(records, "statistics", len(records))))
+    write_stats(folder, stats_of_files(records, min(own_cores(), 16), progress))
+    for line in summarise(folder, config, [(job.domain, job.path) for job in plan(config, folder)]):
+        print(f"[data] {line}", flush=True)
     return folder
 
 
-def unfinished(config: DataConfig, folder: Path, part: int = 0, of: int = 1) -> list[Job]:
-    """What is missing or damaged in part ``part`` (from 0) of ``of`` equal parts of the dataset.
-
-    Raises:
-        UserError: the config asks for nothing, the folder holds other data, or what all parts still lack does not fit
-            on the disk.
-    """
-    jobs = plan(config, folder)
-    if not jobs:
-        raise UserError("data.domains names no domain: keep at least one")
-    for split in SPLITS:
-        remove_leftovers(folder / "data" / split)
-    _require_no_others(folder, {job.path for job in jobs})
-    left = missing(jobs)
-    _require_space(folder, len(left), config)
-    # Neighbours in the list are of different domains: a run of them is as much work as any other.
-    mine = {job.path for job in jobs[part * len(jobs) // of : (part + 1) * len(jobs) // of]}
-    return [job for job in left if job.path in mine]
+def estimate(jobs: list[Job], config: DataConfig, folder: Path, cores: int, local_rank: int | None = None) -> str:
+    """What it will take this process to make ``jobs``, as a line; measures for a second unless they are few."""
+    devices = flow_devices(config, cores, local_rank)
+    rate = update_rate(config, len(devices), cores) if worth_measuring(jobs, config, devices) else None
+    where = on_devices(len(set(devices)) if devices[0] != "cpu" else 0, cores)
+    return told(jobs, len(plan(config, folder)), config, folder, len(devices), rate, where)
 
 
-def missing(jobs: list[Job]) -> list[Job]:
-    """Those whose file is not there or not whole."""
-    for folder in {job.path.parent for job in jobs}:
-        with suppress(OSError):
-            os.listdir(folder)  # network disks remember for a while that a single name was not there
-    return [job for job in jobs if not is_done(job)]
+def on_devices(gpus: int, cores: int) -> str:
+    """``on these 2 cores``, or on so many GPUs."""
+    count, name = (gpus, "GPU") if gpus else (cores, "core")
+    return f"on this {name}" if count == 1 else f"on these {count} {name}s"
 
 
-def make(jobs: list[Job], config: DataConfig, progress: Progress = default_progress) -> None:
-    """Simulate and write ``jobs`` on all cores of this process. Raises `UserError` as `generate` does."""
+def make(
+    jobs: list[Job], config: DataConfig, progress: Progress = default_progress, local_rank: int | None = None
+) -> None:
+    """Simulate and write ``jobs`` on all cores, or GPUs, of this process. Raises `UserError` as `generate` does."""
     if not jobs:
         return
     cores = own_cores()
-    threads = simulation_threads(config, cores)
-    if threads == 1:
-        _drain(progress((run(job, config, cores) for job in jobs), "simulating", len(jobs)))
+    devices = flow_devices(config, cores, local_rank)
+    if len(devices) == 1:
+        _drain(progress((run(job, config, cores, devices[0]) for job in jobs), "simulating", len(jobs)))
         return
+    work = on_free_device(lambda job, device: run(job, config, cores, device), devices)
     # The solver releases the GIL: threads are enough, and each flow has one core to itself.
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(run, job, config, cores) for job in jobs]
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
         try:
             _drain(progress((future.result() for future in as_completed(futures)), "simulating", len(jobs)))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def on_free_device(work: Callable[[Any, str], Path], devices: list[str]) -> Callable[[Any], Path]:
+    """``work(job, device)`` as a function of the job alone, for as many threads as there are devices."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def with_device(job: Any) -> Path:
+        device = free.get()
+        try:
+            return work(job, device)
+        finally:
+            free.put(device)
+
+    return with_device
+
+
+def flow_devices(config: DataConfig, cores: int, local_rank: int | None = None) -> list[str]:
+    """The devices of the flows that one process simulates at a time: ``cpu`` for each, or every GPU once.
+
+    Args:
+        local_rank: of a process that shares the GPUs of its host with others, and takes one of them.
+
+    Raises:
+        UserError: data.device asks for a GPU and there is none.
+    """
+    wanted = config.device
+    gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and not gpus:
+        raise UserError("data.device is cuda, but there is no GPU here that torch can use: set it to auto or cpu")
+    if not gpus:
+        return ["cpu"] * simulation_threads(config, cores)
+    return [f"cuda:{n}" for n in range(gpus)] if local_rank is None else [f"cuda:{local_rank % gpus}"]
 
 
 def own_cores() -> int:
@@ -142,8 +146,10 @@ def _drain(items: Iterable[Any]) -> None:
         pass
 
 
-def run(job: Job, config: DataConfig, cores: int) -> Path:
+def run(job: Job, config: DataConfig, cores: int, device: str = "cpu") -> Path:
     """Simulate one trajectory and write it, unless someone else has meanwhile; a large flow on ``cores`` cores.
+
+    ``device`` is ``cpu`` or a GPU such as ``cuda:1``.
 
     Returns where it is.
 
@@ -155,17 +161,15 @@ def run(job: Job, config: DataConfig, cores: int) -> Path:
     if _is_large(config):
         numba.set_num_threads(min(cores, numba.config.NUMBA_NUM_THREADS))
     grid = (config.grid[0], config.grid[1], config.grid[2])
-    simulation = simulate(
-        job.domain,
-        job.config,
-        grid,
-        config.seed,
-        job.trajectory,
-        config.snapshots,
-        parallel=_is_large(config),
-    )
+    arguments = (job.domain, job.config, grid, config.seed, job.trajectory, config.snapshots)
+    if device == "cpu":
+        simulation = simulate(*arguments, parallel=_is_large(config))
+    else:
+        with torch.cuda.device(device):  # of this thread
+            simulation = simulate(*arguments, device="cuda")
     provenance = {
         "solver": "D3Q19 lattice Boltzmann, two relaxation times",
+        "device": device.partition(":")[0],
         "request": job.request,
         "parameters": simulation.parameters,
         "seed": config.seed,
@@ -174,62 +178,20 @@ def run(job: Job, config: DataConfig, cores: int) -> Path:
         "reynolds": simulation.parameters["reynolds"],
         "mach": simulation.parameters["mach"],
     }
-    write_trajectory(job.path, simulation, dataset_name=config.name, domain=job.domain, provenance=provenance)
+    write_trajectory(
+        job.path,
+        simulation,
+        dataset_name=config.name,
+        domain=job.domain,
+        provenance=provenance,
+        compression=config.compression,
+    )
     return job.path
-
-
-def _request(config: DataConfig, domain: DomainConfig, trajectory: int) -> dict[str, Any]:
-    # All that the bits of a trajectory depend on; how many others there are is not part of it.
-    return {
-        "solver_version": SOLVER_VERSION,
-        "name": config.name,
-        "grid": list(config.grid),
-        "snapshots": config.snapshots,
-        "seed": config.seed,
-        "trajectory": trajectory,
-        "domain": domain.model_dump(mode="json", exclude={"trajectories"}),
-    }
 
 
 def is_complete(config: DataConfig, folder: Path) -> bool:
     """Whether every file of this config is there and whole, by its header, and so are the statistics."""
     return (folder / STATS_FILE).exists() and all(is_done(job) for job in plan(config, folder))
-
-
-def is_done(job: Job) -> bool:
-    """Whether the file is there, whole by its header, and made by the same request."""
-    if not job.path.exists():
-        return False
-    try:
-        return read_provenance(job.path).get("request") == job.request
-    except UserError:
-        # Damaged: make it again.
-        return False
-
-
-def _require_no_others(folder: Path, wanted: set[Path]) -> None:
-    others = [
-        path for split in SPLITS for path in sorted((folder / "data" / split).glob("*.h*5")) if path.name[0] != "."
-    ]
-    others = [path for path in others if path not in wanted]
-    if others:
-        raise UserError(
-            f"{folder} holds {len(others)} files that this config does not ask for ({others[0].name}, ...): "
-            "remove them or set another data.name"
-        )
-
-
-def _require_space(folder: Path, count: int, config: DataConfig) -> None:
-    cells = int(np.prod(config.grid))
-    # Velocity and pressure per snapshot, the mask once, float32; a little for headers and the statistics.
-    needed = count * (4 * cells * (4 * config.snapshots + 1) + 2**17) + 2**20
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if count and needed > free:
-        raise UserError(
-            f"{count} trajectories need {needed / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free: "
-            "choose another data.root, or fewer trajectories, snapshots or grid cells"
-        )
 
 
 def _package_version() -> str:

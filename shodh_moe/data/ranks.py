@@ -18,16 +18,16 @@ _ANSWER_S = 0.02  # how long a rank that has ended a job waits for another at mo
 _STOP_S = 60.0  # how long a rank that has reported an error waits for rank 0 to end the job
 
 
-def cores_of_rank(world: Any) -> int:
-    """This rank's share of the cores that the ranks of its host may use."""
+def place_of_rank(world: Any) -> tuple[int, int]:
+    """This rank's share of the cores that the ranks of its host may use, and its number on this host."""
     from mpi4py import MPI
 
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     # Ranks are bound to a core each, to a socket together, or not at all.
     cores = set().union(*here.allgather(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()))
-    share = max(1, (len(cores) or os.cpu_count() or 1) // here.size)
+    share, number = max(1, (len(cores) or os.cpu_count() or 1) // here.size), here.rank
     here.Free()
-    return min(share, own_cores())
+    return min(share, own_cores()), number
 
 
 def share_out(world: Any, work: Callable[[int], object], count: int, threads: int) -> Iterator[None]:

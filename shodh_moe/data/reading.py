@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.data.opening import flow_of, opened
+from shodh_moe.data.unpacking import read_gzip
 from shodh_moe.errors import UserError
+from shodh_moe.inspection.structure import why_unreadable
+
+# Squares of larger values overflow float32. Values whose bytes were swapped exceed it in every fourth cell.
+LARGEST = 1e18
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class TrajectoryRecord:
         n_snapshots: stored snapshots T.
         grid: (X, Y, Z).
         periodic: along which axes the flow repeats itself, from the file's boundary conditions.
+        spacing: between cells along x, y, z, in the file's units; None if the file does not tell.
+        interval: time between snapshots, in the file's units; None if the file does not tell.
+        units: what the file says of them; "" if nothing.
     """
 
     path: Path
@@ -34,6 +41,9 @@ class TrajectoryRecord:
     n_snapshots: int
     grid: tuple[int, int, int]
     periodic: tuple[bool, bool, bool] = (False, False, False)
+    spacing: tuple[float, float, float] | None = None
+    interval: float | None = None
+    units: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -62,12 +72,32 @@ def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> 
     """The trajectories of a file, from its header: no field is read.
 
     Raises:
-        UserError: the file is missing, empty, truncated, not HDF5, lacks velocity or pressure, has shapes that do not
-            fit together, or a grid other than ``grid``.
+        UserError: the file is missing, empty, truncated, locked, damaged or not HDF5; links or refers to other
+            files; has an attribute, dataset or chunk of absurd size; lacks velocity or pressure; holds values of
+            another type than expected, shapes that do not fit together, coordinates or times whose steps are not
+            positive and equal, a filter that is not installed, values that were never written, or a grid other
+            than ``grid``.
     """
     path = Path(path)
-    with _opened(path) as file:
-        return _records(path, file, grid)
+    flow = flow_of(path)
+    shape = (flow["grid"][0], flow["grid"][1], flow["grid"][2])
+    if grid is not None and shape != tuple(grid):
+        raise UserError(f"{path} has grid {list(shape)}, not {list(grid)}: set data.grid to match or use other data")
+    intervals = flow["intervals"] or [None] * flow["samples"]
+    return [
+        TrajectoryRecord(
+            path=path,
+            sample=sample,
+            domain=flow["domain"],
+            n_snapshots=flow["n_snapshots"],
+            grid=shape,
+            periodic=tuple(flow["periodic"]),
+            spacing=tuple(flow["spacing"]) if flow["spacing"] else None,
+            interval=interval,
+            units=flow["units"],
+        )
+        for sample, interval in enumerate(intervals)
+    ]
 
 
 def read_snapshots(
@@ -76,18 +106,17 @@ def read_snapshots(
     """Snapshots start..stop of one trajectory: (fields_T4XYZ = velocity, pressure; solid_1XYZ), float32.
 
     Raises:
-        UserError: the file is damaged, or a value is not finite (names the field and the snapshot).
+        UserError: a chunk is damaged or has a wrong checksum, or a value is not finite or absurd (names the field and
+            the snapshot).
     """
     stop = record.n_snapshots if stop is None else stop
-    with _opened(record.path) as file:
-        velocity_TXYZ3 = _read(file["t1_fields/velocity"], record, start, stop)
-        pressure_TXYZ = _read(file["t0_fields/pressure"], record, start, stop)
-        solid_1XYZ = _read_solid(file, record)
     fields_T4XYZ = np.empty((stop - start, 4, *record.grid), dtype=np.float32)
-    fields_T4XYZ[:, :3] = np.moveaxis(velocity_TXYZ3, -1, 1)
-    fields_T4XYZ[:, 3] = pressure_TXYZ
-    _require_finite(record, "velocity", fields_T4XYZ[:, :3], start)
-    _require_finite(record, "pressure", fields_T4XYZ[:, 3], start)
+    with opened(record.path) as file:
+        fields_T4XYZ[:, :3] = np.moveaxis(_read(file, "t1_fields/velocity", record, start, stop), -1, 1)
+        fields_T4XYZ[:, 3] = _read(file, "t0_fields/pressure", record, start, stop)
+        solid_1XYZ = _read_solid(file, record)
+    require_sound(record, "velocity", fields_T4XYZ[:, :3], start)
+    require_sound(record, "pressure", fields_T4XYZ[:, 3], start)
     return fields_T4XYZ, solid_1XYZ
 
 
@@ -105,7 +134,7 @@ def read_trajectory(record: TrajectoryRecord | Path | str, grid: tuple[int, ...]
 
 def read_provenance(path: Path | str) -> dict[str, object]:
     """The provenance attributes of a file we wrote, JSON values decoded; {} if it has none or is not complete."""
-    with _opened(Path(path)) as file:
+    with opened(Path(path)) as file:
         if "provenance" not in file or not file["provenance"].attrs.get("complete", False):
             return {}
         return {key: _decoded(value) for key, value in file["provenance"].attrs.items()}
@@ -120,94 +149,68 @@ def _decoded(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: check the path or generate the data again")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give the path of one HDF5 file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes): copy or generate it again")
-    if not h5py.is_hdf5(path):
-        raise UserError(f"{path} is not an HDF5 file: remove it from the folder or convert it to the_well's format")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except OSError as error:
-        reason = "truncated" if "truncated" in str(error) else f"damaged or unreadable ({str(error).splitlines()[0]})"
-        raise UserError(f"{path} is {reason}: copy or generate it again") from error
-
-
-def _records(path: Path, file: h5py.File, grid: tuple[int, ...] | None) -> list[TrajectoryRecord]:
-    dims = int(file.attrs.get("n_spatial_dims", 3))
-    if dims != 3:
-        raise UserError(f"{path} has {dims} spatial dimensions: only 3D trajectories can be read")
-    velocity = _dataset(path, file, "t1_fields/velocity", 6)
-    pressure = _dataset(path, file, "t0_fields/pressure", 5)
-    if velocity.shape[-1] != 3 or velocity.shape[:-1] != pressure.shape:
-        raise UserError(
-            f"{path}: velocity {velocity.shape} and pressure {pressure.shape} do not fit together; expected "
-            "[trajectories, snapshots, X, Y, Z, 3] and [trajectories, snapshots, X, Y, Z]: convert the file again"
-        )
-    samples, n_snapshots, *cells = pressure.shape
-    if min(pressure.shape) == 0:
-        raise UserError(f"{path} holds no data (pressure has shape {pressure.shape}): generate it again")
-    if "t0_fields/solid" in file:
-        solid = file["t0_fields/solid"]
-        wanted = (samples, *cells) if solid.ndim == 4 else tuple(cells)
-        if solid.shape != wanted:
-            raise UserError(f"{path}: solid has shape {solid.shape}, expected {wanted}: convert the file again")
-    shape = (cells[0], cells[1], cells[2])
-    if grid is not None and shape != tuple(grid):
-        raise UserError(f"{path} has grid {list(shape)}, not {list(grid)}: set data.grid to match or use other data")
-    domain = str(file.attrs.get("domain", file.attrs.get("dataset_name", path.parent.name)))
-    periodic = _periodic(file)
-    return [TrajectoryRecord(path, sample, domain, n_snapshots, shape, periodic) for sample in range(samples)]
-
-
-def _periodic(file: h5py.File) -> tuple[bool, bool, bool]:
-    """Axes with a PERIODIC boundary condition; none where the file says nothing."""
-    axes = [str(name) for name in file["dimensions"].attrs.get("spatial_dims", [])] if "dimensions" in file else []
-    wraps = {
-        str(axis)
-        for group in file.get("boundary_conditions", {}).values()
-        if str(group.attrs.get("bc_type", "")).upper() == "PERIODIC"
-        for axis in group.attrs.get("associated_dims", [])
-    }
-    x, y, z = (axis in wraps for axis in axes) if len(axes) == 3 else (False, False, False)
-    return x, y, z
-
-
-def _dataset(path: Path, file: h5py.File, name: str, ndim: int) -> h5py.Dataset:
-    if name not in file or not isinstance(file[name], h5py.Dataset):
-        raise UserError(f"{path} has no {name}: it is not a flow trajectory in the_well's format")
+def _read(file: h5py.File, name: str, record: TrajectoryRecord, start: int, stop: int) -> NDArray[np.float32]:
+    """Snapshots of a field, float32 [stop - start, X, Y, Z] or [stop - start, X, Y, Z, 3]."""
     dataset = file[name]
-    if dataset.ndim != ndim:
-        raise UserError(
-            f"{path}: {name} has {dataset.ndim} axes (shape {dataset.shape}), expected {ndim}: convert the file again"
-        )
-    return dataset
+    try:
+        values_T = _values(dataset, record.sample, start, stop)
+    except OSError as error:
+        raise UserError(f"{record.path}: {_unreadable(dataset, name, record.sample, start, stop, error)}") from error
+    with np.errstate(over="ignore"):  # of float64: infinity is refused
+        return np.asarray(values_T, dtype=np.float32)
 
 
-def _read(dataset: h5py.Dataset, record: TrajectoryRecord, start: int, stop: int) -> NDArray[np.float32]:
-    return np.asarray(dataset[record.sample, start:stop], dtype=np.float32)
+def _values(dataset: h5py.Dataset, sample: int, start: int, stop: int) -> NDArray[np.generic]:
+    if dataset.compression == "gzip":
+        return read_gzip(dataset, (sample, start), (sample + 1, stop))[0]
+    return dataset[sample, start:stop]
+
+
+def _unreadable(dataset: h5py.Dataset, name: str, sample: int, start: int, stop: int, error: OSError) -> str:
+    """Which snapshot cannot be read, and why as far as HDF5 tells."""
+    for snapshot in range(start, stop):
+        try:
+            _values(dataset, sample, snapshot, snapshot + 1)
+        except OSError:
+            break
+    why = why_unreadable(dataset, error)
+    return f"{name} of snapshot {snapshot} cannot be read, {why}: copy or generate the file again"
 
 
 def _read_solid(file: h5py.File, record: TrajectoryRecord) -> NDArray[np.float32]:
     if "t0_fields/solid" not in file:
         return np.zeros((1, *record.grid), dtype=np.float32)
     solid = file["t0_fields/solid"]
-    solid_XYZ = np.asarray(solid[record.sample] if solid.ndim == 4 else solid[:], dtype=np.float32)
-    if not np.isfinite(solid_XYZ).all():
+    try:
+        if solid.compression == "gzip":
+            first, after = ((record.sample,), (record.sample + 1,)) if solid.ndim == 4 else ((), ())
+            values_XYZ = read_gzip(solid, first, after).reshape(record.grid)
+        else:
+            values_XYZ = solid[record.sample] if solid.ndim == 4 else solid[:]
+    except OSError as error:
+        why = why_unreadable(solid, error)
+        raise UserError(f"{record.path}: t0_fields/solid cannot be read, {why}: copy or generate it again") from error
+    with np.errstate(over="ignore"):
+        solid_1XYZ = np.asarray(values_XYZ, dtype=np.float32)[None]
+    if not np.isfinite(solid_1XYZ).all():
         raise UserError(f"{record.path}: solid has values that are not finite: generate or convert the file again")
-    return solid_XYZ[None]
+    return solid_1XYZ
 
 
-def _require_finite(record: TrajectoryRecord, field: str, values_T: NDArray[np.float32], start: int) -> None:
-    good_T = np.isfinite(values_T).reshape(len(values_T), -1).all(axis=1)
-    if not good_T.all():
-        snapshot = start + int(np.argmin(good_T))
-        raise UserError(
-            f"{record.path}: {field} of snapshot {snapshot} has values that are not finite: "
-            "remove the file or generate it again"
-        )
+def require_sound(record: TrajectoryRecord, field: str, values_T: NDArray[np.float32], start: int) -> None:
+    """Check that values [T, ...], snapshots from ``start`` on, are finite and of a size that flow has.
+
+    Raises:
+        UserError: names the field and the first snapshot that is bad.
+    """
+    # NaN passes through both, and no temporary array is made.
+    if values_T.max(initial=0) < LARGEST and values_T.min(initial=0) > -LARGEST:
+        return
+    for snapshot, values in enumerate(values_T, start):
+        if not np.isfinite(values).all():
+            what = "has values that are not finite: remove the file or generate it again"
+        elif abs(values).max() >= LARGEST:
+            what = f"has values up to {abs(values).max():.3g}: their bytes may be swapped; convert the file again"
+        else:
+            continue
+        raise UserError(f"{record.path}: {field} of snapshot {snapshot} {what}")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from shodh_moe.data.reading import Trajectory
+from shodh_moe.data.reading import Trajectory, TrajectoryRecord, read_snapshots
+from shodh_moe.data.storage import CONCENTRATION
 from shodh_moe.errors import UserError
 from shodh_moe.files import atomic_file
 
 STATS_FILE = "stats.yaml"
+_BLOCK_BYTES = 2**26  # of a trajectory, read at a time
+
+Fields = dict[str, NDArray[np.floating]]  # [C, X, Y, Z] of one snapshot
+Sums = tuple[NDArray[np.float64], NDArray[np.float64], int]
 
 
 class Moments:
@@ -29,10 +36,13 @@ class Moments:
     def add(self, values_TCXYZ: NDArray[np.floating]) -> None:
         """Take in values [T, C, X, Y, Z]."""
         for values_CXYZ in values_TCXYZ:
-            flat_CN = values_CXYZ.reshape(len(values_CXYZ), -1).astype(np.float64)
-            self.sum_C = self.sum_C + flat_CN.sum(1)
-            self.square_C = self.square_C + (flat_CN**2).sum(1)
-            self.count += flat_CN.shape[1]
+            self.add_sums(*_sums(values_CXYZ))
+
+    def add_sums(self, sum_C: NDArray[np.float64], square_C: NDArray[np.float64], count: int) -> None:
+        """Take in ``count`` cells, whose values and squares add up to these [C]."""
+        self.sum_C = self.sum_C + sum_C
+        self.square_C = self.square_C + square_C
+        self.count += count
 
     def numbers(self) -> dict[str, list[float] | float]:
         """mean, std and rms; a list per component for vectors, a number for scalars. Zero if nothing was added."""
@@ -42,24 +52,120 @@ class Moments:
         return {"mean": _plain(mean_C), "std": _plain(std_C), "rms": _plain(np.sqrt(square_C))}
 
 
+def _sums(values_CXYZ: NDArray[np.floating]) -> Sums:
+    """Sum and sum of squares of each channel [C], and the number of cells."""
+    flat_CN = values_CXYZ.reshape(len(values_CXYZ), -1).astype(np.float64)
+    return flat_CN.sum(1), (flat_CN**2).sum(1), flat_CN.shape[1]
+
+
 def compute_stats(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, Any]]:
     """mean, std, rms of velocity, pressure and solid, and of the change between snapshots (``_delta``).
 
-    Over all cells, solid ones included, of the given trajectories: the training split, nothing else.
+    Over all cells, solid ones included, of the given trajectories: the training split, nothing else. With the
+    concentration, where every file has one.
     """
-    fields = {name: Moments() for name in ("velocity", "pressure", "solid")}
-    deltas = {name: Moments() for name in ("velocity", "pressure")}
-    for trajectory in trajectories:
-        fields["solid"].add(trajectory.solid_1XYZ[None])
-        for name, values in (("velocity", trajectory.velocity_T3XYZ), ("pressure", trajectory.pressure_T1XYZ)):
-            fields[name].add(values)
-            deltas[name].add(np.diff(values, axis=0))
+    return combined(_trajectory_sums(_in_memory(trajectory)) for trajectory in trajectories)
+
+
+def stats_of_files(
+    records: Sequence[TrajectoryRecord],
+    threads: int,
+    progress: Callable[..., Iterable[Any]] = lambda sums, desc, total: sums,
+) -> dict[str, dict[str, Any]]:
+    """What `compute_stats` gives for these, to the last bit, from files read by ``threads`` side by side.
+
+    A thread holds 64 MB of a trajectory, or two snapshots. ``progress`` is called as that of `generate`.
+
+    Raises:
+        UserError: a file is damaged, or a value is not finite.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        # In the order of the files whichever ends first: the sums are added up in the same order.
+        sums = pool.map(lambda record: _trajectory_sums(_from_file(record)), records)
+        return combined(progress(sums, "statistics", len(records)))
+
+
+def _in_memory(trajectory: Trajectory) -> Iterator[Fields]:
+    concentration_T1XYZ = read_concentration(trajectory.record)
+    for t, velocity_3XYZ in enumerate(trajectory.velocity_T3XYZ):
+        fields = {"velocity": velocity_3XYZ, "pressure": trajectory.pressure_T1XYZ[t]}
+        if concentration_T1XYZ is not None:
+            fields[CONCENTRATION] = concentration_T1XYZ[t]
+        yield fields if t else {**fields, "solid": trajectory.solid_1XYZ}
+
+
+def _from_file(record: TrajectoryRecord) -> Iterator[Fields]:
+    at_a_time = max(1, _BLOCK_BYTES * record.n_snapshots // record.nbytes)
+    for first in range(0, record.n_snapshots, at_a_time):
+        stop = min(first + at_a_time, record.n_snapshots)
+        fields_T4XYZ, solid_1XYZ = read_snapshots(record, first, stop)
+        concentration_T1XYZ = read_concentration(record, first, stop)
+        for t, fields_4XYZ in enumerate(fields_T4XYZ):
+            fields = {"velocity": fields_4XYZ[:3], "pressure": fields_4XYZ[3:]}
+            if concentration_T1XYZ is not None:
+                fields[CONCENTRATION] = concentration_T1XYZ[t]
+            yield fields if first + t else {**fields, "solid": solid_1XYZ}
+
+
+class TrajectorySums:
+    """The sums of every snapshot of one trajectory, and of its change from the one before (``_delta``)."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Sums]] = {}
+        self._last: Fields = {}
+
+    def add(self, fields: Fields) -> None:
+        """Take in the next snapshot; the first one with ``solid``. An empty one breaks the sequence."""
+        for name, values_CXYZ in fields.items():
+            self.found.setdefault(name, []).append(_sums(values_CXYZ))
+            if name in self._last and name != "solid":
+                self.found.setdefault(f"{name}_delta", []).append(_sums(values_CXYZ - self._last[name]))
+        self._last = fields
+
+
+def _trajectory_sums(snapshots: Iterable[Fields]) -> TrajectorySums:
+    sums = TrajectorySums()
+    for fields in snapshots:
+        sums.add(fields)
+    return sums
+
+
+def combined(trajectories: Iterable[TrajectorySums]) -> dict[str, dict[str, Any]]:
+    """The content of stats.yaml from the sums of all trajectories of the training split, in their order."""
+    names = ("velocity", "pressure", "solid", CONCENTRATION)
+    fields = {name: Moments() for name in names}
+    deltas = {name: Moments() for name in names if name != "solid"}
+    with_concentration = []
+    for found in (one.found for one in trajectories):
+        with_concentration.append(CONCENTRATION in found)
+        for suffix, group in (("", fields), ("_delta", deltas)):
+            for name, moments in group.items():
+                for sums in found.get(name + suffix, ()):
+                    moments.add_sums(*sums)
+    if not with_concentration or not all(with_concentration):
+        del fields[CONCENTRATION], deltas[CONCENTRATION]
     stats: dict[str, dict[str, Any]] = {}
     for suffix, group in (("", fields), ("_delta", deltas)):
         for name, moments in group.items():
             for key, value in moments.numbers().items():
                 stats.setdefault(key + suffix, {})[name] = value
     return stats
+
+
+def read_concentration(record: TrajectoryRecord, start: int = 0, stop: int | None = None) -> NDArray[np.float32] | None:
+    """The passive scalar of snapshots start..stop of ours [T, 1, X, Y, Z]; None if the file has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with h5py.File(record.path, "r") as file:
+            name = f"t0_fields/{CONCENTRATION}"
+            if name not in file:
+                return None
+            return np.asarray(file[name][record.sample, start:stop], dtype=np.float32)[:, None]
+    except OSError as error:
+        raise UserError(f"{record.path} is damaged or unreadable ({error}): generate it again") from error
 
 
 def write_stats(folder: Path, stats: dict[str, dict[str, Any]]) -> None:

@@ -13,34 +13,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.data.readback import require_as_written
 from shodh_moe.data.reading import TrajectoryRecord
+from shodh_moe.data.storage import CONCENTRATION, layout
 from shodh_moe.files import atomic_file
 from shodh_moe.solvers import Simulation
 
 # Every file of a folder needs the same scalars: the loader of the_well stacks them.
 SCALARS = ("viscosity", "target_speed", "reynolds", "mach")
+FIELDS = ("velocity", "pressure")
+UNITS = "lattice units: cell size, time step and mean density are 1"
 _AXES = ("x", "y", "z")
 
 
 def write_trajectory(
-    path: Path, simulation: Simulation, *, dataset_name: str, domain: str, provenance: dict[str, Any]
+    path: Path,
+    simulation: Simulation,
+    *,
+    dataset_name: str,
+    domain: str,
+    provenance: dict[str, Any],
+    compression: str | None = None,
 ) -> None:
-    """Write one trajectory to ``path``; a file of that name is always complete.
+    """Write one trajectory to ``path``; a file of that name is always complete, and was read back and compared.
 
-    ``provenance`` values (numbers, text, booleans; anything else is stored as JSON) become the attributes of the
-    group of that name, after which ``complete`` is set.
+    Args:
+        provenance: numbers, text and booleans (anything else is stored as JSON) that become the attributes of the
+            group of that name, after which ``complete`` is set.
+        compression: of the fields, ``lzf``, ``gzip`` or None.
 
     Raises:
-        UserError: the file cannot be written (disk full, no permission).
+        UserError: the file cannot be written (disk full, no permission), or is not what was written when read back.
     """
-    with atomic_file(path) as temporary, new_hdf5(temporary) as file:
-        _write_root(file, simulation, dataset_name, domain)
-        _write_dimensions(file, simulation)
-        _write_boundaries(file, simulation)
-        _write_fields(file, simulation)
-        units = "lattice units: cell size, time step and mean density are 1"
-        _write_provenance(file, {"label": "synthetic", "units": units, **provenance})
-        file["provenance"].attrs["complete"] = True
+    with atomic_file(path) as temporary:
+        with new_hdf5(temporary) as file:
+            _write_root(file, simulation, dataset_name, domain)
+            _write_dimensions(file, simulation)
+            _write_boundaries(file, simulation)
+            _write_fields(file, simulation, compression)
+            _write_provenance(file, {"label": "synthetic", "units": UNITS, **provenance})
+            file["provenance"].attrs["complete"] = True
+        require_as_written(temporary, simulation, path)
 
 
 @contextmanager
@@ -190,12 +203,15 @@ def _write_boundaries(file: h5py.File, simulation: Simulation) -> None:
             _boundary(group, "z_wall_lid", axis, size, "WALL", [-1]).attrs["slip"] = "free slip"
         else:
             _boundary(group, f"{axis}_periodic", axis, size, "PERIODIC", [0, -1])
+    if simulation.scalar_TXYZ is not None:
+        for boundary in group.values():
+            boundary.attrs["associated_fields"] = [*FIELDS, CONCENTRATION]
 
 
 def _boundary(parent: h5py.Group, name: str, axis: str, size: int, kind: str, cells: list[int]) -> h5py.Group:
     group = parent.create_group(name)
     group.attrs["associated_dims"] = [axis]
-    group.attrs["associated_fields"] = ["velocity", "pressure"]
+    group.attrs["associated_fields"] = list(FIELDS)
     group.attrs["bc_type"] = kind
     _flag(group)
     mask = np.zeros(size, dtype=bool)
@@ -204,19 +220,23 @@ def _boundary(parent: h5py.Group, name: str, axis: str, size: int, kind: str, ce
     return group
 
 
-def _write_fields(file: h5py.File, simulation: Simulation) -> None:
+def _write_fields(file: h5py.File, simulation: Simulation, compression: str | None) -> None:
     scalars = file.create_group("t0_fields")
-    scalars.attrs["field_names"] = ["pressure", "solid"]
-    _field(scalars, "pressure", simulation.pressure_TXYZ[None], time_varying=True)
-    _field(scalars, "solid", simulation.solid_XYZ[None].astype(np.float32), time_varying=False)
+    _field(scalars, "pressure", simulation.pressure_TXYZ[None], True, compression)
+    if simulation.scalar_TXYZ is not None:
+        _field(scalars, CONCENTRATION, simulation.scalar_TXYZ[None], True, compression)
+    _field(scalars, "solid", simulation.solid_XYZ[None], False, compression)
+    scalars.attrs["field_names"] = [name for name in ("pressure", CONCENTRATION, "solid") if name in scalars]
     vectors = file.create_group("t1_fields")
     vectors.attrs["field_names"] = ["velocity"]
-    _field(vectors, "velocity", np.moveaxis(simulation.velocity_T3XYZ, 1, -1)[None], time_varying=True)
+    _field(vectors, "velocity", np.moveaxis(simulation.velocity_T3XYZ, 1, -1)[None], True, compression)
     file.create_group("t2_fields").attrs["field_names"] = _names([])
 
 
-def _field(group: h5py.Group, name: str, values: np.ndarray, time_varying: bool) -> None:
-    _describe(group.create_dataset(name, data=np.ascontiguousarray(values, dtype=np.float32)), time_varying)
+def _field(group: h5py.Group, name: str, values: np.ndarray, time_varying: bool, compression: str | None) -> None:
+    data = np.ascontiguousarray(values, dtype=np.float32)
+    options = layout(data.shape, 2 if time_varying else 1, compression)
+    _describe(group.create_dataset(name, data=data, **options), time_varying)
 
 
 def _describe(dataset: h5py.Dataset, time_varying: bool, sample_varying: bool = True) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
@@ -31,7 +32,6 @@ from shodh_moe.evaluation.routing import (
 from shodh_moe.files import write_text
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
-from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.telemetry import RoutingCounts
 
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid

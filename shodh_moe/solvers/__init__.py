@@ -4,9 +4,16 @@ Everything is in lattice units (cell size, time step and mean density are 1) and
 seed and trajectory number give the same bits, whatever the number of threads or of other trajectories.
 """
 
-from shodh_moe.solvers.lattice_boltzmann import DivergedError, LatticeBoltzmann
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from shodh_moe.solvers.seeds import SPLIT_BASE, trajectory_seed
-from shodh_moe.solvers.simulate import Simulation, prepare, simulate
+
+if TYPE_CHECKING:
+    from shodh_moe.solvers.lattice_boltzmann import DivergedError, LatticeBoltzmann
+    from shodh_moe.solvers.simulation import Simulation, simulate
 
 # Raise it whenever the same config and seed no longer give the same flow: old files are then made again.
 SOLVER_VERSION = 1
@@ -17,7 +24,20 @@ __all__ = [
     "DivergedError",
     "LatticeBoltzmann",
     "Simulation",
-    "prepare",
     "simulate",
     "trajectory_seed",
 ]
+
+_HOME = {
+    "DivergedError": "lattice_boltzmann",
+    "LatticeBoltzmann": "lattice_boltzmann",
+    "Simulation": "simulation",
+    "simulate": "simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # A config only names domains: numba, which takes a second to load, is for those who simulate.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,16 +1,20 @@
-"""What a domain hands to the solver, and the pulsed drive that both domains share."""
+"""What a domain hands to the solver, and the pulsed drives that domains share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from shodh_moe.solvers.calibration import Calibration
+
 FloatArray = NDArray[np.float64]
-# Maps time steps [T] to the body force at each of them [T, 3].
-Force = Callable[[FloatArray], FloatArray]
+# Maps time steps [T] to a vector at each of them [T, 3].
+Drive = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,24 @@ class FlowSetup:
     Attributes:
         solid_XYZ: bool, True in solid voxels.
         lid: free-slip lid on the top z face.
-        velocity_3XYZ: initial velocity, None for rest.
-        force: body force against the time step.
         length: the length in the Reynolds number, in cells.
+        velocity_3XYZ: initial velocity, None for rest.
+        force: body force against the time step; None: none.
+        calibration: a body force whose size has to be found first, instead of ``force``; None: none.
+        mean_velocity: mean velocity of the fluid against the time step, which a uniform force is to hold; None: it
+            is as the flow makes it.
+        reynolds_speed: the speed in the Reynolds number: ``mean`` along x, or ``rms`` of one velocity component.
         parameters: what was drawn at random, for the provenance.
     """
 
     solid_XYZ: NDArray[np.bool_]
     lid: bool
-    velocity_3XYZ: FloatArray | None
-    force: Force
     length: float
+    velocity_3XYZ: FloatArray | None = None
+    force: Drive | None = None
+    calibration: Calibration | None = None
+    mean_velocity: Drive | None = None
+    reynolds_speed: Literal["mean", "rms"] = "mean"
     parameters: dict[str, float | int | str] = field(default_factory=dict)
 
 

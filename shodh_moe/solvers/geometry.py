@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 BoolGrid = NDArray[np.bool_]
 FloatGrid = NDArray[np.float64]
@@ -29,6 +26,8 @@ def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rn
 
     Spheres are added until they fill 1 - porosity; a light blur rounds the cusps where two of them meet.
     """
+    from scipy import ndimage
+
     distance_XYZ = np.full(shape, np.inf)
     while (distance_XYZ > 0).mean() > porosity:
         centre_3 = rng.uniform(0, 1, 3) * shape
@@ -38,7 +37,36 @@ def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rn
 
 def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Generator) -> FloatGrid:
     """Periodic Gaussian-filtered noise whose blobs have about the thickness of spheres of radius ``length``."""
+    from scipy import ndimage
+
     return ndimage.gaussian_filter(rng.standard_normal(shape), 0.6 * length, mode="wrap")
+
+
+def fractures(
+    shape: tuple[int, int, int], aperture: float, count: int, roughness: float, rng: np.random.Generator
+) -> BoolGrid:
+    """Solid mask of a rock cut by ``count`` rough planes of open width ``aperture`` (cells), periodic.
+
+    ``roughness`` is the rms displacement of a plane in cells. The first plane lies along x; the others cross it in
+    any direction in which a plane fits the periodic box.
+    """
+    from scipy import ndimage
+
+    grid = np.meshgrid(*[(np.arange(size) + 0.5) / size for size in shape], indexing="ij", sparse=True)
+    solid_XYZ = np.ones(shape, dtype=bool)
+    for number in range(count):
+        # A plane closes on itself in a periodic box if it has a whole number of periods along each axis.
+        waves_3 = rng.integers(-1, 2, 3)
+        if number == 0:
+            waves_3[0] = 0
+        if not waves_3.any():
+            waves_3[rng.integers(1, 3)] = 1
+        phase_XYZ = sum(wave * axis for wave, axis in zip(waves_3, grid, strict=True)) + rng.uniform()
+        apart = 1 / float(np.sqrt(((waves_3 / np.array(shape)) ** 2).sum()))
+        noise_XYZ = ndimage.gaussian_filter(rng.standard_normal(shape), 1.5 * aperture, mode="wrap")
+        offset_XYZ = apart * ((phase_XYZ + 0.5) % 1 - 0.5) + noise_XYZ * (roughness / noise_XYZ.std())
+        solid_XYZ &= np.abs(offset_XYZ) >= aperture / 2
+    return solid_XYZ
 
 
 def threshold(field_XYZ: FloatGrid, porosity: float) -> BoolGrid:
@@ -48,6 +76,10 @@ def threshold(field_XYZ: FloatGrid, porosity: float) -> BoolGrid:
 
 def connected_pores(solid_XYZ: BoolGrid) -> NDArray[np.int64]:
     """Number the pores of a periodic mask: 0 in solids, 1.. in fluid, the same number if faces connect (periodic)."""
+    from scipy import ndimage
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     label_XYZ, count = ndimage.label(~solid_XYZ)
     pairs = []
     for axis in range(3):
@@ -65,6 +97,8 @@ def percolating(solid_XYZ: BoolGrid) -> BoolGrid | None:
 
     A pore carries flow if it joins a cell of the first x layer to the same cell of the last one within the box.
     """
+    from scipy import ndimage
+
     # Cutting the box at x = 0 makes "the same pore on both faces" mean a path from one to the other.
     inside_XYZ, _ = ndimage.label(~solid_XYZ)
     first_YZ, last_YZ = inside_XYZ[0], inside_XYZ[-1]

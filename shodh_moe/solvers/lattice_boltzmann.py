@@ -15,6 +15,7 @@ from shodh_moe.kernels.lattice_boltzmann import MAGIC, relaxation_rates
 from shodh_moe.solvers.d3q19 import SOUND_SPEED, VELOCITIES_Q3, WEIGHTS_Q, Q, gather_table
 from shodh_moe.solvers.kernel import FREE, HOLD, KEEP, advance_parallel, advance_serial
 from shodh_moe.solvers.scalar import Scalar
+from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
 MAX_SPEED = 0.3
 
@@ -106,15 +107,9 @@ class LatticeBoltzmann:
         self._f_2F[self._current] = (weights_Q1 * (3 * cu_QN + 4.5 * cu_QN**2 - 1.5 * uu_N)).reshape(-1)
         self._last_force_3 = np.zeros(3, self.dtype)
         if settle_pressure:
-            # With the velocity held, density obeys a damped wave equation whose damping is the odd rate. This one is
-            # critical for the longest wave of the box: all waves die out together, in a time of the box's size. The
-            # slower the rate, the less it matters what divergence the given velocity has on this lattice.
-            nx, ny, nz = self.solid_XYZ.shape
-            longest = max(nx, ny, 2 * nz if self.lid else nz)
-            rate = min(1.0, 2 * SOUND_SPEED * 2 * np.pi / longest)
-            self._advance(np.zeros((int(20 / rate), 3)), frozen_3N, HOLD, (1.0, rate))
-            # Then let the stresses settle at their own rate, which sets their size.
-            self._advance(np.zeros((100, 3)), frozen_3N, HOLD)
+            steps, rate = settling(self.solid_XYZ.shape, self.lid)
+            self._advance(np.zeros((steps, 3)), frozen_3N, HOLD, (1.0, rate))
+            self._advance(np.zeros((STRESS_STEPS, 3)), frozen_3N, HOLD)
 
     def set_scalar(self, scalar_XYZ: ArrayLike) -> None:
         """Start the scalar from scalar_XYZ [X, Y, Z] (solid voxels are ignored); call it after `set_velocity`.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from shodh_moe.errors import UserError
 from shodh_moe.kernels import lattice_boltzmann as reference
-from shodh_moe.solvers.lattice_boltzmann import MAX_SPEED, SOUND_SPEED, DivergedError
+from shodh_moe.solvers.lattice_boltzmann import MAX_SPEED, DivergedError
+from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
 GRAPH_STEPS = 32  # even, so that a graph ends in the buffer it began with
-STRESS_STEPS = 100  # of the second stage of settling the pressure
 
 
 class LatticeBoltzmannGPU:
@@ -234,13 +234,6 @@ class LatticeBoltzmannGPU:
             self._current = then
         if self._g and steps % 2:  # the graph knows the scalar's buffers by place: they cannot be exchanged
             self._g[self._current].copy_(self._g[1 - self._current])
-
-
-def settling(shape: tuple[int, int, int], lid: bool) -> tuple[int, float]:
-    """Steps and odd rate of the first stage of settling the pressure; see `LatticeBoltzmann.set_velocity`."""
-    nx, ny, nz = shape
-    rate = min(1.0, 2 * SOUND_SPEED * 2 * np.pi / max(nx, ny, 2 * nz if lid else nz))
-    return int(20 / rate), rate
 
 
 def uses_graphs(device: torch.device) -> bool:

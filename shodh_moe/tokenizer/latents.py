@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.config import COMPRESSION
-from shodh_moe.data import SPLITS, Trajectory, list_trajectories, read_trajectory
+from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
+from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.errors import UserError
 from shodh_moe.progress import progress
-from shodh_moe.tokenizer.symmetry import Symmetry
 from shodh_moe.tokenizer.tokenizer import Tokenizer
+
+# Snapshots encoded at a time.
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -55,29 +59,45 @@ def encode_dataset(
     """Encode every trajectory of every split into ``folder`` (which should be a temporary one).
 
     Each training trajectory is encoded ``copies`` times: as it is, and under random symmetries of its flow.
-    Shifts by other than whole latent cells give latents that the first copy does not have.
+    Shifts by other than whole latent cells give latents that the first copy does not have. Only a few batches of
+    snapshots are in memory at a time.
     """
     tokenizer = tokenizer.to(device).eval()
-    work = [
-        (split, number, record, copy)
-        for split in SPLITS
-        for number, record in enumerate(list_trajectories(dataset, split, tokenizer.grid))
-        for copy in range(copies if split == "train" else 1)
-    ]
+    listed = {split: list_trajectories(dataset, split, tokenizer.grid) for split in SPLITS}
+    snapshots = Snapshots([record for records in listed.values() for record in records])
+    parts, works, first = [], [], 0
+    for split, records in listed.items():
+        for number, record in enumerate(records):
+            for copy in range(copies if split == "train" else 1):
+                symmetry = Symmetry()
+                if copy:
+                    symmetry = Symmetry.draw_for(np.random.default_rng([seed, number, copy]), record)
+                for start in range(0, record.n_snapshots, BATCH):
+                    parts.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
+                    works.append((split, record, copy, symmetry, start))
+            first += record.n_snapshots
+    reads = read_batches(snapshots, parts, WORKERS, pin=torch.device(device).type == "cuda")
     with ExitStack() as stack:
         files = {split: stack.enter_context(new_hdf5(folder / f"{split}.hdf5")) for split in SPLITS}
-        for split, number, record, copy in progress(work, "encode latents", len(work)):
-            fields = trajectory_fields(read_trajectory(record))
-            if copy:
-                rng = np.random.default_rng([seed, number, copy])
-                fields = Symmetry.draw(rng, record.grid, record.periodic).apply(fields)
-            z = torch.cat([tokenizer.encode(part.to(device)) for part in fields.split(8)])
-            solid_11XYZ = fields[:1, 4:].to(device)
-            group = files[split].create_group(f"{record.path.name}.{record.sample:04d}.{copy:04d}")
-            group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
-            group["z"] = z.cpu().numpy()
-            group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
-            group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
+        for (split, record, copy, symmetry, start), fields_B5XYZ in zip(
+            progress(works, "encode latents", len(works)), reads, strict=True
+        ):
+            fields_B5XYZ = symmetry.apply(fields_B5XYZ.to(device, non_blocking=True))
+            name = f"{record.path.name}.{record.sample:04d}.{copy:04d}"
+            if not start:
+                _new_group(files[split], name, record, tokenizer, fields_B5XYZ[:1, 4:])
+            stop = start + len(fields_B5XYZ)
+            files[split][name]["z"][start:stop] = tokenizer.encode(fields_B5XYZ).cpu().numpy()
+
+
+def _new_group(file: h5py.File, name: str, record: TrajectoryRecord, tokenizer: Tokenizer, solid_11XYZ: Tensor) -> None:
+    """The group of a trajectory, all but its latents."""
+    group = file.create_group(name)
+    group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
+    shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
+    group.create_dataset("z", shape, "float32")
+    group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
+    group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
 
 
 def trajectory_fields(trajectory: Trajectory) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,43 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.data import FieldStats, SnapshotDataset, list_trajectories
+from shodh_moe.data import FieldStats, list_trajectories
+from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
+from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.data.symmetry import Symmetry, apply_each
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256, whole_folder, write_text
 from shodh_moe.progress import progress
 from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import space_to_depth
-from shodh_moe.tokenizer.symmetry import Symmetry
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
+# Which snapshots, and the symmetry that each is seen under.
+Draw = tuple[list[int], list[Symmetry]]
 
-def random_snapshot(train: SnapshotDataset, index: int, rng: np.random.Generator) -> Tensor:
-    """A training snapshot under a random symmetry of its flow, [1, 5, X, Y, Z]."""
-    record = train.record(index)
-    return Symmetry.draw(rng, record.grid, record.periodic).apply(train[index][0][None])
+
+def draw(train: Snapshots, sampler: DomainSampler | None, batch_size: int, seed: int, step: int) -> Draw:
+    """The batch of a step: any snapshots or, given a sampler, those that it mixes; each under a random symmetry."""
+    rng = np.random.default_rng([seed, step])  # by step, so that resuming continues the same order
+    if sampler is None:
+        picks = [int(i) for i in rng.choice(len(train), size=min(batch_size, len(train)), replace=False)]
+    else:
+        picks = train.indices(sampler.batch(step, rank=0))
+    return picks, [Symmetry.draw_for(rng, train.record(pick)) for pick in picks]
+
+
+def drawn_batches(snapshots: Snapshots, draws: Iterable[Draw], device: str) -> Iterator[Tensor]:
+    """The snapshots of each draw under their symmetries, [B, 5, X, Y, Z] on ``device``; read ahead."""
+    here, ahead = itertools.tee(draws)
+    for (_, symmetries), fields in zip(here, on_device(snapshots, (picks for picks, _ in ahead), device), strict=True):
+        yield apply_each(symmetries, fields)
+
+
+def on_device(snapshots: Snapshots, batches: Iterable[Sequence[int]], device: str) -> Iterator[Tensor]:
+    """Batches of snapshots as they are, [B, 5, X, Y, Z] on ``device``; read ahead."""
+    gpu = torch.device(device).type == "cuda"
+    for fields in read_batches(snapshots, batches, WORKERS, pin=gpu):
+        yield fields.to(device, non_blocking=gpu)
 
 
 def reconstruction_errors(tokenizer: Tokenizer, fields_B5XYZ: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,9 +73,9 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     c = config.tokenizer
     torch.manual_seed(config.seed)
     stats = FieldStats.load(dataset)
-    train, valid = (
-        SnapshotDataset(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid")
-    )
+    train, valid = (Snapshots(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid"))
+    weights = domain_weights(getattr(config.data, "weights", None), train.domains)
+    sampler = None if weights is None else DomainSampler(train.sizes, c.batch_size, config.seed, weights=weights)
     tokenizer = Tokenizer(c, config.data.grid)
     tokenizer.velocity_rms.fill_(stats.velocity_rms)
     tokenizer.pressure_rms.fill_(stats.pressure_rms)
@@ -62,10 +87,8 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     if not start:
         start_from_principal_components(tokenizer, train, config.seed)
     steps = range(start, c.steps)
-    for step in progress(steps, "train tokenizer", len(steps)):
-        rng = np.random.default_rng([config.seed, step])  # by step, so that resuming continues the same order
-        picks = rng.choice(len(train), size=min(c.batch_size, len(train)), replace=False)
-        fields = torch.cat([random_snapshot(train, int(i), rng) for i in picks]).to(device)
+    batches = drawn_batches(train, (draw(train, sampler, c.batch_size, config.seed, step) for step in steps), device)
+    for step, fields in zip(progress(steps, "train tokenizer", len(steps)), batches, strict=True):
         velocity, pressure = (error.mean() for error in reconstruction_errors(tokenizer, fields))
         loss = (3 * velocity + pressure) / 4
         for group in optimizer.param_groups:
@@ -93,9 +116,7 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
 
 
 @torch.no_grad()
-def start_from_principal_components(
-    tokenizer: Tokenizer, train: SnapshotDataset, seed: int, samples: int = 512
-) -> None:
+def start_from_principal_components(tokenizer: Tokenizer, train: Snapshots, seed: int, samples: int = 512) -> None:
     """Set the linear parts of encoder and decoder, and the geometry latent's basis, from training patches.
 
     Principal components without centring, so that a field at rest has the latent zero; at most ``samples``
@@ -106,8 +127,9 @@ def start_from_principal_components(
     flow, solid = (torch.zeros(size, size, dtype=torch.float64) for size in (4 * patch, patch))
     mean, count = torch.zeros(patch, dtype=torch.float64), 0
     device = tokenizer.velocity_rms.device
-    for i in rng.permutation(len(train))[:samples]:
-        fields = random_snapshot(train, int(i), rng).to(device)
+    picks = [int(i) for i in rng.permutation(len(train))[:samples]]
+    draws = (([pick], [Symmetry.draw_for(rng, train.record(pick))]) for pick in picks)
+    for fields in drawn_batches(train, draws, str(device)):
         x = space_to_depth(tokenizer.normalise(fields), COMPRESSION)[0].flatten(1).T.cpu()
         flow += (x[:, : 4 * patch].T @ x[:, : 4 * patch]).double()
         solid += (x[:, 4 * patch :].T @ x[:, 4 * patch :]).double()
@@ -152,30 +174,26 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _validate(tokenizer: Tokenizer, valid: SnapshotDataset, batch: int, device: str) -> dict[str, dict[str, float]]:
+def _validate(tokenizer: Tokenizer, valid: Snapshots, batch: int, device: str) -> dict[str, dict[str, float]]:
     """Reconstruction errors by domain over at most 64 evenly spread snapshots a domain."""
     result: dict[str, dict[str, float]] = {"velocity_mse": {}, "pressure_mse": {}}
     for number, domain in enumerate(valid.domains):
         picks = valid.of_domain(number)
         picks = picks[:: max(len(picks) // 64, 1)]
-        errors = [
-            torch.stack(
-                reconstruction_errors(tokenizer, torch.stack([valid[i][0] for i in picks[k : k + batch]]).to(device))
-            )
-            for k in range(0, len(picks), batch)
-        ]
+        batches = on_device(valid, [picks[k : k + batch] for k in range(0, len(picks), batch)], device)
+        errors = [torch.stack(reconstruction_errors(tokenizer, fields)) for fields in batches]
         velocity, pressure = torch.cat(errors, dim=1).mean(dim=1).tolist()
         result["velocity_mse"][domain], result["pressure_mse"][domain] = velocity, pressure
     return result
 
 
 @torch.no_grad()
-def _set_latent_statistics(tokenizer: Tokenizer, train: SnapshotDataset, batch: int, device: str) -> None:
+def _set_latent_statistics(tokenizer: Tokenizer, train: Snapshots, batch: int, device: str) -> None:
     """Per-channel mean and standard deviation of raw latents over the training split, float64 sums."""
     total = square = torch.zeros(tokenizer.config.latent_channels, dtype=torch.float64, device=device)
     count = 0
-    for first in range(0, len(train), batch):
-        fields = torch.stack([train[i][0] for i in range(first, min(first + batch, len(train)))]).to(device)
+    parts = [range(first, min(first + batch, len(train))) for first in range(0, len(train), batch)]
+    for fields in on_device(train, parts, device):
         z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
         total, square, count = total + z.sum(1), square + z.square().sum(1), count + z.shape[1]
     mean = total / count

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.config_io import differing_model_keys, flatten
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
@@ -25,7 +26,6 @@ from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step, init_distributed
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
-from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 from shodh_moe.training.trainer import train
 

@@ -63,8 +63,8 @@ def test_rehearsal_of_make_gpu_runs_every_step(rehearsal: tuple[subprocess.Compl
     content = json.loads((folder / "gpu_rehearsal.json").read_text())
     steps = {step["name"]: step for step in content["steps"]}
     assert list(steps) == [
-        "environment", "tests", "dispatch", "spectral_curl", "gating", "lattice_boltzmann", "losses triton", "losses reference",
-        "moe_layer", "optimizer", "quickstart", "pictures",
+        "environment", "tests", "dispatch", "spectral_curl", "gating", "lattice_boltzmann",
+        "losses triton", "losses reference", "moe_layer", "optimizer", "quickstart", "pictures",
     ]  # fmt: skip
     assert {step["status"] for step in steps.values()} == {"done"}, done.stdout
     assert steps["environment"]["result"]["packages"]["torch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 
 from shodh_moe.config import DataConfig
 from shodh_moe.data import FieldStats, generate, list_trajectories, read_provenance, read_trajectory
+from shodh_moe.data.hdf5 import _Sink
 from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.files import sha256
 from shodh_moe.generation import main
@@ -54,7 +56,7 @@ def files(folder: Path) -> dict[str, int]:
 
 def test_folder_has_the_promised_files_and_nothing_else(dataset: Path) -> None:
     names = {str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.is_file()}
-    wanted = {"stats.yaml"}
+    wanted = {"stats.yaml", "dataset.yaml"}
     for split, count in TRAJECTORIES.items():
         wanted |= {f"data/{split}/{d}_{i:04d}.hdf5" for d in ("open_channel", "porous_media") for i in range(count)}
     assert names == wanted
@@ -167,6 +169,26 @@ def test_a_second_run_keeps_complete_files_and_makes_the_missing_ones(copy: Path
     assert set(after) == set(before)
     assert {name for name in before if before[name] != after[name]} == remade
     assert (copy / "stats.yaml").read_bytes() == stats, "the remade files hold the same bits"
+
+
+def test_the_summary_states_mach_reynolds_and_units(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = yaml.safe_load((copy / "dataset.yaml").read_text())
+    assert summary["label"] == "synthetic"
+    assert list(summary["domains"]) == ["open_channel", "porous_media"]
+    for name, domain in summary["domains"].items():
+        assert domain["trajectories"] == TRAJECTORIES
+        assert domain["snapshots"] == 4 * 3
+        assert domain["time_steps_between_snapshots"] == 4
+        assert domain["viscosity"] == config().domains.model_dump()[name]["viscosity"]
+        for key in ("reynolds", "mach"):
+            of_files = [read_provenance(path)[key] for path in sorted(copy.glob(f"data/*/{name}_*.hdf5"))]
+            assert domain[key] == [min(of_files), max(of_files)]
+    assert "dt = viscosity * dx^2 / nu" in summary["units"]["time_step"]
+    assert "rho * (dx / dt)^2" in summary["units"]["pressure"]
+    generate(config(), copy, quiet)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["[data]", "domain", "trajectories", "viscosity", "Reynolds", "number", "Mach", "number"]
+    assert [line.split()[1:4] for line in lines[1:]] == [["open_channel", "4", "0.005"], ["porous_media", "4", "0.02"]]
 
 
 def test_a_run_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> None:
@@ -309,7 +331,7 @@ print("made", len(list(folder.glob("data/*/*.hdf5"))), (folder / "stats.yaml").e
         ["unshare", "-rm", "sh", "-c", command], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    ended, made = done.stdout.splitlines()
+    ended, made = [line for line in done.stdout.splitlines() if not line.startswith("[data]")]
     _, code, _, whole, left = ended.split()
     assert int(code) == EXIT_USER_ERROR
     assert (whole, left) == ("2", "2"), "what is there is whole, and nothing else is there"
@@ -330,6 +352,34 @@ def filling(folder: Path) -> Any:
             yield item
 
     return progress
+
+
+# What was written wrongly.
+
+
+def written_wrongly(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let every write to a new file store ``change(bytes)``."""
+    write = _Sink.write
+    monkeypatch.setattr(_Sink, "write", lambda self, data: write(self, memoryview(change(bytearray(data)))))
+
+
+def test_a_file_that_stores_other_values_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_bit(block: bytearray) -> bytearray:
+        if len(block) > 16**3 * 4:  # a field
+            block[len(block) // 2] ^= 1
+        return block
+
+    written_wrongly(monkeypatch, one_bit)
+    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not as it should be when read back .*other values"):
+        generate(config(), tmp_path, quiet)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_file_that_lost_its_bytes_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_wrongly(monkeypatch, lambda block: bytearray(len(block)))
+    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not as it should be when read back .*not an HDF5 file"):
+        generate(config(), tmp_path, quiet)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_no_domain_at_all_is_refused(tmp_path: Path) -> None:
@@ -371,7 +421,7 @@ def test_parts_in_any_order_make_the_same_files(
 ) -> None:
     for part in reversed(range(of)):
         assert run_part(here, "--part", str(part), "--of", str(of)) == EXIT_DONE
-        left = len(whole) - 2 - len(list(here.rglob("*.hdf5")))
+        left = 8 - len(list(here.rglob("*.hdf5")))
         assert list(here.rglob("stats.yaml")) == [] or not left
         assert (f"{left} of 8 trajectories are still missing" in capsys.readouterr().out) == bool(left)
     assert made(here) == whole
@@ -409,6 +459,28 @@ def test_wrong_parts_are_refused(
     assert error.startswith(f"error: {says}")
     assert error.count("\n") == 1
     assert not (here / "data").exists()
+
+
+def test_the_estimate_is_all_that_is_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_part(here, "--estimate") == EXIT_DONE
+    out = capsys.readouterr().out
+    assert out.startswith("[data] 8 trajectories, 40 snapshots of 16^3: a minute or so on th"), out
+    assert re.search(r", 4\.\d MB \(.* free\)$", out), out
+    assert run_part(here, "--estimate", "--part", "0", "--of", "4") == EXIT_DONE
+    assert capsys.readouterr().out.startswith("[data] 2 of 8 trajectories, 10 snapshots")
+    assert run_part(here, "--estimate", "data.path=.") == EXIT_USER_ERROR
+    assert not (here / "data").exists()
+
+
+def test_the_estimate_is_told_before_a_small_disk_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    assert run_part(here, "--estimate") == EXIT_USER_ERROR
+    told = capsys.readouterr()
+    assert "40 snapshots of 16^3" in told.out
+    assert "8 trajectories need 0.00 GB but" in told.err
 
 
 def start(here: Path, *settings: str) -> subprocess.Popen[str]:

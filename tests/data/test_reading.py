@@ -176,9 +176,211 @@ def damage_solid_nan(path: Path) -> None:
         file["t0_fields/solid"][0, 0, 0, 0] = np.nan
 
 
+def replaced(path: Path, name: str, values: object, **options: object) -> None:
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        file.create_dataset(name, data=values, **options)
+
+
+def damage_swapped(path: Path) -> None:
+    """Bytes of the other order, under the name of this one."""
+    replaced(path, "t0_fields/pressure", simulation().pressure_TXYZ[None].byteswap())
+
+
+def damage_text_field(path: Path) -> None:
+    text = np.full((1, T, *GRID), "x", dtype=object)
+    replaced(path, "t0_fields/pressure", text, dtype=h5py.string_dtype())
+
+
+def damage_integers(path: Path) -> None:
+    replaced(path, "t1_fields/velocity", np.zeros((1, T, *GRID, 3), dtype=np.int32))
+
+
+def damage_complex(path: Path) -> None:
+    replaced(path, "t1_fields/velocity", np.zeros((1, T, *GRID, 3), dtype=np.complex64))
+
+
+def damage_no_cells(path: Path) -> None:
+    replaced(path, "t1_fields/velocity", np.zeros((1, T, 0, 4, 4, 3), dtype=np.float32))
+    replaced(path, "t0_fields/pressure", np.zeros((1, T, 0, 4, 4), dtype=np.float32))
+
+
+def damage_external_link(path: Path) -> None:
+    path.rename(path.with_name("other.bin"))
+    with h5py.File(path, "w") as file:
+        file["t1_fields"] = h5py.ExternalLink("other.bin", "/t1_fields")
+
+
+def damage_soft_link(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.move("t1_fields/velocity", "elsewhere")
+        file["t1_fields/velocity"] = h5py.SoftLink("/elsewhere")
+
+
+def damage_external_values(path: Path) -> None:
+    path.with_name("values.bin").write_bytes(bytes(4 * T * 8 * 16 * 8))
+    with h5py.File(path, "r+") as file:
+        del file["t0_fields/pressure"]
+        shape, values = (1, T, *GRID), [("values.bin", 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("t0_fields/pressure", shape, dtype=np.float32, external=values)
+
+
+def damage_virtual(path: Path) -> None:
+    layout = h5py.VirtualLayout((1, T, *GRID), np.float32)
+    layout[:] = h5py.VirtualSource("other.h5", "p", (1, T, *GRID))
+    with h5py.File(path, "r+") as file:
+        del file["t0_fields/pressure"]
+        file.create_virtual_dataset("t0_fields/pressure", layout)
+
+
+def damage_cycle(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["t0_fields/again"] = file["/"]
+
+
+def damage_long_attribute(path: Path) -> None:
+    with h5py.File(path, "r+", libver="latest") as file:
+        file.create_group("notes").attrs["long"] = np.zeros(2**20)
+
+
+def damage_long_text(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["t1_fields"].attrs["note"] = "x" * 2**20
+
+
+def damage_many_attributes(path: Path) -> None:
+    with h5py.File(path, "r+", libver="latest") as file:
+        for number in range(1100):
+            file["t1_fields"].attrs[f"a{number}"] = 1
+
+
+def damage_other_grid(path: Path) -> None:
+    replaced(path, "dimensions/y", np.arange(32, dtype=np.float32))
+
+
+def damage_negative_spacing(path: Path) -> None:
+    replaced(path, "dimensions/x", np.arange(8, 0, -1, dtype=np.float32))
+
+
+def damage_zero_spacing(path: Path) -> None:
+    replaced(path, "dimensions/z", np.zeros(8, dtype=np.float32))
+
+
+def damage_uneven_spacing(path: Path) -> None:
+    replaced(path, "dimensions/z", np.arange(8, dtype=np.float32) ** 1.1)
+
+
+def damage_time_back(path: Path) -> None:
+    replaced(path, "dimensions/time", np.float32([0, 2, 1]))
+
+
+def damage_time_uneven(path: Path) -> None:
+    replaced(path, "dimensions/time", np.float32([0, 1, 3]))
+
+
+def damage_time_length(path: Path) -> None:
+    replaced(path, "dimensions/time", np.arange(T + 1, dtype=np.float32))
+
+
+def damage_claimed_size(path: Path) -> None:
+    """Chunks of one value, a few of them written."""
+    with h5py.File(path, "r+") as file:
+        del file["t0_fields/pressure"]
+        big = file.create_dataset("t0_fields/pressure", (1, T, 2**20, 2**20, 2**20), chunks=(1, 1, 8, 8, 8), dtype="f4")
+        big[0, 0, 0, 0, 0] = 1
+
+
+def damage_unwritten(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["t0_fields/pressure"]
+        file.create_dataset("t0_fields/pressure", (1, T, *GRID), chunks=(1, 1, *GRID), dtype="f4")[0, 0] = 1
+
+
+def damage_filter(path: Path) -> None:
+    """A filter that is not there: those of numbers up to 32767 have been given away."""
+    with h5py.File(path, "r+") as file:
+        del file["t0_fields/pressure"]
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, 1, *GRID))
+        properties.set_filter(60000, h5py.h5z.FLAG_OPTIONAL, ())
+        space = h5py.h5s.create_simple((1, T, *GRID))
+        h5py.h5d.create(file["t0_fields"].id, b"pressure", h5py.h5t.IEEE_F32LE, space, properties)
+
+
+def flip_in_chunk(path: Path, snapshot: int, **options: object) -> None:
+    replaced(path, "t0_fields/pressure", simulation().pressure_TXYZ[None], chunks=(1, 1, *GRID), **options)
+    with h5py.File(path, "r") as file:
+        chunk = file["t0_fields/pressure"].id.get_chunk_info(snapshot)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + 40] ^= 0xFF
+    path.write_bytes(content)
+
+
+def damage_checksum(path: Path) -> None:
+    flip_in_chunk(path, 1, fletcher32=True)
+
+
+def damage_chunk_size(path: Path) -> None:
+    """A chunk that is shorter than HDF5 reads: it reads beyond its memory."""
+    flip_in_chunk(path, 1, fletcher32=True)
+    size = (4 * 8 * 16 * 8 + 4).to_bytes(4, "little")
+    content = path.read_bytes()
+    assert content.count(size) >= T
+    path.write_bytes(content.replace(size, bytes(4)))
+
+
+def damage_compressed(path: Path) -> None:
+    flip_in_chunk(path, 1, compression="gzip")
+
+
+def damage_last_chunk(path: Path) -> None:
+    flip_in_chunk(path, 2, compression="gzip", fletcher32=True)
+
+
+def damage_root_object(path: Path) -> None:
+    """The address of the root group leads beyond the file."""
+    content = bytearray(path.read_bytes())
+    content[64:72] = (2**40).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (damage_swapped, r"pressure of snapshot 0 has values (up to|that are not finite)"),
+        (damage_text_field, "t0_fields/pressure holds object, expected float32 or float64"),
+        (damage_integers, "t1_fields/velocity holds int32, expected float32"),
+        (damage_complex, "t1_fields/velocity holds complex64, expected float32"),
+        (damage_no_cells, "holds no data"),
+        (damage_external_link, "t1_fields is an external link to other.bin: expected the data itself"),
+        (damage_soft_link, "t1_fields/velocity is a soft link to /elsewhere"),
+        (damage_external_values, "dataset t0_fields/pressure has its values in another file, values.bin"),
+        (damage_virtual, "dataset t0_fields/pressure is virtual"),
+        (damage_cycle, "group t0_fields/again is linked from two places"),
+        (damage_long_attribute, "attribute long of group notes takes 8388608 bytes: expected at most 65536"),
+        (damage_long_text, "attribute note of group t1_fields takes 1048576 bytes: expected at most 65536"),
+        (damage_many_attributes, r"group t1_fields has 11\d\d attributes: expected at most 1024"),
+        (
+            damage_other_grid,
+            r"velocity and pressure have grid \[8, 16, 8\], but dimensions/x, y, z that of \[8, 32, 8\]",
+        ),
+        (damage_negative_spacing, "dimensions/x has spacing -1 after value 0, expected a positive one"),
+        (damage_zero_spacing, "dimensions/z has spacing 0 after value 0, expected a positive one"),
+        (damage_uneven_spacing, "dimensions/z has spacing .* on average: expected a constant spacing"),
+        (damage_time_back, "dimensions/time has time step -1 after value 1, expected a positive one"),
+        (damage_time_uneven, "dimensions/time has time step .* expected a constant time step"),
+        (damage_time_length, r"dimensions/time has shape \(4,\), expected \(3,\) or \(1, 3\)"),
+        (damage_claimed_size, "dataset t0_fields/pressure claims shape"),
+        (damage_unwritten, "t0_fields/pressure has 1 of 3 chunks: the others were never written"),
+        (damage_filter, "t0_fields/pressure is compressed with filter 60000"),
+        (
+            damage_checksum,
+            r"t0_fields/pressure of snapshot 1 cannot be read, wrong checksum in a chunk of \(1, 1, 8, 16, 8\)",
+        ),
+        (damage_chunk_size, r"t0_fields/pressure: the chunk at \(0, 0, 0, 0, 0\) has 0 bytes, expected 4100"),
+        (damage_compressed, "t0_fields/pressure of snapshot 1 cannot be read, wrong compressed data in a chunk"),
+        (damage_last_chunk, "the last value of t0_fields/pressure cannot be read, wrong checksum or compressed data"),
+        (damage_root_object, "is damaged or unreadable"),
         (damage_missing, "does not exist"),
         (damage_empty, "is empty"),
         (damage_truncated, "is truncated"),
@@ -200,6 +402,33 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, damage, message: str) -> 
         read_trajectory(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_other_byte_order_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    replaced(path, "t0_fields/pressure", simulation().pressure_TXYZ[None].astype(">f4"))
+    np.testing.assert_array_equal(read_trajectory(path).pressure_T1XYZ[:, 0], simulation().pressure_TXYZ)
+
+
+def test_a_file_that_is_being_written_is_locked(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    with h5py.File(path, "r+"), pytest.raises(UserError, match="is locked: another process writes it"):
+        open_trajectories(path)
+    assert open_trajectories(path)
+
+
+def test_spacing_interval_and_units(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    replaced(path, "dimensions/x", 1e3 + 0.25 * np.arange(8, dtype=np.float32))  # rounded, yet uniform
+    replaced(path, "dimensions/time", np.float32([[0, 0.5, 1]]))
+    (record,) = open_trajectories(path)
+    assert record.spacing == (0.25, 1.0, 1.0)
+    assert record.interval == 0.5
+    assert record.units.startswith("lattice units")
+    with h5py.File(path, "r+") as file:
+        del file["dimensions"], file["provenance"]
+    (record,) = open_trajectories(path)
+    assert (record.spacing, record.interval, record.units) == (None, None, "")
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_what_is_taken_over_for_one_trajectory(given: Path, tmp_path: Path) -> N
     records, time = open_trajectories(given)[1:], np.array([3, 4], dtype=np.float32)
     with new_prediction(tmp_path / "out.hdf5", records, time, "float32", {"steps": 2, "list": [1]}) as file:
         file["t1_fields/velocity"][0, 1] = 7
+        file["t0_fields/pressure"][:] = 0
     wanted = {"label": "prediction", "units": "those of the input", "steps": 2, "list": [1], "complete": True}
     assert read_provenance(tmp_path / "out.hdf5") == wanted
     got = read_trajectory(tmp_path / "out.hdf5", GRID)
@@ -86,8 +87,9 @@ def test_a_file_with_the_bare_fields_gets_what_the_schema_needs(tmp_path: Path) 
         file["t1_fields/velocity"] = np.zeros((1, T, *GRID, 3))
         file["t0_fields/pressure"] = np.zeros((1, T, *GRID))
     records, time = open_trajectories(path), np.array([[5.0]], dtype=np.float32)
-    with new_prediction(tmp_path / "out.hdf5", records, time, "float64", {}):
-        pass
+    with new_prediction(tmp_path / "out.hdf5", records, time, "float64", {}) as file:
+        for name in ("t1_fields/velocity", "t0_fields/pressure"):
+            file[name][:] = 0
     with h5py.File(tmp_path / "out.hdf5") as file:
         assert list(file["t0_fields"].attrs["field_names"]) == ["pressure"]
         assert file["t0_fields/pressure"].dtype == np.float64

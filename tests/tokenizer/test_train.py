@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from shodh_moe.config import TokenizerConfig
-from shodh_moe.data import SnapshotDataset, TrajectoryRecord, list_trajectories
+from shodh_moe.data import TrajectoryRecord, list_trajectories
+from shodh_moe.data.loader import Snapshots
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.errors import UserError
-from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
 from shodh_moe.tokenizer import train as training
 from shodh_moe.tokenizer.latents import encode_dataset, load_latents
-from shodh_moe.tokenizer.train import random_snapshot, reconstruction_errors, start_from_principal_components
+from shodh_moe.tokenizer.train import draw, drawn_batches, reconstruction_errors, start_from_principal_components
 from tests.tiny import CONFIG, config, write_dataset
 
 
@@ -40,33 +42,29 @@ def same(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def snapshots(dataset: Path) -> SnapshotDataset:
-    return SnapshotDataset(list_trajectories(dataset, "train"))
+def snapshots(dataset: Path) -> Snapshots:
+    return Snapshots(list_trajectories(dataset, "train"))
 
 
-def low_rank(grid: tuple[int, int, int] = (16, 16, 16)) -> SnapshotDataset:
+def low_rank(grid: tuple[int, int, int] = (16, 16, 16)) -> Snapshots:
     """Stand-in for a dataset: patches of velocity and pressure from a space of 6 dimensions, no solids."""
     generator = torch.Generator().manual_seed(5)
     basis = torch.randn(6, 4, 8, 8, 8, generator=generator)
 
-    class Fields(SnapshotDataset):
-        def __init__(self) -> None:
-            self.records = [TrajectoryRecord(Path("none"), 0, "d", 8, grid)]
-            self._index = [(0, snapshot) for snapshot in range(8)]
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    class Fields(Snapshots):
+        def read(self, index: int, out_5XYZ: np.ndarray) -> None:
             weights = torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(index))
-            patches = torch.einsum("rcijk,rxyz->cxiyjzk", basis, weights).reshape(4, *grid)
-            return torch.cat([patches, torch.zeros(1, *grid)]), 0
+            out_5XYZ[:4] = torch.einsum("rcijk,rxyz->cxiyjzk", basis, weights).reshape(4, *grid)
+            out_5XYZ[4] = 0
 
-    return Fields()
+    return Fields([TrajectoryRecord(Path("none"), 0, "d", 8, grid)])
 
 
 def test_principal_components_reconstruct_a_field_of_low_rank() -> None:
     """Not periodic, so never shifted: the patches span 6 dimensions, and 16 channels hold them all."""
     data = low_rank()
     tokenizer = Tokenizer(TokenizerConfig.model_validate(CONFIG["tokenizer"]), [16, 16, 16])
-    fields = torch.stack([data[i][0] for i in range(8)])
+    fields = data.batch(range(8))
 
     def error() -> float:
         raw, pressure = tokenizer.decoder(tokenizer.encoder(fields), fields[:, 4:])
@@ -98,9 +96,13 @@ def test_the_start_is_deterministic_signs_included(dataset: Path) -> None:
 
 def test_one_unvarying_geometry_gives_no_noise(dataset: Path) -> None:
     """All training masks alike: only rounding is left to scale up, and it must not be."""
-    data = snapshots(dataset)
-    fields = data._cache[0]
-    data._cache = [(velocity, fields[1] * 0 + 1) for velocity, _ in data._cache]
+
+    class AllSolid(Snapshots):
+        def read(self, index: int, out_5XYZ: np.ndarray) -> None:
+            super().read(index, out_5XYZ)
+            out_5XYZ[4] = 1
+
+    data = AllSolid(list_trajectories(dataset, "train"))
     tokenizer = Tokenizer(config().tokenizer, [16, 16, 16])
     start_from_principal_components(tokenizer, data, seed=0)
     assert tokenizer.encode_geometry(torch.ones(1, 1, 16, 16, 16)).abs().max() < 1e-3
@@ -111,7 +113,7 @@ def test_it_learns(dataset: Path) -> None:
     data = snapshots(dataset)
     torch.manual_seed(0)
     tokenizer = Tokenizer(config().tokenizer, [16, 16, 16])
-    fields = torch.stack([data[i][0] for i in range(4)])
+    fields = data.batch(range(4))
     tokenizer.velocity_rms.copy_(fields[:, :3].square().mean().sqrt())
     tokenizer.pressure_rms.copy_(fields[:, 3].square().mean().sqrt())
     optimizer = torch.optim.AdamW(training._learning_rate_groups(tokenizer, 1e-3))
@@ -136,7 +138,7 @@ def test_training_leaves_what_the_next_stage_needs(trained: Path) -> None:
 def test_latents_of_the_training_split_have_mean_0_and_deviation_1(dataset: Path, trained: Path) -> None:
     tokenizer, data = load_tokenizer(trained), snapshots(dataset)
     with torch.no_grad():
-        z = tokenizer.encode(torch.stack([data[i][0] for i in range(len(data))])).double().transpose(0, 1).flatten(1)
+        z = tokenizer.encode(data.batch(range(len(data)))).double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(16).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(1, unbiased=False), torch.ones(16).double(), atol=1e-4, rtol=0)
 
@@ -218,16 +220,39 @@ def test_cached_latents_are_those_of_the_encoder(dataset: Path, trained: Path, t
     assert [t.domain for t in train] == ["calm"] * 3 + ["wild"] * 3
     assert [(t.domain, t.source, t.snapshots) for t in test] == [("calm", "calm.hdf5", 5), ("wild", "wild.hdf5", 5)]
     data = snapshots(dataset)
-    torch.testing.assert_close(train[0].read(1, 3), tokenizer.encode(torch.stack([data[1][0], data[2][0]])))
+    torch.testing.assert_close(train[0].read(1, 3), tokenizer.encode(data.batch([1, 2])))
     assert len({t.read().numpy().tobytes() for t in train[:3]}) == 3, "the copies are other flows"
-    solid = data[0][0][4]
+    solid = data.batch([0])[0, 4]
     assert float(train[0].solid_fraction_xyz[0, 1, 0]) == pytest.approx(float(solid[:8, 8:, :8].mean()))
 
 
 def test_training_snapshots_come_under_random_symmetries(dataset: Path) -> None:
-    data, rng = snapshots(dataset), np.random.default_rng(0)
-    drawn = [random_snapshot(data, 0, rng) for _ in range(4)]
-    assert all(fields.shape == (1, 5, 16, 16, 16) for fields in drawn)
-    assert len({fields.numpy().tobytes() for fields in drawn}) == 4
-    for fields in drawn:
-        torch.testing.assert_close(fields.abs().flatten().sort()[0], data[0][0].abs().flatten().sort()[0])
+    data = snapshots(dataset)
+    draws = [draw(data, None, 4, seed=0, step=step) for step in range(3)]
+    assert draws == [draw(data, None, 4, seed=0, step=step) for step in range(3)], "a step alone decides"
+    assert len({tuple(picks) for picks, _ in draws}) == 3
+    for (picks, symmetries), fields in zip(draws, drawn_batches(data, draws, "cpu"), strict=True):
+        assert len(set(picks)) == len(set(symmetries)) == 4
+        plain = data.batch(picks)
+        assert not torch.equal(fields, plain)
+        torch.testing.assert_close(fields.abs().flatten(1).sort()[0], plain.abs().flatten(1).sort()[0])
+
+
+def test_weights_mix_the_domains_of_a_batch(dataset: Path) -> None:
+    data = snapshots(dataset)
+    sampler = DomainSampler(data.sizes, 4, seed=0, weights=(3, 1))
+    drawn = [data.labels(draw(data, sampler, 4, seed=0, step=step)[0]).tolist() for step in range(3)]
+    assert drawn == [[0, 0, 0, 1]] * 3
+
+
+def test_a_trajectory_is_encoded_in_parts_of_a_few_snapshots(
+    dataset: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("whole", 5), ("parts", 2)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(latents, "BATCH", size)
+        encode_dataset(load_tokenizer(trained), dataset, tmp_path / name, copies=2, seed=0)
+    pairs = zip(*(load_latents(tmp_path / name, "train") for name in ("whole", "parts")), strict=True)
+    for whole, parts in pairs:
+        torch.testing.assert_close(whole.read(), parts.read())
+        assert torch.equal(whole.geometry_Cxyz, parts.geometry_Cxyz)

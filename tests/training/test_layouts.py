@@ -64,9 +64,9 @@ class _Run:
 
     def __init__(self, rank: int, folder: Path, precision: str, layout: tuple[int, int]):
         from shodh_moe.config_io import load_config
+        from shodh_moe.data.sampler import DomainSampler
         from shodh_moe.tokenizer.latents import LatentSamples, load_latents
         from shodh_moe.training.pretrain import latent_engine
-        from shodh_moe.training.sampler import DomainSampler
 
         zero, ep = layout
         mine = (f"parallel.zero_stage={zero}", f"parallel.ep_size={ep}", f"training.precision={precision}")

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from shodh_moe.config_io import load_config
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Step, init_distributed
 from shodh_moe.training.pretrain import latent_engine, total_loss
-from shodh_moe.training.sampler import DomainSampler
 from shodh_moe.training.shards import is_expert
 
 folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]

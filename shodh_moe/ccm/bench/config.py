@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
-from shodh_moe.config import Name, NonNegative, ParallelConfig, Positive, PositiveFloat, Section, TrainingConfig
+from shodh_moe.config import ParallelConfig, TrainingConfig
+from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
 
 EXPERTS = ("anchor", "low", "high", "conditioned")
 

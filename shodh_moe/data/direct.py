@@ -1,0 +1,179 @@
+"""Read snapshots at the places of a file where their bytes lie, without the HDF5 library and its lock.
+
+The library reads one thing at a time in a whole process, and its result still has to be reordered: here threads read
+side by side, and what comes in is reordered and checked while it is in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.data.opening import opened
+from shodh_moe.data.reading import LARGEST, TrajectoryRecord
+from shodh_moe.kernels.compiled import compiled
+
+# Values read at a time, a multiple of 3: what comes in is still in the processor's cache when it is reordered.
+_BLOCK = 3 * 2**16
+# Without their sign, the bits of float32 values are ordered as their sizes are; infinity and NaN come last.
+_SIZE = np.uint32(0x7FFFFFFF)
+_TOO_LARGE = np.float32(LARGEST).view(np.uint32)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the native float32 values of a trajectory lie in its file: piece by piece, each without a gap.
+
+    Attributes:
+        stamp: of the file when this was found out; another one means that this no longer holds.
+        velocity_TP: byte offsets of the pieces [T, P] of each snapshot's velocity, [X, Y, Z, 3] in all.
+        pressure_TP: of its pressure, [X, Y, Z] in all.
+    """
+
+    stamp: tuple[int, ...]
+    velocity_TP: NDArray[np.int64]
+    pressure_TP: NDArray[np.int64]
+
+
+def find_places(record: TrajectoryRecord) -> Places | None:
+    """Where a trajectory lies in its file; None where only the library can tell or read it.
+
+    That is: compressed, checksummed or of another number format, never written, or stored elsewhere.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        before = _stamp(os.stat(record.path))
+    except OSError:
+        return None
+    with opened(record.path) as file:
+        # Offsets in a file count from the end of the block that a user may put before it.
+        if file.userblock_size:
+            return None
+        shape = (record.n_snapshots, *record.grid)
+        velocity_TP = _pieces(file, "t1_fields/velocity", record.sample, (*shape, 3))
+        pressure_TP = _pieces(file, "t0_fields/pressure", record.sample, shape)
+        if velocity_TP is None or pressure_TP is None:
+            return None
+        return Places(before, velocity_TP, pressure_TP)
+
+
+def read_places(path: Path, places: Places, snapshot: int, out_4XYZ: NDArray[np.float32]) -> bool:
+    """Read velocity and pressure of a snapshot into a contiguous array.
+
+    Returns whether it worked and all values are sound, as `reading.require_sound` has it. If not, what ``out_4XYZ``
+    holds is worthless.
+    """
+    bits_4N = out_4XYZ.reshape(4, -1).view(np.uint32)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (
+                _stamp(os.fstat(file.fileno())) == places.stamp
+                and _read_vectors(file, places.velocity_TP[snapshot], bits_4N[:3])
+                and _read_scalars(file, places.pressure_TP[snapshot], bits_4N[3])
+            )
+    except OSError:
+        return False
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Differs between two files of the same name, and after a file was changed."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _pieces(file: h5py.File, name: str, sample: int, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Byte offsets [T, P] of the values of one sample, of shape [T, X, ...]; None if they are not there as they are."""
+    dataset, snapshots, cells = file[name], shape[0], shape[1:]
+    plain = dataset.dtype == np.dtype("=f4") and not dataset.id.get_create_plist().get_nfilters()
+    if not plain or dataset.shape[1:] != shape:
+        return None
+    if dataset.chunks is None:
+        start = dataset.id.get_offset()
+        if start is None:
+            return None
+        size = 4 * int(np.prod(cells))
+        return start + size * (snapshots * sample + np.arange(snapshots, dtype=np.int64)[:, None])
+    thick = dataset.chunks[2]
+    if dataset.chunks != (1, 1, thick, *cells[1:]) or cells[0] % thick:
+        return None
+    rest = (0,) * (len(cells) - 1)
+    chunks = [
+        dataset.id.get_chunk_info_by_coord((sample, snapshot, x, *rest))
+        for snapshot in range(snapshots)
+        for x in range(0, cells[0], thick)
+    ]
+    if any(chunk.byte_offset is None for chunk in chunks):
+        return None
+    return np.array([chunk.byte_offset for chunk in chunks], dtype=np.int64).reshape(snapshots, -1)
+
+
+def _read_vectors(file: FileIO, offsets_P: NDArray[np.int64], out_3N: NDArray[np.uint32]) -> bool:
+    block, size, done = np.empty(_BLOCK, np.uint32), out_3N.size // len(offsets_P), 0
+    for offset in offsets_P:
+        file.seek(offset)
+        for first in range(0, size, _BLOCK):
+            part = block[: min(_BLOCK, size - first)]
+            if not _filled(file, part) or _split(part, out_3N, done) >= _TOO_LARGE:
+                return False
+            done += part.size // 3
+    return True
+
+
+def _read_scalars(file: FileIO, offsets_P: NDArray[np.int64], out_N: NDArray[np.uint32]) -> bool:
+    for offset, piece in zip(offsets_P, np.split(out_N, len(offsets_P)), strict=True):
+        file.seek(offset)
+        for first in range(0, piece.size, _BLOCK):
+            part = piece[first : first + _BLOCK]
+            if not _filled(file, part) or _largest(part) >= _TOO_LARGE:
+                return False
+    return True
+
+
+def _filled(file: FileIO, values: NDArray[np.uint32]) -> bool:
+    """Fill ``values`` with what comes next; False at the end of the file."""
+    left = values.data.cast("B")
+    while left:
+        count = file.readinto(left)
+        if not count:
+            return False
+        left = left[count:]
+    return True
+
+
+@compiled()
+def _split(values_M: NDArray[np.uint32], out_3N: NDArray[np.uint32], start: int) -> np.uint32:
+    """Vectors one after another become three components from ``start`` on; returns the size bits of the largest."""
+    count = values_M.size // 3
+    x, y, z = out_3N[0, start : start + count], out_3N[1, start : start + count], out_3N[2, start : start + count]
+    worst = np.uint32(0)
+    for i in range(count):
+        a, b, c = values_M[3 * i], values_M[3 * i + 1], values_M[3 * i + 2]
+        x[i], y[i], z[i] = a, b, c
+        worst = max(worst, a & _SIZE, b & _SIZE, c & _SIZE)
+    return worst
+
+
+@compiled()
+def _largest(values_M: NDArray[np.uint32]) -> np.uint32:
+    worst = np.uint32(0)
+    for i in range(values_M.size):
+        worst = max(worst, values_M[i] & _SIZE)
+    return worst
+
+
+@compiled()
+def unpack_bits(bits_M: NDArray[np.uint8], out_N: NDArray[np.float32]) -> None:
+    """What `numpy.packbits` packed, as zeros and ones."""
+    whole = out_N.size // 8
+    for i in range(whole):
+        for k in range(8):
+            out_N[8 * i + k] = (bits_M[i] >> (7 - k)) & 1
+    for k in range(out_N.size - 8 * whole):
+        out_N[8 * whole + k] = (bits_M[whole] >> (7 - k)) & 1

@@ -1,0 +1,143 @@
+"""What generating a dataset will take, told before it begins: hours on these cores, bytes on the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shodh_moe.config import DataConfig
+from shodh_moe.data.storage import SIZE_SHARE, free_bytes
+from shodh_moe.solvers.calibration import RUNS
+from shodh_moe.solvers.domains import Domain
+from shodh_moe.solvers.flow import FlowSetup
+from shodh_moe.solvers.seeds import trajectory_seed
+from shodh_moe.solvers.settling import STRESS_STEPS, settling
+
+if TYPE_CHECKING:
+    from shodh_moe.data.jobs import Job
+
+_SHORT = 3e8  # cell updates that take a minute at most: not worth a measurement
+_SECONDS = 0.4  # of measurement
+_EXAMPLE_SIZE = 64
+_HEADERS = 2**17  # bytes of a file that are no fields
+
+
+def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots: int) -> int:
+    """Time steps that the solver makes for one trajectory, those before the first snapshot included."""
+    steps = domain.spinup_steps + (snapshots - 1) * domain.steps_per_snapshot
+    if setup.velocity_3XYZ is not None:
+        steps += settling(tuple(grid), setup.lid)[0] + STRESS_STEPS
+    if setup.calibration:
+        steps += RUNS * setup.calibration.steps
+    return steps
+
+
+def cell_updates(jobs: Sequence[Job], config: DataConfig) -> float:
+    """Updates of fluid cells that ``jobs`` need, from the first flow of each domain."""
+    cells = float(np.prod(config.grid))
+    of_domain: dict[str, float] = {}
+    for job in jobs:
+        if job.domain not in of_domain:
+            setup = _example(job, config)
+            steps = time_steps(job.config, setup, config.grid, config.snapshots)
+            of_domain[job.domain] = cells * float(1 - setup.solid_XYZ.mean()) * steps
+    return sum(of_domain[job.domain] for job in jobs)
+
+
+def _example(job: Job, config: DataConfig) -> FlowSetup:
+    """The set-up of a flow like those of ``job``, in a box of at most 64^3: a larger one would take long."""
+    rng = np.random.default_rng(trajectory_seed(config.seed, job.domain, job.trajectory))
+    nx, ny, nz = (min(size, _EXAMPLE_SIZE) for size in config.grid)
+    try:
+        return job.config.setup((nx, ny, nz), rng)
+    except ValueError:  # what does not fit into the smaller box may fit into the real one
+        return FlowSetup(solid_XYZ=np.zeros((1, 1, 1), dtype=bool), lid=False, length=1.0)
+
+
+def needed_bytes(count: int, config: DataConfig) -> int:
+    """Room on the disk for ``count`` trajectories and their statistics."""
+    scalar = any(getattr(domain, "scalar", None) is not None for _, domain in config.domains.items())
+    cells = int(np.prod(config.grid))
+    # Velocity, pressure and concentration per snapshot, the mask once, float32.
+    fields = 4 * cells * ((5 if scalar else 4) * config.snapshots + 1)
+    return int(count * (fields * SIZE_SHARE[config.compression] + _HEADERS) + 2**20)
+
+
+def worth_measuring(jobs: Sequence[Job], config: DataConfig, devices: Sequence[str]) -> bool:
+    """Whether `update_rate` is to be asked: not for the work of a minute, and it knows no GPU."""
+    cells = float(np.prod(config.grid))
+    stored = sum(config.snapshots * job.config.steps_per_snapshot for job in jobs) * cells
+    return stored > _SHORT and set(devices) == {"cpu"}
+
+
+def update_rate(config: DataConfig, flows: int, cores: int) -> float:
+    """Cell updates a second of this process with so many flows at a time, measured in about a second.
+
+    On a box of at most 64^3, or 48^3 for each of several flows: larger ones are a little slower a cell.
+    """
+    import numba
+
+    from shodh_moe.solvers import LatticeBoltzmann
+
+    numba.set_num_threads(min(cores, numba.config.NUMBA_NUM_THREADS))
+    shape = [min(size, 64 if flows == 1 else 48) for size in config.grid]
+    none_3 = np.zeros((2, 3))
+
+    def measured(_: int) -> float:
+        solver = LatticeBoltzmann(np.zeros(shape, dtype=bool), 0.02, parallel=flows == 1 and cores > 1)
+        solver.run(none_3)  # loads the kernel and touches the memory
+        steps, began = 0, time.perf_counter()
+        while (passed := time.perf_counter() - began) < _SECONDS:
+            solver.run(none_3)
+            steps += len(none_3)
+        return steps * solver.n_fluid / passed
+
+    with ThreadPoolExecutor(flows) as pool:
+        return sum(pool.map(measured, range(flows)))
+
+
+def told(
+    jobs: Sequence[Job], of: int, config: DataConfig, folder: Path, flows: int, rate: float | None, where: str
+) -> str:
+    """The estimate as a line.
+
+    Args:
+        jobs: those to be made now.
+        of: trajectories of the whole dataset, finished ones and other parts included.
+        flows: simulated at a time, by all processes.
+        rate: cell updates a second of all of them; None if it was not measured.
+        where: what the hours are for, such as ``on these 2 cores``.
+    """
+    count = len(jobs)
+    number = f"{count:,}" if count == of else f"{count:,} of {of:,}"
+    sizes = [str(size) for size in config.grid]
+    grid = f"{sizes[0]}^3" if len(set(sizes)) == 1 else "x".join(sizes)
+    updates = cell_updates(jobs, config)
+    if rate:
+        # With fewer flows left than there is room for, some cores wait.
+        rounds = -(-count // flows) * flows / max(count, 1)
+        hours = f"about {_duration(updates / rate * rounds)} {where}"
+    else:
+        hours = f"a minute or so {where}" if updates <= _SHORT else f"{where}: the progress tells how long"
+    room = f"{_size(needed_bytes(count, config))} ({_size(free_bytes(folder))} free)"
+    return f"{number} trajectories, {count * config.snapshots:,} snapshots of {grid}: {hours}, {room}"
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((90, 1, "seconds"), (5400, 60, "minutes"), (72 * 3600, 3600, "hours")):
+        if seconds < limit:
+            value = seconds / unit
+            return f"{value:.1f} {name}" if value < 10 and unit > 1 else f"{value:.0f} {name}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}" if size < 10 * unit else f"{size / unit:,.0f} {name}"
+    return f"{size / 1e6:.1f} MB"

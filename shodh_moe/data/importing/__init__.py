@@ -1,0 +1,6 @@
+"""Import a user's HDF5, NetCDF or npz arrays into our layout through a mapping file."""
+
+from shodh_moe.data.importing.mapping import Mapping, load_mapping
+from shodh_moe.data.importing.run import import_data
+
+__all__ = ["Mapping", "import_data", "load_mapping"]

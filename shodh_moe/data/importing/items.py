@@ -1,0 +1,87 @@
+"""Which trajectories a mapping asks for, from which files, and which of them are there already."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.config_io import fingerprint
+from shodh_moe.data.importing.mapping import Mapping
+from shodh_moe.data.importing.snapshots import natural
+from shodh_moe.data.listing import SPLITS
+from shodh_moe.data.reading import read_provenance
+from shodh_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One trajectory to be: its new file, its sources and which of its snapshots (None: all)."""
+
+    path: Path
+    sources: list[Path]
+    snapshots: tuple[int, int] | None
+    request: dict[str, Any]
+
+
+def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
+    """Every trajectory that the mapping names.
+
+    Raises:
+        UserError: no file fits a pattern, or two splits would get the same snapshots.
+    """
+    items = []
+    taken: dict[tuple[Path, ...], list[tuple[str, tuple[int, int] | None]]] = {}
+    for split in SPLITS:
+        groups = [group for entry in getattr(mapping.files, split) for group in _groups(entry, f"files.{split}")]
+        given = getattr(mapping.snapshots, split)
+        cut = (given[0], given[1]) if given else None
+        for index, paths in enumerate(groups):
+            for other, range_ in taken.setdefault(tuple(paths), []):
+                if cut is None or range_ is None or max(cut[0], range_[0]) < min(cut[1], range_[1]):
+                    raise UserError(
+                        f"{paths[0]} is in {other} and in {split}: give each split files of its own, or parts of the "
+                        "time with `snapshots`"
+                    )
+            taken[tuple(paths)].append((split, cut))
+            states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+            # As a number: HDF5 has no attributes beyond 64 KB.
+            request = {
+                "mapping": mapping.request,
+                "files": fingerprint(states),
+                "snapshots": list(cut) if cut else None,
+            }
+            path = folder / "data" / split / f"{mapping.domain}_{index:04d}.hdf5"
+            items.append(Item(path, paths, cut, request))
+    return items
+
+
+def is_done(item: Item) -> bool:
+    """Whether the file is there, whole, and made by the same request."""
+    with suppress(UserError):
+        return item.path.exists() and read_provenance(item.path).get("request") == item.request
+    return False
+
+
+def _groups(entry: str | list[str], key: str) -> list[list[Path]]:
+    patterns = [entry] if isinstance(entry, str) else entry
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted((Path(one) for one in glob(pattern, recursive=True)), key=lambda one: natural(str(one)))
+        if not found:
+            raise UserError(f"{key}: no file {pattern!r}: paths are those of the folder in which you run the command")
+        paths += found
+    return [[path] for path in paths] if isinstance(entry, str) else [paths]
+
+
+def require_no_others(folder: Path, domain: str, wanted: set[Path]) -> None:
+    """Refuse trajectories of the same name that this mapping would not replace."""
+    found = [path for split in SPLITS for path in sorted((folder / "data" / split).glob(f"{domain}_[0-9]*.hdf5"))]
+    others = [path for path in found if path not in wanted]
+    if others:
+        raise UserError(
+            f"{folder} holds {len(others)} trajectories of {domain} that this mapping does not name "
+            f"({others[0].name}, ...): remove them, or set another domain or output"
+        )

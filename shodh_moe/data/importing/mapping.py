@@ -1,0 +1,186 @@
+"""How a user's arrays become trajectories: the keys of a mapping file (docs/import.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shodh_moe.config_io import load_config_of
+from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
+
+AXES = ("x", "y", "z")
+Edge = Literal["periodic", "wall", "free slip", "open"]
+Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
+# A text is a file or a pattern, each file that fits a trajectory of its own; a list is one trajectory of all its files.
+Entries = list[str | list[str]]
+
+
+class Files(Section):
+    """The files of each split; paths are those of the working folder."""
+
+    train: Annotated[Entries, Field(min_length=1)]
+    valid: Entries = Field([])
+    test: Entries = Field([])
+
+
+class Snapshots(Section):
+    """The first snapshot and the one after the last, for all trajectories of a split; default: all."""
+
+    train: Range | None = None
+    valid: Range | None = None
+    test: Range | None = None
+
+
+class PerAxis(Section):
+    """The 1D datasets with the coordinates of the grid points."""
+
+    x: str
+    y: str
+    z: str
+
+
+class Crop(Section):
+    """The first grid point and the one after the last along each axis, counted in the source."""
+
+    x: Range | None = None
+    y: Range | None = None
+    z: Range | None = None
+
+
+class Boundaries(Section):
+    """What bounds the box, after cropping; two values are the low and the high end of an axis."""
+
+    x: Edge | list[Edge]
+    y: Edge | list[Edge]
+    z: Edge | list[Edge]
+
+    @field_validator("x", "y", "z")
+    @classmethod
+    def _ends(cls, edge: Edge | list[Edge]) -> Edge | list[Edge]:
+        if isinstance(edge, list) and (len(edge) != 2 or "periodic" in edge):
+            raise ValueError("give `periodic`, or wall, free slip or open once or for both ends: [wall, open]")
+        return edge
+
+    def ends(self, axis: str) -> list[str]:
+        """What is at the low and at the high end of an axis."""
+        edge = getattr(self, axis)
+        return list(edge) if isinstance(edge, list) else [edge, edge]
+
+    @property
+    def periodic(self) -> tuple[bool, bool, bool]:
+        return self.x == "periodic", self.y == "periodic", self.z == "periodic"
+
+
+class Mask(Section):
+    """Which voxels are solid: those above 0.5, or with ``inverted`` those up to it."""
+
+    dataset: str
+    file: str | None = Field(None, description="the file that has it; default: the trajectory's own")
+    inverted: bool = False
+
+
+class Resample(Section):
+    """Interpolate to cubic cells of one size."""
+
+    method: Literal["linear", "cubic"]
+    spacing: PositiveFloat = Field(description="of the new grid, in the source's unit of length")
+    cells: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
+
+
+class Units(Section):
+    """Names of the units after scaling. By default velocity is in length/time, pressure (over density) its square."""
+
+    length: str
+    time: str
+    velocity: str = ""
+    pressure: str = ""
+
+    def of(self) -> dict[str, str]:
+        """The unit of each quantity."""
+        velocity = self.velocity or f"{self.length}/{self.time}"
+        pressure = self.pressure or f"({velocity})^2"
+        return {"length": self.length, "time": self.time, "velocity": velocity, "pressure": pressure}
+
+
+class Scale(Section):
+    """What the source's numbers are multiplied by."""
+
+    length: PositiveFloat = 1.0
+    time: PositiveFloat = 1.0
+    velocity: PositiveFloat = 1.0
+    pressure: PositiveFloat = 1.0
+
+
+class Mapping(Section):
+    """A whole mapping file."""
+
+    name: Name
+    domain: Name
+    output: str | None = Field(None, description="the dataset's folder; --output replaces it")
+    source: str = Field("", description="where the data are from and how to cite them, for the provenance")
+    files: Files
+    snapshots: Snapshots = Snapshots()
+    axes: list[Literal["t", "x", "y", "z", "c"]] = Field(description="order of the stored axes; c: component")
+    velocity: str | list[str]
+    components: list[Literal["x", "y", "z"]] = Field(["x", "y", "z"], description="order in which the array has them")
+    pressure: str | None = None
+    mask: Mask | None = None
+    spacing: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] | None = None
+    coordinates: PerAxis | None = None
+    time_step: PositiveFloat | None = Field(None, description="between snapshots, before scaling")
+    time: str | None = Field(None, description="the dataset with the times of the snapshots")
+    boundaries: Boundaries
+    crop: Crop | Literal["auto"] | None = None
+    resample: Resample | None = None
+    project: bool = Field(False, description="remove the divergent part of the velocity")
+    units: Units
+    scale: Scale = Scale()
+    scalars: dict[str, float] = Field({}, description="constants of the flow, such as viscosity or reynolds")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Mapping:
+        needed = {"x", "y", "z", "c"} if isinstance(self.velocity, str) else {"x", "y", "z"}
+        if len(set(self.axes)) != len(self.axes) or not needed <= set(self.axes) <= needed | {"t"}:
+            kind = "one array of velocity" if "c" in needed else "three arrays of velocity"
+            raise ValueError(f"axes must name {', '.join(sorted(needed))} once each, and t if there is one, for {kind}")
+        if isinstance(self.velocity, list) and len(self.velocity) != 3:
+            raise ValueError("velocity must be one dataset with all components, or a list of three")
+        if sorted(self.components) != ["x", "y", "z"]:
+            raise ValueError("components must name x, y and z once each")
+        if self.pressure is None:
+            raise ValueError("training needs a pressure: name its dataset, or write `pressure: zero`")
+        for one, other in (("spacing", "coordinates"), ("time_step", "time")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                raise ValueError(f"give either {one} or {other}")
+        if self.project and self.mask:
+            raise ValueError("project knows no solids: leave out mask, or write `project: false`")
+        if isinstance(self.crop, Crop):
+            for axis, periodic in zip(AXES, self.boundaries.periodic, strict=True):
+                if getattr(self.crop, axis) and periodic:
+                    raise ValueError(f"axis {axis} is cropped and so no longer periodic: boundaries.{axis} is now open")
+        for name, cut in (*_ranges("crop", self.crop), *_ranges("snapshots", self.snapshots)):
+            if cut[0] >= cut[1]:
+                raise ValueError(f"{name} {cut} is empty: give the first and the one after the last")
+        return self
+
+    @property
+    def request(self) -> dict[str, object]:
+        """All that the numbers of a trajectory depend on, beside its files."""
+        return self.model_dump(mode="json", exclude={"files", "output", "source", "snapshots"})
+
+
+def _ranges(name: str, section: Section | str | None) -> list[tuple[str, list[int]]]:
+    if not isinstance(section, Section):
+        return []
+    return [(f"{name}.{key}", cut) for key, cut in section if cut is not None]
+
+
+def load_mapping(path: Path | str) -> Mapping:
+    """Read a mapping file.
+
+    Raises:
+        UserError: it is missing, no YAML, has an unknown key (the nearest valid one is named) or a wrong value.
+    """
+    return load_config_of(Mapping, path)

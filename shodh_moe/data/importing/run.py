@@ -1,0 +1,250 @@
+"""Import the trajectories that a mapping names into a dataset folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.data.importing.grids import Grid, even_step, new_grid, points_of
+from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
+from shodh_moe.data.importing.mapping import AXES, Mapping
+from shodh_moe.data.importing.projection import project
+from shodh_moe.data.importing.snapshots import (
+    Plan,
+    Sources,
+    opened,
+    plan,
+    read_mask,
+    read_scalar,
+    read_velocity,
+)
+from shodh_moe.data.importing.writing import Header, new_trajectory_file
+from shodh_moe.data.listing import SPLITS, list_trajectories
+from shodh_moe.data.reading import open_trajectories
+from shodh_moe.data.stats import stats_of_files, write_stats
+from shodh_moe.errors import UserError
+from shodh_moe.files import remove_leftovers, require_writable
+from shodh_moe.progress import progress as default_progress
+
+Progress = Callable[..., Iterator[Any]]
+
+
+def import_data(
+    mapping: Mapping, folder: Path | None = None, *, skip_bad: bool = False, progress: Progress = default_progress
+) -> Path:
+    """Write ``<folder>/data/<split>/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; returns ``folder``.
+
+    Trajectories that the same mapping made from the same files are kept, so a killed import goes on where it was.
+    Those of other domains in the folder stay and count in the statistics. One snapshot at a time is in memory.
+
+    Args:
+        folder: in place of the mapping's ``output``.
+        skip_bad: go on where a trajectory cannot be imported, and say at the end which.
+
+    Raises:
+        UserError: a source is missing, damaged or does not fit the mapping, or the folder cannot be written.
+    """
+    folder = Path(folder or mapping.output or "")
+    if folder == Path(""):
+        raise UserError("no folder for the dataset: set output in the mapping, or give --output")
+    require_writable(folder)
+    items = plan_items(mapping, folder)
+    for split in SPLITS:
+        remove_leftovers(folder / "data" / split)
+    require_no_others(folder, mapping.domain, {item.path for item in items})
+    left_out = []
+    grid = _grid_of_others(folder, mapping.domain)
+    for item in progress(items, "importing", len(items)):
+        try:
+            if not is_done(item):
+                _import(item, mapping, grid)
+            grid = grid or open_trajectories(item.path)[0].grid
+        except UserError as error:
+            if not skip_bad:
+                raise
+            left_out.append(f"{item.path.name}: {error}")
+    for line in left_out:
+        print(f"left out: {line}")
+    for split in SPLITS[1:]:
+        if not any((folder / "data" / split).glob("*.hdf5")):
+            print(f"warning: no trajectories for {split}: training needs some; add files.{split} to the mapping")
+    records = list_trajectories(folder, "train")
+    stats = stats_of_files(records, 1, progress)
+    write_stats(folder, stats)
+    if not stats["rms"]["pressure"]:
+        print("warning: the pressure is zero everywhere: training needs another domain that has one in the same folder")
+    return folder
+
+
+def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
+    for split in SPLITS:
+        for path in sorted((folder / "data" / split).glob("*.h*5")):
+            if path.name[0] != "." and not path.name.startswith(f"{domain}_"):
+                return open_trajectories(path)[0].grid
+    return None
+
+
+def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -> None:
+    with opened(item.sources) as sources:
+        found = plan(sources, mapping)
+        start, stop = item.snapshots or (0, len(found))
+        if stop > len(found) or stop - start < 2:
+            raise UserError(
+                f"{item.sources[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
+                "or more; check snapshots, or name all files of a trajectory in one list"
+            )
+        start_time, time_step = _times(sources, mapping, start, stop)
+        points = points_of(sources, mapping, found)
+        grid = new_grid(points, mapping)
+        if wanted_grid and grid.cells != tuple(wanted_grid):
+            raise UserError(f"{item.sources[0]} gives the grid {list(grid.cells)}, the dataset has {list(wanted_grid)}")
+        solid_XYZ = grid.apply(read_mask(sources, mapping, found)) > 0.5
+        header = Header(
+            mapping.name,
+            mapping.domain,
+            time_step * mapping.scale.time,
+            stop - start,
+            grid.spacing * mapping.scale.length,
+            [mapping.boundaries.ends(axis) for axis in AXES],
+            solid_XYZ,
+            mapping.scalars,
+        )
+        with new_trajectory_file(item.path, header) as (file, provenance):
+            totals = _Totals()
+            for index, snapshot in enumerate(range(start, stop)):
+                velocity_3XYZ, pressure_XYZ = _snapshot(sources, mapping, found, snapshot, grid, solid_XYZ, totals)
+                file["t1_fields/velocity"][0, index] = np.moveaxis(velocity_3XYZ, 0, -1)
+                file["t0_fields/pressure"][0, index] = pressure_XYZ
+            provenance.update(_provenance(item, mapping, grid, points, totals, start_time))
+    for line in totals.lines(mapping):
+        print(f"{item.path.name}: {line}")
+
+
+@dataclass
+class _Totals:
+    """What was taken away, summed over the snapshots of a trajectory."""
+
+    energy: float = 0.0
+    removed: float = 0.0
+    most_removed: float = 0.0
+    fastest_in_solids: float = 0.0
+    cells: int = 0
+
+    @property
+    def removed_share(self) -> float:
+        return self.removed / self.energy if self.energy else 0.0
+
+    @property
+    def solid_speed(self) -> float:
+        """The largest speed that the source has in solid voxels, relative to the rms of all."""
+        return self.fastest_in_solids / (self.energy / self.cells) ** 0.5 if self.energy else 0.0
+
+    def lines(self, mapping: Mapping) -> Iterator[str]:
+        if mapping.project:
+            yield (
+                f"projection removed {self.removed_share:.3g} of the velocity's energy "
+                f"(at most {self.most_removed:.3g} of a snapshot's)"
+            )
+        if self.fastest_in_solids:
+            yield f"set to zero: velocity in solid voxels, up to {self.solid_speed:.3g} of its rms"
+
+
+def _snapshot(
+    sources: Sources,
+    mapping: Mapping,
+    found: Plan,
+    snapshot: int,
+    grid: Grid,
+    solid_XYZ: NDArray[np.bool_],
+    totals: _Totals,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Velocity [3, X, Y, Z] and pressure [X, Y, Z] as they are stored."""
+    velocity_3XYZ = grid.apply(read_velocity(sources, mapping, found, snapshot)) * mapping.scale.velocity
+    if found.pressure is None:
+        pressure_XYZ = np.zeros(grid.cells)
+    else:
+        read = read_scalar(sources, mapping, found, found.pressure[snapshot])
+        pressure_XYZ = grid.apply(read) * mapping.scale.pressure
+    if solid_XYZ.any():
+        # Often NaN or a fill value in there.
+        inside = np.linalg.norm(np.nan_to_num(velocity_3XYZ[:, solid_XYZ], posinf=0, neginf=0), axis=0)
+        totals.fastest_in_solids = max(totals.fastest_in_solids, float(inside.max()))
+        velocity_3XYZ[:, solid_XYZ] = 0
+        pressure_XYZ[solid_XYZ] = 0
+    place = found.velocity[0][snapshot]
+    with np.errstate(over="ignore"):
+        stored = velocity_3XYZ.astype(np.float32), pressure_XYZ.astype(np.float32)
+    for name, values in zip(("velocity", "pressure"), stored, strict=True):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
+                + ("" if mapping.mask else ": if they mark solids, name their mask")
+            )
+    totals.energy += float(np.sum(velocity_3XYZ**2))
+    totals.cells += pressure_XYZ.size
+    if mapping.project:
+        ends = [mapping.boundaries.ends(axis) for axis in AXES]
+        kinds = ["wall" if low in ("wall", "free slip") else low for low, _ in ends]
+        projected_3XYZ, share = project(velocity_3XYZ, kinds)
+        totals.removed += share * float(np.sum(velocity_3XYZ**2))
+        totals.most_removed = max(totals.most_removed, share)
+        stored = projected_3XYZ.astype(np.float32), stored[1]
+    return stored
+
+
+def _times(sources: Sources, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
+    """The time of the first snapshot and the time step, before scaling."""
+    if mapping.time is None:
+        step = float(mapping.time_step or 0)
+        return start * step, step
+    parts = []
+    for path, name, _ in sources.find(mapping.time):
+        array = sources.at(path).array(name)
+        parts.append(np.ravel(array.read(tuple(slice(None) for _ in array.shape))))
+    times = np.concatenate(parts)[start:stop]
+    if len(times) != stop - start:
+        raise UserError(f"{sources.paths[0]}: {mapping.time} has {len(times)} times for {stop - start} snapshots")
+    step = even_step(times)
+    if step <= 0:
+        raise UserError(
+            f"{sources.paths[0]}: {mapping.time} goes from {times[0]:g} to {times[-1]:g} in uneven steps: the model "
+            "needs a constant time step; choose a part with `snapshots`"
+        )
+    return float(times[0]), step
+
+
+def _provenance(
+    item: Item, mapping: Mapping, grid: Grid, points: list[NDArray[np.float64]], totals: _Totals, start_time: float
+) -> dict[str, Any]:
+    units = mapping.units.of()
+    found: dict[str, Any] = {
+        "label": "imported",
+        "units": ", ".join(f"{name} in {unit}" for name, unit in units.items()),
+        **{f"unit_{name}": unit for name, unit in units.items()},
+        "source": mapping.source or "not stated",
+        "files": str(item.sources[0]) + (f" to {item.sources[-1]}" if len(item.sources) > 1 else ""),
+        "request": item.request,
+        "origin": [one * mapping.scale.length for one in grid.origin],
+        "first_snapshot": item.snapshots[0] if item.snapshots else 0,
+        "start_time": start_time * mapping.scale.time,
+        "pressure": "zero: the source has none" if mapping.pressure == "zero" else "of the source",
+    }
+    if mapping.resample:
+        spacings = [np.diff(one) for one in points]
+        found["resampled"] = {
+            "method": mapping.resample.method,
+            "spacing": grid.spacing * mapping.scale.length,
+            "from_spacing": [[float(one.min()), float(one.max())] for one in spacings],
+        }
+    if mapping.project:
+        found["projection"] = "Leray, spectral, mirrored at ends that are not periodic"
+        found["projection_removed_energy"] = totals.removed_share
+        found["projection_removed_energy_most"] = totals.most_removed
+    if mapping.mask:
+        found["speed_in_solids_set_to_zero"] = totals.solid_speed
+    return found

@@ -1,0 +1,113 @@
+"""A new trajectory in the_well's schema that is filled snapshot by snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.data.well import _boundary, _describe, _flag, _names, _write_provenance
+from shodh_moe.files import atomic_file
+
+_AXES = ("x", "y", "z")
+
+
+@dataclass(frozen=True)
+class Header:
+    """All of a trajectory but its fields.
+
+    Attributes:
+        dataset_name, domain: names of the dataset and of the kind of flow.
+        time_step: between snapshots; the first is at time 0.
+        snapshots: how many there are.
+        spacing: of the cubic cells.
+        ends: per axis what is at its low and at its high end: ``periodic`` twice, ``wall``, ``free slip``, ``open``.
+        solid_XYZ: bool, True in solid voxels.
+        scalars: constants of the flow.
+    """
+
+    dataset_name: str
+    domain: str
+    time_step: float
+    snapshots: int
+    spacing: float
+    ends: list[list[str]]
+    solid_XYZ: NDArray[np.bool_]
+    scalars: dict[str, float]
+
+
+@contextmanager
+def new_trajectory_file(path: Path, header: Header) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+    """A file with one trajectory; when the block ends well it is complete and at ``path``, otherwise nowhere.
+
+    The block fills ``t1_fields/velocity`` [1, T, X, Y, Z, 3] and ``t0_fields/pressure`` [1, T, X, Y, Z], float32, and
+    the dictionary that becomes the file's provenance.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission).
+    """
+    provenance: dict[str, Any] = {}
+    shape = (1, header.snapshots, *header.solid_XYZ.shape)
+    with atomic_file(path) as temporary, new_hdf5(temporary) as file:
+        _write_root(file, header)
+        _write_dimensions(file, header)
+        _write_boundaries(file, header)
+        fields = file.create_group("t0_fields")
+        fields.attrs["field_names"] = ["pressure", "solid"]
+        _describe(fields.create_dataset("pressure", shape, np.float32), time_varying=True)
+        _describe(fields.create_dataset("solid", data=header.solid_XYZ[None].astype(np.float32)), time_varying=False)
+        vectors = file.create_group("t1_fields")
+        vectors.attrs["field_names"] = ["velocity"]
+        _describe(vectors.create_dataset("velocity", (*shape, 3), np.float32), time_varying=True)
+        file.create_group("t2_fields").attrs["field_names"] = _names([])
+        yield file, provenance
+        _write_provenance(file, provenance)
+        file["provenance"].attrs["complete"] = True
+
+
+def _write_root(file: h5py.File, header: Header) -> None:
+    file.attrs.update(
+        dataset_name=header.dataset_name,
+        grid_type="cartesian",
+        n_spatial_dims=3,
+        n_trajectories=1,
+        simulation_parameters=_names(list(header.scalars)),
+        domain=header.domain,
+    )
+    group = file.create_group("scalars")
+    group.attrs["field_names"] = _names(list(header.scalars))
+    for name, value in header.scalars.items():
+        file.attrs[name] = np.float32(value)
+        _flag(group.create_dataset(name, data=np.float32(value)))
+
+
+def _write_dimensions(file: h5py.File, header: Header) -> None:
+    group = file.create_group("dimensions")
+    group.attrs["spatial_dims"] = list(_AXES)
+    # From zero on: float32 could not tell small steps far from it.
+    time = np.arange(header.snapshots) * header.time_step
+    _flag(group.create_dataset("time", data=time.astype(np.float32)), time_varying=True)
+    for axis, size in zip(_AXES, header.solid_XYZ.shape, strict=True):
+        places = (np.arange(size) + 0.5) * header.spacing
+        _flag(group.create_dataset(axis, data=places.astype(np.float32)))
+
+
+def _write_boundaries(file: h5py.File, header: Header) -> None:
+    group = file.create_group("boundary_conditions")
+    for axis, size, ends in zip(_AXES, header.solid_XYZ.shape, header.ends, strict=True):
+        if ends[0] == "periodic":
+            _boundary(group, f"{axis}_periodic", axis, size, "PERIODIC", [0, -1])
+            continue
+        for side, cell, end in (("low", 0, ends[0]), ("high", -1, ends[1])):
+            kind = "OPEN" if end == "open" else "WALL"
+            made = _boundary(group, f"{axis}_{kind.lower()}_{side}", axis, size, kind, [cell])
+            if kind == "WALL":
+                # The schema knows only walls; the slip attribute is ours.
+                made.attrs["slip"] = "free slip" if end == "free slip" else "no slip"

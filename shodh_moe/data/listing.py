@@ -1,0 +1,82 @@
+"""What a dataset folder holds: its splits, trajectories and domains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_snapshots
+from shodh_moe.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+READ_BYTES = 4 * 2**30
+_read: set[tuple[object, ...]] = set()
+
+
+def list_trajectories(
+    folder: Path | str, split: str, grid: Sequence[int] | None = None, skip_bad: bool = False
+) -> list[TrajectoryRecord]:
+    """The trajectories under ``<folder>/data/<split>``, in the order of their file names.
+
+    Args:
+        grid: what all of them must have; None: that of the first.
+        skip_bad: leave bad files out instead, and say on stderr which and why. Where the split is at most
+            ``READ_BYTES``, files with bad values are left out as well; otherwise those stop whoever reads them.
+
+    Raises:
+        UserError: the folder is missing or has no HDF5 file, a file is unreadable or lies outside the folder, or the
+            grids differ; with ``skip_bad``: no file is left.
+    """
+    root = Path(folder) / "data" / split
+    if split not in SPLITS:
+        raise UserError(f"no split named {split!r}: choose one of {', '.join(SPLITS)}")
+    # A leading dot marks an unfinished file.
+    paths = sorted(p for ending in ("*.hdf5", "*.h5") for p in root.glob(ending) if not p.name.startswith("."))
+    if not paths:
+        raise UserError(f"no HDF5 files in {root}: generate the data first, or check data.path")
+    records: dict[Path, list[TrajectoryRecord]] = {}
+    bad: dict[Path, str] = {}
+    wanted = tuple(grid) if grid is not None else None
+    for path in paths:
+        try:
+            _require_inside(path, Path(folder))
+            records[path] = open_trajectories(path, wanted)
+            wanted = records[path][0].grid
+        except UserError as error:
+            if not skip_bad:
+                raise
+            bad[path] = str(error)
+    if skip_bad and sum(record.nbytes for found in records.values() for record in found) <= READ_BYTES:
+        bad |= {path: why for path, found in records.items() if (why := _bad_values(found))}
+    for path, why in sorted(bad.items()):
+        print(f"left out {path.relative_to(folder)}: {why}", file=sys.stderr, flush=True)
+    left = [record for path, found in records.items() if path not in bad for record in found]
+    if not left:
+        raise UserError(f"none of the {len(paths)} files in {root} can be used: see the lines above")
+    return left
+
+
+def _require_inside(path: Path, folder: Path) -> None:
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a symbolic link out of {folder}, to {target}: copy the file itself there")
+
+
+def _bad_values(records: Sequence[TrajectoryRecord]) -> str:
+    """Why a file's values cannot be used; "" if they can. Read once in a process."""
+    try:
+        for record in records:
+            status = record.path.stat()
+            key = (record, status.st_size, status.st_mtime_ns)
+            if key not in _read:
+                read_snapshots(record)
+                _read.add(key)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def domain_names(records: Sequence[TrajectoryRecord]) -> list[str]:
+    """The domains that occur, in alphabetical order: their position is the domain index."""
+    return sorted({record.domain for record in records})

@@ -1,0 +1,64 @@
+"""A file that was just written, read again and compared with what it should hold, before it gets its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.data.reading import open_trajectories, read_provenance, read_snapshots
+from shodh_moe.data.storage import CONCENTRATION
+from shodh_moe.errors import UserError
+from shodh_moe.solvers import Simulation
+
+_BLOCK_BYTES = 2**26  # read at a time
+AGAIN = "run the same command again; if this comes again, look at the disk and the memory"
+
+
+def require_as_written(file: Path, simulation: Simulation, name: Path) -> None:
+    """Read ``file`` with our own reader, a few snapshots at a time, and compare every value with ``simulation``.
+
+    What the system still keeps in memory comes from there: this finds what was written wrongly or not at all, at the
+    cost of reading, and not what a disk loses later.
+
+    Args:
+        name: where the file will be, for messages.
+
+    Raises:
+        UserError: it cannot be read, does not follow the schema, or holds other values; or a value of the flow is not
+            finite.
+    """
+    try:
+        records = open_trajectories(file, simulation.solid_XYZ.shape)
+        if len(records) != 1 or records[0].n_snapshots != len(simulation.time_T):
+            raise UserError("it does not hold one trajectory of all snapshots")
+        if not read_provenance(file).get("complete"):
+            raise UserError("it is not marked as complete")
+        at_a_time = max(1, _BLOCK_BYTES * records[0].n_snapshots // records[0].nbytes)
+        for first in range(0, records[0].n_snapshots, at_a_time):
+            block = slice(first, min(first + at_a_time, records[0].n_snapshots))
+            fields_T4XYZ, solid_1XYZ = read_snapshots(records[0], block.start, block.stop)
+            _require_same("velocity", fields_T4XYZ[:, :3], simulation.velocity_T3XYZ[block], first)
+            _require_same("pressure", fields_T4XYZ[:, 3], simulation.pressure_TXYZ[block], first)
+            _require_same("solid", solid_1XYZ, simulation.solid_XYZ[None])
+        if simulation.scalar_TXYZ is not None:
+            with h5py.File(file, "r") as opened:
+                for t in range(records[0].n_snapshots):
+                    stored_XYZ = opened[f"t0_fields/{CONCENTRATION}"][0, t]
+                    _require_same(CONCENTRATION, stored_XYZ[None], simulation.scalar_TXYZ[t : t + 1], t)
+    except (UserError, OSError, KeyError) as error:
+        raise UserError(f"{name} is not as it should be when read back ({error}): {AGAIN}") from error
+
+
+def _require_same(
+    field: str, stored_T: NDArray[np.generic], wanted_T: NDArray[np.generic], first: int | None = None
+) -> None:
+    """Compare along the first axis; ``first`` is the number of its first snapshot, None for what has no time."""
+    for n, (stored, wanted) in enumerate(zip(stored_T, wanted_T, strict=True)):
+        what = field if first is None else f"{field} of snapshot {first + n}"
+        if not np.isfinite(stored).all():
+            raise UserError(f"{what} has values that are not finite")
+        if not np.array_equal(stored, wanted.astype(np.float32, copy=False)):
+            raise UserError(f"{what} has other values than were written")

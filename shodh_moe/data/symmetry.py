@@ -1,0 +1,95 @@
+"""Symmetries of a flow in its box: each maps a solution to another solution of the same equations.
+
+They are shifts along periodic axes and elements of the 48 of the cube: mirror images and exchanges of axes, which
+together make its turns too. Which ones a flow has follows from its walls and from what drives it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh_moe.data.reading import TrajectoryRecord
+
+Axes = tuple[int, int, int]
+Flags = tuple[bool, bool, bool]
+# The exchange of y and z comes first, the identity last: what is drawn with a given seed depends on it.
+_ORDERS: tuple[Axes, ...] = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A shift [cells] along x, y, z, then mirror images across them, then another order of the axes.
+
+    Attributes:
+        shift: by how many cells everything moves along each axis, around its end.
+        mirror: which axes turn round.
+        order: what becomes x, y and z: axis ``order[i]`` becomes axis ``i``.
+    """
+
+    shift: Axes = (0, 0, 0)
+    mirror: Flags = (False, False, False)
+    order: Axes = (0, 1, 2)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, grid: Axes, periodic: Flags, forced: bool = True) -> Symmetry:
+        """A random symmetry that keeps every wall where it is; if the flow is ``forced``, it keeps the direction x too.
+
+        Only periodic axes are shifted, mirrored or exchanged, and exchanged only with those of the same size: a bed
+        stays at the bottom, and a lid at the top.
+        """
+        shift = [int(rng.integers(size)) if wraps else 0 for size, wraps in zip(grid, periodic, strict=True)]
+        coins = rng.random(3)
+        # The last draw, so that forced flows get the same symmetries as if there were no others.
+        mirror_x = not forced and periodic[0] and bool(rng.random() < 0.5)
+        orders = [order for order in _ORDERS if _may_exchange(order, grid, periodic, forced)]
+        return cls(
+            shift=(shift[0], shift[1], shift[2]),
+            mirror=(mirror_x, bool(coins[0] < 0.5 and periodic[1]), bool(coins[1] < 0.5 and periodic[2])),
+            order=orders[int(coins[2] * len(orders))],
+        )
+
+    @classmethod
+    def draw_for(cls, rng: np.random.Generator, record: TrajectoryRecord) -> Symmetry:
+        """A random symmetry of a trajectory. What does not say that nothing drives it counts as driven along x."""
+        return cls.draw(rng, record.grid, record.periodic, getattr(record, "forced", True))
+
+    def apply(self, fields_B5XYZ: Tensor) -> Tensor:
+        """Transform velocity (components turned along), pressure and solid mask, [B, 5, X, Y, Z]; on any device."""
+        fields = torch.roll(fields_B5XYZ, self.shift, dims=(2, 3, 4)) if any(self.shift) else fields_B5XYZ
+        if any(self.mirror):
+            fields = fields.flip([2 + axis for axis in range(3) if self.mirror[axis]])
+            sign = [-1.0 if turned else 1.0 for turned in self.mirror] + [1.0, 1.0]
+            fields = fields * torch.tensor(sign, dtype=fields.dtype, device=fields.device)[:, None, None, None]
+        if self.order != (0, 1, 2):
+            fields = fields.permute(0, 1, *(2 + axis for axis in self.order))[:, [*self.order, 3, 4]]
+        return fields
+
+
+def apply_each(symmetries: Sequence[Symmetry], fields_B5XYZ: Tensor) -> Tensor:
+    """Each sample of a batch under a symmetry of its own."""
+    return torch.cat([symmetry.apply(one[None]) for symmetry, one in zip(symmetries, fields_B5XYZ, strict=True)])
+
+
+def allowed(grid: Axes, periodic: Flags, forced: bool = True) -> list[Symmetry]:
+    """All that `Symmetry.draw` can draw, without the shifts: between 1 and 48, a group."""
+    turnable = [axis for axis in range(3) if periodic[axis] and not (forced and axis == 0)]
+    return [
+        Symmetry(mirror=(0 in mirrored, 1 in mirrored, 2 in mirrored), order=order)
+        for order in _ORDERS
+        if _may_exchange(order, grid, periodic, forced)
+        for count in range(len(turnable) + 1)
+        for mirrored in itertools.combinations(turnable, count)
+    ]
+
+
+def _may_exchange(order: Axes, grid: Axes, periodic: Flags, forced: bool) -> bool:
+    moved = [(new, old) for new, old in enumerate(order) if new != old]
+    return all(
+        periodic[new] and periodic[old] and grid[new] == grid[old] and not (forced and new == 0) for new, old in moved
+    )

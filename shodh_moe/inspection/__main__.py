@@ -1,0 +1,57 @@
+"""Answer questions about files: {"path": P} on stdin, a line of JSON on stdout, until stdin ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from shodh_moe.errors import UserError
+from shodh_moe.inspection.flow import describe
+from shodh_moe.inspection.structure import check_structure, one_line
+
+MEMORY_BYTES = 2 * 2**30
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """{"flow": what `describe` finds}; {"no_flow": why not} for a sound file of another kind; {"refused": why}."""
+    try:
+        with h5py.File(path, "r") as file:
+            check_structure(file)
+            try:
+                return {"flow": describe(file, Path(path).parent.name)}
+            except UserError as error:
+                return {"no_flow": str(error)}
+    except UserError as error:
+        return {"refused": str(error)}
+    except BlockingIOError:
+        return {"refused": "is locked: another process writes it; wait until that has ended"}
+    except Exception as error:
+        if "truncated" in str(error):
+            return {"refused": "is truncated"}
+        return {"refused": f"is damaged or unreadable ({one_line(error)})"}
+
+
+def main() -> None:
+    # Only the limit of the machine lies above these; what is not known on a system is left alone.
+    cpu_seconds = int(sys.argv[1])
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    for line in sys.stdin:
+        with contextlib.suppress(ValueError, OSError):
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            limit = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        print(json.dumps(inspect(json.loads(line)["path"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What a flow trajectory in the_well's schema has to hold, read from its header."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.errors import UserError
+from shodh_moe.inspection.structure import check_written, why_unreadable
+
+UNIFORM = 1e-3  # of a step: how far steps of space and time may differ
+AGAIN = "convert the file again"
+
+
+def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
+    """The file's trajectories: JSON values, the same for all of them but ``intervals``.
+
+    Returns:
+        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), spacing (of x, y, z; None if the
+        file does not tell), intervals (time between snapshots, one for each trajectory, or None), units (text).
+
+    Raises:
+        UserError: see `shodh_moe.data.reading.open_trajectories`.
+    """
+    dims = file.attrs.get("n_spatial_dims", 3)
+    if np.ndim(dims) or not isinstance(dims, (int, np.integer)) or dims != 3:
+        raise UserError(f"has {_short(dims)} spatial dimensions (n_spatial_dims): only 3D trajectories can be read")
+    velocity = _field(file, "t1_fields/velocity", 6, "f")
+    pressure = _field(file, "t0_fields/pressure", 5, "f")
+    if velocity.shape[-1] != 3 or velocity.shape[:-1] != pressure.shape:
+        raise UserError(
+            f"velocity {velocity.shape} and pressure {pressure.shape} do not fit together; expected "
+            f"[trajectories, snapshots, X, Y, Z, 3] and [trajectories, snapshots, X, Y, Z]: {AGAIN}"
+        )
+    samples, n_snapshots, *grid = pressure.shape
+    if min(pressure.shape) == 0:
+        raise UserError(f"holds no data (pressure has shape {pressure.shape}): generate it again")
+    fields = [("t1_fields/velocity", velocity), ("t0_fields/pressure", pressure)]
+    if "t0_fields/solid" in file:
+        solid = file["t0_fields/solid"]
+        wanted = (samples, *grid) if getattr(solid, "ndim", 0) == 4 else tuple(grid)
+        if getattr(solid, "shape", None) != wanted:
+            raise UserError(f"solid has shape {getattr(solid, 'shape', None)}, expected {wanted}: {AGAIN}")
+        fields.append(("t0_fields/solid", _field(file, "t0_fields/solid", solid.ndim, "fbui")))
+    for name, dataset in fields:
+        _try_reading(name, dataset)
+    axes = _axes(file)
+    return {
+        "samples": samples,
+        "n_snapshots": n_snapshots,
+        "grid": grid,
+        "domain": str(file.attrs.get("domain", file.attrs.get("dataset_name", default_domain))),
+        "periodic": _periodic(file, axes),
+        "spacing": _spacing(file, axes, grid),
+        "intervals": _intervals(file, samples, n_snapshots),
+        "units": str(file["provenance"].attrs.get("units", "")) if "provenance" in file else "",
+    }
+
+
+def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:
+    if name not in file or not isinstance(file[name], h5py.Dataset):
+        raise UserError(f"has no {name}: it is not a flow trajectory in the_well's format")
+    dataset = file[name]
+    if dataset.ndim != ndim:
+        raise UserError(f"{name} has {dataset.ndim} axes (shape {dataset.shape}), expected {ndim}: {AGAIN}")
+    dtype = dataset.dtype
+    if dtype.kind not in kinds or dtype.itemsize > 8:
+        wanted = "float32 or float64" if kinds == "f" else "numbers"
+        raise UserError(f"{name} holds {_short(dtype)}, expected {wanted}: {AGAIN}")
+    return dataset
+
+
+def _try_reading(name: str, dataset: h5py.Dataset) -> None:
+    check_written(name, dataset)
+    for which, index in (("first", 0), ("last", -1)):
+        try:
+            dataset[(index,) * dataset.ndim]
+        except OSError as error:
+            why = why_unreadable(dataset, error)
+            raise UserError(f"the {which} value of {name} cannot be read, {why}: copy or generate it again") from error
+
+
+def _axes(file: h5py.File) -> list[str]:
+    """The names of the three axes of space; [] where the file does not tell."""
+    names = file["dimensions"].attrs.get("spatial_dims", []) if "dimensions" in file else []
+    names = [_text(name) for name in np.atleast_1d(names)]
+    return names if len(names) == 3 else []
+
+
+def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
+    """Axes with a PERIODIC boundary condition; none where the file says nothing."""
+    groups = file["boundary_conditions"].values() if isinstance(file.get("boundary_conditions"), h5py.Group) else ()
+    wraps = {
+        _text(axis)
+        for group in groups
+        if _text(group.attrs.get("bc_type", "")).upper() == "PERIODIC"
+        for axis in np.atleast_1d(group.attrs.get("associated_dims", []))
+    }
+    return [axis in wraps for axis in axes] if axes else [False] * 3
+
+
+def _spacing(file: h5py.File, axes: list[str], grid: list[int]) -> list[float] | None:
+    coordinates = {axis: _numbers(file, f"dimensions/{axis}") for axis in axes if f"dimensions/{axis}" in file}
+    for axis, values in coordinates.items():
+        if values.ndim != 1:
+            raise UserError(f"dimensions/{axis} has shape {values.shape}, expected one value a cell: {AGAIN}")
+    stated = [len(coordinates.get(axis, range(cells))) for axis, cells in zip(axes, grid, strict=False)]
+    if axes and stated != grid:
+        raise UserError(
+            f"velocity and pressure have grid {grid}, but dimensions/{', '.join(axes)} that of {stated}: expected one "
+            "grid in a file; resample it or convert it again"
+        )
+    steps = [step for axis, values in coordinates.items() for step in _step(f"dimensions/{axis}", values, "spacing")]
+    return steps if len(steps) == 3 else None
+
+
+def _intervals(file: h5py.File, samples: int, n_snapshots: int) -> list[float] | None:
+    name = "dimensions/time"
+    if name not in file:
+        return None
+    time = _numbers(file, name)
+    if time.shape not in ((n_snapshots,), (samples, n_snapshots)):
+        wanted = f"({n_snapshots},) or ({samples}, {n_snapshots})"
+        raise UserError(f"{name} has shape {time.shape}, expected {wanted}: {AGAIN}")
+    steps = [step for times_T in np.atleast_2d(time) for step in _step(name, times_T, "time step")]
+    return (steps if time.ndim == 2 else steps * samples) or None
+
+
+def _step(name: str, values: NDArray[np.float64], what: str) -> list[float]:
+    """The one step between the values, or [] for one value."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} has values that are not finite: {AGAIN}")
+    if len(values) < 2:
+        return []
+    steps = np.diff(values)
+    step = float(values[-1] - values[0]) / (len(values) - 1)
+    at = int(np.argmin(steps))
+    if steps[at] <= 0 or not math.isfinite(step):
+        raise UserError(f"{name} has {what} {steps[at]:g} after value {at}, expected a positive one: {AGAIN}")
+    # The values are float32 for the most part: far from zero they are rounded.
+    at = int(np.argmax(abs(steps - step)))
+    if abs(steps[at] - step) > UNIFORM * step + 4 * np.finfo(np.float32).eps * abs(values).max():
+        raise UserError(
+            f"{name} has {what} {steps[at]:g} after value {at}, {step:g} on average: expected a constant {what}; "
+            "resample it with shodh data import"
+        )
+    return [step]
+
+
+def _numbers(file: h5py.File, name: str) -> NDArray[np.float64]:
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
+        raise UserError(f"{name} does not hold numbers: {AGAIN}")
+    check_written(name, dataset)
+    return np.asarray(dataset[()], dtype=np.float64)
+
+
+def _text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _short(value: object) -> str:
+    return " ".join(str(value).split())[:80]

@@ -1,0 +1,134 @@
+"""A user's own binary geometry from a file: NumPy, raw bytes or HDF5.
+
+A scan is not periodic, and the flow is. So a part of half the grid's size along each axis is taken at a random place
+and mirrored along all three: what leaves on one side finds the same pores on the other, and no seam closes a pore. A
+volume that is periodic already is taken whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from shodh_moe.errors import UserError
+from shodh_moe.files import sha256
+from shodh_moe.section import Positive, Section
+from shodh_moe.solvers.domains.domain import Grid
+
+_SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
+
+
+class GeometryFile(Section):
+    """A binary volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset)."""
+
+    path: str
+    shape: list[Positive] | None = Field(None, description="[X, Y, Z] of a .raw file")
+    dtype: Literal["uint8", "int8", "uint16", "int16", "int32", "float32"] | None = Field(
+        None, description="type of a .raw file's numbers, least significant byte first"
+    )
+    order: Literal["C", "F"] = Field("C", description="a .raw file's fastest axis: z (C) or x (F)")
+    dataset: str | None = Field(None, description="name of the dataset in an HDF5 file")
+    solid_value: int | None = Field(None, description="the value of solid cells; null: all but zero are solid")
+    periodic: bool = Field(False, description="the volume is periodic and of the grid's size: take it as it is")
+
+    @model_validator(mode="after")
+    def _kind(self) -> GeometryFile:
+        suffix = Path(self.path).suffix.lower()
+        if suffix not in _SUFFIXES:
+            raise ValueError(f"path must end in {', '.join(_SUFFIXES)}, not {self.path}")
+        if suffix == ".raw" and (self.shape is None or len(self.shape) != 3 or self.dtype is None):
+            raise ValueError("a .raw file needs its shape [X, Y, Z] and its dtype")
+        if suffix in (".h5", ".hdf5") and self.dataset is None:
+            raise ValueError("an HDF5 file needs the name of its dataset")
+        return self
+
+    def sha256(self) -> str:
+        """Of the file's bytes, read once while it does not change. Raises `UserError` if it cannot be read."""
+        try:
+            status = os.stat(self.path)
+            return _sha256(self.path, status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            raise UserError(f"cannot read geometry_file.path {self.path}: {error.strerror or error}") from None
+
+    def read(self, grid: Grid, rng: np.random.Generator) -> tuple[NDArray[np.bool_], tuple[int, ...]]:
+        """A solid mask [*grid] made of a part of the file drawn from ``rng``, and that part's first cell.
+
+        Raises:
+            UserError: the file is missing, damaged, of another shape or size than it has to be, or not binary.
+        """
+        wanted = grid if self.periodic else tuple((size + 1) // 2 for size in grid)
+        try:
+            values, corner_3 = self._part(wanted, rng)
+        except FileNotFoundError:
+            raise UserError(f"geometry_file.path: there is no file {self.path}") from None
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"geometry_file {self.path} cannot be read: {' '.join(str(error).split())}") from None
+        solid = self._solid(values)
+        if not self.periodic:
+            for axis, size in enumerate(grid):
+                solid = np.concatenate([solid, np.flip(solid, axis)], axis)
+                solid = solid.take(range(size), axis)
+        return np.ascontiguousarray(solid), corner_3
+
+    def _part(self, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+        suffix = Path(self.path).suffix.lower()
+        if suffix == ".npy":
+            return self._cut(np.load(self.path, mmap_mode="r", allow_pickle=False), wanted, rng)
+        if suffix == ".raw":
+            dtype, shape = np.dtype(self.dtype).newbyteorder("<"), tuple(self.shape or ())
+            size, needed = os.path.getsize(self.path), int(np.prod(shape)) * dtype.itemsize
+            if size != needed:
+                raise UserError(
+                    f"geometry_file {self.path} has {size} bytes, but {self.dtype} of shape {list(shape)} needs "
+                    f"{needed}: mend geometry_file.shape or dtype"
+                )
+            volume = np.memmap(self.path, dtype, "r", shape=shape, order=self.order)
+            return self._cut(volume, wanted, rng)
+        import h5py
+
+        with h5py.File(self.path, "r") as file:
+            dataset = file.get(self.dataset or "")
+            # Links and storage in other files could make a config read anything on this machine.
+            inside = isinstance(dataset, h5py.Dataset) and dataset.file.filename == file.filename
+            if not inside or dataset.external or dataset.is_virtual:
+                raise UserError(
+                    f"geometry_file {self.path} holds no dataset {self.dataset!r} of its own: set geometry_file.dataset"
+                )
+            return self._cut(dataset, wanted, rng)
+
+    def _cut(self, volume, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:  # type: ignore[no-untyped-def]  # an array or an h5py dataset
+        if volume.ndim != 3 or volume.dtype.kind not in "biuf":
+            raise UserError(
+                f"geometry_file {self.path} must hold numbers of shape [X, Y, Z], not {volume.dtype} of shape "
+                f"{list(volume.shape)}"
+            )
+        shape = tuple(volume.shape)
+        if self.periodic:
+            fits, why = shape == wanted, "a periodic one must be as large as data.grid"
+        else:
+            fits, why = all(n >= w for n, w in zip(shape, wanted, strict=True)), "half of data.grid must fit in it"
+        if not fits:
+            raise UserError(f"geometry_file {self.path} has shape {list(shape)}, but {list(wanted)} is needed: {why}")
+        corner_3 = tuple(int(rng.integers(n - w + 1)) for n, w in zip(shape, wanted, strict=True))
+        part = tuple(slice(first, first + size) for first, size in zip(corner_3, wanted, strict=True))
+        return np.asarray(volume[part]), corner_3
+
+    def _solid(self, values: np.ndarray) -> NDArray[np.bool_]:
+        least, most = values.min(), values.max()
+        if not ((values == least) | (values == most)).all():
+            raise UserError(
+                f"geometry_file {self.path} is not binary: it has more values than two, from {least} to {most}; "
+                "write one value for solid and one for fluid"
+            )
+        return values != 0 if self.solid_value is None else values == self.solid_value
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: str, size: int, changed_ns: int) -> str:
+    return sha256(Path(path))

@@ -1,0 +1,128 @@
+"""What generating is said to take: steps as the solver makes them, room as the files need it, hours in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shodh_moe.config import DataConfig
+from shodh_moe.config_io import load_config
+from shodh_moe.data import generate
+from shodh_moe.data.estimate import cell_updates, needed_bytes, time_steps, told, update_rate, worth_measuring
+from shodh_moe.data.generate import flow_devices, on_free_device
+from shodh_moe.data.jobs import plan
+from shodh_moe.errors import UserError
+from shodh_moe.paths import paths_of
+from shodh_moe.solvers import LatticeBoltzmann, simulate, trajectory_seed
+from shodh_moe.solvers.domains import DOMAINS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ONE = {"train": 1, "valid": 1, "test": 1}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_steps_are_those_that_the_solver_makes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = (16, 8, 24)
+    settings: dict[str, Any] = {"spinup_steps": 7, "steps_per_snapshot": 5}
+    if name == "porous_media":
+        settings["grain"] = 3.0
+    domain = DOMAINS[name].model_validate(settings)
+    made = 0
+    advance = LatticeBoltzmann._advance
+
+    def counted(self: Any, force_T3: Any, *arguments: Any) -> None:
+        nonlocal made
+        made += len(np.asarray(force_T3).reshape(-1, 3))
+        advance(self, force_T3, *arguments)
+
+    monkeypatch.setattr(LatticeBoltzmann, "_advance", counted)
+    simulate(name, domain, grid, 0, 0, 3)
+    setup = domain.setup(grid, np.random.default_rng(trajectory_seed(0, name, 0)))
+    assert time_steps(domain, setup, grid, 3) == made
+
+
+def test_room_is_what_the_files_need(tmp_path: Path) -> None:
+    flow = {"trajectories": ONE, "spinup_steps": 2, "steps_per_snapshot": 2}
+    domains = {"open_channel": flow, "porous_media": None}
+    config = DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 5, "domains": domains})
+    generate(config, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size <= needed_bytes(3, config) <= 1.5 * size + 2**20
+
+
+def test_the_full_dataset_is_the_one_that_the_cluster_trains_on() -> None:
+    full, cluster = (load_config(CONFIGS / f"{name}.yaml") for name in ("data/full", "cluster_8x8"))
+    assert paths_of(full).dataset == paths_of(cluster).dataset
+    assert full.data == cluster.data
+
+
+def test_the_line_for_the_full_dataset(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "data" / "full.yaml").data
+    jobs = plan(config, tmp_path)
+    assert worth_measuring(jobs, config, ["cpu"])
+    assert not worth_measuring(jobs, config, ["cuda:0"])
+    line = told(jobs, len(jobs), config, tmp_path, 1, 1e7, "on these 2 cores")
+    hours = cell_updates(jobs, config) / 1e7 / 3600
+    assert (
+        f"1,220 trajectories, 61,000 snapshots of 128^3: about {hours / 24:.1f} days on these 2 cores, 2.06 TB ("
+        in line
+    )
+    # Three flows at a time: 10 of them take four rounds, in the last of which two cores wait.
+    share = cell_updates(jobs[:10], config) / 1e9 / 60 * 12 / 10
+    line = told(jobs[:10], len(jobs), config, tmp_path, 3, 1e9, "on these 3 cores")
+    assert line.startswith(
+        f"10 of 1,220 trajectories, 500 snapshots of 128^3: about {share:.1f} minutes on these 3 cores"
+    )
+    assert "on this GPU: the progress tells how long, " in told(jobs, 1220, config, tmp_path, 1, None, "on this GPU")
+
+
+@pytest.mark.parametrize("flows", [1, 2])
+def test_the_rate_is_measured(flows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shodh_moe.data.estimate._SECONDS", 0.02)
+    config = DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 5})
+    assert 1e4 < update_rate(config, flows, 1) < 1e11
+
+
+# Which flow goes where.
+
+
+class OnGPU:
+    """A config whose key `device` is set."""
+
+    def __init__(self, device: str):
+        self.device, self.grid = device, [16, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "rank", "wanted"),
+    [
+        ("cpu", 4, None, ["cpu"] * 3),
+        ("auto", 0, 5, ["cpu"] * 3),
+        ("auto", 2, None, ["cuda:0", "cuda:1"]),
+        ("cuda", 2, 0, ["cuda:0"]),
+        ("cuda", 2, 3, ["cuda:1"]),
+    ],
+)
+def test_a_flow_at_a_time_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, rank: int | None, wanted: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config: Any = OnGPU(device)
+    assert flow_devices(config, 3, rank) == wanted
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config: Any = OnGPU("cuda")
+    with pytest.raises(UserError, match=r"data\.device is cuda, but"):
+        flow_devices(config, 3)
+
+
+def test_no_two_jobs_share_a_device() -> None:
+    taken: list[str] = []
+    work = on_free_device(lambda job, device: taken.append(device) or Path(job), ["cuda:0", "cuda:1"])
+    assert [str(work(job)) for job in "abc"] == ["a", "b", "c"]
+    assert taken == ["cuda:0", "cuda:1", "cuda:0"]

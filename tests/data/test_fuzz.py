@@ -1,0 +1,77 @@
+"""Mutated files, a few of those that benchmarks/fuzz_reader.py reads by the ten thousand."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shodh_moe.data import list_trajectories, opening, read_snapshots
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+FILES = 150
+
+
+@pytest.fixture(autouse=True, scope="module")
+def importable() -> Iterator[None]:
+    """The folder of a script is on the path when it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(importable: None, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    from mutations import make_bases
+
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path, bases: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuzz_reader import FAULTS, read_as_training_does, write_case
+
+    monkeypatch.setattr(opening, "CPU_SECONDS", 1)
+    opening._stop()  # the next one starts with this limit
+    outcomes: Counter[str] = Counter()
+    for number in range(FILES):
+        base, mutation = write_case(tmp_path, bases, 7, number)
+        outcome, message = read_as_training_does(tmp_path, base)
+        assert outcome not in FAULTS, f"file {number}, {mutation}: {message}"
+        outcomes[outcome] += 1
+    opening._stop()
+    assert outcomes["refused"] > FILES / 4
+    assert outcomes["accepted, values equal"] > FILES / 10
+
+
+def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
+    """Otherwise its mutations would all be refused for the same reason."""
+    from mutations import lookup3
+
+    for base in bases:
+        path = tmp_path / base.name / "data/train/a.hdf5"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(base.content)
+        (record,) = list_trajectories(tmp_path / base.name, "train")
+        for got, wanted in zip(read_snapshots(record), base.values, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        assert len(base.sealed) > 10 or "new_format" not in base.name
+    assert lookup3(b"Four score and seven years ago") == 0x17770551  # of its author
+
+
+def test_a_fault_is_told_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fuzz_reader
+
+    child = "import json, os; print(json.dumps({'number': 3}), flush=True); os.abort()"
+    popen = fuzz_reader.subprocess.Popen
+    starts = iter([child, "pass"])
+    monkeypatch.setattr(
+        fuzz_reader.subprocess, "Popen", lambda arguments, **pipes: popen([sys.executable, "-c", next(starts)], **pipes)
+    )
+    outcomes, faults, _, _ = fuzz_reader.watch(seed=0, files=4, folder=tmp_path)
+    assert outcomes == {"crash": 1}
+    assert faults[0]["number"] == 3

@@ -1,0 +1,445 @@
+"""Importing a user's arrays: what lands in our layout, and which mistakes are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from scipy.io import netcdf_file
+
+from shodh_moe.cli import main
+from shodh_moe.data import (
+    FieldStats,
+    check_dataset,
+    compute_stats,
+    list_trajectories,
+    read_provenance,
+    read_trajectory,
+    stats,
+)
+from shodh_moe.data.importing import Mapping, import_data, load_mapping
+from shodh_moe.data.importing.grids import interpolation
+from shodh_moe.data.importing.projection import project
+from shodh_moe.data.importing.snapshots import natural
+from shodh_moe.errors import UserError
+from tests.tiny import refused, smooth
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
+GRID = (8, 16, 24)
+BASE: dict[str, Any] = {
+    "name": "theirs",
+    "domain": "box",
+    "axes": ["z", "y", "x", "c"],
+    "velocity": "Velocity_*",
+    "pressure": "Pressure_*",
+    "spacing": 0.5,
+    "time_step": 0.25,
+    "boundaries": {"x": "periodic", "y": "periodic", "z": "periodic"},
+    "units": {"length": "m", "time": "s"},
+}
+
+
+def quiet(iterable: Any, desc: str, total: int) -> Any:
+    yield from iterable
+
+
+def flow(seed: int, snapshots: int = 3, grid: tuple[int, ...] = GRID) -> tuple[np.ndarray, np.ndarray]:
+    """Velocity [T, 3, X, Y, Z] and pressure [T, X, Y, Z], float32."""
+    rng = np.random.default_rng(seed)
+    velocity, pressure = rng.standard_normal((snapshots, 3, *grid)), rng.standard_normal((snapshots, *grid))
+    return velocity.astype(np.float32), pressure.astype(np.float32)
+
+
+def write_cutout(
+    path: Path, velocity: np.ndarray | None, pressure: np.ndarray | None, points: list[np.ndarray], first: int = 1
+) -> None:
+    """A file as JHTDB's cutout service writes it: numbered datasets [z, y, x, component], 1D coordinates."""
+    with h5py.File(path, "w") as file:
+        for axis, values in zip("xyz", points, strict=True):
+            file[f"{axis}coor"] = values.astype(np.float32)
+        for name, fields in (("Velocity", velocity), ("Pressure", pressure)):
+            for number, values in enumerate(() if fields is None else fields, start=first):
+                stored = values.T if name == "Pressure" else values.transpose(3, 2, 1, 0)
+                file[f"{name}_{number:04d}"] = stored[..., None] if name == "Pressure" else stored
+
+
+def even(grid: tuple[int, ...] = GRID, spacing: float = 0.5) -> list[np.ndarray]:
+    return [spacing * np.arange(size) for size in grid]
+
+
+@pytest.fixture
+def cutouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three trajectories of cutouts in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for seed, split in enumerate(("train", "valid", "test")):
+        write_cutout(tmp_path / f"{split}.h5", *flow(seed), even())
+    return tmp_path
+
+
+def mapping_file(folder: Path, **changes: Any) -> Path:
+    tree = {**BASE, "files": {split: [f"{split}.h5"] for split in ("train", "valid", "test")}, **changes}
+    path = folder / "mapping.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}), encoding="utf-8")
+    return path
+
+
+def imported(folder: Path, **changes: Any) -> Path:
+    return import_data(load_mapping(mapping_file(folder, **changes)), folder / "out", progress=quiet)
+
+
+def test_imported_files_train(cutouts: Path) -> None:
+    out = imported(cutouts, scalars={"viscosity": 0.01})
+    velocity, pressure = flow(0)
+    (record,) = list_trajectories(out, "train")
+    assert (record.domain, record.grid, record.n_snapshots, record.periodic) == ("box", GRID, 3, (True,) * 3)
+    trajectory = read_trajectory(record)
+    np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity)
+    np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure)
+    check_dataset(out, GRID, history=2, batch_size=4)
+    assert FieldStats.load(out).velocity_rms == pytest.approx(1, rel=0.05)
+    # The statistics are those that reading whole trajectories gives, to the last digit.
+    assert yaml.safe_load((out / "stats.yaml").read_text()) == compute_stats([trajectory])
+    provenance = read_provenance(record.path)
+    assert provenance["label"] == "imported"
+    assert provenance["units"].startswith("length in m, time in s, velocity in m/s, pressure in (m/s)^2")
+    with h5py.File(record.path) as file:
+        assert file["dimensions/time"][:].tolist() == [0, 0.25, 0.5]
+        assert file["dimensions/x"][:3].tolist() == [0.25, 0.75, 1.25]
+        assert file["scalars/viscosity"][()] == file.attrs["viscosity"] == np.float32(0.01)
+        assert list(file["scalars"].attrs["field_names"]) == ["viscosity"]
+        assert file["boundary_conditions/x_periodic"].attrs["bc_type"] == "PERIODIC"
+
+
+def test_the_well_itself_reads_an_imported_folder(cutouts: Path) -> None:
+    well = pytest.importorskip("the_well.data")
+    out = imported(cutouts, boundaries={"x": "periodic", "y": ["wall", "free slip"], "z": "open"})
+    data = well.WellDataset(path=str(out), well_split_name="train")
+    velocity, pressure = flow(0)
+    assert len(data) == 2
+    sample = data[0]
+    assert sample["boundary_conditions"].tolist() == [[2, 2], [0, 0], [1, 1]]
+    np.testing.assert_array_equal(sample["input_fields"][0, ..., 0], pressure[0])
+    np.testing.assert_array_equal(np.moveaxis(sample["input_fields"][0, ..., 1:].numpy(), -1, 0), velocity[0])
+
+
+def test_a_second_import_keeps_what_is_there(cutouts: Path) -> None:
+    out = imported(cutouts)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.hdf5")}
+    (out / "data/valid/box_0000.hdf5").unlink()
+    assert imported(cutouts) == out
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("*.hdf5")}
+    assert [path.parent.name for path in times if again[path] != times[path]] == ["valid"]
+    imported(cutouts, scale={"velocity": 2.0})
+    np.testing.assert_array_equal(read_trajectory(out / "data/train/box_0000.hdf5").velocity_T3XYZ, 2 * flow(0)[0])
+
+
+def test_velocity_and_pressure_in_files_of_their_own_and_one_snapshot_each(cutouts: Path) -> None:
+    velocity, pressure = flow(0, 12)
+    for number in range(12):
+        write_cutout(cutouts / f"part_u_{number}.h5", velocity[number : number + 1], None, even(), number + 1)
+        write_cutout(cutouts / f"part_p_{number}.h5", None, pressure[number : number + 1], even(), number + 1)
+    out = imported(cutouts, files={"train": [["part_p_*.h5", "part_u_*.h5"]]}, snapshots={"train": [8, 11]})
+    trajectory = read_trajectory(list_trajectories(out, "train")[0])
+    np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity[8:11])
+    np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure[8:11])
+    assert sorted(["a10b2", "a9b10", "a9b9"], key=natural) == ["a9b9", "a9b10", "a10b2"]
+
+
+def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.ndarray) -> None:
+    """The same flow as three arrays with a time axis, in the format that the name ends with."""
+    arrays = {**dict(zip("uvw", velocity.swapaxes(0, 1), strict=True)), "p": pressure, "fluid": mask}
+    times = 3 + 0.25 * np.arange(len(pressure))
+    if path.suffix == ".npz":
+        np.savez_compressed(path, time=times, **arrays)
+    elif path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            for name, values in arrays.items():
+                file.create_dataset(f"fields/{name}", data=values.astype(">f8"))
+            file["fields/time"] = times
+    else:
+        with netcdf_file(path, "w") as file:
+            for name, size in (("t", None), ("x", GRID[0]), ("y", GRID[1]), ("z", GRID[2])):
+                file.createDimension(name, size)
+            for name, values in {**arrays, "time": times}.items():
+                axes = {4: ("t", "x", "y", "z"), 3: ("x", "y", "z"), 1: ("t",)}[values.ndim]
+                stored = file.createVariable(name, "f8", axes)
+                if name == "u":  # packed, with missing values
+                    stored.scale_factor, stored.add_offset, stored._FillValue = 2.0, 1.0, 1e20
+                    values = np.where(np.isnan(values), 1e20, (values - 1) / 2)
+                stored[:] = values
+
+
+@pytest.mark.parametrize("ending", ["npz", "h5", "nc"])
+def test_formats_with_a_mask(cutouts: Path, ending: str) -> None:
+    fluid = np.ones(GRID)
+    fluid[2:4, 5, 6:9] = 0
+    velocity, pressure = (values.astype(np.float64) for values in flow(3))
+    velocity[:, :, 2, 5, 6] = np.nan
+    write_axes(cutouts / f"flow.{ending}", velocity, pressure, fluid)
+    prefix = "fields/" if ending == "h5" else ""
+    out = imported(
+        cutouts,
+        files={"train": [f"flow.{ending}"]},
+        axes=["t", "x", "y", "z"],
+        velocity=[f"{prefix}{name}" for name in "uvw"],
+        pressure=f"{prefix}p",
+        mask={"dataset": f"{prefix}fluid", "inverted": True},
+        time_step=None,
+        time=f"{prefix}time",
+    )
+    trajectory = read_trajectory(list_trajectories(out, "train")[0])
+    np.testing.assert_array_equal(trajectory.solid_1XYZ[0], 1 - fluid)
+    wanted = np.where(fluid, np.nan_to_num(velocity), 0)
+    np.testing.assert_allclose(trajectory.velocity_T3XYZ, wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(trajectory.pressure_T1XYZ[:, 0], np.where(fluid, pressure, 0), rtol=1e-6)
+    provenance = read_provenance(trajectory.record.path)
+    assert provenance["start_time"] == 3
+    assert provenance["speed_in_solids_set_to_zero"] > 0.5
+    with h5py.File(trajectory.record.path) as file:
+        assert file["dimensions/time"][:].tolist() == [0, 0.25, 0.5]
+
+
+def test_only_one_snapshot_of_a_long_array_is_in_memory(cutouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(stats, "_BLOCK_BYTES", 0)
+
+    shape = (40, *GRID)
+    zeros = {name: np.zeros(shape, dtype=np.float32) for name in "uvw"}
+    np.savez_compressed(cutouts / "long.npz", p=np.ones(shape, dtype=np.float32), **zeros)
+    tracemalloc.start()
+    changes = {"axes": ["t", "x", "y", "z"], "velocity": list("uvw"), "pressure": "p"}
+    imported(cutouts, files={"train": ["long.npz"]}, **changes)
+    assert tracemalloc.get_traced_memory()[1] < 40 * 4 * 4 * np.prod(GRID) / 2
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_interpolation_is_exact_for_its_degree(degree: int) -> None:
+    rng = np.random.default_rng(0)
+    old, new = np.cumsum(rng.uniform(0.1, 1, 20)), np.linspace(1.5, 6, 33)
+    matrix = interpolation(old, new, {1: "linear", 3: "cubic"}[degree])
+    for power in range(degree + 1):
+        np.testing.assert_allclose(matrix @ old**power, new**power, rtol=1e-9)
+    assert np.abs(matrix @ old ** (degree + 1) - new ** (degree + 1)).max() > 1e-3
+
+
+def test_a_periodic_axis_is_interpolated_across_its_end() -> None:
+    old, new = np.arange(32) * 2 * np.pi / 32, np.arange(48) * 2 * np.pi / 48
+    matrix = interpolation(old, new, "cubic", 2 * np.pi)
+    np.testing.assert_allclose(matrix @ np.sin(old), np.sin(new), atol=1e-5)
+
+
+def channel(walls: np.ndarray) -> list[np.ndarray]:
+    return [0.25 * np.arange(24), walls, 0.125 * np.arange(40)]
+
+
+@pytest.mark.parametrize("method", ["linear", "cubic"])
+def test_the_channel_mapping_resamples_to_cubic_cells(cutouts: Path, method: str) -> None:
+    """The shipped mapping of JHTDB's channel, on a small cutout with points closer at the walls."""
+    points = channel(np.tanh(np.linspace(-2, 2, 33)) / np.tanh(2))
+    degree = {"linear": 1, "cubic": 3}[method]
+    x, y, z = np.meshgrid(*[one.astype(np.float32).astype(float) for one in points], indexing="ij")
+    velocity, pressure = np.stack([y**degree, 0 * y + 2, x]), z + 1
+    (cutouts / "cutouts").mkdir()
+    for name in "abcd":
+        u = np.stack([velocity, velocity * 2])
+        write_cutout(cutouts / f"cutouts/channel_{name}_u.h5", u, None, points)
+        write_cutout(cutouts / f"cutouts/channel_{name}_p.h5", None, np.stack([pressure, pressure]), points)
+    tree = yaml.safe_load((CONFIGS / "jhtdb_channel.yaml").read_text())
+    tree["resample"] = {"method": method, "spacing": 0.125, "cells": [40, 16, 32]}
+    tree["project"] = False
+    (cutouts / "channel.yaml").write_text(yaml.safe_dump(tree))
+    out = import_data(load_mapping(cutouts / "channel.yaml"), progress=quiet)
+    records = list_trajectories(out, "train")
+    assert str(out) == "data/jhtdb_channel"
+    assert [(r.grid, r.periodic) for r in records] == [((40, 16, 32), (False,) * 3)] * 2
+    trajectory = read_trajectory(records[0])
+    wanted = -1 + 0.125 * (np.arange(16) + 0.5)
+    assert np.abs(trajectory.velocity_T3XYZ[0, 0] - (wanted**degree)[:, None]).max() < 1e-5
+    assert np.abs(trajectory.velocity_T3XYZ[1, 2, :, 0, 0] - 2 * 0.125 * (np.arange(40) + 0.5)).max() < 1e-5
+    assert np.abs(trajectory.pressure_T1XYZ[0, 0, 0, 0] - 1 - 0.125 * (np.arange(32) + 0.5)).max() < 1e-5
+    resampled = read_provenance(records[0].path)["resampled"]
+    assert (resampled["method"], resampled["spacing"]) == (method, 0.125)
+    with h5py.File(records[0].path) as file:
+        assert sorted(file["boundary_conditions"]) == [
+            *("x_open_high", "x_open_low"),
+            *("y_wall_high", "y_wall_low"),
+            *("z_open_high", "z_open_low"),
+        ]
+
+
+def test_the_isotropic_mapping(cutouts: Path) -> None:
+    (cutouts / "cutouts").mkdir()
+    for seed, name in enumerate("abcd"):
+        write_cutout(cutouts / f"cutouts/isotropic_{name}_1.h5", *flow(seed), even(GRID, 2 * np.pi / 1024), first=9)
+    out = import_data(load_mapping(CONFIGS / "jhtdb_isotropic.yaml"), progress=quiet)
+    np.testing.assert_array_equal(read_trajectory(list_trajectories(out, "test")[0]).velocity_T3XYZ, flow(3)[0])
+
+
+def test_the_examples_of_the_docs_are_valid(tmp_path: Path) -> None:
+    text = (CONFIGS.parents[1] / "docs" / "import.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    for example in examples:
+        (tmp_path / "mapping.yaml").write_text(example)
+        load_mapping(tmp_path / "mapping.yaml")
+    assert len(examples) == 2
+    # Every key is in the table.
+    assert [key for key in Mapping.model_fields if f"`{key}" not in text] == []
+
+
+def divergence(u_3XYZ: np.ndarray) -> np.ndarray:
+    k = [2j * np.pi * np.fft.fftfreq(n) * (np.arange(n) != n // 2) for n in u_3XYZ.shape[1:]]
+    modes = np.fft.fftn(u_3XYZ, axes=(1, 2, 3))
+    total = k[0][:, None, None] * modes[0] + k[1][:, None] * modes[1] + k[2] * modes[2]
+    return np.asarray(np.fft.ifftn(total).real)
+
+
+def test_projection_removes_the_divergence_and_nothing_else(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    u = smooth(np.random.default_rng(0), 3, *GRID)
+    projected, share = project(u, ["periodic"] * 3)
+    assert np.abs(divergence(u)).max() > 0.01
+    assert np.abs(divergence(projected)).max() < 1e-14
+    assert 0.1 < share < 0.9
+    again, left = project(projected, ["periodic"] * 3)
+    np.testing.assert_allclose(again, projected, atol=1e-14)
+    assert left < 1e-28
+    # The removed part is a gradient, so it is orthogonal to what stays.
+    assert abs(np.sum((u - projected) * projected)) < 1e-12
+    write_cutout(cutouts / "train.h5", np.stack([u, u]), flow(0)[1][:2], even())
+    out = imported(cutouts, project=True)
+    stored = read_trajectory(list_trajectories(out, "train")[0])
+    np.testing.assert_allclose(stored.velocity_T3XYZ[1], projected, atol=1e-7)
+    provenance = read_provenance(stored.record.path)
+    assert provenance["projection_removed_energy"] == pytest.approx(share, rel=1e-4)
+    assert f"projection removed {share:.3g} of the velocity's energy" in capsys.readouterr().out
+
+
+def test_projection_between_walls_and_at_open_ends() -> None:
+    places = [(np.arange(n) + 0.5) / n for n in (16, 16, 16)]
+    x, y, z = np.meshgrid(*places, indexing="ij")
+    # Divergence-free, no flow through the walls z = 0 and 1, in and out at the open ends of x, periodic along y.
+    free = np.stack([np.cos(np.pi * z), 0 * y, 0 * z]) + np.stack(
+        [
+            -np.cos(np.pi * x) * np.cos(np.pi * z),
+            0 * x,
+            -np.sin(np.pi * x) * np.sin(np.pi * z),
+        ]
+    )
+    kept, share = project(free, ["open", "periodic", "wall"])
+    np.testing.assert_allclose(kept, free, atol=1e-14)
+    assert share < 1e-28
+    # A gradient that fits the same ends goes away as a whole.
+    potential_slopes = np.stack(
+        [
+            np.cos(np.pi * x) * np.cos(2 * np.pi * y) * np.cos(np.pi * z),
+            -2 * np.sin(np.pi * x) * np.sin(2 * np.pi * y) * np.cos(np.pi * z),
+            -np.sin(np.pi * x) * np.cos(2 * np.pi * y) * np.sin(np.pi * z),
+        ]
+    )
+    kept, share = project(free + 0.1 * potential_slopes, ["open", "periodic", "wall"])
+    np.testing.assert_allclose(kept, free, atol=1e-14)
+
+
+def write_wrong(folder: Path, what: str) -> None:
+    velocity, pressure = flow(0)
+    points = even()
+    if what == "nan":
+        pressure[1, 2, 3, 4] = np.nan
+    if what == "uneven":
+        points[1] = points[1] ** 1.5
+    if what == "backwards":
+        points[2] = points[2][::-1]
+    if what == "short":
+        pressure = pressure[:2]
+    if what == "odd":
+        velocity, pressure, points = velocity[..., :-1], pressure[..., :-1], [*points[:2], points[2][:-1]]
+    write_cutout(folder / "train.h5", velocity, pressure, points)
+    if what == "truncated":
+        (folder / "train.h5").write_bytes((folder / "train.h5").read_bytes()[:20_000])
+    if what == "text":
+        (folder / "train.h5").write_text("x")
+    if what == "link":
+        with h5py.File(folder / "train.h5", "a") as file:
+            del file["Pressure_0002"]
+            file["Pressure_0002"] = h5py.ExternalLink("valid.h5", "Pressure_0002")
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "says"),
+    [
+        ("", {"velosity": 1}, ("mapping.yaml", "unknown key 'velosity'", "'velocity'")),
+        ("", {"resample": {"metod": "cubic", "spacing": 1.0}}, ("resample.metod", "resample.method")),
+        ("", {"units": None}, ("mapping.yaml", "'units' is missing")),
+        ("", {"pressure": None}, ("training needs a pressure", "pressure: zero")),
+        ("", {"velocity": "u"}, ("train.h5", "no dataset 'u'", "Velocity_0001")),
+        ("", {"axes": ["z", "y", "x"]}, ("axes must name", "c")),
+        ("", {"axes": ["t", "z", "y", "x", "c"]}, ("Velocity_0001", "shape (24, 16, 8, 3)", "[t, z, y, x, c]")),
+        ("", {"axes": ["c", "z", "y", "x"]}, ("expected 3 along c of [c, z, y, x]",)),
+        ("", {"files": {"train": ["nowhere*.h5"]}}, ("files.train", "nowhere*.h5")),
+        ("", {"files": {"train": ["train.h5"], "test": ["train.h5"]}}, ("is in train and in test",)),
+        ("", {"spacing": [1.0, 1.0, 2.0]}, ("not cubic", "z: 2", "resample")),
+        ("", {"spacing": None}, ("either spacing or coordinates",)),
+        ("", {"crop": {"x": [0, 4]}}, ("axis x is cropped", "open")),
+        ("", {"snapshots": {"train": [2, 9]}}, ("2..9 of 3",)),
+        ("", {"project": True, "mask": {"dataset": "m"}}, ("project knows no solids",)),
+        ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
+        ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
+        ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
+        ("backwards", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("zcoor does not increase",)),
+        ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
+        ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
+        ("odd", {"crop": "auto"}, ("7 cells from the periodic axis z",)),
+        ("truncated", {}, ("train.h5", "truncated")),
+        ("text", {}, ("train.h5", "none of HDF5, NetCDF 3 or 4, npz")),
+        ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    cutouts: Path, capfd: pytest.CaptureFixture[str], what: str, changes: dict[str, Any], says: tuple[str, ...]
+) -> None:
+    write_wrong(cutouts, what)
+    refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
+    assert not list(cutouts.rglob("out/data/train/*"))
+
+
+def test_crop_and_pressure_of_zero(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_wrong(cutouts, "odd")
+    ends = {"x": "periodic", "y": "wall", "z": "open"}
+    out = imported(cutouts, files={"train": ["train.h5"]}, crop={"y": [1, 9], "z": [3, 19]}, boundaries=ends)
+    velocity, _ = flow(0)
+    stored = read_trajectory(list_trajectories(out, "train")[0])
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, velocity[..., 1:9, 3:19])
+    out = imported(cutouts, files={"train": ["train.h5"]}, crop="auto", boundaries=ends, pressure="zero")
+    stored = read_trajectory(list_trajectories(out, "train")[0])
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, velocity[..., :16])
+    assert not stored.pressure_T1XYZ.any()
+    assert "pressure is zero everywhere" in capsys.readouterr().out
+
+
+def test_skip_bad_goes_on_and_lists_what_it_left_out(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cutouts / "bad.h5").write_bytes(b"no HDF5")
+    mapping = mapping_file(cutouts, files={"train": ["bad.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
+    assert main(["data", "import", str(mapping)]) == 2
+    assert main(["data", "import", str(mapping), "--skip-bad"]) == 0
+    told = capsys.readouterr().out
+    assert "left out: box_0000.hdf5: bad.h5 is none of" in told
+    assert "no trajectories for test" in told
+    assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+
+
+def test_other_domains_in_the_folder_stay_and_count(cutouts: Path) -> None:
+    imported(cutouts)
+    out = imported(cutouts, domain="second", scale={"velocity": 3.0})
+    assert [record.domain for record in list_trajectories(out, "train")] == ["box", "second"]
+    assert FieldStats.load(out).velocity_rms == pytest.approx(5**0.5, rel=0.05)
+    with pytest.raises(UserError, match="1 trajectories of second that this mapping does not name"):
+        imported(cutouts, domain="second", files={"train": ["train.h5"], "valid": ["valid.h5"]})
+    write_cutout(cutouts / "train.h5", *flow(0, grid=(8, 8, 8)), even((8, 8, 8)))
+    with pytest.raises(UserError, match=r"gives the grid \[8, 8, 8\], the dataset has \[8, 16, 24\]"):
+        imported(cutouts, domain="second")

@@ -1,0 +1,92 @@
+"""The process that looks through files first: it may crash, hang or be forked, and the next file is read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from shodh_moe.data import opening
+from shodh_moe.errors import UserError
+
+ABORT = "import os, sys; sys.stdin.readline(); os.abort()"
+SLEEP = "import sys, time; sys.stdin.readline(); time.sleep(60)"
+LOOP = "import os, signal, sys; sys.stdin.readline(); os.kill(os.getpid(), signal.SIGXCPU)"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = [1.0]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (ABORT, "HDF5 crashes on it, exit code -6"),
+        (SLEEP, "does not come to an end"),
+        (LOOP, "does not come to an end"),
+    ],
+)
+def test_a_file_that_ends_the_process_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    opening._stop()
+    with monkeypatch.context() as patch:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        patch.setattr(opening, "_start", lambda: subprocess.Popen([sys.executable, "-c", code], **pipes))
+        patch.setattr(opening, "WALL_SECONDS", 0.3 if code == SLEEP else 30.0)
+        with pytest.raises(UserError, match=message) as error:
+            opening.inspected(path)
+        assert str(path) in str(error.value)
+    with opening.opened(path) as file:
+        assert file["x"][0] == 1.0
+
+
+def test_a_file_is_asked_about_once_until_it_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask = opening._ask
+    monkeypatch.setattr(opening, "_ask", lambda path: asked.append(path) or ask(path))
+    for _ in range(3):
+        with opening.opened(path):
+            pass
+    assert len(asked) == 1
+    with h5py.File(path, "r+") as file:
+        file["soft"] = h5py.SoftLink("/x")
+    with pytest.raises(UserError, match="soft is a soft link to /x"), opening.opened(path):
+        pass
+    assert len(asked) == 2
+
+
+def test_a_file_of_another_kind_opens_but_is_no_flow(path: Path) -> None:
+    assert "no_flow" in opening.inspected(path)
+    with pytest.raises(UserError, match="has no t1_fields/velocity"):
+        opening.flow_of(path)
+
+
+def test_a_forked_process_asks_its_own(path: Path, tmp_path: Path) -> None:
+    """As the workers of a data loader do: two that read one pipe would take each other's answers."""
+    opening.inspected(path)
+    assert opening._process is not None
+    ours = opening._process[1].pid
+    other = tmp_path / "b.h5"
+    other.write_bytes(path.read_bytes())
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            opening.inspected(other)
+            assert opening._process is not None
+            code = int(opening._process[1].pid == ours)
+            opening._stop()
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    opening.inspected(other)
+    assert opening._process[1].pid == ours

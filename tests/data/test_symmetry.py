@@ -1,0 +1,207 @@
+"""Random symmetries: the group they form, vectors that turn along with space, and flows that stay solutions."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shodh_moe.data import TrajectoryRecord
+from shodh_moe.data.symmetry import Symmetry, allowed, apply_each
+from shodh_moe.kernels import curl, divergence
+from shodh_moe.solvers import LatticeBoltzmann
+
+GRID = (6, 8, 8)
+CUBE = (6, 6, 6)
+EVERYWHERE = (True, True, True)
+ALL = allowed(CUBE, EVERYWHERE, forced=False)
+SYMMETRIES = st.builds(
+    Symmetry,
+    shift=st.tuples(*[st.integers(0, 5)] * 3),
+    mirror=st.tuples(*[st.booleans()] * 3),
+    order=st.permutations(range(3)).map(tuple),
+)
+
+
+def fields_of(velocity_B3XYZ: Tensor, scalar_B1XYZ: Tensor | None = None) -> Tensor:
+    """Velocity with a pressure, and a solid mask that is different everywhere."""
+    if scalar_B1XYZ is None:
+        scalar_B1XYZ = velocity_B3XYZ.square().sum(1, keepdim=True)
+    return torch.cat([velocity_B3XYZ, scalar_B1XYZ, 2 * scalar_B1XYZ], dim=1)
+
+
+def random(grid: tuple[int, int, int] = CUBE, seed: int = 1) -> Tensor:
+    return torch.randn(1, 3, *grid, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parity(symmetry: Symmetry) -> int:
+    """1 for a turn, -1 for what turns a right hand into a left one."""
+    matrix = np.eye(3)[list(symmetry.order)] * np.where(symmetry.mirror, -1, 1)
+    return round(np.linalg.det(matrix))
+
+
+def test_a_cube_that_nothing_drives_has_48() -> None:
+    assert len({symmetry.apply(fields_of(random())).numpy().tobytes() for symmetry in ALL}) == 48
+    assert sum(parity(symmetry) for symmetry in ALL) == 0
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("grid", [CUBE, (6, 6, 4)])
+@pytest.mark.parametrize("periodic", [EVERYWHERE, (True, True, False), (False, True, True)])
+def test_those_of_a_flow_are_a_group(grid: tuple[int, int, int], periodic: tuple[bool, ...], forced: bool) -> None:
+    mine = allowed(grid, periodic, forced)
+    fields = fields_of(random(grid))
+    images = {symmetry.apply(fields).numpy().tobytes() for symmetry in mine}
+    assert len(images) == len(mine)
+    for a, b in itertools.product(mine[:6], mine):
+        assert b.apply(a.apply(fields)).numpy().tobytes() in images
+
+
+@settings(max_examples=40, deadline=None)
+@given(symmetry=SYMMETRIES, other=SYMMETRIES)
+def test_every_element_has_an_inverse_and_loses_nothing(symmetry: Symmetry, other: Symmetry) -> None:
+    fields = fields_of(random())
+    moved = symmetry.apply(fields)
+    assert moved.shape == fields.shape
+    torch.testing.assert_close(moved.abs().flatten().sort()[0], fields.abs().flatten().sort()[0], rtol=0, atol=0)
+    power = moved
+    for _ in range(1000):  # every element of a finite group comes back to where it began
+        if torch.equal(power, fields):
+            break
+        power = symmetry.apply(power)
+    assert torch.equal(power, fields)
+    both = apply_each([symmetry, other], torch.cat([fields, fields]))
+    assert torch.equal(both, torch.cat([symmetry.apply(fields), other.apply(fields)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(symmetry=SYMMETRIES)
+def test_vectors_turn_with_space(symmetry: Symmetry) -> None:
+    """The divergence moves as a scalar does; the curl as a vector that mirrors turn the other way round."""
+    velocity = random()
+    moved = symmetry.apply(fields_of(velocity, divergence(velocity)[:, None]))
+    torch.testing.assert_close(divergence(moved[:, :3]), moved[:, 3])
+    turned = symmetry.apply(fields_of(curl(velocity)))[:, :3]
+    torch.testing.assert_close(curl(moved[:, :3]), parity(symmetry) * turned)
+
+
+def test_a_known_vector_turns_along() -> None:
+    """One voxel with velocity (1, 2, 3)."""
+    fields = torch.zeros(1, 5, *GRID)
+    fields[0, :, 1, 2, 3] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    cube = fields[..., :6, :6].contiguous()
+    for symmetry, place, values in (
+        (Symmetry(shift=(2, 0, 6)), (3, 2, 1), [1, 2, 3, 4, 5]),
+        (Symmetry(mirror=(False, True, False)), (1, 5, 3), [1, -2, 3, 4, 5]),
+        (Symmetry(mirror=(False, False, True)), (1, 2, 4), [1, 2, -3, 4, 5]),
+        (Symmetry(order=(0, 2, 1)), (1, 3, 2), [1, 3, 2, 4, 5]),
+        (Symmetry(mirror=(False, True, False), order=(0, 2, 1)), (1, 3, 5), [1, 3, -2, 4, 5]),
+        (Symmetry(mirror=(True, False, False)), (4, 2, 3), [-1, 2, 3, 4, 5]),
+    ):
+        moved = symmetry.apply(fields)
+        assert moved[(0, slice(None), *place)].tolist() == values, symmetry
+        assert int((moved != 0).sum()) == 5
+    turn = Symmetry(shift=(1, 0, 0), mirror=(True, False, False), order=(1, 2, 0)).apply(cube)
+    assert turn[0, :, 2, 3, 3].tolist() == [2, 3, -1, 4, 5]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("periodic", list(itertools.product([False, True], repeat=3)))
+def test_walls_and_the_direction_of_the_drive_stay(periodic: tuple[bool, bool, bool], forced: bool) -> None:
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(600):
+        drawn = Symmetry.draw(rng, CUBE, periodic, forced)
+        for axis in range(3):
+            if not periodic[axis]:
+                assert (drawn.shift[axis], drawn.mirror[axis], drawn.order[axis]) == (0, False, axis)
+        assert not (forced and (drawn.mirror[0] or drawn.order[0] != 0))
+        seen.add((drawn.mirror, drawn.order))
+    # All that are allowed do come.
+    assert seen == {(symmetry.mirror, symmetry.order) for symmetry in allowed(CUBE, periodic, forced)}
+
+
+@pytest.mark.parametrize(("periodic", "forced", "count"), [
+    (EVERYWHERE, False, 48), (EVERYWHERE, True, 8), ((True, True, False), True, 2), ((True, True, False), False, 8),
+    ((False, False, False), False, 1),
+])  # fmt: skip
+def test_how_many_there_are(periodic: tuple[bool, bool, bool], forced: bool, count: int) -> None:
+    assert len(allowed(CUBE, periodic, forced)) == count
+
+
+def test_a_bed_stays_at_the_bottom() -> None:
+    fields = torch.zeros(1, 5, *GRID)
+    fields[:, 4, :, :, 0] = 1
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert torch.equal(Symmetry.draw(rng, GRID, (True, True, False)).apply(fields)[:, 4], fields[:, 4])
+
+
+def test_unequal_sides_are_not_exchanged() -> None:
+    rng = np.random.default_rng(0)
+    assert all(Symmetry.draw(rng, (8, 10, 16), EVERYWHERE, False).order == (0, 1, 2) for _ in range(50))
+    assert {Symmetry.draw(rng, (8, 8, 16), EVERYWHERE, False).order for _ in range(50)} == {(0, 1, 2), (1, 0, 2)}
+
+
+def test_a_trajectory_that_says_nothing_of_its_drive_keeps_x() -> None:
+    record, rng = TrajectoryRecord(Path("a"), 0, "d", 1, CUBE, EVERYWHERE), np.random.default_rng(0)
+    drawn = [Symmetry.draw_for(rng, record) for _ in range(50)]
+    assert all(symmetry.order[0] == 0 and not symmetry.mirror[0] for symmetry in drawn)
+
+
+def test_draws_of_driven_flows_are_those_of_earlier_versions() -> None:
+    """Trainings that began with them go on, and cached latents stay what they are."""
+    rng = np.random.default_rng(7)
+    drawn = [Symmetry.draw(rng, GRID, periodic) for periodic in (EVERYWHERE, (True, True, False), EVERYWHERE)]
+    assert drawn == [
+        Symmetry((5, 5, 5), (False, False, True), (0, 2, 1)),
+        Symmetry((5, 2, 0), (False, True, False)),
+        Symmetry((5, 0, 3), (False, True, True), (0, 2, 1)),
+    ]
+
+
+def flow(velocity_3XYZ: np.ndarray, solid_XYZ: np.ndarray, force: np.ndarray, steps: int = 12) -> Tensor:
+    """A few steps of the solver from this start: velocity, pressure and mask, [1, 5, X, Y, Z]."""
+    solver = LatticeBoltzmann(solid_XYZ, 0.05, dtype=np.float64)
+    solver.set_velocity(velocity_3XYZ)
+    solver.run(np.tile(force, (steps, 1)))
+    return torch.from_numpy(np.concatenate([solver.velocity(), solver.pressure()[None], solid_XYZ[None]]))[None]
+
+
+def start(solid_XYZ: np.ndarray) -> np.ndarray:
+    """A smooth random flow past some voxels, of a size that makes it far from linear."""
+    velocity_3XYZ = 0.05 * curl(random()).numpy()[0]
+    velocity_3XYZ[:, solid_XYZ] = 0
+    return velocity_3XYZ
+
+
+def turned_force(symmetry: Symmetry, force: np.ndarray) -> np.ndarray:
+    return (np.where(symmetry.mirror, -1, 1) * force)[list(symmetry.order)]
+
+
+@pytest.mark.parametrize("number", range(0, 48, 5))
+def test_a_solution_becomes_a_solution(number: int) -> None:
+    """The solver's steps from a moved start end where the moved steps end: with solids, and with what drives it."""
+    shift = (1, 4, 2)
+    symmetry = Symmetry(shift, ALL[number].mirror, ALL[number].order)
+    solid_XYZ = np.random.default_rng(2).random(CUBE) < 0.15
+    begin = fields_of(torch.from_numpy(start(solid_XYZ))[None], torch.from_numpy(solid_XYZ * 1.0)[None, None])
+    force = np.array([2e-3, 5e-4, -1e-3])
+    after = flow(begin[0, :3].numpy(), solid_XYZ, force)
+    moved = symmetry.apply(begin)[0]
+    wanted = flow(moved[:3].numpy(), moved[3].numpy() > 0.5, turned_force(symmetry, force))
+    assert (after[0, :3] - begin[0, :3]).abs().max() > 1e-3, "something happens in these steps"
+    torch.testing.assert_close(symmetry.apply(after), wanted, rtol=0, atol=1e-12)
+
+
+def test_one_that_turns_the_drive_round_makes_another_flow() -> None:
+    """Why a driven flow keeps x: with the same drive, the mirror image is no solution."""
+    mirror, solid_XYZ = Symmetry(mirror=(True, False, False)), np.zeros(CUBE, bool)
+    begin, force = fields_of(torch.from_numpy(start(solid_XYZ))[None]), np.array([2e-3, 0.0, 0.0])
+    after, wanted = (flow(v.numpy(), solid_XYZ, force) for v in (begin[0, :3], mirror.apply(begin)[0, :3]))
+    assert (mirror.apply(after) - wanted).abs().max() > 1e-2

@@ -1,0 +1,173 @@
+"""A user's own geometry: every format gives the same solid, and what is wrong with a file is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from shodh_moe.errors import UserError
+from shodh_moe.solvers import simulate
+from shodh_moe.solvers.domains import PorousMedia
+from shodh_moe.solvers.domains.geometry_file import GeometryFile
+from shodh_moe.solvers.geometry import percolating
+
+GRID = (16, 16, 16)
+
+
+@pytest.fixture
+def volume() -> np.ndarray:
+    """Rods along y and z, wider than half the grid in all directions: 1 in solids."""
+    solid = np.zeros((12, 10, 9), np.uint8)
+    solid[2:4, :, 3:5] = 1
+    solid[7:9, 5:7, :] = 1
+    return solid
+
+
+def porous(path: Path, **keys: Any) -> PorousMedia:
+    return PorousMedia(spinup_steps=5, steps_per_snapshot=5, grain=3.0, geometry_file={"path": str(path), **keys})
+
+
+def saved(path: Path, values: np.ndarray) -> Path:
+    np.save(path, values)
+    return path
+
+
+def says(words: str, path: Path, **keys: Any) -> None:
+    with pytest.raises(UserError, match=words):
+        simulate("porous_media", porous(path, **keys), GRID, 0, 0, 1)
+
+
+def test_all_formats_give_the_same_solid(tmp_path: Path, volume: np.ndarray) -> None:
+    saved(tmp_path / "rock.npy", volume)
+    volume.astype("<u2").tofile(tmp_path / "rock.raw")
+    (tmp_path / "rock_f.raw").write_bytes(volume.tobytes(order="F"))
+    with h5py.File(tmp_path / "rock.hdf5", "w") as file:
+        file["scan/solid"] = volume.astype(np.float32)
+        file["pores"] = 1 - volume
+    files: list[dict[str, Any]] = [
+        {"path": "rock.npy"},
+        {"path": "rock.raw", "shape": [12, 10, 9], "dtype": "uint16"},
+        {"path": "rock_f.raw", "shape": [12, 10, 9], "dtype": "uint8", "order": "F"},
+        {"path": "rock.hdf5", "dataset": "scan/solid"},
+        {"path": "rock.hdf5", "dataset": "pores", "solid_value": 0},
+    ]
+    masks = []
+    for keys in files:
+        file = GeometryFile(**{**keys, "path": str(tmp_path / keys["path"])})
+        mask_XYZ, corner_3 = file.read(GRID, np.random.default_rng(3))
+        masks.append(mask_XYZ.tobytes())
+        x, y, z = corner_3
+        part = volume[x : x + 8, y : y + 8, z : z + 8] == 1
+        assert np.array_equal(mask_XYZ[:8, :8, :8], part)
+        for axis in range(3):
+            assert np.array_equal(mask_XYZ, np.flip(mask_XYZ, axis)), "mirrored, hence periodic"
+    assert len(set(masks)) == 1
+
+
+def test_flows_through_it_and_takes_another_part_for_another_trajectory(tmp_path: Path, volume: np.ndarray) -> None:
+    config = porous(saved(tmp_path / "rock.npy", volume))
+    results = [simulate("porous_media", config, GRID, 0, t, 2) for t in (0, 0, 1)]
+    assert results[0].velocity_T3XYZ.tobytes() == results[1].velocity_T3XYZ.tobytes()
+    corners = [[r.parameters[f"corner_{axis}"] for axis in "xyz"] for r in results]
+    assert corners[0] != corners[2]
+    assert results[0].parameters["geometry"] == "file"
+    assert results[0].velocity_T3XYZ[-1][0].mean() > 0
+    assert not results[0].velocity_T3XYZ[:, :, results[0].solid_XYZ].any()
+    assert percolating(results[0].solid_XYZ) is not None
+
+
+def test_a_periodic_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    solid = np.zeros(GRID, bool)
+    solid[3:7, 2:9, 4:9] = True
+    file = GeometryFile(path=str(saved(tmp_path / "cell.npy", solid)), periodic=True)
+    mask_XYZ, corner_3 = file.read(GRID, np.random.default_rng(0))
+    assert np.array_equal(mask_XYZ, solid)
+    assert corner_3 == (0, 0, 0)
+
+
+def test_another_file_is_another_dataset(tmp_path: Path, volume: np.ndarray) -> None:
+    path = saved(tmp_path / "rock.npy", volume)
+    first = porous(path).identity()
+    assert first == porous(path).identity()
+    volume[0, 0, 0] = 1
+    saved(path, volume)
+    second = porous(path).identity()
+    assert first["geometry_file"].pop("sha256") != second["geometry_file"].pop("sha256")
+    assert first == second
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot read geometry_file\.path .*rock\.npy"):
+        porous(path).identity()
+
+
+def test_bad_files_are_named(tmp_path: Path, volume: np.ndarray) -> None:
+    says(r"there is no file .*gone\.npy", tmp_path / "gone.npy")
+    (tmp_path / "text.npy").write_text("not an array")
+    says(r"text\.npy cannot be read", tmp_path / "text.npy")
+    path = saved(tmp_path / "short.npy", volume)
+    path.write_bytes(path.read_bytes()[:-100])
+    says(r"short\.npy cannot be read", path)
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    says(r"objects\.npy cannot be read: .*[Oo]bject", tmp_path / "objects.npy")
+    says(
+        r"flat\.npy must hold numbers of shape \[X, Y, Z\], not uint8 of shape \[12, 10\]",
+        saved(tmp_path / "flat.npy", volume[..., 0]),
+    )
+    says(r"words\.npy must hold numbers", saved(tmp_path / "words.npy", volume.astype("U1")))
+    says(
+        r"small\.npy has shape \[7, 10, 9\], but \[8, 8, 8\] is needed: half of data\.grid",
+        saved(tmp_path / "small.npy", volume[:7]),
+    )
+    says(
+        r"whole\.npy has shape \[12, 10, 9\], but \[16, 16, 16\] is needed: a periodic",
+        saved(tmp_path / "whole.npy", volume),
+        periodic=True,
+    )
+    grey = np.random.default_rng(0).integers(0, 255, (12, 10, 9))
+    says(r"grey\.npy is not binary: .* two, from \d+ to \d+", saved(tmp_path / "grey.npy", grey))
+    says(r"nan\.npy is not binary", saved(tmp_path / "nan.npy", np.where(volume == 1, np.nan, 0)))
+    wall = np.zeros_like(volume)
+    wall[5:7] = 1
+    says(r"porous_media trajectory 0 .*no part of .*wall\.npy in 100 draws", saved(tmp_path / "wall.npy", wall[2:10]))
+    says(r"ones\.npy in 100 draws .*solid_value", saved(tmp_path / "ones.npy", volume + 1))
+    volume.tofile(tmp_path / "rock.raw")
+    says(
+        r"rock\.raw has 1080 bytes, but uint16 of shape \[12, 10, 9\] needs 2160",
+        tmp_path / "rock.raw",
+        shape=[12, 10, 9],
+        dtype="uint16",
+    )
+
+
+def test_hdf5_stays_in_its_file(tmp_path: Path, volume: np.ndarray) -> None:
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["solid"] = volume
+    with h5py.File(tmp_path / "rock.hdf5", "w") as file:
+        file["far"] = h5py.ExternalLink("other.hdf5", "solid")
+        file.create_group("group")
+        layout = h5py.VirtualLayout(volume.shape, volume.dtype)
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "solid", volume.shape)
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("raw", volume.shape, volume.dtype, external=[(str(tmp_path / "bytes.bin"), 0, 1080)])
+    for name in ("far", "group", "virtual", "raw", "none"):
+        says(rf"rock\.hdf5 holds no dataset '{name}' of its own", tmp_path / "rock.hdf5", dataset=name)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"path": "rock.tif"}, "path must end in"),
+        ({"path": "rock.raw", "dtype": "uint8"}, "needs its shape"),
+        ({"path": "rock.raw", "shape": [3, 3, 3]}, "needs its shape"),
+        ({"path": "rock.raw", "shape": [3, 3], "dtype": "uint8"}, "needs its shape"),
+        ({"path": "rock.h5"}, "name of its dataset"),
+        ({"path": "rock.npy", "solid": 1}, "Extra inputs"),
+    ],
+)
+def test_incomplete_descriptions_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        GeometryFile(**keys)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import COMPRESSION, Config, RunConfig
 from shodh_moe.config_io import differing_keys, flatten
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
@@ -27,7 +28,7 @@ from shodh_moe.training.optimizer import resolve_optimizer
 # Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
 # Its checkpoints fit every layout; what a run does with one of these is told when it starts.
 FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "family.root", "runs", "name")
-FREE_DATA = ("data.compression", "data.device")
+FREE_DATA = ("data.compression", "data.device", "data.skip_bad")
 FREE_TRAINING = [
     *("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "stall_seconds"),
     *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
@@ -79,14 +80,11 @@ def _check_kernels() -> None:
 
 def _check_generated(config: Config) -> None:
     """Sizes that a dataset has only once it is there, but that the config of a generated one tells."""
-    domains = len(config.data.domains.items())
+    domains = sorted(name for name, _ in config.data.domains.items())
     if not domains:
         raise UserError("data.domains names no domain: keep at least one")
-    if config.training.batch_size % domains:
-        raise UserError(
-            f"training.batch_size {config.training.batch_size} is not divisible by the {domains} domains of "
-            "data.domains: every micro-batch mixes them equally"
-        )
+    weights = domain_weights(config.data.weights, domains)
+    DomainSampler(tuple(1 for _ in domains), config.training.batch_size, config.seed, weights=weights)
     if config.model.history >= config.data.snapshots:
         raise UserError(
             f"model.history {config.model.history} needs more than the {config.data.snapshots} snapshots of a "

@@ -55,6 +55,10 @@ class DataConfig(Section):
     compression: Literal["lzf", "gzip"] | None = Field(None, description="of generated files; null: as fast as can be")
     device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="where to simulate; auto: on GPUs if there are")
     domains: Domains = Domains()
+    skip_bad: bool = Field(False, description="go on without the files that cannot be read, and list them")
+    weights: dict[str, PositiveFloat] | None = Field(
+        None, description="samples of each domain in a micro-batch, relative to 1; null: equal numbers"
+    )
 
     @model_validator(mode="after")
     def _grid(self) -> DataConfig:

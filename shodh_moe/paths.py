@@ -24,7 +24,7 @@ DATA_VERSION = 1
 TOKENIZER_VERSION = 1
 LATENTS_VERSION = 1
 # Settings of the data section that change no field of a dataset.
-FREE_OF_DATA = {"name", "path", "root", "compression", "device"}
+FREE_OF_DATA = {"name", "path", "root", "compression", "device", "skip_bad", "weights"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def paths_of(config: Config) -> Paths:
         settings = config.tokenizer.model_dump(
             exclude={"path", "root", "log_every", "checkpoint_every", "latent_copies"}
         )
+        if data.weights:
+            settings["weights"] = data.weights
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     copies = config.tokenizer.latent_copies

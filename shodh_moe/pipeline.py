@@ -16,7 +16,7 @@ from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
-from shodh_moe.data.sampler import DomainSampler
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.errors import UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.kernels.backend import describe
@@ -50,7 +50,8 @@ def make_data(config: Config) -> Path:
     if config.data.path:
         # Latents are named after the dataset's files: once they are there, every value has been read.
         budget = 0 if paths.latents.exists() else READ_BYTES
-        check_dataset(dataset, config.data.grid, config.model.history, config.training.batch_size, budget)
+        history, batch, data = config.model.history, config.training.batch_size, config.data
+        check_dataset(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
         return _say("data", f"unchanged, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
@@ -87,15 +88,17 @@ def make_latents(config: Config) -> Path:
     tokenizer = load_tokenizer(paths.tokenizer)
     with whole_folder(paths.latents) as temporary:
         copies = config.tokenizer.latent_copies
-        encode_dataset(tokenizer, paths.dataset, temporary, copies, config.seed, device())
+        skip_bad = config.data.skip_bad
+        encode_dataset(tokenizer, paths.dataset, temporary, copies, config.seed, device(), skip_bad)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 
 def _check_latents(config: Config, paths: Paths) -> None:
     """What every rank would find out for itself, told once and before the ranks start."""
     for split in ("train", "valid", "test"):
-        sizes = LatentSamples(load_latents(paths.latents, split), config.model.history).sizes
-        DomainSampler(sizes, config.training.batch_size, config.seed, processes(config))
+        samples = LatentSamples(load_latents(paths.latents, split), config.model.history)
+        weights = domain_weights(config.data.weights, samples.domains)
+        DomainSampler(samples.sizes, config.training.batch_size, config.seed, processes(config), weights)
 
 
 def pretrain(config: Config, resume: str = "auto") -> Path:

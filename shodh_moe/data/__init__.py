@@ -1,9 +1,9 @@
 """Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
 
 from shodh_moe.data.check import check_dataset
-from shodh_moe.data.dataset import SnapshotDataset
 from shodh_moe.data.generate import generate, is_complete
 from shodh_moe.data.listing import SPLITS, domain_names, list_trajectories
+from shodh_moe.data.loader import Snapshots, mixed_batches, read_batches
 from shodh_moe.data.reading import (
     Trajectory,
     TrajectoryRecord,
@@ -18,7 +18,7 @@ from shodh_moe.data.well import write_trajectory
 __all__ = [
     "SPLITS",
     "FieldStats",
-    "SnapshotDataset",
+    "Snapshots",
     "Trajectory",
     "TrajectoryRecord",
     "check_dataset",
@@ -27,7 +27,9 @@ __all__ = [
     "generate",
     "is_complete",
     "list_trajectories",
+    "mixed_batches",
     "open_trajectories",
+    "read_batches",
     "read_provenance",
     "read_snapshots",
     "read_trajectory",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shodh_moe.data.listing import READ_BYTES, SPLITS, domain_names, list_trajectories
 from shodh_moe.data.reading import read_snapshots
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.data.stats import FieldStats
 from shodh_moe.errors import UserError
 
@@ -18,6 +19,7 @@ def check_dataset(
     batch_size: int,
     budget_bytes: int = READ_BYTES,
     skip_bad: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> None:
     """Check statistics and the header of every file of every split; and every value, up to ``budget_bytes``.
 
@@ -31,11 +33,7 @@ def check_dataset(
     FieldStats.load(folder)
     splits = {split: list_trajectories(folder, split, grid, skip_bad) for split in SPLITS}
     domains = domain_names(splits["train"])
-    if batch_size % len(domains):
-        raise UserError(
-            f"training.batch_size {batch_size} is not divisible by the {len(domains)} domains of {folder}: "
-            "every micro-batch mixes them equally"
-        )
+    DomainSampler(tuple(1 for _ in domains), batch_size, seed=0, weights=domain_weights(weights, domains))
     for split, records in splits.items():
         if domain_names(records) != domains:
             raise UserError(

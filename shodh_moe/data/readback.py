@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import open_trajectories, read_provenance, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
 from shodh_moe.errors import UserError
@@ -44,9 +44,9 @@ def require_as_written(file: Path, simulation: Simulation, name: Path) -> None:
             _require_same("pressure", fields_T4XYZ[:, 3], simulation.pressure_TXYZ[block], first)
             _require_same("solid", solid_1XYZ, simulation.solid_XYZ[None])
         if simulation.scalar_TXYZ is not None:
-            with h5py.File(file, "r") as opened:
+            with opened(file) as stored:
                 for t in range(records[0].n_snapshots):
-                    stored_XYZ = opened[f"t0_fields/{CONCENTRATION}"][0, t]
+                    stored_XYZ = stored[f"t0_fields/{CONCENTRATION}"][0, t]
                     _require_same(CONCENTRATION, stored_XYZ[None], simulation.scalar_TXYZ[t : t + 1], t)
     except (UserError, OSError, KeyError) as error:
         raise UserError(f"{name} is not as it should be when read back ({error}): {AGAIN}") from error

@@ -30,6 +30,7 @@ class TrajectoryRecord:
         n_snapshots: stored snapshots T.
         grid: (X, Y, Z).
         periodic: along which axes the flow repeats itself, from the file's boundary conditions.
+        forced: something drives the flow along x; also where the file does not tell.
         spacing: between cells along x, y, z, in the file's units; None if the file does not tell.
         interval: time between snapshots, in the file's units; None if the file does not tell.
         units: what the file says of them; "" if nothing.
@@ -41,6 +42,7 @@ class TrajectoryRecord:
     n_snapshots: int
     grid: tuple[int, int, int]
     periodic: tuple[bool, bool, bool] = (False, False, False)
+    forced: bool = True
     spacing: tuple[float, float, float] | None = None
     interval: float | None = None
     units: str = ""
@@ -92,6 +94,7 @@ def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> 
             n_snapshots=flow["n_snapshots"],
             grid=shape,
             periodic=tuple(flow["periodic"]),
+            forced=flow["forced"],
             spacing=tuple(flow["spacing"]) if flow["spacing"] else None,
             interval=interval,
             units=flow["units"],

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import Trajectory, TrajectoryRecord, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
 from shodh_moe.errors import UserError
@@ -158,14 +158,11 @@ def read_concentration(record: TrajectoryRecord, start: int = 0, stop: int | Non
     Raises:
         UserError: the file is damaged.
     """
-    try:
-        with h5py.File(record.path, "r") as file:
-            name = f"t0_fields/{CONCENTRATION}"
-            if name not in file:
-                return None
-            return np.asarray(file[name][record.sample, start:stop], dtype=np.float32)[:, None]
-    except OSError as error:
-        raise UserError(f"{record.path} is damaged or unreadable ({error}): generate it again") from error
+    with opened(record.path) as file:
+        name = f"t0_fields/{CONCENTRATION}"
+        if name not in file:
+            return None
+        return np.asarray(file[name][record.sample, start:stop], dtype=np.float32)[:, None]
 
 
 def write_stats(folder: Path, stats: dict[str, dict[str, Any]]) -> None:
@@ -193,18 +190,27 @@ class FieldStats:
         path = Path(folder) / STATS_FILE
         try:
             stats = yaml.safe_load(path.read_text(encoding="utf-8"))
-            numbers = [
-                float(np.sqrt(np.mean(np.square(np.asarray(stats[key][name], dtype=np.float64)))))
-                for key in ("rms", "rms_delta")
-                for name in ("velocity", "pressure")
-            ]
+            numbers = [_rms(stats[key][name]) for key in ("rms", "rms_delta") for name in ("velocity", "pressure")]
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: generate the data again, or compute its statistics") from error
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        # Some wrong text of theirs (a timestamp, deep nesting) the parser answers with faults of its own.
+        except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} lacks the rms of velocity and pressure ({error!r}): generate it again") from error
+        except RecursionError as error:
+            raise UserError(f"{path} is nested too deeply: generate it again") from error
         if not all(np.isfinite(numbers)) or min(numbers[:2]) <= 0:
             raise UserError(f"{path}: the rms of velocity and pressure must be positive, not {numbers[:2]}")
         return cls(*numbers)
+
+
+def _rms(value: object) -> float:
+    """Of a number, or over a vector's components."""
+    values = value if isinstance(value, list) else [value]
+    # By hand: of a list that contains itself, which YAML can write, numpy makes an array without end.
+    if not values or not all(isinstance(one, (int, float, str)) for one in values):
+        raise TypeError("not a number or a list of numbers")
+    with np.errstate(over="ignore"):
+        return float(np.sqrt(np.mean(np.square(np.asarray(value, dtype=np.float64)))))
 
 
 def _plain(values_C: NDArray[np.float64]) -> list[float] | float:

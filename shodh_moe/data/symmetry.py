@@ -57,7 +57,7 @@ class Symmetry:
     @classmethod
     def draw_for(cls, rng: np.random.Generator, record: TrajectoryRecord) -> Symmetry:
         """A random symmetry of a trajectory. What does not say that nothing drives it counts as driven along x."""
-        return cls.draw(rng, record.grid, record.periodic, getattr(record, "forced", True))
+        return cls.draw(rng, record.grid, record.periodic, record.forced)
 
     def apply(self, fields_B5XYZ: Tensor) -> Tensor:
         """Transform velocity (components turned along), pressure and solid mask, [B, 5, X, Y, Z]; on any device."""

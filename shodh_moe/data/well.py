@@ -178,6 +178,7 @@ def _write_root(file: h5py.File, simulation: Simulation, dataset_name: str, doma
     file.attrs["n_trajectories"] = 1
     file.attrs["simulation_parameters"] = list(SCALARS)
     file.attrs["domain"] = domain
+    file.attrs["forced"] = simulation.forced
     group = file.create_group("scalars")
     group.attrs["field_names"] = list(SCALARS)
     for name in SCALARS:

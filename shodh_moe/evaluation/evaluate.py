@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
-from shodh_moe.data.sampler import DomainSampler
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
@@ -57,7 +57,8 @@ def measure(
     """
     train, test = load_latents(latents, "train"), load_latents(latents, "test")
     domains = sorted({trajectory.domain for trajectory in test})
-    records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", config.data.grid)}
+    listing = config.data.grid, config.data.skip_bad
+    records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", *listing)}
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}
@@ -65,7 +66,7 @@ def measure(
     simulated = {}
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
-        mean_fields = _mean_fields(dataset, domain, config.data.grid)
+        mean_fields = _mean_fields(dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
@@ -215,13 +216,14 @@ def _rollouts(
 def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajectory]) -> dict[str, Any]:
     """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training."""
     samples = LatentSamples(test, config.model.history)
-    sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
+    weights = domain_weights(config.data.weights, samples.domains)
+    sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=weights)
     experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
     counts = RoutingCounts(len(layers), samples.domains, experts)
     by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
     for layer in layers:
         layer.drop_in_eval = True
-    for step in range(-(-max(samples.sizes) * len(samples.sizes) // config.training.batch_size)):
+    for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
         history, geometry, _, domain_B = samples.batch(picks)
         routing = models.transformer(history, geometry).routing
@@ -249,10 +251,10 @@ def _mean_latent(train: list[LatentTrajectory]) -> Tensor:
     return torch.stack([trajectory.read().mean(0) for trajectory in train]).mean(0)
 
 
-def _mean_fields(dataset: Path, domain: str, grid: list[int]) -> Tensor:
+def _mean_fields(dataset: Path, domain: str, grid: list[int], skip_bad: bool) -> Tensor:
     """The domain's mean over all training snapshots, voxel by voxel: [4, X, Y, Z], float64."""
     total, count = torch.zeros(4, *grid, dtype=torch.float64), 0
-    for record in list_trajectories(dataset, "train", grid):
+    for record in list_trajectories(dataset, "train", grid, skip_bad):
         if record.domain == domain:
             fields, _ = read_snapshots(record)
             total += torch.from_numpy(fields.sum(axis=0, dtype=np.float64))

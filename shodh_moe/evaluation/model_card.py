@@ -7,11 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from shodh_moe.config import Config
 from shodh_moe.data import SPLITS, list_trajectories
+from shodh_moe.data.opening import opened
 from shodh_moe.errors import UserError
 from shodh_moe.evaluation.loading import Models, Source
 from shodh_moe.paths import paths_of
@@ -105,10 +105,10 @@ def _ranges(config: Config) -> list[str]:
     values: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     with contextlib.suppress(UserError, OSError):
-        for record in list_trajectories(paths_of(config).dataset, SPLITS[0], config.data.grid):
+        for record in list_trajectories(paths_of(config).dataset, SPLITS[0], config.data.grid, config.data.skip_bad):
             counts[record.domain] = counts.get(record.domain, 0) + 1
             found = values.setdefault(record.domain, {})
-            with h5py.File(record.path) as file:
+            with opened(record.path) as file:
                 for name, scalar in file.get("scalars", {}).items():
                     found.setdefault(name, []).extend(np.ravel(scalar[()]).astype(float).tolist())
     rows = []

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
+from shodh_moe.data.opening import opened
 from shodh_moe.data.well import axis_names, new_prediction
 from shodh_moe.errors import UserError
 from shodh_moe.evaluation.loading import Models, Source, find_source, load_models
@@ -183,7 +183,7 @@ def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]
 
 def _checked_axes(path: Path, snapshots: int) -> _Axes:
     """Time and coordinates of the file. Raises: UserError: they are missing, or not evenly spaced."""
-    with h5py.File(path) as file:
+    with opened(path) as file:
         if "dimensions/time" not in file:
             raise UserError(f"{path} has no dimensions/time: the model needs the times of the snapshots; add them")
         time = np.asarray(file["dimensions/time"], dtype=np.float64)

@@ -20,7 +20,7 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
     """The file's trajectories: JSON values, the same for all of them but ``intervals``.
 
     Returns:
-        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), spacing (of x, y, z; None if the
+        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), forced, spacing (x, y, z; None if the
         file does not tell), intervals (time between snapshots, one for each trajectory, or None), units (text).
 
     Raises:
@@ -55,6 +55,7 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
         "grid": grid,
         "domain": str(file.attrs.get("domain", file.attrs.get("dataset_name", default_domain))),
         "periodic": _periodic(file, axes),
+        "forced": bool(np.any(file.attrs.get("forced", True))),
         "spacing": _spacing(file, axes, grid),
         "intervals": _intervals(file, samples, n_snapshots),
         "units": str(file["provenance"].attrs.get("units", "")) if "provenance" in file else "",

@@ -35,6 +35,7 @@ class Simulation:
         lid: the top z face is a free-slip lid, the bottom a wall; otherwise everything is periodic.
         time_T: time step of each snapshot [T].
         parameters: what defines the trajectory, numbers and words (Reynolds and Mach number included).
+        forced: a body force drives the flow, along x and perhaps other ways.
         scalar_TXYZ: passive concentration [T, X, Y, Z], zero in solid voxels; None without one.
     """
 
@@ -44,6 +45,7 @@ class Simulation:
     lid: bool
     time_T: NDArray[np.float32]
     parameters: dict[str, float | int | str]
+    forced: bool = True
     scalar_TXYZ: NDArray[np.float32] | None = None
 
 
@@ -124,6 +126,7 @@ def _run(name: str, config: Domain, setup: FlowSetup, solver: Any, snapshots: in
         lid=setup.lid,
         time_T=np.array(times, dtype=np.float32),
         parameters=_parameters(config, setup, velocity_T3XYZ),
+        forced=setup.force is not None or setup.mean_velocity is not None,
         scalar_TXYZ=np.stack(scalars) if scalars else None,
     )
 

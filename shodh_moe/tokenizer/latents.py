@@ -54,7 +54,13 @@ class LatentTrajectory:
 
 @torch.no_grad()
 def encode_dataset(
-    tokenizer: Tokenizer, dataset: Path, folder: Path, copies: int, seed: int, device: str = "cpu"
+    tokenizer: Tokenizer,
+    dataset: Path,
+    folder: Path,
+    copies: int,
+    seed: int,
+    device: str = "cpu",
+    skip_bad: bool = False,
 ) -> None:
     """Encode every trajectory of every split into ``folder`` (which should be a temporary one).
 
@@ -63,7 +69,7 @@ def encode_dataset(
     snapshots are in memory at a time.
     """
     tokenizer = tokenizer.to(device).eval()
-    listed = {split: list_trajectories(dataset, split, tokenizer.grid) for split in SPLITS}
+    listed = {split: list_trajectories(dataset, split, tokenizer.grid, skip_bad) for split in SPLITS}
     snapshots = Snapshots([record for records in listed.values() for record in records])
     parts, works, first = [], [], 0
     for split, records in listed.items():

@@ -73,8 +73,11 @@ def train_tokenizer(config: Config, dataset: Path, folder: Path, device: str = "
     c = config.tokenizer
     torch.manual_seed(config.seed)
     stats = FieldStats.load(dataset)
-    train, valid = (Snapshots(list_trajectories(dataset, split, config.data.grid)) for split in ("train", "valid"))
-    weights = domain_weights(getattr(config.data, "weights", None), train.domains)
+    data = config.data
+    train, valid = (
+        Snapshots(list_trajectories(dataset, split, data.grid, data.skip_bad)) for split in ("train", "valid")
+    )
+    weights = domain_weights(data.weights, train.domains)
     sampler = None if weights is None else DomainSampler(train.sizes, c.batch_size, config.seed, weights=weights)
     tokenizer = Tokenizer(c, config.data.grid)
     tokenizer.velocity_rms.fill_(stats.velocity_rms)

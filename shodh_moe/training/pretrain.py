@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.config_io import differing_model_keys, flatten
-from shodh_moe.data.sampler import DomainSampler
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
@@ -92,7 +92,13 @@ class _LatentTask:
         self.engine = latent_engine(config, channels, list(grid))
         self.facts = facts
         self._config, self._samples, self._valid = config, samples, valid
-        self._sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, dist.get_world_size())
+        self._sampler = DomainSampler(
+            samples.sizes,
+            config.training.batch_size,
+            config.seed,
+            dist.get_world_size(),
+            domain_weights(config.data.weights, samples.domains),
+        )
         self._layers = self.engine.moe_layers
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)

@@ -139,8 +139,8 @@ def small(path: Path) -> None:
     ("damage", "severity", "says"),
     [
         (nan, "error", ("pressure of snapshot 2", "not finite")),
-        (uneven_time, "error", ("dimensions/time", "time step 2 after value 2", "equal steps")),
-        (uneven_axis, "error", ("dimensions/y", "equal steps")),
+        (uneven_time, "error", ("dimensions/time", "time step 2 after value 2", "constant time step")),
+        (uneven_axis, "error", ("dimensions/y", "constant spacing")),
         (negative_axis, "error", ("dimensions/y", "-1", "positive")),
         (flat_cells, "error", ("cells of 1 x 2 x 1", "cubes")),
         (fast_solids, "warning", ("t1_fields/velocity", "in solid voxels", "expected 0")),

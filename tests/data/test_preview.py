@@ -29,7 +29,7 @@ def test_pictures_of_a_folder_and_of_a_file(tmp_path: Path, capfd: pytest.Captur
 
 
 def test_vorticity_of_a_shear_and_of_a_wave() -> None:
-    record = TrajectoryRecord(Path("x"), 0, "d", 1, (16, 8, 8), (True, False, False), (0.5, 0.5, 0.5))
+    record = TrajectoryRecord(Path("x"), 0, "d", 1, (16, 8, 8), (True, False, False), spacing=(0.5, 0.5, 0.5))
     x, y, _ = np.meshgrid(*[0.5 * np.arange(n) for n in record.grid], indexing="ij")
     zero, fluid = np.zeros_like(x), np.zeros(record.grid, dtype=bool)
     shear = vorticity(np.stack([3 * y, zero, zero]).astype(np.float32), fluid, record)

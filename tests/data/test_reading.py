@@ -1,4 +1,4 @@
-"""Reading: other people's files, every kind of bad file, and the torch dataset."""
+"""Reading: other people's files, and every kind of bad file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shodh_moe.data import (
-    SnapshotDataset,
     domain_names,
     list_trajectories,
     open_trajectories,
@@ -72,25 +70,6 @@ def test_index_of_a_folder(tmp_path: Path) -> None:
         ("porous_media", T, GRID)
     ] * 2
     assert domain_names(records) == ["open_channel", "porous_media"]
-
-
-@pytest.mark.parametrize("budget", [2**30, 0])
-def test_snapshot_dataset(tmp_path: Path, budget: int) -> None:
-    written(tmp_path, "open_channel", 0)
-    written(tmp_path, "porous_media", 1)
-    data = SnapshotDataset(list_trajectories(tmp_path, "train"), ram_budget_bytes=budget)
-    assert len(data) == 2 * T
-    assert data.in_memory == bool(budget)
-    fields, domain = data[T + 1]
-    wanted = simulation(1)
-    assert domain == 1
-    assert fields.dtype == torch.float32
-    assert fields.shape == (5, *GRID)
-    np.testing.assert_array_equal(fields[:3], wanted.velocity_T3XYZ[1])
-    np.testing.assert_array_equal(fields[3], wanted.pressure_TXYZ[1])
-    np.testing.assert_array_equal(fields[4], wanted.solid_XYZ)
-    with pytest.raises(UserError, match="porous_media"):
-        SnapshotDataset(data.records, domains=["open_channel"])
 
 
 def test_part_of_a_trajectory(tmp_path: Path) -> None:

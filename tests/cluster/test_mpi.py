@@ -99,7 +99,7 @@ def test_ranks_make_the_same_files_as_one_process(mpirun: str, here: Path, seria
     assert error.count("simulating: 8/8") == 1
     assert out.count("[data] data/tiny-") == 1
     done = subprocess.run(
-        [sys.executable, "-m", "shodh_moe.cli", "data", "--config", "tiny.yaml", *SLOW],
+        [sys.executable, "-m", "shodh_moe.cli", "data", "generate", "--config", "tiny.yaml", *SLOW],
         cwd=here,
         capture_output=True,
         text=True,

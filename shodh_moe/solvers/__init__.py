@@ -9,10 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.seeds import SPLIT_BASE, trajectory_seed
 
 if TYPE_CHECKING:
-    from shodh_moe.solvers.lattice_boltzmann import DivergedError, LatticeBoltzmann
+    from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
     from shodh_moe.solvers.simulation import Simulation, simulate
 
 # Raise it whenever the same config and seed no longer give the same flow: old files are then made again.
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 _HOME = {
-    "DivergedError": "lattice_boltzmann",
     "LatticeBoltzmann": "lattice_boltzmann",
     "Simulation": "simulation",
     "simulate": "simulation",

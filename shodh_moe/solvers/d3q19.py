@@ -38,10 +38,6 @@ def gather_table(solid_XYZ: NDArray[np.bool_], lid: bool) -> NDArray[np.uint32]:
             top_N = cell_N3[:, 2] == nz - 1
             source_N3[top_N, 2] = nz - 1
             from_N[top_N] = INDEX[int(cx), int(cy), 1]
-        elif lid and cz == 1:
-            bottom_N = cell_N3[:, 2] == 0
-            if bottom_N.any():
-                raise ValueError("a lid needs a solid bottom layer: solid_XYZ[:, :, 0] must be all True")
         source_N = number_XYZ[tuple(source_N3.T)]
         blocked_N = source_N < 0
         source_N = np.where(blocked_N, here_N, source_N)

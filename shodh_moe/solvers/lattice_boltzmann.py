@@ -14,16 +14,11 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from shodh_moe.kernels.lattice_boltzmann import MAGIC, relaxation_rates
 from shodh_moe.solvers.d3q19 import SOUND_SPEED, VELOCITIES_Q3, WEIGHTS_Q, Q, gather_table
 from shodh_moe.solvers.kernel import FREE, HOLD, KEEP, advance_parallel, advance_serial
+from shodh_moe.solvers.limits import checked_mask, require_slow
 from shodh_moe.solvers.scalar import Scalar
 from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
-MAX_SPEED = 0.3
-
-__all__ = ["MAGIC", "MAX_SPEED", "SOUND_SPEED", "DivergedError", "LatticeBoltzmann"]
-
-
-class DivergedError(ArithmeticError):
-    """The flow became non-finite or faster than the method allows; the message says which and by how much."""
+__all__ = ["MAGIC", "SOUND_SPEED", "LatticeBoltzmann"]
 
 
 class LatticeBoltzmann:
@@ -55,13 +50,7 @@ class LatticeBoltzmann:
         smagorinsky: float = 0.0,
         diffusivity: float | None = None,
     ) -> None:
-        solid_XYZ = np.asarray(solid_XYZ, dtype=bool)
-        if solid_XYZ.ndim != 3 or solid_XYZ.all():
-            raise ValueError(f"solid_XYZ must be a 3D mask with some fluid, not shape {solid_XYZ.shape}")
-        if not viscosity > 0:
-            raise ValueError(f"viscosity must be positive, not {viscosity}")
-        if not smagorinsky >= 0:
-            raise ValueError(f"smagorinsky must not be negative, not {smagorinsky}")
+        solid_XYZ = checked_mask(solid_XYZ, viscosity, lid, smagorinsky, diffusivity)
         self.solid_XYZ = solid_XYZ
         self.viscosity = float(viscosity)
         self.lid = lid
@@ -150,11 +139,7 @@ class LatticeBoltzmann:
 
     def check(self, name: str) -> None:
         """Raise `DivergedError` naming the flow ``name`` if it is non-finite or faster than 0.3 anywhere."""
-        speed = float(np.sqrt((self.velocity() ** 2).sum(0).max()))
-        if not np.isfinite(speed):
-            raise DivergedError(f"{name}: the solver diverged (non-finite velocity)")
-        if speed > MAX_SPEED:
-            raise DivergedError(f"{name}: speed {speed:.3g} exceeds {MAX_SPEED} lattice units")
+        require_slow(name, float(np.sqrt((self.velocity() ** 2).sum(0).max())))
 
     def _populations(self) -> NDArray[np.floating]:
         return self._f_2F[self._current].reshape(Q, -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shodh_moe.errors import UserError
 from shodh_moe.kernels import lattice_boltzmann as reference
-from shodh_moe.solvers.lattice_boltzmann import MAX_SPEED, DivergedError
+from shodh_moe.solvers.limits import checked_mask, require_slow
 from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
 GRAPH_STEPS = 32  # even, so that a graph ends in the buffer it began with
@@ -53,17 +53,7 @@ class LatticeBoltzmannGPU:
         diffusivity: float | None = None,
         device: str | torch.device = "cuda",
     ) -> None:
-        solid_XYZ = np.asarray(solid_XYZ, dtype=bool)
-        if solid_XYZ.ndim != 3 or solid_XYZ.all():
-            raise ValueError(f"solid_XYZ must be a 3D mask with some fluid, not shape {solid_XYZ.shape}")
-        if not viscosity > 0:
-            raise ValueError(f"viscosity must be positive, not {viscosity}")
-        if not smagorinsky >= 0:
-            raise ValueError(f"smagorinsky must not be negative, not {smagorinsky}")
-        if diffusivity is not None and not diffusivity > 0:
-            raise ValueError(f"diffusivity must be positive, not {diffusivity}")
-        if lid and not solid_XYZ[:, :, 0].all():
-            raise ValueError("a lid needs a solid bottom layer: solid_XYZ[:, :, 0] must be all True")
+        solid_XYZ = checked_mask(solid_XYZ, viscosity, lid, smagorinsky, diffusivity)
         self.device = torch.device(device)
         self._kernels = _kernels(self.device)
         self.solid_XYZ = solid_XYZ
@@ -153,11 +143,7 @@ class LatticeBoltzmannGPU:
 
     def check(self, name: str) -> None:
         """Raise `DivergedError` naming the flow ``name`` if it is non-finite or faster than 0.3 anywhere."""
-        speed = float(self._velocity().square().sum(0).max().sqrt())
-        if not np.isfinite(speed):
-            raise DivergedError(f"{name}: the solver diverged (non-finite velocity)")
-        if speed > MAX_SPEED:
-            raise DivergedError(f"{name}: speed {speed:.3g} exceeds {MAX_SPEED} lattice units")
+        require_slow(name, float(self._velocity().square().sum(0).max().sqrt()))
 
     def _zeros(self, rows: int) -> Tensor:
         dtype = torch.float64 if self.dtype == np.float64 else torch.float32

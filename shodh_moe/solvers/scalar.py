@@ -21,16 +21,11 @@ class Scalar:
 
     Args:
         table_QN: the first seven rows of the flow's `gather_table`.
-        diffusivity: lattice units.
+        diffusivity: lattice units, > 0.
         dtype: float32 or float64, of the populations.
-
-    Raises:
-        ValueError: a diffusivity <= 0.
     """
 
     def __init__(self, table_QN: NDArray[np.uint32], diffusivity: float, dtype: DTypeLike) -> None:
-        if not diffusivity > 0:
-            raise ValueError(f"diffusivity must be positive, not {diffusivity}")
         self._table_QN = table_QN
         self._g_2F = np.zeros((2, table_QN.size), dtype)
         self._current = 0

@@ -13,7 +13,8 @@ from shodh_moe.solvers.calibration import calibrate
 from shodh_moe.solvers.d3q19 import SOUND_SPEED
 from shodh_moe.solvers.domains import Domain
 from shodh_moe.solvers.flow import FlowSetup
-from shodh_moe.solvers.lattice_boltzmann import DivergedError, LatticeBoltzmann
+from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
+from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.seeds import trajectory_seed
 
 # Time steps between two measurements of a mean velocity that is held; over the first time it comes back by 1 - 1/e.

@@ -14,7 +14,8 @@ from shodh_moe.errors import UserError
 from shodh_moe.kernels import backend
 from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers import on_gpu
-from shodh_moe.solvers.lattice_boltzmann import DivergedError, LatticeBoltzmann
+from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
+from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.on_gpu import LatticeBoltzmannGPU
 from tests.kernels.forms import DEVICE
 

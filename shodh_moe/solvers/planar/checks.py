@@ -7,7 +7,7 @@ import math
 import torch
 
 from shodh_moe.errors import UserError
-from shodh_moe.solvers.lattice_boltzmann import DivergedError
+from shodh_moe.solvers.limits import DivergedError
 
 
 def require_input(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from shodh_moe.errors import UserError
-from shodh_moe.solvers.lattice_boltzmann import DivergedError
+from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_input, substeps
 from shodh_moe.solvers.planar.etdrk4 import advance, coefficients
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.errors import UserError
-from shodh_moe.solvers.lattice_boltzmann import DivergedError
+from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_input
 
 CHANNELS = ("depth", "momentum_x", "momentum_y")

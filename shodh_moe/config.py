@@ -75,7 +75,9 @@ class TokenizerConfig(Section):
 
     path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
     root: str = "tokenizers"
-    operator: Literal["spectral"] = "spectral"
+    operator: Literal["spectral", "central2", "central4", "staggered"] = Field(
+        "spectral", description="the derivative for which the decoded velocity is free of divergence"
+    )
     latent_channels: Annotated[int, Field(gt=0, le=4 * COMPRESSION**3)] = 128
     widths: list[Positive] = Field([32, 64, 128], description="channels after each of the three stride-2 stages")
     blocks: Positive = Field(1, description="residual blocks per stage")

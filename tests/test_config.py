@@ -106,7 +106,10 @@ def test_a_key_like_no_other_names_the_sections(tmp_path: Path) -> None:
         ("data.grid=[16, 20, 16]", "grid [16, 20, 16] is not divisible by the tokenizer's compression 8"),
         ("data.domains.open_channel=5", "data.domains.open_channel should be a section of `key: value` lines, not 5"),
         ("deepspeed=3", "deepspeed should be a section"),
-        ("tokenizer.operator=upwind", "tokenizer.operator should be 'spectral', 'central2', 'central4' or 'staggered', not 'upwind'"),
+        (
+            "tokenizer.operator=upwind",
+            "tokenizer.operator should be 'spectral', 'central2', 'central4' or 'staggered', not 'upwind'",
+        ),
         ("tokenizer.latent_channels=4096", "tokenizer.latent_channels should be less than or equal to 2048"),
         ("model.dim=25", "dim 25 must divide into 2 heads"),
         ("name=5", "name should be a valid string, not 5"),

@@ -65,22 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     run = _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
-    data = commands.add_parser(
-        "data",
-        help="generate a dataset, import your own, check it or look at it",
-        epilog=EXAMPLE.format(command="data generate"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds = data.add_subparsers(required=True, metavar="step")
+    text = "generate a dataset, import your own, check it or look at it"
+    kinds = _steps(commands, "data", text, EXAMPLE.format(command="data generate"))
     _command(kinds, "generate", "generate the dataset", _stage("make_data"), "data generate")
     add_data_commands(kinds)
-    tokenizer = commands.add_parser(
-        "tokenizer",
-        help="train the tokenizer or encode a dataset with it",
-        epilog=EXAMPLE.format(command="tokenizer train"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    steps = tokenizer.add_subparsers(required=True, metavar="step")
+    text = "train the tokenizer or encode a dataset with it"
+    steps = _steps(commands, "tokenizer", text, EXAMPLE.format(command="tokenizer train"))
     _command(steps, "train", "train the tokenizer", _stage("make_tokenizer"), "tokenizer train")
     _command(steps, "encode", "cache the latents of the dataset", _stage("make_latents"), "tokenizer encode")
     pretrain = _command(commands, "pretrain", "pretrain the latent transformer under the DeepSpeed launcher", _pretrain)
@@ -106,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 MODEL = "a run folder (its newest intact checkpoint), a checkpoint, or an exported folder"
+
+
+def _steps(commands: Any, name: str, text: str, example: str) -> Any:
+    """A command that is several, ``shodh <name> <step>``; returns what its steps are added to."""
+    parser = commands.add_parser(name, help=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser.add_subparsers(required=True, metavar="step")
 
 
 def _command(
@@ -134,13 +130,7 @@ def _add_predict(commands: Any) -> None:
 
 def _add_checkpoint(commands: Any) -> None:
     example = "example: shodh checkpoint export runs/trial --output trial_model"
-    parser = commands.add_parser(
-        "checkpoint",
-        help="show, check or export a checkpoint",
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    steps = parser.add_subparsers(required=True, metavar="step")
+    steps = _steps(commands, "checkpoint", "show, check or export a checkpoint", example)
     for name, text, work in (
         ("inspect", "show what a checkpoint holds", _inspect),
         ("verify", "check every byte of a checkpoint, of all checkpoints of a run, or of an exported folder", _verify),
@@ -172,13 +162,8 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_expert(commands: Any) -> None:
     example = "example: shodh expert {step} --config configs/ccm/reaction_diffusion.yaml"
-    parser = commands.add_parser(
-        "expert",
-        help="train neural operators on regimes of a 2D equation, to be merged",
-        epilog=example.format(step="train"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    steps = parser.add_subparsers(required=True, metavar="step")
+    text = "train neural operators on regimes of a 2D equation, to be merged"
+    steps = _steps(commands, "expert", text, example.format(step="train"))
     for name, text in (
         ("data", "generate the regimes of the config's family"),
         ("train", "train an anchor, or fine-tune an expert from one; makes the data where they are missing"),

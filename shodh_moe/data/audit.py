@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shodh_moe.data.check import check_dataset
 from shodh_moe.data.derivatives import relative_divergence
-from shodh_moe.data.listing import SPLITS, domain_names
+from shodh_moe.data.listing import domain_names, files_of
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
 from shodh_moe.data.schema import schema_findings
@@ -111,24 +111,6 @@ def audit(path: Path, skip_bad: bool = False) -> Report:
         report.findings += _splits(path, records)
         report.findings += _stats(path, sums, complete=not bad or skip_bad)
     return report
-
-
-def files_of(path: Path) -> dict[str, list[Path]]:
-    """The HDF5 files of each split of a dataset's folder; of one file, a split without a name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path.is_file():
-        return {"": [path]}
-    found = {}
-    for split in SPLITS:
-        root = path / "data" / split
-        files = sorted(one for ending in ("*.hdf5", "*.h5") for one in root.glob(ending) if one.name[0] != ".")
-        found[split] = files
-    if not any(found.values()):
-        raise UserError(f"no HDF5 files in {path}/data/train, valid or test: give a dataset's folder, or one file")
-    return found
 
 
 def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:

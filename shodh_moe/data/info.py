@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shodh_moe.data.audit import files_of
+from shodh_moe.data.listing import files_of
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
 from shodh_moe.errors import UserError

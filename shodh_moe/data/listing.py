@@ -31,8 +31,7 @@ def list_trajectories(
     root = Path(folder) / "data" / split
     if split not in SPLITS:
         raise UserError(f"no split named {split!r}: choose one of {', '.join(SPLITS)}")
-    # A leading dot marks an unfinished file.
-    paths = sorted(p for ending in ("*.hdf5", "*.h5") for p in root.glob(ending) if not p.name.startswith("."))
+    paths = _hdf5_files(root)
     if not paths:
         raise UserError(f"no HDF5 files in {root}: generate the data first, or check data.path")
     records: dict[Path, list[TrajectoryRecord]] = {}
@@ -55,6 +54,25 @@ def list_trajectories(
     if not left:
         raise UserError(f"none of the {len(paths)} files in {root} can be used: see the lines above")
     return left
+
+
+def files_of(path: Path) -> dict[str, list[Path]]:
+    """The HDF5 files of each split of a dataset's folder; of one file, a split without a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        return {"": [path]}
+    found = {split: _hdf5_files(path / "data" / split) for split in SPLITS}
+    if not any(found.values()):
+        raise UserError(f"no HDF5 files in {path}/data/train, valid or test: give a dataset's folder, or one file")
+    return found
+
+
+def _hdf5_files(root: Path) -> list[Path]:
+    # A leading dot marks an unfinished file.
+    return sorted(p for ending in ("*.hdf5", "*.h5") for p in root.glob(ending) if not p.name.startswith("."))
 
 
 def _require_inside(path: Path, folder: Path) -> None:

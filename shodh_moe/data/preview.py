@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from shodh_moe.data.audit import files_of
 from shodh_moe.data.derivatives import vorticity
+from shodh_moe.data.listing import files_of
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
 from shodh_moe.errors import UserError
 from shodh_moe.files import atomic_file

@@ -164,19 +164,17 @@ class LatticeBoltzmannGPU:
             raise ValueError("this flow carries no scalar: make it with a diffusivity")
         return self._g[self._current]
 
+    def _flow_step(
+        self, force_4: Tensor, rates_4: Tensor, velocity_3N: Tensor | None, eddies: bool, held: bool = False
+    ) -> None:
+        """The flow alone, from its current buffer into the other one."""
+        switches = {"lid": self.lid, "eddies": eddies, "held": held}
+        f_QN, out_QN = self._f[self._current], self._f[1 - self._current]
+        self._kernels.step(f_QN, out_QN, self._word_N, self._shape, force_4, rates_4, velocity_3N, **switches)
+
     def _step(self, force_4: Tensor) -> None:
         now, then = self._current, 1 - self._current
-        self._kernels.step(
-            self._f[now],
-            self._f[then],
-            self._word_N,
-            self._shape,
-            force_4,
-            self._rates_4,
-            self._velocity_3N,
-            lid=self.lid,
-            eddies=self.smagorinsky > 0,
-        )
+        self._flow_step(force_4, self._rates_4, self._velocity_3N, eddies=self.smagorinsky > 0)
         if self._velocity_3N is not None:
             self._kernels.scalar_step(
                 self._g[now],
@@ -204,20 +202,8 @@ class LatticeBoltzmannGPU:
         """Step the flow without force, its velocity held; the scalar waits."""
         force_4 = rates_4.new_zeros(4)
         for _ in range(steps):
-            now, then = self._current, 1 - self._current
-            self._kernels.step(
-                self._f[now],
-                self._f[then],
-                self._word_N,
-                self._shape,
-                force_4,
-                rates_4,
-                velocity_3N,
-                lid=self.lid,
-                eddies=eddies,
-                held=True,
-            )
-            self._current = then
+            self._flow_step(force_4, rates_4, velocity_3N, eddies, held=True)
+            self._current = 1 - self._current
         if self._g and steps % 2:  # the graph knows the scalar's buffers by place: they cannot be exchanged
             self._g[self._current].copy_(self._g[1 - self._current])
 

@@ -6,7 +6,7 @@ Each file holds the plain torch form of its operation, which defines the result 
 from shodh_moe.kernels.cosine_gating import cosine_top1_gating
 from shodh_moe.kernels.dispatch import combine, dispatch
 from shodh_moe.kernels.gating import Gating, expert_capacity, top1_gating
-from shodh_moe.kernels.spectral_curl import curl, differentiation_matrix, divergence
+from shodh_moe.kernels.spectral_curl import curl, differentiation_matrix, divergence, divergence_adjoint
 
 __all__ = [
     "Gating",
@@ -16,6 +16,7 @@ __all__ = [
     "differentiation_matrix",
     "dispatch",
     "divergence",
+    "divergence_adjoint",
     "expert_capacity",
     "top1_gating",
 ]

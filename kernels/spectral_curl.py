@@ -30,7 +30,7 @@ from shodh_moe.kernels.differentiation import (
     stencil,
 )
 
-__all__ = ["OPERATORS", "curl", "differentiation_matrix", "divergence"]
+__all__ = ["OPERATORS", "curl", "differentiation_matrix", "divergence", "divergence_adjoint"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -74,6 +74,18 @@ def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0
     """
     _check_field("u_B3XYZ", u_B3XYZ, operator, spacing)
     return _divergence(u_B3XYZ, operator, float(spacing))
+
+
+def divergence_adjoint(g_BXYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
+    """D^T g, the transposed `divergence`: [B, 3, X, Y, Z] with the components D_i^T g (-D_i g for antisymmetric D).
+
+    float32 or float64, any strides.
+
+    Raises:
+        ValueError: a wrong rank, dtype, operator, spacing or size, as for `curl`.
+    """
+    _check_field("g_BXYZ", g_BXYZ[:, None].expand(-1, 3, *g_BXYZ.shape[1:]), operator, spacing)
+    return _divergence_backward(g_BXYZ, operator, float(spacing))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -78,23 +78,48 @@ class TokenizerConfig(Section):
     operator: Literal["spectral", "central2", "central4", "staggered"] = Field(
         "spectral", description="the derivative for which the decoded velocity is free of divergence"
     )
+    walls: Literal["none", "ramp", "exact"] = Field(
+        "none", description="velocity in solids: small; zero, by a potential that vanishes there; zero, the nearest one"
+    )
+    decoder: Literal["helmholtz", "direct"] = Field(
+        "helmholtz", description="direct: a control, the raw velocity as it is, free of no divergence"
+    )
+    divergence_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the mean squared divergence in the loss; for the direct decoder"
+    )
     latent_channels: Annotated[int, Field(gt=0, le=4 * COMPRESSION**3)] = 128
     widths: list[Positive] = Field([32, 64, 128], description="channels after each of the three stride-2 stages")
     blocks: Positive = Field(1, description="residual blocks per stage")
     steps: Positive = 400
     batch_size: Positive = 8
     learning_rate: PositiveFloat = 1e-3
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the convolutions; bfloat16: autocast, the velocity is conserved in float32"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute each stage in the backward pass: less memory")
     checkpoint_every: Positive = 100
     log_every: Positive = 20
     latent_copies: Positive = Field(
         4,
         description="latent copies of each training trajectory: itself, and others under random symmetries",
     )
+    latent_symmetries: Literal["all", "shifts", "cube"] = Field(
+        "all", description="of those copies: shifts, the cube's rotations and reflections, or both, as the flow has them"
+    )
 
     @model_validator(mode="after")
-    def _widths(self) -> TokenizerConfig:
+    def _fitting(self) -> TokenizerConfig:
         if len(self.widths) != 3:
             raise ValueError(f"widths needs one entry for each of the three stages, not {self.widths}")
+        if self.walls != "none" and self.operator == "spectral":
+            raise ValueError(
+                f"walls {self.walls!r} needs a local operator: a spectral derivative feels the solids everywhere; "
+                "set operator to staggered, central2 or central4"
+            )
+        if self.decoder == "direct" and self.walls != "none":
+            raise ValueError("the direct decoder has no walls to keep: set walls to none")
+        if self.decoder == "helmholtz" and self.divergence_weight:
+            raise ValueError("divergence_weight is for the direct decoder: the helmholtz decoder has no divergence")
         return self
 
 

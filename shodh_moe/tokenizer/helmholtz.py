@@ -1,27 +1,16 @@
-"""The vector potential of a velocity field on a periodic grid."""
+"""A raw velocity made divergence-free: the Helmholtz decoder's last step (DESIGN 3.1).
+
+Shapes: B batch, 3 components, X Y Z space, periodic.
+"""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels import curl, differentiation_matrix
-
-
-@lru_cache(maxsize=16)
-def _inverse_laplacian(shape: tuple[int, int, int], operator: str) -> Tensor:
-    """1 / |k_D|^2 for every mode of a real transform, [X, Y, Z // 2 + 1], float64; 0 where k_D = 0."""
-    k_x, k_y, k_z = (
-        # A circulant matrix is diagonal in Fourier space; its first column transforms into its symbol: i k_D,
-        # with a real k_D for the antisymmetric operators, a complex one for the staggered.
-        torch.fft.fft(differentiation_matrix(size, operator, 1.0, torch.float64)[:, 0]).abs()
-        for size in shape
-    )
-    k_z = k_z[: shape[2] // 2 + 1]
-    square = k_x[:, None, None] ** 2 + k_y[None, :, None] ** 2 + k_z[None, None, :] ** 2
-    return torch.where(square > 1e-12, 1 / square.clamp(min=1e-12), 0.0)
+from shodh_moe.kernels import curl
+from shodh_moe.tokenizer.laplacian import inverse_laplacian
+from shodh_moe.tokenizer.walls import may_flow, project, ramp, to_centres, to_faces
 
 
 def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
@@ -35,5 +24,38 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
     """
     rotation = curl(u_B3XYZ, operator=operator, adjoint=True)
     shape = (u_B3XYZ.shape[2], u_B3XYZ.shape[3], u_B3XYZ.shape[4])
-    inverse = _inverse_laplacian(shape, operator).to(device=rotation.device, dtype=rotation.dtype)
+    inverse = inverse_laplacian(shape, operator).to(device=rotation.device, dtype=rotation.dtype)
     return torch.fft.irfftn(torch.fft.rfftn(rotation, dim=(2, 3, 4)) * inverse, s=shape, dim=(2, 3, 4))
+
+
+def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, walls: str) -> Tensor:
+    """A velocity near w for which div_D is zero, [B, 3, X, Y, Z]; for ``staggered`` on the lower faces of the voxels.
+
+    Args:
+        w_B3XYZ: at the voxels' centres, zero in solids; float32 or float64.
+        solid_B1XYZ: 1 in solid voxels, 0 elsewhere.
+        walls: ``none``: u = curl_D(A) + Ubar with the potential and the mean of w; small in solids, not zero.
+            ``ramp``: u = curl_D(ramp A) + carrier; zero in solids. The carrier is the mean of w made free of divergence
+            between the walls; nothing else passes through throats. ``exact``: the nearest there is (`walls.project`).
+    """
+    if operator == "staggered":
+        w_B3XYZ = _on_faces(w_B3XYZ, may_flow(solid_B1XYZ.to(w_B3XYZ.dtype), operator))
+    if walls == "exact":
+        return project(w_B3XYZ, solid_B1XYZ, operator)
+    mean_B3 = w_B3XYZ.mean(dim=(2, 3, 4))
+    if walls == "none":
+        return curl(vector_potential(w_B3XYZ, operator), mean_B3, operator)
+    carrier = project(mean_B3[:, :, None, None, None].expand_as(w_B3XYZ), solid_B1XYZ, operator)
+    potential = vector_potential(w_B3XYZ - carrier, operator)
+    return curl(ramp(solid_B1XYZ.to(w_B3XYZ.dtype), operator) * potential, operator=operator) + carrier
+
+
+def at_centres(u_B3XYZ: Tensor, operator: str) -> Tensor:
+    """A `conserved_velocity` where the data are, at the voxels' centres."""
+    return to_centres(u_B3XYZ) if operator == "staggered" else u_B3XYZ
+
+
+def _on_faces(w_B3XYZ: Tensor, mask_B3XYZ: Tensor) -> Tensor:
+    """w from centres to faces, so that `to_centres` gives it back up to fourth order."""
+    faces_B3XYZ = mask_B3XYZ * to_faces(w_B3XYZ)
+    return faces_B3XYZ + mask_B3XYZ * to_faces(w_B3XYZ - to_centres(faces_B3XYZ))

@@ -16,28 +16,35 @@ from torch import Tensor, nn
 from shodh_moe.config import COMPRESSION, TokenizerConfig
 from shodh_moe.errors import UserError
 from shodh_moe.files import atomic_file, sha256, write_text
-from shodh_moe.kernels import curl
+from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
-from shodh_moe.tokenizer.helmholtz import vector_potential
+from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
 
 FIELDS = ("velocity", "pressure", "solid")  # what a tokenizer reads
 
 
 class Flow(NamedTuple):
-    """Decoded fields in the units of the data. ``velocity`` may have a wider dtype than ``pressure``."""
+    """Decoded fields in the units of the data. The velocities may have a wider dtype than the pressure.
+
+    Attributes:
+        velocity_B3XYZ: at the voxels' centres, where the data are.
+        pressure_B1XYZ: there as well.
+        conserved_B3XYZ: the velocity whose divergence vanishes: with the operator ``staggered`` that on the lower
+            faces of the voxels, of which ``velocity`` is the mean; otherwise ``velocity`` itself.
+    """
 
     velocity_B3XYZ: Tensor
     pressure_B1XYZ: Tensor
+    conserved_B3XYZ: Tensor
 
 
 class Tokenizer(nn.Module):
-    """Autoencoder with a Helmholtz decoder, u = curl_D(A) + Ubar (DESIGN 3.1), and all its statistics.
+    """Autoencoder with a Helmholtz decoder (DESIGN 3.1), and all its statistics.
 
-    The decoder's layers give a raw velocity w; its mean is Ubar, and A is the vector potential of its rotation
-    in the Coulomb gauge (`vector_potential`). So the linear patches can start from what the data say about
-    velocities, and no layer has to learn to undo a curl, whose gain grows with the wave number (ours; see
-    docs/tokenizer.md).
+    The decoder's layers give a raw velocity; `conserved_velocity` makes it free of divergence, and with
+    ``tokenizer.walls`` zero in solids. So the linear patches can start from what the data say about velocities, and no
+    layer has to learn to undo a curl, whose gain grows with the wave number (ours; see docs/tokenizer.md).
 
     One velocity scale and one pressure scale (rms over every domain of the training split) normalise the
     fields; latents are normalised per channel. All statistics are buffers and travel with the weights.
@@ -86,18 +93,20 @@ class Tokenizer(nn.Module):
         return torch.einsum("cp,bpxyz->bcxyz", self.geometry_basis_CP, patches_BPxyz)
 
     def decode_normalised(self, z_raw: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
-        """Raw latents -> fields over their training rms; the curl is computed in ``dtype``."""
+        """Raw latents -> fields over their training rms; the velocity is made conservative in ``dtype``, or float32."""
         raw, pressure = self.decoder(z_raw, solid_B1XYZ)
-        raw = raw.to(dtype or raw.dtype)
-        potential = vector_potential(raw, self.config.operator)
-        velocity = curl(potential, raw.mean(dim=(2, 3, 4)), self.config.operator)
-        return Flow(velocity, pressure)
+        raw, pressure = raw.to(dtype or compute_dtype(raw.dtype)), pressure.to(compute_dtype(pressure.dtype))
+        if self.config.decoder == "direct":
+            return Flow(raw, pressure, raw)
+        with torch.autocast(raw.device.type, enabled=False):
+            conserved = conserved_velocity(raw, solid_B1XYZ, self.config.operator, self.config.walls)
+            return Flow(at_centres(conserved, self.config.operator), pressure, conserved)
 
     def decode(self, z: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
-        """Normalised latents -> fields in the data's units; div_D(velocity) vanishes to the rounding of ``dtype``."""
+        """Normalised latents -> fields in the data's units; div_D(conserved) vanishes to the rounding of ``dtype``."""
         z_raw = z * _column(self.latent_std_C) + _column(self.latent_mean_C)
-        flow = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
-        return Flow(flow.velocity_B3XYZ * self.velocity_rms, flow.pressure_B1XYZ * self.pressure_rms)
+        velocity, pressure, conserved = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
+        return Flow(velocity * self.velocity_rms, pressure * self.pressure_rms, conserved * self.velocity_rms)
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights).

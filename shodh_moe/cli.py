@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from shodh_moe.command import (
     exit_code,
     plain_command,
 )
-from shodh_moe.config import Config
-from shodh_moe.config_io import load_config, load_config_of
+from shodh_moe.config_command import EXAMPLE, config_command, config_of, overrides_of, stage
+from shodh_moe.config_io import load_config_of
 from shodh_moe.data_command import add_data_commands
 from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-
-EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
+from shodh_moe.tokenizer_command import add_tokenizer_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,28 +62,31 @@ def _parser() -> argparse.ArgumentParser:
         "130 interrupted, 1 everything else",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    run = _command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
+    run = config_command(commands, "run", "the main job: every stage that is not up to date, then the report", _run)
     text = "generate a dataset, import your own, check it or look at it"
     kinds = _steps(commands, "data", text, EXAMPLE.format(command="data generate"))
-    _command(kinds, "generate", "generate the dataset", _stage("make_data"), "data generate")
+    config_command(kinds, "generate", "generate the dataset", stage("make_data"), "data generate")
     add_data_commands(kinds)
-    text = "train the tokenizer or encode a dataset with it"
+    text = "train the tokenizer, encode a dataset with it, measure it, decode latents"
     steps = _steps(commands, "tokenizer", text, EXAMPLE.format(command="tokenizer train"))
-    _command(steps, "train", "train the tokenizer", _stage("make_tokenizer"), "tokenizer train")
-    _command(steps, "encode", "cache the latents of the dataset", _stage("make_latents"), "tokenizer encode")
-    pretrain = _command(commands, "pretrain", "pretrain the latent transformer under the DeepSpeed launcher", _pretrain)
+    add_tokenizer_commands(steps)
+    pretrain = config_command(
+        commands, "pretrain", "pretrain the latent transformer under the DeepSpeed launcher", _pretrain
+    )
     for command in (run, pretrain):
         command.add_argument("--hostfile", help="train on these hosts: lines such as `worker-0 slots=8`")
     pretrain.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the run's newest one")
-    evaluate = _command(
+    evaluate = config_command(
         commands, "evaluate", "measure the newest checkpoint, or another model, on held-out trajectories", _evaluate
     )
     evaluate.add_argument("--checkpoint", type=Path, help=f"{MODEL}, in place of the config's run")
     evaluate.add_argument("--output", type=Path, help="folder for the results; needed with --checkpoint")
     _add_tokenizer(evaluate)
-    _command(commands, "report", "write the report of a run", _stage("report"))
+    config_command(commands, "report", "write the report of a run", stage("report"))
     text = "show parameters, memory of a GPU, steps and disk of a config; needs no GPU and starts nothing"
-    _command(commands, "plan", text, _plan).add_argument("--world", type=int, help="ranks; default: those of this host")
+    config_command(commands, "plan", text, _plan).add_argument(
+        "--world", type=int, help="ranks; default: those of this host"
+    )
     _add_predict(commands)
     _add_checkpoint(commands)
     _add_expert(commands)
@@ -102,14 +103,6 @@ def _steps(commands: Any, name: str, text: str, example: str) -> Any:
     """A command that is several, ``shodh <name> <step>``; returns what its steps are added to."""
     parser = commands.add_parser(name, help=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
     return parser.add_subparsers(required=True, metavar="step")
-
-
-def _command(
-    commands: Any, name: str, text: str, work: Callable[[argparse.Namespace], object], full_name: str = ""
-) -> argparse.ArgumentParser:
-    parser = plain_command(commands, name, text, EXAMPLE.format(command=full_name or name), work)
-    add_config_arguments(parser)
-    return parser
 
 
 def _add_predict(commands: Any) -> None:
@@ -226,31 +219,10 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, if it is not where its config says")
 
 
-def _config(options: argparse.Namespace) -> Config:
-    return load_config(options.config, _overrides(options), options.name)
-
-
-def _overrides(options: argparse.Namespace) -> list[str]:
-    hostfile = [f"parallel.hostfile={options.hostfile}"] if getattr(options, "hostfile", None) else []
-    overrides: list[str] = options.overrides
-    return overrides + hostfile
-
-
-def _stage(name: str) -> Callable[[argparse.Namespace], None]:
-    def work(options: argparse.Namespace) -> None:
-        from shodh_moe import pipeline
-
-        config = _config(options)
-        pipeline.check(config)
-        getattr(pipeline, name)(config)
-
-    return work
-
-
 def _pretrain(options: argparse.Namespace) -> None:
     from shodh_moe import pipeline
 
-    config = _config(options)
+    config = config_of(options)
     pipeline.check(config)
     pipeline.pretrain(config, options.resume)
 
@@ -259,7 +231,7 @@ def _run(options: argparse.Namespace) -> None:
     from shodh_moe import pipeline
     from shodh_moe.evaluation.report import summary_table
 
-    config = _config(options)
+    config = config_of(options)
     metrics = pipeline.run_all(config)
     print(summary_table(metrics))
     print(f"report: {pipeline.paths_of(config).run / 'report' / 'index.html'}")
@@ -271,12 +243,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             "--checkpoint and --output belong together (and --tokenizer to them): a run's own results go to its folder"
         )
     if not options.checkpoint:
-        _stage("evaluate")(options)
+        stage("evaluate")(options)
         return
     from shodh_moe.evaluation.elsewhere import evaluate_elsewhere
     from shodh_moe.evaluation.report import summary_table
 
-    metrics = evaluate_elsewhere(_config(options), options.checkpoint, options.output, options.tokenizer)
+    metrics = evaluate_elsewhere(config_of(options), options.checkpoint, options.output, options.tokenizer)
     print(summary_table(metrics))
     print(f"[evaluate] {options.output / 'metrics.json'}")
 
@@ -318,7 +290,7 @@ def _plan(options: argparse.Namespace) -> None:
     from shodh_moe.checks import processes
     from shodh_moe.training.plan import plan
 
-    config = _config(options)
+    config = config_of(options)
     if options.world is not None and options.world < 1:
         raise UserError(f"--world {options.world}: give the number of ranks, at least 1")
     print(plan(config, options.world or processes(config)))
@@ -334,7 +306,7 @@ def _expert(options: argparse.Namespace) -> None:
     from shodh_moe.ccm import stages
     from shodh_moe.ccm.config import ExpertConfig
 
-    config = load_config_of(ExpertConfig, options.config, _overrides(options), options.name)
+    config = load_config_of(ExpertConfig, options.config, overrides_of(options), options.name)
     stages.check(config)
     stages.make_data(config)
     if options.step == "train":

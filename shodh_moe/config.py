@@ -104,7 +104,8 @@ class TokenizerConfig(Section):
         description="latent copies of each training trajectory: itself, and others under random symmetries",
     )
     latent_symmetries: Literal["all", "shifts", "cube"] = Field(
-        "all", description="of those copies: shifts, the cube's rotations and reflections, or both, as the flow has them"
+        "all",
+        description="of those copies: shifts, the cube's rotations and reflections, or both, as the flow has them",
     )
 
     @model_validator(mode="after")

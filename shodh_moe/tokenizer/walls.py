@@ -56,7 +56,7 @@ def to_centres(u_B3XYZ: Tensor) -> Tensor:
 
 
 def may_flow(solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """Mask [B, 3, X, Y, Z] of the components that need not vanish: 1 in fluid; for ``staggered`` between two voxels of it.
+    """Mask [B, 3, X, Y, Z] of what need not vanish: 1 in fluid; for ``staggered`` on faces between two fluid voxels.
 
     For ``central4`` the mask of v above: 1 in fluid voxels with transverse neighbours that are all fluid.
     """

@@ -62,7 +62,7 @@ def test_the_decoded_velocity_is_divergence_free(
 ) -> None:
     tokenizer = random_tokenizer(grid, operator)
     mask = solid(grid, 3)
-    velocity = tokenizer.decode(torch.randn(3, 16, *tokenizer.latent_grid), mask, dtype).velocity_B3XYZ
+    velocity = tokenizer.decode(torch.randn(3, 16, *tokenizer.latent_grid), mask, dtype).conserved_B3XYZ
     assert velocity.dtype == (dtype or torch.float32)
     assert rms(velocity) > 0.01
     assert rms(divergence(velocity.double(), operator)) <= most * rms(velocity)

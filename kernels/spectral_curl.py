@@ -79,13 +79,12 @@ def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0
 def divergence_adjoint(g_BXYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
     """D^T g, the transposed `divergence`: [B, 3, X, Y, Z] with the components D_i^T g (-D_i g for antisymmetric D).
 
-    float32 or float64, any strides.
-
-    Raises:
-        ValueError: a wrong rank, dtype, operator, spacing or size, as for `curl`.
+    Dtypes and errors as for `curl`.
     """
-    _check_field("g_BXYZ", g_BXYZ[:, None].expand(-1, 3, *g_BXYZ.shape[1:]), operator, spacing)
-    return _divergence_backward(g_BXYZ, operator, float(spacing))
+    if g_BXYZ.ndim != 4:
+        raise ValueError(f"g_BXYZ has shape {list(g_BXYZ.shape)}; expected [B, X, Y, Z]")
+    _check_field("g_BXYZ", g_BXYZ[:, None].expand(-1, 3, -1, -1, -1), operator, spacing)
+    return _divergence_backward(g_BXYZ.to(compute_dtype(g_BXYZ.dtype)), operator, float(spacing))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,16 @@
-"""Train a config's tokenizer: python launch/train_tokenizer.py --config configs/quickstart.yaml"""
+"""Training of the tokenizer: one process, or one rank of many, however it is started.
 
-import sys
+python launch/train_tokenizer.py --config C                     one process
+deepspeed --num_gpus 8 launch/train_tokenizer.py --config C     eight ranks of this host
+srun python launch/train_tokenizer.py --config C                and every other way of launch/pretrain.py
 
-from shodh_moe.cli import main
+The data must be there: `shodh data generate --config C` makes them.
+"""
+
+from shodh_moe.cli import main as shodh
+from shodh_moe.command import end_rank
+from shodh_moe.training.rank import script_main
+from shodh_moe.training.tokenizer_rank import main as train
 
 if __name__ == "__main__":
-    sys.exit(main(["tokenizer", "train", *sys.argv[1:]]))
+    end_rank(lambda: script_main(lambda arguments: shodh(["tokenizer", "train", *arguments]), train))

@@ -163,6 +163,18 @@ def open_run_folder(config: Config) -> None:
         write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
 
 
+def open_tokenizer_folder(config: Config, folder: Path) -> None:
+    """Make the folder in which a tokenizer is trained; its name tells that it belongs to ``config``.
+
+    Args:
+        config: from `tokenizer_run`.
+    """
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    if not (folder / "config.yaml").exists() or (folder / "config.yaml").read_text(encoding="utf-8") != text:
+        write_text(folder / "config.yaml", text)
+    write_environment(folder)
+
+
 def write_environment(run: Path) -> None:
     """Tell in the run folder what machine and versions it is trained with."""
     write_text(run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shodh_moe.errors import UserError
 
@@ -86,25 +87,75 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``target`` when the block ends well, and vanishes otherwise.
 
+    Several processes may do this at once. If ``target`` was not there at the start, the first that ends makes it.
+
+    Args:
+        keep_first: the others make the same, so that one that comes later is content with what is there.
+
     Raises:
-        UserError: the disk is full, or writing is not permitted.
+        UserError: the disk is full, writing is not permitted, or another process was first.
     """
-    temporary = target.with_name(f".writing-{target.name}")
+    workshop = target.with_name(f".writing-{target.name}-{uuid.uuid4().hex}")
+    temporary, replaces, lock = workshop / target.name, target.exists(), None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        workshop.mkdir(parents=True)
+        lock = _lock_file(workshop)
+        _remove_abandoned(target)
+        temporary.mkdir()
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        replace_folder(temporary, target)
+        _put(temporary, target, replaces, keep_first)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if reason := disk_trouble(error):
             raise UserError(f"cannot write {target}: {reason}") from error
+        if type(error) is UserError and str(temporary) in str(error):
+            raise UserError(str(error).replace(str(temporary), str(target))) from error
         raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+        if lock:
+            lock.close()
+
+
+def _put(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> None:
+    try:
+        if replaces:
+            replace_folder(temporary, target)
+        else:
+            os.rename(temporary, target)
+            sync(target.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.is_dir():
+            raise
+        if not keep_first:
+            raise UserError(
+                f"{target} was written by another process meanwhile and stays as that left it: use it, or remove it "
+                "and run again"
+            ) from error
+
+
+def _lock_file(workshop: Path) -> IO[str]:
+    """A file that is locked until it is closed or this process ends, however it ends."""
+    file = open(workshop / "lock.new", "w", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as it is open
+    with suppress(OSError):  # a disk without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Under the name that others look for it is never without its lock.
+        os.rename(workshop / "lock.new", workshop / "lock")
+    return file
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes that ended in a `whole_folder` of ``target`` left behind."""
+    prefix = f".writing-{target.name}-"
+    for workshop in target.parent.iterdir():
+        if workshop.name.startswith(prefix):
+            with suppress(OSError), open(workshop / "lock", "r+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(workshop, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """Where a config's artefacts are. What others can reuse is named after a hash of all that it depends on.
 
     <data.root>/<data.name>-<hash>/            generated dataset, in the_well's schema
-    <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json
+    <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json, and what its training keeps
     <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset; also of a tokenizer at tokenizer.path,
                                                which may be shared and read-only
     <runs>/<name>/                             run folder (DESIGN 5)
@@ -21,10 +21,15 @@ from shodh_moe.errors import UserError
 
 # Raised when the code makes other files from the same config.
 DATA_VERSION = 1
-TOKENIZER_VERSION = 1
-LATENTS_VERSION = 1
+TOKENIZER_VERSION = 2
+LATENTS_VERSION = 2
 # Settings of the data section that change no field of a dataset.
 FREE_OF_DATA = {"name", "path", "root", "compression", "device", "skip_bad", "weights"}
+# Settings of the tokenizer section that change no trained tokenizer.
+FREE_OF_TOKENIZER = {
+    *("path", "root", "log_every", "checkpoint_every", "activation_checkpointing"),
+    *("latent_copies", "latent_symmetries"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,12 @@ def paths_of(config: Config) -> Paths:
         tokenizer_id = fingerprint(meta.read_text(encoding="utf-8", errors="replace") if meta.is_file() else "")
         cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     else:
-        settings = config.tokenizer.model_dump(
-            exclude={"path", "root", "log_every", "checkpoint_every", "latent_copies"}
-        )
+        settings = config.tokenizer.model_dump(exclude=FREE_OF_TOKENIZER)
         if data.weights:
             settings["weights"] = data.weights
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
-    copies = config.tokenizer.latent_copies
+    copies = [config.tokenizer.latent_copies, config.tokenizer.latent_symmetries]
     latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, config.seed)}"
     return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
 

@@ -13,22 +13,32 @@ from typing import Any
 import torch
 
 from shodh_moe.checkpoint import find_checkpoint
-from shodh_moe.checks import check, claim_run_folder, open_run_folder, processes, require_fit, require_made
+from shodh_moe.checks import (
+    check,
+    claim_run_folder,
+    open_run_folder,
+    open_tokenizer_folder,
+    processes,
+    require_fit,
+    require_made,
+)
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.errors import UserError
 from shodh_moe.files import whole_folder, write_text
-from shodh_moe.kernels.backend import describe
 from shodh_moe.launcher import TrainingFailed, launch_ranks
 from shodh_moe.paths import Paths, paths_of
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
+from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
 def run_all(config: Config) -> dict[str, Any]:
     """Every stage in order; returns metrics.json's content."""
     check(config)
+    if not _has_tokenizer(config, paths_of(config)):
+        tokenizer_run(config, processes(config))
     for stage in (make_data, make_tokenizer, make_latents, pretrain):
         stage(config)
     metrics = evaluate(config)
@@ -62,19 +72,29 @@ def make_data(config: Config) -> Path:
 
 
 def make_tokenizer(config: Config) -> Path:
-    """Train the tokenizer unless it is there or the config names one that fits the data."""
-    from shodh_moe.tokenizer.train import train_tokenizer
+    """Train the tokenizer under the DeepSpeed launcher unless it is there or the config names one that fits the data.
 
+    Raises:
+        TrainingFailed: the launcher came back with an error.
+    """
     paths = paths_of(config)
-    if (paths.tokenizer / "tokenizer.json").exists() or config.tokenizer.path:
+    if _has_tokenizer(config, paths):
         tokenizer = load_tokenizer(paths.tokenizer)
         require_fit(tokenizer, config)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
-    _say("tokenizer", f"training on {device()}; kernels: {describe(torch.device(device()))}", None)
+    run = tokenizer_run(config, processes(config))
+    open_tokenizer_folder(run, paths.tokenizer)
     began = time.perf_counter()
-    train_tokenizer(config, paths.dataset, paths.tokenizer, device())
+    if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.training.tokenizer_rank"):
+        raise TrainingFailed(code)
+    if not _has_tokenizer(config, paths):
+        raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
+
+
+def _has_tokenizer(config: Config, paths: Paths) -> bool:
+    return bool(config.tokenizer.path) or (paths.tokenizer / "tokenizer.json").exists()
 
 
 def make_latents(config: Config) -> Path:
@@ -86,17 +106,19 @@ def make_latents(config: Config) -> Path:
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
     began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
-    with whole_folder(paths.latents) as temporary:
-        copies = config.tokenizer.latent_copies
+    with whole_folder(paths.latents, keep_first=True) as temporary:
+        copies, which = config.tokenizer.latent_copies, config.tokenizer.latent_symmetries
         skip_bad = config.data.skip_bad
-        encode_dataset(tokenizer, paths.dataset, temporary, copies, config.seed, device(), skip_bad)
+        encode_dataset(
+            tokenizer, paths.dataset, temporary, copies, config.seed, device(), skip_bad, which, paths.tokenizer
+        )
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 
 def _check_latents(config: Config, paths: Paths) -> None:
     """What every rank would find out for itself, told once and before the ranks start."""
     for split in ("train", "valid", "test"):
-        samples = LatentSamples(load_latents(paths.latents, split), config.model.history)
+        samples = LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history)
         weights = domain_weights(config.data.weights, samples.domains)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, processes(config), weights)
 

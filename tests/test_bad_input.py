@@ -54,12 +54,6 @@ def tokenizer(here: Path) -> Path:
     return save_tokenizer(here / "tok", [16, 16, 16])
 
 
-@pytest.fixture
-def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenizer training without the seconds that its principal components take."""
-    monkeypatch.setattr("shodh_moe.tokenizer.train.start_from_principal_components", lambda *arguments: None)
-
-
 def shodh(*arguments: str) -> int:
     stage = 2 if arguments[0] in ("data", "tokenizer") else 1
     return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
@@ -322,7 +316,6 @@ def test_a_place_without_permission(
 def test_a_disk_that_fills_up_while_a_stage_writes(
     dataset: Path,
     tokenizer: Path,
-    no_start: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: str,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,14 +76,72 @@ def test_a_finished_write_replaces_the_old_one_as_a_whole(tmp_path: Path) -> Non
     assert sorted(os.listdir(tmp_path / "deep")) == ["a.txt", "b"]
 
 
-def test_a_leftover_of_a_killed_run_does_not_get_in(tmp_path: Path) -> None:
-    leftover = tmp_path / ".writing-b"
-    leftover.mkdir()
-    (leftover / "half").write_text("")
-    with whole_folder(tmp_path / "b") as temporary:
-        (temporary / "x").write_text("")
-    assert os.listdir(tmp_path / "b") == ["x"]
+WRITER = """
+import sys
+from pathlib import Path
+from shodh_moe.errors import UserError
+from shodh_moe.files import whole_folder
+
+try:
+    with whole_folder(Path(sys.argv[1]), keep_first=sys.argv[2] == "first") as temporary:
+        (temporary / sys.argv[3]).write_text("")
+        print("writing", flush=True)
+        sys.stdin.readline()
+    print("done", flush=True)
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+@contextmanager
+def writers(target: Path, *modes: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that write ``target`` at once, the files 0, 1, ...; each is in the midst of it until it gets a line."""
+    command = [sys.executable, "-c", WRITER, str(target)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, mode, str(number)], **pipes) for number, mode in enumerate(modes)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "writing\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_of_several_processes_the_first_makes_the_folder(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    with writers(target, "first", "alone", "first") as processes:
+        said = []
+        for process in (processes[2], processes[0], processes[1]):
+            said.append(process.communicate("\n", timeout=60)[0])
+            assert os.listdir(target) == ["2"]
+    assert said[:2] == ["done\n", "done\n"]
+    assert f"{target} was written by another process meanwhile" in said[2]
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    with writers(target, "alone", "alone") as (killed, alive):
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 2
+        with whole_folder(tmp_path / "b") as temporary:
+            (temporary / "x").write_text("")
+            assert len(os.listdir(tmp_path)) == 2, "its own one, and that of the process that goes on"
+        assert os.listdir(target) == ["x"]
+        assert "meanwhile" in alive.communicate("\n", timeout=60)[0]
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_messages_name_the_folder_to_be(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_folder(tmp_path / "b") as temporary, atomic_file(temporary / "x"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/b/x: no space"):
+        write()
 
 
 def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

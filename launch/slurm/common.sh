@@ -18,6 +18,23 @@ check_job() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
+# Where the ranks of the next srun meet: at the address by which SLURM knows this node, the job's first, on a port that
+# is free now, below those that systems hand out by themselves.
+meet_on_this_node() {
+    MASTER_ADDR=$(scontrol --oneliner show node "$SLURMD_NODENAME" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_PORT=$("$PYTHON" -c '
+import random, socket
+for port in random.sample(range(20000, 30000), 100):
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break
+')
+    export MASTER_ADDR MASTER_PORT
+}
+
 # end_job CODE: end the script with srun's exit code. Work that a signal stopped is put back in the queue first:
 # 75 wrote a checkpoint; 128 + 10 and 128 + 15 ended by SIGUSR1 or SIGTERM itself.
 end_job() {

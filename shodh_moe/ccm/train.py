@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,6 @@ class _ExpertTask:
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+    def finish(self, go_on: Callable[[], bool]) -> bool:
+        return True

@@ -55,9 +55,13 @@ class Symmetry:
         )
 
     @classmethod
-    def draw_for(cls, rng: np.random.Generator, record: TrajectoryRecord) -> Symmetry:
-        """A random symmetry of a trajectory. What does not say that nothing drives it counts as driven along x."""
-        return cls.draw(rng, record.grid, record.periodic, record.forced)
+    def draw_for(cls, rng: np.random.Generator, record: TrajectoryRecord, which: str = "all") -> Symmetry:
+        """A random symmetry of a trajectory. What does not say that nothing drives it counts as driven along x.
+
+        ``which``: ``shifts`` alone, elements of the ``cube`` alone, or ``all``: both at once.
+        """
+        drawn = cls.draw(rng, record.grid, record.periodic, record.forced)
+        return {"all": drawn, "shifts": cls(drawn.shift), "cube": cls(mirror=drawn.mirror, order=drawn.order)}[which]
 
     def apply(self, fields_B5XYZ: Tensor) -> Tensor:
         """Transform velocity (components turned along), pressure and solid mask, [B, 5, X, Y, Z]; on any device."""
@@ -74,6 +78,19 @@ class Symmetry:
 def apply_each(symmetries: Sequence[Symmetry], fields_B5XYZ: Tensor) -> Tensor:
     """Each sample of a batch under a symmetry of its own."""
     return torch.cat([symmetry.apply(one[None]) for symmetry, one in zip(symmetries, fields_B5XYZ, strict=True)])
+
+
+def draw_copies(seed: list[int], record: TrajectoryRecord, copies: int, which: str = "all") -> list[Symmetry]:
+    """The identity and then random symmetries of a trajectory, all different: ``copies``, or as many as there are.
+
+    ``which`` as in `Symmetry.draw_for`. Of ``cube`` there are those in `allowed`.
+    """
+    if which == "cube":
+        others = [one for one in allowed(record.grid, record.periodic, record.forced) if one != Symmetry()]
+        order = np.random.default_rng(seed).permutation(len(others))
+        return [Symmetry(), *(others[number] for number in order[: copies - 1])]
+    rngs = [np.random.default_rng([*seed, copy]) for copy in range(1, copies)]
+    return list(dict.fromkeys([Symmetry(), *(Symmetry.draw_for(rng, record, which) for rng in rngs)]))
 
 
 def allowed(grid: Axes, periodic: Flags, forced: bool = True) -> list[Symmetry]:

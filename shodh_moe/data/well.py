@@ -1,4 +1,4 @@
-"""Write trajectories in the_well's HDF5 schema: simulated ones, one a file, and predictions of other files."""
+"""Write trajectories in the_well's HDF5 schema: simulated ones, one a file, and others' predicted or decoded."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from shodh_moe.solvers import Simulation
 # Every file of a folder needs the same scalars: the loader of the_well stacks them.
 SCALARS = ("viscosity", "target_speed", "reynolds", "mach")
 FIELDS = ("velocity", "pressure")
+FACES = "velocity_face"
 UNITS = "lattice units: cell size, time step and mean density are 1"
 _AXES = ("x", "y", "z")
 
@@ -58,18 +59,26 @@ def write_trajectory(
 
 @contextmanager
 def new_prediction(
-    path: Path, records: list[TrajectoryRecord], time: NDArray[np.float32], dtype: str, provenance: dict[str, Any]
+    path: Path,
+    records: list[TrajectoryRecord],
+    time: NDArray[np.float32],
+    dtype: str,
+    provenance: dict[str, Any],
+    label: str = "prediction",
+    faces: bool = False,
 ) -> Iterator[h5py.File]:
-    """A file of predicted snapshots; when the block ends well it is complete and at ``path``, otherwise nowhere.
+    """A file of predicted or decoded snapshots; when the block ends well it is complete and at ``path``, else nowhere.
 
     Scalars, axes, boundary conditions and the solid mask are those of the input; what the input says to vary with
     time is left out. The block fills ``t1_fields/velocity`` [B, N, X, Y, Z, 3] and ``t0_fields/pressure``
     [B, N, X, Y, Z].
 
     Args:
-        records: the B trajectories that are continued, all of one file.
-        time: of the predicted snapshots, [N] or [B, N].
+        records: the B trajectories that are continued or decoded, all of one file.
+        time: of the new snapshots, [N] or [B, N].
         dtype: of velocity and pressure, ``float32`` or ``float64``.
+        label: what the snapshots are, for the provenance.
+        faces: with ``t1_fields/velocity_face``, like the velocity, but on the lower faces of the voxels.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission).
@@ -94,12 +103,15 @@ def new_prediction(
             solid = np.asarray(given["t0_fields/solid"], dtype=np.float32)
             solid = solid[samples] if solid.ndim == 4 else solid
             _describe(fields.create_dataset("solid", data=solid), time_varying=False, sample_varying=solid.ndim == 4)
-        vectors = file.create_group("t1_fields")
-        vectors.attrs["field_names"] = ["velocity"]
-        _describe(vectors.create_dataset("velocity", (*shape, 3), dtype), time_varying=True)
+        group = file.create_group("t1_fields")
+        group.attrs["field_names"] = ["velocity", FACES] if faces else ["velocity"]
+        for name in group.attrs["field_names"]:
+            _describe(group.create_dataset(name, (*shape, 3), dtype), time_varying=True)
+        if faces:
+            group[FACES].attrs["location"] = "component i at the centre of the lower face of its voxel along axis i"
         file.create_group("t2_fields").attrs["field_names"] = _names([])
         units = given["provenance"].attrs.get("units") if "provenance" in given else None
-        _write_provenance(file, {"label": "prediction", "units": str(units or "those of the input"), **provenance})
+        _write_provenance(file, {"label": label, "units": str(units or "those of the input"), **provenance})
         yield file
         file["provenance"].attrs["complete"] = True
 

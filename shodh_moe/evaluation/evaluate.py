@@ -22,7 +22,7 @@ from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
-from shodh_moe.evaluation.rollout import decode, rollout
+from shodh_moe.evaluation.rollout import decode, decode_both, rollout
 from shodh_moe.evaluation.routing import (
     joint_counts,
     mutual_information,
@@ -30,6 +30,7 @@ from shodh_moe.evaluation.routing import (
     summarise_routing,
 )
 from shodh_moe.files import write_text
+from shodh_moe.paths import paths_of
 from shodh_moe.progress import progress
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.telemetry import RoutingCounts
@@ -55,14 +56,15 @@ def measure(
 
     ``history`` holds the training records, from which speed and memory come; [] leaves those null.
     """
-    train, test = load_latents(latents, "train"), load_latents(latents, "test")
+    made_with = paths_of(config).tokenizer
+    train, test = (load_latents(latents, split, made_with) for split in ("train", "test"))
     domains = sorted({trajectory.domain for trajectory in test})
     listing = config.data.grid, config.data.skip_bad
     records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", *listing)}
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}
-    decoded: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.float32: []}
+    conserved: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.float32: []}
     simulated = {}
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
@@ -75,8 +77,8 @@ def measure(
             if number == 0:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
                 simulated[domain] = one_step.true[:, :3]
-                for dtype, parts in decoded.items():
-                    parts.append(decode(models.tokenizer, one_step.z, one_step.solid, dtype)[:, :3])
+                conserved[torch.float64].append(one_step.conserved)
+                conserved[torch.float32].append(one_step.conserved_in_float32())
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
@@ -85,7 +87,7 @@ def measure(
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
 
-    velocities = {dtype: torch.cat(parts) for dtype, parts in decoded.items()}
+    velocities = {dtype: torch.cat(parts) for dtype, parts in conserved.items()}
     table = divergence_table(velocities, simulated, models.tokenizer.config.operator)
     exact = table[0]
     metrics = {
@@ -116,7 +118,7 @@ class _OneStep:
     """Predictions of every snapshot of one test trajectory from the true snapshots before it.
 
     Shapes: T predicted snapshots; fields are [T, 4, X, Y, Z] (velocity, pressure) in the data's units, the
-    velocity decoded in float64.
+    velocity decoded in float64, with the one whose divergence vanishes beside it in ``conserved`` [T, 3, X, Y, Z].
     """
 
     def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory):
@@ -128,13 +130,20 @@ class _OneStep:
         z_TCxyz = latent.read()
         windows = torch.stack([z_TCxyz[start : start + h] for start in range(len(z_TCxyz) - h)])
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
-        z, predicted, self.experts = [], [], []
+        z, predicted, conserved, self.experts = [], [], [], []
         for window in windows.split(config.evaluation.batch_size):
             out = models.transformer(window, latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1))
             z.append(out.latent_BCxyz)
-            predicted.append(decode(models.tokenizer, out.latent_BCxyz, self.solid))
+            fields_B4XYZ, conserved_B3XYZ = decode_both(models.tokenizer, out.latent_BCxyz, self.solid)
+            predicted.append(fields_B4XYZ)
+            conserved.append(conserved_B3XYZ)
             self.experts.append([layer.expert_N.view(len(window), -1) for layer in out.routing])
-        self.z, self.predicted = torch.cat(z), torch.cat(predicted)
+        self.z, self.predicted, self.conserved = torch.cat(z), torch.cat(predicted), torch.cat(conserved)
+
+    def conserved_in_float32(self) -> Tensor:
+        """``conserved`` as training computes it."""
+        parts = self.z.split(self.config.evaluation.batch_size)
+        return torch.cat([decode_both(self.tokenizer, part, self.solid, torch.float32)[1] for part in parts])
 
     def errors(self, mean_latent: Tensor, mean_fields: Tensor) -> dict[str, Any]:
         """Means over this trajectory's predictions (DESIGN 3.6)."""

@@ -137,9 +137,19 @@ def divergence_report(div: Tensor, u: Tensor, spacing: float) -> dict[str, float
     caller reports which, and in what dtype: the number means nothing without them). rms(u) is that of the speed,
     sqrt(mean |u|^2) with the three components added. Norms run over everything that is passed in.
     """
+    return pooled_divergence(divergence_moments(div, u)[None], spacing)
+
+
+def divergence_moments(div: Tensor, u: Tensor) -> Tensor:
+    """What `pooled_divergence` needs of one snapshot: mean div^2, mean |u|^2, max |div|: [3], float64."""
     div, u = div.double(), u.double()
     if u.ndim < 4 or u.shape[-4] != 3 or div.shape != u.shape[:-4] + u.shape[-3:]:
         raise ValueError(f"divergence {tuple(div.shape)} does not belong to a velocity {tuple(u.shape)}")
-    rms, speed = div.square().mean().sqrt(), u.square().sum(-4).mean().sqrt()
+    return torch.stack([div.square().mean(), u.square().sum(-4).mean(), div.abs().max()])
+
+
+def pooled_divergence(moments_N3: Tensor, spacing: float) -> dict[str, float]:
+    """`divergence_report` of N snapshots of one size together, from the `divergence_moments` of each."""
+    rms, speed = moments_N3[:, 0].mean().sqrt(), moments_N3[:, 1].mean().sqrt()
     relative = float(spacing * rms / speed) if speed > 0 else (0.0 if rms == 0 else math.inf)
-    return {"rms_relative": relative, "rms": float(rms), "max": float(div.abs().max())}
+    return {"rms_relative": relative, "rms": float(rms), "max": float(moments_N3[:, 2].max())}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shodh_moe.config import Config
+from shodh_moe.config import Config, TokenizerConfig
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
 from shodh_moe.errors import UserError
@@ -58,8 +58,7 @@ def _what(source: Source, models: Models) -> str:
 A multi-physics foundation model for 3D flow: from the last {model.history} snapshots of velocity, pressure and the
 solid mask it predicts the next one. A tokenizer compresses fields of {_by(grid)} cells to latents of
 {_by(models.tokenizer.latent_grid)} x {models.tokenizer.config.latent_channels} numbers; a transformer with a sparse
-mixture of experts advances the latents. The decoded velocity is divergence-free to rounding for the
-{models.tokenizer.config.operator} operator on the periodic box.
+mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
 
 | | |
 |---|---|
@@ -71,6 +70,23 @@ mixture of experts advances the latents. The decoded velocity is divergence-free
 
 Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; who publishes
 them states their licence here."""
+
+
+def _conserved(tokenizer: TokenizerConfig) -> str:
+    if tokenizer.decoder == "direct":
+        return "Nothing makes the decoded velocity free of divergence."
+    where = ", on the faces of the cells, of which it is the mean" if tokenizer.operator == "staggered" else ""
+    return f"""The decoded velocity is divergence-free to rounding for the
+{tokenizer.operator} operator on the periodic box{where}."""
+
+
+def _walls(tokenizer: TokenizerConfig) -> str:
+    zero = tokenizer.decoder == "direct" or tokenizer.walls != "none"
+    walls = f"Velocity in solid voxels is {'exactly zero' if zero else 'small but not exactly zero'}."
+    if tokenizer.decoder == "direct":
+        return f"{walls} Divergence is zero for no operator."
+    return f"""{walls} Divergence is zero for the {tokenizer.operator}
+  operator; another one sees its own difference. In float32 files it is at rounding of float32."""
 
 
 def _data(config: Config) -> str:
@@ -201,8 +217,7 @@ def _limits(config: Config, models: Models) -> str:
   same kind of flow before using its length.
 - Fine detail is lost in the tokenizer; the smallest scales are predicted worst, and seams between its patches of 8
   cells show as errors grow.
-- Velocity in solid voxels is small but not exactly zero. Divergence is zero for the {models.tokenizer.config.operator}
-  operator; another one sees its own difference. In float32 files it is at rounding of float32.
+- {_walls(models.tokenizer.config)}
 - No claim is made that the model obeys any other law (momentum, energy), that it holds for measured flows, that the
   routing of tokens reflects physics, or that one model is better than one per domain. It must not be used for safety or
   design decisions."""

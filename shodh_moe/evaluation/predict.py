@@ -19,12 +19,12 @@ from torch import Tensor
 
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
-from shodh_moe.data.well import axis_names, new_prediction
+from shodh_moe.data.well import FACES, axis_names, new_prediction
 from shodh_moe.errors import UserError
 from shodh_moe.evaluation.loading import Models, Source, find_source, load_models
 from shodh_moe.evaluation.metrics import divergence_report, nrmse, vrmse
 from shodh_moe.evaluation.paraview import new_vtkhdf, put
-from shodh_moe.evaluation.rollout import decode, rollout
+from shodh_moe.evaluation.rollout import decode_both, rollout
 from shodh_moe.files import require_writable, sha256
 from shodh_moe.kernels import divergence
 from shodh_moe.progress import progress
@@ -43,7 +43,7 @@ class Request:
         steps: N, the number of predicted snapshots.
         start: the first of the H snapshots that the model sees.
         sample: one trajectory of the file; None for all.
-        dtype: of the stored velocity and pressure; the curl is computed in float64 either way.
+        dtype: of the stored velocity and pressure; the velocity is made divergence-free in float64 either way.
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
     """
@@ -80,7 +80,9 @@ class _Scores:
 def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
     """Roll out every asked-for trajectory of ``request.input`` and write the prediction; print how good it is.
 
-    Where the input has the true snapshots too, errors are printed beside those of persistence.
+    Where the input has the true snapshots too, errors are printed beside those of persistence. For the operator
+    ``staggered`` the file also holds ``t1_fields/velocity_face``, on the lower faces of the voxels, whose divergence
+    vanishes; ``velocity`` is its mean at their centres.
 
     Raises:
         UserError: request, input or model are wrong, or the prediction is no longer finite. Nothing is written then.
@@ -98,15 +100,19 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     scores = _Scores()
     with ExitStack() as stack, torch.no_grad():
         provenance = _provenance(source, models, request)
-        file = stack.enter_context(new_prediction(request.output, records, time, request.dtype, provenance))
+        faces = models.tokenizer.config.operator == "staggered"
+        new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces)
+        file = stack.enter_context(new)
         views = []
         for row, (record, path) in enumerate(zip(records, _companions(request, records), strict=False)):
             _, solid_1XYZ = read_snapshots(record, request.start, request.start + 1)
             own_time = time[row] if time.ndim == 2 else time
             views.append(stack.enter_context(new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing)))
         work = _snapshots(models, records, request, scores)
-        for row, step, fields_4XYZ in progress(work, "predict", len(records) * request.steps):
+        for row, step, fields_4XYZ, conserved_3XYZ in progress(work, "predict", len(records) * request.steps):
             file["t1_fields/velocity"][row, step] = np.moveaxis(fields_4XYZ[:3], 0, -1)
+            if faces:
+                file["t1_fields"][FACES][row, step] = np.moveaxis(conserved_3XYZ, 0, -1)
             file["t0_fields/pressure"][row, step] = fields_4XYZ[3]
             if views:
                 put(views[row], step, fields_4XYZ)
@@ -115,8 +121,8 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
 
 def _snapshots(
     models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
-) -> Iterator[tuple[int, int, NDArray[np.floating]]]:
-    """Trajectory, step and fields [4, X, Y, Z] in the dtype to be stored; ``scores`` grows along."""
+) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
+    """Trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; ``scores`` grows along."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, transformer = models.tokenizer.to(device), models.transformer.to(device)
     after = request.start + transformer.config.history
@@ -127,27 +133,26 @@ def _snapshots(
         z_HCxyz = torch.cat([tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
         latents = rollout(transformer, z_HCxyz[None], tokenizer.encode_geometry(solid_1XYZ[None]))
         for step, z_BCxyz in zip(range(request.steps), latents, strict=False):
-            exact_4XYZ = decode(tokenizer, z_BCxyz, solid_1XYZ)[0].cpu()
+            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(tokenizer, z_BCxyz, solid_1XYZ))
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
                     "too far from the training data; ask for fewer --steps"
                 )
-            stored_4XYZ = exact_4XYZ.to(getattr(torch, request.dtype))
-            operator = tokenizer.config.operator
-            scores.decoded = max(scores.decoded, _divergence(exact_4XYZ, operator))
-            scores.stored = max(scores.stored, _divergence(stored_4XYZ.double(), operator))
+            dtype, operator = getattr(torch, request.dtype), tokenizer.config.operator
+            stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
+            scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
+            scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
             if after + step < record.n_snapshots:
                 true_T4XYZ, _ = read_snapshots(record, after + step, after + step + 1)
                 truth, last = torch.from_numpy(true_T4XYZ[0, :3]).double(), fields_H4XYZ[-1, :3].double()
                 errors = [float(measure(u, truth)) for measure in (nrmse, vrmse) for u in (exact_4XYZ[:3], last)]
                 scores.errors.setdefault(step, []).append(errors)
-            yield row, step, stored_4XYZ.numpy()
+            yield row, step, stored_4XYZ.numpy(), stored_3XYZ.numpy()
 
 
-def _divergence(fields_4XYZ: Tensor, operator: str) -> float:
-    velocity = fields_4XYZ[None, :3]
-    return divergence_report(divergence(velocity, operator), velocity, spacing=1.0)["rms_relative"]
+def _divergence(u_3XYZ: Tensor, operator: str) -> float:
+    return divergence_report(divergence(u_3XYZ[None], operator)[0], u_3XYZ, spacing=1.0)["rms_relative"]
 
 
 def _checked_records(request: Request) -> list[TrajectoryRecord]:
@@ -252,6 +257,7 @@ def _provenance(source: Source, models: Models, request: Request) -> dict[str, A
         "steps": request.steps,
         "trajectories": "all" if request.sample is None else request.sample,
         "divergence_operator": models.tokenizer.config.operator,
+        "walls": models.tokenizer.config.walls,
         "curl_dtype": "float64",
         "package_version": version("shodh_moe"),
     }
@@ -267,8 +273,10 @@ def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.
             when = float(np.atleast_2d(time)[0, step])
             print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}")
     stored = f", {scores.stored:.1e} as stored in {request.dtype}" if request.dtype != "float64" else ""
+    operator = models.tokenizer.config.operator
+    where = " on faces" if operator == "staggered" else ""
     print(
-        f"divergence of the velocity, {models.tokenizer.config.operator} operator, h rms(div u) / rms(u), h = 1 cell, "
+        f"divergence of the velocity{where}, {operator} operator, h rms(div u) / rms(u), h = 1 cell, "
         f"largest of all snapshots: {scores.decoded:.1e} decoded in float64{stored}"
     )
     print(f"[predict] {request.output}: {trajectories} x {request.steps} snapshots")

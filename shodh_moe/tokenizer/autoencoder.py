@@ -6,9 +6,14 @@ where a domain is not periodic its own solid voxels or lid separate the two side
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def space_to_depth(x_BCXYZ: Tensor, factor: int = 2) -> Tensor:
@@ -27,8 +32,55 @@ def depth_to_space(x_BCXYZ: Tensor, factor: int = 2) -> Tensor:
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // f**3, nx * f, ny * f, nz * f)
 
 
-def _conv(channels_in: int, channels_out: int) -> nn.Conv3d:
-    return nn.Conv3d(channels_in, channels_out, 3, padding=1, padding_mode="circular")
+class _Wrap(torch.autograd.Function):
+    """One voxel of the other side around the box. The backward pass of torch's own circular padding makes six copies
+    of it; here it is one, and adds the sides where they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.pad(x, (1,) * 6, mode="circular")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        for axis in (2, 3, 4):
+            last = grad.shape[axis] - 1
+            inner = grad.narrow(axis, 1, last - 1)
+            if axis == 2:
+                inner = inner.clone()
+            inner.select(axis, 0).add_(grad.select(axis, last))
+            inner.select(axis, last - 2).add_(grad.select(axis, 0))
+            grad = inner
+        return grad
+
+
+class WrappingConv(nn.Conv3d):
+    """3^3 convolution on the torus."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(channels_in, channels_out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(_Wrap.apply(x), self.weight, self.bias)
+
+
+class Norm(nn.GroupNorm):
+    """Groups of channels, statistics in float32. Under autocast too it gives the dtype that it gets: by itself a GPU
+    would make float32 of what a convolution then rounds to bfloat16, and keep twice as much."""
+
+    def __init__(self, channels: int):
+        super().__init__(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _recomputed(on: bool, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``stage(*inputs)``; where ``on`` autograd keeps the inputs alone, and the backward pass computes it once more."""
+    if on and torch.is_grad_enabled():
+        # The state of the random numbers need not be kept: nothing in a stage draws any.
+        return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return stage(*inputs)
 
 
 def _silence(layer: nn.Conv3d) -> None:
@@ -42,9 +94,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
-        self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
-        self.conv1, self.conv2 = _conv(channels, channels), _conv(channels, channels)
+        self.norm1, self.norm2 = Norm(channels), Norm(channels)
+        self.conv1, self.conv2 = WrappingConv(channels, channels), WrappingConv(channels, channels)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,14 +109,18 @@ class Encoder(nn.Module):
     The latent is a linear projection of each 8^3 patch of velocity and pressure plus a convolutional
     correction that also sees the neighbours and the walls, zero before training (ours: the projection starts
     as the patches' principal components, and minutes of training go into what lies beyond them).
+
+    Attributes:
+        checkpointing: keep only each stage's input while training; the backward pass computes the stage once more.
     """
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
         super().__init__()
+        self.checkpointing, self._stage_layers = False, 1 + blocks
         stages: list[nn.Module] = []
         channels = 5
         for width in widths:
-            stages.append(_conv(8 * channels, width))
+            stages.append(WrappingConv(8 * channels, width))
             stages.extend(ResidualBlock(width) for _ in range(blocks))
             channels = width
         self.down = nn.ModuleList(stages)
@@ -75,9 +130,17 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.project(x[:, :4])
-        for layer in self.down:
-            x = layer(x if isinstance(layer, ResidualBlock) else space_to_depth(x))
+        for first in range(0, len(self.down), self._stage_layers):
+            layers = self.down[first : first + self._stage_layers]
+            x = _recomputed(self.checkpointing, partial(_down, layers), x)
         return z + self.head(x)
+
+
+def _down(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    x = space_to_depth(x)
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 class Decoder(nn.Module):
@@ -86,13 +149,17 @@ class Decoder(nn.Module):
     The solid mask is an input of every simulation, so each stage sees it at its own resolution (ours):
     the latents need not spend channels on where the walls are. The mirror image of `Encoder`: linear patches
     plus a convolutional correction that is zero before training.
+
+    Attributes:
+        checkpointing: as for `Encoder`.
     """
 
     FINE = 16  # channels at full resolution
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
         super().__init__()
-        self.stem = _conv(latent_channels, widths[-1])
+        self.checkpointing = False
+        self.stem = WrappingConv(latent_channels, widths[-1])
         self.geometry, self.blocks, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(3)):
             width, finer = widths[level], widths[level - 1] if level else self.FINE
@@ -100,15 +167,23 @@ class Decoder(nn.Module):
             self.blocks.append(nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))))
             self.up.append(nn.Conv3d(width, 8 * finer, 1))
         # Features times the mask give the last layer a say in what happens next to a wall.
-        self.head = _conv(2 * self.FINE + 1, 4)
+        self.head = WrappingConv(2 * self.FINE + 1, 4)
         _silence(self.head)
         self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)
 
     def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
         """Raw velocity [B, 3, X, Y, Z] and pressure [B, 1, X, Y, Z]; normalised units."""
         x = self.stem(z)
-        for i, (geometry, blocks, up) in enumerate(zip(self.geometry, self.blocks, self.up, strict=True)):
-            x = depth_to_space(up(blocks(x + geometry(space_to_depth(solid_B1XYZ, 2 ** (3 - i))))))
-        out = self.patches(z) + self.head(torch.cat([x, x * solid_B1XYZ, solid_B1XYZ], dim=1))
+        for i in range(len(self.up)):
+            x = _recomputed(self.checkpointing, partial(self._up, i), x, solid_B1XYZ)
+        out = self.patches(z) + _recomputed(self.checkpointing, self._correction, x, solid_B1XYZ)
         out = out * (1 - solid_B1XYZ)
         return out[:, :3], out[:, 3:]
+
+    def _up(self, i: int, x: Tensor, solid_B1XYZ: Tensor) -> Tensor:
+        x = x + self.geometry[i](space_to_depth(solid_B1XYZ, 2 ** (3 - i)))
+        return depth_to_space(self.up[i](self.blocks[i](x)))
+
+    def _correction(self, x: Tensor, solid_B1XYZ: Tensor) -> Tensor:
+        solid_B1XYZ = solid_B1XYZ.to(x.dtype)
+        return self.head(torch.cat([x, x * solid_B1XYZ, solid_B1XYZ], dim=1))

@@ -24,7 +24,7 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
     """
     rotation = curl(u_B3XYZ, operator=operator, adjoint=True)
     shape = (u_B3XYZ.shape[2], u_B3XYZ.shape[3], u_B3XYZ.shape[4])
-    inverse = inverse_laplacian(shape, operator).to(device=rotation.device, dtype=rotation.dtype)
+    inverse = inverse_laplacian(shape, operator, rotation.dtype, rotation.device)
     return torch.fft.irfftn(torch.fft.rfftn(rotation, dim=(2, 3, 4)) * inverse, s=shape, dim=(2, 3, 4))
 
 
@@ -32,22 +32,30 @@ def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, wall
     """A velocity near w for which div_D is zero, [B, 3, X, Y, Z]; for ``staggered`` on the lower faces of the voxels.
 
     Args:
-        w_B3XYZ: at the voxels' centres, zero in solids; float32 or float64.
-        solid_B1XYZ: 1 in solid voxels, 0 elsewhere.
+        w_B3XYZ: at the voxels' centres, zero in solids; float32 or float64, which is the result's dtype.
+        solid_B1XYZ: 1 in solid voxels, 0 elsewhere; any dtype.
+        operator: one of `kernels.differentiation.OPERATORS`; with walls a local one.
         walls: ``none``: u = curl_D(A) + Ubar with the potential and the mean of w; small in solids, not zero.
-            ``ramp``: u = curl_D(ramp A) + carrier; zero in solids. The carrier is the mean of w made free of divergence
-            between the walls; nothing else passes through throats. ``exact``: the nearest there is (`walls.project`).
+            ``ramp``: u = curl_D(ramp (A - A0)) + carrier; zero in solids. The carrier is a constant wherever there may
+            be flow, with the mean of w, made free of divergence; nothing else passes through throats. A0 is the mean
+            of A where the ramp rises: a constant has no curl, but ramped up within a few cells it would be a jet.
+            ``exact``: the nearest there is (`walls.project`).
     """
+    flows_B3XYZ = may_flow(solid_B1XYZ, operator)
     if operator == "staggered":
-        w_B3XYZ = _on_faces(w_B3XYZ, may_flow(solid_B1XYZ.to(w_B3XYZ.dtype), operator))
+        w_B3XYZ = _on_faces(w_B3XYZ, flows_B3XYZ)
     if walls == "exact":
         return project(w_B3XYZ, solid_B1XYZ, operator)
-    mean_B3 = w_B3XYZ.mean(dim=(2, 3, 4))
     if walls == "none":
-        return curl(vector_potential(w_B3XYZ, operator), mean_B3, operator)
-    carrier = project(mean_B3[:, :, None, None, None].expand_as(w_B3XYZ), solid_B1XYZ, operator)
-    potential = vector_potential(w_B3XYZ - carrier, operator)
-    return curl(ramp(solid_B1XYZ.to(w_B3XYZ.dtype), operator) * potential, operator=operator) + carrier
+        return curl(vector_potential(w_B3XYZ, operator), w_B3XYZ.mean(dim=(2, 3, 4)), operator)
+    constant_B3 = w_B3XYZ.sum(dim=(2, 3, 4)) / flows_B3XYZ.sum(dim=(2, 3, 4)).clamp(min=1)
+    carrier_B3XYZ = project(constant_B3[:, :, None, None, None].expand_as(w_B3XYZ), solid_B1XYZ, operator)
+    potential_B3XYZ = vector_potential(w_B3XYZ - carrier_B3XYZ, operator)
+    factor = ramp(solid_B1XYZ.to(w_B3XYZ.dtype), operator)
+    rises = factor * (1 - factor)
+    share = rises / rises.sum(dim=(2, 3, 4), keepdim=True).clamp(min=torch.finfo(rises.dtype).tiny)
+    at_walls = (share * potential_B3XYZ).sum(dim=(2, 3, 4), keepdim=True)
+    return curl(factor * (potential_B3XYZ - at_walls), operator=operator) + carrier_B3XYZ
 
 
 def at_centres(u_B3XYZ: Tensor, operator: str) -> Tensor:

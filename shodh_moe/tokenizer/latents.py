@@ -2,19 +2,24 @@
 
 A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``; each has one group per trajectory with
 ``z`` [T, C, x, y, z] and ``geometry`` [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z]
-(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (the data file) and
-``sample`` (which trajectory of that file).
+(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (the data file), ``sample``
+(which trajectory of that file), ``copy`` (0: as it is) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
+
+The attributes of the file say what the latents were made from: ``tokenizer_sha256`` (of all its weights and
+statistics), ``tokenizer`` (its folder), ``dataset`` (folder), ``stats_sha256`` (of the dataset's statistics),
+``grid`` (of the fields), ``latent_channels``, ``copies``, ``symmetries`` and ``seed``.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,10 +28,11 @@ from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
-from shodh_moe.data.symmetry import Symmetry
+from shodh_moe.data.symmetry import Symmetry, draw_copies
 from shodh_moe.errors import UserError
+from shodh_moe.files import sha256
 from shodh_moe.progress import progress
-from shodh_moe.tokenizer.tokenizer import Tokenizer
+from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
 
 # Snapshots encoded at a time.
 BATCH = 8
@@ -34,7 +40,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class LatentTrajectory:
-    """One trajectory in latent space. The latents stay on disk until they are read."""
+    """One trajectory in latent space. The latents stay on disk until they are read.
+
+    Attributes:
+        copy: 0 for the trajectory as it is, otherwise the number of a copy under a symmetry.
+    """
 
     domain: str
     source: str
@@ -42,14 +52,16 @@ class LatentTrajectory:
     z: h5py.Dataset
     geometry_Cxyz: Tensor
     solid_fraction_xyz: Tensor
+    copy: int = 0
 
     @property
     def snapshots(self) -> int:
         return self.z.shape[0]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Latents of snapshots start..stop, float32 [T, C, x, y, z]."""
-        return torch.from_numpy(self.z[start:stop])
+        """Latents of snapshots start..stop, float32 [T, C, x, y, z]. Raises: UserError: the file is damaged there."""
+        with _readable(Path(self.z.file.filename)):
+            return torch.from_numpy(self.z[start:stop])
 
 
 @torch.no_grad()
@@ -61,12 +73,22 @@ def encode_dataset(
     seed: int,
     device: str = "cpu",
     skip_bad: bool = False,
+    symmetries: str = "all",
+    tokenizer_folder: Path | None = None,
 ) -> None:
     """Encode every trajectory of every split into ``folder`` (which should be a temporary one).
 
-    Each training trajectory is encoded ``copies`` times: as it is, and under random symmetries of its flow.
+    Each training trajectory is encoded up to ``copies`` times: as it is, and under different symmetries of its flow.
     Shifts by other than whole latent cells give latents that the first copy does not have. Only a few batches of
     snapshots are in memory at a time.
+
+    Args:
+        symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow that has fewer gets fewer copies.
+        tokenizer_folder: where ``tokenizer`` was read from. Without it the cache does not say whose latents it holds,
+            and `load_latents` refuses it where a tokenizer is named.
+
+    Raises:
+        UserError: bad data, or latents that are not finite (names the trajectory).
     """
     tokenizer = tokenizer.to(device).eval()
     listed = {split: list_trajectories(dataset, split, tokenizer.grid, skip_bad) for split in SPLITS}
@@ -74,33 +96,61 @@ def encode_dataset(
     parts, works, first = [], [], 0
     for split, records in listed.items():
         for number, record in enumerate(records):
-            for copy in range(copies if split == "train" else 1):
-                symmetry = Symmetry()
-                if copy:
-                    symmetry = Symmetry.draw_for(np.random.default_rng([seed, number, copy]), record)
+            drawn = draw_copies([seed, number], record, copies if split == "train" else 1, symmetries)
+            for copy, symmetry in enumerate(drawn):
                 for start in range(0, record.n_snapshots, BATCH):
                     parts.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
                     works.append((split, record, copy, symmetry, start))
             first += record.n_snapshots
     reads = read_batches(snapshots, parts, WORKERS, pin=torch.device(device).type == "cuda")
+    stats = dataset / "stats.yaml"
+    origin = {
+        "tokenizer_sha256": (tokenizer_folder and tokenizer_sha256(tokenizer_folder)) or "",
+        "tokenizer": str(tokenizer_folder or ""),
+        "dataset": str(dataset),
+        "stats_sha256": sha256(stats) if stats.is_file() else "",
+        "grid": tokenizer.grid,
+        "latent_channels": tokenizer.config.latent_channels,
+        "copies": copies,
+        "symmetries": symmetries,
+        "seed": seed,
+    }
     with ExitStack() as stack:
         files = {split: stack.enter_context(new_hdf5(folder / f"{split}.hdf5")) for split in SPLITS}
+        for file in files.values():
+            file.attrs.update(origin)
         for (split, record, copy, symmetry, start), fields_B5XYZ in zip(
             progress(works, "encode latents", len(works)), reads, strict=True
         ):
             fields_B5XYZ = symmetry.apply(fields_B5XYZ.to(device, non_blocking=True))
             name = f"{record.path.name}.{record.sample:04d}.{copy:04d}"
             if not start:
-                _new_group(files[split], name, record, tokenizer, fields_B5XYZ[:1, 4:])
+                _new_group(files[split], name, record, tokenizer, fields_B5XYZ[:1, 4:], copy, symmetry)
             stop = start + len(fields_B5XYZ)
-            files[split][name]["z"][start:stop] = tokenizer.encode(fields_B5XYZ).cpu().numpy()
+            z_BCxyz = tokenizer.encode(fields_B5XYZ).cpu()
+            if not z_BCxyz.isfinite().all():
+                raise UserError(
+                    f"{record.path}: the latents of snapshots {start} to {stop - 1} of trajectory {record.sample} are "
+                    "not finite: these data are too far from those that the tokenizer was trained on; train another"
+                )
+            files[split][name]["z"][start:stop] = z_BCxyz.numpy()
 
 
-def _new_group(file: h5py.File, name: str, record: TrajectoryRecord, tokenizer: Tokenizer, solid_11XYZ: Tensor) -> None:
+def _new_group(
+    file: h5py.File,
+    name: str,
+    record: TrajectoryRecord,
+    tokenizer: Tokenizer,
+    solid_11XYZ: Tensor,
+    copy: int,
+    symmetry: Symmetry,
+) -> None:
     """The group of a trajectory, all but its latents."""
     group = file.create_group(name)
-    group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample)
+    group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample, copy=copy)
+    group.attrs.update(shift=symmetry.shift, mirror=symmetry.mirror, order=symmetry.order)
     shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
+    # One block: with checksums by chunk, reading takes 16 times as long, and training waits for it.
     group.create_dataset("z", shape, "float32")
     group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
     group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
@@ -115,29 +165,88 @@ def trajectory_fields(trajectory: Trajectory) -> Tensor:
     return torch.cat([velocity, pressure, solid.expand(len(velocity), -1, -1, -1, -1)], dim=1)
 
 
-def load_latents(folder: Path, split: str) -> list[LatentTrajectory]:
+def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> list[LatentTrajectory]:
     """Every cached trajectory of a split, in the order of their names. The file stays open.
 
+    Args:
+        tokenizer: the folder of the tokenizer whose latents they have to be; None, or a folder from which the tokenizer
+            was removed: those of any.
+
     Raises:
-        UserError: the cache is missing or cannot be read.
+        UserError: the cache is missing, damaged or of another tokenizer (by its hash, channels or grid), a trajectory
+            has no snapshots or other shapes than the first, or a geometry is not finite.
     """
     path = folder / f"{split}.hdf5"
-    try:
+    with _readable(path):
         file = h5py.File(path, "r")
-        return [
-            LatentTrajectory(
-                domain=str(group.attrs["domain"]),
-                source=str(group.attrs["source"]),
-                sample=int(group.attrs["sample"]),
-                z=group["z"],
-                geometry_Cxyz=torch.from_numpy(group["geometry"][()]),
-                solid_fraction_xyz=torch.from_numpy(group["solid_fraction"][()]),
+        found = [_trajectory(file[name]) for name in sorted(file)]
+        shapes = [(one.z.shape[1:], tuple(one.geometry_Cxyz.shape), one.solid_fraction_xyz.shape) for one in found]
+        made_with = str(file.attrs.get("tokenizer_sha256", "")), str(file.attrs.get("tokenizer", ""))
+    again = f"delete {folder} and run `shodh tokenizer encode` again"
+    if not found:
+        raise UserError(f"latents {path} hold no trajectory: {again}")
+    shape = shapes[0][0]
+    for one, own in zip(found, shapes, strict=True):
+        if len(shape) != 4 or own != (shape, shape, shape[1:]):
+            raise UserError(
+                f"latents {path}: {one.z.parent.name[1:]} has {_size(own[0])} and a geometry of {_size(own[1])}, "
+                f"expected {_size(shape)} in all: {again}"
             )
-            for group in (file[name] for name in sorted(file))
-        ]
-    except (OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read latents {path} ({reason}): delete {folder} and run again") from error
+        if not one.snapshots:
+            raise UserError(f"latents {path}: {one.z.parent.name[1:]} has no snapshots: {again}")
+        if not one.geometry_Cxyz.isfinite().all() or not one.solid_fraction_xyz.isfinite().all():
+            raise UserError(f"latents {path}: the geometry of {one.z.parent.name[1:]} is not finite: {again}")
+    if tokenizer:
+        _require_made_with(tokenizer, made_with, shape, path, again)
+    return found
+
+
+def _trajectory(group: h5py.Group) -> LatentTrajectory:
+    return LatentTrajectory(
+        domain=str(group.attrs["domain"]),
+        source=str(group.attrs["source"]),
+        sample=int(group.attrs["sample"]),
+        z=group["z"],
+        geometry_Cxyz=torch.from_numpy(group["geometry"][()]),
+        solid_fraction_xyz=torch.from_numpy(group["solid_fraction"][()]),
+        copy=int(group.attrs.get("copy", 0)),
+    )
+
+
+def _require_made_with(
+    tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, again: str
+) -> None:
+    """Refuse latents with another hash or shape than those of the tokenizer in a folder, if there is one."""
+    (digest, folder), described = made_with, tokenizer / "tokenizer.json"
+    try:
+        meta = json.loads(described.read_text(encoding="utf-8"))
+        own_digest = str(meta["sha256"])
+        own_shape = (int(meta["config"]["latent_channels"]), *(int(size) // COMPRESSION for size in meta["grid"]))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{described} cannot be read ({type(error).__name__}): train the tokenizer again") from error
+    if (digest, shape) != (own_digest, own_shape):
+        theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "a tokenizer that they do not name"
+        raise UserError(
+            f"latents {path}, {_size(shape)}, were made with {theirs}; the one in {tokenizer} is {own_digest[:12]} and "
+            f"makes {_size(own_shape)}: {again}, or set tokenizer.path to the tokenizer that made them"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} channels on {list(shape[1:])}" if shape else "no shape"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What HDF5 reports in the block, as an error that the user can mend."""
+    try:
+        yield
+    # By h5py, of the wrong kind of object (a group in place of a dataset) too.
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read latents {path} ({reason}): delete {path.parent} and run again") from error
 
 
 class LatentSamples:

@@ -25,10 +25,9 @@ def _work(options: argparse.Namespace) -> None:
         claim_run_folder(config, write=False)
 
     prepare()
-    from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
     from shodh_moe.training.pretrain import pretrain
 
-    pretrain(config, paths.run, paths.latents, options.resume, tokenizer_sha256(paths.tokenizer), options.stop_file)
+    pretrain(config, paths.run, paths.latents, options.resume, paths.tokenizer, options.stop_file)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class Engine:
 
         marker = _ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
         module = _TrainedModule(self.model, marker)
-        parameters = split_params_into_different_moe_groups_for_optimizer(_weight_decay_groups(module, t.weight_decay))
+        parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
         with _in_float64(bool(config.parallel.zero_stage)) if self._float64 else nullcontext():
@@ -159,11 +159,13 @@ class Engine:
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
         """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
 
+        Parameters that have an ``lr_scale`` are updated with that times the learning rate.
+
         ``stop`` tells the other ranks that this one wants to stop. Returns None while gradients accumulate. They are
         those of the mean loss of the step's micro-batches.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         last = self._engine.is_gradient_accumulation_boundary()
         self._bad_losses += ~loss.detach().isfinite()
         self._engine.backward(loss)
@@ -253,15 +255,20 @@ def _in_float64(zero: bool) -> Iterator[None]:
         DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights = kept
 
 
-def _weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, prototypes and the temperature do not."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, prototypes and the temperature do not. A group for each learning rate."""
+    members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        (decay if parameter.dim() >= 2 and "prototypes" not in name else plain).append(parameter)
+        kind = "decay" if parameter.dim() >= 2 and "prototypes" not in name else "no_decay"
+        members.setdefault((kind, getattr(parameter, "lr_scale", 1.0)), []).append(parameter)
     return [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": plain, "weight_decay": 0.0},
+        {
+            "name": kind if scale == 1 else f"{kind} at {scale}",
+            "params": parameters,
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lr_scale": scale,
+        }
+        for (kind, scale), parameters in sorted(members.items(), key=lambda member: member[0])
     ]
 
 
@@ -282,6 +289,8 @@ def init_distributed(facts: dict[str, Any] | None = None) -> None:
     # start, and no start at all without a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
+    if backend == "nccl":  # also what is exchanged before there is an engine lies on this rank's own GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     join(backend, facts or {}, START_SECONDS)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     # DeepSpeed's ZeRO calls a function that torch renames: nothing that a user could mend.

@@ -42,8 +42,9 @@ class Samples(Protocol):
 class NonFinite:
     """Follows ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
 
-    def __init__(self, policy: str, run: Path, samples: Samples):
+    def __init__(self, policy: str, run: Path, samples: Samples, remedy: str = "training.learning_rate"):
         self.policy, self.run, self.samples = policy, run, samples
+        self.remedy = remedy  # the key of the learning rate, which is often too high
         self._in_a_row = 0
 
     def all_well(self) -> None:
@@ -69,11 +70,9 @@ class NonFinite:
         where = where or "every loss is finite, only gradients are not"
         told = f"step {step} has a loss or gradient that is not finite ({where}); its samples are in {path}"
         if self.policy == "halt":
-            raise UserError(
-                f"{told}: look at those samples, lower training.learning_rate, or set training.on_nonfinite=skip"
-            )
+            raise UserError(f"{told}: look at those samples, lower {self.remedy}, or set training.on_nonfinite=skip")
         if self._in_a_row >= MAX_SKIPPED:
-            raise UserError(f"{told}; {MAX_SKIPPED} steps in a row were skipped: lower training.learning_rate")
+            raise UserError(f"{told}; {MAX_SKIPPED} steps in a row were skipped: lower {self.remedy}")
         if dist.get_rank() == 0:
             print(f"warning: {told}; the step is skipped", flush=True)
 

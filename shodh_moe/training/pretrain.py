@@ -7,6 +7,7 @@ LOCAL_RANK and WORLD_SIZE; with none it is one process. The loop itself is in `t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step, init_distributed
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
@@ -51,22 +53,23 @@ def pretrain(
     run: Path,
     latents: Path,
     resume: str = "auto",
-    tokenizer_sha256: str | None = None,
+    tokenizer: Path | None = None,
     stop_file: Path | None = None,
 ) -> None:
     """Train to ``training.steps``; arguments and errors as `trainer.train` has them.
 
     Args:
-        tokenizer_sha256: hash of the tokenizer that made the latents; checkpoints keep it.
+        tokenizer: folder of the tokenizer that made the latents; checkpoints keep its hash. None: not known.
 
     Raises:
         UserError: also if ranks disagree.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    train_samples = LatentSamples(load_latents(latents, "train"), config.model.history)
-    valid = LatentSamples(load_latents(latents, "valid"), config.model.history)
+    train_samples = LatentSamples(load_latents(latents, "train", tokenizer), config.model.history)
+    valid = LatentSamples(load_latents(latents, "valid", tokenizer), config.model.history)
     init_distributed(_facts(config, train_samples, valid))
-    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": tokenizer_sha256})
+    made_with = tokenizer_sha256(tokenizer) if tokenizer else None
+    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with})
     train(task, config, run, resume, stop_file)
 
 
@@ -165,6 +168,9 @@ class _LatentTask:
             self._counts.table_LDM.copy_(mine["table"].view_as(self._counts.table_LDM))
             self._counts.largest_L.copy_(mine["largest"])
             self._told = int(mine["told"])
+
+    def finish(self, go_on: Callable[[], bool]) -> bool:
+        return True
 
 
 def _tokens(config: Config, grid: list[int]) -> int:

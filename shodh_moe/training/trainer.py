@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh_moe.checkpoint import CheckpointWriter
+from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter
 from shodh_moe.config import RunConfig, TrainingConfig
 from shodh_moe.errors import EXIT_REQUEUE
 from shodh_moe.kernels.backend import describe
@@ -73,6 +74,12 @@ class Task(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over a `state`; one that does not fit, or lacks something, leaves everything as it is."""
 
+    def finish(self, go_on: Callable[[], bool]) -> bool:
+        """After the last step, also where a run that goes on had none left (collective).
+
+        Long work calls ``go_on`` now and then, on all ranks alike; where that says False, it returns False at once.
+        """
+
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then a cosine down to ``min_learning_rate`` at the last step."""
@@ -121,12 +128,18 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
         print(f"{task.name} {where}: {layout}, device {engine.device}", flush=True)
         print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
         if found and found["world_size"] != world:
-            was = found["world_size"]
-            print(
-                f"the checkpoint was made by {was} ranks, now {world}: the global batch changes with them", flush=True
-            )
+            before = CheckpointReader(Path(found["path"])).state["config"]["training"]["batch_size"]
+            changes = before * found["world_size"] != t.batch_size * world
+            batch = ": the global batch changes with them" if changes else ""
+            print(f"the checkpoint was made by {found['world_size']} ranks, now {world}{batch}", flush=True)
 
-    steps, stopped = range(start, t.steps), False
+    def go_on() -> bool:
+        watchdog.alive()
+        stops = torch.tensor(float(bool(asked)), device=engine.device)
+        dist.all_reduce(stops)
+        return not stops
+
+    steps, done, stopped = range(start, t.steps), start, False
     watchdog.alive()
     with guards:
         for step in progress(steps, task.name, len(steps)) if rank == 0 else steps:
@@ -192,6 +205,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
             if stopped:
                 break
         writer.finish()
+        stopped = stopped or not task.finish(go_on)
     if log:
         log.close()
     dist.barrier()

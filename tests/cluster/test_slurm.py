@@ -248,7 +248,7 @@ def test_an_array_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(
     array = cluster.slurm.submit(SCRIPTS / "generate_data.sbatch", "--array=1-2", cwd=cluster.folder, CONFIG=config)
     then = f"--dependency=afterok:{array}"
     latents = cluster.slurm.submit(
-        SCRIPTS / "tokenizer.sbatch", then, "--", "tokenizer.steps=2", cwd=cluster.folder, CONFIG=config
+        SCRIPTS / "tokenizer.sbatch", then, *TWO_NODES, "--", "tokenizer.steps=2", cwd=cluster.folder, CONFIG=config
     )
     for part in (1, 2):
         ended_well(cluster, f"{array}_{part}")

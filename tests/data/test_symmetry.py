@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shodh_moe.data import TrajectoryRecord
-from shodh_moe.data.symmetry import Symmetry, allowed, apply_each
+from shodh_moe.data.symmetry import Symmetry, allowed, apply_each, draw_copies
 from shodh_moe.kernels import curl, divergence
 from shodh_moe.solvers import LatticeBoltzmann
 
@@ -152,6 +152,43 @@ def test_a_trajectory_that_says_nothing_of_its_drive_keeps_x() -> None:
     record, rng = TrajectoryRecord(Path("a"), 0, "d", 1, CUBE, EVERYWHERE), np.random.default_rng(0)
     drawn = [Symmetry.draw_for(rng, record) for _ in range(50)]
     assert all(symmetry.order[0] == 0 and not symmetry.mirror[0] for symmetry in drawn)
+
+
+def record(periodic: tuple[bool, bool, bool] = EVERYWHERE, forced: bool = True) -> TrajectoryRecord:
+    return TrajectoryRecord(Path("a"), 0, "d", 1, CUBE, periodic, forced)
+
+
+def test_shifts_and_elements_of_the_cube_can_be_drawn_alone() -> None:
+    for which in ("all", "shifts", "cube"):
+        rng = np.random.default_rng(0)
+        drawn = [Symmetry.draw_for(rng, record(), which) for _ in range(60)]
+        assert (len({one.shift for one in drawn}) > 1) == (which != "cube")
+        assert (len({(one.mirror, one.order) for one in drawn}) > 1) == (which != "shifts")
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("periodic", [EVERYWHERE, (True, True, False), (False, False, False)])
+def test_copies_are_all_different_and_of_the_flow(periodic: tuple[bool, bool, bool], forced: bool) -> None:
+    mine = record(periodic, forced)
+    group = allowed(CUBE, periodic, forced)
+    for which, most in (("all", 60), ("shifts", 60), ("cube", len(group))):
+        drawn = draw_copies([3, 1], mine, 60, which)
+        assert drawn == draw_copies([3, 1], mine, 60, which)
+        assert drawn[0] == Symmetry()
+        assert len(set(drawn)) == len(drawn) <= most
+        # Fewer are the first of them.
+        assert draw_copies([3, 1], mine, 2, which) == drawn[:2]
+        assert {Symmetry(mirror=one.mirror, order=one.order) for one in drawn} <= set(group)
+        assert all(wraps or not shift for one in drawn for shift, wraps in zip(one.shift, periodic, strict=True))
+    assert set(draw_copies([3, 1], mine, 60, "cube")) == set(group), "without replacement, until none is left"
+    assert draw_copies([3, 1], mine, 1) == [Symmetry()]
+    if len(group) > 2:
+        assert draw_copies([3, 1], mine, 3, "cube") != draw_copies([3, 2], mine, 3, "cube")
+
+
+def test_copies_under_all_symmetries_are_those_of_earlier_versions() -> None:
+    rngs = [np.random.default_rng([0, 2, copy]) for copy in (1, 2, 3)]
+    assert draw_copies([0, 2], record(), 4) == [Symmetry(), *(Symmetry.draw_for(rng, record()) for rng in rngs)]
 
 
 def test_draws_of_driven_flows_are_those_of_earlier_versions() -> None:

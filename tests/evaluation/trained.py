@@ -25,14 +25,19 @@ HISTORY = 2
 RECORD = {"kind": "train", "step": 7, "tokens_per_second": 5.0, "step_ms": 2.0, "peak_memory_bytes": 9}
 
 
-def run_config(folder: Path, **model: Any) -> Config:
+def run_config(folder: Path, **tokenizer: Any) -> Config:
     return Config.model_validate(
         {
             "name": "trained",
             "runs": str(folder / "runs"),
             "data": {"name": "theirs", "path": str(folder / "theirs"), "grid": list(GRID)},
-            "tokenizer": {**CONFIG["tokenizer"], "path": str(folder / "tok"), "root": str(folder / "tokenizers")},
-            "model": {**CONFIG["model"], "history": HISTORY, **model},
+            "tokenizer": {
+                **CONFIG["tokenizer"],
+                "path": str(folder / "tok"),
+                "root": str(folder / "tokenizers"),
+                **tokenizer,
+            },
+            "model": {**CONFIG["model"], "history": HISTORY},
             "training": CONFIG["training"],
             "parallel": {"processes": 1},
             "evaluation": {"rollout_steps": 2},
@@ -40,11 +45,14 @@ def run_config(folder: Path, **model: Any) -> Config:
     )
 
 
-def make_run(folder: Path) -> Path:
-    """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``."""
+def make_run(folder: Path, **settings: Any) -> Path:
+    """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
+
+    ``settings`` are of the tokenizer.
+    """
     write_dataset(folder / "theirs", GRID, SNAPSHOTS)
     (folder / "tok").mkdir()
-    config = run_config(folder)
+    config = run_config(folder, **settings)
     torch.manual_seed(0)
     tokenizer = Tokenizer(config.tokenizer, list(GRID))
     tokenizer.pressure_rms.fill_(0.5)

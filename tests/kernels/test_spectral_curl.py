@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shodh_moe.kernels import curl, differentiation_matrix, divergence, spectral_curl_cpu
+from shodh_moe.kernels import curl, differentiation_matrix, divergence, divergence_adjoint, spectral_curl_cpu
 from shodh_moe.kernels.differentiation import MINIMUM, OPERATORS
 from tests.kernels.forms import DEVICE, form
 
@@ -63,6 +63,23 @@ def agree(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert bool(got.isfinite().all())
     rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     assert rms(got.double() - wanted) <= rounding * rms(wanted) + 1e-30
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_adjoint_of_the_divergence(name: str, operator: str, dtype: torch.dtype) -> None:
+    u, g = random(2, 3, 5, 7, 6, dtype=dtype), random(2, 5, 7, 6, dtype=dtype, seed=1, permuted=True)
+    with form(name):
+        got = divergence_adjoint(g, operator, 0.5)
+        agree(
+            got, torch.func.vjp(lambda v: plain_divergence(v, operator, 0.5), u.double())[1](g.double())[0], got.dtype
+        )
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        if dtype == torch.float64:
+            torch.testing.assert_close((got * u).sum(), (g * divergence(u, operator, 0.5)).sum())
+            gradient = torch.autograd.grad(divergence_adjoint(g.requires_grad_(), operator, 0.5), g, u)[0]
+            torch.testing.assert_close(gradient, divergence(u, operator, 0.5))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -211,6 +228,18 @@ def test_ways_to_train(name: str, way: str) -> None:
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("operator", ["staggered", "central2"])
+def test_a_projection_made_of_them(operator: str) -> None:
+    """Conjugate gradients call divergence and adjoint in turn: both forms must lead to one field."""
+    project = pytest.importorskip("shodh_moe.tokenizer.walls").project  # needs more than torch
+    solid = (random(1, 1, 5, 4, 6) > 0.8).float()
+    w = random(1, 3, 5, 4, 6, dtype=torch.float32, seed=1)
+    with form("reference"):
+        wanted = project(w, solid, operator)
+    with form("triton"):
+        torch.testing.assert_close(project(w, solid, operator), wanted, rtol=0, atol=1e-5)
+
+
 def test_autocast_does_not_round_the_products() -> None:
     a = random(1, 3, 8, 8, 8, dtype=torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -320,6 +349,8 @@ def test_an_empty_batch() -> None:
         (lambda: curl(torch.zeros(1, 3, 4, 257, 4)), "Y of potential_B3XYZ is 257: .* at most 256"),
         (lambda: divergence(torch.zeros(1, 3, 8, 8, 4), "central4"), "Z of u_B3XYZ is 4: .* at least 5"),
         (lambda: curl(torch.zeros(1, 3, 0, 4, 4)), "X of potential_B3XYZ is 0: .* at least 1"),
+        (lambda: divergence_adjoint(torch.zeros(1, 8, 8, 4), "central4"), "Z of g_BXYZ is 4: .* at least 5"),
+        (lambda: divergence_adjoint(torch.zeros(8, 8, 8)), r"g_BXYZ has shape \[8, 8, 8\]; expected \[B, X, Y, Z\]"),
         (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing=0.0), "spacing must be positive and finite, not 0.0"),
         (lambda: divergence(torch.zeros(1, 3, 8, 8, 8), spacing=-1.0), "spacing must be positive"),
     ],

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, depth_to_space, space_to_depth
+from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, WrappingConv, depth_to_space, space_to_depth
+from shodh_moe.training.live_bytes import LiveBytes
 
 CELLS = st.integers(1, 3)
 
@@ -66,3 +67,42 @@ def test_every_parameter_can_learn() -> None:
         seen = {name: bool(p.grad is not None and p.grad.abs().sum() > 0) for name, p in parameters}
         optimizer.step()
     assert [name for name, moved in seen.items() if not moved] == []
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputed_stages_give_the_same_gradients_and_keep_less(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    encoder, decoder = Encoder([4, 6, 8], 2, 7), Decoder([4, 6, 8], 2, 7)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    fields, solid = torch.randn(2, 5, 24, 8, 40), (torch.rand(2, 1, 24, 8, 40) < 0.3).float()
+
+    def step(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
+        encoder.checkpointing = decoder.checkpointing = checkpointing
+        with LiveBytes(parameters) as live, torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            velocity, pressure = decoder(encoder(fields), solid)
+            loss = velocity.square().mean() + pressure.square().mean()
+            del velocity, pressure
+            kept = live.now
+        return list(torch.autograd.grad(loss, parameters)), kept
+
+    (plain, kept), (recomputed, kept_recomputed) = step(False), step(True)
+    assert all(gradient.abs().sum() > 0 for gradient in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert kept_recomputed < 0.6 * kept
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 3, 5), (4, 1, 6)])
+def test_the_convolution_wraps_around(grid: tuple[int, int, int]) -> None:
+    """As torch's own circular padding, in float64 with gradients."""
+    conv = WrappingConv(3, 2).double()
+    plain = torch.nn.Conv3d(3, 2, 3, padding=1, padding_mode="circular").double()
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, *grid, dtype=torch.float64, requires_grad=True)
+    expected, found = plain(x), conv(x)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    wanted, gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (expected, found))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(conv, (x,))

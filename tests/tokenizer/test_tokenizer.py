@@ -19,10 +19,11 @@ from tests.tiny import CONFIG
 GRIDS = [[16, 16, 16], [8, 16, 24]]
 
 
-def random_tokenizer(grid: list[int], operator: str = "spectral") -> Tokenizer:
+def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "none") -> Tokenizer:
     """As after training: no weight is zero, and every statistic differs from its initial value."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer(TokenizerConfig.model_validate({**CONFIG["tokenizer"], "operator": operator}), grid)
+    config = TokenizerConfig.model_validate({**CONFIG["tokenizer"], "operator": operator, "walls": walls})
+    tokenizer = Tokenizer(config, grid)
     with torch.no_grad():
         for parameter in tokenizer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -69,6 +70,30 @@ def test_the_decoded_velocity_is_divergence_free(
     # The network's own output is far from it: the curl does the work.
     raw, _ = tokenizer.decoder(torch.randn(3, 16, *tokenizer.latent_grid), mask)
     assert rms(divergence(raw.double(), operator)) > 0.1 * rms(raw)
+
+
+@pytest.mark.parametrize("walls", ["ramp", "exact"])
+@pytest.mark.parametrize("operator", ["staggered", "central2", "central4"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_with_walls_it_is_exactly_zero_in_solids_too(walls: str, operator: str, dtype: torch.dtype) -> None:
+    """``bfloat16``: latents of autocast, the velocity made conservative in float32, and so its gradient."""
+    grid = [16, 8, 16]
+    tokenizer = random_tokenizer(grid, operator, walls)
+    mask = torch.zeros(2, 1, *grid)
+    mask[:, :, 2:5, 1:3, :6] = mask[:1, :, :, :, :2] = 1  # a block; a bed
+    low = dtype == torch.bfloat16
+    z = torch.randn(2, 16, *tokenizer.latent_grid, dtype=dtype if low else torch.float32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        flow = tokenizer.decode(z, mask, None if low else dtype)
+        (gradient,) = torch.autograd.grad(flow.velocity_B3XYZ.square().sum(), z)
+    assert flow.conserved_B3XYZ.dtype == (torch.float32 if low else dtype)
+    assert (flow.velocity_B3XYZ[mask.expand(-1, 3, -1, -1, -1) == 1] == 0).all()
+    for one in flow.conserved_B3XYZ.detach():
+        most = 1e-13 if dtype == torch.float64 else 1e-5
+        assert rms(one) > 0.01
+        assert rms(divergence(one[None].double(), operator)) <= most * rms(one)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).any()
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.model.experts import Experts, _autocast
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training import plan
+from shodh_moe.training.live_bytes import LiveBytes
 from shodh_moe.training.pretrain import total_loss
 from tests.training.launch import launch
-from tests.training.live_bytes import LiveBytes
 
 WORKER = Path(__file__).with_name("worker_plan.py")
 

@@ -105,6 +105,8 @@ as lines that part and stay apart; a dropped share that does not fade suggests a
 mix of domains in a batch."""
 
 DIVERGENCE = """How much fluid the predicted velocity creates or destroys. The number depends on the derivative
-operator and the arithmetic, so both stand beside it: with the operator of the decoder it is rounding error by
-construction; any other operator adds the difference between the two. True fields are not free of it either: lattice
-Boltzmann flow is weakly compressible. h is the grid spacing in cells; rms(u) is that of the speed."""
+operator and the arithmetic, so both stand beside it: with the operator of a Helmholtz decoder it is rounding error by
+construction; any other operator adds the difference between the two, and a direct decoder conserves none. The staggered
+operator takes it of velocities on the faces of the cells, of which those at the centres are means. True fields are not
+free of it either: lattice Boltzmann flow is weakly compressible. h is the grid spacing in cells; rms(u) is that of the
+speed."""

@@ -1,0 +1,274 @@
+"""Evaluation of a tokenizer: how well it gives back the snapshots of a split, and at what cost.
+
+Snapshots are read, encoded and decoded a batch at a time and compared one by one in float64; nothing but their scores
+is kept. A direct decoder is measured a second time with its velocity projected: made free of divergence afterwards.
+
+Shapes: B batch, X Y Z space, N snapshots.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh_moe.checks import require_fit, require_made
+from shodh_moe.config import Config
+from shodh_moe.data import FieldStats, list_trajectories
+from shodh_moe.data.loader import Snapshots
+from shodh_moe.data.stats import STATS_FILE
+from shodh_moe.errors import UserError
+from shodh_moe.evaluation.divergence import NORM, differentiated
+from shodh_moe.evaluation.metrics import band_errors, divergence_moments, nrmse, pooled_divergence, vrmse
+from shodh_moe.files import finite_json, require_writable, write_text
+from shodh_moe.kernels import divergence
+from shodh_moe.kernels.differentiation import OPERATORS
+from shodh_moe.paths import paths_of
+from shodh_moe.progress import progress
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer.batches import on_device
+from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
+from shodh_moe.tokenizer.tokenizer import Flow, tokenizer_sha256
+
+# Of a domain's snapshots, evenly spread: metrics of more change little.
+MOST = 32
+# Walls and operator of the projections of a direct decoder's velocity. (Exact walls of central4 take too long.)
+PROJECTIONS = (*(("none", operator) for operator in OPERATORS), ("exact", "staggered"), ("exact", "central2"))
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Numbers of one snapshot, or rows of them: means, or sums that `_summary` knows how to combine.
+Scores = dict[str, Tensor]
+
+
+@torch.no_grad()
+def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -> dict[str, Any]:
+    """Measure the config's tokenizer on a split of its dataset; write JSON, print a table, return the JSON's content.
+
+    Per domain, over at most `MOST` snapshots: errors of velocity and pressure as `evaluation.metrics` defines them
+    (means over snapshots; ``_mse`` over the training rms of the field), spectral bands, divergence under every operator
+    from a decode in float32 and one in float64, velocity in solid voxels (null without any), median milliseconds a
+    sample. For a direct decoder without a penalty ``projected`` has the same for each of `PROJECTIONS`.
+
+    Divergences are computed in float64 and pooled over snapshots: under the decoder's own operator of the velocity that
+    it conserves; under another of the velocity at the voxels' centres, which for ``staggered`` is averaged to the
+    faces, those of solid voxels as well (which gives the figures of ``central2``; see `differentiated`).
+
+    Args:
+        split: ``train``, ``valid`` or ``test``.
+        output: the JSON file; None: ``evaluation.json`` in the tokenizer's folder.
+
+    Raises:
+        UserError: tokenizer or dataset are missing, damaged or of different grids, or the file cannot be written.
+    """
+    paths = paths_of(config)
+    tokenizer = load_tokenizer(paths.tokenizer)
+    require_fit(tokenizer, config)
+    target = _target(paths.tokenizer, output)
+    require_made(paths.dataset / STATS_FILE, "shodh data generate")
+    other_data = _trained_on_other_data(tokenizer, FieldStats.load(paths.dataset))
+    if other_data:
+        print(f"[tokenizer] {paths.tokenizer} was trained on other data than {paths.dataset}: its statistics are used")
+    records = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)
+    snapshots, device = Snapshots(records), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer.to(device)
+    domains: dict[str, Any] = {}
+    projected: dict[str, Any] = defaultdict(dict)
+    for number, domain in enumerate(snapshots.domains):
+        found = _measure_domain(tokenizer, snapshots, number, config.tokenizer.batch_size, device)
+        domains[domain] = {**found.pop(""), "n_snapshots_of_split": snapshots.sizes[number]}
+        for name, result in found.items():
+            projected[name][domain] = result
+    settings = tokenizer.config.model_dump(exclude={"path", "root"})
+    result = finite_json(
+        {
+            "tokenizer": str(paths.tokenizer),
+            "sha256": tokenizer_sha256(paths.tokenizer),
+            "dataset": str(paths.dataset),
+            "split": split,
+            "grid": tokenizer.grid,
+            "trained_on_other_data": other_data,
+            "settings": settings,
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "batch_size": config.tokenizer.batch_size,
+            "snapshots": f"at most {MOST} of a domain, evenly spread",
+            "divergence_norm": NORM,
+            "domains": domains,
+            **({"projected": dict(projected)} if projected else {}),
+        }
+    )
+    write_text(target, json.dumps(result, indent=2) + "\n")
+    print(_table(result))
+    print(f"[tokenizer] {target}")
+    return result
+
+
+def _target(folder: Path, output: Path | None) -> Path:
+    target = output or folder / "evaluation.json"
+    if target.is_dir():
+        raise UserError(f"--output {target} is a folder: give the name of a file")
+    try:
+        require_writable(target.parent)
+    except UserError as error:
+        raise error if output else UserError(f"{error}, or give a file with --output") from error
+    return target
+
+
+def _trained_on_other_data(tokenizer: Tokenizer, stats: FieldStats) -> bool:
+    """Whether its statistics, which travel with it, are not those of the dataset (up to their rounding to float32)."""
+    pairs = ((tokenizer.velocity_rms, stats.velocity_rms), (tokenizer.pressure_rms, stats.pressure_rms))
+    return any(abs(float(own) - theirs) > 1e-6 * theirs for own, theirs in pairs)
+
+
+def _measure_domain(
+    tokenizer: Tokenizer, snapshots: Snapshots, domain: int, batch_size: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """The scores of a domain: of the decoder under "", of a direct one's projections under ``walls/operator``."""
+    picks = spread(snapshots.of_domain(domain), MOST)
+    parts = [picks[first : first + batch_size] for first in range(0, len(picks), batch_size)]
+    rms = float(tokenizer.velocity_rms), float(tokenizer.pressure_rms)
+    scores: dict[str, list[Scores]] = defaultdict(list)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    batches = on_device(snapshots, parts, device)
+    for fields_B5XYZ in progress(batches, f"evaluate {snapshots.domains[domain]}", len(parts)):
+        solid_B1XYZ = fields_B5XYZ[:, 4:]
+        z = _timed(times["", "encode"], tokenizer.encode, fields_B5XYZ)
+        flow = _timed(times["", "decode"], tokenizer.decode, z, solid_B1XYZ)
+        for i in range(len(z)):
+            exact = tokenizer.decode(z[i : i + 1], solid_B1XYZ[i : i + 1], torch.float64)
+            own = {"float32": _one(flow, i), "float64": exact}
+            scores[""].append(_score(own, tokenizer.config.operator, fields_B5XYZ[i : i + 1], rms))
+        if tokenizer.config.decoder != "direct" or tokenizer.config.divergence_weight:
+            continue
+        for walls, operator in PROJECTIONS:
+            name = f"{walls}/{operator}"
+            # With the velocity first, as what is timed is counted.
+            single = _timed(times[name, "project"], _project, flow.velocity_B3XYZ, flow, solid_B1XYZ, operator, walls)
+            for i in range(len(z)):
+                one = _one(flow, i)
+                wide_13XYZ = one.velocity_B3XYZ.double()
+                exact = _project(wide_13XYZ, one, solid_B1XYZ[i : i + 1], operator, walls)
+                both = {"float32": _one(single, i), "float64": exact}
+                scores[name].append(_score(both, operator, fields_B5XYZ[i : i + 1], rms))
+    return {
+        name: {
+            **_summary(rows),
+            "ms_per_sample": {what: statistics.median(ms) for (whose, what), ms in times.items() if whose == name},
+            "n_snapshots": len(rows),
+        }
+        for name, rows in scores.items()
+    }
+
+
+def spread(items: list[int], most: int) -> list[int]:
+    """All of them, or ``most`` evenly spread ones, the first and the last included."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
+    """``run(*arguments)``; its milliseconds by sample, of which the first argument has len, are added to ``times``."""
+
+    def wait() -> None:
+        if arguments[0].is_cuda:
+            torch.cuda.synchronize()
+
+    if not times:
+        run(*arguments)  # to warm up: choice of algorithms, compilation, memory
+    wait()
+    began = time.perf_counter()
+    result = run(*arguments)
+    wait()
+    times.append(1e3 * (time.perf_counter() - began) / len(arguments[0]))
+    return result
+
+
+def _project(w_B3XYZ: Tensor, flow: Flow, solid_B1XYZ: Tensor, operator: str, walls: str) -> Flow:
+    """``flow`` with the velocity w made free of divergence."""
+    conserved = conserved_velocity(w_B3XYZ, solid_B1XYZ, operator, walls)
+    return Flow(at_centres(conserved, operator), flow.pressure_B1XYZ, conserved)
+
+
+def _one(flow: Flow, index: int) -> Flow:
+    return Flow(*(values[index : index + 1] for values in flow))
+
+
+def _score(decoded: dict[str, Flow], own: str, fields_15XYZ: Tensor, rms: tuple[float, float]) -> Scores:
+    """One snapshot: ``decoded`` in float32 and float64, conserving with the operator ``own``, against the truth."""
+    exact, true_15XYZ = decoded["float64"], fields_15XYZ.double()
+    solid_1XYZ = true_15XYZ[:, 4] > 0.5
+    found: Scores = {}
+    true_fields = true_15XYZ[:, :3], true_15XYZ[:, 3:4]
+    for name, values, true, scale in zip(("velocity", "pressure"), exact[:2], true_fields, rms, strict=True):
+        found[f"{name}_vrmse"] = vrmse(values, true)[0]
+        found[f"{name}_mse"] = ((values - true) / scale).square().mean()
+        found[f"{name}_bands"] = band_errors(values, true)[0]
+    found["velocity_nrmse"] = nrmse(exact.velocity_B3XYZ, true_fields[0])[0]
+    for dtype, flow in decoded.items():
+        for operator in OPERATORS:
+            u = flow.conserved_B3XYZ if operator == own else differentiated(flow.velocity_B3XYZ, operator)
+            found[f"{operator}/{dtype}"] = divergence_moments(divergence(u.double(), operator), u)
+    square_1XYZ = exact.velocity_B3XYZ.square().sum(1)
+    inside = torch.where(solid_1XYZ, square_1XYZ, 0.0)
+    found["solid"] = torch.stack([inside.sum(), solid_1XYZ.sum().double(), inside.max(), square_1XYZ.mean()])
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def _summary(rows: list[Scores]) -> dict[str, Any]:
+    """The scores of a domain from those of its snapshots."""
+    all_N = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    means = ("velocity_vrmse", "pressure_vrmse", "velocity_nrmse", "velocity_mse", "pressure_mse")
+    total, count, peak, square = all_N["solid"].unbind(1)
+    speed, solid = float(square.mean().sqrt()), None
+    if count.sum() > 0:
+        values = float((total.sum() / count.sum()).sqrt()), float(peak.max().sqrt())
+        # A flow at rest has no speed to compare with, and none in its solids.
+        relative = [value / speed if speed > 0 else 0.0 for value in values]
+        solid = {"rms_relative": relative[0], "max_relative": relative[1], "max": values[1]}
+    return {
+        **{name: float(all_N[name].mean()) for name in means},
+        "band_errors": {name: all_N[f"{name}_bands"].mean(0).tolist() for name in ("velocity", "pressure")},
+        "divergence": {
+            operator: {dtype: pooled_divergence(all_N[f"{operator}/{dtype}"], spacing=1.0) for dtype in DTYPES}
+            for operator in OPERATORS
+        },
+        "solid_velocity": solid or dict.fromkeys(("rms_relative", "max_relative", "max")),
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    """A line for each domain, and for each projection of it; divergences under the operator that is conserved."""
+    settings = result["settings"]
+    own = settings["operator"]
+    name = "direct" if settings["decoder"] == "direct" else f"{settings['walls']}/{own}"
+    sources = [(name, own, result["domains"])]
+    sources += [
+        (f"direct, then {name}", name.split("/")[1], found) for name, found in result.get("projected", {}).items()
+    ]
+    head = (
+        f"{'domain':<16} {'decoder':<26} {'VRMSE of u':>10} {'of p':>8} {'bands of u: low, middle, high':>30} "
+        f"{'h div/u f32':>11} {'f64':>8} {'u in solid':>10} {'ms':>12}"
+    )
+    lines = [head]
+    for domain in result["domains"]:
+        for title, operator, found in sources:
+            s = found[domain]
+            bands = " ".join(f"{_number(band):>9}" for band in s["band_errors"]["velocity"])
+            single, exact = (_number(s["divergence"][operator][dtype]["rms_relative"], ".1e") for dtype in DTYPES)
+            lines.append(
+                f"{domain:<16} {title:<26} {_number(s['velocity_vrmse']):>10} {_number(s['pressure_vrmse']):>8} "
+                f"{bands:>30} {single:>11} {exact:>8} {_number(s['solid_velocity']['max_relative'], '.1e'):>10} "
+                f"{' + '.join(_number(ms, '.3g') for ms in s['ms_per_sample'].values()):>12}"
+            )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else "0" if value == 0 else format(value, form)

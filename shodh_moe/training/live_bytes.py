@@ -1,0 +1,54 @@
+"""Counts the bytes of tensors that are alive, as a GPU's allocator would."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside the block that are still alive.
+
+    Tensors may be fake (inside a `FakeTensorMode`); then nothing is allocated.
+
+    Args:
+        known: tensors whose storage is not counted.
+        workspace: bytes that an operation needs for itself while it runs, given its name, inputs and outputs.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were.
+        bound: the most there were with the workspace of the operation that ran.
+    """
+
+    def __init__(
+        self, known: Iterable[Tensor] = (), workspace: Callable[[str, list[Tensor], list[Tensor]], int] | None = None
+    ):
+        super().__init__()
+        self.now = self.peak = self.bound = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._workspace = workspace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+        for leaf in outputs:
+            storage = leaf.untyped_storage()
+            if storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        if self._workspace:
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.bound = max(self.bound, self.now + self._workspace(str(func), inputs, outputs))
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size

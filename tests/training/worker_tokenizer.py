@@ -1,0 +1,92 @@
+"""One rank of test_tokenizer: trains tokenizers in one process group, one after the other.
+
+Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which has the same training split; then
+which trainings, see below.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from shodh_moe.command import end_rank
+from shodh_moe.config_io import load_config
+from shodh_moe.errors import EXIT_REQUEUE, UserError
+from shodh_moe.training import tokenizer as training
+from shodh_moe.training import trainer
+from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.tokenizer_config import tokenizer_run
+
+folder, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+folder = Path(folder)
+init_distributed()
+trainer.dist.destroy_process_group = lambda: None  # type: ignore[attr-defined]
+end_of_step = training._TokenizerTask.end
+set_latent_statistics = training.set_latent_statistics
+
+
+class BrokenOff(Exception):
+    pass
+
+
+def train(name: str, *overrides: str, data: str = "theirs") -> None:
+    """In a folder of that name, from the start that ``whole`` has computed."""
+    start = folder / "whole/start.safetensors"
+    if dist.get_rank() == 0 and name != "alone" and start.exists() and not (folder / name).exists():
+        (folder / name).mkdir()
+        shutil.copy(start, folder / name)
+    config = tokenizer_run(load_config(folder / "tiny.yaml", list(overrides)), dist.get_world_size())
+    training.train_tokenizer(config, folder / data, folder / name)
+
+
+def break_off(task: Any, step: int, applied: bool) -> None:
+    if step == 3:
+        raise BrokenOff
+    end_of_step(task, step, applied)
+
+
+def asked_to_end(*arguments: Any) -> bool:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return set_latent_statistics(*arguments)
+
+
+def main() -> int:
+    for name in names:
+        if name in ("whole", "alone"):
+            train(name)
+        if name == "broken":  # after the checkpoint of step 2; meanwhile the other splits become other flows
+            training._TokenizerTask.end = break_off  # type: ignore[method-assign]
+            with pytest.raises(BrokenOff):
+                train(name)
+            training._TokenizerTask.end = end_of_step  # type: ignore[method-assign]
+            assert not (folder / name / "tokenizer.json").exists()
+            train(name, data="altered")
+        if name == "asked":  # one rank, to end while the statistics of the latents are made: no step is left then
+            training.set_latent_statistics = asked_to_end
+            with pytest.raises(SystemExit, match=str(EXIT_REQUEUE)):
+                train(name)
+            training.set_latent_statistics = set_latent_statistics
+            assert not (folder / name / "tokenizer.json").exists()
+            train(name)
+        if name == "direct":
+            settings = ("decoder=direct", "divergence_weight=0.5", "operator=staggered", "precision=bfloat16")
+            settings = (*settings, "activation_checkpointing=true")
+            train(name, "parallel.zero_stage=1", *(f"tokenizer.{setting}" for setting in settings))
+        if name == "high":
+            with pytest.raises((UserError, SystemExit)) as error:
+                train(name, "tokenizer.learning_rate=1e30")
+            if dist.get_rank() == 0:
+                (folder / name / "error.txt").write_text(str(error.value))
+    dist.barrier()
+    return 0
+
+
+end_rank(main)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from live_bytes import LiveBytes
 
 from shodh_moe.command import end_rank
 from shodh_moe.config import Config
 from shodh_moe.config_io import load_config
 from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.live_bytes import LiveBytes
 from shodh_moe.training.pretrain import latent_engine, total_loss
 
 

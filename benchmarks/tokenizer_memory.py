@@ -48,8 +48,8 @@ def random_fields(side: int) -> Tensor:
 
 def steps(config: Config, count: int) -> list[float]:
     """Seconds of each training step."""
+    from shodh_moe.tokenizer.reconstruction import Reconstruction
     from shodh_moe.tokenizer.tokenizer import Tokenizer
-    from shodh_moe.training.tokenizer import Reconstruction
 
     tokenizer = Tokenizer(config.tokenizer, config.data.grid)
     tokenizer.encoder.checkpointing = tokenizer.decoder.checkpointing = config.tokenizer.activation_checkpointing

@@ -76,10 +76,11 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
     root: str = "tokenizers"
     operator: Literal["spectral", "central2", "central4", "staggered"] = Field(
-        "spectral", description="the derivative for which the decoded velocity is free of divergence"
+        "staggered", description="the derivative for which the decoded velocity is free of divergence"
     )
     walls: Literal["none", "ramp", "exact"] = Field(
-        "none", description="velocity in solids: small; zero, by a potential that vanishes there; zero, the nearest one"
+        "exact",
+        description="velocity in solids: small; zero, of a potential that vanishes there; zero, the nearest",
     )
     decoder: Literal["helmholtz", "direct"] = Field(
         "helmholtz", description="direct: a control, the raw velocity as it is, free of no divergence"
@@ -101,7 +102,7 @@ class TokenizerConfig(Section):
     log_every: Positive = 20
     latent_copies: Positive = Field(
         4,
-        description="latent copies of each training trajectory: itself, and others under random symmetries",
+        description="latent copies of each training trajectory, at most: itself, and others under random symmetries",
     )
     latent_symmetries: Literal["all", "shifts", "cube"] = Field(
         "all",
@@ -115,7 +116,7 @@ class TokenizerConfig(Section):
         if self.walls != "none" and self.operator == "spectral":
             raise ValueError(
                 f"walls {self.walls!r} needs a local operator: a spectral derivative feels the solids everywhere; "
-                "set operator to staggered, central2 or central4"
+                "set operator to staggered, central2 or central4, or walls to none"
             )
         if self.decoder == "direct" and self.walls != "none":
             raise ValueError("the direct decoder has no walls to keep: set walls to none")

@@ -29,7 +29,7 @@ def test_beats_persistence_and_the_mean_predictor(metrics, domain, quantity):
 
 def test_velocity_is_divergence_free_to_rounding(metrics):
     divergence = metrics["divergence"]
-    assert (divergence["operator"], divergence["dtype"]) == ("spectral", "float64")
+    assert (divergence["operator"], divergence["dtype"]) == ("staggered", "float64")
     assert 0 < divergence["rms_relative"] <= 1e-12
 
 

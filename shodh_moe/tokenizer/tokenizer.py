@@ -20,6 +20,7 @@ from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
+from shodh_moe.tokenizer.walls import to_faces
 
 FIELDS = ("velocity", "pressure", "solid")  # what a tokenizer reads
 
@@ -31,7 +32,8 @@ class Flow(NamedTuple):
         velocity_B3XYZ: at the voxels' centres, where the data are.
         pressure_B1XYZ: there as well.
         conserved_B3XYZ: the velocity whose divergence vanishes: with the operator ``staggered`` that on the lower
-            faces of the voxels, of which ``velocity`` is the mean; otherwise ``velocity`` itself.
+            faces of the voxels, of which ``velocity`` is the mean; otherwise ``velocity`` itself. A direct decoder has
+            it at the same places, and its divergence does not vanish.
     """
 
     velocity_B3XYZ: Tensor
@@ -97,7 +99,7 @@ class Tokenizer(nn.Module):
         raw, pressure = self.decoder(z_raw, solid_B1XYZ)
         raw, pressure = raw.to(dtype or compute_dtype(raw.dtype)), pressure.to(compute_dtype(pressure.dtype))
         if self.config.decoder == "direct":
-            return Flow(raw, pressure, raw)
+            return Flow(raw, pressure, to_faces(raw) if self.config.operator == "staggered" else raw)
         with torch.autocast(raw.device.type, enabled=False):
             conserved = conserved_velocity(raw, solid_B1XYZ, self.config.operator, self.config.walls)
             return Flow(at_centres(conserved, self.config.operator), pressure, conserved)

@@ -98,20 +98,23 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def state_bytes(config: Config, world: int) -> dict[str, int]:
+def state_bytes(config: Config, world: int, count: Parameters | None = None) -> dict[str, int]:
     """Weights, gradients, optimizer and reduction buffers of one rank, by part (DESIGN 7: bfloat16 is autocast).
 
     ``reduction`` is what DeepSpeed needs to bring the gradients to where they are used: without ZeRO a flat copy of
     a bucket, after the backward pass; with it the buckets, and this rank's part laid end to end.
+
+    Args:
+        count: what is trained; None: the transformer.
     """
-    count, ep = count_parameters(config, world), expert_parallel_size(config, world)
+    count, ep = count or count_parameters(config, world), expert_parallel_size(config, world)
     wide, _ = _widths(config)
     stage = config.parallel.zero_stage
     if not stage:
         flat = min(max(count.shared, count.rank_expert), BUCKET)
         sizes = {"weights": 1, "gradients": 1, "optimizer": 2}
         return {**{key: n * wide * count.rank for key, n in sizes.items()}, "reduction": wide * flat}
-    part = count.shared // world + count.rank_expert // (world // ep)  # what this rank updates
+    part = -(-count.shared // world) - (-count.rank_expert // (world // ep))  # what this rank updates
     zero = deepspeed_config(config, world)["zero_optimization"]
     buckets = int(zero.get("reduce_bucket_size", BUCKET)) * (2 if zero.get("overlap_comm") else 1)
     return {

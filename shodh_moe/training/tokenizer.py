@@ -25,13 +25,12 @@ from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.errors import UserError
 from shodh_moe.files import atomic_file
-from shodh_moe.kernels import divergence
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.batches import draw, drawn_batches, on_device, share
+from shodh_moe.tokenizer.reconstruction import Reconstruction
 from shodh_moe.tokenizer.start import SCALES, STARTED, start_from_principal_components
 from shodh_moe.tokenizer.tokenizer import Tokenizer
-from shodh_moe.tokenizer.walls import to_faces
 from shodh_moe.training.engine import Engine, Step, init_distributed
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.resume import on_rank_0
@@ -113,31 +112,6 @@ def _read_start(path: Path, start: dict[str, Tensor]) -> bool:
 def _write_start(path: Path, start: dict[str, Tensor]) -> None:
     with atomic_file(path) as temporary:
         save_tensors(start, temporary)
-
-
-class Reconstruction(nn.Module):
-    """A tokenizer's errors on fields, through encoder and decoder."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.names = ["velocity_mse", "pressure_mse"]
-        if tokenizer.config.decoder == "direct":
-            self.names.append("divergence_mse")
-
-    def forward(self, fields_B5XYZ: Tensor) -> Tensor:
-        """By `names`, mean squared over each sample's voxels and components, [names, B]: the errors of velocity and
-        pressure over their training rms, and cell width times divergence of that velocity under the config's operator.
-        """
-        tokenizer = self.tokenizer
-        normalised = tokenizer.normalise(fields_B5XYZ)
-        flow = tokenizer.decode_normalised(tokenizer.encoder(normalised), fields_B5XYZ[:, 4:])
-        parts = [flow.velocity_B3XYZ - normalised[:, :3], flow.pressure_B1XYZ - normalised[:, 3:4]]
-        if "divergence_mse" in self.names:
-            operator = tokenizer.config.operator
-            velocity = to_faces(flow.velocity_B3XYZ) if operator == "staggered" else flow.velocity_B3XYZ
-            parts.append(divergence(velocity, operator))
-        return torch.stack([part.square().flatten(1).mean(1) for part in parts])
 
 
 def set_learning_rate_scales(tokenizer: nn.Module) -> None:

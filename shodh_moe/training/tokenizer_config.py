@@ -46,7 +46,7 @@ def tokenizer_run(config: Config, world: int) -> Config:
         data=config.data,
         tokenizer=c,
         training=training,
-        parallel=config.parallel,
+        parallel=config.parallel.model_copy(update={"ep_size": 1}),  # it has no experts
         deepspeed=config.deepspeed,
     )
     deepspeed_config(run, world)

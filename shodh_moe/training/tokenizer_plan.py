@@ -18,11 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.tokenizer.laplacian import inverse_laplacian
+from shodh_moe.tokenizer.reconstruction import Reconstruction
 from shodh_moe.tokenizer.tokenizer import Tokenizer
-from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.live_bytes import LiveBytes
-from shodh_moe.training.plan import BUCKET
-from shodh_moe.training.tokenizer import Reconstruction
+from shodh_moe.training.plan import Parameters, state_bytes
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 # Fields of one component that `walls.project` holds beside its inputs and its result, FFT's own included.
@@ -38,19 +37,6 @@ READ_AHEAD = 2  # micro-batches that wait in host memory (`read_batches`)
 def count_parameters(config: Config) -> int:
     """Numbers of parameters of encoder and decoder."""
     return sum(parameter.numel() for parameter in _build(config).parameters())
-
-
-def state_bytes(config: Config, world: int) -> dict[str, int]:
-    """Weights, gradients, optimizer and reduction buffers of one rank, by part, as in `plan.state_bytes`; float32."""
-    count, stage = count_parameters(config), config.parallel.zero_stage
-    if not stage:
-        flat = min(count, BUCKET)
-        return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "reduction": 4 * flat}
-    part = -(-count // world)  # what this rank updates
-    zero = deepspeed_config(config, world)["zero_optimization"]
-    buckets = int(zero.get("reduce_bucket_size", BUCKET)) * (2 if zero.get("overlap_comm") else 1)
-    gradients = count if stage == 1 else part
-    return {"weights": 4 * count, "gradients": 4 * gradients, "optimizer": 12 * part, "reduction": 4 * (buckets + part)}
 
 
 def activation_bytes(config: Config, samples: int, checkpointing: bool) -> dict[str, int]:
@@ -83,8 +69,9 @@ def memory(config: Config, world: int, checkpointing: bool) -> dict[str, int]:
     Raises:
         UserError: ``world`` ranks cannot share the batch, or the DeepSpeed section does not fit.
     """
-    samples = tokenizer_run(config, world).training.batch_size
-    parts = {**state_bytes(config, world), **activation_bytes(config, samples, checkpointing)}
+    run, count = tokenizer_run(config, world), count_parameters(config)
+    states = state_bytes(run, world, Parameters(shared=count, expert=0, rank_expert=0, active=count))
+    parts = {**states, **activation_bytes(config, run.training.batch_size, checkpointing)}
     return {**parts, "sum": sum(parts.values())}
 
 

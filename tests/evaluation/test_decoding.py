@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_nothing(
     refuse(capfd, tmp_path, "needs 0.00172 GB, 1e-06 GB are free", "--dtype float32")
 
 
-@pytest.mark.parametrize("settings", [{}, {"operator": "central2", "walls": "exact"}])
+@pytest.mark.parametrize("settings", [{"operator": "spectral", "walls": "none"}, {"operator": "central2"}])
 def test_nothing_but_fluid_and_nothing_but_solid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, str]
 ) -> None:

@@ -129,7 +129,9 @@ def test_the_numbers_are_those_of_a_direct_computation(data: Path, tmp_path: Pat
 def test_a_direct_decoder_is_measured_projected_too(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = evaluate_tokenizer(make(data, tmp_path / "tok", decoder="direct"), "test", tmp_path / "out" / "a.json")
+    result = evaluate_tokenizer(
+        make(data, tmp_path / "tok", decoder="direct", walls="none"), "test", tmp_path / "out" / "a.json"
+    )
     assert json.loads((tmp_path / "out/a.json").read_text()) == result
     assert not (tmp_path / "tok/evaluation.json").exists()
     lines = capsys.readouterr().out.splitlines()

@@ -33,6 +33,8 @@ def run_config(folder: Path, **tokenizer: Any) -> Config:
             "data": {"name": "theirs", "path": str(folder / "theirs"), "grid": list(GRID)},
             "tokenizer": {
                 **CONFIG["tokenizer"],
+                "operator": "spectral",
+                "walls": "none",
                 "path": str(folder / "tok"),
                 "root": str(folder / "tokenizers"),
                 **tokenizer,

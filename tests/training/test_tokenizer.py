@@ -17,7 +17,8 @@ from shodh_moe.data.loader import Snapshots
 from shodh_moe.errors import UserError
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from shodh_moe.training.tokenizer import Reconstruction, set_learning_rate_scales
+from shodh_moe.tokenizer.reconstruction import Reconstruction
+from shodh_moe.training.tokenizer import set_learning_rate_scales
 from shodh_moe.training.tokenizer_config import tokenizer_run
 from shodh_moe.training.tokenizer_rank import main as train_rank
 from tests.tiny import CONFIG, config, tree, write_config, write_dataset
@@ -171,8 +172,8 @@ def test_the_run_of_a_tokenizer_depends_on_its_own_settings_alone() -> None:
         ({"activation_checkpointing": True, "log_every": 1, "checkpoint_every": 1}, True, True),
         ({"latent_symmetries": "cube"}, True, False),
         ({"precision": "bfloat16"}, False, False),
-        ({"operator": "staggered", "walls": "exact"}, False, False),
-        ({"decoder": "direct", "divergence_weight": 0.1}, False, False),
+        ({"operator": "spectral", "walls": "none"}, False, False),
+        ({"decoder": "direct", "walls": "none", "divergence_weight": 0.1}, False, False),
     ],
 )
 def test_a_folder_is_named_after_what_decides_its_content(

@@ -10,16 +10,16 @@ import torch
 from shodh_moe.config import Config
 from shodh_moe.errors import UserError
 from shodh_moe.tokenizer import walls
+from shodh_moe.tokenizer.reconstruction import Reconstruction
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 from shodh_moe.training import tokenizer_plan
 from shodh_moe.training.live_bytes import LiveBytes
-from shodh_moe.training.tokenizer import Reconstruction
 
 DECODERS = {
-    "spectral": {"operator": "spectral"},
+    "spectral": {"operator": "spectral", "walls": "none"},
     "ramp": {"operator": "central2", "walls": "ramp"},
     "exact": {"operator": "staggered", "walls": "exact"},
-    "direct": {"operator": "staggered", "decoder": "direct"},
+    "direct": {"operator": "staggered", "decoder": "direct", "walls": "none"},
 }
 
 
@@ -102,10 +102,11 @@ def test_the_solver_holds_no_more_fields_than_planned(operator: str) -> None:
 def test_states_are_shared_out_by_zero() -> None:
     config = _config([16, 16, 16], batch_size=4)
     count = sum(parameter.numel() for parameter in Tokenizer(config.tokenizer, config.data.grid).parameters())
-    whole = tokenizer_plan.state_bytes(config, 4)
-    assert whole == {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "reduction": 4 * count}
+    whole = tokenizer_plan.memory(config, 4, False)
+    states = {part: whole[part] for part in ("weights", "gradients", "optimizer", "reduction")}
+    assert states == {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "reduction": 4 * count}
     zero = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 2})})
-    assert tokenizer_plan.state_bytes(zero, 4)["optimizer"] == 12 * -(-count // 4)
+    assert tokenizer_plan.memory(zero, 4, False)["optimizer"] == 12 * -(-count // 4)
 
 
 def test_the_table_says_the_main_things() -> None:

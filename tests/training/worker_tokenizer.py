@@ -77,7 +77,13 @@ def main() -> int:
             assert not (folder / name / "tokenizer.json").exists()
             train(name)
         if name == "direct":
-            settings = ("decoder=direct", "divergence_weight=0.5", "operator=staggered", "precision=bfloat16")
+            settings = (
+                "decoder=direct",
+                "walls=none",
+                "divergence_weight=0.5",
+                "operator=staggered",
+                "precision=bfloat16",
+            )
             settings = (*settings, "activation_checkpointing=true")
             train(name, "parallel.zero_stage=1", *(f"tokenizer.{setting}" for setting in settings))
         if name == "high":

@@ -15,7 +15,7 @@ from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.errors import UserError
-from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
 from shodh_moe.tokenizer.latents import encode_dataset, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, GRID, write_dataset
@@ -96,6 +96,16 @@ def test_copies_are_the_flow_under_the_symmetries_that_they_name(made: Path, whi
     plain = Symmetry()
     for symmetry in drawn:
         assert symmetry.shift == plain.shift if which == "cube" else symmetry == Symmetry(symmetry.shift)
+
+
+def test_a_trajectory_is_encoded_in_parts_of_a_few_snapshots(
+    made: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "BATCH", 2)
+    (tmp_path / "parts").mkdir()
+    encode_dataset(load_tokenizer(made / "tok"), made / "theirs", tmp_path / "parts", copies=4, seed=0)
+    for whole, parts in zip(load_latents(cache, "train"), load_latents(tmp_path / "parts", "train"), strict=True):
+        torch.testing.assert_close(whole.read(), parts.read())
 
 
 def test_only_training_trajectories_have_copies(made: Path) -> None:

@@ -18,6 +18,7 @@ from shodh_moe.errors import UserError
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.reconstruction import Reconstruction
+from shodh_moe.training import tokenizer as training
 from shodh_moe.training.tokenizer import set_learning_rate_scales
 from shodh_moe.training.tokenizer_config import tokenizer_run
 from shodh_moe.training.tokenizer_rank import main as train_rank
@@ -187,6 +188,19 @@ def test_a_folder_is_named_after_what_decides_its_content(
 def test_a_batch_that_cannot_be_shared_out_names_both_numbers() -> None:
     with pytest.raises(UserError, match=r"tokenizer\.batch_size 4 cannot be shared out over 3 ranks"):
         tokenizer_run(config(), 3)
+
+
+def test_a_damaged_start_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    start = {"velocity_rms": torch.ones(()), "geometry_mean_P": torch.ones(512)}
+    assert not training._read_start(path, start)
+    training._write_start(path, start)
+    blank = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    assert training._read_start(path, blank)
+    assert all(torch.equal(blank[name], tensor) for name, tensor in start.items())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=rf"start.safetensors is damaged: delete {tmp_path} to train"):
+        training._read_start(path, blank)
 
 
 def test_it_learns(dataset: Path) -> None:

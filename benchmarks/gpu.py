@@ -154,6 +154,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         bench("spectral_curl", 60),
         bench("gating", 45, "--experts", "8,64"),
         bench("lattice_boltzmann", 60, "--grids", "64,128,256", needs=("numba", "scipy")),
+        bench("walls", 40, needs=("numba", "scipy", "pydantic", "h5py")),
         losses("triton"),
         losses("reference"),
         bench("moe_layer", 30),
@@ -169,6 +170,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     ]
 
 
+# With timings side by side, which `plot.py` draws.
 BENCHMARKS = ("dispatch", "spectral_curl", "gating", "lattice_boltzmann", "moe_layer", "optimizer")
 
 
@@ -290,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     def save(done: list[Outcome]) -> None:
         content["seconds"] = round(time.monotonic() - began, 1)
         content["steps"] = [asdict(outcome) for outcome in done]
-        content["benchmarks"] = merge_benchmarks(out, BENCHMARKS)
+        content["benchmarks"] = merge_benchmarks(out, (*BENCHMARKS, "walls"))
         content["losses"] = compare_losses(out)
         write_text(file, json.dumps(content, indent=1) + "\n")
 

@@ -63,13 +63,13 @@ def test_rehearsal_of_make_gpu_runs_every_step(rehearsal: tuple[subprocess.Compl
     content = json.loads((folder / "gpu_rehearsal.json").read_text())
     steps = {step["name"]: step for step in content["steps"]}
     assert list(steps) == [
-        "environment", "tests", "dispatch", "spectral_curl", "gating", "lattice_boltzmann",
+        "environment", "tests", "dispatch", "spectral_curl", "gating", "lattice_boltzmann", "walls",
         "losses triton", "losses reference", "moe_layer", "optimizer", "quickstart", "pictures",
     ]  # fmt: skip
     assert {step["status"] for step in steps.values()} == {"done"}, done.stdout
     assert steps["environment"]["result"]["packages"]["torch"]
     assert steps["tests"]["result"]["passed"] > 0
-    assert content["benchmarks"].keys() == {*SCRIPTS, "lattice_boltzmann"}
+    assert content["benchmarks"].keys() == {*SCRIPTS, "lattice_boltzmann", "walls"}
     losses = content["losses"]["small network"]
     assert len(losses["triton"]) == 3
     assert losses["largest_relative_difference"] < 1e-4

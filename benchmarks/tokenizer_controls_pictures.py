@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from tokenizer_controls_summary import Rows, operator_of, title_of
+from tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
 from shodh_moe.data import list_trajectories
 from shodh_moe.data.loader import Snapshots
@@ -113,7 +113,8 @@ def draw_pictures(folder: Path, rows: Rows, tokenizers: Mapping[str, Path], data
 
 
 def errors_against_divergence(rows: Rows, domains: Sequence[str]) -> Figure:
-    """A panel for each domain, a point for each row and seed."""
+    """A panel for each domain, a point for each row and seed; `ONE_SEED`, far above all others, is left out."""
+    rows = {row: seeds for row, seeds in rows.items() if row not in ONE_SEED}
     figure, grid = panels(len(domains), 2, 4.6)
     for axes, domain in zip(grid, domains, strict=True):
         for row, seeds in rows.items():

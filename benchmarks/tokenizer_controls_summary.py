@@ -186,7 +186,7 @@ def error_table(summary: Mapping[str, Any], domain: str) -> list[str]:
 
 
 def exactness_table(summary: Mapping[str, Any], domain: str) -> list[str]:
-    """Markdown: divergence and velocity in solids, the largest over seeds; its own operator in bold; times, the least."""
+    """Markdown: divergence, own operator in bold, and velocity in solids, the largest over seeds; times, the least."""
     head = ["decoder", *(f"div, {operator}" for operator in OPERATORS), "own, float32"]
     lines = _head([*head, "in solids, rms", "in solids, max", "encode, ms", "decode, ms"])
     for row, here in summary["domains"][domain].items():

@@ -56,8 +56,10 @@ class DataConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="where to simulate; auto: on GPUs if there are")
     domains: Domains = Domains()
     skip_bad: bool = Field(False, description="go on without the files that cannot be read, and list them")
-    weights: dict[str, PositiveFloat] | None = Field(
-        None, description="samples of each domain in a micro-batch, relative to 1; null: equal numbers"
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="samples of each domain in a micro-batch, relative to 1; 0: none, as if it were not there; "
+        "null: equal numbers",
     )
 
     @model_validator(mode="after")
@@ -75,6 +77,7 @@ class TokenizerConfig(Section):
 
     path: str | None = Field(None, description="a trained tokenizer's folder; null: train one under `root`")
     root: str = "tokenizers"
+    seed: NonNegative | None = Field(None, description="of its weights, batches and latent copies; null: the run's")
     operator: Literal["spectral", "central2", "central4", "staggered"] = Field(
         "staggered", description="the derivative for which the decoded velocity is free of divergence"
     )
@@ -128,7 +131,10 @@ class TokenizerConfig(Section):
 class RouterConfig(Section):
     """Top-1 soft-semantic router (DESIGN 3.5)."""
 
-    kind: Literal["cosine", "linear"] = "cosine"
+    kind: Literal["cosine", "linear", "oracle"] = Field(
+        "cosine", description="oracle: a control, every token goes to the expert of its domain"
+    )
+    frozen: bool = Field(False, description="a control: the router stays as it was drawn")
     dim: int = Field(
         16, gt=0, le=MAX_ROUTING_WIDTH, description="width of the projection whose cosine similarity scores the experts"
     )
@@ -141,7 +147,7 @@ class RouterConfig(Section):
 class MoEConfig(Section):
     """The sparse feed-forward block (DESIGN 3.4)."""
 
-    num_experts: int = Field(2, gt=0, le=MAX_EXPERTS)
+    num_experts: int = Field(2, ge=0, le=MAX_EXPERTS, description="routed ones; 0: none, the shared ones are dense")
     expert_hidden: Positive = 256
     shared_experts: NonNegative = 1
     dropless: bool = Field(False, description="no capacity: experts take all their tokens, in uneven shares")
@@ -149,6 +155,12 @@ class MoEConfig(Section):
     min_capacity: Positive = 4
     drop_order: Literal["position", "probability"] = "position"
     router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _some_expert(self) -> MoEConfig:
+        if not self.num_experts and not self.shared_experts:
+            raise ValueError("num_experts and shared_experts are both 0: a block needs one expert at least")
+        return self
 
 
 class ModelConfig(Section):

@@ -194,6 +194,7 @@ _FREE_OF_MODEL = {
     "moe.capacity_factor",
     "moe.min_capacity",
     "moe.drop_order",
+    "moe.router.frozen",
     "moe.router.temperature",
     "moe.router.balance_weight",
     "moe.router.z_weight",

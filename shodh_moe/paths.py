@@ -27,7 +27,7 @@ LATENTS_VERSION = 2
 FREE_OF_DATA = {"name", "path", "root", "compression", "device", "skip_bad", "weights"}
 # Settings of the tokenizer section that change no trained tokenizer.
 FREE_OF_TOKENIZER = {
-    *("path", "root", "log_every", "checkpoint_every", "activation_checkpointing"),
+    *("path", "root", "seed", "log_every", "checkpoint_every", "activation_checkpointing"),
     *("latent_copies", "latent_symmetries"),
 }
 
@@ -57,6 +57,7 @@ def paths_of(config: Config) -> Paths:
     else:
         data_id = fingerprint(DATA_VERSION, data.model_dump(exclude=FREE_OF_DATA))
         dataset = Path(data.root) / f"{data.name}-{data_id}"
+    seed = tokenizer_seed(config)
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
         meta = tokenizer / "tokenizer.json"
@@ -67,11 +68,16 @@ def paths_of(config: Config) -> Paths:
         settings = config.tokenizer.model_dump(exclude=FREE_OF_TOKENIZER)
         if data.weights:
             settings["weights"] = data.weights
-        tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, config.seed)
+        tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, seed)
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     copies = [config.tokenizer.latent_copies, config.tokenizer.latent_symmetries]
-    latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, config.seed)}"
+    latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, seed)}"
     return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
+
+
+def tokenizer_seed(config: Config) -> int:
+    """Of the tokenizer's weights and batches, and of the symmetries of latent copies."""
+    return config.seed if config.tokenizer.seed is None else config.tokenizer.seed
 
 
 def _existing(text: str, key: str) -> Path:

@@ -24,11 +24,11 @@ from shodh_moe.checks import (
 )
 from shodh_moe.config import Config
 from shodh_moe.config_io import fingerprint
-from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.errors import UserError
 from shodh_moe.files import whole_folder, write_text
 from shodh_moe.launcher import TrainingFailed, launch_ranks
-from shodh_moe.paths import Paths, paths_of
+from shodh_moe.paths import Paths, paths_of, tokenizer_seed
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.training.tokenizer_config import tokenizer_run
@@ -110,7 +110,15 @@ def make_latents(config: Config) -> Path:
         copies, which = config.tokenizer.latent_copies, config.tokenizer.latent_symmetries
         skip_bad = config.data.skip_bad
         encode_dataset(
-            tokenizer, paths.dataset, temporary, copies, config.seed, device(), skip_bad, which, paths.tokenizer
+            tokenizer,
+            paths.dataset,
+            temporary,
+            copies,
+            tokenizer_seed(config),
+            device(),
+            skip_bad,
+            which,
+            paths.tokenizer,
         )
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
@@ -118,9 +126,9 @@ def make_latents(config: Config) -> Path:
 def _check_latents(config: Config, paths: Paths) -> None:
     """What every rank would find out for itself, told once and before the ranks start."""
     for split in ("train", "valid", "test"):
-        samples = LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history)
-        weights = domain_weights(config.data.weights, samples.domains)
-        DomainSampler(samples.sizes, config.training.batch_size, config.seed, processes(config), weights)
+        latents = load_latents(paths.latents, split, paths.tokenizer)
+        samples = LatentSamples(latents, config.model.history, config.data.weights)
+        DomainSampler(samples.sizes, config.training.batch_size, config.seed, processes(config), samples.weights)
 
 
 def pretrain(config: Config, resume: str = "auto") -> Path:

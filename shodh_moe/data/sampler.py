@@ -17,8 +17,8 @@ from shodh_moe.errors import UserError
 
 
 @lru_cache(maxsize=64)
-def _order(seed: int, domain: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, domain, epoch]).permutation(size)
+def _order(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(size)
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class DomainSampler:
     """Draws ``batch_size`` samples a rank and step from all domains, each domain epoch by epoch.
 
     ``domain_sizes`` are the numbers of samples per domain. Within a domain the global order depends on
-    (seed, domain) alone, so the same samples come in the same steps whatever the number of ranks, as long as
+    (seed, stream) alone, so the same samples come in the same steps whatever the number of ranks, as long as
     the global batch is the same and divides by domain in the same way.
 
-    ``weights`` say how the micro-batch divides among the domains (see `shares`); None: equally.
+    ``weights`` say how the micro-batch divides among the domains (see `shares`); None: equally. ``streams`` are the
+    numbers of the domains' random streams; None: 0, 1, ...: a domain has the same order whatever others are left out.
 
     Raises:
         UserError: the micro-batch cannot be divided so.
@@ -40,6 +41,7 @@ class DomainSampler:
     seed: int
     world_size: int = 1
     weights: tuple[float, ...] | None = None
+    streams: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _ = self.shares
@@ -59,11 +61,12 @@ class DomainSampler:
     def batch(self, step: int, rank: int) -> list[tuple[int, int]]:
         """(domain, index within the domain) of each sample of this rank in this micro-batch (``step``, from 0)."""
         samples = []
+        streams = self.streams or range(len(self.domain_sizes))
         for domain, (size, share) in enumerate(zip(self.domain_sizes, self.shares, strict=True)):
             start = (step * self.world_size + rank) * share
             for position in range(start, start + share):
                 epoch, within = divmod(position, size)
-                samples.append((domain, int(_order(self.seed, domain, epoch, size)[within])))
+                samples.append((domain, int(_order(self.seed, streams[domain], epoch, size)[within])))
         return samples
 
 
@@ -106,4 +109,6 @@ def domain_weights(weights: Mapping[str, float] | None, domains: Sequence[str]) 
     unknown = sorted(set(weights) - set(domains))
     if unknown:
         raise UserError(f"data.weights.{unknown[0]}: the dataset has only {', '.join(domains)}: correct the name")
+    if all(weights.get(domain, 1) == 0 for domain in domains):
+        raise UserError("data.weights: every domain of the dataset has weight 0: give one more than that")
     return tuple(float(weights.get(domain, 1)) for domain in domains)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
-from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
@@ -57,8 +57,11 @@ def measure(
     ``history`` holds the training records, from which speed and memory come; [] leaves those null.
     """
     made_with = paths_of(config).tokenizer
-    train, test = (load_latents(latents, split, made_with) for split in ("train", "test"))
-    domains = sorted({trajectory.domain for trajectory in test})
+    train, test = (
+        LatentSamples(load_latents(latents, split, made_with), config.model.history, config.data.weights)
+        for split in ("train", "test")
+    )
+    domains = test.domains
     listing = config.data.grid, config.data.skip_bad
     records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", *listing)}
 
@@ -67,12 +70,13 @@ def measure(
     conserved: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.float32: []}
     simulated = {}
     for domain in domains:
-        pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test if z.domain == domain]
+        pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test.trajectories if z.domain == domain]
+        expert_1 = test.expert_B(torch.tensor([domains.index(domain)]), config.model.moe.num_experts)
         mean_fields = _mean_fields(dataset, domain, *listing)
-        mean_latent = _mean_latent([z for z in train if z.domain == domain])
+        mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
-            one_step = _OneStep(models, config, latent, truth)
+            one_step = _OneStep(models, config, latent, truth, expert_1)
             errors.append(one_step.errors(mean_latent, mean_fields))
             if number == 0:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
@@ -82,7 +86,7 @@ def measure(
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        free_running = _rollouts(models, config, pairs)
+        free_running = _rollouts(models, config, pairs, expert_1)
         results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
@@ -121,7 +125,7 @@ class _OneStep:
     velocity decoded in float64, with the one whose divergence vanishes beside it in ``conserved`` [T, 3, X, Y, Z].
     """
 
-    def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory):
+    def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory, expert_1: Tensor):
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
@@ -132,7 +136,8 @@ class _OneStep:
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
         z, predicted, conserved, self.experts = [], [], [], []
         for window in windows.split(config.evaluation.batch_size):
-            out = models.transformer(window, latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1))
+            geometry_BCxyz = latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1)
+            out = models.transformer(window, geometry_BCxyz, expert_1.expand(len(window)))
             z.append(out.latent_BCxyz)
             fields_B4XYZ, conserved_B3XYZ = decode_both(models.tokenizer, out.latent_BCxyz, self.solid)
             predicted.append(fields_B4XYZ)
@@ -190,16 +195,17 @@ class _OneStep:
             "spectrum_true": spectrum,
             "spectrum_pred": energy_spectrum(self.predicted[middle, :3])[1],
             "spectrum_reconstruction": energy_spectrum(reconstruction[:3])[1],
-            "expert_map": torch.stack([layer[within].view(grid) for layer in self.experts[batch]]),
             "solid_fraction": solid[0, 0],
         }
+        if maps := [layer[within].view(grid) for layer in self.experts[batch]]:
+            arrays["expert_map"] = torch.stack(maps)
         return {
             key: value.numpy().astype(np.int32 if key == "expert_map" else np.float32) for key, value in arrays.items()
         }
 
 
 def _rollouts(
-    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]]
+    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], expert_1: Tensor
 ) -> dict[str, np.ndarray]:
     """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
     h = config.model.history
@@ -207,7 +213,7 @@ def _rollouts(
     errors = torch.zeros(len(pairs), steps)
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
-        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None])
+        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], expert_1)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
@@ -222,12 +228,15 @@ def _rollouts(
     }
 
 
-def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajectory]) -> dict[str, Any]:
-    """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training."""
-    samples = LatentSamples(test, config.model.history)
-    weights = domain_weights(config.data.weights, samples.domains)
-    sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=weights)
+def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -> dict[str, Any]:
+    """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
+
+    A dense model has no layers to tell of.
+    """
     experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
+    if not layers:
+        return summarise_routing([])
+    sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=samples.weights)
     counts = RoutingCounts(len(layers), samples.domains, experts)
     by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
     for layer in layers:
@@ -235,9 +244,9 @@ def routing_on_heldout(models: Models, config: Config, test: list[LatentTrajecto
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
         history, geometry, _, domain_B = samples.batch(picks)
-        routing = models.transformer(history, geometry).routing
+        routing = models.transformer(history, geometry, samples.expert_B(domain_B, experts)).routing
         counts.add(routing, domain_B)
-        solid = torch.stack([test[samples.index[d][i][0]].solid_fraction_xyz for d, i in picks])
+        solid = torch.stack([samples.trajectories[samples.index[d][i][0]].solid_fraction_xyz for d, i in picks])
         solid = torch.nn.functional.avg_pool3d(solid[:, None], config.model.patch)
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
         for table, layer_routing in zip(by_solid, routing, strict=True):

@@ -14,10 +14,12 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.tokenizer import Tokenizer
 
 
-def rollout(transformer: LatentTransformer, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Iterator[Tensor]:
-    """The next latents [B, C, x, y, z], one after the other and without end."""
+def rollout(
+    transformer: LatentTransformer, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, expert_B: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The next latents [B, C, x, y, z], one after the other and without end; ``expert_B`` for the oracle router."""
     while True:
-        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz).latent_BCxyz
+        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz, expert_B).latent_BCxyz
         history_BHCxyz = torch.cat([history_BHCxyz[:, 1:], z_BCxyz[:, None]], dim=1)
         yield z_BCxyz
 

@@ -28,6 +28,14 @@ class FeedForward(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
+    """The sum of what all of them make of ``x``; None if there are none."""
+    total = None
+    for expert in experts:
+        total = expert(x) if total is None else total + expert(x)
+    return total
+
+
 class Experts(nn.Module):
     """L SwiGLU experts as stacked weights.
 

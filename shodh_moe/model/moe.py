@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
-from shodh_moe.model.experts import Experts, FeedForward
+from shodh_moe.model.experts import Experts, FeedForward, add_up
 from shodh_moe.model.router import Router
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 
@@ -46,7 +46,8 @@ class MoE(nn.Module):
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
         self.drop_in_eval = False  # evaluation switches this on to report what the training capacity would drop
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """``expert_N`` is for the oracle router (`Router.forward`)."""
         c = self.config
         tokens = x_ND.shape[0]
         # A rank that raised alone would leave the others waiting for it in the exchange.
@@ -55,10 +56,10 @@ class MoE(nn.Module):
         if not c.dropless and (self.training or self.drop_in_eval):
             capacity = expert_capacity(tokens, c.num_experts, c.capacity_factor, c.min_capacity)
             self.ep.check_same_tokens(tokens, capacity, x_ND.device)
-            gating = self.router(x_ND, capacity, c.drop_order, check_finite)
+            gating = self.router(x_ND, capacity, c.drop_order, check_finite, expert_N)
             y_ND = self._with_capacity(rows_ND, gating, capacity)
         else:
-            gating = self.router(x_ND, tokens, c.drop_order, check_finite)
+            gating = self.router(x_ND, tokens, c.drop_order, check_finite, expert_N)
             y_ND = self._dropless(rows_ND, gating)
         routing = Routing(
             balance_loss=gating.balance_loss,
@@ -77,7 +78,7 @@ class MoE(nn.Module):
         slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, capacity)
         blocks_GLKD = slots_EKD.view(self.ep.size, -1, capacity, width)
         on_the_way = start_all_to_all(blocks_GLKD, self.ep, layer=self.layer, direction="dispatch")
-        shared_ND = self._shared_experts(x_ND)
+        shared_ND = add_up(self.shared, x_ND)
         # A CPU can leave out the slots without a token; on a GPU to know them would mean to wait for the device.
         filled_LG = self.ep.exchange_counts(gating.kept_E, self.layer).T if x_ND.device.type == "cpu" else None
         local_LTD = on_the_way.wait().transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
@@ -91,12 +92,12 @@ class MoE(nn.Module):
         """Every rank sends every expert just the tokens that chose it."""
         rows_ND = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, None)
         if self.ep.size == 1:
-            shared_ND, rows_ND = self._shared_experts(x_ND), self.experts.grouped(rows_ND, gating.kept_E)
+            shared_ND, rows_ND = add_up(self.shared, x_ND), self.experts.grouped(rows_ND, gating.kept_E)
             return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
         received_GL = self.ep.exchange_counts(gating.kept_E, self.layer)
         send, receive = gating.kept_E.view(self.ep.size, -1).sum(1).tolist(), received_GL.sum(1).tolist()
         on_the_way = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")
-        shared_ND = self._shared_experts(x_ND)
+        shared_ND = add_up(self.shared, x_ND)
         # What arrives is sorted by rank, then by expert; the experts want it by expert, then by rank.
         local_L = torch.arange(received_GL.shape[1], device=x_ND.device)
         expert_R = torch.repeat_interleave(local_L.repeat(self.ep.size), received_GL.flatten())
@@ -105,11 +106,18 @@ class MoE(nn.Module):
         rows_ND = all_to_all(done_RD[torch.argsort(order_R)], self.ep, receive, send, self.layer, "combine")
         return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
 
-    def _shared_experts(self, x_ND: Tensor) -> Tensor | None:
-        total_ND = None
-        for expert in self.shared:
-            total_ND = expert(x_ND) if total_ND is None else total_ND + expert(x_ND)
-        return total_ND
+
+class Dense(nn.Module):
+    """A block without routed experts: y = sum_j Shared_j(h), a SwiGLU network of the hidden widths together."""
+
+    def __init__(self, dim: int, config: MoEConfig):
+        super().__init__()
+        self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
+
+    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, None]:
+        y_ND = add_up(self.shared, x_ND)
+        assert y_ND is not None  # the config has one at least
+        return y_ND.to(x_ND.dtype), None
 
 
 def _as_products(x_ND: Tensor) -> Tensor:

@@ -14,30 +14,34 @@ from torch.utils.checkpoint import checkpoint
 from shodh_moe.config import ModelConfig
 from shodh_moe.errors import UserError
 from shodh_moe.model.attention import Attention
-from shodh_moe.model.moe import MoE, Routing
+from shodh_moe.model.moe import Dense, MoE, Routing
 from shodh_moe.model.norm import make_norm
 from shodh_moe.parallel import ExpertParallel
 
 
 class Prediction(NamedTuple):
-    """The next latent [B, C, x, y, z], and the routing of every layer's B * S tokens (sample by sample)."""
+    """The next latent [B, C, x, y, z], and the routing of every layer's B * S tokens (sample by sample).
+
+    A dense model has no routing.
+    """
 
     latent_BCxyz: Tensor
     routing: list[Routing]
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm mixture of experts."""
+    """Pre-norm attention, then a pre-norm mixture of experts, or a dense network where there are none to route to."""
 
     def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
         self.attention = Attention(config.dim, config.heads, grid, norm)
-        self.moe = MoE(config.dim, config.moe, ep, seed, layer)
+        moe = config.moe
+        self.moe = MoE(config.dim, moe, ep, seed, layer) if moe.num_experts else Dense(config.dim, moe)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1))
+        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), expert_N)
         return x_BSD + y_ND.view_as(x_BSD), routing
 
 
@@ -87,18 +91,23 @@ class LatentTransformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Prediction:
+    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, expert_B: Tensor | None = None) -> Prediction:
+        """``expert_B``, int64, is the expert of each sample's domain, for the oracle router alone."""
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
         # What the blocks add to stays as wide as the latents under autocast.
         x_BSD = self.embed(patchify(x_BCxyz, self.config.patch)).to(history_BHCxyz.dtype)
+        expert_N = None if expert_B is None else expert_B.repeat_interleave(x_BSD.shape[1])
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             # The state of the random numbers need not be kept: nothing in a block draws any.
             x_BSD, layer_routing = (
-                checkpoint(block, x_BSD, use_reentrant=False, preserve_rng_state=False) if recompute else block(x_BSD)
+                checkpoint(block, x_BSD, expert_N, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(x_BSD, expert_N)
             )
-            routing.append(layer_routing)
+            if layer_routing is not None:
+                routing.append(layer_routing)
         change_BSD = self.head(self.norm(x_BSD))
         latest_BCxyz = history_BHCxyz[:, -1]
         return Prediction(latest_BCxyz + unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape), routing)

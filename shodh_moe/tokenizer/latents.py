@@ -28,6 +28,7 @@ from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
+from shodh_moe.data.sampler import domain_weights
 from shodh_moe.data.symmetry import Symmetry, draw_copies
 from shodh_moe.errors import UserError
 from shodh_moe.files import sha256
@@ -250,13 +251,29 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class LatentSamples:
-    """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain."""
+    """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain.
 
-    def __init__(self, trajectories: list[LatentTrajectory], history: int):
-        self.trajectories, self.history = trajectories, history
-        self.domains = sorted({trajectory.domain for trajectory in trajectories})
+    Args:
+        weights: ``data.weights``; a domain with weight 0 is left out.
+
+    Attributes:
+        domains: those that are used, by name.
+        weights, streams: of them, for `DomainSampler`. A stream is the domain's place among all domains.
+
+    Raises:
+        UserError: a weight is for an unknown domain, or a domain has no trajectory that is long enough.
+    """
+
+    def __init__(self, trajectories: list[LatentTrajectory], history: int, weights: dict[str, float] | None = None):
+        everyone = sorted({trajectory.domain for trajectory in trajectories})
+        given = domain_weights(weights, everyone)
+        self.streams = tuple(n for n in range(len(everyone)) if given is None or given[n] > 0)
+        self.weights = tuple(given[n] for n in self.streams) if given else None
+        self.domains = [everyone[n] for n in self.streams]
+        self.trajectories = [trajectory for trajectory in trajectories if trajectory.domain in self.domains]
+        self.history = history
         self.index: list[list[tuple[int, int]]] = [[] for _ in self.domains]
-        for number, trajectory in enumerate(trajectories):
+        for number, trajectory in enumerate(self.trajectories):
             starts = range(trajectory.snapshots - history)
             self.index[self.domains.index(trajectory.domain)].extend((number, start) for start in starts)
         for domain, samples in zip(self.domains, self.index, strict=True):
@@ -280,6 +297,10 @@ class LatentSamples:
             target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
         return torch.stack(history), torch.stack(geometry), torch.stack(target), labels
+
+    def expert_B(self, domain_B: Tensor, experts: int) -> Tensor:
+        """The expert that each sample's domain has under the oracle router."""
+        return domain_B % max(experts, 1)
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
         """Where a sample lies, and whether its values are finite."""

@@ -17,7 +17,11 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
     """
     experts, ep = config.model.moe.num_experts, config.parallel.ep_size
     if ep == "auto":
-        return math.gcd(world_size, experts)
+        return math.gcd(world_size, experts) if experts else 1
+    if ep > 1 and not experts:
+        raise UserError(
+            f"parallel.ep_size {ep}: model.moe.num_experts is 0, there is none to share out: set it to auto"
+        )
     if experts % ep:
         raise UserError(
             f"model.moe.num_experts {experts} is not divisible by parallel.ep_size {ep}; change one of them"

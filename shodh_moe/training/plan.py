@@ -88,10 +88,10 @@ def count_parameters(config: Config, world: int) -> Parameters:
     channels, grid = config.tokenizer.latent_channels, latent_grid(config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
-    rank_expert = depth * _numel(model.moe_layers[0].experts)
+    rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
     expert = rank_expert * ep
-    return Parameters(shared, expert, rank_expert, shared + expert // config.model.moe.num_experts)
+    return Parameters(shared, expert, rank_expert, shared + expert // max(config.model.moe.num_experts, 1))
 
 
 def _numel(module: nn.Module) -> int:
@@ -150,6 +150,8 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
 def slots(config: Config) -> int:
     """Rows that a rank sends to experts in one layer, and that its own experts get from as many ranks as share them."""
     moe, tokens = config.model.moe, batch_tokens(config)
+    if not moe.num_experts:
+        return 0
     if moe.dropless:
         return tokens
     return moe.num_experts * expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
@@ -171,7 +173,8 @@ def _block_bytes(config: Config, ep: int) -> int:
     # The norm's output; q, k, v as one; q and k turned; the result, and again token by token; a number a head.
     attention = narrow * 8 * d + wide * m.heads
     attention += cast * 2 * wide * d  # q and k before their norms
-    router = wide * d + 4 * (experts + moe.router.dim) + 40  # the norm's output; scores; expert, slot, probability, ...
+    router = wide * d  # the norm's output
+    router += (4 * (experts + moe.router.dim) + 40) * bool(experts)  # scores; expert, slot, probability, ...
     shared = narrow * moe.shared_experts * 4 * f  # gate and up, silu(gate), their product
     shared += cast * narrow * d * bool(moe.shared_experts)  # the norm's output, narrow
     of_slot = narrow * (2 * d + 4 * f)  # as much, what comes in, what goes out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.config_io import differing_model_keys, flatten
-from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
@@ -42,8 +42,11 @@ def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> 
     layers, router = prediction.routing, config.model.moe.router
     error_B = (prediction.latent_BCxyz - target_BCxyz).square().flatten(1).mean(1)
     prediction_loss = error_B.mean()
-    balance = torch.stack([r.balance_loss for r in layers]).mean()
-    z = torch.stack([r.z_loss for r in layers]).mean()
+    # A dense model has no routers.
+    balance, z = (
+        torch.stack([getattr(r, name) for r in layers]).mean() if layers else prediction_loss.new_zeros(())
+        for name in ("balance_loss", "z_loss")
+    )
     loss = prediction_loss + router.balance_weight * balance + router.z_weight * z
     return {"loss": loss, "prediction_loss": prediction_loss, "balance_loss": balance, "z_loss": z}, error_B.detach()
 
@@ -65,8 +68,10 @@ def pretrain(
         UserError: also if ranks disagree.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    train_samples = LatentSamples(load_latents(latents, "train", tokenizer), config.model.history)
-    valid = LatentSamples(load_latents(latents, "valid", tokenizer), config.model.history)
+    train_samples, valid = (
+        LatentSamples(load_latents(latents, split, tokenizer), config.model.history, config.data.weights)
+        for split in ("train", "valid")
+    )
     init_distributed(_facts(config, train_samples, valid))
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
     task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with})
@@ -100,7 +105,8 @@ class _LatentTask:
             config.training.batch_size,
             config.seed,
             dist.get_world_size(),
-            domain_weights(config.data.weights, samples.domains),
+            samples.weights,
+            samples.streams,
         )
         self._layers = self.engine.moe_layers
         experts = config.model.moe.num_experts
@@ -122,14 +128,15 @@ class _LatentTask:
 
     def begin(self, step: int, logs: bool) -> None:
         last = step == self._config.training.steps
-        self._tells = logs and (step - self._told >= self._config.telemetry.every or last)
+        self._tells = bool(self._layers) and logs and (step - self._told >= self._config.telemetry.every or last)
         self._batches, self._exchanges = [], []
         self.engine.ep.exchanges = self._exchanges if self._tells else None
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
         history, geometry, target, domain_B = _to(self.engine, *self._samples.batch(picks))
-        prediction = self.engine(history, geometry)
+        expert_B = self._samples.expert_B(domain_B, self._config.model.moe.num_experts)
+        prediction = self.engine(history, geometry, expert_B)
         losses, error_B = total_loss(prediction, target, self._config)
         kept = {key: value.detach() for key, value in losses.items()}
         self._batches.append(MicroBatch(picks, domain_B, error_B, kept, prediction.routing))
@@ -141,7 +148,7 @@ class _LatentTask:
             self._nonfinite.handle(step, self._batches)
             return
         self._nonfinite.all_well()
-        for batch in self._batches:
+        for batch in self._batches if self._layers else []:
             self._counts.add(batch.routing, batch.domain_B)
 
     def record(self, step: int, result: Step) -> dict[str, Any]:
@@ -159,6 +166,8 @@ class _LatentTask:
         return validate(self.engine, self._valid, self._config)
 
     def state(self) -> dict[str, Tensor]:
+        if not self._layers:
+            return {}
         counts = {"table": self._counts.table_LDM.flatten(), "largest": self._counts.largest_L}
         return {ROUTING + name: value for name, value in (counts | {"told": torch.tensor([self._told])}).items()}
 
@@ -183,11 +192,12 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
     shape = list(train.trajectories[0].z.shape[1:])
     tokens = _tokens(config, shape[1:])
     moe = config.model.moe
-    capacity = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+    full = moe.dropless or not moe.num_experts
+    capacity = None if full else expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
     return {
         **flatten(config.model_dump()),
         "tokens of a micro-batch": tokens,
-        "capacity of an expert": None if moe.dropless else capacity,
+        "capacity of an expert": capacity,
         "shape of the latents": shape,
         "samples of the training latents by domain": dict(zip(train.domains, train.sizes, strict=True)),
         "samples of the validation latents by domain": dict(zip(valid.domains, valid.sizes, strict=True)),
@@ -206,7 +216,8 @@ def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, 
         mine = everything[first + rank * size : first + (rank + 1) * size]
         history, geometry, target, domain_B = _to(engine, *valid.batch(mine or everything[:1]))
         with engine.autocast():
-            predicted = engine.model(history, geometry).latent_BCxyz
+            expert_B = valid.expert_B(domain_B, config.model.moe.num_experts)
+            predicted = engine.model(history, geometry, expert_B).latent_BCxyz
         error = (predicted - target).square().flatten(1).mean(1)
         change = (history[:, -1] - target).square().flatten(1).mean(1)
         if mine:

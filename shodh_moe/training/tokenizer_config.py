@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shodh_moe.config import Config, TrainingConfig
 from shodh_moe.errors import UserError
+from shodh_moe.paths import tokenizer_seed
 from shodh_moe.training.deepspeed_config import deepspeed_config
 
 # What the tokenizer's training takes from the training section: nothing that changes what is learned.
@@ -42,9 +43,9 @@ def tokenizer_run(config: Config, world: int) -> Config:
     )
     run = Config(
         name="tokenizer",
-        seed=config.seed,
+        seed=tokenizer_seed(config),
         data=config.data,
-        tokenizer=c,
+        tokenizer=c.model_copy(update={"seed": None}),
         training=training,
         parallel=config.parallel.model_copy(update={"ep_size": 1}),  # it has no experts
         deepspeed=config.deepspeed,

@@ -107,19 +107,9 @@ def make_latents(config: Config) -> Path:
     began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
     with whole_folder(paths.latents, keep_first=True) as temporary:
-        copies, which = config.tokenizer.latent_copies, config.tokenizer.latent_symmetries
-        skip_bad = config.data.skip_bad
-        encode_dataset(
-            tokenizer,
-            paths.dataset,
-            temporary,
-            copies,
-            tokenizer_seed(config),
-            device(),
-            skip_bad,
-            which,
-            paths.tokenizer,
-        )
+        c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
+        how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
+        encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 

@@ -34,6 +34,13 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
         assert sorted(one.batch(step, 0)) == sorted(two.batch(step, 0) + two.batch(step, 1))
 
 
+def test_a_domain_keeps_its_order_when_others_are_left_out():
+    joint = DomainSampler((20, 30, 25), batch_size=6, seed=4)
+    alone = DomainSampler((25,), batch_size=2, seed=4, streams=(2,))
+    for step in range(20):
+        assert [index for domain, index in joint.batch(step, 0) if domain == 2] == [i for _, i in alone.batch(step, 0)]
+
+
 def test_seed_changes_the_order():
     assert DomainSampler((50,), 10, seed=0).batch(0, 0) != DomainSampler((50,), 10, seed=1).batch(0, 0)
 

@@ -16,7 +16,7 @@ from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.errors import UserError
 from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
-from shodh_moe.tokenizer.latents import encode_dataset, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, GRID, write_dataset
 
@@ -112,6 +112,19 @@ def test_only_training_trajectories_have_copies(made: Path) -> None:
     for split, copies in (("train", 4), ("valid", 1), ("test", 1)):
         found = load_latents(made / "latents" / "all", split, made / "tok")
         assert [one.copy for one in found] == [*range(copies)] * 2
+
+
+def test_a_domain_with_weight_0_is_as_if_it_were_not_there(made: Path) -> None:
+    everything = load_latents(made / "latents" / "all", "train")
+    both = LatentSamples(everything, 2)
+    one = LatentSamples(everything, 2, {both.domains[0]: 0, both.domains[1]: 3})
+    assert (one.domains, one.sizes, one.streams, one.weights) == (both.domains[1:], both.sizes[1:], (1,), (3.0,))
+    for mine, theirs in zip(one.batch([(0, 3)])[:3], both.batch([(1, 3)])[:3], strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(UserError, match="every domain of the dataset has weight 0"):
+        LatentSamples(everything, 2, dict.fromkeys(both.domains, 0.0))
+    with pytest.raises(UserError, match="wake: the dataset has only"):
+        LatentSamples(everything, 2, {"wake": 1.0})
 
 
 def test_latents_of_another_tokenizer_are_refused(made: Path, cache: Path, tmp_path: Path) -> None:

@@ -63,6 +63,26 @@ def mutual_information(counts_DE: Tensor | Sequence[Sequence[float]]) -> float:
     return max(float(terms.sum()), 0.0)
 
 
+def conditional_mutual_information(counts_CDE: Tensor | Sequence[Sequence[Sequence[float]]]) -> float:
+    """Mutual information of domain and expert within each category, in nats, from joint counts [C, D, E].
+
+        I(E; D | C) = sum_c p_c I(E; D | C = c),   0 <= I <= min(ln D, ln E)
+
+    (Cover and Thomas, Elements of Information Theory, 2.5.) With the local solid fraction as the category it is what
+    the expert tells of the domain beyond what the mask shows: 0 where experts follow the mask alone. The plug-in
+    estimate is biased upwards by about C (D-1)(E-1)/(2 N).
+    """
+    counts = torch.as_tensor(counts_CDE, dtype=torch.float64)
+    if counts.ndim != 3:
+        raise ValueError(f"joint counts need the axes [categories, domains, experts], not shape {tuple(counts.shape)}")
+    tokens_C, total = counts.sum((1, 2)), counts.sum()
+    if total <= 0:
+        return 0.0
+    return sum(
+        float(tokens / total) * mutual_information(table) for tokens, table in zip(tokens_C, counts, strict=True)
+    )
+
+
 def joint_counts(category_N: Tensor, expert_N: Tensor, categories: int, experts: int) -> Tensor:
     """Counts [D, E] of tokens by category and expert (both integer [N]), the input of `mutual_information`."""
     category, expert = category_N.long().flatten(), expert_N.long().flatten()

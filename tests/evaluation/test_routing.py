@@ -65,6 +65,34 @@ def test_shares_sum_to_one_and_purity_is_between_even_and_all(table: list[list[i
             assert 1 / len(row) - 1e-12 <= routing.purity(row) <= 1
 
 
+def test_what_the_mask_shows_is_no_knowledge_of_the_domain() -> None:
+    by_mask = torch.tensor([[[30, 0], [0, 0]], [[0, 0], [0, 10]]])  # solid category, domain and expert are one
+    assert routing.mutual_information(by_mask.sum(0)) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert routing.conditional_mutual_information(by_mask) == 0
+    by_domain = torch.tensor([[[3, 0], [0, 3]], [[5, 0], [0, 5]]])  # every category holds both domains alike
+    assert routing.conditional_mutual_information(by_domain) == pytest.approx(math.log(2))
+    assert routing.mutual_information(by_domain.sum(0)) == pytest.approx(math.log(2))
+
+
+def test_conditional_mutual_information_weighs_categories_by_their_tokens() -> None:
+    knows, knows_not, empty = [[1, 0], [0, 1]], [[3, 3], [1, 1]], [[0, 0], [0, 0]]
+    found = routing.conditional_mutual_information([knows, knows_not, empty])
+    assert found == pytest.approx(0.2 * math.log(2))
+    assert routing.conditional_mutual_information([empty]) == 0
+    with pytest.raises(ValueError, match="axes"):
+        routing.conditional_mutual_information([[1, 2]])  # type: ignore[list-item]
+
+
+@settings(max_examples=50, deadline=None)
+@given(numbers=st.lists(st.integers(0, 100), min_size=24, max_size=24))
+def test_chain_rule(numbers: list[int]) -> None:
+    """I(E; D, C) = I(E; C) + I(E; D | C)."""
+    counts_CDE = torch.tensor(numbers).view(4, 3, 2)
+    together = routing.mutual_information(counts_CDE.flatten(0, 1))
+    beyond = routing.conditional_mutual_information(counts_CDE)
+    assert together == pytest.approx(routing.mutual_information(counts_CDE.sum(1)) + beyond, abs=1e-9)
+
+
 def test_joint_counts_and_solid_categories() -> None:
     solid = torch.tensor([0.0, 0.1, 0.5, 0.99, 1.0, 1.0])
     category = routing.solid_fraction_category(solid, categories=6)

@@ -1,0 +1,148 @@
+"""Gradient conflict: do the domains pull the same weights in opposite directions (DESIGN 3.6)?
+
+The cosine between the gradients of two tasks is that of PCGrad (Yu et al., arXiv 2001.06782, section 2): below 0 they
+conflict. Its magnitude similarity is 2 r / (1 + r^2) of the ratio r that is given here.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh_moe.audit.windows import all_windows
+from shodh_moe.checkpoint import list_checkpoints
+from shodh_moe.config import Config
+from shodh_moe.evaluation.loading import find_source, read_weights
+from shodh_moe.model import LatentTransformer
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.tokenizer.latents import LatentSamples
+
+Windows = list[tuple[int, int]]
+
+
+def gradients_over_training(run: Path, config: Config, samples: LatentSamples, per_domain: int) -> list[dict[str, Any]]:
+    """`gradient_conflict` at every checkpoint of a run: ``[{"step", "groups"}]``, steps ascending; [] without any.
+
+    Raises:
+        UserError: a checkpoint is damaged.
+    """
+    _, channels, *grid = samples.trajectories[0].z.shape
+    transformer = LatentTransformer(config.model, channels, list(grid), config.seed, ExpertParallel())
+    records = []
+    for step in list_checkpoints(run / "checkpoints"):
+        transformer.load_state_dict(read_weights(find_source(run / "checkpoints" / str(step))))
+        groups = gradient_conflict(transformer, samples, per_domain, config.evaluation.batch_size)
+        records.append({"step": step, "groups": groups})
+    return records
+
+
+def gradient_conflict(
+    transformer: LatentTransformer, samples: LatentSamples, per_domain: int, batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Compare the domains' gradients of the mean squared prediction error alone, without the router's losses.
+
+    A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), spread evenly over
+    them: the same at every call. No token is dropped. The model's mode and ``.grad`` are left as they were.
+
+    Args:
+        transformer: all experts in this process.
+        batch_size: samples at a time; the result does not depend on it but for rounding.
+
+    Returns:
+        By group of parameters `parameter_group` those of
+        ``cosine`` ``{"a|b": float}`` of every pair of domains, in [-1, 1];
+        ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
+        ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
+        domain's samples, which come from different trajectories where there are several. It tells noise from
+        conflict: two domains with the same gradient but for the noise have a cosine of about ``sqrt(q_a q_b)``,
+        q = 2 w / (1 + w) with w of ``within`` (Spearman and Brown: reliability of the whole from its halves).
+        None where a gradient is zero, as that of an expert without tokens is, or the norm to divide by is.
+    """
+    windows: list[Windows] = [[] for _ in samples.domains]
+    for window in all_windows(samples, per_domain):
+        windows[window[0]].append(window)
+    training = transformer.training
+    transformer.eval()  # training mode would drop the tokens that find their expert full
+    try:
+        halves = {
+            domain: [
+                _gradient(transformer, samples, half, batch_size)
+                for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :])
+            ]
+            for domain, chosen in zip(samples.domains, windows, strict=True)
+        }
+    finally:
+        transformer.train(training)
+    groups: dict[str, dict[str, Any]] = {}
+    # Sums over each half's samples, so the whole's mean is their sum over the number of all.
+    for name in halves[samples.domains[0]][0]:
+        whole = {
+            domain: (first[name] + second[name]) / len(chosen)
+            for (domain, (first, second)), chosen in zip(halves.items(), windows, strict=True)
+        }
+        pairs = [(f"{a}|{b}", whole[a], whole[b]) for a, b in combinations(samples.domains, 2)]
+        groups[name] = {
+            "cosine": {pair: _cosine(a, b) for pair, a, b in pairs},
+            "ratio": {pair: _ratio(float(a.norm()), float(b.norm())) for pair, a, b in pairs},
+            "within": {domain: _cosine(first[name], second[name]) for domain, (first, second) in halves.items()},
+        }
+    return groups
+
+
+def parameter_group(name: str) -> str:
+    """``attention`` (with its norms), ``shared`` (the whole feed-forward of a dense model), ``router``, ``experts`` or
+    ``rest``, of a parameter's name in `LatentTransformer`. The result is by expert, ``expert 0`` and so on, over all
+    layers.
+    """
+    if ".attention." in name or ".attention_norm." in name:
+        return "attention"
+    for group in ("shared", "router", "experts"):
+        if f".moe.{group}." in name:
+            return group
+    return "rest"
+
+
+@torch.enable_grad()
+def _gradient(
+    transformer: LatentTransformer, samples: LatentSamples, windows: Windows, batch_size: int
+) -> dict[str, Tensor]:
+    """Of the sum over windows of the mean squared error, float64 and flat, by group; all zero without a window."""
+    named = dict(transformer.named_parameters())
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in named.values()]
+    device, dtype = transformer.head.weight.device, transformer.head.weight.dtype
+    for start in range(0, len(windows), batch_size):
+        history, geometry, target, domain_B = samples.batch(windows[start : start + batch_size])
+        history, geometry, target = (z.to(device, dtype) for z in (history, geometry, target))
+        expert_B = samples.expert_B(domain_B, transformer.config.moe.num_experts).to(device)
+        predicted = transformer(history, geometry, expert_B).latent_BCxyz
+        loss = (predicted - target).square().flatten(1).mean(1).sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for total, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+    parts: dict[str, list[Tensor]] = {}
+    for name, total in zip(named, sums, strict=True):
+        group = parameter_group(name)
+        if group == "experts":
+            for expert, part in enumerate(total):
+                parts.setdefault(f"expert {expert}", []).append(part.flatten())
+        else:
+            parts.setdefault(group, []).append(total.flatten())
+    return {group: torch.cat(tensors) for group, tensors in parts.items()}
+
+
+def _cosine(a: Tensor, b: Tensor) -> float | None:
+    norms = float(a.norm()) * float(b.norm())
+    if not (math.isfinite(norms) and norms > 0):
+        return None
+    # Rounding must not put it outside.
+    return max(-1.0, min(1.0, float(a @ b) / norms))
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if math.isfinite(a) and math.isfinite(b) and b > 0 else None

@@ -1,0 +1,123 @@
+"""Plasticity at the end of training: units that do nothing any more, and how many directions the features use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shodh_moe.audit.windows import all_windows, predict
+from shodh_moe.model import LatentTransformer, MoE, Routing
+from shodh_moe.model.experts import Experts, FeedForward
+from shodh_moe.tokenizer.latents import LatentSamples
+
+TAU = 0.025  # of a layer's mean activation (Sokar et al., arXiv 2302.12902)
+
+
+def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: int, batch_size: int) -> dict[str, Any]:
+    """Dormant units and effective rank over ``count`` samples of each domain (all, if it has fewer), spread evenly.
+
+    Args:
+        transformer: in evaluation mode, all experts in this process.
+        samples: held-out ones.
+        batch_size: samples at a time; the result does not depend on it but for rounding.
+
+    Returns:
+        ``dormant``: share of `dormant_units` among the hidden units of the SwiGLU networks (silu(gate) * up) over all
+        layers, by group: ``shared``, and ``expert 0`` and so on over the tokens that the router sends there. Each
+        network of each block is a layer of its own. An expert without tokens is wholly dormant.
+        ``effective_rank``: `effective_rank` of the token features behind the last norm, which enter the head. Centred:
+        the head has a bias, so the features' mean over tokens is no direction of its use.
+        ``width``: the features' number, the largest rank there can be.
+
+    Raises:
+        ValueError: the transformer is in training mode.
+    """
+    units: dict[tuple[str, str], Tensor] = {}  # sum over tokens of the absolute activation [F], by group and layer
+    features = _Moments()
+
+    def add(group: str, layer: str, hidden_TF: Tensor) -> None:
+        total_F = hidden_TF.flatten(0, -2).abs().sum(0, dtype=torch.float64)
+        units[group, layer] = units.get((group, layer), 0) + total_F
+
+    def shared_hook(layer: str) -> Callable[..., None]:
+        return lambda down, inputs: add("shared", layer, inputs[0])
+
+    def routed_hook(layer: str) -> Callable[..., None]:
+        def hook(moe: MoE, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing]) -> None:
+            for expert in range(moe.config.num_experts):
+                chosen_TD = inputs[0][output[1].expert_N == expert]
+                add(f"expert {expert}", layer, _hidden(moe.experts, expert, chosen_TD))
+
+        return hook
+
+    with ExitStack() as hooks:
+        hooks.enter_context(transformer.head.register_forward_pre_hook(lambda head, inputs: features.add(inputs[0])))
+        for name, module in transformer.named_modules():
+            if isinstance(module, FeedForward):
+                hooks.enter_context(module.down.register_forward_pre_hook(shared_hook(name)))
+            elif isinstance(module, MoE):
+                hooks.enter_context(module.register_forward_hook(routed_hook(name)))
+        for _ in predict(transformer, samples, all_windows(samples, count), batch_size):
+            pass
+
+    dormant: dict[str, list[Tensor]] = {}
+    for (group, _), total_F in units.items():
+        dormant.setdefault(group, []).append(dormant_units(total_F))
+    return {
+        "dormant": {group: float(torch.cat(parts).double().mean()) for group, parts in sorted(dormant.items())},
+        "effective_rank": effective_rank(features.centred_DD()),
+        "width": transformer.head.in_features,
+    }
+
+
+def dormant_units(activation_F: Tensor, tau: float = TAU) -> Tensor:
+    """Which of a layer's units are tau-dormant, bool [F]: E|h_i| <= tau mean_k E|h_k| (Sokar et al., definition 3.1).
+
+    ``activation_F`` is each unit's mean absolute activation over tokens, or any multiple of it. All are dormant in a
+    layer without any activation.
+    """
+    return activation_F <= tau * activation_F.mean()
+
+
+def effective_rank(moment_DD: Tensor) -> float:
+    """exp of the entropy of X's singular values over their sum, in [1, D], from ``moment_DD`` = X^T X; 0 for X = 0.
+
+    Roy and Vetterli, The effective rank, EUSIPCO 2007. Eigenvalues that are rounding of the largest count as zero.
+    """
+    square_D = torch.linalg.eigvalsh(moment_DD.double())
+    square_D = square_D[square_D > len(square_D) * torch.finfo(torch.float64).eps * square_D[-1].abs()]
+    if not len(square_D):
+        return 0.0
+    share_D = square_D.sqrt() / square_D.sqrt().sum()
+    return float(torch.exp(-(share_D * share_D.log()).sum()))
+
+
+class _Moments:
+    """Sums over tokens of the features and of their products, from which the centred second moment follows."""
+
+    def __init__(self) -> None:
+        self.tokens, self.sum_D, self.moment_DD = 0, torch.zeros(()), torch.zeros(())
+        self.origin_D: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        x_TD = x.flatten(0, -2).double()
+        # The first token as the origin changes nothing, but features that do not vary give exactly zero.
+        self.origin_D = x_TD[0] if self.origin_D is None else self.origin_D
+        x_TD = x_TD - self.origin_D
+        self.tokens += len(x_TD)
+        self.sum_D = self.sum_D + x_TD.sum(0)
+        self.moment_DD = self.moment_DD + x_TD.T @ x_TD
+
+    def centred_DD(self) -> Tensor:
+        return self.moment_DD - self.sum_D.outer(self.sum_D) / self.tokens
+
+
+def _hidden(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
+    """Hidden units [T, F] of one routed expert, which `Experts` computes without keeping them."""
+    gate, up = (x_TD @ experts.gate_up_LDF[expert]).chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,143 @@
+"""What the routers do on held-out tokens, what their choice knows, and when in training they parted the domains.
+
+Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shodh_moe.audit.speed import Speeds
+from shodh_moe.audit.windows import all_windows, latent_errors, predict
+from shodh_moe.config import Config
+from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
+from shodh_moe.evaluation.routing import (
+    PURITY_THRESHOLD,
+    bifurcated,
+    conditional_mutual_information,
+    joint_counts,
+    mutual_information,
+    solid_fraction_category,
+    summarise_routing,
+)
+from shodh_moe.model import LatentTransformer
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
+
+SPEED_CATEGORIES = 5  # quartiles of the tokens that hold fluid, and the tokens that are all solid
+MOST_RECORDS = 100
+
+
+def heldout_routing(
+    transformer: LatentTransformer, trajectories: list[LatentTrajectory], speeds: Speeds | None, config: Config
+) -> dict[str, Any] | None:
+    """`summarise_routing` over all one-step windows, no token dropped, and in ``mutual_information`` of each layer
+    what the expert tells of the token, in nats: ``domain``, ``solid_fraction``, ``speed`` (mean |u| of the token's
+    cells), and ``domain_given_solid_fraction`` and ``domain_given_speed``, of the domain beyond what these show.
+
+    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles, over these very
+    tokens of all domains together, of those that hold fluid, and the tokens that are all solid. It is the speed at
+    the newest snapshot of the window: the router sees that and older ones, never the one to predict.
+
+    Args:
+        transformer: in evaluation mode.
+        speeds: `local_speeds` of the trajectories; None leaves what needs them None.
+        config: its history, patch, ``data.weights`` (which domains are used) and ``evaluation.batch_size``.
+
+    Returns:
+        None for a dense model.
+    """
+    if not transformer.moe_layers:
+        return None
+    samples = LatentSamples(trajectories, config.model.history, config.data.weights)
+    solid = [_solid_category(one, config.model.patch) for one in samples.trajectories]
+    kinds = {"solid_fraction": SOLID_CATEGORIES}
+    if speeds is not None:
+        kinds["speed"] = SPEED_CATEGORIES
+        speed = _speed_categories(samples, speeds, solid)
+    layers, domains, experts = len(transformer.moe_layers), len(samples.domains), config.model.moe.num_experts
+    tables = {name: torch.zeros(layers, c, domains, experts, dtype=torch.float64) for name, c in kinds.items()}
+    for batch in predict(transformer, samples, all_windows(samples), config.evaluation.batch_size):
+        places = [samples.index[domain][index] for domain, index in batch.windows]
+        category = {"solid_fraction": torch.stack([solid[number] for number, _ in places]).flatten()}
+        if speeds is not None:
+            category["speed"] = torch.stack([speed[number][start] for number, start in places]).flatten()
+        domain_N = batch.domain_B.repeat_interleave(solid[0].numel())
+        for layer, routing in enumerate(batch.routing):
+            expert_N = routing.expert_N.cpu()
+            for name, c in kinds.items():
+                counts = joint_counts(category[name] * domains + domain_N, expert_N, c * domains, experts)
+                tables[name][layer] += counts.view(c, domains, experts)
+    counts_LDE = tables["solid_fraction"].sum(1)
+    result = summarise_routing([dict(zip(samples.domains, counts_DE, strict=True)) for counts_DE in counts_LDE])
+    for layer, record in enumerate(result["layers"]):
+        found = record["mutual_information"]
+        for name in ("solid_fraction", "speed"):
+            counts_CDE = tables[name][layer] if name in tables else None
+            found[name] = None if counts_CDE is None else mutual_information(counts_CDE.sum(1))
+            found[f"domain_given_{name}"] = None if counts_CDE is None else conditional_mutual_information(counts_CDE)
+    return result
+
+
+def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
+    """Of each token [x, y, z]; the last category is all solid."""
+    fraction = F.avg_pool3d(trajectory.solid_fraction_xyz[None, None], patch)[0, 0]
+    return solid_fraction_category(fraction, SOLID_CATEGORIES)
+
+
+def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:
+    """Of each trajectory [windows, x, y, z], by the window's first snapshot."""
+    newest = [speeds[one.source, one.sample][samples.history - 1 : one.snapshots - 1] for one in samples.trajectories]
+    wet = [(category < SOLID_CATEGORIES - 1).expand_as(u) for u, category in zip(newest, solid, strict=True)]
+    fluid = torch.cat([u[where] for u, where in zip(newest, wet, strict=True)])
+    # By numpy: torch.quantile refuses more than 16 million values.
+    edges = torch.from_numpy(np.quantile(fluid.numpy(), [0.25, 0.5, 0.75]).astype(np.float32))
+    return [
+        torch.where(where, torch.bucketize(u.contiguous(), edges, right=True), SPEED_CATEGORIES - 1)
+        for u, where in zip(newest, wet, strict=True)
+    ]
+
+
+def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THRESHOLD) -> dict[str, Any] | None:
+    """When the routers parted the domains for good, from the training records of a run's ``metrics.jsonl``.
+
+    What a resumed run did again replaces what it had done before.
+
+    Returns:
+        ``step``: that of the first record from which on every layer is bifurcated (`bifurcated`) to the last record;
+        None if the last is not. ``loads``: at most 100 records, evenly thinned, the last one kept, of ``step`` and
+        ``load`` (by layer, {domain: [E]}). None where no record has a routing (a dense model).
+    """
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        if record.get("routing"):
+            kept.append({"step": record["step"], "load": [layer["load"] for layer in record["routing"]]})
+    if not kept:
+        return None
+    step = None
+    for record in reversed(kept):
+        if not all(bifurcated(load, threshold) for load in record["load"]):
+            break
+        step = record["step"]
+    every = -(-len(kept) // MOST_RECORDS)
+    return {"step": step, "loads": kept[::-1][::every][::-1]}
+
+
+def unseen(
+    transformer: LatentTransformer, trajectories: list[LatentTrajectory], config: Config, speeds: Speeds | None = None
+) -> dict[str, Any]:
+    """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories in geometries that the model was
+    not trained on. They must be of the same domains, or the oracle router would count them differently.
+    """
+    samples = LatentSamples(trajectories, config.model.history, config.data.weights)
+    return {
+        "errors": latent_errors(transformer, samples, config.evaluation.batch_size),
+        "routing": heldout_routing(transformer, trajectories, speeds, config),
+    }

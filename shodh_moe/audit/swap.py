@@ -1,0 +1,91 @@
+"""An intervention: send the tokens of a domain to the other domain's expert, and see how many times its error grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from shodh_moe.audit.windows import all_windows, latent_errors
+from shodh_moe.model import LatentTransformer
+from shodh_moe.model.experts import Experts
+from shodh_moe.tokenizer.latents import LatentSamples
+
+Pair = tuple[int, int]
+
+
+@contextmanager
+def exchanged(transformer: LatentTransformer, pairs: Sequence[Pair | None]) -> Iterator[None]:
+    """Within the block, the two experts of each MoE layer's pair have each other's weights; None leaves a layer alone.
+
+    Tokens that chose the one are so worked on by the other, with the gate unchanged. Afterwards, also after an
+    error, every weight is what it was, bit for bit.
+    """
+    chosen = [(layer.experts, pair) for layer, pair in zip(transformer.moe_layers, pairs, strict=True) if pair]
+    done = []
+    try:
+        for experts, pair in chosen:
+            _exchange(experts, pair)
+            done.append((experts, pair))
+        yield
+    finally:
+        for experts, pair in done:
+            _exchange(experts, pair)
+
+
+@torch.no_grad()
+def _exchange(experts: Experts, pair: Pair) -> None:
+    there, back = list(pair), list(reversed(pair))
+    for weights in (experts.gate_up_LDF, experts.down_LFD):
+        weights[there] = weights[back]
+
+
+def swap_growth(
+    transformer: LatentTransformer,
+    samples: LatentSamples,
+    routing: dict[str, Any] | None,
+    batch_size: int,
+    count: int | None = None,
+) -> dict[str, dict[str, Any]] | None:
+    """How many times a domain's latent error grows when its tokens go to another domain's expert, gates unchanged.
+
+    In a layer the majority expert of the domain and that of the other exchange their tokens. The other domain is the
+    first, by name, that has another majority expert in this layer; among two domains, simply the other. Layers
+    behind a changed one route by what they then see.
+
+    Args:
+        transformer: in evaluation mode, all experts in this process.
+        routing: `heldout_routing` of the same samples, for the majority experts.
+        count: use this many windows of each domain, spread evenly; None: all.
+
+    Returns:
+        ``{domain: {"layers", "all"}}``: latent MSE with the intervention over that without it, by layer (None where
+        all domains have the same majority expert) and in all layers that have another expert (None if there is none).
+        None for a dense model.
+    """
+    if not transformer.moe_layers or routing is None:
+        return None
+    growth = {}
+    for number, domain in enumerate(samples.domains):
+        windows = [window for window in all_windows(samples, count) if window[0] == number]
+        before = latent_errors(transformer, samples, batch_size, windows)[domain]["latent_mse"]
+        pairs = [_pair(layer["majority_expert"], domain) for layer in routing["layers"]]
+        alone = [[pair if at == layer else None for at, pair in enumerate(pairs)] for layer in range(len(pairs))]
+        found: list[float | None] = []
+        for plan in (*alone, pairs):
+            if not any(plan):
+                found.append(None)
+                continue
+            with exchanged(transformer, plan):
+                after = latent_errors(transformer, samples, batch_size, windows)[domain]["latent_mse"]
+            found.append(after / before)
+        growth[domain] = {"layers": found[:-1], "all": found[-1]}
+    return growth
+
+
+def _pair(majority: dict[str, int], domain: str) -> Pair | None:
+    """The domain's expert, and that of the first other domain with another one."""
+    own = majority[domain]
+    return next(((own, majority[other]) for other in sorted(majority) if majority[other] != own), None)

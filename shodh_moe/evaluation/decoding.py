@@ -23,6 +23,7 @@ from shodh_moe.data.opening import opened
 from shodh_moe.data.storage import free_bytes
 from shodh_moe.data.well import FACES, new_prediction
 from shodh_moe.errors import UserError
+from shodh_moe.evaluation.metrics import divergence_moments, pooled_divergence
 from shodh_moe.files import require_writable, whole_folder
 from shodh_moe.kernels import divergence
 from shodh_moe.paths import paths_of
@@ -105,7 +106,7 @@ def _fill(
     file: h5py.File, pairs: list[tuple[TrajectoryRecord, LatentTrajectory]], tokenizer: Tokenizer, dtype: str
 ) -> float:
     """Decode the trajectories into a new file; returns h rms(div u) / rms(u) of all of it, as stored, h = 1 cell."""
-    squares = torch.zeros(2, dtype=torch.float64)
+    moments, operator = [], tokenizer.config.operator
     for row, (record, latent) in enumerate(pairs):
         solid_11XYZ = _solid(record, latent).to(tokenizer.velocity_rms.device)
         batch = max(1, VOXELS // solid_11XYZ.numel())
@@ -125,15 +126,9 @@ def _fill(
             for name, values in stored.items():
                 last = values.movedim(1, -1).cpu().numpy()
                 file[name][row, start : start + len(last)] = last if name.startswith("t1") else last[..., 0]
-            squares += _squares(flow.conserved_B3XYZ, tokenizer.config.operator)
-    div, speed = squares.sqrt().tolist()
-    return div / speed if speed else div
-
-
-def _squares(u_B3XYZ: Tensor, operator: str) -> Tensor:
-    """Sums over everything of the squared divergence and of the squared speed, float64 [2]."""
-    u_B3XYZ = u_B3XYZ.double()
-    return torch.stack([divergence(u_B3XYZ, operator).square().sum(), u_B3XYZ.square().sum()]).cpu()
+            u_B3XYZ = flow.conserved_B3XYZ.double()
+            moments += map(divergence_moments, divergence(u_B3XYZ, operator), u_B3XYZ)
+    return pooled_divergence(torch.stack(moments), spacing=1.0)["rms_relative"]
 
 
 def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:

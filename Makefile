@@ -17,7 +17,7 @@ SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sh launch/slurm/*.
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-cluster lint kernels-compile ccm gpu clean
+.PHONY: help venv pretrain test test-cluster lint kernels-compile ccm audit reproduce gpu clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectur
 
 ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; goes on where it was
 	@$(BIN)/shodh bench ccm --config configs/ccm/bench.yaml $(ARGS)
+
+audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; goes on where it was
+	@$(BIN)/shodh audit --config configs/audit/cpu.yaml $(ARGS)
+
+reproduce: $(STAMP) ## the 20,000-step run (docs/reproduction.md), at most an hour on two cores; goes on where it was
+	@$(BIN)/python benchmarks/reproduction.py $(ARGS)
 
 gpu: ## on a machine with a GPU: its tests, all benchmarks, a short training run (PYTHON=one with a CUDA torch; no venv)
 	@$(PYTHON) benchmarks/gpu.py $(ARGS)

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_expert(commands)
     _add_merge(commands)
     _add_bench(commands)
+    _add_audit(commands)
     _add_doctor(commands)
     return parser
 
@@ -215,6 +216,13 @@ def _add_bench(commands: Any) -> None:
     ccm.add_argument("--output", type=Path, help="a folder that gets a copy of tables, pictures and results")
 
 
+def _add_audit(commands: Any) -> None:
+    text = "does joint training harm a domain, and does the mixture of experts end it: controls, verdict, report"
+    audit = plain_command(commands, "audit", text, "example: shodh audit --config configs/audit/cpu.yaml", _audit)
+    add_config_arguments(audit)
+    audit.add_argument("--output", type=Path, help="a folder that gets a copy of the report")
+
+
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, if it is not where its config says")
 
@@ -320,6 +328,16 @@ def _bench_ccm(options: argparse.Namespace) -> None:
     config = load_config_of(BenchConfig, options.config, options.overrides, options.name)
     run(config, options.output)
     print((config.folder / "report" / "summary.md").read_text())
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from shodh_moe.audit.config import AuditConfig
+    from shodh_moe.audit.run import run
+
+    audit = load_config_of(AuditConfig, options.config, options.overrides, options.name)
+    run(audit, options.output)
+    print((audit.folder / "report" / "summary.md").read_text())
+    print(f"report: {audit.folder / 'report' / 'index.html'}")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ import yaml
 
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
-from shodh_moe.ccm.bench.jobs import Job, read_cost, resolve_jobs, run_jobs
 from shodh_moe.ccm.bench.measure import load_path, measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.rows import family_title
@@ -24,6 +23,7 @@ from shodh_moe.checks import claim_run_folder
 from shodh_moe.environment import describe_environment
 from shodh_moe.errors import UserError
 from shodh_moe.files import require_writable, write_text
+from shodh_moe.jobs import Job, read_cost, resolve_jobs, run_jobs
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from shodh_moe.ccm.bench import jobs
+from shodh_moe import jobs
 from shodh_moe.ccm.bench.config import BenchConfig
-from shodh_moe.ccm.bench.jobs import Job, run_jobs
 from shodh_moe.ccm.bench.rows import ROWS
 from shodh_moe.ccm.bench.run import run
 from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
 from shodh_moe.errors import UserError
+from shodh_moe.jobs import Job, run_jobs
 
 
 def _config(folder: Path) -> BenchConfig:

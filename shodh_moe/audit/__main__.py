@@ -1,0 +1,30 @@
+"""One process of the audit: ``python -m shodh_moe.audit CONFIG RUN`` measures a run."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.audit.measure import measure
+from shodh_moe.audit.rates import find_run
+from shodh_moe.command import exit_code
+from shodh_moe.config_io import load_config_of
+from shodh_moe.memory import keep_freed_memory
+
+
+def main() -> int:
+    path, name = sys.argv[1:]
+
+    def work() -> None:
+        keep_freed_memory()
+        torch.manual_seed(0)
+        audit = load_config_of(AuditConfig, path)
+        measure(audit, find_run(audit, name))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

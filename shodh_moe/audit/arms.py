@@ -1,0 +1,212 @@
+"""The runs of the audit: one config for each arm, seed and learning rate. All but the arm is the same.
+
+``moe`` is the mixture of the audit's base config. ``dense_active`` and ``dense_total`` are dense networks with the
+parameters that a token passes through, and with all of them (both but for the router). ``single`` is ``dense_active``
+on one domain alone, which sees the same samples of it in the same order. ``oracle`` routes by the domain's label,
+``random`` by a router that stays as it was drawn. ``no_shared`` has no shared experts, and as much wider routed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.config import Config, MoEConfig
+from shodh_moe.config_io import fingerprint
+from shodh_moe.paths import paths_of, tokenizer_seed
+
+SINGLE = "single"
+JOINT = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared")
+SET_ARMS = {
+    "main": ("moe", "dense_active", "dense_total", SINGLE, "oracle", "random", "no_shared"),
+    "hard": ("moe", "dense_active", SINGLE),
+    "four": ("moe", "dense_active"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run in a set of the audit.
+
+    Attributes:
+        experts: routed ones; 0 for dense networks.
+        domains: that it is trained on, sorted.
+    """
+
+    set: str
+    arm: str
+    experts: int
+    domains: list[str]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its run folder: runs of two sets that are the same share it."""
+        return self.config.name
+
+    @property
+    def tuned_as(self) -> str:
+        """Which learning rate it takes."""
+        return tuned_as(self.arm, self.domains)
+
+
+def tuned_as(arm: str, domains: list[str]) -> str:
+    """The name under which a learning rate is chosen: the arm's, for single-domain networks with the domain's."""
+    return f"{arm}:{domains[0]}" if arm == SINGLE else arm
+
+
+def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
+    """The domains that are mixed in a set, sorted."""
+    return sorted({"main": audit.domains, "hard": audit.hard, "four": audit.all_domains}[set_name])
+
+
+def shared_config(audit: AuditConfig) -> Config:
+    """The base config with the one tokenizer and the latents that all runs share (see `paths_of`), for one rank."""
+    base = audit.base
+    return base.model_copy(
+        update={
+            "name": audit.name,
+            "runs": str(audit.folder / "arms"),
+            # Named by its folder, and with a seed of its own, it is the same whatever a run's domains and seed.
+            "tokenizer": base.tokenizer.model_copy(
+                update={"path": str(paths_of(base).tokenizer), "seed": tokenizer_seed(base)}
+            ),
+            "parallel": base.parallel.model_copy(update={"processes": 1, "ep_size": "auto"}),
+        }
+    )
+
+
+def unseen_config(audit: AuditConfig) -> Config:
+    """The config whose data are the geometry that training has not seen; its latents are those of the one tokenizer."""
+    config, names = shared_config(audit), [name for name, _ in audit.unseen.items()]
+    data = config.data
+    return config.model_copy(
+        update={
+            "data": data.model_copy(
+                update={"name": f"{data.name}_unseen", "domains": audit.unseen, "seed": data.seed + 1}
+            ),
+            "tokenizer": config.tokenizer.model_copy(update={"latent_copies": 1}),
+            "training": config.training.model_copy(update={"batch_size": max(len(names), 1)}),
+        }
+    )
+
+
+def arm_moe(moe: MoEConfig, arm: str, experts: int) -> MoEConfig:
+    """The mixture's section of an arm, from that of the base with ``experts`` routed experts."""
+    changes: dict[str, Any] = {
+        "moe": {"num_experts": experts},
+        "dense_active": {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
+        "dense_total": {"num_experts": 0, "shared_experts": moe.shared_experts + experts},
+        SINGLE: {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
+        "oracle": {"num_experts": experts, "router": moe.router.model_copy(update={"kind": "oracle"})},
+        "random": {"num_experts": experts, "router": moe.router.model_copy(update={"frozen": True})},
+        "no_shared": {
+            "num_experts": experts,
+            "shared_experts": 0,
+            "expert_hidden": moe.expert_hidden * (1 + moe.shared_experts),
+        },
+    }
+    return moe.model_copy(update=changes[arm])
+
+
+def arm_config(
+    audit: AuditConfig,
+    set_name: str,
+    arm: str,
+    seed: int,
+    learning_rate: float,
+    experts: int | None = None,
+    domain: str | None = None,
+) -> Config:
+    """The config of one run, for one rank.
+
+    Args:
+        experts: routed experts; None: those of the base config.
+        domain: the one of a ``single`` run.
+
+    Returns:
+        a config whose name ends in a hash of all its other settings.
+    """
+    mixed = set_domains(audit, set_name)
+    domains = [domain] if domain else mixed
+    # A single-domain network sees what the joint one sees of its domain, no more.
+    training = {
+        "batch_size": audit.base.training.batch_size * len(domains) // len(mixed),
+        "learning_rate": learning_rate,
+    }
+    if seed != audit.tuning_seed and arm != SINGLE:
+        every = -(-audit.base.training.steps // audit.probes)
+        training |= {"keep_every": every, "checkpoint_every": every}
+    experts = audit.base.model.moe.num_experts if experts is None else experts
+    label = f"{arm}{experts}" if set_name == "four" and arm == "moe" else arm
+    return run_config(audit, label, arm_moe(audit.base.model.moe, arm, experts), domains, seed, training)
+
+
+def run_config(
+    audit: AuditConfig,
+    label: str,
+    moe: MoEConfig,
+    domains: list[str],
+    seed: int,
+    training: dict[str, Any],
+    start: str | None = None,
+) -> Config:
+    """A run of the shared config on some domains; its name begins with ``label`` and ends in a hash of all else."""
+    config, everyone = shared_config(audit), audit.all_domains
+    weights = {name: float(name in domains) for name in everyone} if len(domains) < len(everyone) else None
+    config = config.model_copy(
+        update={
+            "name": "",
+            "seed": seed,
+            "start": start,
+            "data": config.data.model_copy(update={"weights": weights}),
+            "model": config.model.model_copy(update={"moe": moe}),
+            # A run that diverges ends there, and is shown so.
+            "training": config.training.model_copy(update={"on_nonfinite": "halt", **training}),
+        }
+    )
+    on = "all" if weights is None else "+".join(domains)
+    name = f"{label}-{on}-{seed}-{fingerprint(config.model_dump())}"
+    # Copies are not checked: the whole is, once.
+    return Config.model_validate({**config.model_dump(), "name": name})
+
+
+def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[str, float]) -> Iterator[Run]:
+    """The runs of a set, arm by arm.
+
+    Args:
+        rates: by `tuned_as`. A single-domain run on a domain that has none takes that of the first main domain.
+    """
+    mixed = set_domains(audit, set_name)
+    for arm in SET_ARMS[set_name]:
+        counts: list[int | None] = list(audit.experts) if set_name == "four" and arm == "moe" else [None]
+        for domains in [[one] for one in mixed] if arm == SINGLE else [mixed]:
+            own = tuned_as(arm, domains)
+            rate = rates[own] if own in rates else rates[tuned_as(arm, audit.domains)]
+            for experts in counts:
+                for seed in seeds:
+                    one = domains[0] if arm == SINGLE else None
+                    config = arm_config(audit, set_name, arm, seed, rate, experts, one)
+                    yield Run(set_name, arm, config.model.moe.num_experts, domains, config)
+
+
+def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
+    """Every run that is measured."""
+    runs = list(set_runs(audit, "main", audit.seeds, rates))
+    if audit.hard:
+        runs += set_runs(audit, "hard", audit.more_seeds, rates)
+    if audit.experts:
+        runs += set_runs(audit, "four", audit.more_seeds, rates)
+    return runs
+
+
+def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, Run]]:
+    """The runs that choose learning rates, by `tuned_as` and rate."""
+    found: dict[str, dict[float, Run]] = {}
+    names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] for one in audit.domains}
+    for rate in audit.learning_rates:
+        for run in set_runs(audit, "main", [audit.tuning_seed], dict.fromkeys(names, rate)):
+            found.setdefault(run.tuned_as, {})[rate] = run
+    return found

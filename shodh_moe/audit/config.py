@@ -1,0 +1,102 @@
+"""The config of the audit: the run that all arms vary, their seeds and learning rates, and what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shodh_moe.config import Config, Domains
+from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
+
+
+class AuditConfig(Section):
+    """Everything that the audit depends on.
+
+    The sets of runs: ``main``, the two main domains with every arm; ``hard``, two that are hard to tell apart;
+    ``four``, all domains with several numbers of experts.
+    """
+
+    name: Name = "audit"
+    runs: str = Field("runs", description="folder that holds the audit's folder")
+    seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="of the main set: weights and data order")
+    more_seeds: list[NonNegative] = Field([0, 1, 2], description="of the other sets and of relearning")
+    tuning_seed: NonNegative = Field(1000, description="of the runs that choose the learning rates, and of no others")
+    learning_rates: list[PositiveFloat] = Field(
+        [5e-4, 1e-3, 2e-3, 4e-3], description="each arm gets the one that is best on validation data"
+    )
+    domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main ones")
+    third: Name = Field("decaying_turbulence", description="domain that trained networks learn afterwards")
+    hard: list[Name] = Field(["open_channel", "obstacle_wake"], description="two that look alike; []: no such set")
+    experts: list[Positive] = Field([2, 4, 8], description="numbers of experts for all domains; []: no such set")
+    relearning_steps: Positive = 300
+    gradient_samples: Positive = Field(16, description="samples of each domain whose gradients are compared")
+    probes: Positive = Field(5, description="checkpoints over the training at which gradients are compared")
+    jobs: Positive | Literal["auto"] = Field("auto", description="runs at once; auto: one a GPU, or one a core")
+    base: Config = Field(Config(), description="data of all domains, tokenizer, and the mixture of experts")
+    unseen: Domains = Field(Domains(), description="geometry that training has not seen; its test split is measured")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def all_domains(self) -> list[str]:
+        """Of the data, sorted."""
+        return sorted(name for name, _ in self.base.data.domains.items())
+
+    @model_validator(mode="after")
+    def _seeds(self) -> AuditConfig:
+        for key in ("seeds", "more_seeds", "learning_rates"):
+            values = getattr(self, key)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{key} {values} must be one or more different numbers")
+        if self.learning_rates != sorted(self.learning_rates):
+            raise ValueError(f"learning_rates {self.learning_rates} must be in rising order")
+        if self.experts != sorted(set(self.experts)) or min(self.experts, default=2) < 2:
+            raise ValueError(f"experts {self.experts} must be different numbers from 2 on, in rising order")
+        if more := sorted(set(self.more_seeds) - set(self.seeds)):
+            raise ValueError(f"more_seeds: {more[0]} is not among seeds, whose runs relearning starts from")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is among seeds: it is for the choice of rates alone")
+        return self
+
+    @model_validator(mode="after")
+    def _domains(self) -> AuditConfig:
+        for key, names in (("domains", self.domains), ("hard", self.hard)):
+            if len(set(names)) != 2 and not (key == "hard" and not names):
+                raise ValueError(f"{key} {names} must be two different domains")
+        for key, names in (("domains", self.domains), ("hard", self.hard), ("third", [self.third])):
+            if missing := [name for name in names if name not in self.all_domains]:
+                known = ", ".join(self.all_domains)
+                raise ValueError(f"{key}: base.data.domains has only {known}, no {missing[0]}: correct one of them")
+        if self.third in self.domains:
+            raise ValueError(f"third {self.third} is one of the main domains: it has to be new to the networks")
+        if missing := [name for name in self.domains if getattr(self.unseen, name) is None]:
+            raise ValueError(f"unseen has no {missing[0]}: give both main domains geometry that training has not seen")
+        for name, domain in self.unseen.items():
+            trained = getattr(self.base.data.domains, name)
+            if trained is None:
+                raise ValueError(f"unseen.{name}: base.data.domains has no {name}: leave it out (null)")
+            if domain.identity() == trained.identity():
+                raise ValueError(f"unseen.{name} is as in base.data.domains: give it another geometry")
+        return self
+
+    @model_validator(mode="after")
+    def _base(self) -> AuditConfig:
+        data, moe, batch = self.base.data, self.base.model.moe, self.base.training.batch_size
+        for key, value in (("data.weights", data.weights), ("data.path", data.path), ("start", self.base.start)):
+            if value is not None:
+                raise ValueError(f"base.{key} must be null: the audit sets it for each run")
+        if self.base.parallel.hostfile:
+            raise ValueError("base.parallel.hostfile must be null: every run of the audit is one process on this host")
+        for count in (2, len(self.all_domains)):
+            if batch % count:
+                raise ValueError(f"base.training.batch_size {batch} is not divisible by {count} domains: change it")
+        if moe.num_experts < 2 or not moe.shared_experts or moe.router.kind == "oracle" or moe.router.frozen:
+            raise ValueError(
+                "base.model.moe must be the mixture itself, from which the controls are made: num_experts 2 or more, "
+                "shared_experts 1 or more, and a router that learns"
+            )
+        return self

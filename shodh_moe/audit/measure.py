@@ -1,0 +1,196 @@
+"""Everything that is measured of one trained run, as one JSON file; nothing of it chooses anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh_moe.audit.arms import SINGLE, Run, unseen_config
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.audit.gradients import gradients_over_training
+from shodh_moe.audit.outcome import diverged, last_checkpoint, records, run_folder
+from shodh_moe.audit.plasticity import plasticity
+from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
+from shodh_moe.audit.speed import local_speeds
+from shodh_moe.audit.swap import swap_growth
+from shodh_moe.checkpoint import CheckpointReader
+from shodh_moe.config import Config
+from shodh_moe.config_io import fingerprint
+from shodh_moe.data import list_trajectories, read_trajectory
+from shodh_moe.evaluation.loading import Models, find_source, load_models
+from shodh_moe.evaluation.metrics import vrmse
+from shodh_moe.evaluation.rollout import decode
+from shodh_moe.files import finite_json, write_text
+from shodh_moe.paths import paths_of
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.plan import count_parameters
+
+MEASURE_VERSION = 1  # raised when the same weights would give other numbers
+
+
+def result_path(audit: AuditConfig, run: Run) -> Path:
+    return audit.folder / "results" / f"{run.name}.json"
+
+
+def measured(audit: AuditConfig, run: Run) -> bool:
+    """Whether the result is there, of these very weights and settings."""
+    try:
+        return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def measure_key(audit: AuditConfig, run: Run) -> str:
+    """What a result depends on."""
+    if reason := diverged(run.config):
+        return fingerprint(MEASURE_VERSION, reason)
+    sha = CheckpointReader(last_checkpoint(run.config)).state["sha256"]
+    unseen_data = unseen_config(audit).data.model_dump()
+    return fingerprint(MEASURE_VERSION, sha, run.name, unseen_data, audit.gradient_samples, audit.probes)
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a result says of the run itself, whether it diverged or not."""
+    parameters = count_parameters(run.config, 1)
+    return {
+        "set": run.set,
+        "arm": run.arm,
+        "experts": run.experts,
+        "seed": run.config.seed,
+        "domains": run.domains,
+        "run": run.name,
+        "parameters": {"total": parameters.total, "active": parameters.active},
+        "learning_rate": run.config.training.learning_rate,
+        "steps": run.config.training.steps,
+        "diverged": diverged(run.config),
+    }
+
+
+def measure(audit: AuditConfig, run: Run) -> Path:
+    """Measure a run that has ended, and write its result file; the arrays of its pictures beside it.
+
+    Raises:
+        UserError: a checkpoint, the data or the latents are missing or damaged.
+    """
+    if diverged(run.config):
+        return _write(audit, run, {})
+    config, paths = run.config, paths_of(run.config)
+    models = load_models(find_source(last_checkpoint(config)))
+    transformer, batch, count = models.transformer, config.evaluation.batch_size, audit.gradient_samples
+    test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
+    train = LatentSamples(
+        load_latents(paths.latents, "train", paths.tokenizer), config.model.history, config.data.weights
+    )
+    samples = LatentSamples(test, config.model.history)
+    speeds = local_speeds(config, paths.dataset, "test", test)
+    # Only domains that it was trained on are in `test`: the weights, which name others too, have done their work.
+    plain = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
+    routing = heldout_routing(transformer, test, speeds, plain)
+    found = {
+        "errors": heldout_errors(models, config, paths.dataset, test, samples),
+        "routing": routing,
+        "bifurcation": bifurcation(records(run_folder(config), "train")),
+        "swap": swap_growth(transformer, samples, routing, batch),
+        "unseen": _unseen(audit, run, models, plain),
+        "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
+        "plasticity": plasticity(transformer, samples, count, batch),
+    }
+    if routing is not None:
+        arrays = routing_maps(models, config, test, samples)
+        path = result_path(audit, run).with_suffix(".npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+    return _write(audit, run, found)
+
+
+def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
+    path = result_path(audit, run)
+    result = {"key": measure_key(audit, run), **facts(run), **found}
+    write_text(path, json.dumps(finite_json(result), indent=1) + "\n")
+    return path
+
+
+def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
+    """None if no domain of the run has unseen geometry."""
+    config = unseen_config(audit)
+    paths = paths_of(config)
+    test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
+    if not test:
+        return None
+    return unseen(models.transformer, test, plain, local_speeds(config, paths.dataset, "test", test))
+
+
+@torch.no_grad()
+def heldout_errors(
+    models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
+) -> dict[str, dict[str, float]]:
+    """One-step errors by domain, means over all windows of its test trajectories (DESIGN 3.6), and persistence's.
+
+    ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of the tokenizer's training data,
+    decoded in float32; ``velocity_vrmse`` (`vrmse`).
+    """
+    listed = list_trajectories(dataset, "test", config.data.grid, config.data.skip_bad)
+    records_of = {(record.path.name, record.sample): record for record in listed}
+    tokenizer, h = models.tokenizer, config.model.history
+    rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
+    rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}
+    for latent in test:
+        truth = read_trajectory(records_of[latent.source, latent.sample])
+        solid = torch.from_numpy(truth.solid_1XYZ)
+        true, z = trajectory_fields(truth)[:, :4], latent.read()
+        size = config.evaluation.batch_size
+        predicted_z = torch.cat([_predict(models, latent, samples, z, part)[0] for part in _starts(z, h, size)])
+        predicted = torch.cat([decode(tokenizer, part, solid, torch.float32) for part in predicted_z.split(size)])
+        record = {}
+        for end, latents, fields in (("", predicted_z, predicted), ("_persistence", z[h - 1 : -1], true[h - 1 : -1])):
+            record[f"latent_mse{end}"] = float((latents - z[h:]).square().mean())
+            record[f"physical_mse{end}"] = float(((fields - true[h:]) / rms_4111).square().mean())
+            record[f"velocity_vrmse{end}"] = float(vrmse(fields[:, :3], true[h:, :3]).mean())
+        rows[latent.domain].append(record)
+    return {domain: {key: float(np.mean([r[key] for r in own])) for key in own[0]} for domain, own in rows.items()}
+
+
+def _starts(z_TCxyz: Tensor, history: int, size: int) -> list[range]:
+    """First snapshots of all windows, ``size`` at a time."""
+    count = len(z_TCxyz) - history
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _predict(
+    models: Models, latent: LatentTrajectory, samples: LatentSamples, z_TCxyz: Tensor, starts: range
+) -> tuple[Tensor, list[Tensor]]:
+    """The next latents [B, C, x, y, z] of the windows that begin there, and each layer's experts [B, S]."""
+    config = models.transformer.config
+    windows = torch.stack([z_TCxyz[start : start + config.history] for start in starts])
+    geometry = latent.geometry_Cxyz.expand(len(windows), -1, -1, -1, -1)
+    domain_B = torch.full((len(windows),), samples.domains.index(latent.domain))
+    out = models.transformer(windows, geometry, samples.expert_B(domain_B, config.moe.num_experts))
+    return out.latent_BCxyz, [layer.expert_N.view(len(windows), -1) for layer in out.routing]
+
+
+@torch.no_grad()
+def routing_maps(
+    models: Models, config: Config, test: list[LatentTrajectory], samples: LatentSamples
+) -> dict[str, np.ndarray]:
+    """What a picture of the routing shows: the middle window of each domain's first test trajectory.
+
+    Returns:
+        by ``<domain>/<name>``: ``expert_map`` int32 [L, x, y, z], the tokens' experts, and ``solid_fraction`` float32
+        [x, y, z] of their cells.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    patch = config.model.patch
+    for domain in samples.domains:
+        latent = next(one for one in test if one.domain == domain)
+        middle = (latent.snapshots - config.model.history) // 2
+        _, experts = _predict(models, latent, samples, latent.read(), range(middle, middle + 1))
+        grid = [size // patch for size in latent.geometry_Cxyz.shape[1:]]
+        solid = torch.nn.functional.avg_pool3d(latent.solid_fraction_xyz[None, None], patch)[0, 0]
+        arrays[f"{domain}/expert_map"] = torch.stack([layer.view(grid) for layer in experts]).int().numpy()
+        arrays[f"{domain}/solid_fraction"] = solid.float().numpy()
+    return arrays

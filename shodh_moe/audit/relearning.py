@@ -1,0 +1,58 @@
+"""How fast trained networks learn a third domain, against the same networks from scratch.
+
+A network that has lost its plasticity learns the new domain more slowly than one that has never been trained (Dohare
+et al., Nature 632, 2024). Both learn on the third domain alone, with the same samples, steps and learning rate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.audit.arms import JOINT, Run, run_config
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.audit.outcome import diverged, records, run_folder
+from shodh_moe.config import Config
+
+POINTS = 12  # of each curve
+
+
+def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
+    """The run that starts from the trained network of ``run``, and the one from scratch."""
+    training = {
+        "steps": audit.relearning_steps,
+        # The share that a domain has in the main set.
+        "batch_size": audit.base.training.batch_size // 2,
+        "learning_rate": run.config.training.learning_rate,
+        "validate_every": -(-audit.relearning_steps // POINTS),
+        "warmup_steps": min(audit.base.training.warmup_steps, audit.relearning_steps // 4),
+    }
+    moe, seed = run.config.model.moe, run.config.seed
+    label = f"relearning-{run.arm}"
+    trained = run_config(audit, label, moe, [audit.third], seed, training, str(run_folder(run.config)))
+    return trained, run_config(audit, label, moe, [audit.third], seed, training)
+
+
+def relearns(audit: AuditConfig, run: Run) -> bool:
+    """Whether the third domain is learned after this run: joint arms of the main set, ``more_seeds``."""
+    chosen = run.set == "main" and run.arm in JOINT and run.config.seed in audit.more_seeds
+    return chosen and diverged(run.config) is None
+
+
+def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
+    """The ``relearning`` of a result: validation latent MSE of the third domain over steps; None without such runs."""
+    if not relearns(audit, run):
+        return None
+    both = [_curve(run_folder(config), audit.third) for config in pair(audit, run)]
+    steps = sorted({step for curve in both for step in curve})
+    return {
+        "domain": audit.third,
+        "steps": steps,
+        # A run that diverged has no points behind that.
+        "from_checkpoint": [both[0].get(step) for step in steps],
+        "from_scratch": [both[1].get(step) for step in steps],
+    }
+
+
+def _curve(folder: Path, domain: str) -> dict[int, float | None]:
+    return {record["step"]: record["latent_mse"][domain] for record in records(folder, "valid")}

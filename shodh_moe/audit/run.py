@@ -1,0 +1,138 @@
+"""`shodh audit`: data, tuning, runs, relearning, measurements, report. What is there is kept: the command goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from shodh_moe import pipeline
+from shodh_moe.audit.arms import Run, all_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.audit.measure import measured, result_path
+from shodh_moe.audit.outcome import diverged, ended
+from shodh_moe.audit.page import write_page
+from shodh_moe.audit.pictures import draw
+from shodh_moe.audit.rates import choose_rates, tuning
+from shodh_moe.audit.relearning import curves, pair, relearns
+from shodh_moe.audit.summary import markdown, summarise
+from shodh_moe.checks import check, claim_run_folder
+from shodh_moe.config import Config
+from shodh_moe.environment import describe_environment
+from shodh_moe.errors import UserError
+from shodh_moe.files import require_writable, write_text
+from shodh_moe.jobs import Job, read_cost, resolve_jobs, run_jobs
+
+
+def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
+    """Everything that is not there yet; returns the summary.
+
+    Writes ``summary.json``, ``summary.md``, pictures and ``index.html`` into ``<runs>/<name>/report``; with ``output``
+    a copy of them there too.
+
+    Raises:
+        UserError: a setting is wrong, a process failed other than by diverging, or a folder cannot be written.
+    """
+    require_writable(audit.folder)
+    write_text(audit.folder / "config.yaml", yaml.safe_dump(audit.model_dump(), sort_keys=False))
+    at_once = resolve_jobs(audit.jobs)
+    make_latents(audit)
+    if len(audit.learning_rates) > 1:
+        train(audit, [one.config for tried in tuning_runs(audit).values() for one in tried.values()], at_once)
+    rates = choose_rates(audit)
+    runs = all_runs(audit, rates)
+    train(audit, [one.config for one in runs], at_once)
+    train(audit, [config for one in runs if relearns(audit, one) for config in pair(audit, one)], at_once)
+    for one in runs:
+        if reason := diverged(one.config):
+            print(f"[audit] {one.name} diverged: {reason}", flush=True)
+    waiting = {one.name: one for one in runs if not measured(audit, one)}
+    run_jobs([_measure_job(audit, one) for one in waiting.values()], at_once, "audit")
+    return report(audit, output)
+
+
+def make_latents(audit: AuditConfig) -> None:
+    """The data, the tokenizer, and the latents that all runs share; and those of unseen geometry."""
+    base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
+    check(base)
+    pipeline.make_data(base)
+    pipeline.make_tokenizer(base)
+    pipeline.make_latents(shared_config(audit))
+    pipeline.make_data(unseen_config(audit))
+    pipeline.make_latents(unseen_config(audit))
+
+
+def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
+    """Train those that have not ended. One that diverges has ended, too.
+
+    Raises:
+        UserError: one failed for another reason; the end of its output is told.
+    """
+    left = {config.name: config for config in configs if not ended(config)}
+    for config in left.values():
+        claim_run_folder(config, write=False)
+    run_jobs([_training_job(audit, config) for config in left.values()], at_once, "audit")
+
+
+def _training_job(audit: AuditConfig, config: Config) -> Job:
+    path = audit.folder / "configs" / f"{config.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
+    arguments = ["-m", "shodh_moe.training", "--config", str(path)]
+    return _job(audit, config.name, arguments, excused=lambda: diverged(config) is not None)
+
+
+def _measure_job(audit: AuditConfig, one: Run) -> Job:
+    arguments = ["-m", "shodh_moe.audit", str(audit.folder / "config.yaml"), one.name]
+    return _job(audit, f"measure-{one.name}", arguments)
+
+
+def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> Job:
+    return Job(name, arguments, audit.folder / "logs" / f"{name}.log", audit.folder / "cost" / f"{name}.json", **more)
+
+
+def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
+    """Summarise the results. Raises: UserError: one is missing."""
+    tuned, results = tuning(audit), []
+    for one in all_runs(audit, {name: record["chosen"] for name, record in tuned.items()}):
+        path = result_path(audit, one)
+        if not path.exists():
+            raise UserError(f"{path} is missing: run `shodh audit` with this config to its end")
+        # A run that two sets share is measured once.
+        results.append({**json.loads(path.read_text()), "set": one.set, "relearning": curves(audit, one)})
+    costs = [read_cost(path) for path in (audit.folder / "cost").glob("*.json")]
+    summary = summarise(results, tuned) | {
+        "cpu_seconds": sum(cost["cpu_seconds"] for cost in costs),
+        "environment": describe_environment(),
+        "config": audit.model_dump(),
+    }
+    folder = audit.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.md", markdown(summary))
+    pictures = draw(results, summary, folder, _maps(audit, results))
+    page = write_page(summary, pictures, folder)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        for file in (folder / "summary.json", folder / "summary.md", page, *pictures):
+            shutil.copyfile(file, output / file.name)
+    return summary
+
+
+def _maps(audit: AuditConfig, results: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]] | None:
+    """Of the first run of the mixture that has some, by domain and name."""
+    for result in results:
+        path = audit.folder / "results" / f"{result['run']}.npz"
+        if (result["set"], result["arm"], result["diverged"]) == ("main", "moe", None) and path.exists():
+            maps: dict[str, dict[str, np.ndarray]] = {}
+            with np.load(path) as arrays:  # allow_pickle is off
+                for key in arrays.files:
+                    domain, name = key.split("/")
+                    maps.setdefault(domain, {})[name] = arrays[key]
+            return maps
+    return None

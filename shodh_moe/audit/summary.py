@@ -1,0 +1,154 @@
+"""Means, intervals and verdicts out of the audit's result files (one for each run)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from shodh_moe.audit import findings, verdict
+from shodh_moe.audit.collect import SETS, Run, Seeds, Sets, arms_of, by_arm, domains_of, error_of, measured
+from shodh_moe.audit.sections import markdown
+from shodh_moe.audit.transfer import QUANTITIES, Estimate, estimate, relative_difference
+from shodh_moe.errors import UserError
+from shodh_moe.files import finite_json
+
+__all__ = ["markdown", "summarise"]
+
+AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # what the mixture is compared with
+
+
+def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of tables and pictures, ready for JSON.
+
+    Args:
+        results: what the audit measured, one for each run, in any order. A run that diverged has ``diverged`` set and
+            no measurements; it is counted in all that it should have been part of.
+        tuning: what `shodh_moe.audit.rates.tuning` returns: by arm or ``single:<domain>``.
+
+    Returns:
+        ``verdicts``, ``diverged`` and lists of rows: ``arms``, ``errors``, ``transfer``, ``pairs``, ``routing``,
+        ``bifurcation``, ``swap``, ``unseen``, ``gradients``, ``plasticity``, ``relearning``; each row names its ``set``
+        and ``arm``. Estimates are `Estimate` as dictionaries, with seeds as text. ``tuning`` as given.
+
+    Raises:
+        UserError: no results, or results that do not fit together.
+    """
+    if not results:
+        raise UserError("there are no results of the audit to summarise: run `shodh audit` first")
+    sets = by_arm(results)
+    transfer, pairs = _transfer(sets), _pairs(sets)
+    rows: dict[str, Any] = {
+        "verdicts": _verdicts(sets, transfer, pairs),
+        "diverged": [
+            {"set": name, "arm": arm, "seed": seed, "run": run["run"], "reason": run["diverged"]}
+            for name, arm, seeds in arms_of(sets)
+            for seed, run in seeds.items()
+            if run["diverged"]
+        ],
+        "arms": [_arm(name, arm, seeds, tuning) for name, arm, seeds in arms_of(sets)],
+        "errors": _errors(sets),
+        "transfer": transfer,
+        "pairs": pairs,
+        "routing": findings.routing(sets),
+        "bifurcation": findings.bifurcation(sets),
+        "swap": findings.swap(sets),
+        "unseen": findings.unseen(sets),
+        "gradients": findings.gradients(sets),
+        "plasticity": findings.plasticity(sets),
+        "relearning": findings.relearning(sets),
+        "tuning": tuning,
+    }
+    return dict(finite_json(_plain(rows)))
+
+
+def _plain(tree: Any) -> Any:
+    """Estimates and verdicts as dictionaries, keys as text."""
+    if isinstance(tree, (Estimate, verdict.Verdict)):
+        tree = asdict(tree)
+    if isinstance(tree, dict):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _arm(name: str, arm: str, seeds: Seeds, tuning: dict[str, Any]) -> dict[str, Any]:
+    first = next(iter(seeds.values()))
+    tuned = tuning.get(arm) or tuning.get(first["arm"]) or {}
+    keys = ("parameters", "learning_rate", "steps", "experts")
+    return {
+        "set": name,
+        "arm": arm,
+        **{key: first.get(key) for key in keys},
+        "at_edge": tuned.get("at_edge"),
+        "seeds": list(seeds),
+        "diverged": [seed for seed, run in seeds.items() if run["diverged"]],
+    }
+
+
+def _errors(sets: Sets) -> list[dict[str, Any]]:
+    return [
+        {"set": name, "arm": arm, "domain": domain}
+        | {quantity: estimate(error_of(seeds, domain, quantity)) for quantity in QUANTITIES}
+        | {"latent_mse_persistence": estimate(error_of(seeds, domain, "latent_mse_persistence")).value}
+        for name, arm, seeds in arms_of(sets)
+        for domain in domains_of(seeds)
+    ]
+
+
+def _difference(name: str, arm: str, base: str, domain: str, runs: Seeds, others: Seeds) -> dict[str, Any]:
+    row: dict[str, Any] = {"set": name, "arm": arm, "base": base, "domain": domain}
+    return row | {q: relative_difference(error_of(runs, domain, q), error_of(others, domain, q)) for q in QUANTITIES}
+
+
+def _transfer(sets: Sets) -> list[dict[str, Any]]:
+    """Every joint arm against the single-domain models of its set."""
+    rows = [
+        _difference(name, arm, f"single:{domain}", domain, seeds, sets[name][f"single:{domain}"])
+        for name, arm, seeds in arms_of(sets)
+        if not arm.startswith("single:")
+        for domain in domains_of(seeds)
+        if f"single:{domain}" in sets[name]
+    ]
+    return [row | {"answer": verdict.harm(row[QUANTITIES[0]])} for row in rows]
+
+
+def _pairs(sets: Sets) -> list[dict[str, Any]]:
+    """The mixture against every other joint arm."""
+    rows = [
+        _difference(name, arm, base, domain, seeds, sets[name][base])
+        for name, arm, seeds in arms_of(sets)
+        if arm.startswith("moe")
+        for base in AGAINST
+        if base in sets[name]
+        for domain in domains_of(seeds)
+    ]
+    return [row | {"answer": verdict.difference(row[QUANTITIES[0]])} for row in rows]
+
+
+def _verdicts(sets: Sets, transfer: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All by latent MSE; the questions beside the main one on the main set."""
+
+    def of(rows: list[dict[str, Any]], **wanted: str) -> dict[str, Estimate]:
+        return {
+            row["domain"]: row[QUANTITIES[0]] for row in rows if all(row[key] == value for key, value in wanted.items())
+        }
+
+    main, harms = {}, {}
+    for name in [one for one in SETS if any(row["set"] == one for row in transfer)]:
+        dense = of(transfer, set=name, arm="dense_active")
+        moe = of(transfer, set=name, arm="moe")
+        against = of(pairs, set=name, arm="moe", base="dense_active")
+        harms[name] = {domain: verdict.harm(one) for domain, one in dense.items()}
+        main[name] = verdict.ends_negative_transfer(dense, moe, against)
+    differences = {base: of(pairs, set="main", arm="moe", base=base) for base in AGAINST}
+    seeds = sets.get("main", {}).get("moe", {})
+    split = {seed: None if run["diverged"] else findings.bifurcated(run) for seed, run in seeds.items()}
+    return {
+        "ends_negative_transfer": main,
+        "dense_joint_training": harms,
+        "dense_total": verdict.compare(differences["dense_total"]),
+        "random": verdict.compare(differences["random"]),
+        "oracle": verdict.as_good(differences["oracle"]),
+        "no_shared": verdict.compare(differences["no_shared"]),
+        "splits": verdict.splits(split),
+        "reads_mask": verdict.reads_mask(measured(seeds, findings.beyond_mask)),
+    }

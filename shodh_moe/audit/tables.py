@@ -1,0 +1,269 @@
+"""The numbers of the audit as tables: the same serve the markdown and the page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from shodh_moe.audit.transfer import QUANTITIES
+from shodh_moe.evaluation.report import tables as report_tables
+from shodh_moe.evaluation.report.style import words
+from shodh_moe.evaluation.report.tables import Table
+
+Row = dict[str, Any]
+DASH = "-"
+SET_TITLES = {"main": "Main domains", "hard": "Domains that are hard to tell apart", "four": "All four domains"}
+
+
+def arm_words(name: str) -> str:
+    """``moe_4`` as a person writes it."""
+    arm, _, rest = name.partition(":")
+    if arm == "single":
+        return f"{words(rest)} alone"
+    names = {"moe": "mixture", "dense_active": "dense, same active", "dense_total": "dense, same total"}
+    names |= {"oracle": "oracle routing", "random": "random routing", "no_shared": "no shared experts"}
+    return f"mixture, {arm[4:]} experts" if arm.startswith("moe_") else names.get(arm, words(arm))
+
+
+def _place(row: Row) -> list[str]:
+    return [row["set"], arm_words(row["arm"])]
+
+
+def error(value: float | None) -> str:
+    return DASH if value is None else f"{value:#.3g}" if value else "0"
+
+
+def percent(value: float | None) -> str:
+    """``+12.3 %``; whole numbers from 1000 % on."""
+    return DASH if value is None else f"{100 * value:+.1f} %" if abs(value) < 10 else f"{100 * value:+,.0f} %"
+
+
+def estimate(one: Row, show: Any = error) -> str:
+    """``1.20e-05 [1.10e-05, 1.30e-05]``, and what is missing for an interval in its place."""
+    lost = f"{len(one['diverged'])} of {len(one['diverged']) + len(one['by_seed'])} seeds diverged"
+    if one["value"] is None:
+        return lost if one["diverged"] else DASH
+    if one["diverged"]:
+        return f"{show(one['value'])} ({lost})"
+    if one["low"] is None:
+        return f"{show(one['value'])} ({len(one['by_seed'])} seed{'s' if len(one['by_seed']) > 1 else ''})"
+    return f"{show(one['value'])} [{show(one['low'])}, {show(one['high'])}]".replace(" %,", ",").replace(" %]", "]")
+
+
+def _mean(one: Row, digits: int = 3) -> str:
+    if one["value"] is None:
+        return "diverged" if one["diverged"] else DASH
+    return f"{one['value']:.{digits}f}"
+
+
+def _by_seed(values: Row) -> str:
+    return ", ".join(report_tables.number(value) for value in values.values()) or DASH
+
+
+def _numbers(first: int, last: int) -> frozenset[int]:
+    return frozenset(range(first, last + 1))
+
+
+def diverged(rows: list[Row]) -> Table:
+    return Table(
+        ("set", "arm", "seed", "run", "why"),
+        [[*_place(row), str(row["seed"]), str(row["run"]), str(row["reason"])] for row in rows],
+    )
+
+
+def differences(rows: list[Row]) -> Table:
+    against = any(not row["base"].startswith("single:") for row in rows)
+    head = ("set", "arm", *(["against"] if against else []), "domain", *map(_quantity, QUANTITIES), "latent MSE says")
+    cells = [
+        [
+            *_place(row),
+            *([arm_words(row["base"])] if against else []),
+            words(row["domain"]),
+            *(estimate(row[quantity], percent) for quantity in QUANTITIES),
+            row["answer"],
+        ]
+        for row in rows
+    ]
+    return Table(head, cells, _numbers(len(head) - 4, len(head) - 2))
+
+
+def _quantity(name: str) -> str:
+    return report_tables.QUANTITIES[name]
+
+
+def errors(rows: list[Row]) -> Table:
+    return Table(
+        ("set", "arm", "domain", *map(_quantity, QUANTITIES), "latent MSE of persistence"),
+        [
+            [*_place(row), words(row["domain"])]
+            + [estimate(row[quantity]) for quantity in QUANTITIES]
+            + [error(row["latent_mse_persistence"])]
+            for row in rows
+        ],
+        _numbers(3, 6),
+    )
+
+
+def arms(rows: list[Row]) -> Table:
+    def cells(row: Row) -> list[str]:
+        edge = {True: "yes, the best may lie beyond", False: "no"}.get(row["at_edge"], DASH)
+        counts = [report_tables.number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
+        rate = DASH if row["learning_rate"] is None else f"{row['learning_rate']:.3g}"
+        seeds = f"{len(row['seeds'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else "")
+        return [*_place(row), *counts, report_tables.number(row["steps"]), rate, edge, seeds]
+
+    head = ("set", "arm", "parameters active", "total", "steps", "learning rate", "at the edge of those tried", "seeds")
+    return Table(head, [cells(row) for row in rows], _numbers(2, 5))
+
+
+def bifurcation(rows: list[Row]) -> Table:
+    def cells(row: Row) -> list[str]:
+        count = f"{sum(row['bifurcated'].values())} of {len(row['bifurcated']) + len(row['diverged'])}"
+        lost = f"{count}, {len(row['diverged'])} diverged" if row["diverged"] else count
+        return [*_place(row), lost, ", ".join("never" if s is None else f"{s:,}" for s in row["step"].values()) or DASH]
+
+    return Table(("set", "arm", "bifurcated seeds", "since step, by seed"), [cells(row) for row in rows])
+
+
+def purity(rows: list[Row]) -> Table:
+    cells = [
+        [
+            *_place(row),
+            str(row["layer"]),
+            "; ".join(f"{words(d)} {_mean(one)} ({_least(one)})" for d, one in row["purity"].items()),
+            f"{sum(row['bifurcated'].values())} of {len(row['bifurcated'])}",
+        ]
+        for row in rows
+    ]
+    return Table(("set", "arm", "layer", "purity: mean over seeds (least)", "bifurcated seeds"), cells)
+
+
+def _least(one: Row) -> str:
+    """Cut, not rounded: 0.9899 must not read as 0.99."""
+    least = min(one["by_seed"].values(), default=math.nan)
+    return f"{math.floor(least * 1000) / 1000:.3f}" if math.isfinite(least) else DASH
+
+
+def information(rows: list[Row]) -> Table:
+    names = ("domain", "solid fraction", "speed", "domain, solid fraction known", "domain, speed known")
+    cells = [[*_place(row), str(row["layer"]), *map(_mean, row["information"].values())] for row in rows]
+    return Table(("set", "arm", "layer", *names), cells, _numbers(3, 7))
+
+
+def swap(rows: list[Row]) -> Table:
+    cells = [
+        [
+            *_place(row),
+            words(row["domain"]),
+            estimate(row["all"]),
+            ", ".join(error(layer["value"]) for layer in row["layers"]),
+            str(len(row["not_split"])),
+        ]
+        for row in rows
+    ]
+    head = ("set", "arm", "domain", "growth, all layers", "each layer alone, mean", "seeds with nothing to swap")
+    return Table(head, cells, _numbers(3, 5))
+
+
+def unseen(rows: list[Row]) -> Table:
+    cells = [
+        [
+            *_place(row),
+            words(row["domain"]),
+            estimate(row["latent_mse"]),
+            error(row["latent_mse_persistence"]),
+            estimate(row["growth"], percent),
+            _mean(row["least_purity"]),
+            f"{sum(row['bifurcated'].values())} of {len(row['bifurcated'])}" if row["bifurcated"] else DASH,
+        ]
+        for row in rows
+    ]
+    names = ("latent MSE", "of persistence", "against the test split", "least purity", "bifurcated")
+    head = ("set", "arm", "domain", *names)
+    return Table(head, cells, _numbers(3, 6))
+
+
+def load(rows: list[Row]) -> Table:
+    cells = [
+        [
+            arm_words(row["arm"]),
+            str(row["layer"]),
+            _by_seed(row["experts_used"]),
+            "; ".join(f"{words(d)} {' '.join(f'{share:.2f}' for share in load)}" for d, load in row["load"].items()),
+        ]
+        for row in rows
+        if row["set"] == "four"
+    ]
+    return Table(("arm", "layer", "distinct majority experts, by seed", "load of the experts, first seed"), cells)
+
+
+def gradients(rows: list[Row]) -> Table:
+    def when(one: Row) -> str:
+        within = one["within"]["value"]
+        return f"{_signed(one['between']['value'])} ({_signed(within)})"
+
+    cells = [
+        [
+            *_place(row),
+            row["group"],
+            *(when(row[one]) for one in ("first", "middle", "last")),
+            DASH if row["conflicting"] is None else f"{row['conflicting']:.0%}",
+            _mean(row["norm_ratio"], 2),
+        ]
+        for row in rows
+    ]
+    return Table(("set", "arm", "parameters", "first", "middle", "last", "conflicting", "norms"), cells, _numbers(3, 7))
+
+
+def _signed(value: float | None) -> str:
+    return DASH if value is None else f"{value:+.2f}"
+
+
+def _share(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1%}"
+
+
+def plasticity(rows: list[Row]) -> Table:
+    cells = [
+        [
+            *_place(row),
+            "; ".join(f"{g} {_share(one['value'])}" for g, one in row["dormant"].items()) or DASH,
+            _mean(row["effective_rank"], 1),
+            report_tables.number(row["width"]),
+        ]
+        for row in rows
+    ]
+    return Table(("set", "arm", "dormant units", "effective rank", "of width"), cells, _numbers(3, 4))
+
+
+def relearning(rows: list[Row]) -> Table:
+    cells = [
+        [
+            *_place(row),
+            words(row["domain"]),
+            report_tables.number(row["steps"]),
+            estimate(row["from_checkpoint"]),
+            estimate(row["from_scratch"]),
+            estimate(row["difference"], percent),
+            ", ".join("never" if step is None else str(step) for step in row["steps_to_scratch"].values()) or DASH,
+        ]
+        for row in rows
+    ]
+    head = ("set", "arm", "domain", "steps", "from checkpoint", "from scratch", "difference", "as good at step")
+    return Table(head, cells, _numbers(3, 7))
+
+
+def tuning(choices: Row) -> Table:
+    cells = []
+    for arm, one in choices.items():
+        scores = [error(value) if value is not None else "diverged" for value in one["valid_latent_mse"]]
+        cells.append(
+            [
+                arm_words(arm),
+                ", ".join(f"{rate:.3g}" for rate in one["learning_rates"]),
+                ", ".join(scores) or "not tried",
+                f"{one['chosen']:.3g}",
+                "yes" if one["at_edge"] else "no",
+            ]
+        )
+    return Table(("arm", "learning rates", "validation error over that of persistence", "chosen", "at the edge"), cells)

@@ -1,0 +1,145 @@
+"""The arms differ in what their names say, and in nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shodh_moe.audit.arms import JOINT, all_runs, arm_config, set_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.config import AuditConfig
+from shodh_moe.cli import main as shodh
+from shodh_moe.config_io import differing_keys, load_config_of
+from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.paths import paths_of
+from shodh_moe.training.plan import count_parameters
+from tests.audit.tiny import audit, tree
+
+WAKE = {"trajectories": {"train": 1, "valid": 1, "test": 1}}
+
+
+def _parameters(tmp_path, arm):
+    return count_parameters(
+        arm_config(audit(tmp_path), "main", arm, 0, 1e-3, domain="open_channel" if arm == "single" else None), 1
+    )
+
+
+def test_parameters_of_the_arms(tmp_path):
+    moe = _parameters(tmp_path, "moe")
+    # Per block: a projection of 24 to the router's 16, two prototypes of 16, one temperature; experts of 24 x 16.
+    router, expert = 24 * 16 + 2 * 16 + 1, 3 * 24 * 16
+    for arm in ("dense_active", "single"):
+        dense = _parameters(tmp_path, arm)
+        assert dense.total == dense.active == moe.active - router
+    assert _parameters(tmp_path, "dense_total").total == moe.total - router
+    assert _parameters(tmp_path, "no_shared").active == moe.active
+    assert _parameters(tmp_path, "oracle").active == moe.active - router
+    assert _parameters(tmp_path, "random") == moe
+    assert moe.total - moe.active == expert
+
+
+def test_a_control_differs_from_the_mixture_in_its_own_settings_alone(tmp_path):
+    one = audit(tmp_path)
+    moe = arm_config(one, "main", "moe", 0, 1e-3).model_dump()
+    expected = {
+        "moe": set(),
+        "dense_active": {"model.moe.num_experts", "model.moe.shared_experts"},
+        "dense_total": {"model.moe.num_experts", "model.moe.shared_experts"},
+        "oracle": {"model.moe.router.kind"},
+        "random": {"model.moe.router.frozen"},
+        "no_shared": {"model.moe.shared_experts", "model.moe.expert_hidden"},
+    }
+    assert set(expected) == set(JOINT)
+    for arm, keys in expected.items():
+        differing = set(differing_keys(moe, arm_config(one, "main", arm, 0, 1e-3).model_dump()))
+        assert differing - {"name"} == keys
+
+
+def test_a_single_domain_sees_the_samples_that_the_joint_run_sees_of_it(tmp_path):
+    one, everyone, sizes = audit(tmp_path), ["decaying_turbulence", "open_channel", "porous_media"], (7, 11, 13)
+
+    def seen(config, steps=9):
+        given = domain_weights(config.data.weights, everyone)
+        used = [n for n, weight in enumerate(given) if weight]
+        sampler = DomainSampler(
+            tuple(sizes[n] for n in used),
+            config.training.batch_size,
+            config.seed,
+            1,
+            tuple(given[n] for n in used),
+            tuple(used),
+        )
+        picks = [(used[domain], index) for step in range(steps) for domain, index in sampler.batch(step, 0)]
+        return {everyone[n]: [index for domain, index in picks if domain == n] for n in used}
+
+    joint = seen(arm_config(one, "main", "dense_active", 5, 1e-3))
+    assert set(joint) == {"open_channel", "porous_media"}
+    for domain, order in joint.items():
+        assert len(order) == 27
+        assert seen(arm_config(one, "main", "single", 5, 1e-3, domain=domain)) == {domain: order}
+
+
+def test_all_runs_have_the_same_tokenizer_and_latents(tmp_path):
+    one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 3])
+    (paths_of(one.base).tokenizer).mkdir(parents=True)
+    rates = dict.fromkeys(tuning_runs(one), 1e-3)
+    assert {paths_of(run.config).latents for run in all_runs(one, rates)} == {paths_of(shared_config(one)).latents}
+    assert paths_of(unseen_config(one)).latents != paths_of(shared_config(one)).latents
+
+
+def test_runs_that_are_the_same_share_a_folder_and_others_do_not(tmp_path):
+    one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"])
+    rates = dict.fromkeys(tuning_runs(one), 1e-3)
+    main, hard = ({(r.arm, *r.domains): r.name for r in set_runs(one, s, [0], rates)} for s in ("main", "hard"))
+    assert main["single", "open_channel"] == hard["single", "open_channel"]
+    assert len(set(main.values()) | set(hard.values())) == len(main) + len(hard) - 1
+    changed = audit(tmp_path, probes=4)
+    assert arm_config(changed, "main", "moe", 0, 1e-3).name != main["moe", "open_channel", "porous_media"]
+
+
+def test_rates_of_other_sets_are_those_of_the_same_arm(tmp_path):
+    one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 4])
+    rates = {name: 1e-3 * (n + 1) for n, name in enumerate(tuning_runs(one))}
+    for run in all_runs(one, rates):
+        known = run.tuned_as if run.tuned_as in rates else "single:open_channel"
+        assert run.config.training.learning_rate == rates[known]
+    four = {(r.arm, r.experts) for r in set_runs(one, "four", [0], rates)}
+    assert four == {("moe", 2), ("moe", 4), ("dense_active", 0)}
+
+
+def test_the_config_that_comes_with_the_project():
+    one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit.yaml")
+    runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
+    assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four")] == [40, 12, 12]
+    assert len({run.name for run in runs}) == 61  # `hard` has three single-domain runs of `main`
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": [0, 0]}, "seeds [0, 0] must be one or more different numbers"),
+        ({"learning_rates": [1e-3, 5e-4]}, "rising order"),
+        ({"more_seeds": [3]}, "3 is not among seeds"),
+        ({"tuning_seed": 0}, "tuning_seed 0 is among seeds"),
+        ({"domains": ["open_channel", "ocean"]}, "domains: base.data.domains has only"),
+        ({"domains": ["open_channel"]}, "must be two different domains"),
+        ({"hard": ["open_channel", "obstacle_wake"]}, "no obstacle_wake"),
+        ({"third": "porous_media"}, "new to the networks"),
+        ({"experts": [1, 2]}, "from 2 on"),
+        ({"base.data.weights": {"open_channel": 2.0}}, "base.data.weights must be null"),
+        ({"base.training.batch_size": 4}, "not divisible by 3 domains"),
+        ({"base.model.moe.shared_experts": 0}, "must be the mixture itself"),
+        ({"unseen.porous_media": None}, "unseen has no porous_media"),
+        ({"unseen.open_channel.bed": ["spheres"]}, "give it another geometry"),
+        ({"unseen.obstacle_wake": WAKE}, "base.data.domains has no obstacle_wake"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, capfd, change, words):
+    path = tmp_path / "audit.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path)))
+    overrides = [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in change.items()
+    ]
+    assert shodh(["audit", "--config", str(path), *overrides]) == 2
+    assert words in capfd.readouterr().err

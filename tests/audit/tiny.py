@@ -1,0 +1,42 @@
+"""An audit so small that it says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.audit.config import AuditConfig
+from tests.tiny import CONFIG, FLOW
+
+
+def tree(folder: Path, **keys: Any) -> dict[str, Any]:
+    """The config of `audit` as written in a file."""
+    domains = {"open_channel": FLOW, "porous_media": {**FLOW, "grain": 3.0}, "decaying_turbulence": FLOW}
+    base = {
+        "data": {**CONFIG["data"], "root": str(folder / "data"), "domains": domains},
+        "tokenizer": {**CONFIG["tokenizer"], "root": str(folder / "tokenizers")},
+        "model": {"dim": 24, "depth": 1, "heads": 2, "moe": {"expert_hidden": 16}},
+        "training": {"steps": 4, "batch_size": 6, "warmup_steps": 1, "checkpoint_every": 4, "log_every": 1},
+        "telemetry": {"every": 1},
+        "parallel": {"processes": 1},
+    }
+    unseen = {"open_channel": {**FLOW, "bed": ["dunes"]}, "porous_media": {**FLOW, "grain": 3.0, "geometry": ["blobs"]}}
+    return {
+        "name": "trial",
+        "runs": str(folder / "runs"),
+        "seeds": [0],
+        "more_seeds": [0],
+        "learning_rates": [1e-3],
+        "hard": [],
+        "experts": [],
+        "relearning_steps": 4,
+        "gradient_samples": 2,
+        "probes": 2,
+        "base": base,
+        "unseen": unseen,
+        **keys,
+    }
+
+
+def audit(folder: Path, **keys: Any) -> AuditConfig:
+    return AuditConfig.model_validate(tree(folder, **keys))

@@ -106,7 +106,8 @@ def _fill(
     file: h5py.File, pairs: list[tuple[TrajectoryRecord, LatentTrajectory]], tokenizer: Tokenizer, dtype: str
 ) -> float:
     """Decode the trajectories into a new file; returns h rms(div u) / rms(u) of all of it, as stored, h = 1 cell."""
-    moments, operator = [], tokenizer.config.operator
+    moments: list[Tensor] = []
+    operator = tokenizer.config.operator
     for row, (record, latent) in enumerate(pairs):
         solid_11XYZ = _solid(record, latent).to(tokenizer.velocity_rms.device)
         batch = max(1, VOXELS // solid_11XYZ.numel())

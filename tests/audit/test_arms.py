@@ -109,7 +109,7 @@ def test_rates_of_other_sets_are_those_of_the_same_arm(tmp_path):
 
 
 def test_the_config_that_comes_with_the_project():
-    one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit.yaml")
+    one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
     assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four")] == [40, 12, 12]
     assert len({run.name for run in runs}) == 61  # `hard` has three single-domain runs of `main`

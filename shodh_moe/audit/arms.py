@@ -136,7 +136,7 @@ def arm_config(
         "batch_size": audit.base.training.batch_size * len(domains) // len(mixed),
         "learning_rate": learning_rate,
     }
-    if seed != audit.tuning_seed and arm != SINGLE:
+    if seed not in audit.tuning_seeds and arm != SINGLE:
         every = -(-audit.base.training.steps // audit.probes)
         training |= {"keep_every": every, "checkpoint_every": every}
     experts = audit.base.model.moe.num_experts if experts is None else experts
@@ -202,11 +202,11 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
     return runs
 
 
-def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, Run]]:
+def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, list[Run]]]:
     """The runs that choose learning rates, by `tuned_as` and rate."""
-    found: dict[str, dict[float, Run]] = {}
+    found: dict[str, dict[float, list[Run]]] = {}
     names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] for one in audit.domains}
     for rate in audit.learning_rates:
-        for run in set_runs(audit, "main", [audit.tuning_seed], dict.fromkeys(names, rate)):
-            found.setdefault(run.tuned_as, {})[rate] = run
+        for run in set_runs(audit, "main", audit.tuning_seeds, dict.fromkeys(names, rate)):
+            found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
     return found

@@ -22,9 +22,12 @@ class AuditConfig(Section):
     runs: str = Field("runs", description="folder that holds the audit's folder")
     seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="of the main set: weights and data order")
     more_seeds: list[NonNegative] = Field([0, 1, 2], description="of the other sets and of relearning")
-    tuning_seed: NonNegative = Field(1000, description="of the runs that choose the learning rates, and of no others")
+    tuning_seeds: list[NonNegative] = Field(
+        [1000, 1001, 1002], description="of the runs that choose the learning rates, and of no others"
+    )
     learning_rates: list[PositiveFloat] = Field(
-        [5e-4, 1e-3, 2e-3, 4e-3], description="each arm gets the one that is best on validation data"
+        [5e-4, 1e-3, 2e-3, 4e-3],
+        description="each arm gets the one that is best on validation data, mean over tuning_seeds",
     )
     domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main ones")
     third: Name = Field("decaying_turbulence", description="domain that trained networks learn afterwards")
@@ -48,7 +51,7 @@ class AuditConfig(Section):
 
     @model_validator(mode="after")
     def _seeds(self) -> AuditConfig:
-        for key in ("seeds", "more_seeds", "learning_rates"):
+        for key in ("seeds", "more_seeds", "tuning_seeds", "learning_rates"):
             values = getattr(self, key)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{key} {values} must be one or more different numbers")
@@ -58,8 +61,8 @@ class AuditConfig(Section):
             raise ValueError(f"experts {self.experts} must be different numbers from 2 on, in rising order")
         if more := sorted(set(self.more_seeds) - set(self.seeds)):
             raise ValueError(f"more_seeds: {more[0]} is not among seeds, whose runs relearning starts from")
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} is among seeds: it is for the choice of rates alone")
+        if both := sorted(set(self.tuning_seeds) & set(self.seeds)):
+            raise ValueError(f"tuning_seeds: {both[0]} is among seeds, too: they are for the choice of rates alone")
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,11 @@
-"""The choice of learning rates: for each arm alike, on validation data alone, at a seed of its own."""
+"""The choice of learning rates: for each arm alike, on validation data alone, at seeds that serve nothing else.
+
+One seed is not enough: a high rate that is the best on one can be unstable on the next.
+"""
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from shodh_moe.audit.arms import Run, all_runs, tuning_runs
@@ -14,13 +18,13 @@ def tuning(audit: AuditConfig) -> dict[str, Any]:
     """The choice for each arm, by `tuned_as`.
 
     Returns:
-        ``learning_rates``; ``valid_latent_mse`` of each, over that of persistence (`validation_score` at
-        ``tuning_seed``), infinite where the run diverged; ``chosen``, the best rate, the smallest if all diverged; and
+        ``learning_rates``; ``valid_latent_mse`` of each, over that of persistence (mean of `validation_score` over
+        ``tuning_seeds``), infinite where a run diverged; ``chosen``, the best rate, the smallest if all diverged;
         ``at_edge``: a better one might lie outside. A single rate is chosen without a run and has no errors.
     """
     rates, found = audit.learning_rates, {}
     for name, runs in tuning_runs(audit).items():
-        scores = [validation_score(runs[rate].config) for rate in rates] if len(rates) > 1 else []
+        scores = [fmean(validation_score(run.config) for run in runs[rate]) for rate in rates] if len(rates) > 1 else []
         chosen = rates[scores.index(min(scores))] if scores else rates[0]
         found[name] = {
             "learning_rates": rates,

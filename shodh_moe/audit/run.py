@@ -43,7 +43,11 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
     at_once = resolve_jobs(audit.jobs)
     make_latents(audit)
     if len(audit.learning_rates) > 1:
-        train(audit, [one.config for tried in tuning_runs(audit).values() for one in tried.values()], at_once)
+        train(
+            audit,
+            [one.config for tried in tuning_runs(audit).values() for runs in tried.values() for one in runs],
+            at_once,
+        )
     rates = choose_rates(audit)
     runs = all_runs(audit, rates)
     train(audit, [one.config for one in runs], at_once)

@@ -121,7 +121,7 @@ def test_the_config_that_comes_with_the_project():
         ({"seeds": [0, 0]}, "seeds [0, 0] must be one or more different numbers"),
         ({"learning_rates": [1e-3, 5e-4]}, "rising order"),
         ({"more_seeds": [3]}, "3 is not among seeds"),
-        ({"tuning_seed": 0}, "tuning_seed 0 is among seeds"),
+        ({"tuning_seeds": [0]}, "tuning_seeds: 0 is among seeds"),
         ({"domains": ["open_channel", "ocean"]}, "domains: base.data.domains has only"),
         ({"domains": ["open_channel"]}, "must be two different domains"),
         ({"hard": ["open_channel", "obstacle_wake"]}, "no obstacle_wake"),

@@ -26,6 +26,7 @@ def tree(folder: Path, **keys: Any) -> dict[str, Any]:
         "runs": str(folder / "runs"),
         "seeds": [0],
         "more_seeds": [0],
+        "tuning_seeds": [1000],
         "learning_rates": [1e-3],
         "hard": [],
         "experts": [],

@@ -8,8 +8,8 @@ from shodh_moe.training.tokenizer_config import tokenizer_run
 from tests.tiny import CONFIG, config
 
 
-def _paths(seed: int, **tokenizer: object) -> Paths:
-    return paths_of(config(seed=seed, tokenizer={**CONFIG["tokenizer"], **tokenizer}))
+def _paths(run_seed: int, **tokenizer: object) -> Paths:
+    return paths_of(config(seed=run_seed, tokenizer={**CONFIG["tokenizer"], **tokenizer}))
 
 
 def test_the_tokenizers_own_seed_counts_where_it_is_given() -> None:

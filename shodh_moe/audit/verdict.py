@@ -151,7 +151,9 @@ def reads_mask(share: Estimate) -> Verdict:
     """Does the router only read the mask? ``share``: I(expert; domain | solid fraction) / I(expert; domain)."""
     if share.value is None:
         return Verdict(NOT_SHOWN, "the expert tells nothing of the domain")
-    reason = f"{share.value:.0%} of what the expert tells of the domain is not told by the solid fraction"
+    reason = (
+        f"with the solid fraction known the expert still tells of the domain {share.value:.0%} of what it tells without"
+    )
     if above(share, MARGIN):
         return Verdict("reads more than the mask", reason)
     if below(share, MARGIN):

@@ -13,7 +13,7 @@ from torch import Tensor
 from shodh_moe.audit.arms import SINGLE, Run, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
-from shodh_moe.audit.outcome import diverged, last_checkpoint, records, run_folder
+from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder, run_records
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
 from shodh_moe.audit.speed import local_speeds
@@ -94,7 +94,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
-        "bifurcation": bifurcation(records(run_folder(config), "train")),
+        "bifurcation": bifurcation(run_records(run_folder(config), "train")),
         "swap": swap_growth(transformer, samples, routing, batch),
         "unseen": _unseen(audit, run, models, plain),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),

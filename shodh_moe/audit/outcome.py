@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from shodh_moe.config import Config
+from shodh_moe.evaluation.history import Record, read_history, records
 
 # Times the error of persistence (the last snapshot again) from which on a run counts as diverged.
 DIVERGED_ABOVE = 10.0
@@ -27,17 +26,10 @@ def ended(config: Config) -> bool:
     return (last_checkpoint(config) / "state.json").exists() or diverged(config) is not None
 
 
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind, ``train`` or ``valid``, of a run's ``metrics.jsonl``, in their order; [] if it is missing.
-
-    What a resumed run did again replaces what it had done before.
-    """
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    found = {record["step"]: record for record in map(json.loads, lines) if record["kind"] == kind}
-    return [found[step] for step in sorted(found)]
+def run_records(folder: Path, kind: str) -> list[Record]:
+    """The records of a kind, ``train`` or ``valid``, of a run; [] if it has not begun."""
+    path = folder / "metrics.jsonl"
+    return records(read_history(path), kind) if path.exists() else []
 
 
 def diverged(config: Config) -> str | None:
@@ -50,7 +42,7 @@ def diverged(config: Config) -> str | None:
     if not (last_checkpoint(config) / "state.json").exists():
         steps = [int(path.stem) for path in (folder / "nonfinite").glob("*.json")]
         return f"a loss or gradient was not finite at step {min(steps)}" if steps else None
-    last = (records(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
+    last = (run_records(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
     for domain, error in last["latent_mse"].items():
         if error is None or not math.isfinite(error):
             return f"the validation error of {domain} was not finite at step {last['step']}"
@@ -67,6 +59,6 @@ def validation_score(config: Config) -> float:
     """
     if diverged(config):
         return math.inf
-    last = records(run_folder(config), "valid")[-1]
+    last = run_records(run_folder(config), "valid")[-1]
     ratios = [error / last["latent_mse_persistence"][domain] for domain, error in last["latent_mse"].items()]
     return sum(ratios) / len(ratios)

@@ -104,21 +104,18 @@ def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor
 
 
 def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THRESHOLD) -> dict[str, Any] | None:
-    """When the routers parted the domains for good, from the training records of a run's ``metrics.jsonl``.
-
-    What a resumed run did again replaces what it had done before.
+    """When the routers parted the domains for good, from the training records of a run, by step.
 
     Returns:
         ``step``: that of the first record from which on every layer is bifurcated (`bifurcated`) to the last record;
         None if the last is not. ``loads``: at most 100 records, evenly thinned, the last one kept, of ``step`` and
         ``load`` (by layer, {domain: [E]}). None where no record has a routing (a dense model).
     """
-    kept: list[dict[str, Any]] = []
-    for record in records:
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        if record.get("routing"):
-            kept.append({"step": record["step"], "load": [layer["load"] for layer in record["routing"]]})
+    kept = [
+        {"step": record["step"], "load": [layer["load"] for layer in record["routing"]]}
+        for record in records
+        if record.get("routing")
+    ]
     if not kept:
         return None
     step = None

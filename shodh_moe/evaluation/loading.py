@@ -20,6 +20,7 @@ from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config_io import differing_model_keys, flatten, load_config
 from shodh_moe.errors import UserError
+from shodh_moe.evaluation.history import Record, read_history, records
 from shodh_moe.files import sha256
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
@@ -193,7 +194,6 @@ def _require_same_settings(source: Source, model: ModelConfig) -> None:
         )
 
 
-def training_records(run: Path | None) -> list[dict[str, Any]]:
-    """The lines of kind ``train`` of a run's ``metrics.jsonl``; [] without a run."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] if run else []
-    return [record for record in records if record["kind"] == "train"]
+def training_records(run: Path | None) -> list[Record]:
+    """The records of kind ``train`` of a run; [] without a run."""
+    return records(read_history(run / "metrics.jsonl"), "train") if run else []

@@ -197,15 +197,6 @@ def test_a_run_that_flips_back_at_the_end_did_not_bifurcate() -> None:
     assert looser["step"] == 10
 
 
-@pytest.mark.parametrize("between", [[], [{"kind": "train", "step": 15}]])
-def test_what_a_resumed_run_repeats_replaces_what_was_there(between: list[dict[str, Any]]) -> None:
-    killed = [_record(10, 0, 0), _record(20, 1, 1), _record(30, 1, 1)]
-    found = bifurcation([*killed, *between, _record(20, 0, 0)])
-    assert found is not None
-    assert found["step"] == 10
-    assert [record["step"] for record in found["loads"]] == [10, 20]
-
-
 def test_many_records_are_thinned_but_the_last_is_kept() -> None:
     found = bifurcation(_record(step, 0, 0) for step in range(1, 252))
     assert found is not None

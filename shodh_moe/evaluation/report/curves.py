@@ -5,8 +5,9 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shodh_moe.evaluation.history import Record, records
 from shodh_moe.evaluation.report import style
-from shodh_moe.evaluation.report.load import Record, RunData, records
+from shodh_moe.evaluation.report.load import RunData
 
 TRAIN_TERMS = {"loss": "total", "prediction_loss": "prediction", "balance_loss": "balance", "z_loss": "router z"}
 TRAIN_COLOURS = {"loss": "black", "prediction_loss": "#c2410c", "balance_loss": "#2563eb", "z_loss": "#16a34a"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.errors import UserError
+from shodh_moe.evaluation.history import Record, read_history
 
 Array = NDArray[Any]
-Record = dict[str, Any]
 
 # Each file a report cannot do without, and the command that writes it.
 REQUIRED = {
@@ -63,19 +62,13 @@ def load_run(run_folder: Path) -> RunData:
     return RunData(
         name=str(metrics.get("run") or run_folder.resolve().name),
         metrics=metrics,
-        history=_read_lines(run_folder / "metrics.jsonl"),
-        tokenizer_history=_read_lines(tokenizer) if tokenizer.is_file() else [],
+        history=read_history(run_folder / "metrics.jsonl"),
+        tokenizer_history=read_history(tokenizer) if tokenizer.is_file() else [],
         arrays=arrays,
         domains=domains,
         config=(run_folder / "config.yaml").read_text(encoding="utf-8"),
         environment=_read_json(run_folder / "environment.json"),
     )
-
-
-def records(history: Iterable[Record], kind: str) -> list[Record]:
-    """The records of one kind by step; where a resumed run wrote a step twice, the later one counts."""
-    by_step = {record["step"]: record for record in history if record.get("kind") == kind and "step" in record}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_json(path: Path) -> Record:
@@ -86,21 +79,6 @@ def _read_json(path: Path) -> Record:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: make it again with `{REQUIRED[path.name]}`")
     return content
-
-
-def _read_lines(path: Path) -> list[Record]:
-    found: list[Record] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):  # a run that was killed leaves half a line: the rest is still good
-                break
-            raise UserError(f"{path} line {number} is not JSON ({error}): mend or remove that line") from error
-    return found
 
 
 def _read_arrays(path: Path) -> dict[str, Array]:

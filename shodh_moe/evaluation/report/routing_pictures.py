@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from shodh_moe.evaluation.history import Record, records
 from shodh_moe.evaluation.report import style
 from shodh_moe.evaluation.report.fields import cut_name, mid_slice
-from shodh_moe.evaluation.report.load import Record, RunData, records
+from shodh_moe.evaluation.report.load import RunData
 
 MOST_LAYERS = 9  # more would be too small to read; evenly spaced ones are shown instead
 MOST_NAMED_EXPERTS = 4

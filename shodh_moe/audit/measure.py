@@ -24,7 +24,7 @@ from shodh_moe.config_io import fingerprint
 from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.evaluation.loading import Models, find_source, load_models
 from shodh_moe.evaluation.metrics import vrmse
-from shodh_moe.evaluation.rollout import decode
+from shodh_moe.evaluation.rollout import decode, predict_next
 from shodh_moe.files import finite_json, write_text
 from shodh_moe.paths import paths_of
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
@@ -144,7 +144,8 @@ def heldout_errors(
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size
-        predicted_z = torch.cat([_predict(models, latent, samples, z, part)[0] for part in _starts(z, h, size)])
+        expert_1 = _expert_1(samples, latent.domain, config.model.moe.num_experts)
+        predicted_z, _ = predict_next(models.transformer, z, latent.geometry_Cxyz, expert_1, size)
         predicted = torch.cat([decode(tokenizer, part, solid, torch.float32) for part in predicted_z.split(size)])
         record = {}
         for end, latents, fields in (("", predicted_z, predicted), ("_persistence", z[h - 1 : -1], true[h - 1 : -1])):
@@ -155,22 +156,8 @@ def heldout_errors(
     return {domain: {key: float(np.mean([r[key] for r in own])) for key in own[0]} for domain, own in rows.items()}
 
 
-def _starts(z_TCxyz: Tensor, history: int, size: int) -> list[range]:
-    """First snapshots of all windows, ``size`` at a time."""
-    count = len(z_TCxyz) - history
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def _predict(
-    models: Models, latent: LatentTrajectory, samples: LatentSamples, z_TCxyz: Tensor, starts: range
-) -> tuple[Tensor, list[Tensor]]:
-    """The next latents [B, C, x, y, z] of the windows that begin there, and each layer's experts [B, S]."""
-    config = models.transformer.config
-    windows = torch.stack([z_TCxyz[start : start + config.history] for start in starts])
-    geometry = latent.geometry_Cxyz.expand(len(windows), -1, -1, -1, -1)
-    domain_B = torch.full((len(windows),), samples.domains.index(latent.domain))
-    out = models.transformer(windows, geometry, samples.expert_B(domain_B, config.moe.num_experts))
-    return out.latent_BCxyz, [layer.expert_N.view(len(windows), -1) for layer in out.routing]
+def _expert_1(samples: LatentSamples, domain: str, experts: int) -> Tensor:
+    return samples.expert_B(torch.tensor([samples.domains.index(domain)]), experts)
 
 
 @torch.no_grad()
@@ -184,13 +171,14 @@ def routing_maps(
         [x, y, z] of their cells.
     """
     arrays: dict[str, np.ndarray] = {}
-    patch = config.model.patch
+    patch, h = config.model.patch, config.model.history
     for domain in samples.domains:
         latent = next(one for one in test if one.domain == domain)
-        middle = (latent.snapshots - config.model.history) // 2
-        _, experts = _predict(models, latent, samples, latent.read(), range(middle, middle + 1))
+        middle = (latent.snapshots - h) // 2
+        z_TCxyz = latent.read(middle, middle + h + 1)
+        expert_1 = _expert_1(samples, domain, config.model.moe.num_experts)
+        _, experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, 1)
         grid = [size // patch for size in latent.geometry_Cxyz.shape[1:]]
-        solid = torch.nn.functional.avg_pool3d(latent.solid_fraction_xyz[None, None], patch)[0, 0]
         arrays[f"{domain}/expert_map"] = torch.stack([layer.view(grid) for layer in experts]).int().numpy()
-        arrays[f"{domain}/solid_fraction"] = solid.float().numpy()
+        arrays[f"{domain}/solid_fraction"] = latent.solid_fraction_by_token(patch).float().numpy()
     return arrays

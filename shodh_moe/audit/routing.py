@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shodh_moe.audit.speed import Speeds
 from shodh_moe.audit.windows import all_windows, latent_errors, predict
@@ -86,8 +85,7 @@ def heldout_routing(
 
 def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
     """Of each token [x, y, z]; the last category is all solid."""
-    fraction = F.avg_pool3d(trajectory.solid_fraction_xyz[None, None], patch)[0, 0]
-    return solid_fraction_category(fraction, SOLID_CATEGORIES)
+    return solid_fraction_category(trajectory.solid_fraction_by_token(patch), SOLID_CATEGORIES)
 
 
 def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:

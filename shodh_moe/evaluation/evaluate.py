@@ -22,7 +22,7 @@ from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
 from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
-from shodh_moe.evaluation.rollout import decode, decode_both, rollout
+from shodh_moe.evaluation.rollout import decode, decode_both, predict_next, rollout
 from shodh_moe.evaluation.routing import (
     joint_counts,
     mutual_information,
@@ -132,18 +132,11 @@ class _OneStep:
         fields = trajectory_fields(truth)[:, :4].double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
         z_TCxyz = latent.read()
-        windows = torch.stack([z_TCxyz[start : start + h] for start in range(len(z_TCxyz) - h)])
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
-        z, predicted, conserved, self.experts = [], [], [], []
-        for window in windows.split(config.evaluation.batch_size):
-            geometry_BCxyz = latent.geometry_Cxyz.expand(len(window), -1, -1, -1, -1)
-            out = models.transformer(window, geometry_BCxyz, expert_1.expand(len(window)))
-            z.append(out.latent_BCxyz)
-            fields_B4XYZ, conserved_B3XYZ = decode_both(models.tokenizer, out.latent_BCxyz, self.solid)
-            predicted.append(fields_B4XYZ)
-            conserved.append(conserved_B3XYZ)
-            self.experts.append([layer.expert_N.view(len(window), -1) for layer in out.routing])
-        self.z, self.predicted, self.conserved = torch.cat(z), torch.cat(predicted), torch.cat(conserved)
+        size = config.evaluation.batch_size
+        self.z, self.experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, size)
+        decoded = [decode_both(models.tokenizer, part, self.solid) for part in self.z.split(size)]
+        self.predicted, self.conserved = (torch.cat(parts) for parts in zip(*decoded, strict=True))
 
     def conserved_in_float32(self) -> Tensor:
         """``conserved`` as training computes it."""
@@ -184,9 +177,7 @@ class _OneStep:
         middle = len(self.true) // 2
         reconstruction = decode(self.tokenizer, self.z_true[middle : middle + 1], self.solid)[0]
         k, spectrum = energy_spectrum(self.true[middle, :3])
-        batch, within = divmod(middle, self.config.evaluation.batch_size)
         grid = [size // self.config.model.patch for size in self.z.shape[2:]]
-        solid = torch.nn.functional.avg_pool3d(self.latent.solid_fraction_xyz[None, None], self.config.model.patch)
         arrays = {
             "true": self.true[middle],
             "pred": self.predicted[middle],
@@ -195,10 +186,10 @@ class _OneStep:
             "spectrum_true": spectrum,
             "spectrum_pred": energy_spectrum(self.predicted[middle, :3])[1],
             "spectrum_reconstruction": energy_spectrum(reconstruction[:3])[1],
-            "solid_fraction": solid[0, 0],
+            "solid_fraction": self.latent.solid_fraction_by_token(self.config.model.patch),
         }
-        if maps := [layer[within].view(grid) for layer in self.experts[batch]]:
-            arrays["expert_map"] = torch.stack(maps)
+        if self.experts:
+            arrays["expert_map"] = torch.stack([layer[middle].view(grid) for layer in self.experts])
         return {
             key: value.numpy().astype(np.int32 if key == "expert_map" else np.float32) for key, value in arrays.items()
         }
@@ -246,8 +237,8 @@ def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -
         history, geometry, _, domain_B = samples.batch(picks)
         routing = models.transformer(history, geometry, samples.expert_B(domain_B, experts)).routing
         counts.add(routing, domain_B)
-        solid = torch.stack([samples.trajectories[samples.index[d][i][0]].solid_fraction_xyz for d, i in picks])
-        solid = torch.nn.functional.avg_pool3d(solid[:, None], config.model.patch)
+        picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
+        solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
         for table, layer_routing in zip(by_solid, routing, strict=True):
             table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)

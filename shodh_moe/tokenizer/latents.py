@@ -59,6 +59,10 @@ class LatentTrajectory:
     def snapshots(self) -> int:
         return self.z.shape[0]
 
+    def solid_fraction_by_token(self, patch: int) -> Tensor:
+        """Of the cells of each token: [x / patch, y / patch, z / patch]."""
+        return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
+
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Latents of snapshots start..stop, float32 [T, C, x, y, z]. Raises: UserError: the file is damaged there."""
         with _readable(Path(self.z.file.filename)):

@@ -148,7 +148,7 @@ class _LatentTask:
             self._nonfinite.handle(step, self._batches)
             return
         self._nonfinite.all_well()
-        for batch in self._batches if self._layers else []:
+        for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
 
     def record(self, step: int, result: Step) -> dict[str, Any]:

@@ -35,8 +35,10 @@ class RoutingCounts:
     def add(self, routing: list[Routing], domain_B: Tensor) -> None:
         """Count one forward pass over B samples; every layer routes the same tokens, sample by sample.
 
-        Tokens whose logits are not finite add nothing to the sums behind `SUMS`.
+        Tokens whose logits are not finite add nothing to the sums behind `SUMS`; a dense model has nothing to count.
         """
+        if not routing:
+            return
         table, domain_B = self.table_LDM, domain_B.to(self.table_LDM.device)
         layers, domains, columns = table.shape
         expert_LBS = torch.stack([r.expert_N for r in routing]).view(layers, len(domain_B), -1)

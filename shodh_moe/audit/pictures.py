@@ -36,6 +36,7 @@ GROUP_COLOURS = {
 }
 LOST = "#b91c1c"
 FAR = 200  # percent, from which an axis is no longer linear
+TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # then
 
 
 def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None = None) -> list[Path]:
@@ -108,6 +109,8 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
     for axes in grid:
         if high > FAR:  # an arm that is far off must not press the others together
             axes.set_xscale("symlog", linthresh=20, linscale=1.5)
+            axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axes.set_xticks([], minor=True)
         axes.set_xlim(low, high + 0.04 * (high - low))
     marks = [
         Line2D([], [], color="0.3", marker="D", linewidth=2.2, label="mean, 95 % interval over seeds"),

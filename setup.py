@@ -53,7 +53,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=PACKAGES + KERNELS,
     package_dir={"shodh_moe": "shodh_moe", "shodh_moe.kernels": "kernels"},
-    package_data={"shodh_moe": ["evaluation/report/*.html"]},
+    package_data={"shodh_moe.kernels": ["tuned.json"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["shodh = shodh_moe.cli:main"]},

@@ -23,13 +23,14 @@ import torch
 import yaml
 from common import machine
 
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.cli import main as shodh
-from shodh_moe.command import OneLineParser, exit_code
 from shodh_moe.config import Config
-from shodh_moe.config_io import fingerprint, load_config, read_yaml
-from shodh_moe.files import require_writable, write_text
-from shodh_moe.paths import paths_of
+from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.load import load_config, read_yaml
+from shodh_moe.config.paths import paths_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ANCHOR = ROOT / "configs" / "latent_ccm" / "anchor.yaml"

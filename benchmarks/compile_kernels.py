@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.config import COMPRESSION
-from shodh_moe.config_io import load_config
+from shodh_moe.config.load import load_config
 from shodh_moe.kernels import backend, expert_capacity
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import ListedColormap
 
-from shodh_moe.evaluation.report.fields import mid_slice
-from shodh_moe.evaluation.report.style import TICK, panels, png
-from shodh_moe.files import atomic_file
+from shodh_moe.base.files import atomic_file
+from shodh_moe.report.fields import mid_slice
+from shodh_moe.report.style import TICK, panels, png
 from shodh_moe.solvers import Simulation, simulate
 from shodh_moe.solvers.domains import (
     DOMAINS,

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from mutations import Base, make_bases, mutate, mutated_stats
 
-from shodh_moe.command import OneLineParser
+from shodh_moe.base.command import OneLineParser
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import write_text
 from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
 from shodh_moe.data.loader import Snapshots
-from shodh_moe.environment import describe_environment
-from shodh_moe.errors import UserError
-from shodh_moe.files import write_text
 
 FAULTS = ("traceback", "crash", "timeout")
 SECONDS_A_FILE = 60.0

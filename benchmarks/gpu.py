@@ -266,8 +266,8 @@ def result_file(out: Path, options: Any, name: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(source_tree()))
-    from shodh_moe.command import OneLineParser
-    from shodh_moe.files import write_text
+    from shodh_moe.base.command import OneLineParser
+    from shodh_moe.base.files import write_text
 
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="logs, results and pictures")

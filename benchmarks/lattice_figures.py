@@ -8,8 +8,8 @@ import numpy as np
 from lattice_flows import SHARES, Array, Case, heights, published, startup, swinging_film
 from matplotlib.figure import Figure
 
-from shodh_moe.evaluation.report.style import DOMAIN_COLOURS as COLOURS
-from shodh_moe.evaluation.report.style import label, legend, panels, plain_ticks
+from shodh_moe.report.style import DOMAIN_COLOURS as COLOURS
+from shodh_moe.report.style import label, legend, panels, plain_ticks
 from shodh_moe.solvers import exact
 
 MARKS = "osD^vP"

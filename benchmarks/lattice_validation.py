@@ -45,9 +45,9 @@ from lattice_flows import (
 )
 from matplotlib.figure import Figure
 
-from shodh_moe.config_io import load_config
-from shodh_moe.evaluation.report.style import png
-from shodh_moe.files import atomic_file, write_text
+from shodh_moe.base.files import atomic_file, write_text
+from shodh_moe.config.load import load_config
+from shodh_moe.report.style import png
 from shodh_moe.solvers import exact, simulate
 from shodh_moe.solvers.d3q19 import SOUND_SPEED
 from shodh_moe.solvers.domains import DOMAINS

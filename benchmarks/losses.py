@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shodh_moe.command import OneLineParser, exit_code
-from shodh_moe.files import write_text
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.files import write_text
 from shodh_moe.kernels import combine, cosine_top1_gating, curl, dispatch, expert_capacity
 from shodh_moe.kernels.backend import describe
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import Report, describe
 
-from shodh_moe.memory import keep_freed_memory
+from shodh_moe.base.memory import keep_freed_memory
 
 MODES = {"capacity": False, "dropless": True}
 

@@ -26,7 +26,7 @@ Make = Callable[[list[nn.Parameter]], Any]
 def quickstart_shapes() -> list[torch.Size]:
     """Of the model of configs/quickstart.yaml."""
     from shodh_moe.config import COMPRESSION
-    from shodh_moe.config_io import load_config
+    from shodh_moe.config.load import load_config
 
     config = load_config(QUICKSTART)
     return _shapes(config.model, config.tokenizer.latent_channels, [size // COMPRESSION for size in config.data.grid])

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.ccm.family import FAMILIES, SOLVERS, Family, initial_states, simulate
-from shodh_moe.evaluation.report.style import TICK, label, legend, panels, plain_ticks, png
-from shodh_moe.files import atomic_file
+from shodh_moe.report.style import TICK, label, legend, panels, plain_ticks, png
 from shodh_moe.solvers import trajectory_seed
 from shodh_moe.solvers.planar import exact, navier_stokes, shallow_water
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes

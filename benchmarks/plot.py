@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from shodh_moe.command import OneLineParser, exit_code
-from shodh_moe.errors import UserError
-from shodh_moe.files import atomic_file
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file
 
 COLORS = {
     "shodh": "#d1495b",

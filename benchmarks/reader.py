@@ -27,15 +27,15 @@ import h5py
 import numpy as np
 import torch
 
-from shodh_moe.command import OneLineParser, exit_code
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.data import TrajectoryRecord, compute_stats, list_trajectories, write_stats, write_trajectory
 from shodh_moe.data.loader import Snapshots, mixed_batches, read_batches
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.data.symmetry import allowed
-from shodh_moe.environment import describe_environment
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable, write_text
-from shodh_moe.memory import keep_freed_memory
 from shodh_moe.solvers import Simulation
 
 BATCH = 4

@@ -24,14 +24,14 @@ from typing import Any
 from reproduction_table import markdown
 
 from shodh_moe.audit.routing import bifurcation
-from shodh_moe.command import OneLineParser, exit_code
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from shodh_moe.base.files import atomic_file, finite_json, require_writable, write_text
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
-from shodh_moe.files import atomic_file, finite_json, require_writable, write_text
-from shodh_moe.paths import paths_of
-from shodh_moe.training.plan import count_parameters, latent_grid, snapshots
-from shodh_moe.training.stopping import on_stop_signals
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.launching.stopping import on_stop_signals
+from shodh_moe.runs.plan import count_parameters, latent_grid, snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "reproduce.yaml"

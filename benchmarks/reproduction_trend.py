@@ -23,18 +23,18 @@ from typing import Any
 import torch
 from reproduction_table import PAPER, number, ratio, table
 
-from shodh_moe import pipeline
-from shodh_moe.checks import processes, require_made
-from shodh_moe.command import OneLineParser, exit_code
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
-from shodh_moe.environment import describe_environment
-from shodh_moe.errors import UserError
-from shodh_moe.files import finite_json, require_writable, write_text
-from shodh_moe.paths import paths_of
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.runs import pipeline
+from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from shodh_moe.training.plan import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
@@ -80,7 +80,7 @@ def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]
     """The words of each point's `shodh run` after ``--config``."""
     tokenizer = paths_of(base).tokenizer
     domains = [name for name, _ in base.data.domains.items()]
-    samples = base.training.batch_size * processes(base)
+    samples = base.training.batch_size * count_ranks(base)
     words = {}
     for point in points(options.dims, options.trajectories, base.model.dim):
         settings = point.settings(options.steps, tokenizer, domains, samples)

@@ -23,11 +23,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.command import OneLineParser, exit_code
-from shodh_moe.config_io import load_config
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.config.load import load_config
 from shodh_moe.data.hdf5 import new_hdf5
-from shodh_moe.environment import describe_environment
-from shodh_moe.files import require_writable, write_text
 from shodh_moe.solvers import simulate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "data/full.yaml"

@@ -25,13 +25,12 @@ from common import machine
 from tokenizer_controls_pictures import draw_pictures
 from tokenizer_controls_summary import ONE_SEED, VARIANTS, markdown, missing_runs, rows_of, summarise
 
-from shodh_moe.checks import require_made
-from shodh_moe.command import OneLineParser, exit_code
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import UserError
-from shodh_moe.evaluation.metrics import band_edges
-from shodh_moe.files import finite_json, require_writable, write_text
-from shodh_moe.paths import paths_of
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.metrics.fields import band_edges
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,14 +13,14 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.data import list_trajectories
 from shodh_moe.data.loader import Snapshots
-from shodh_moe.evaluation.metrics import energy_spectrum
-from shodh_moe.evaluation.report.fields import cut_name, mid_slice
-from shodh_moe.evaluation.report.style import LABEL, TICK, label, panels, png, words
-from shodh_moe.files import atomic_file
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
+from shodh_moe.metrics.fields import energy_spectrum
+from shodh_moe.report.fields import cut_name, mid_slice
+from shodh_moe.report.style import LABEL, TICK, label, panels, png, words
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 
 Array = NDArray[np.float64]

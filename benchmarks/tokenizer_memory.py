@@ -23,11 +23,11 @@ import torch
 from common import describe, machine
 from torch import Tensor
 
-from shodh_moe.command import OneLineParser, exit_code
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.config import Config
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable, write_text
-from shodh_moe.memory import keep_freed_memory
 
 LIMIT = 24 * 2**30
 DECODERS = ({"operator": "spectral", "walls": "none"}, {"operator": "staggered", "walls": "exact"})
@@ -82,7 +82,7 @@ def resident() -> int:
 
 def work(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process."""
-    from shodh_moe.training.tokenizer_plan import memory
+    from shodh_moe.runs.tokenizer_plan import memory
 
     if case["keeps_freed_memory"]:
         keep_freed_memory()

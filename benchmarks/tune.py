@@ -26,8 +26,8 @@ from timing import Missing, Patience, first_line, release, time_alternately
 from torch import Tensor
 
 import shodh_moe.kernels as kernels
-from shodh_moe.command import OneLineParser, exit_code
-from shodh_moe.files import write_text
+from shodh_moe.base.command import OneLineParser, exit_code
+from shodh_moe.base.files import write_text
 from shodh_moe.kernels import backend
 
 GAIN = 0.97  # a new setting must take at most this share of the old one's time: less is noise

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shodh_moe.kernels.backend import launch
-from shodh_moe.kernels.gating_triton import count_digit, one_hot, pick, sum_of_chunks, totals
+from shodh_moe.kernels.gating_parts_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
 DIGIT = 10  # bits
 PASSES = 3

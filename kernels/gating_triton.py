@@ -17,39 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shodh_moe.kernels import gating_select_triton
 from shodh_moe.kernels.backend import dot_precision, launch, settings
+from shodh_moe.kernels.gating_parts_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
 CHUNKS = 256  # at most; a constant, so that the order of the sums does not depend on the device
-
-
-@triton.jit
-def one_hot(expert_N, live_N, column_E):
-    """[BLOCK_N, E_PAD] int32: 1 where the live token n chose expert e."""
-    return ((column_E[None, :] == expert_N[:, None]) & live_N[:, None]).to(tl.int32)
-
-
-@triton.jit
-def pick(value_NE, chosen_NE):
-    """[BLOCK_N]: the value in the column that the row's one 1 marks, 0 in a row without."""
-    return tl.sum(value_NE * chosen_NE, axis=1)
-
-
-@triton.jit
-def count_digit(histogram_ptr, expert_N, key_N, live_N, SHIFT: tl.constexpr, DIGIT: tl.constexpr):
-    """Add the tokens to the buckets of their experts' rows; integer additions, so their order does not matter."""
-    digit_N = (key_N >> SHIFT) & ((1 << DIGIT) - 1)
-    tl.atomic_add(histogram_ptr + (expert_N << DIGIT) + digit_N, 1, mask=live_N, sem="relaxed")
-
-
-@triton.jit
-def sum_of_chunks(count_ptr, first, last, column_E, E: tl.constexpr, E_PAD: tl.constexpr):
-    """[E_PAD]: the rows first..last-1 of a [G, E] array, added up in order."""
-    total_E = tl.zeros([E_PAD], count_ptr.dtype.element_ty)
-    for start in range(first, last, 16):
-        row = start + tl.arange(0, 16)
-        at = count_ptr + row[:, None] * E + column_E[None, :]
-        total_E += tl.sum(tl.load(at, mask=(row[:, None] < last) & (column_E[None, :] < E), other=0), axis=0)
-    return total_E
 
 
 @triton.jit
@@ -148,25 +120,6 @@ def _route_kernel(
 
 
 @triton.jit
-def totals(
-    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
-    tokens, capacity, column_E, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr,
-):  # fmt: skip
-    """What is summed over all chunks: tokens per expert, both losses, the first token without a softmax."""
-    live_E = column_E < E
-    routed_E = sum_of_chunks(count_ptr, 0, chunks, column_E, E, E_PAD)
-    p_sum_E = sum_of_chunks(p_sum_ptr, 0, chunks, column_E, E, E_PAD)
-    tl.store(routed_ptr + column_E, routed_E.to(tl.int64), mask=live_E)
-    tl.store(kept_ptr + column_E, tl.minimum(routed_E, capacity).to(tl.int64), mask=live_E)
-    tl.store(balance_ptr, E * tl.sum((p_sum_E / tokens) * (routed_E.to(tl.float32) / tokens), axis=0))
-    chunk = tl.arange(0, G_PAD)
-    z_sum_G = tl.load(z_sum_ptr + chunk, mask=chunk < chunks, other=0.0)
-    tl.store(z_ptr, tl.sum(z_sum_G, axis=0) / tokens)
-    broken_G = tl.load(broken_ptr + chunk, mask=chunk < chunks, other=0x7FFFFFFF)
-    tl.store(first_broken_ptr, tl.min(broken_G, axis=0))
-
-
-@triton.jit
 def _slot_kernel(
     expert_ptr, slot_ptr, count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr,
     routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr, tokens, tiles, capacity,
@@ -236,8 +189,6 @@ def forward(
 
     With ``cosine``, ``logits_NE`` (float32) is written, not read; q [N, R] is then the last tensor returned.
     """
-    from shodh_moe.kernels import gating_select_triton
-
     logits_NE = logits_NE.contiguous()
     tokens, experts = logits_NE.shape
     device, pad = logits_NE.device, triton.next_power_of_2(experts)

@@ -2,7 +2,7 @@
 
 import sys
 
-from shodh_moe.merging.ranks import main
+from shodh_moe.runs.merge_rank import main
 
 if __name__ == "__main__":
     sys.exit(main())

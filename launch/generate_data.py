@@ -5,7 +5,7 @@ On many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or part
 
 import sys
 
-from shodh_moe.generation import main
+from shodh_moe.runs.generate_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

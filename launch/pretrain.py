@@ -11,10 +11,10 @@ mpirun -n 8 python launch/pretrain.py --config C
 ``--resume`` (auto, or a checkpoint) and settings such as ``training.steps=200`` may follow.
 """
 
+from shodh_moe.base.command import end_rank
 from shodh_moe.cli import main as shodh
-from shodh_moe.command import end_rank
-from shodh_moe.training.__main__ import main as train
-from shodh_moe.training.rank import script_main
+from shodh_moe.runs.pretrain_rank import main as train
+from shodh_moe.runs.rank import script_main
 
 if __name__ == "__main__":
     end_rank(lambda: script_main(lambda arguments: shodh(["pretrain", *arguments]), train))

@@ -7,10 +7,10 @@ srun python launch/train_expert.py --config C                   and every other 
 The data must be there: `shodh expert data --config C` makes them.
 """
 
-from shodh_moe.ccm.__main__ import main as train
+from shodh_moe.base.command import end_rank
+from shodh_moe.ccm.expert_rank import main as train
 from shodh_moe.cli import main as shodh
-from shodh_moe.command import end_rank
-from shodh_moe.training.rank import script_main
+from shodh_moe.runs.rank import script_main
 
 if __name__ == "__main__":
     end_rank(lambda: script_main(lambda arguments: shodh(["expert", "train", *arguments]), train))

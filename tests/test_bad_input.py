@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import yaml
 
-from shodh_moe import pipeline
 from shodh_moe.cli import main
 from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import is_complete
+from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer import Tokenizer
 from tests.tiny import CONFIG, config, refused, tree, write_config, write_dataset
 

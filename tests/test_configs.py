@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from shodh_moe.checks import _check_generated
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
-from shodh_moe.training import plan
+from shodh_moe.config.load import load_config
+from shodh_moe.runs import plan
+from shodh_moe.runs.checks import _check_generated
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

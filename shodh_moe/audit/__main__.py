@@ -9,9 +9,9 @@ import torch
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measure
 from shodh_moe.audit.rates import find_run
-from shodh_moe.command import exit_code
-from shodh_moe.config_io import load_config_of
-from shodh_moe.memory import keep_freed_memory
+from shodh_moe.base.command import exit_code
+from shodh_moe.base.memory import keep_freed_memory
+from shodh_moe.config.load import load_config_of
 
 
 def main() -> int:

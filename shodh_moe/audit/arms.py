@@ -14,8 +14,8 @@ from typing import Any
 
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.config import Config, MoEConfig
-from shodh_moe.config_io import fingerprint
-from shodh_moe.paths import paths_of, tokenizer_seed
+from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.paths import paths_of, tokenizer_seed
 
 SINGLE = "single"
 JOINT = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared")

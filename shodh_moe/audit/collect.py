@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from shodh_moe.audit.transfer import Estimate, estimate
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 ARMS = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared", "single")
 SETS = ("main", "hard", "four")

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
 from shodh_moe.config import Config, Domains
-from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
 
 
 class AuditConfig(Section):

@@ -17,7 +17,7 @@ from torch import Tensor
 from shodh_moe.audit.windows import all_windows
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import Config
-from shodh_moe.evaluation.loading import find_source, read_weights
+from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples

@@ -18,17 +18,17 @@ from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
 from shodh_moe.audit.speed import local_speeds
 from shodh_moe.audit.swap import swap_growth
+from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
-from shodh_moe.config_io import fingerprint
+from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data import list_trajectories, read_trajectory
-from shodh_moe.evaluation.loading import Models, find_source, load_models
-from shodh_moe.evaluation.metrics import vrmse
-from shodh_moe.evaluation.rollout import decode, predict_next
-from shodh_moe.files import finite_json, write_text
-from shodh_moe.paths import paths_of
+from shodh_moe.inference.loading import Models, find_source, load_models
+from shodh_moe.inference.rollout import decode, predict_next
+from shodh_moe.metrics.fields import vrmse
+from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
-from shodh_moe.training.plan import count_parameters
 
 MEASURE_VERSION = 1  # raised when the same weights would give other numbers
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from shodh_moe.config import Config
-from shodh_moe.evaluation.history import Record, read_history, records
+from shodh_moe.training.records import Record, read_history, records
 
 # Times the error of persistence (the last snapshot again) from which on a run counts as diverged.
 DIVERGED_ABOVE = 10.0

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.audit.sections import Section, sections
-from shodh_moe.evaluation.report.page import PAGE
-from shodh_moe.evaluation.report.tables import to_html
-from shodh_moe.files import write_text
+from shodh_moe.base.files import write_text
+from shodh_moe.report.page import PAGE
+from shodh_moe.report.tables import to_html
 
 TITLE = "Does the mixture of experts end negative transfer?"
 GOOD, BAD = ("shown", "no harm to end"), ("refuted",)

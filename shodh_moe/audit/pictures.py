@@ -18,9 +18,9 @@ from shodh_moe.audit.collect import Run, by_arm, finished
 from shodh_moe.audit.findings import gradient_group, gradient_means
 from shodh_moe.audit.tables import SET_TITLES, arm_words
 from shodh_moe.audit.verdict import MARGIN
-from shodh_moe.evaluation.report import routing_pictures, style
-from shodh_moe.evaluation.report.load import Array, RunData
-from shodh_moe.files import atomic_file
+from shodh_moe.base.files import atomic_file
+from shodh_moe.report import routing_pictures, style
+from shodh_moe.report.load import Array, RunData
 
 Summary = dict[str, Any]
 Maps = Mapping[str, Mapping[str, Array]]

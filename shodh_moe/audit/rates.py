@@ -11,7 +11,7 @@ from typing import Any
 from shodh_moe.audit.arms import Run, all_runs, tuning_runs
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.outcome import validation_score
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 
 def tuning(audit: AuditConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from shodh_moe.audit.speed import Speeds
 from shodh_moe.audit.windows import all_windows, latent_errors, predict
 from shodh_moe.config import Config
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
-from shodh_moe.evaluation.routing import (
+from shodh_moe.metrics.routing import (
     PURITY_THRESHOLD,
     bifurcated,
     conditional_mutual_information,

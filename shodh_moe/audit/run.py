@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh_moe import pipeline
 from shodh_moe.audit.arms import Run, all_runs, shared_config, tuning_runs, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measured, result_path
@@ -21,12 +20,14 @@ from shodh_moe.audit.pictures import draw
 from shodh_moe.audit.rates import choose_rates, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
 from shodh_moe.audit.summary import markdown, summarise
-from shodh_moe.checks import check, claim_run_folder
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
-from shodh_moe.environment import describe_environment
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable, write_text
-from shodh_moe.jobs import Job, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.runs import pipeline
+from shodh_moe.runs.checks import check
+from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
@@ -83,21 +84,23 @@ def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
     run_jobs([_training_job(audit, config) for config in left.values()], at_once, "audit")
 
 
-def _training_job(audit: AuditConfig, config: Config) -> Job:
+def _training_job(audit: AuditConfig, config: Config) -> ProcessJob:
     path = audit.folder / "configs" / f"{config.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
-    arguments = ["-m", "shodh_moe.training", "--config", str(path)]
+    arguments = ["-m", "shodh_moe.runs.pretrain_rank", "--config", str(path)]
     return _job(audit, config.name, arguments, excused=lambda: diverged(config) is not None)
 
 
-def _measure_job(audit: AuditConfig, one: Run) -> Job:
+def _measure_job(audit: AuditConfig, one: Run) -> ProcessJob:
     arguments = ["-m", "shodh_moe.audit", str(audit.folder / "config.yaml"), one.name]
     return _job(audit, f"measure-{one.name}", arguments)
 
 
-def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> Job:
-    return Job(name, arguments, audit.folder / "logs" / f"{name}.log", audit.folder / "cost" / f"{name}.json", **more)
+def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> ProcessJob:
+    return ProcessJob(
+        name, arguments, audit.folder / "logs" / f"{name}.log", audit.folder / "cost" / f"{name}.json", **more
+    )
 
 
 def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:

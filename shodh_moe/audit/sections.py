@@ -9,8 +9,8 @@ from typing import Any
 
 from shodh_moe.audit import tables, verdict
 from shodh_moe.audit.transfer import MIN_SEEDS
-from shodh_moe.evaluation.report.style import words
-from shodh_moe.evaluation.report.tables import Table
+from shodh_moe.report.style import words
+from shodh_moe.report.tables import Table
 
 Row = dict[str, Any]
 ESTIMATES = f"""Mean over seeds and 95 % Student t interval over seeds. No interval is given with fewer than {MIN_SEEDS}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
-from shodh_moe.errors import UserError
 from shodh_moe.tokenizer.latents import LatentTrajectory
 
 Speeds = dict[tuple[str, int], Tensor]  # by file name and number of the trajectory in it

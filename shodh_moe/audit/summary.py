@@ -9,8 +9,8 @@ from shodh_moe.audit import findings, verdict
 from shodh_moe.audit.collect import SETS, Run, Seeds, Sets, arms_of, by_arm, domains_of, error_of, measured
 from shodh_moe.audit.sections import markdown
 from shodh_moe.audit.transfer import QUANTITIES, Estimate, estimate, relative_difference
-from shodh_moe.errors import UserError
-from shodh_moe.files import finite_json
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import finite_json
 
 __all__ = ["markdown", "summarise"]
 

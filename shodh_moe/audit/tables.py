@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from shodh_moe.audit.transfer import QUANTITIES
-from shodh_moe.evaluation.report import tables as report_tables
-from shodh_moe.evaluation.report.style import words
-from shodh_moe.evaluation.report.tables import Table
+from shodh_moe.report import tables as report_tables
+from shodh_moe.report.style import words
+from shodh_moe.report.tables import Table
 
 Row = dict[str, Any]
 DASH = "-"

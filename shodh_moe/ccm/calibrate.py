@@ -10,14 +10,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.data import Trajectories
 from shodh_moe.ccm.ends import finite, load_ends, state_record
 from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import FRAMES, GAMMAS, fit_scale
 from shodh_moe.ccm.straightness import TOLERANCE, bend, probes, straight_to
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable, write_text
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.manifest import versions
 from shodh_moe.merging.settings import singles

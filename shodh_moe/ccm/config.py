@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, Section
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
-from shodh_moe.config_io import fingerprint
+from shodh_moe.config.compare import fingerprint
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, Coordinates
-from shodh_moe.section import Fraction, Name, NonNegative, Positive, Section
 
 Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high"]
 

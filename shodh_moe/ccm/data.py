@@ -18,11 +18,11 @@ import h5py
 import numpy as np
 import torch
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file, remove_leftovers, require_writable
+from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.ccm.family import SOLVERS, SPLITS, Family, require_sound, simulate
 from shodh_moe.data.hdf5 import new_hdf5
-from shodh_moe.errors import UserError
-from shodh_moe.files import atomic_file, remove_leftovers, require_writable
-from shodh_moe.progress import progress as default_progress
 from shodh_moe.solvers import DivergedError, trajectory_seed
 from shodh_moe.solvers.planar import PLANAR_VERSION
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
 from shodh_moe.checkpoint.state import load_state
-from shodh_moe.errors import UserError
 from shodh_moe.merging.config import Target
 
 

@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
-from shodh_moe.errors import UserError
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
 

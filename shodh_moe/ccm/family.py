@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging.axes import alpha_at
 from shodh_moe.solvers.planar import navier_stokes, reaction_diffusion, shallow_water
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes

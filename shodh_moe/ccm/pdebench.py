@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 _GROUP_CHANNELS = {2: ("activator", "inhibitor"), 1: ("depth",)}
 _FLOW_CHANNELS = ("velocity_x", "velocity_y", "particles")

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import h5py
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
 from shodh_moe.ccm import data, pdebench
 from shodh_moe.ccm.ends import finite, load_ends
 from shodh_moe.ccm.expert import Expert
 from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
-from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
+from shodh_moe.merging.inputs import open_source
 from shodh_moe.merging.merge import parse_size
-from shodh_moe.merging.sources import open_source
 
 TRAJECTORIES = 16  # of the file that are looked at; published files have a thousand, of which each says much the same
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories
 from shodh_moe.ccm.expert import Expert
-from shodh_moe.errors import UserError
 from shodh_moe.merging.alpha import REACH
 from shodh_moe.operators import nrmse
 

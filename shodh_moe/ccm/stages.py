@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint
-from shodh_moe.checks import claim_run_folder, processes, write_environment
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable
-from shodh_moe.launcher import TrainingFailed, launch_ranks
+from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
+from shodh_moe.runs.folder import claim_run_folder, write_environment
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.optimizer import resolve_optimizer
 
@@ -26,7 +27,7 @@ def check(config: ExpertConfig) -> None:
     Raises:
         UserError: layout, DeepSpeed section, batch, anchor or run folder do not fit, or a folder cannot be written.
     """
-    world = processes(config)
+    world = count_ranks(config)
     deepspeed_config(config, world)
     resolve_optimizer(config.training)
     family = config.family.family()
@@ -69,7 +70,7 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     claim_run_folder(config)
     write_environment(run)
     began = time.perf_counter()
-    if code := launch_ranks(config, run, resume, "shodh_moe.ccm"):
+    if code := launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank"):
         raise TrainingFailed(code)
     print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
     return run

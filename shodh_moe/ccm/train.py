@@ -14,7 +14,7 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.data import read_split
 from shodh_moe.ccm.expert import facts_of, make_network, units_of_start
 from shodh_moe.ccm.windows import Scale, Windows
-from shodh_moe.config_io import flatten
+from shodh_moe.config.compare import flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.operators import nrmse, rollout
 from shodh_moe.parallel import ExpertParallel

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint.fragments import EXPERT_MARK
 from shodh_moe.checkpoint.read import damages, list_checkpoints
 from shodh_moe.checkpoint.state import Damaged, load_state
-from shodh_moe.errors import UserError
 
 NOT_RECORDED = "not recorded"
 

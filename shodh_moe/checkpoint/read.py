@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
 from shodh_moe.checkpoint.fragments import Fragment, model_fragments
 from shodh_moe.checkpoint.rank_file import DTYPES
 from shodh_moe.checkpoint.state import RANK_STATE, Damaged, load_state, not_covered, piece_key, rank_file
-from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
 from shodh_moe.parallel import ExpertParallel
 
 HASHED_AT_ONCE = 8  # files

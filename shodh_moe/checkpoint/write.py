@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import disk_trouble, remove_leftovers, replace_folder, sync, write_text
+from shodh_moe.base.polling import wait_until
 from shodh_moe.checkpoint.fragments import Fragment
 from shodh_moe.checkpoint.rank_file import HostCopy
 from shodh_moe.checkpoint.read import list_checkpoints
@@ -41,9 +44,6 @@ from shodh_moe.checkpoint.state import (
     rank_file,
     seal,
 )
-from shodh_moe.errors import UserError
-from shodh_moe.files import disk_trouble, remove_leftovers, replace_folder, sync, write_text
-from shodh_moe.polling import wait_until
 
 PATIENCE_S = 1800.0  # how long a rank that has done its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.listing import READ_BYTES, SPLITS, domain_names, list_trajectories
 from shodh_moe.data.reading import read_snapshots
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.data.stats import FieldStats
-from shodh_moe.errors import UserError
 
 
 def check_dataset(

@@ -6,25 +6,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shodh_moe.config import DataConfig
-from shodh_moe.data.storage import SIZE_SHARE, free_bytes
+from shodh_moe.data.planned import PlannedTrajectory
+from shodh_moe.data.storage import free_bytes, needed_bytes
 from shodh_moe.solvers.calibration import RUNS
 from shodh_moe.solvers.domains import Domain
 from shodh_moe.solvers.flow import FlowSetup
 from shodh_moe.solvers.seeds import trajectory_seed
 from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
-if TYPE_CHECKING:
-    from shodh_moe.data.jobs import Job
-
 _SHORT = 3e8  # cell updates that take a minute at most: not worth a measurement
 _SECONDS = 0.4  # of measurement
 _EXAMPLE_SIZE = 64
-_HEADERS = 2**17  # bytes of a file that are no fields
 
 
 def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots: int) -> int:
@@ -37,7 +33,7 @@ def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots:
     return steps
 
 
-def cell_updates(jobs: Sequence[Job], config: DataConfig) -> float:
+def cell_updates(jobs: Sequence[PlannedTrajectory], config: DataConfig) -> float:
     """Updates of fluid cells that ``jobs`` need, from the first flow of each domain."""
     cells = float(np.prod(config.grid))
     of_domain: dict[str, float] = {}
@@ -49,7 +45,7 @@ def cell_updates(jobs: Sequence[Job], config: DataConfig) -> float:
     return sum(of_domain[job.domain] for job in jobs)
 
 
-def _example(job: Job, config: DataConfig) -> FlowSetup:
+def _example(job: PlannedTrajectory, config: DataConfig) -> FlowSetup:
     """The set-up of a flow like those of ``job``, in a box of at most 64^3: a larger one would take long."""
     rng = np.random.default_rng(trajectory_seed(config.seed, job.domain, job.trajectory))
     nx, ny, nz = (min(size, _EXAMPLE_SIZE) for size in config.grid)
@@ -59,16 +55,7 @@ def _example(job: Job, config: DataConfig) -> FlowSetup:
         return FlowSetup(solid_XYZ=np.zeros((1, 1, 1), dtype=bool), lid=False, length=1.0)
 
 
-def needed_bytes(count: int, config: DataConfig) -> int:
-    """Room on the disk for ``count`` trajectories and their statistics."""
-    scalar = any(getattr(domain, "scalar", None) is not None for _, domain in config.domains.items())
-    cells = int(np.prod(config.grid))
-    # Velocity, pressure and concentration per snapshot, the mask once, float32.
-    fields = 4 * cells * ((5 if scalar else 4) * config.snapshots + 1)
-    return int(count * (fields * SIZE_SHARE[config.compression] + _HEADERS) + 2**20)
-
-
-def worth_measuring(jobs: Sequence[Job], config: DataConfig, devices: Sequence[str]) -> bool:
+def worth_measuring(jobs: Sequence[PlannedTrajectory], config: DataConfig, devices: Sequence[str]) -> bool:
     """Whether `update_rate` is to be asked: not for the work of a minute, and it knows no GPU."""
     cells = float(np.prod(config.grid))
     stored = sum(config.snapshots * job.config.steps_per_snapshot for job in jobs) * cells
@@ -102,7 +89,13 @@ def update_rate(config: DataConfig, flows: int, cores: int) -> float:
 
 
 def told(
-    jobs: Sequence[Job], of: int, config: DataConfig, folder: Path, flows: int, rate: float | None, where: str
+    jobs: Sequence[PlannedTrajectory],
+    of: int,
+    config: DataConfig,
+    folder: Path,
+    flows: int,
+    rate: float | None,
+    where: str,
 ) -> str:
     """The estimate as a line.
 

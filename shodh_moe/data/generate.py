@@ -14,15 +14,15 @@ import numba
 import numpy as np
 import torch
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.config import DataConfig
 from shodh_moe.data.estimate import told, update_rate, worth_measuring
-from shodh_moe.data.jobs import Job, is_done, plan, unfinished
 from shodh_moe.data.listing import list_trajectories
+from shodh_moe.data.planned import PlannedTrajectory, is_done, plan, unfinished
 from shodh_moe.data.stats import STATS_FILE, stats_of_files, write_stats
 from shodh_moe.data.summary import summarise
 from shodh_moe.data.well import write_trajectory
-from shodh_moe.errors import UserError
-from shodh_moe.progress import progress as default_progress
 from shodh_moe.solvers import simulate
 
 Progress = Callable[..., Iterator[Any]]
@@ -54,7 +54,9 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
     return folder
 
 
-def estimate(jobs: list[Job], config: DataConfig, folder: Path, cores: int, local_rank: int | None = None) -> str:
+def estimate(
+    jobs: list[PlannedTrajectory], config: DataConfig, folder: Path, cores: int, local_rank: int | None = None
+) -> str:
     """What it will take this process to make ``jobs``, as a line; measures for a second unless they are few."""
     devices = flow_devices(config, cores, local_rank)
     rate = update_rate(config, len(devices), cores) if worth_measuring(jobs, config, devices) else None
@@ -69,7 +71,10 @@ def on_devices(gpus: int, cores: int) -> str:
 
 
 def make(
-    jobs: list[Job], config: DataConfig, progress: Progress = default_progress, local_rank: int | None = None
+    jobs: list[PlannedTrajectory],
+    config: DataConfig,
+    progress: Progress = default_progress,
+    local_rank: int | None = None,
 ) -> None:
     """Simulate and write ``jobs`` on all cores, or GPUs, of this process. Raises `UserError` as `generate` does."""
     if not jobs:
@@ -146,7 +151,7 @@ def _drain(items: Iterable[Any]) -> None:
         pass
 
 
-def run(job: Job, config: DataConfig, cores: int, device: str = "cpu") -> Path:
+def run(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "cpu") -> Path:
     """Simulate one trajectory and write it, unless someone else has meanwhile; a large flow on ``cores`` cores.
 
     ``device`` is ``cpu`` or a GPU such as ``cuda:1``.

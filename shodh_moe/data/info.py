@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.listing import files_of
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
-from shodh_moe.errors import UserError
 
 _MOST_LOOKED_AT = 16  # snapshots of a domain in a split whose values are read
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_snapshots
-from shodh_moe.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 READ_BYTES = 4 * 2**30

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.direct import Places, find_places, read_places, unpack_bits
 from shodh_moe.data.listing import domain_names
 from shodh_moe.data.reading import TrajectoryRecord, read_snapshots
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.errors import UserError
 
 # Masks are kept as bits: at 128^3 this holds those of two thousand trajectories.
 MASK_BUDGET_BYTES = 2**29

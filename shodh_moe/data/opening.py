@@ -17,7 +17,7 @@ from typing import Any
 
 import h5py
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 CPU_SECONDS = 10  # a sound file takes milliseconds
 WALL_SECONDS = 120.0  # a slow file system is no damage

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file
+from shodh_moe.base.progress import progress
 from shodh_moe.data.derivatives import vorticity
 from shodh_moe.data.listing import files_of
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
-from shodh_moe.errors import UserError
-from shodh_moe.files import atomic_file
-from shodh_moe.progress import progress
 
 DPI = 130
 _MOST_PER_DOMAIN = 2  # trajectories of a domain in a split that get a picture of their own

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import open_trajectories, read_provenance, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import Simulation
 
 _BLOCK_BYTES = 2**26  # read at a time

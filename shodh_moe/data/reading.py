@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.opening import flow_of, opened
 from shodh_moe.data.unpacking import read_gzip
-from shodh_moe.errors import UserError
 from shodh_moe.inspection.structure import why_unreadable
 
 # Squares of larger values overflow float32. Values whose bytes were swapped exceed it in every fourth cell.

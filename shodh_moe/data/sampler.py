@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 
 @lru_cache(maxsize=64)

@@ -12,11 +12,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import Trajectory, TrajectoryRecord, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
-from shodh_moe.errors import UserError
-from shodh_moe.files import atomic_file
 
 STATS_FILE = "stats.yaml"
 _BLOCK_BYTES = 2**26  # of a trajectory, read at a time

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from shodh_moe.config import DataConfig
+
 CONCENTRATION = "concentration"  # the passive scalar's name among the fields
 # Of the size without compression; what room a dataset needs is reckoned with it, so rather too much.
 SIZE_SHARE = {None: 1.0, "lzf": 0.95, "gzip": 0.9}
@@ -16,6 +18,7 @@ _FILTERS: dict[str, dict[str, Any]] = {
     "lzf": {"shuffle": True, "compression": "lzf"},
     "gzip": {"shuffle": True, "compression": "gzip", "compression_opts": 1},
 }
+_HEADERS = 2**17  # bytes of a file that are no fields
 _LARGEST_CHUNK = 2**22  # bytes: what is unpacked stays in the processor's cache
 
 
@@ -47,3 +50,12 @@ def free_bytes(folder: Path) -> int:
 def existing_parent(folder: Path) -> Path:
     """``folder`` or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def needed_bytes(count: int, config: DataConfig) -> int:
+    """Room on the disk for ``count`` trajectories and their statistics."""
+    scalar = any(getattr(domain, "scalar", None) is not None for _, domain in config.domains.items())
+    cells = int(np.prod(config.grid))
+    # Velocity, pressure and concentration per snapshot, the mask once, float32.
+    fields = 4 * cells * ((5 if scalar else 4) * config.snapshots + 1)
+    return int(count * (fields * SIZE_SHARE[config.compression] + _HEADERS) + 2**20)

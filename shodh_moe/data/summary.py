@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from shodh_moe.base.files import write_text
 from shodh_moe.config import DataConfig
 from shodh_moe.data.reading import read_provenance
 from shodh_moe.data.well import UNITS
-from shodh_moe.files import write_text
 
 DATASET_FILE = "dataset.yaml"
 

@@ -12,11 +12,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.readback import require_as_written
 from shodh_moe.data.reading import TrajectoryRecord
 from shodh_moe.data.storage import CONCENTRATION, layout
-from shodh_moe.files import atomic_file
 from shodh_moe.solvers import Simulation
 
 # Every file of a folder needs the same scalars: the loader of the_well stacks them.

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from shodh_moe.doctor.table import Line
-from shodh_moe.parallel.hostfile import Host
+from shodh_moe.launching.hosts import Host
 
 Found = dict[str, Any]
 HERE = "this host"

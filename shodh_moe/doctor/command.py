@@ -7,11 +7,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from shodh_moe.doctor.here import Found, gather
 from shodh_moe.doctor.machine import machine_lines
 from shodh_moe.doctor.software import software_lines
 from shodh_moe.doctor.table import Line, as_json, as_text
-from shodh_moe.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 
 def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json: bool = False) -> int:
@@ -43,7 +43,7 @@ def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
     try:
         # What reads hostfiles stands beside what needs torch, which is a thing that may be broken here.
         from shodh_moe.doctor import cluster, hosts
-        from shodh_moe.parallel.hostfile import read_hostfile
+        from shodh_moe.launching.hosts import read_hostfile
     except Exception as error:  # of whatever kind the broken torch likes
         return [*_own_lines(gather(folders), True), _not_asked(error, "mend the errors above first")]
     named = read_hostfile(hostfile)

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.parallel.probe import probe_hosts
-from shodh_moe.parallel.remote import run_on_hosts
+from shodh_moe.launching.probe import probe_hosts
+from shodh_moe.launching.remote import run_on_hosts
 
 FACTS_SECONDS = 8.0
 PORT_SECONDS = 4.0  # that the first host listens

@@ -33,7 +33,7 @@ def torch() -> dict:
         with suppress(Exception):
             found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     if find_spec("apex"):
-        from shodh_moe.apex import has_apex
+        from shodh_moe.base.environment import has_apex
 
         found["apex"] = "nvidia" if has_apex() else "other"
     return found
@@ -119,7 +119,7 @@ def file_system(path: Path) -> str:
 
 def port(number: str) -> dict:
     """Who listens on it: only asked where somebody does."""
-    from shodh_moe.parallel.launch import port_holder
+    from shodh_moe.base.network import port_holder
 
     return {"holder": port_holder(int(number))}
 

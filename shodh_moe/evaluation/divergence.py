@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.evaluation.metrics import divergence_report
 from shodh_moe.kernels import divergence
+from shodh_moe.metrics.fields import divergence_report
 from shodh_moe.tokenizer.walls import to_faces
 
 NORM = "h * rms(div u) / rms(u); rms over all voxels and samples, h = 1 cell"

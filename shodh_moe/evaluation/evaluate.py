@@ -16,22 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh_moe.base.files import write_text
+from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
-from shodh_moe.evaluation.loading import Models, find_source, load_models, training_records
-from shodh_moe.evaluation.metrics import band_errors, energy_spectrum, nrmse, vrmse
-from shodh_moe.evaluation.rollout import decode, decode_both, predict_next, rollout
-from shodh_moe.evaluation.routing import (
-    joint_counts,
-    mutual_information,
-    solid_fraction_category,
-    summarise_routing,
-)
-from shodh_moe.files import write_text
-from shodh_moe.paths import paths_of
-from shodh_moe.progress import progress
+from shodh_moe.inference.loading import Models, find_source, load_models, training_records
+from shodh_moe.inference.rollout import decode, decode_both, predict_next, rollout
+from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
+from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.telemetry import RoutingCounts
 

@@ -19,23 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.checks import require_fit, require_made
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
+from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data import FieldStats, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.stats import STATS_FILE
-from shodh_moe.errors import UserError
 from shodh_moe.evaluation.divergence import NORM, differentiated
-from shodh_moe.evaluation.metrics import band_errors, divergence_moments, nrmse, pooled_divergence, vrmse
-from shodh_moe.files import finite_json, require_writable, write_text
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
-from shodh_moe.paths import paths_of
-from shodh_moe.progress import progress
+from shodh_moe.metrics.fields import band_errors, divergence_moments, nrmse, pooled_divergence, vrmse
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.batches import on_device
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
-from shodh_moe.tokenizer.tokenizer import Flow, tokenizer_sha256
+from shodh_moe.tokenizer.tokenizer import Flow, require_fit, tokenizer_sha256
 
 # Of a domain's snapshots, evenly spread: metrics of more change little.
 MOST = 32

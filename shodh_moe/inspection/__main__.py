@@ -12,7 +12,7 @@ from typing import Any
 
 import h5py
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.inspection.flow import describe
 from shodh_moe.inspection.structure import check_structure, one_line
 

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.inspection.structure import check_written, why_unreadable
 
 UNIFORM = 1e-3  # of a step: how far steps of space and time may differ

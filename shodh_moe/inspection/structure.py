@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import h5py
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 ATTRIBUTE_BYTES = 64 * 2**10
 ATTRIBUTES = 1024  # of one object

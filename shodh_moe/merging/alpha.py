@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging.axes import Layout, Point, alpha_at, find_layout, in_order
 from shodh_moe.merging.settings import Lookup, Setting, Single
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 Point = dict[str, float]
 BOTH = "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"

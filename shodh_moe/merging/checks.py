@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shodh_moe.config_io import differing_model_keys
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable
+from shodh_moe.config.compare import differing_model_keys
 from shodh_moe.merging.config import Target
+from shodh_moe.merging.inputs import InputModel
 from shodh_moe.merging.layout import OutputFile
 from shodh_moe.merging.output import unfinished
 from shodh_moe.merging.settings import Conditional
-from shodh_moe.merging.sources import Source
 
 
-def require_same_tensors(reference: Source, other: Source) -> None:
+def require_same_tensors(reference: InputModel, other: InputModel) -> None:
     """Raises: UserError: tensors are missing, extra, of another shape or type; names the first, and its file."""
     ours, theirs = reference.tensors, other.tensors
     if missing := [name for name in ours if name not in theirs]:
@@ -43,7 +43,7 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def require_same_architecture(sources: list[Source]) -> None:
+def require_same_architecture(sources: list[InputModel]) -> None:
     """Checkpoints of this project: shapes do not show everything.
 
     Raises:

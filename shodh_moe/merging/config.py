@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shodh_moe.config_io import read_yaml
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
+from shodh_moe.config.load import read_yaml
 from shodh_moe.merging.alpha import Composition, compose
 from shodh_moe.merging.settings import METHODS, Setting, check_settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging.methods import block_sums
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint.rank_file import DTYPES as CHECKPOINT_DTYPES
 from shodh_moe.checkpoint.state import piece_key, rank_file
-from shodh_moe.errors import UserError
+from shodh_moe.merging.inputs import INDEX, MODEL
 from shodh_moe.merging.safetensors_file import make_header
-from shodh_moe.merging.sources import INDEX, MODEL
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # the type of a complex tensor's parts

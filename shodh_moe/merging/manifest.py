@@ -10,8 +10,8 @@ from typing import Any
 from shodh_moe.checkpoint.state import FORMAT, STATE, seal
 from shodh_moe.merging.config import Target
 from shodh_moe.merging.drift import summary
+from shodh_moe.merging.inputs import MODEL, InputModel
 from shodh_moe.merging.layout import OutputFile, index_of
-from shodh_moe.merging.sources import MODEL, Source
 
 MANIFEST = "merge.json"
 MANIFEST_FORMAT = 1
@@ -33,7 +33,7 @@ def texts(
     files: list[OutputFile],
     written: dict[str, dict[str, Any]],
     inputs: dict[str, dict[str, Any]],
-    reference: Source | None,
+    reference: InputModel | None,
 ) -> dict[str, str]:
     """The small files of an output, by name.
 
@@ -72,7 +72,7 @@ def _role(target: Target, path: str) -> str:
     return target.composition.layout.role(path) if target.composition else "model"
 
 
-def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: Source) -> str:
+def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: InputModel) -> str:
     """A checkpoint of weights alone, at the step and with the config of ``reference``: to evaluate, predict, export."""
     tensors = {}
     for rank, file in enumerate(files):

@@ -12,17 +12,17 @@ from typing import Any
 
 import psutil
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import disk_trouble
-from shodh_moe.memory import give_back_freed_memory
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import disk_trouble
+from shodh_moe.base.memory import give_back_freed_memory
 from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
+from shodh_moe.merging.inputs import InputModel, open_source, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
 from shodh_moe.merging.output import Output
-from shodh_moe.merging.reading import SourceReader
+from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
-from shodh_moe.merging.sources import Source, open_source, verify_checkpoint
-from shodh_moe.merging.stream import Job, Stream, slice_length
+from shodh_moe.merging.stream import MergeJob, Stream, slice_length
 
 AT_ONCE = 16  # outputs made in one go over the inputs
 RESERVE = 64 << 20  # bytes for what libraries load later, blocks to hash, small tables
@@ -108,7 +108,7 @@ class _Plan:
         made: the output is there, by this very plan.
     """
 
-    def __init__(self, target: Target, sources: dict[str, Source], shard_bytes: int):
+    def __init__(self, target: Target, sources: dict[str, InputModel], shard_bytes: int):
         self.target = target
         checks.require_apart(target)
         self.sources = [sources[path] for path in target.paths]
@@ -132,7 +132,7 @@ class _Plan:
         self.made = _made(target.output, self.identity)
 
 
-def _identity(target: Target, sources: list[Source], files: list[OutputFile]) -> str:
+def _identity(target: Target, sources: list[InputModel], files: list[OutputFile]) -> str:
     stats = [
         (source.path, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]) for source in sources
     ]
@@ -165,22 +165,22 @@ def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
     return groups
 
 
-def _run(plans: list[_Plan], sources: dict[str, Source], limit: int) -> None:
+def _run(plans: list[_Plan], sources: dict[str, InputModel], limit: int) -> None:
     """Make some outputs in one go."""
     paths = sorted({path for plan in plans for path in plan.target.paths})
     order, reference = plans[0].order, plans[0].sources[0]
     with ExitStack() as stack:
         readers = {}
         for path in paths:
-            readers[path] = SourceReader(sources[path], order)
+            readers[path] = InputReader(sources[path], order)
             stack.callback(readers[path].close)
         free = limit - resident() - RESERVE
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
-        jobs: list[Job] = []
+        jobs: list[MergeJob] = []
         try:
             for plan in plans:
                 output = Output(plan.target.output, plan.files, plan.identity)
-                jobs.append(Job(plan.target, output, plan.lookup))
+                jobs.append(MergeJob(plan.target, output, plan.lookup))
             Stream(readers, jobs, length).run(order, reference.tensors)
             inputs = {path: reader.files() for path, reader in readers.items()}
             for plan, job in zip(plans, jobs, strict=True):
@@ -202,7 +202,7 @@ def _run(plans: list[_Plan], sources: dict[str, Source], limit: int) -> None:
                 job.output.close()
 
 
-def _finish(plan: _Plan, job: Job, inputs: dict[str, dict[str, Any]]) -> None:
+def _finish(plan: _Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> None:
     target = plan.target
     written = job.output.finish()
     if found := manifest.drift_of(target, written):

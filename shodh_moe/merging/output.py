@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import sync, write_text
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sync, write_text
 from shodh_moe.merging.hashing import FileHash
 from shodh_moe.merging.layout import OutputFile
 

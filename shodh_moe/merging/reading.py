@@ -6,12 +6,12 @@ import os
 from bisect import bisect_right
 from typing import Any
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging.hashing import FileHash
-from shodh_moe.merging.sources import Source
+from shodh_moe.merging.inputs import InputModel
 
 
-class SourceReader:
+class InputReader:
     """An input opened for one merge. Used by one thread at a time.
 
     Args:
@@ -19,7 +19,7 @@ class SourceReader:
         order: names of the tensors, as they will be read.
     """
 
-    def __init__(self, source: Source, order: list[str]):
+    def __init__(self, source: InputModel, order: list[str]):
         self.source = source
         self._descriptors = [os.open(file, os.O_RDONLY) for file in source.files]
         self._sizes = [os.fstat(descriptor).st_size for descriptor in self._descriptors]

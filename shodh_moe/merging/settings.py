@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 Number = float | bool
 DISTANCE_LIMIT = 1.0  # |theta - theta_0| / |theta_0|: an unrelated network of the same size is at about sqrt(2)

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging.config import Target
 from shodh_moe.merging.drift import Drift
+from shodh_moe.merging.inputs import Stored
 from shodh_moe.merging.layout import REAL, output_dtype
 from shodh_moe.merging.methods import BLOCK, Recipe, recipe
 from shodh_moe.merging.output import Output
-from shodh_moe.merging.reading import SourceReader
+from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import Lookup
-from shodh_moe.merging.sources import Stored
 
 AHEAD, BEHIND = 3, 2  # slices in memory of each input, and of each output
 LARGEST_SLICE = 1 << 20  # real numbers; longer ones leave the caches and are no faster
 
 
 @dataclass
-class Job:
+class MergeJob:
     """One output of the stream."""
 
     target: Target
@@ -42,7 +42,7 @@ class Job:
 class Work:
     """One tensor on its way through the stream."""
 
-    def __init__(self, name: str, stored: Stored, jobs: list[Job]):
+    def __init__(self, name: str, stored: Stored, jobs: list[MergeJob]):
         self.name, self.stored, self.jobs = name, stored, jobs
         self.real = REAL.get(stored.dtype, stored.dtype)
         self.numel = stored.nbytes // self.real.itemsize  # real numbers
@@ -54,12 +54,12 @@ class Work:
         self.written = [self._written(job) for job in jobs]
         self.unequal: list[set[str]] = [set() for _ in jobs]
 
-    def _recipe(self, job: Job) -> Recipe:
+    def _recipe(self, job: MergeJob) -> Recipe:
         target = job.target
         has_base, count, composition = target.base is not None, len(target.models), target.composition
         return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, composition)
 
-    def _written(self, job: Job) -> torch.dtype:
+    def _written(self, job: MergeJob) -> torch.dtype:
         dtype = output_dtype(self.stored.dtype, job.target.words.out_dtype or job.target.words.dtype)
         return REAL.get(dtype, dtype)
 
@@ -73,7 +73,7 @@ class Step(NamedTuple):
     length: int
 
 
-def slice_length(bytes_free: int, readers: list[SourceReader], combined: list[int]) -> int:
+def slice_length(bytes_free: int, readers: list[InputReader], combined: list[int]) -> int:
     """Real numbers in a slice, so that all buffers fit; ``combined`` has the number of inputs of each output.
 
     Raises:
@@ -95,7 +95,7 @@ def slice_length(bytes_free: int, readers: list[SourceReader], combined: list[in
 class Stream:
     """Makes all jobs' outputs in one go over the inputs."""
 
-    def __init__(self, readers: dict[str, SourceReader], jobs: list[Job], length: int):
+    def __init__(self, readers: dict[str, InputReader], jobs: list[MergeJob], length: int):
         self._readers, self._jobs, self._length = readers, jobs, length
         self._threads = {path: ThreadPoolExecutor(1) for path in readers}
         size = length * 8
@@ -187,7 +187,7 @@ class Stream:
                 job.output.add_fact(work.name, {"taken_from": first, "differs_in": sorted(unequal)})
             self._write(job, step, stored[first], work.real)
 
-    def _write(self, job: Job, step: Step, values: Tensor, dtype: torch.dtype) -> None:
+    def _write(self, job: MergeJob, step: Step, values: Tensor, dtype: torch.dtype) -> None:
         writes, buffers = self._writes[id(job)], self._out[id(job)]
         if len(writes) == BEHIND:
             writes.popleft().result()

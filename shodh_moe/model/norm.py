@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shodh_moe.apex import has_apex
-from shodh_moe.errors import UserError
+from shodh_moe.base.environment import has_apex
+from shodh_moe.base.errors import UserError
 
 # What torch.nn.RMSNorm takes for float32 by itself. Apex has another default, and torch one for each dtype.
 EPS = torch.finfo(torch.float32).eps

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import RouterConfig
-from shodh_moe.errors import UserError
 from shodh_moe.kernels import Gating, cosine_top1_gating, top1_gating
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig
-from shodh_moe.errors import UserError
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.moe import Dense, MoE, Routing
 from shodh_moe.model.norm import make_norm

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 
 Splits = list[int] | None  # rows for each rank of the group; None: equal blocks
 Direction = Literal["dispatch", "combine"]  # of the forward pass; its backward pass counts with it

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shodh_moe.errors import UserError
-from shodh_moe.parallel.launch import interface_towards, port_holder
-from shodh_moe.polling import wait_until
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.network import interface_towards, port_holder
+from shodh_moe.base.polling import wait_until
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "

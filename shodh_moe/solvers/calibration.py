@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.solvers.flow import Drive, FloatArray, smooth_step
+from shodh_moe.solvers.flow import Calibration, FloatArray, smooth_step
 
 RAMP_STEPS = 50
 RUNS = 2
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is wanted, and where to begin.
-
-    Attributes:
-        speed: mean streamwise speed of the fluid.
-        max_speed: the largest speed allowed anywhere: with a narrow throat the mean then stays smaller.
-        guess: body force along x to try first.
-        steps: time steps in which the flow comes near its steady state.
-        force: from the size that is found, the force against the time step.
-    """
-
-    speed: float
-    max_speed: float
-    guess: float
-    steps: int
-    force: Callable[[float], Drive]
 
 
 def calibrate(wanted: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArray[np.bool_]) -> float:

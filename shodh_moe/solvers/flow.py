@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from shodh_moe.solvers.calibration import Calibration
-
 FloatArray = NDArray[np.float64]
 # Maps time steps [T] to a vector at each of them [T, 3].
 Drive = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is wanted, and where to begin.
+
+    Attributes:
+        speed: mean streamwise speed of the fluid.
+        max_speed: the largest speed allowed anywhere: with a narrow throat the mean then stays smaller.
+        guess: body force along x to try first.
+        steps: time steps in which the flow comes near its steady state.
+        force: from the size that is found, the force against the time step.
+    """
+
+    speed: float
+    max_speed: float
+    guess: float
+    steps: int
+    force: Callable[[float], Drive]
 
 
 @dataclass(frozen=True)

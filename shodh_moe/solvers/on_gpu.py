@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers.limits import checked_mask, require_slow
 from shodh_moe.solvers.settling import STRESS_STEPS, settling

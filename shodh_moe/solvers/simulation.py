@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers.calibration import calibrate
 from shodh_moe.solvers.d3q19 import SOUND_SPEED
 from shodh_moe.solvers.domains import Domain

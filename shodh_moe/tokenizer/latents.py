@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
+from shodh_moe.base.progress import progress
 from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.data.symmetry import Symmetry, draw_copies
-from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
-from shodh_moe.progress import progress
 from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
 
 # Snapshots encoded at a time.

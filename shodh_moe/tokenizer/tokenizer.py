@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shodh_moe.config import COMPRESSION, TokenizerConfig
-from shodh_moe.errors import UserError
-from shodh_moe.files import atomic_file, sha256, write_text
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file, sha256, write_text
+from shodh_moe.base.tensors import save_tensors
+from shodh_moe.config import COMPRESSION, Config, TokenizerConfig
+from shodh_moe.config.paths import paths_of
 from shodh_moe.kernels.spectral_curl import compute_dtype
-from shodh_moe.tensors import save_tensors
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
 from shodh_moe.tokenizer.walls import to_faces
@@ -166,3 +167,12 @@ def tokenizer_sha256(folder: Path) -> str | None:
 
 def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]
+
+
+def require_fit(tokenizer: Tokenizer, config: Config) -> None:
+    """Refuse a tokenizer of another grid than the data's (its fields are checked when it is loaded)."""
+    if tokenizer.grid != config.data.grid:
+        raise UserError(
+            f"tokenizer {paths_of(config).tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
+            f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, RunConfig
-from shodh_moe.errors import UserError
 
 
 def expert_parallel_size(config: Config, world_size: int) -> int:

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
+from shodh_moe.launching.rank_variables import set_rank_variables
 from shodh_moe.model import MoE
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.parallel.launch import set_rank_variables
 from shodh_moe.parallel.rendezvous import join
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates

@@ -13,8 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import disk_trouble
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import disk_trouble
 
 
 def append(path: Path, data: bytes) -> None:

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import disk_trouble
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import disk_trouble
 
 
 def lock_run(run: Path) -> IO[str]:

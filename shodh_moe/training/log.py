@@ -10,7 +10,7 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import image as image_summary
 
-from shodh_moe.files import finite_json, write_text
+from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.training.event_file import EventFile, append
 
 COLUMNS = 256  # of a load map at most

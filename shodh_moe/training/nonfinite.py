@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import write_text
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import write_text
 from shodh_moe.model import Routing
 from shodh_moe.training.telemetry import first_nonfinite
 

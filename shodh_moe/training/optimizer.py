@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.apex import has_apex
+from shodh_moe.base.environment import has_apex
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import TrainingConfig
-from shodh_moe.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the same names in all three
 

@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from shodh_moe.config import Config
-from shodh_moe.config_io import differing_model_keys, flatten
+from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer, Prediction

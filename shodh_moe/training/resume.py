@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
-from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.training.engine import Engine
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, TrainingConfig
-from shodh_moe.errors import UserError
-from shodh_moe.paths import tokenizer_seed
+from shodh_moe.config.paths import tokenizer_seed
 from shodh_moe.training.deepspeed_config import deepspeed_config
 
 # What the tokenizer's training takes from the training section: nothing that changes what is learned.

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shodh_moe.errors import EXIT_FAILED
-from shodh_moe.training import sentinel
+from shodh_moe.base.errors import EXIT_FAILED
+from shodh_moe.launching import sentinel
 
 WRITING_S = 10.0  # after which a run folder that takes no stack is not waited for: its host may have lost the network
 

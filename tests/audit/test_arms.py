@@ -10,10 +10,11 @@ import yaml
 from shodh_moe.audit.arms import JOINT, all_runs, arm_config, set_runs, shared_config, tuning_runs, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.cli import main as shodh
-from shodh_moe.config_io import differing_keys, load_config_of
+from shodh_moe.config.compare import differing_keys
+from shodh_moe.config.load import load_config_of
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data.sampler import DomainSampler, domain_weights
-from shodh_moe.paths import paths_of
-from shodh_moe.training.plan import count_parameters
+from shodh_moe.runs.plan import count_parameters
 from tests.audit.tiny import audit, tree
 
 WAKE = {"trajectories": {"train": 1, "valid": 1, "test": 1}}

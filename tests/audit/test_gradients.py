@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shodh_moe.audit.gradients import gradient_conflict, gradients_over_training
+from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint import CheckpointWriter, model_fragments
 from shodh_moe.config import Config
-from shodh_moe.errors import UserError
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shodh_moe import pipeline
 from shodh_moe.audit.measure import heldout_errors, routing_maps
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data import list_trajectories, read_trajectory
-from shodh_moe.evaluation.loading import find_source, load_models
-from shodh_moe.evaluation.rollout import decode
-from shodh_moe.paths import paths_of
+from shodh_moe.inference.loading import find_source, load_models
+from shodh_moe.inference.rollout import decode
+from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents, trajectory_fields
-from tests.evaluation.trained import HISTORY, SNAPSHOTS, make_run, run_config
+from tests.trained import HISTORY, SNAPSHOTS, make_run, run_config
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from shodh_moe.audit.page import write_page
 from shodh_moe.audit.pictures import draw
 from shodh_moe.audit.summary import summarise
-from shodh_moe.evaluation.report import style
+from shodh_moe.report import style
 from tests.audit.synthetic_results import MAIN, all_results, diverge, result, tuning
 
 

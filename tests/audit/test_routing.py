@@ -13,9 +13,9 @@ import torch
 from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
 from shodh_moe.audit.speed import Speeds, local_speed, local_speeds
 from shodh_moe.audit.windows import all_windows, latent_errors
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.data import list_trajectories
-from shodh_moe.errors import UserError
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents

@@ -15,9 +15,9 @@ from shodh_moe.audit.measure import measure, measure_key, measured, result_path
 from shodh_moe.audit.outcome import DIVERGED_ABOVE, diverged, ended, last_checkpoint, run_folder, validation_score
 from shodh_moe.audit.rates import choose_rates, find_run, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.errors import UserError
-from shodh_moe.jobs import Job, run_jobs
+from shodh_moe.launching.processes import ProcessJob, run_jobs
 from tests.audit.tiny import audit
 
 
@@ -99,7 +99,7 @@ def test_a_run_that_diverges_is_recorded_and_not_trained_again_while_the_others_
     }
     job = stages._training_job
     monkeypatch.setattr(
-        stages, "_training_job", lambda *a: Job(**{**vars(job(*a)), "arguments": ["-c", code[a[1].name]]})
+        stages, "_training_job", lambda *a: ProcessJob(**{**vars(job(*a)), "arguments": ["-c", code[a[1].name]]})
     )
     stages.train(one, [bad, good], 1)
     assert made.exists()
@@ -115,7 +115,7 @@ def test_a_run_that_diverges_is_recorded_and_not_trained_again_while_the_others_
 
 
 def test_another_failure_of_a_run_stops_the_audit(tmp_path):
-    job = Job("bad", ["-c", "raise SystemExit(2)"], tmp_path / "log", tmp_path / "cost", excused=lambda: False)
+    job = ProcessJob("bad", ["-c", "raise SystemExit(2)"], tmp_path / "log", tmp_path / "cost", excused=lambda: False)
     with pytest.raises(UserError, match="bad ended with code 2"):
         run_jobs([job], 1, "audit")
 

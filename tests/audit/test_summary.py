@@ -9,7 +9,7 @@ import pytest
 from shodh_moe.audit.page import write_page
 from shodh_moe.audit.summary import markdown, summarise
 from shodh_moe.audit.verdict import MARGIN
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from tests.audit.synthetic_results import HARD, MAIN, all_results, diverge, main_results, result, tuning
 
 

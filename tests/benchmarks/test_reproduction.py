@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import yaml
 
+from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_REQUEUE, UserError
-from shodh_moe.paths import paths_of
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
 from shodh_moe.solvers import Simulation
 from tests import tiny
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shodh_moe.config_io import load_config
+from shodh_moe.config.load import load_config
 from shodh_moe.kernels.differentiation import OPERATORS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.ccm import data
 from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.config import ExpertConfig
@@ -17,7 +18,6 @@ from shodh_moe.ccm.expert import Expert, facts_of, make_network
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import CheckpointWriter, Fragment
 from shodh_moe.data.hdf5 import new_hdf5
-from shodh_moe.files import atomic_file
 
 SCALE = Scale((0.1, -0.2), (0.5, 0.8))
 CHANNELS = ("activator", "inhibitor")

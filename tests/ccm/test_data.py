@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm import data
 from shodh_moe.ccm.family import FAMILIES, SPLITS, Family, initial_states
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import trajectory_seed
 from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.expert import load_expert, require_same_network
 from shodh_moe.ccm.windows import Scale
-from shodh_moe.errors import UserError
 from tests.ccm.synthetic import CHANNELS, SCALE, expert_config, initial, make_expert, save_expert
 
 NETWORKS: dict[str, dict[str, Any]] = {

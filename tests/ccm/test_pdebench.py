@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm import pdebench
-from shodh_moe.errors import UserError
 
 T, X, Y = 5, 6, 8
 

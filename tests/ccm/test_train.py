@@ -148,7 +148,7 @@ def test_an_anchor_of_another_network_is_refused(folder, capfd):
 def test_the_configs_that_are_shipped_can_be_read():
     from shodh_moe.ccm.bench.config import BenchConfig
     from shodh_moe.ccm.config import ExpertConfig
-    from shodh_moe.config_io import load_config_of
+    from shodh_moe.config.load import load_config_of
 
     for path in Path("configs/ccm").glob("*.yaml"):
         kind = BenchConfig if path.stem.startswith("bench") else ExpertConfig

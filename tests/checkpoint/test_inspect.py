@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint.inspect import inspect, verify
-from shodh_moe.errors import UserError
 from tests.checkpoint.ranks import Ranks
 
 TENSORS = {

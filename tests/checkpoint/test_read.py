@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
 from shodh_moe.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
@@ -31,8 +33,6 @@ from shodh_moe.checkpoint import (
     model_fragments,
 )
 from shodh_moe.checkpoint.state import seal
-from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from tests.checkpoint.ranks import TENSORS, Ranks, shapes_of

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter, Fragment, damage, find_checkpoint, list_checkpoints
 from shodh_moe.checkpoint import rank_file as rank_file_module
 from shodh_moe.checkpoint import write as write_module
-from shodh_moe.errors import UserError
 from tests.checkpoint.ranks import TENSORS, Ranks, halves, shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]

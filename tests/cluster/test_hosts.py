@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
+from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from shodh_moe.paths import paths_of
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
 from tests.cluster.hosts import BIN, Host, Hosts, missing, two_hosts
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_latents

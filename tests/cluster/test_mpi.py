@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shodh_moe.errors import EXIT_REQUEUE
-from shodh_moe.files import sha256
+from shodh_moe.base.errors import EXIT_REQUEUE
+from shodh_moe.base.files import sha256
 from tests.tiny import write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

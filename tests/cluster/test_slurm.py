@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import CheckpointReader, find_checkpoint, list_checkpoints
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from shodh_moe.paths import paths_of
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
 from tests.cluster import slurm
 from tests.cluster.slurm import Slurm
 from tests.tiny import write_config

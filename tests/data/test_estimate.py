@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import DataConfig
-from shodh_moe.config_io import load_config
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
 from shodh_moe.data import generate
-from shodh_moe.data.estimate import cell_updates, needed_bytes, time_steps, told, update_rate, worth_measuring
+from shodh_moe.data.estimate import cell_updates, time_steps, told, update_rate, worth_measuring
 from shodh_moe.data.generate import flow_devices, on_free_device
-from shodh_moe.data.jobs import plan
-from shodh_moe.errors import UserError
-from shodh_moe.paths import paths_of
+from shodh_moe.data.planned import plan
+from shodh_moe.data.storage import needed_bytes
 from shodh_moe.solvers import LatticeBoltzmann, simulate, trajectory_seed
 from shodh_moe.solvers.domains import DOMAINS
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import yaml
 
+from shodh_moe.base.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.base.files import sha256
 from shodh_moe.config import DataConfig
 from shodh_moe.data import FieldStats, generate, list_trajectories, read_provenance, read_trajectory
 from shodh_moe.data.hdf5 import _Sink
-from shodh_moe.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from shodh_moe.files import sha256
-from shodh_moe.generation import main
+from shodh_moe.runs.generate_data import main
 from tests.tiny import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +312,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     script = f"""
 import os
 from pathlib import Path
-from shodh_moe.command import exit_code
+from shodh_moe.base.command import exit_code
 from tests.data.test_generate import config, filling
 from shodh_moe.data import generate, open_trajectories
 folder = Path({str(tmp_path)!r}) / "set"

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from scipy.io import netcdf_file
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.cli import main
 from shodh_moe.data import (
     FieldStats,
@@ -26,7 +27,6 @@ from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
 from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.snapshots import natural
-from shodh_moe.errors import UserError
 from tests.tiny import refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"

@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data import list_trajectories, listing
-from shodh_moe.errors import UserError
 from tests.tiny import write_dataset
 
 

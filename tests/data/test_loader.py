@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data import direct, list_trajectories, open_trajectories, read_snapshots, write_trajectory
 from shodh_moe.data import loader as module
 from shodh_moe.data.direct import find_places
 from shodh_moe.data.loader import Snapshots, mixed_batches, read_batches
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import Simulation
 
 T, GRID = 3, (8, 16, 8)

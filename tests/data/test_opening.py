@@ -10,8 +10,8 @@ from pathlib import Path
 import h5py
 import pytest
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data import opening
-from shodh_moe.errors import UserError
 
 ABORT = "import os, sys; sys.stdin.readline(); os.abort()"
 SLEEP = "import sys, time; sys.stdin.readline(); time.sleep(60)"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data import (
     domain_names,
     list_trajectories,
@@ -19,7 +20,6 @@ from shodh_moe.data import (
     read_trajectory,
     write_trajectory,
 )
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import Simulation
 
 T, GRID = 3, (8, 16, 8)

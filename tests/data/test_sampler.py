@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.data.sampler import DomainSampler, domain_weights, shares
-from shodh_moe.errors import UserError
 
 
 def test_each_batch_mixes_the_domains_equally():

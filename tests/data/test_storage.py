@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import DataConfig
 from shodh_moe.data import compute_stats, list_trajectories, read_trajectory, write_stats, write_trajectory
 from shodh_moe.data.generate import generate
-from shodh_moe.data.jobs import unfinished
+from shodh_moe.data.planned import unfinished
 from shodh_moe.data.stats import read_concentration
 from shodh_moe.data.storage import layout
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import Simulation
 
 GRID, T = (8, 16, 8), 3

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import shodh_moe.kernels
+from shodh_moe.base.errors import UserError
 from shodh_moe.doctor import command, doctor, hosts
 from shodh_moe.doctor.here import PACKAGE, run_part
-from shodh_moe.errors import UserError
-from shodh_moe.parallel import probe, remote
-from shodh_moe.parallel.remote import Answer
+from shodh_moe.launching import probe, remote
+from shodh_moe.launching.remote import Answer
 from tests.doctor import found
 
 pytestmark = pytest.mark.distributed

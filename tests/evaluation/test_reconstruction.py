@@ -15,10 +15,10 @@ from shodh_moe.cli import main
 from shodh_moe.config import Config
 from shodh_moe.data import FieldStats, list_trajectories, read_trajectory
 from shodh_moe.evaluation import reconstruction
-from shodh_moe.evaluation.metrics import band_errors, nrmse, vrmse
 from shodh_moe.evaluation.reconstruction import PROJECTIONS, evaluate_tokenizer, spread
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
+from shodh_moe.metrics.fields import band_errors, nrmse, vrmse
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.latents import trajectory_fields
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from shodh_moe import pipeline
 from shodh_moe.cli import main
-from shodh_moe.config_io import load_config
-from shodh_moe.evaluation.export import export
+from shodh_moe.config.load import load_config
+from shodh_moe.inference.export import export
 from shodh_moe.kernels import divergence
+from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.walls import to_centres
-from tests.evaluation.trained import GRID, make_run
+from tests.trained import GRID, make_run
 
 
 @pytest.fixture(scope="module")

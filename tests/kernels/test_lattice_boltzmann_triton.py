@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.kernels import backend
 from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers import on_gpu

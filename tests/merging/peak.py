@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 
-from shodh_moe.merging.ranks import main
+from shodh_moe.runs.merge_rank import main
 
 code = main(sys.argv[1:])
 # Linux starts the count of a child at the peak of the process that started it: VmHWM begins anew with exec.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
 from shodh_moe.merging.config import Target, load_targets
 from tests.merging.models import config, load, network, same_bits, save

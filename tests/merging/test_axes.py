@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
 from shodh_moe.merging.axes import alpha_at, find_layout
 from tests.merging.models import State, bits, config, load, merged, network, same_bits, save

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
-from shodh_moe.merging.ranks import main
+from shodh_moe.runs.merge_rank import main
 from tests.merging.models import State, config, network, save, save_checkpoint
 from tests.tiny import tree
 

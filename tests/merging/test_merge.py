@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from shodh_moe.checkpoint import CheckpointReader, damage
 from shodh_moe.checkpoint.inspect import inspect
-from shodh_moe.evaluation.loading import find_source, read_weights
+from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.merging import merge
 from shodh_moe.merging import stream as stream_module
 from shodh_moe.merging.methods import BLOCK

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
-from shodh_moe.errors import UserError
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 

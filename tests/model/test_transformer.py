@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
-from shodh_moe.errors import UserError
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.attention import axial_rotary, rotate
 from shodh_moe.model.norm import available_norm, make_norm

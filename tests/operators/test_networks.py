@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, DPOTSize, FNO2d, FNOSize
 from shodh_moe.operators.dpot import FourierAttention
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import MoEConfig
-from shodh_moe.errors import UserError
 from shodh_moe.model.moe import MoE
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shodh_moe.errors import UserError
-from shodh_moe.parallel.launch import free_port
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.network import free_port
 from shodh_moe.parallel.rendezvous import agree, join, versions
 
 FACTS = {"training.batch_size": 16, "model.dim": 128, "data.grid": [32, 32, 32]}

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shodh_moe import config as config_module
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config, load_config_of
+from shodh_moe.config import schema as config_module
+from shodh_moe.config.load import load_config, load_config_of
 from shodh_moe.data import generate
-from shodh_moe.errors import UserError
 from shodh_moe.solvers import simulate, simulation
 from shodh_moe.solvers.domains import (
     DOMAINS,
@@ -305,7 +305,7 @@ def test_keys_that_came_later_do_not_change_what_is_written_while_unset() -> Non
 TOY = """
 import numpy as np
 
-from shodh_moe.section import PositiveFloat
+from shodh_moe.base.section import PositiveFloat
 from shodh_moe.solvers.domains.domain import Domain, drawn_speed
 from shodh_moe.solvers.flow import FlowSetup
 

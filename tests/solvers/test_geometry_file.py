@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers import simulate
 from shodh_moe.solvers.domains import PorousMedia
 from shodh_moe.solvers.domains.geometry_file import GeometryFile

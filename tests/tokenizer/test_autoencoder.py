@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, WrappingConv, depth_to_space, space_to_depth
-from shodh_moe.training.live_bytes import LiveBytes
 
 CELLS = st.integers(1, 3)
 

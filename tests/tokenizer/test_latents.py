@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
-from shodh_moe.errors import UserError
 from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
 from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256

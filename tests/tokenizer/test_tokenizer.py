@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import TokenizerConfig
-from shodh_moe.errors import UserError
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer

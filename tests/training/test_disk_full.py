@@ -15,8 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, damage, list_checkpoints
-from shodh_moe.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.training.log import Log
 from tests.training.launch import start
 from tests.training.synthetic import write_case

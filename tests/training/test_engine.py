@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import UserError
+from shodh_moe.config.load import load_config
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_case

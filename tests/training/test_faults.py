@@ -15,8 +15,8 @@ import psutil
 import pytest
 import torch
 
+from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
-from shodh_moe.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.training.lock import lock_run
 from tests.training.launch import launch, start
 from tests.training.synthetic import write_case

@@ -66,7 +66,7 @@ class _Run:
     """One engine, and training on the same samples for all layouts."""
 
     def __init__(self, rank: int, folder: Path, precision: str, layout: tuple[int, int]):
-        from shodh_moe.config_io import load_config
+        from shodh_moe.config.load import load_config
         from shodh_moe.data.sampler import DomainSampler
         from shodh_moe.tokenizer.latents import LatentSamples, load_latents
         from shodh_moe.training.pretrain import latent_engine

@@ -9,8 +9,8 @@ import types
 import pytest
 import torch
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import TrainingConfig
-from shodh_moe.errors import UserError
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from shodh_moe.config_io import load_config
+from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Step, init_distributed

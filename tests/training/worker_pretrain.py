@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from shodh_moe.command import end_rank, exit_code
-from shodh_moe.config_io import load_config
+from shodh_moe.base.command import end_rank, exit_code
+from shodh_moe.config.load import load_config
 from shodh_moe.training.pretrain import pretrain
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shodh_moe.command import end_rank
-from shodh_moe.config_io import load_config
-from shodh_moe.errors import EXIT_REQUEUE, UserError
+from shodh_moe.base.command import end_rank
+from shodh_moe.base.errors import EXIT_REQUEUE, UserError
+from shodh_moe.config.load import load_config
 from shodh_moe.training import tokenizer as training
 from shodh_moe.training import trainer
 from shodh_moe.training.engine import init_distributed

@@ -6,12 +6,12 @@ import sys
 
 import torch
 
+from shodh_moe.base.command import exit_code
+from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.config import BenchConfig
 from shodh_moe.ccm.bench.measure import measure
-from shodh_moe.command import exit_code
-from shodh_moe.config_io import load_config_of
-from shodh_moe.memory import keep_freed_memory
+from shodh_moe.config.load import load_config_of
 
 
 def main() -> int:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
 from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
 from shodh_moe.config import ParallelConfig, TrainingConfig
-from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
 
 EXPERTS = ("anchor", "low", "high", "conditioned")
 

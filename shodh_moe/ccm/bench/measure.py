@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench
 from shodh_moe.ccm.compose import compose
@@ -22,8 +23,7 @@ from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
 from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_errors
 from shodh_moe.ccm.straightness import bend, probes, straight_to
 from shodh_moe.checkpoint.read import CheckpointReader
-from shodh_moe.config_io import fingerprint
-from shodh_moe.files import finite_json, write_text
+from shodh_moe.config.compare import fingerprint
 
 VERSION = 2  # raised when the same experts would give other numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.ccm.bench.rows import READOUTS, ROWS, family_title
 from shodh_moe.ccm.straightness import TOLERANCE
-from shodh_moe.evaluation.report import style
-from shodh_moe.files import atomic_file
+from shodh_moe.report import style
 
 Results = list[dict[str, Any]]
 Summary = dict[str, Any]

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
 from shodh_moe.ccm.bench.measure import load_path, measured, result_path
@@ -19,11 +22,8 @@ from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.rows import family_title
 from shodh_moe.ccm.bench.summary import markdown, summarise
 from shodh_moe.ccm.expert import require_same_dataset
-from shodh_moe.checks import claim_run_folder
-from shodh_moe.environment import describe_environment
-from shodh_moe.errors import UserError
-from shodh_moe.files import require_writable, write_text
-from shodh_moe.jobs import Job, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
@@ -91,31 +91,31 @@ def _copy(files: Iterable[Path], output: Path) -> None:
         shutil.copyfile(file, output / file.name)
 
 
-def _data_job(config: BenchConfig, key: str) -> Job | None:
+def _data_job(config: BenchConfig, key: str) -> ProcessJob | None:
     one = config.families[key].family
     if all(data.is_done(regime) for regime in data.regimes(one.family(), one.folder())):
         return None
     return _job(config, f"{key}-data", ["shodh_moe.ccm.bench", "data", key, "0"])
 
 
-def _expert_job(config: BenchConfig, key: str, seed: int, role: str) -> Job | None:
+def _expert_job(config: BenchConfig, key: str, seed: int, role: str) -> ProcessJob | None:
     if (load_path(config, key, seed, role) / "state.json").exists():
         return None
     expert = config.expert(key, seed, role)
     path = config.folder / "configs" / f"{expert.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(expert.model_dump(), sort_keys=False))
-    return _job(config, expert.name, ["shodh_moe.ccm", "--config", str(path)])
+    return _job(config, expert.name, ["shodh_moe.ccm.expert_rank", "--config", str(path)])
 
 
-def _measure_job(config: BenchConfig, key: str, seed: int) -> Job:
+def _measure_job(config: BenchConfig, key: str, seed: int) -> ProcessJob:
     return _job(config, f"{key}-{seed}-measure", ["shodh_moe.ccm.bench", "measure", key, str(seed)])
 
 
-def _job(config: BenchConfig, name: str, module: list[str]) -> Job:
+def _job(config: BenchConfig, name: str, module: list[str]) -> ProcessJob:
     if module[0] == "shodh_moe.ccm.bench":
         module = [module[0], str(config.folder / "config.yaml"), *module[1:]]
-    return Job(name, ["-m", *module], config.folder / "logs" / f"{name}.log", _cost(config, name))
+    return ProcessJob(name, ["-m", *module], config.folder / "logs" / f"{name}.log", _cost(config, name))
 
 
 def _cost(config: BenchConfig, name: str) -> Path:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import finite_json
 from shodh_moe.ccm.bench import bootstrap
 from shodh_moe.ccm.bench.aims import judge
 from shodh_moe.ccm.bench.bootstrap import Array
 from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS
 from shodh_moe.ccm.bench.tables import markdown
-from shodh_moe.errors import UserError
-from shodh_moe.files import finite_json
 
 __all__ = ["GROUPS", "markdown", "summarise"]
 

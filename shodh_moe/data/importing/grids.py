@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION
 from shodh_moe.data.importing.mapping import AXES, Mapping, Resample
-from shodh_moe.data.importing.snapshots import Plan, Sources
-from shodh_moe.errors import UserError
+from shodh_moe.data.importing.snapshots import ArrayFiles, Plan
 
 UNEVEN = 1e-3  # largest relative difference of two distances that count as equal, as `shodh predict` has it
 
@@ -52,7 +52,7 @@ def even_step(points: NDArray[np.float64]) -> float:
     return step if step and np.abs(steps - step).max() <= UNEVEN * abs(step) + rounding else 0.0
 
 
-def points_of(sources: Sources, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
+def points_of(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
     """The coordinates of the cropped grid points along x, y and z.
 
     Raises:

@@ -8,12 +8,12 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.config_io import fingerprint
+from shodh_moe.base.errors import UserError
+from shodh_moe.config.compare import fingerprint
 from shodh_moe.data.importing.mapping import Mapping
 from shodh_moe.data.importing.snapshots import natural
 from shodh_moe.data.listing import SPLITS
 from shodh_moe.data.reading import read_provenance
-from shodh_moe.errors import UserError
 
 
 @dataclass(frozen=True)

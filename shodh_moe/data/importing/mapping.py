@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shodh_moe.config_io import load_config_of
-from shodh_moe.section import Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.config.load import load_config_of
 
 AXES = ("x", "y", "z")
 Edge = Literal["periodic", "wall", "free slip", "open"]

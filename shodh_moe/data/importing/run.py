@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import remove_leftovers, require_writable
+from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.data.importing.grids import Grid, even_step, new_grid, points_of
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
 from shodh_moe.data.importing.mapping import AXES, Mapping
 from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.snapshots import (
+    ArrayFiles,
     Plan,
-    Sources,
     opened,
     plan,
     read_mask,
@@ -27,9 +30,6 @@ from shodh_moe.data.importing.writing import Header, new_trajectory_file
 from shodh_moe.data.listing import SPLITS, list_trajectories
 from shodh_moe.data.reading import open_trajectories
 from shodh_moe.data.stats import stats_of_files, write_stats
-from shodh_moe.errors import UserError
-from shodh_moe.files import remove_leftovers, require_writable
-from shodh_moe.progress import progress as default_progress
 
 Progress = Callable[..., Iterator[Any]]
 
@@ -155,7 +155,7 @@ class _Totals:
 
 
 def _snapshot(
-    sources: Sources,
+    sources: ArrayFiles,
     mapping: Mapping,
     found: Plan,
     snapshot: int,
@@ -197,7 +197,7 @@ def _snapshot(
     return stored
 
 
-def _times(sources: Sources, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
+def _times(sources: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
     """The time of the first snapshot and the time step, before scaling."""
     if mapping.time is None:
         step = float(mapping.time_step or 0)

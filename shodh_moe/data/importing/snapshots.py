@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.errors import UserError
+from shodh_moe.data.importing.array_files import Array, ArrayFile, open_source
 from shodh_moe.data.importing.mapping import AXES, Crop, Mapping
-from shodh_moe.data.importing.sources import Array, Source, open_source
-from shodh_moe.errors import UserError
 
 _MOST_OPEN = 8
 
@@ -29,13 +29,13 @@ class Place:
 
 
 @dataclass
-class Sources:
+class ArrayFiles:
     """The files of a trajectory; the last few stay open."""
 
     paths: list[Path]
-    _open: dict[Path, tuple[Source, ExitStack]] = field(default_factory=dict)
+    _open: dict[Path, tuple[ArrayFile, ExitStack]] = field(default_factory=dict)
 
-    def at(self, path: Path) -> Source:
+    def at(self, path: Path) -> ArrayFile:
         """An open file."""
         if path not in self._open:
             if len(self._open) >= _MOST_OPEN:
@@ -69,9 +69,9 @@ class Sources:
 
 
 @contextmanager
-def opened(paths: list[Path]) -> Iterator[Sources]:
+def opened(paths: list[Path]) -> Iterator[ArrayFiles]:
     """The files of a trajectory, closed at the end of the block."""
-    sources = Sources(paths)
+    sources = ArrayFiles(paths)
     try:
         yield sources
     finally:
@@ -83,7 +83,7 @@ def natural(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
 
 
-def places(sources: Sources, mapping: Mapping, dataset: str) -> list[Place]:
+def places(sources: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
     """Where all snapshots of a field are: in its time axis, in datasets of numbered names, or in one file each."""
     found = sources.find(dataset)
     if "t" not in mapping.axes:
@@ -114,7 +114,7 @@ class Plan:
         return Plan([one[start:stop] for one in self.velocity], pressure, self.shape, self.crop)
 
 
-def plan(sources: Sources, mapping: Mapping) -> Plan:
+def plan(sources: ArrayFiles, mapping: Mapping) -> Plan:
     """Find all snapshots of a trajectory.
 
     Raises:
@@ -142,7 +142,7 @@ def plan(sources: Sources, mapping: Mapping) -> Plan:
     return Plan([fields[name] for name in names], pressure, (shape[0], shape[1], shape[2]), (cuts[0], cuts[1], cuts[2]))
 
 
-def read_velocity(sources: Sources, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:
+def read_velocity(sources: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:
     """One snapshot of the velocity, cropped: [3, X, Y, Z], not yet scaled."""
     if len(plan.velocity) == 3:
         return np.stack([read_scalar(sources, mapping, plan, one[snapshot]) for one in plan.velocity])
@@ -154,17 +154,17 @@ def read_velocity(sources: Sources, mapping: Mapping, plan: Plan, snapshot: int)
     return values_CXYZ[[order.index(axis) for axis in AXES]]
 
 
-def read_scalar(sources: Sources, mapping: Mapping, plan: Plan, place: Place) -> NDArray[np.float64]:
+def read_scalar(sources: ArrayFiles, mapping: Mapping, plan: Plan, place: Place) -> NDArray[np.float64]:
     """One snapshot of a scalar, cropped: [X, Y, Z]. An axis of one component in the file is taken away."""
     array = sources.array(place)
     return _cut(array, _stored_axes(mapping.axes, array, False), plan, place.time)[0]
 
 
-def read_mask(sources: Sources, mapping: Mapping, plan: Plan) -> NDArray[np.float64]:
+def read_mask(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> NDArray[np.float64]:
     """1 in solid voxels and 0 in fluid, cropped: [X, Y, Z]. All 0 without a mask."""
     if mapping.mask is None:
         return np.zeros([cut.stop - cut.start for cut in plan.crop])
-    own = Sources([Path(mapping.mask.file)]) if mapping.mask.file else sources
+    own = ArrayFiles([Path(mapping.mask.file)]) if mapping.mask.file else sources
     try:
         path, name, _ = own.find(mapping.mask.dataset)[0]
         array = own.at(path).array(name)

@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.files import atomic_file
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.well import _boundary, _describe, _flag, _names, _write_provenance
-from shodh_moe.files import atomic_file
 
 _AXES = ("x", "y", "z")
 

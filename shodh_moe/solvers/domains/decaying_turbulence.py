@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from shodh_moe.section import PositiveFloat
+from shodh_moe.base.section import PositiveFloat
 from shodh_moe.solvers.domains.domain import Domain, Grid, drawn_speed
 from shodh_moe.solvers.flow import FloatArray, FlowSetup
 

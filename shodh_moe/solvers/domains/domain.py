@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from shodh_moe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from shodh_moe.base.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from shodh_moe.solvers.domains.scalar import ScalarConfig
 
 if TYPE_CHECKING:

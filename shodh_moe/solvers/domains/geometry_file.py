@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from shodh_moe.errors import UserError
-from shodh_moe.files import sha256
-from shodh_moe.section import Positive, Section
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
+from shodh_moe.base.section import Positive, Section
 from shodh_moe.solvers.domains.domain import Grid
 
 _SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")

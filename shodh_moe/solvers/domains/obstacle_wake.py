@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from shodh_moe.section import Fraction, NonNegative, Positive, PositiveFloat
+from shodh_moe.base.section import Fraction, NonNegative, Positive, PositiveFloat
 from shodh_moe.solvers.domains.domain import Grid, PulsedDomain, choose, drawn_speed
 from shodh_moe.solvers.eddies import eddies, scaled, wall_fade
 from shodh_moe.solvers.flow import FloatArray, FlowSetup, Pulse, Turn, smooth_step

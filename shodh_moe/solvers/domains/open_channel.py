@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from shodh_moe.section import Fraction, Positive, PositiveFloat
+from shodh_moe.base.section import Fraction, Positive, PositiveFloat
 from shodh_moe.solvers.domains.domain import Domain, Grid, PulsedDomain, choose, drawn_speed
 from shodh_moe.solvers.eddies import curl, eddies, scaled, wall_fade
 from shodh_moe.solvers.flow import FloatArray, FlowSetup, Pulse

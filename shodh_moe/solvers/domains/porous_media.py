@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from shodh_moe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from shodh_moe.solvers.calibration import Calibration, ramp
+from shodh_moe.base.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from shodh_moe.solvers.calibration import ramp
 from shodh_moe.solvers.domains.domain import Domain, Grid, PulsedDomain, choose, drawn_speed
 from shodh_moe.solvers.domains.geometry_file import GeometryFile
-from shodh_moe.solvers.flow import Drive, FloatArray, FlowSetup, Pulse, Turn
+from shodh_moe.solvers.flow import Calibration, Drive, FloatArray, FlowSetup, Pulse, Turn
 from shodh_moe.solvers.geometry import blob_field, fractures, percolating, sphere_field, threshold
 
 # The pulse adds up to the same again: the Mach number stays near 0.2.

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.section import PositiveFloat, Section
+from shodh_moe.base.section import PositiveFloat, Section
 
 
 class ScalarConfig(Section):

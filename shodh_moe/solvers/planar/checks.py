@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers.limits import DivergedError
 
 

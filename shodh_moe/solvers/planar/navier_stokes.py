@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_input, substeps
 from shodh_moe.solvers.planar.etdrk4 import advance, coefficients

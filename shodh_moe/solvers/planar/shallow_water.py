@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_input
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from shodh_moe import jobs
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.bench.config import BenchConfig
 from shodh_moe.ccm.bench.rows import ROWS
 from shodh_moe.ccm.bench.run import run
 from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
-from shodh_moe.errors import UserError
-from shodh_moe.jobs import Job, run_jobs
+from shodh_moe.launching import processes as jobs
+from shodh_moe.launching.processes import ProcessJob, run_jobs
 
 
 def _config(folder: Path) -> BenchConfig:
@@ -63,8 +63,8 @@ def test_from_nothing_to_tables_and_what_is_there_is_kept(tmp_path, monkeypatch,
 
 
 def test_after_a_failure_nothing_more_is_started_and_its_last_words_are_told(tmp_path):
-    def job(name: str, code: str) -> Job:
-        return Job(name, ["-c", code], tmp_path / f"{name}.log", tmp_path / f"{name}.json")
+    def job(name: str, code: str) -> ProcessJob:
+        return ProcessJob(name, ["-c", code], tmp_path / f"{name}.log", tmp_path / f"{name}.json")
 
     bad = job("bad", "import sys; print('error: no such thing', file=sys.stderr); print('more'); sys.exit(2)")
     late = job("late", "open(r'%s', 'w')" % (tmp_path / "made"))
@@ -75,7 +75,7 @@ def test_after_a_failure_nothing_more_is_started_and_its_last_words_are_told(tmp
 
 def test_the_time_of_a_process_adds_up_over_its_starts(tmp_path):
     work = "import time; began = time.process_time()\nwhile time.process_time() < began + 0.2: pass"
-    job = Job("busy", ["-c", work], tmp_path / "log", tmp_path / "cost.json")
+    job = ProcessJob("busy", ["-c", work], tmp_path / "log", tmp_path / "cost.json")
     run_jobs([job], 2)
     first = jobs.read_cost(job.cost)["cpu_seconds"]
     run_jobs([job], 2)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.bench import aims, bootstrap
 from shodh_moe.ccm.bench.rows import READOUTS, ROWS
 from shodh_moe.ccm.bench.summary import markdown, summarise
-from shodh_moe.errors import UserError
 from tests.ccm.bench.synthetic import result
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers import DivergedError, trajectory_seed
 from shodh_moe.solvers.planar import exact
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes, forcing, random_initial, simulate

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from shodh_moe.errors import UserError
+from shodh_moe.base.errors import UserError
 from shodh_moe.solvers import DivergedError, trajectory_seed
 from shodh_moe.solvers.planar import exact
 from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion, cosines, random_initial, simulate

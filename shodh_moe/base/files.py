@@ -1,0 +1,222 @@
+"""Files and folders that are either whole or absent, and hashes that tell whether they still are."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from shodh_moe.base.errors import UserError
+
+
+def finite_json(tree: Any) -> Any:
+    """For JSON, which has neither NaN nor infinity: None in their place, in dictionaries and lists too."""
+    if isinstance(tree, dict):
+        return {key: finite_json(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [finite_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` to write to; when the block ends well it is synced and renamed.
+
+    On any failure the temporary file is removed and ``path`` stays as it was.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be made or written to.
+    """
+    # The leading dot and the ending keep a leftover of a killed run from being taken for data. A number of the process
+    # would not tell it from one of another host or container that writes the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except Exception as error:
+        if reason := disk_trouble(error):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path, older_than_seconds: float = 3600.0) -> None:
+    """Remove temporary files that killed runs left in ``folder``; a fresh one may belong to a run beside this one."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file in one step. Raises `UserError` as `atomic_file` does."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``target`` when the block ends well, and vanishes otherwise.
+
+    Several processes may do this at once. If ``target`` was not there at the start, the first that ends makes it.
+
+    Args:
+        keep_first: the others make the same, so that one that comes later is content with what is there.
+
+    Raises:
+        UserError: the disk is full, writing is not permitted, or another process was first.
+    """
+    workshop = target.with_name(f".writing-{target.name}-{uuid.uuid4().hex}")
+    temporary, replaces, lock = workshop / target.name, target.exists(), None
+    try:
+        workshop.mkdir(parents=True)
+        lock = _lock_file(workshop)
+        _remove_abandoned(target)
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        _put(temporary, target, replaces, keep_first)
+    except BaseException as error:
+        if reason := disk_trouble(error):
+            raise UserError(f"cannot write {target}: {reason}") from error
+        if type(error) is UserError and str(temporary) in str(error):
+            raise UserError(str(error).replace(str(temporary), str(target))) from error
+        raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+        if lock:
+            lock.close()
+
+
+def _put(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> None:
+    try:
+        if replaces:
+            replace_folder(temporary, target)
+        else:
+            os.rename(temporary, target)
+            sync(target.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.is_dir():
+            raise
+        if not keep_first:
+            raise UserError(
+                f"{target} was written by another process meanwhile and stays as that left it: use it, or remove it "
+                "and run again"
+            ) from error
+
+
+def _lock_file(workshop: Path) -> IO[str]:
+    """A file that is locked until it is closed or this process ends, however it ends."""
+    file = open(workshop / "lock.new", "w", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as it is open
+    with suppress(OSError):  # a disk without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Under the name that others look for it is never without its lock.
+        os.rename(workshop / "lock.new", workshop / "lock")
+    return file
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes that ended in a `whole_folder` of ``target`` left behind."""
+    prefix = f".writing-{target.name}-"
+    for workshop in target.parent.iterdir():
+        if workshop.name.startswith(prefix):
+            with suppress(OSError), open(workshop / "lock", "r+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(workshop, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Rename a folder that has been synced to ``target``, and remove what stood there.
+
+    If the process is killed half way, what stood there lies beside it as ``.old-<name>``.
+    """
+    old = target.with_name(f".old-{target.name}")
+    # Two renames rather than a slow removal first: hardly a moment without the one or the other.
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done for it.
+
+    Raises:
+        UserError: a file stands in the way, or the permission is missing.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {disk_trouble(error) or error.strerror}") from error
+
+
+# HDF5 and safetensors report these as exceptions of their own that only the text tells apart.
+_TROUBLES = (
+    ((errno.ENOSPC, errno.EDQUOT), "no space left on the disk; free some and run the same command again"),
+    ((errno.EFBIG,), "the file is too large for this disk or for your limit (ulimit -f); raise it or use another disk"),
+    ((errno.EACCES, errno.EPERM), "permission denied; choose another folder or fix its permissions"),
+    ((errno.EROFS,), "the disk is read-only; choose another folder"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed; remove it or choose another folder"),
+    ((errno.ENAMETOOLONG,), "the name is too long; choose a shorter one"),
+)
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What the user can do about an error of writing, or None if it is no such error."""
+    if isinstance(error, UserError):
+        return None
+    number, text = getattr(error, "errno", None), str(error)
+    for numbers, reason in _TROUBLES:
+        if number in numbers or (number is None and any(os.strerror(one) in text for one in numbers)):
+            return reason
+    return None
+
+
+def require_made(path: Path, command: str) -> None:
+    """Refuse to go on without what an earlier stage makes."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `{command}` with this config first")

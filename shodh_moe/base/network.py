@@ -1,0 +1,64 @@
+"""This host's network: ports, interfaces and addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of this host that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a port of this host, such as ``python, process 4711``; "" if that cannot be found out."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:  # another user's
+                    return "a process of another user"
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def interface_towards(host: str) -> str:
+    """The name of this host's network interface from which ``host`` is reached; "" if that cannot be found out."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # of a datagram socket: nothing is sent
+        except OSError:
+            return ""
+        own = probe.getsockname()[0]
+    names = [name for name, there in psutil.net_if_addrs().items() if own in (address.address for address in there)]
+    return names[0] if names else ""
+
+
+def own_networks() -> list[str]:
+    """This host's IPv4 addresses with their networks, such as ``10.0.0.3/24``; not the loopback one."""
+    import psutil
+
+    return [
+        f"{address.address}/{address.netmask}"
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+
+
+def common_address(networks: list[list[str]]) -> str:
+    """An address of the first rank's host that the hosts of the others have a network in common with."""
+    first = [ipaddress.ip_interface(text) for text in networks[0]]
+    others = [[ipaddress.ip_interface(text) for text in texts] for texts in networks[1:] if texts != networks[0]]
+    for own in first if others else []:
+        if all(any(other.ip in own.network for other in there) for there in others):
+            return str(own.ip)
+    return str(first[0].ip) if others and first else "127.0.0.1"

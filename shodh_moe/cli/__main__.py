@@ -1,0 +1,8 @@
+"""``python -m shodh_moe.cli`` is ``shodh``."""
+
+import sys
+
+from shodh_moe.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""``shodh bench ccm``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.base.command import add_config_arguments
+from shodh_moe.cli.common import add_command
+from shodh_moe.config.load import load_config_of
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="run a benchmark; what is there already is kept")
+    benches = parser.add_subparsers(required=True, metavar="benchmark")
+    text = "compare CCM with its baselines: data, experts, measurements, tables and pictures"
+    ccm = add_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _ccm)
+    add_config_arguments(ccm)
+    ccm.add_argument("--output", type=Path, help="a folder that gets a copy of tables, pictures and results")
+
+
+def _ccm(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.bench.config import BenchConfig
+    from shodh_moe.ccm.bench.run import run
+
+    config = load_config_of(BenchConfig, options.config, options.overrides, options.name)
+    run(config, options.output)
+    print((config.folder / "report" / "summary.md").read_text())

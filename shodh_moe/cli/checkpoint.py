@@ -1,0 +1,54 @@
+"""``shodh checkpoint inspect|verify|export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
+from shodh_moe.cli.common import add_command, add_debug, add_group, add_tokenizer_option
+
+
+def add_checkpoint(commands: Any) -> None:
+    example = "example: shodh checkpoint export runs/trial --output trial_model"
+    steps = add_group(commands, "checkpoint", "show, check or export a checkpoint", example)
+    for name, text, work in (
+        ("inspect", "show what a checkpoint holds", _inspect),
+        ("verify", "check every byte of a checkpoint, of all checkpoints of a run, or of an exported folder", _verify),
+        ("export", "write one folder with weights, tokenizer, config and model card", _export),
+    ):
+        end = " --output trial_model" if name == "export" else ""
+        step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
+        step.add_argument("path", type=Path, metavar="PATH", help="a checkpoint or a run folder")
+        if name == "export":
+            step.add_argument("--output", type=Path, required=True, help="a new folder")
+            add_tokenizer_option(step)
+        add_debug(step)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from shodh_moe.checkpoint.inspect import inspect
+
+    print(inspect(options.path))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from shodh_moe.checkpoint.inspect import verify
+    from shodh_moe.inference.loading import verify_export
+
+    exported = (options.path / "export.json").exists()
+    damages = verify_export(options.path) if exported else verify(options.path)
+    for damage in damages:
+        print(f"error: {damage}", file=sys.stderr)
+    if damages:
+        return EXIT_USER_ERROR
+    print(f"intact: {options.path}")
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> None:
+    from shodh_moe.inference.export import export
+
+    print(f"[export] {export(options.path, options.output, options.tokenizer)}")

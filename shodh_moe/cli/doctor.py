@@ -1,0 +1,31 @@
+"""``shodh doctor``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.cli.common import add_command, add_debug
+
+
+def add_doctor(commands: Any) -> None:
+    text = "say whether a training can run here, or on the hosts of a hostfile, and what to do where not"
+    example = "example: shodh doctor --hostfile hostfile --shared runs"
+    parser = add_command(commands, "doctor", text, example, _doctor)
+    parser.set_defaults(needs_torch=False)  # it says what is wrong with a torch that cannot be imported
+    parser.add_argument("--hostfile", type=Path, help="look at these hosts too: lines such as `worker-0 slots=8`")
+    parser.add_argument(
+        "--shared",
+        action="append",
+        metavar="FOLDER",
+        help="of runs, data or tokenizers, the same on every host; may be repeated; default: the working folder",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    add_debug(parser)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from shodh_moe.doctor import doctor
+
+    return doctor(options.hostfile, options.shared, options.json)

@@ -1,0 +1,37 @@
+"""``shodh expert data|train``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from shodh_moe.base.command import add_config_arguments
+from shodh_moe.cli.common import add_command, add_group, add_hostfile, overrides_of
+from shodh_moe.config.load import load_config_of
+
+
+def add_expert(commands: Any) -> None:
+    example = "example: shodh expert {step} --config configs/ccm/reaction_diffusion.yaml"
+    text = "train neural operators on regimes of a 2D equation, to be merged"
+    steps = add_group(commands, "expert", text, example.format(step="train"))
+    for name, text in (
+        ("data", "generate the regimes of the config's family"),
+        ("train", "train an anchor, or fine-tune an expert from one; makes the data where they are missing"),
+    ):
+        step = add_command(steps, name, text, example.format(step=name), _expert)
+        add_config_arguments(step)
+        step.set_defaults(step=name)
+        if name == "train":
+            add_hostfile(step)
+            step.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the newest one")
+
+
+def _expert(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm import stages
+    from shodh_moe.ccm.config import ExpertConfig
+
+    config = load_config_of(ExpertConfig, options.config, overrides_of(options), options.name)
+    stages.check(config)
+    stages.make_data(config)
+    if options.step == "train":
+        stages.train(config, options.resume)

@@ -1,0 +1,53 @@
+"""``shodh merge CONFIG``, which is ``shodh merge run CONFIG``, and ``shodh merge calibrate|prefix``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.base.command import add_merge_arguments
+from shodh_moe.cli.common import add_command, add_debug, add_group
+
+
+def add_merge(commands: Any) -> None:
+    text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
+    more = "where to merge: shodh merge calibrate --help, shodh merge prefix --help"
+    example = "example: shodh merge configs/merge/example.yaml"
+    steps = add_group(commands, "merge", text, f"{example}\n{more}", default="run")
+    run = add_command(steps, "run", text, f"{example}\n{more}", _merge)
+    add_merge_arguments(run)
+    add_debug(run)
+    text = "fit gamma for two experts of a ccm config on validation data alone, and see how far their path is straight"
+    example = "example: shodh merge calibrate merge.yaml --output calibration.json"
+    calibrate = add_command(steps, "calibrate", text, example, _calibrate)
+    calibrate.add_argument("config", type=Path, metavar="CONFIG", help="a ccm config of two experts")
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="a new JSON file for the result")
+    add_debug(calibrate)
+    text = "merge two experts where they predict the first frames of your own trajectories best"
+    example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
+    prefix = add_command(steps, "prefix", text, example, _prefix)
+    add_merge_arguments(prefix)
+    about = "trajectories of one regime: as a family, or PDEBench's"
+    prefix.add_argument("--input", type=Path, required=True, metavar="FILE", help=about)
+    prefix.add_argument("--frames", type=int, default=4, metavar="K", help="that are looked at; default: %(default)s")
+    add_debug(prefix)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from shodh_moe.merging import merge
+
+    merge(options.config, options.output, options.memory_limit, options.out_shard_size)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.calibrate import calibrate
+
+    calibrate(options.config, options.output)
+
+
+def _prefix(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.prefix import merge_by_prefix
+
+    limits = (options.memory_limit, options.out_shard_size)
+    merge_by_prefix(options.config, options.input, options.frames, options.output, *limits)

@@ -1,0 +1,32 @@
+"""``shodh predict``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.cli.common import MODEL, add_command, add_debug, add_tokenizer_option
+
+
+def add_predict(commands: Any) -> None:
+    example = "example: shodh predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"
+    parser = add_command(commands, "predict", "continue your own flow with a trained model", example, _predict)
+    parser.add_argument("--checkpoint", type=Path, required=True, help=MODEL)
+    parser.add_argument("--input", type=Path, required=True, help="HDF5 file in the_well's schema")
+    parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
+    parser.add_argument("--output", type=Path, required=True, help="the new file; ParaView's gets the ending .vtkhdf")
+    parser.add_argument("--start", type=int, default=0, help="first snapshot that the model sees; default: %(default)s")
+    parser.add_argument("--sample", type=int, help="which trajectory of the file, from 0; default: all")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the stored fields")
+    parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    add_tokenizer_option(parser)
+    add_debug(parser)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from shodh_moe.inference.predict import Request, predict
+
+    names = ("input", "output", "steps", "start", "sample", "dtype", "paraview", "overwrite")
+    predict(options.checkpoint, Request(**{name: getattr(options, name) for name in names}), options.tokenizer)

@@ -1,0 +1,93 @@
+"""``shodh run|pretrain|evaluate|report|plan``: the main job, or one of its stages."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.cli.common import MODEL, add_config_command, add_hostfile, add_tokenizer_option, config_of, stage
+
+
+def add_run(commands: Any) -> None:
+    text = "the main job: every stage that is not up to date, then the report"
+    add_hostfile(add_config_command(commands, "run", text, _run))
+
+
+def add_pretrain(commands: Any) -> None:
+    text = "pretrain the latent transformer under the DeepSpeed launcher"
+    parser = add_config_command(commands, "pretrain", text, _pretrain)
+    add_hostfile(parser)
+    parser.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the run's newest one")
+
+
+def add_evaluate(commands: Any) -> None:
+    text = "measure the newest checkpoint, or another model, on held-out trajectories"
+    parser = add_config_command(commands, "evaluate", text, _evaluate)
+    parser.add_argument("--checkpoint", type=Path, help=f"{MODEL}, in place of the config's run")
+    parser.add_argument("--output", type=Path, help="folder for the results; needed with --checkpoint")
+    add_tokenizer_option(parser)
+
+
+def add_report(commands: Any) -> None:
+    add_config_command(commands, "report", "write the report of a run", stage("report"))
+
+
+def add_plan(commands: Any) -> None:
+    text = "show parameters, memory of a GPU, steps and disk of a config; needs no GPU and starts nothing"
+    add_world(add_config_command(commands, "plan", text, _plan))
+
+
+def add_world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", type=int, help="ranks; default: those of this host")
+
+
+def world_of(options: argparse.Namespace) -> int | None:
+    """The ranks of ``--world``; None without it. Raises `UserError` for fewer than one."""
+    world: int | None = options.world
+    if world is not None and world < 1:
+        raise UserError(f"--world {world}: give the number of ranks, at least 1")
+    return world
+
+
+def _run(options: argparse.Namespace) -> None:
+    from shodh_moe.report import summary_table
+    from shodh_moe.runs import pipeline
+
+    config = config_of(options)
+    metrics = pipeline.run_all(config)
+    print(summary_table(metrics))
+    print(f"report: {pipeline.paths_of(config).run / 'report' / 'index.html'}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from shodh_moe.runs import pipeline
+
+    config = config_of(options)
+    pipeline.check(config)
+    pipeline.pretrain(config, options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if bool(options.checkpoint) != bool(options.output) or (options.tokenizer and not options.checkpoint):
+        raise UserError(
+            "--checkpoint and --output belong together (and --tokenizer to them): a run's own results go to its folder"
+        )
+    if not options.checkpoint:
+        stage("evaluate")(options)
+        return
+    from shodh_moe.report import summary_table
+    from shodh_moe.runs.evaluate_elsewhere import evaluate_elsewhere
+
+    metrics = evaluate_elsewhere(config_of(options), options.checkpoint, options.output, options.tokenizer)
+    print(summary_table(metrics))
+    print(f"[evaluate] {options.output / 'metrics.json'}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from shodh_moe.launching.hosts import count_ranks
+    from shodh_moe.runs.plan import plan
+
+    config = config_of(options)
+    print(plan(config, world_of(options) or count_ranks(config)))

@@ -1,0 +1,168 @@
+"""Reading a config file and overrides into a `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.section import Section
+from shodh_moe.config import Config
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML alone reads ``1e-3`` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
+    """The ``key: value`` lines of a file; an empty one has none. ``remedy``: what to do where it cannot be opened.
+
+    Raises:
+        UserError: it is missing, no text, no YAML, or no mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
+    return tree
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Config:
+    """The config of a latent transformer's run; see `load_config_of`."""
+    return load_config_of(Config, path, overrides, name)
+
+
+def load_config_of(
+    kind: type[Kind], path: Path | str, overrides: list[str] | None = None, name: str | None = None
+) -> Kind:
+    """Read a YAML config of that kind and apply ``key.sub=value`` overrides, then the run's name.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override has no ``=``, a key is unknown
+            (the nearest valid one is named), or a value has the wrong type or range.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+
+    written_in: dict[str, str] = {}
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} must look like key.sub=value")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise UserError(f"override {override!r}: {text!r} is no valid YAML value") from None
+        _set(tree, key, value)
+        written_in[key] = f"override {override!r}"
+    if name is not None:
+        _set(tree, "name", name)
+        written_in["name"] = f"--name {name!r}"
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, path, written_in)) from None
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _explain(error: ValidationError, kind: type[Section], path: Path, written_in: dict[str, str]) -> str:
+    """The first mistake as one line: key, place, remedy."""
+    mistakes = error.errors()
+    # A misspelt key that has to be there makes two mistakes; the spelling is the one to name.
+    first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])
+    valid = _keys(kind)
+    key = _written_key(first["loc"], valid)
+    source = _source(key, str(path), written_in)
+    if first["type"] == "extra_forbidden":
+        near = _nearest(key, valid)
+        remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(kind.model_fields)}"
+        return f"{source}: unknown key {key!r}; {remedy}"
+    if first["type"] == "missing":
+        return f"{source}: key {key!r} is missing: add it"
+    if first["type"] == "value_error":
+        return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"
+    # A key that takes either of several types has a mistake for each of them.
+    wanted = [_wanted(one) for one in mistakes if _written_key(one["loc"], valid) == key]
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{source}: {key or 'config'} should be {' or '.join(dict.fromkeys(wanted))}, not {shown}"
+
+
+def _wanted(mistake: Any) -> str:
+    if mistake["type"] == "string_pattern_mismatch":
+        return "a name of letters, digits and _ . + = - that does not start with a sign"
+    if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a section of `key: value` lines"
+    return str(mistake["msg"]).removeprefix("Input should be ").removeprefix("String should have ")
+
+
+def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
+    """The key as the user wrote it: pydantic appends which type of a union it tried."""
+    parts: list[str] = []
+    for part in location:
+        prefix = ".".join(parts)
+        leaf = prefix in valid and not any(key.startswith(f"{prefix}.") for key in valid)
+        # Below a leaf only positions in a list are the user's.
+        if leaf and not isinstance(part, int):
+            break
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _source(key: str, file: str, written_in: dict[str, str]) -> str:
+    """The override that sets ``key``, or a part of it, or a section around it; otherwise the file."""
+    for written, text in reversed(written_in.items()):
+        if f"{key}.".startswith(f"{written}.") or f"{written}.".startswith(f"{key}."):
+            return text
+    return file
+
+
+def _nearest(key: str, valid: list[str]) -> str | None:
+    """Prefer a sibling of nearly the same name; otherwise any key that reads alike."""
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in valid if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    near = near or [k for k in valid if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a config model."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            # Python 3.10 takes list[int] for a class, which issubclass then refuses.
+            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys.extend(_keys(kind, f"{prefix}{name}."))
+    return keys

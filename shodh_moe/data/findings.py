@@ -1,0 +1,294 @@
+"""All that is wrong with a dataset, or may be, found in one pass over its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.progress import progress
+from shodh_moe.data.check import check_dataset
+from shodh_moe.data.derivatives import relative_divergence
+from shodh_moe.data.listing import domain_names, files_of
+from shodh_moe.data.opening import opened
+from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
+from shodh_moe.data.schema import schema_findings
+from shodh_moe.data.stats import STATS_FILE, TrajectorySums, combined
+
+# Central differences of a well resolved flow stay below; independent random components give 0.58.
+DIVERGENCE = 0.2
+SOLID_SPEED = 1e-3
+STALE = 1e-4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        severity: ``error`` where training fails or learns something else than it should, otherwise ``warning``.
+        file: the path, below the dataset's folder.
+        dataset: the dataset or attribute in it; may be empty.
+        text: what was found and what was expected.
+    """
+
+    severity: str
+    file: str
+    dataset: str
+    text: str
+
+    def line(self) -> str:
+        return f"{self.severity}: {self.file}: {self.dataset + ': ' if self.dataset else ''}{self.text}"
+
+
+@dataclass
+class Report:
+    """The findings, and numbers of each trajectory that are of interest even where they are good."""
+
+    findings: list[Finding] = field(default_factory=list)
+    trajectories: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"errors": self.errors, "warnings": len(self.findings) - self.errors, **asdict(self)}
+
+    def text(self) -> str:
+        """A line for each finding, then the divergence of each trajectory and a summary."""
+        lines = [finding.line() for finding in self.findings]
+        lines += [
+            f"{one['file']}{'' if one['sample'] == 0 else ' trajectory ' + str(one['sample'])}: rms of the divergence "
+            f"{one['divergence']:.2g} of the velocity gradient's"
+            for one in self.trajectories
+        ]
+        warnings = len(self.findings) - self.errors
+        return "\n".join([*lines, f"{len(self.trajectories)} trajectories, {self.errors} errors, {warnings} warnings"])
+
+
+def audit(path: Path, skip_bad: bool = False) -> Report:
+    """Read all files of a dataset's folder, or one file, and list what is wrong with them.
+
+    Args:
+        skip_bad: files that cannot be read are warnings.
+
+    Raises:
+        UserError: there is no file.
+    """
+    path = Path(path)
+    splits = files_of(path)
+    root = path if path.is_dir() else path.parent
+    report, seen = Report(), _Seen()
+    sums: list[TrajectorySums] = []
+    records: dict[str, list[TrajectoryRecord]] = {split: [] for split in splits}
+    bad = 0
+    every = [(split, file) for split, files in splits.items() for file in files]
+    for split, file in progress(every, "checking", len(every)):
+        name = str(file.relative_to(root))
+        try:
+            found = open_trajectories(file)
+            report.findings += _header(name, file, found)
+            for record in found:
+                report.findings += _values(name, split, record, report, seen, sums if split == "train" else [])
+            records[split] += found
+        except UserError as error:
+            bad += 1
+            text = str(error).removeprefix(f"{file}").lstrip(": ")
+            report.findings.append(Finding("warning" if skip_bad else "error", name, "", text))
+            report.findings += _schema_of_bad(name, file)
+    report.findings += seen.findings()
+    report.findings += _grids(root, [record for found in records.values() for record in found])
+    if path.is_dir():
+        report.findings += _splits(path, records)
+        report.findings += _stats(path, sums, complete=not bad or skip_bad)
+    return report
+
+
+def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
+    """What the header says beside what training needs."""
+    with opened(path) as file:
+        yield from (Finding("warning", name, where, text) for where, text in schema_findings(file))
+    provenance = read_provenance(path)
+    if not provenance:
+        yield Finding("warning", name, "provenance", "missing or not complete: where the data are from is not known")
+    elif not provenance.get("units"):
+        yield Finding("warning", name, "provenance/units", "missing: expected what the numbers are measured in")
+    record = records[0]
+    if record.spacing is None:
+        yield Finding("warning", name, "dimensions", "no coordinates: cells are taken for cubes of size 1")
+    elif np.ptp(record.spacing) > 1e-3 * min(record.spacing):
+        shown = " x ".join(f"{step:.4g}" for step in record.spacing)
+        yield Finding("error", name, "dimensions", f"cells of {shown}: expected cubes; resample with shodh data import")
+    if record.interval is None:
+        yield Finding("warning", name, "dimensions/time", "no times: expected a constant time step")
+    if any(size % 8 for size in record.grid):
+        yield Finding("error", name, "", f"grid {list(record.grid)}: the tokenizer needs multiples of 8; crop it")
+
+
+def _schema_of_bad(name: str, path: Path) -> list[Finding]:
+    """What else is wrong with a file that is refused, if it can be opened at all."""
+    try:
+        with opened(path) as file:
+            return [Finding("warning", name, where, text) for where, text in schema_findings(file)]
+    except UserError:
+        return []
+
+
+def _values(
+    name: str, split: str, record: TrajectoryRecord, report: Report, seen: _Seen, sums: list[TrajectorySums]
+) -> Iterator[Finding]:
+    """What the fields themselves show, read one snapshot at a time."""
+    bad, energy, fastest, divergences, solid_1XYZ = [], 0.0, 0.0, [], None
+    own = TrajectorySums()
+    sums.append(own)
+    looked_at = {0, record.n_snapshots // 2, record.n_snapshots - 1}
+    for snapshot in range(record.n_snapshots):
+        try:
+            fields_T4XYZ, solid_1XYZ = read_snapshots(record, snapshot, snapshot + 1)
+        except UserError as error:
+            bad.append(str(error).removeprefix(f"{record.path}: "))
+            own.add({})
+            continue
+        u_3XYZ, solid_XYZ = fields_T4XYZ[0, :3], solid_1XYZ[0] > 0.5
+        seen.add(name, split, record.sample, fields_T4XYZ)
+        energy += float(np.mean(np.sum(u_3XYZ.astype(np.float64) ** 2, 0)))
+        if solid_XYZ.any():
+            fastest = max(fastest, float(np.linalg.norm(u_3XYZ[:, solid_XYZ], axis=0).max()))
+        if snapshot in looked_at:
+            divergences.append(relative_divergence(u_3XYZ, solid_XYZ, record))
+        fields = {"velocity": fields_T4XYZ[0, :3], "pressure": fields_T4XYZ[0, 3:]}
+        own.add(fields if snapshot else {**fields, "solid": solid_1XYZ})
+    for text in bad[:3]:
+        yield Finding("error", name, "", text)
+    if len(bad) > 3:
+        yield Finding("error", name, "", f"{len(bad) - 3} more snapshots like these")
+    speed = (energy / max(record.n_snapshots - len(bad), 1)) ** 0.5
+    divergence = max(divergences, default=float("nan"))
+    report.trajectories.append(
+        {
+            "file": name,
+            "sample": record.sample,
+            "divergence": divergence,
+            "rms_speed": speed,
+            "largest_speed_in_solids": fastest,
+        }
+    )
+    if not speed and not bad:
+        yield Finding("error", name, "t1_fields/velocity", "zero everywhere: expected a flow")
+    if speed and fastest > SOLID_SPEED * speed:
+        yield Finding(
+            "warning", name, "t1_fields/velocity", f"up to {fastest / speed:.2g} of its rms in solid voxels: expected 0"
+        )
+    if solid_1XYZ is not None and not np.isin(solid_1XYZ, (0, 1)).all():
+        yield Finding("warning", name, "t0_fields/solid", "values other than 0 and 1")
+    if solid_1XYZ is not None and solid_1XYZ.min() > 0.5:
+        yield Finding("error", name, "t0_fields/solid", "solid everywhere: expected 1 in solids and 0 in the fluid")
+    if divergence > DIVERGENCE:
+        yield Finding(
+            "warning",
+            name,
+            "t1_fields/velocity",
+            f"rms of the divergence is {divergence:.2g} of the velocity gradient's (central differences), above "
+            f"{DIVERGENCE}: not divergence-free, badly resolved, or axes and components mixed up",
+        )
+
+
+@dataclass
+class _Seen:
+    """Which file had a snapshot first, and how many each other file has again."""
+
+    first: dict[bytes, tuple[str, str, int]] = field(default_factory=dict)
+    again: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+
+    def add(self, name: str, split: str, sample: int, fields_14XYZ: NDArray[np.float32]) -> None:
+        if not fields_14XYZ[:, :3].any():
+            return  # flows that start from rest have that in common
+        key = hashlib.blake2b(fields_14XYZ.tobytes(), digest_size=16).digest()
+        other, other_split, other_sample = self.first.setdefault(key, (name, split, sample))
+        if (other, other_sample) != (name, sample):
+            self.again[name, split, other, other_split] += 1
+
+    def findings(self) -> Iterator[Finding]:
+        for (name, split, other, other_split), count in self.again.items():
+            leak = split != other_split
+            text = f"{count} snapshots are also in {other}" + (": the splits must not share any" if leak else "")
+            yield Finding("error" if leak else "warning", name, "", text)
+
+
+def _grids(root: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
+    """Files that differ from the first one in what must be the same."""
+    if not records:
+        return
+    first = records[0]
+    steps: dict[str, float] = {}
+    for record in records:
+        name = str(record.path.relative_to(root))
+        if record.sample:
+            continue
+        if record.grid != first.grid:
+            text = f"grid {list(record.grid)}, expected {list(first.grid)} as {first.path.relative_to(root)}"
+            yield Finding("error", name, "", text)
+        step = steps.setdefault(record.domain, record.interval or 0.0)
+        if abs((record.interval or 0.0) - step) > 1e-3 * step:
+            text = f"time step {record.interval or 0:g}, others of {record.domain} have {step:g}: the model knows one"
+            yield Finding("warning", name, "dimensions/time", text)
+
+
+def _splits(folder: Path, records: dict[str, list[TrajectoryRecord]]) -> Iterator[Finding]:
+    """What `check_dataset` refuses, asked split by split so that one does not hide another."""
+    for split, found in records.items():
+        if not found:
+            yield Finding("error", f"data/{split}", "", "no trajectory that can be used: training needs every split")
+        for record in found:
+            if record.n_snapshots < 2:
+                text = f"{record.n_snapshots} snapshot: expected two or more"
+                yield Finding("error", str(record.path.relative_to(folder)), "dimensions/time", text)
+    if all(records.values()):
+        domains = domain_names(records["train"])
+        try:
+            check_dataset(folder, records["train"][0].grid, history=1, batch_size=len(domains), budget_bytes=0)
+        except UserError as error:
+            # Files and statistics have findings of their own.
+            if "has the domains" in str(error):
+                yield Finding("error", "data", "", str(error))
+
+
+def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator[Finding]:
+    """Whether stats.yaml holds the numbers of the training split as it is now."""
+    try:
+        stored = yaml.safe_load((folder / STATS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield Finding("error", STATS_FILE, "", "missing: expected the statistics of the training split")
+        return
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        yield Finding("error", STATS_FILE, "", f"cannot be read ({' '.join(str(error).split())[:200]})")
+        return
+    if not complete or not sums:
+        return  # of other files than those that were read
+    numbers = combined(sums)
+    for key, fields in numbers.items():
+        for name, value in fields.items():
+            got = (
+                stored.get(key, {}).get(name)
+                if isinstance(stored, dict) and isinstance(stored.get(key), dict)
+                else None
+            )
+            wanted = np.atleast_1d(np.asarray(value, dtype=np.float64))
+            try:
+                found = np.atleast_1d(np.asarray(got, dtype=np.float64))
+            except (TypeError, ValueError):
+                found = np.full(1, np.nan)
+            scale = float(np.max(np.atleast_1d(numbers["rms" + "_delta" * key.endswith("_delta")][name])))
+            if found.shape != wanted.shape or not (np.abs(found - wanted) <= STALE * scale).all():
+                shown = [f"{one:.6g}" for one in wanted]
+                text = f"{got!r}, the training split has {', '.join(shown)}: the statistics are of other data"
+                yield Finding("error", STATS_FILE, f"{key}.{name}", text)

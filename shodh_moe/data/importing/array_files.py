@@ -1,0 +1,190 @@
+"""Arrays in HDF5, NetCDF and npz files behind one face: names, shape, and a part at a time."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from scipy.io import netcdf_file
+
+from shodh_moe.base.errors import UserError
+
+Part = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Array:
+    """One stored array; ``read`` takes an index or a slice for each axis and gives float64."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    raw: Callable[[Part], Any] = field(repr=False)
+    packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
+
+    def read(self, part: Part) -> NDArray[np.float64]:
+        """That part in float64; NetCDF's packed numbers are unpacked, its missing values are NaN.
+
+        Raises:
+            UserError: the file is damaged there.
+        """
+        try:
+            stored = np.asarray(self.raw(part))
+            values = stored.astype(np.float64)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: cannot read {self.name} ({_first_line(error)}): copy it again") from error
+        factor, offset, missing = self.packing
+        if (factor, offset) != (1.0, 0.0):
+            values = values * factor + offset
+        for one in missing:
+            values[stored == one] = np.nan
+        return values
+
+
+class ArrayFile:
+    """An open file: the names of its arrays, and each of them."""
+
+    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]]):
+        self.path, self._arrays = path, arrays
+        self._open: dict[str, Array] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._arrays)
+
+    def array(self, name: str) -> Array:
+        """Raises `UserError` if it is no array of numbers."""
+        if name not in self._open:
+            self._open[name] = self._arrays[name]()
+        return self._open[name]
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[ArrayFile]:
+    """Open an HDF5, NetCDF or npz file, told apart by its first bytes.
+
+    Raises:
+        UserError: it is missing, damaged, or of another kind.
+    """
+    with ExitStack() as stack:
+        try:
+            with open(path, "rb") as file:
+                start = file.read(4)
+            if start[:3] == b"CDF" and start[3:] in (b"\x01", b"\x02"):
+                source = _netcdf(path, stack)
+            elif start[:2] == b"PK":
+                source = _npz(path, stack)
+            elif h5py.is_hdf5(path):
+                source = _hdf5(path, stack)
+            else:
+                raise UserError(
+                    f"{path} is none of HDF5, NetCDF 3 or 4, npz: convert it (NetCDF 5: `nccopy -k nc4 in.nc out.nc`)"
+                )
+        except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise UserError(f"cannot read {path} ({reason}): check the path or copy the file again") from error
+        yield source
+
+
+def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
+    file = stack.enter_context(h5py.File(path, "r"))
+    arrays: dict[str, Callable[[], Array]] = {}
+
+    def take(group: h5py.Group, prefix: str, depth: int) -> None:
+        for name in group:
+            # Links may lead to any file of this machine; only what lies in the file itself is taken.
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                continue
+            item = group[name]
+            if isinstance(item, h5py.Group) and depth < 8:
+                take(item, f"{prefix}{name}/", depth + 1)
+            elif isinstance(item, h5py.Dataset):
+                arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
+
+    take(file, "", 0)
+    return ArrayFile(path, arrays)
+
+
+def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
+    _require_numbers(path, name, dataset.dtype)
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
+    # Attributes of text, references or absurd size are not asked for.
+    attributes = {key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs}
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], _packing(attributes))
+
+
+def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
+    file = stack.enter_context(netcdf_file(path, "r", mmap=True))
+
+    def array(name: str) -> Array:
+        variable = file.variables[name]
+        _require_numbers(path, name, variable.data.dtype)
+        attributes = {key: getattr(variable, key) for key in _PACKING if hasattr(variable, key)}
+
+        # By name: whoever holds a mapped array keeps the file from being closed.
+        def read(part: Part) -> Any:
+            return np.array(file.variables[name].data[part])
+
+        return Array(path, name, tuple(variable.data.shape), read, _packing(attributes))
+
+    return ArrayFile(path, {name: partial(array, name) for name in file.variables})
+
+
+def _npz(path: Path, stack: ExitStack) -> ArrayFile:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    members = {name[:-4]: name for name in archive.namelist() if name.endswith(".npy")}
+
+    def array(name: str) -> Array:
+        stream = stack.enter_context(archive.open(members[name]))
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(stream)
+        _require_numbers(path, name, dtype)
+        start = stream.tell()
+
+        def read(part: Part) -> Any:
+            # Along the first axis one entry after the other: an array may be larger than the memory.
+            count, first = int(np.prod(shape)), 0
+            if part and isinstance(part[0], int) and not fortran:
+                count //= max(shape[0], 1)
+                first, inner, part = part[0] * count * dtype.itemsize, shape[1:], part[1:]
+            else:
+                inner = shape[::-1] if fortran else shape
+            stream.seek(start + first)
+            block = stream.read(count * dtype.itemsize)
+            if len(block) != count * dtype.itemsize:
+                raise EOFError("it ends too early")
+            values = np.frombuffer(block, dtype).reshape(inner)
+            return (values.T if fortran else values)[part]
+
+        return Array(path, name, tuple(shape), read)
+
+    return ArrayFile(path, {name: partial(array, name) for name in members})
+
+
+_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
+
+
+def _packing(attributes: dict[str, Any]) -> tuple[float, float, tuple[float, ...]]:
+    numbers = {key: np.ravel(value) for key, value in attributes.items()}
+    numbers = {key: value for key, value in numbers.items() if value.size and value.dtype.kind in "iuf"}
+    missing = tuple(float(one) for key in _PACKING[2:] for one in numbers.get(key, ()) if np.isfinite(one))
+    return float(numbers.get(_PACKING[0], [1.0])[0]), float(numbers.get(_PACKING[1], [0.0])[0]), missing
+
+
+def _require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biuf" or dtype.itemsize > 16:
+        raise UserError(f"{path}: {name} holds {dtype}, expected real numbers")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""A trained model in use: load it, roll it out, predict, decode, export."""

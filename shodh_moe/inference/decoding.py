@@ -1,0 +1,161 @@
+"""Cached latents back to flow fields, as a dataset in the_well's schema.
+
+Shapes: B snapshots, C latent channels, x y z latent grid, X Y Z space.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_made, require_writable, whole_folder
+from shodh_moe.base.progress import progress
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
+from shodh_moe.data.opening import opened
+from shodh_moe.data.storage import free_bytes
+from shodh_moe.data.well import FACES, new_prediction
+from shodh_moe.kernels import divergence
+from shodh_moe.metrics.fields import divergence_moments, pooled_divergence
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer.latents import LatentTrajectory, load_latents
+from shodh_moe.tokenizer.tokenizer import require_fit, tokenizer_sha256
+
+VOXELS = 2**21  # decoded at a time: one snapshot of 128^3
+
+
+@torch.no_grad()
+def decode_latents(config: Config, split: str, output: Path, dtype: str = "float32") -> None:
+    """Decode the cached latents of a split to ``output/data/<split>``, a file for each of the dataset's.
+
+    Of each trajectory only the copy that no symmetry moved is decoded. With the operator ``staggered`` the files have
+    the velocity on the faces as ``velocity_face`` too: its divergence is the one that vanishes. Prints a line a file.
+
+    Args:
+        dtype: ``float32`` or ``float64``: the velocity is made free of divergence and stored in it.
+
+    Raises:
+        UserError: ``output`` exists or cannot be written, there is no tokenizer or no latents, or these are damaged,
+            of another tokenizer or of other data; or a field is not finite. Nothing is written then.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists: give a new folder, or remove it")
+    require_writable(output.parent)
+    paths = paths_of(config)
+    tokenizer = load_tokenizer(paths.tokenizer)
+    require_fit(tokenizer, config)
+    require_made(paths.latents, "shodh tokenizer encode")
+    latents = [one for one in load_latents(paths.latents, split, paths.tokenizer) if not one.copy]
+    listed = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)
+    pairs = _by_file(latents, {(record.path.name, record.sample): record for record in listed}, paths.dataset)
+    faces = tokenizer.config.operator == "staggered"
+    _require_space(output, latents, config.data.grid, 7 if faces else 4, dtype)
+    provenance = {
+        "tokenizer_sha256": tokenizer_sha256(paths.tokenizer),
+        "divergence_operator": tokenizer.config.operator,
+        "walls": tokenizer.config.walls,
+        "decoder": tokenizer.config.decoder,
+        "dtype": dtype,
+        "package_version": version("shodh_moe"),
+    }
+    tokenizer = tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    lines = []
+    with whole_folder(output) as folder:
+        for name, of_file in progress(pairs.items(), "decode latents", len(pairs)):
+            records, place = [record for record, _ in of_file], Path("data", split, name)
+            own = {**provenance, "input": name}
+            with new_prediction(folder / place, records, _time(records), dtype, own, "reconstruction", faces) as file:
+                relative = _fill(file, of_file, tokenizer, dtype)
+                file["provenance"].attrs["divergence_rms_relative"] = relative
+            lines.append(
+                f"[tokenizer decode] {output / place}: {len(records)} x {records[0].n_snapshots} snapshots, "
+                f"h rms(div u) / rms(u) = {relative:.1e} ({tokenizer.config.operator}, as stored in {dtype})"
+            )
+    print("\n".join(lines))
+
+
+def _by_file(
+    latents: list[LatentTrajectory], records: dict[tuple[str, int], TrajectoryRecord], dataset: Path
+) -> dict[str, list[tuple[TrajectoryRecord, LatentTrajectory]]]:
+    """The trajectories of each file, in its order. Raises: UserError: the dataset does not have one of them."""
+    pairs = defaultdict(list)
+    for one in sorted(latents, key=lambda latent: (latent.source, latent.sample)):
+        record = records.get((one.source, one.sample))
+        if record is None or record.n_snapshots != one.snapshots:
+            found = f"{record.n_snapshots} snapshots" if record else "no such trajectory"
+            raise UserError(
+                f"latents {one.z.file.filename} have {one.snapshots} snapshots of trajectory {one.sample} of "
+                f"{one.source}, the dataset {dataset} has {found}: encode it again, or set data.path to theirs"
+            )
+        pairs[one.source].append((record, one))
+    return dict(pairs)
+
+
+def _fill(
+    file: h5py.File, pairs: list[tuple[TrajectoryRecord, LatentTrajectory]], tokenizer: Tokenizer, dtype: str
+) -> float:
+    """Decode the trajectories into a new file; returns h rms(div u) / rms(u) of all of it, as stored, h = 1 cell."""
+    moments: list[Tensor] = []
+    operator = tokenizer.config.operator
+    for row, (record, latent) in enumerate(pairs):
+        solid_11XYZ = _solid(record, latent).to(tokenizer.velocity_rms.device)
+        batch = max(1, VOXELS // solid_11XYZ.numel())
+        for start in range(0, latent.snapshots, batch):
+            z_BCxyz = latent.read(start, start + batch).to(solid_11XYZ.device)
+            solid_B1XYZ = solid_11XYZ.expand(len(z_BCxyz), -1, -1, -1, -1)
+            flow = tokenizer.decode(z_BCxyz, solid_B1XYZ, getattr(torch, dtype))
+            stored = {"t1_fields/velocity": flow.velocity_B3XYZ, "t0_fields/pressure": flow.pressure_B1XYZ}
+            if FACES in file["t1_fields"]:
+                stored[f"t1_fields/{FACES}"] = flow.conserved_B3XYZ
+            if not all(values.isfinite().all() for values in stored.values()):
+                raise UserError(
+                    f"latents {latent.z.file.filename}: a field decoded from snapshots {start} to "
+                    f"{start + len(z_BCxyz) - 1} of trajectory {record.sample} of {latent.source} is not finite: "
+                    "train another tokenizer, or encode again"
+                )
+            for name, values in stored.items():
+                last = values.movedim(1, -1).cpu().numpy()
+                file[name][row, start : start + len(last)] = last if name.startswith("t1") else last[..., 0]
+            u_B3XYZ = flow.conserved_B3XYZ.double()
+            moments += map(divergence_moments, divergence(u_B3XYZ, operator), u_B3XYZ)
+    return pooled_divergence(torch.stack(moments), spacing=1.0)["rms_relative"]
+
+
+def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:
+    """The solid mask [1, 1, X, Y, Z]. Raises: UserError: it is not the one that was encoded."""
+    solid_11XYZ = torch.from_numpy(read_snapshots(record, 0, 1)[1])[None]
+    if not torch.allclose(F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0], latent.solid_fraction_xyz, atol=1e-5):
+        raise UserError(
+            f"{record.path} has other solids than the latents {latent.z.file.filename} were made with: encode this "
+            "dataset again, or set data.path to theirs"
+        )
+    return solid_11XYZ
+
+
+def _time(records: list[TrajectoryRecord]) -> NDArray[np.float32]:
+    """Of the snapshots, [T] or [B, T]; their numbers where the file does not tell."""
+    with opened(records[0].path) as file:
+        if "dimensions/time" not in file:
+            return np.arange(records[0].n_snapshots, dtype=np.float32)
+        time = np.asarray(file["dimensions/time"], dtype=np.float32)
+    return time[[record.sample for record in records]] if time.ndim == 2 else time
+
+
+def _require_space(output: Path, latents: list[LatentTrajectory], grid: list[int], components: int, dtype: str) -> None:
+    snapshots = sum(one.snapshots for one in latents)
+    needed = snapshots * components * int(np.prod(grid)) * np.dtype(dtype).itemsize
+    if needed > free_bytes(output):
+        raise UserError(
+            f"--output {output} needs {needed / 1e9:.3g} GB, {free_bytes(output) / 1e9:.3g} GB are free there: free "
+            "some, choose another disk, or --dtype float32"
+        )

@@ -1,0 +1,75 @@
+"""Export: everything that evaluation and prediction need of a run, in one folder that stands for itself.
+
+model.safetensors     all weights by parameter name, experts stacked over the global expert axis
+tokenizer/            tokenizer.safetensors, tokenizer.json
+config.yaml           the config of the run
+metrics.json          the evaluation of these weights, if there is one
+README.md             the model card
+export.json           format, step, grids, versions and the SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256, whole_folder
+from shodh_moe.base.tensors import save_tensors
+from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_models
+from shodh_moe.inference.model_card import model_card
+
+
+def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
+    """Write the model of a checkpoint or run folder to the new folder ``output``; returns it.
+
+    Raises:
+        UserError: there is no intact checkpoint or no tokenizer, ``output`` exists, or it cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: give --output a new folder, or remove it")
+    source = find_source(path, tokenizer)
+    if source.exported:
+        raise UserError(f"{path} is an exported model already: copy the folder")
+    models = load_models(source)
+    metrics = _metrics(source, models.weights_sha256)
+    weights = models.transformer.state_dict()
+    with whole_folder(output) as folder:
+        save_tensors(weights, folder / "model.safetensors")
+        (folder / "tokenizer").mkdir()
+        for name in ("tokenizer.safetensors", "tokenizer.json"):
+            shutil.copyfile(source.tokenizer_folder() / name, folder / "tokenizer" / name)
+        (folder / "config.yaml").write_text(yaml.safe_dump(source.config.model_dump(), sort_keys=False))
+        if metrics:
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        (folder / "README.md").write_text(model_card(source, models, metrics), encoding="utf-8")
+        described = {
+            "format": EXPORT_FORMAT,
+            "run": source.config.name,
+            "step": models.step,
+            "world_size": models.world_size,
+            "ep_size": models.ep_size,
+            "weights_sha256": models.weights_sha256,
+            "grid": models.tokenizer.grid,
+            "latent_grid": models.tokenizer.latent_grid,
+            "latent_channels": models.tokenizer.config.latent_channels,
+            "versions": describe_environment()["packages"],
+            "sha256": {str(file.relative_to(folder)): sha256(file) for file in files},
+        }
+        (folder / "export.json").write_text(json.dumps(described, indent=2) + "\n")
+    return output
+
+
+def _metrics(source: ModelSource, weights_sha256: str) -> dict[str, Any] | None:
+    """The run's metrics, if they were measured on these very weights."""
+    try:
+        metrics = json.loads((source.run / "metrics.json").read_text()) if source.run else {}
+    except (OSError, ValueError):
+        return None
+    return metrics if metrics.get("weights_sha256") == weights_sha256 else None

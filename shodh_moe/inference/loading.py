@@ -1,0 +1,200 @@
+"""A trained model from wherever it is: a run folder, a checkpoint of it, or an exported folder; without DeepSpeed.
+
+Every file is checked by its hash before it is used, and weights are checked against the architecture they go into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import sha256
+from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.config import Config, ModelConfig
+from shodh_moe.config.compare import differing_model_keys, flatten
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.model import LatentTransformer
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
+from shodh_moe.training.records import Record, read_history, records
+
+EXPORT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A trained model on the disk, checked but not loaded.
+
+    Attributes:
+        path: the checkpoint's folder, or the exported one.
+        exported: which of the two.
+        state: step, config and world_size.
+        config: what it was trained with.
+        run: the run folder of a checkpoint that still lies in one.
+        tokenizer: a folder in place of the tokenizer that belongs to it.
+    """
+
+    path: Path
+    exported: bool
+    state: dict[str, Any]
+    config: Config
+    run: Path | None = None
+    tokenizer: Path | None = None
+
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is. Raises: UserError: it is not where the config says."""
+        if self.exported:
+            return self.path / "tokenizer"
+        folder = self.tokenizer or paths_of(self.config).tokenizer
+        if not folder.is_dir():
+            raise UserError(
+                f"the tokenizer of {self.path} is not at {folder}: run the command in the folder in which the model "
+                "was trained, or name the tokenizer's folder with --tokenizer"
+            )
+        return folder
+
+
+@dataclass
+class Models:
+    """The two networks of a trained model, every expert in this process, in evaluation mode."""
+
+    tokenizer: Tokenizer
+    transformer: LatentTransformer
+    step: int
+    world_size: int
+    ep_size: int
+    weights_sha256: str
+
+
+def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
+    """The model at ``path``: an exported folder, a checkpoint, or a run folder (its newest intact checkpoint).
+
+    Raises:
+        UserError: there is none, it is damaged (names the file), or its config cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: give a run folder, a checkpoint or an exported model")
+    if (path / "export.json").exists():
+        if tokenizer:
+            raise UserError(f"{path} has its own tokenizer: leave --tokenizer out")
+        if damages := verify_export(path):
+            raise UserError(f"{damages[0]}: export the model again or copy it again")
+        described = json.loads((path / "export.json").read_text(encoding="utf-8"))
+        return ModelSource(path, True, described, load_config(path / "config.yaml"))
+    for folder in (path, path / "checkpoints"):
+        if list_checkpoints(folder) and (found := find_checkpoint(folder)):
+            path = found[0]
+            break
+    else:
+        if not (path / "state.json").exists():
+            raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
+        if reason := damage(path):
+            raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
+    state = CheckpointReader(path).state
+    run = path.resolve().parent.parent
+    try:
+        config = Config.model_validate(state["config"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"checkpoint {path} has no config that this version understands: {error}") from error
+    return ModelSource(path, False, state, config, run if (run / "metrics.jsonl").exists() else None, tokenizer)
+
+
+def verify_export(path: Path) -> list[str]:
+    """What is wrong with an exported folder, one line a damage; [] if nothing is."""
+    try:
+        described = json.loads((path / "export.json").read_text(encoding="utf-8"))
+        number, hashes = described["format"], dict(described["sha256"])
+        if {"model.safetensors", "config.yaml", "tokenizer/tokenizer.safetensors"} - hashes.keys():
+            return [f"{path / 'export.json'} is damaged (hashes are missing)"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{path / 'export.json'} is damaged ({type(error).__name__})"]
+    if number != EXPORT_FORMAT:
+        return [f"{path} has export format {number}, this version reads {EXPORT_FORMAT}"]
+    damages = []
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            damages.append(f"{file} is missing")
+        elif sha256(file) != expected:
+            damages.append(f"{file} is damaged (its hash differs from export.json)")
+    return damages
+
+
+def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models:
+    """Tokenizer and transformer, the latter built as ``model`` says if given, else as it was trained.
+
+    Raises:
+        UserError: the weights belong to another architecture (names tensors and both shapes, or settings).
+    """
+    folder = source.tokenizer_folder()
+    tokenizer = load_tokenizer(folder)
+    made_with = source.state.get("tokenizer_sha256")
+    if made_with and made_with != tokenizer_sha256(folder):
+        raise UserError(f"{source.path} was trained on latents of another tokenizer than {folder}: name its own one")
+    model = model or source.config.model
+    transformer = LatentTransformer(
+        model, tokenizer.config.latent_channels, tokenizer.latent_grid, source.config.seed, ExpertParallel()
+    )
+    weights = read_weights(source)
+    _require_same_shapes(source.path, transformer, weights)
+    _require_same_settings(source, model)
+    transformer.load_state_dict(weights)
+    step, world_size = source.state["step"], source.state["world_size"]
+    ep_size = source.state.get("ep_size", 1)
+    # Of the weights as they are used: stored in another precision, they are the same model once exported.
+    digest = weights_sha256(transformer.state_dict())
+    return Models(tokenizer, transformer.eval(), step, world_size, ep_size, digest)
+
+
+def read_weights(source: ModelSource) -> dict[str, Tensor]:
+    """All weights by parameter name, experts stacked over the global expert axis."""
+    if source.exported:
+        return load_file(source.path / "model.safetensors")
+    reader = CheckpointReader(source.path)
+    names = [name for name in reader.names() if name.startswith("model/")]
+    return {name.removeprefix("model/"): reader.tensor(name) for name in names}
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """One hash of names, types, shapes and bytes: the same for a checkpoint and what was exported from it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _require_same_shapes(path: Path, transformer: LatentTransformer, weights: dict[str, Tensor]) -> None:
+    wanted = {name: list(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    stored = {name: {"shape": list(tensor.shape)} for name, tensor in weights.items()}
+    if reason := mismatch({"tensors": stored}, wanted):
+        raise UserError(f"{path} is refused: {reason}; use the config that it was trained with")
+
+
+def _require_same_settings(source: ModelSource, model: ModelConfig) -> None:
+    """Shapes do not show everything, such as the floor of the routers' temperature."""
+    theirs, ours = source.config.model.model_dump(), model.model_dump()
+    if differing := differing_model_keys(theirs, ours):
+        flat_theirs, flat_ours = flatten(theirs), flatten(ours)
+        named = [f"model.{key} ({flat_theirs.get(key)} there, {flat_ours.get(key)} here)" for key in differing]
+        raise UserError(
+            f"the weights of {source.path} were trained with another model: {', '.join(named)}: "
+            "use the config that the model was trained with"
+        )
+
+
+def training_records(run: Path | None) -> list[Record]:
+    """The records of kind ``train`` of a run; [] without a run."""
+    return records(read_history(run / "metrics.jsonl"), "train") if run else []

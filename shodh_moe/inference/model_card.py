@@ -1,0 +1,242 @@
+"""The model card of an exported model: what it is, how it came about, how good it is, what it must not be used for."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.config import Config, TokenizerConfig
+from shodh_moe.config.paths import paths_of
+from shodh_moe.data import SPLITS, list_trajectories
+from shodh_moe.data.opening import opened
+from shodh_moe.inference.loading import Models, ModelSource
+
+# Rows of the table of errors: title, then the keys of the model, persistence, the mean predictor, the tokenizer alone.
+ERRORS = (
+    ("latent MSE", "latent_mse", "latent_mse_persistence", "latent_mse_mean", ""),
+    (
+        "physical MSE",
+        "physical_mse",
+        "physical_mse_persistence",
+        "physical_mse_mean",
+        "physical_mse_reconstruction",
+    ),
+    ("velocity VRMSE", "velocity_vrmse", "velocity_vrmse_persistence", "", ""),
+    ("pressure VRMSE", "pressure_vrmse", "pressure_vrmse_persistence", "", ""),
+)
+
+
+def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | None) -> str:
+    """The text of README.md, Markdown."""
+    parts = [
+        _what(source, models),
+        _data(source.config),
+        _training(source.config, models),
+        _measured(metrics),
+        _limits(source.config, models),
+        _use(models),
+    ]
+    return "\n\n".join(_wrapped(block) for part in parts for block in part.split("\n\n")) + "\n"
+
+
+def _wrapped(block: str) -> str:
+    """Prose at an even width; headings, tables, lists and code as they are."""
+    return block if block[0] in "#|- " else textwrap.fill(" ".join(block.split()), 100)
+
+
+def _what(source: ModelSource, models: Models) -> str:
+    parameters = sum(p.numel() for p in models.transformer.parameters())
+    experts = sum(p.numel() for n, p in models.transformer.named_parameters() if ".experts." in n)
+    model, grid = source.config.model, models.tokenizer.grid
+    return f"""# {source.config.name}
+
+A multi-physics foundation model for 3D flow: from the last {model.history} snapshots of velocity, pressure and the
+solid mask it predicts the next one. A tokenizer compresses fields of {_by(grid)} cells to latents of
+{_by(models.tokenizer.latent_grid)} x {models.tokenizer.config.latent_channels} numbers; a transformer with a sparse
+mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
+
+| | |
+|---|---|
+| parameters of the transformer | {parameters:,}, of which {experts:,} in routed experts |
+| layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
+| routed experts a layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
+| training step of these weights | {models.step} |
+| weights (SHA-256 over all tensors) | {models.weights_sha256} |
+
+Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; who publishes
+them states their licence here."""
+
+
+def _conserved(tokenizer: TokenizerConfig) -> str:
+    if tokenizer.decoder == "direct":
+        return "Nothing makes the decoded velocity free of divergence."
+    where = ", on the faces of the cells, of which it is the mean" if tokenizer.operator == "staggered" else ""
+    return f"""The decoded velocity is divergence-free to rounding for the
+{tokenizer.operator} operator on the periodic box{where}."""
+
+
+def _walls(tokenizer: TokenizerConfig) -> str:
+    zero = tokenizer.decoder == "direct" or tokenizer.walls != "none"
+    walls = f"Velocity in solid voxels is {'exactly zero' if zero else 'small but not exactly zero'}."
+    if tokenizer.decoder == "direct":
+        return f"{walls} Divergence is zero for no operator."
+    return f"""{walls} Divergence is zero for the {tokenizer.operator}
+  operator; another one sees its own difference. In float32 files it is at rounding of float32."""
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    if data.path:
+        kind = f"An existing dataset, `{Path(data.path).name}`; its origin, units and licence are those of its makers."
+    else:
+        kind = (
+            f"Synthetic: simulated by shodh_moe's own lattice-Boltzmann solver (D3Q19), seed {data.seed}, "
+            f"{data.snapshots} snapshots a trajectory. Lattice units: cell size, time step and mean density are 1; "
+            "speeds are in cells per time step. No measured flow is part of it."
+        )
+    lines = ["## Data", "", f"{kind} Grid {_by(data.grid)}. Splits are by trajectory."]
+    if not data.path:
+        lines += ["", "| domain | trajectories: train, valid, test | settings they were drawn from |", "|---|---|---|"]
+        for name, domain in data.domains.items():
+            counts = domain.trajectories
+            settings = domain.model_dump(exclude={"trajectories"})
+            text = ", ".join(f"{key} {value}" for key, value in settings.items())
+            lines.append(f"| {name} | {counts.train}, {counts.valid}, {counts.test} | {text} |")
+    ranges = _ranges(config)
+    if ranges:
+        lines += ["", "Parameters of the training trajectories, smallest to largest:", ""]
+        lines += ["| domain | training trajectories | parameters |", "|---|---|---|", *ranges]
+    else:
+        lines += ["", "The dataset was not at hand when this card was written: ranges in its files are not listed."]
+    return "\n".join(lines)
+
+
+def _ranges(config: Config) -> list[str]:
+    """A table row a domain with the range of every scalar in the training files; [] without the files."""
+    values: dict[str, dict[str, list[float]]] = {}
+    counts: dict[str, int] = {}
+    with contextlib.suppress(UserError, OSError):
+        for record in list_trajectories(paths_of(config).dataset, SPLITS[0], config.data.grid, config.data.skip_bad):
+            counts[record.domain] = counts.get(record.domain, 0) + 1
+            found = values.setdefault(record.domain, {})
+            with opened(record.path) as file:
+                for name, scalar in file.get("scalars", {}).items():
+                    found.setdefault(name, []).extend(np.ravel(scalar[()]).astype(float).tolist())
+    rows = []
+    for domain, scalars in values.items():
+        text = ", ".join(f"{name} {min(v):.4g} to {max(v):.4g}" for name, v in scalars.items())
+        rows.append(f"| {domain} | {counts[domain]} | {text or 'none given'} |")
+    return rows
+
+
+def _training(config: Config, models: Models) -> str:
+    t = config.training
+    samples = t.batch_size * t.accumulation * models.world_size
+    return f"""## Training
+
+{models.step} of {t.steps} steps, {samples} samples each, under the DeepSpeed engine; ranks: {models.world_size},
+expert-parallel size: {models.ep_size}, seed {config.seed}. AdamW, learning rate {t.learning_rate:g} after
+{t.warmup_steps} steps of warm-up, weight decay {t.weight_decay:g}, gradients clipped at {t.grad_clip:g}, precision
+{t.precision}. Loss: mean squared error of the next normalised latent, plus balance and z losses of the routers. One
+step ahead only: the model was not trained on its own predictions."""
+
+
+def _measured(metrics: dict[str, Any] | None) -> str:
+    if not metrics:
+        return """## Measured
+
+These weights have not been evaluated: there is no metrics.json for them. Nothing is known about their quality. Run
+`shodh evaluate` before relying on any prediction."""
+    domains, divergence = metrics["domains"], metrics["divergence"]
+    rows = [
+        f"| {domain} | {title} | " + " | ".join(_number(values.get(key)) for key in keys) + " |"
+        for domain, values in domains.items()
+        for title, *keys in ERRORS
+    ]
+    worse = [
+        f"{title} in {domain}"
+        for domain, values in domains.items()
+        for title, ours, *others, _ in ERRORS
+        if any(values.get(other) is not None and values[ours] >= values[other] for other in others)
+    ]
+    verdict = f"Not better than a baseline: {', '.join(worse)}." if worse else "Better than each baseline in every row."
+    table = "\n".join(rows)
+    return f"""## Measured
+
+One snapshot ahead on held-out test trajectories, from true snapshots. Latents normalised per channel, fields divided by
+their training rms. Persistence repeats the last snapshot; the mean predictor answers the domain's training mean,
+voxel by voxel; the tokenizer alone encodes and decodes the true snapshot.
+
+| domain | quantity | model | persistence | mean predictor | tokenizer alone |
+|---|---|---|---|---|---|
+{table}
+
+{verdict}
+
+Free-running, own predictions fed back: relative velocity error (nRMSE) after so many snapshots, persistence in
+brackets.
+
+{_rollouts(domains)}
+
+Divergence of the decoded velocity, {divergence["operator"]} operator, {divergence["dtype"]}, {divergence["norm"]}:
+{divergence["rms_relative"]:.1e}."""
+
+
+def _rollouts(domains: dict[str, Any]) -> str:
+    lines = []
+    for domain, values in domains.items():
+        pairs = list(zip(values["rollout_nrmse"], values["rollout_nrmse_persistence"], strict=True))
+        last = len(pairs) - 1
+        shown = [f"{i + 1}: {pairs[i][0]:.3g} ({pairs[i][1]:.3g})" for i in sorted({0, last // 2, last})]
+        behind = [i + 1 for i, (ours, still) in enumerate(pairs) if ours >= still]
+        verdict = f"; not better than persistence at snapshot {', '.join(map(str, behind))}" if behind else ""
+        lines.append(f"- {domain}: {', '.join(shown)}{verdict}")
+    return "\n".join(lines)
+
+
+def _limits(config: Config, models: Models) -> str:
+    if config.data.path:
+        time_step = "the time step of its training data"
+    else:
+        steps = {name: domain.steps_per_snapshot for name, domain in config.data.domains.items()}
+        time_step = "the time between two snapshots it was trained on: " + ", ".join(
+            f"{count} lattice time steps ({name})" for name, count in steps.items()
+        )
+    return f"""## Limits
+
+- One grid: {_by(models.tokenizer.grid)} cubic cells. Other sizes are refused.
+- One time step: {time_step}.
+  Data at another step give wrong dynamics.
+- The flows and parameter ranges under Data. Anything else is extrapolation, and the model gives no sign of it.
+- Free-running errors grow: each prediction is made from the one before. Check a rollout against true snapshots of the
+  same kind of flow before using its length.
+- Fine detail is lost in the tokenizer; the smallest scales are predicted worst, and seams between its patches of 8
+  cells show as errors grow.
+- {_walls(models.tokenizer.config)}
+- No claim is made that the model obeys any other law (momentum, energy), that it holds for measured flows, that the
+  routing of tokens reflects physics, or that one model is better than one per domain. It must not be used for safety or
+  design decisions."""
+
+
+def _use(models: Models) -> str:
+    return f"""## Use
+
+    shodh predict --checkpoint FOLDER --input flow.hdf5 --steps 10 --output prediction.hdf5
+    shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
+
+FOLDER is this one; the files are checked against `export.json` first. `flow.hdf5` holds at least
+{models.transformer.config.history} snapshots of velocity and pressure on {_by(models.tokenizer.grid)} cells in
+the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config."""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _by(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes))

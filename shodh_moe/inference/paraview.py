@@ -1,0 +1,67 @@
+"""Predicted snapshots as VTKHDF, which ParaView opens without a plug-in and VTK reads with `vtkHDFReader`.
+
+VTK stores the x axis fastest, this project the z axis: arrays go in as [Z, Y, X], vector components in the order
+x, y, z. Values are points at the cell centres, so that contours, streamlines and volumes need no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from shodh_moe.base.files import atomic_file
+from shodh_moe.data.hdf5 import new_hdf5
+
+# Image data that change with time came with version 2.0; later versions add nothing that is needed here.
+VERSION = (2, 0)
+
+
+@contextmanager
+def new_vtkhdf(
+    path: Path, time_N: NDArray[np.float32], solid_XYZ: NDArray[np.float32], origin: list[float], spacing: list[float]
+) -> Iterator[h5py.File]:
+    """A file for N snapshots, to be filled with `put`; when the block ends well it is complete, otherwise not there.
+
+    Args:
+        time_N: the times that ParaView shows.
+        solid_XYZ: 1 in solid voxels, stored once for all times.
+        origin: coordinates x, y, z of the first cell's centre.
+        spacing: distance of neighbouring cell centres along x, y, z.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission).
+    """
+    shape_ZYX, steps = solid_XYZ.shape[::-1], len(time_N)
+    with atomic_file(path) as temporary, new_hdf5(temporary) as file:
+        root = file.create_group("VTKHDF")
+        root.attrs["Version"] = np.array(VERSION, dtype=np.int64)
+        # VTK wants a string of fixed length here, not h5py's usual kind.
+        root.attrs.create("Type", b"ImageData", dtype=h5py.string_dtype("ascii", len("ImageData")))
+        root.attrs["WholeExtent"] = np.array([[0, size - 1] for size in solid_XYZ.shape], dtype=np.int64).ravel()
+        root.attrs["Origin"] = np.array(origin, dtype=np.float64)
+        root.attrs["Spacing"] = np.array(spacing, dtype=np.float64)
+        root.attrs["Direction"] = np.eye(3).ravel()
+        points = root.create_group("PointData")
+        points.create_dataset("velocity", (steps, *shape_ZYX, 3), np.float32)
+        points.create_dataset("pressure", (steps, *shape_ZYX), np.float32)
+        points.create_dataset("solid", data=np.ascontiguousarray(solid_XYZ.T[None], dtype=np.float32))
+        series = root.create_group("Steps")
+        series.attrs["NSteps"] = np.int64(steps)
+        series.create_dataset("Values", data=np.asarray(time_N, dtype=np.float64))
+        offsets = series.create_group("PointDataOffsets")
+        for name in ("velocity", "pressure"):
+            offsets.create_dataset(name, data=np.arange(steps, dtype=np.int64))
+        offsets.create_dataset("solid", data=np.zeros(steps, dtype=np.int64))
+        yield file
+
+
+def put(file: h5py.File, step: int, fields_4XYZ: NDArray[np.floating]) -> None:
+    """Store velocity and pressure of one snapshot."""
+    points = file["VTKHDF/PointData"]
+    points["velocity"][step] = np.ascontiguousarray(fields_4XYZ[:3].transpose(3, 2, 1, 0), dtype=np.float32)
+    points["pressure"][step] = np.ascontiguousarray(fields_4XYZ[3].T, dtype=np.float32)

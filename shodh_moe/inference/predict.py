@@ -1,0 +1,282 @@
+"""Prediction of a user's own flow: rollout from given snapshots, written in the_well's schema and for ParaView.
+
+Shapes: B trajectories, H given snapshots, N predicted ones, C latent channels, x y z latent grid, X Y Z space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable, sha256
+from shodh_moe.base.progress import progress
+from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
+from shodh_moe.data.opening import opened
+from shodh_moe.data.well import FACES, axis_names, new_prediction
+from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.paraview import new_vtkhdf, put
+from shodh_moe.inference.rollout import decode_both, rollout
+from shodh_moe.kernels import divergence
+from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
+
+UNEVEN = 1e-3  # largest relative difference of time steps or grid spacings that count as equal
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to predict.
+
+    Attributes:
+        input: an HDF5 file in the_well's schema.
+        output: the new one; the ParaView files get its name.
+        steps: N, the number of predicted snapshots.
+        start: the first of the H snapshots that the model sees.
+        sample: one trajectory of the file; None for all.
+        dtype: of the stored velocity and pressure; the velocity is made divergence-free in float64 either way.
+        paraview: whether to write the ``.vtkhdf`` files.
+        overwrite: whether existing files may be replaced.
+    """
+
+    input: Path
+    output: Path
+    steps: int
+    start: int = 0
+    sample: int | None = None
+    dtype: str = "float32"
+    paraview: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Times and places of the input: ``time`` [T] or [B, T]; centre of the first cell, distance of cells."""
+
+    time: NDArray[np.float64]
+    time_step: float
+    origin: list[float]
+    spacing: list[float]
+
+
+@dataclass
+class _Scores:
+    """Errors by predicted snapshot, one list entry a trajectory, and the largest divergence of all snapshots."""
+
+    errors: dict[int, list[list[float]]] = field(default_factory=dict)
+    decoded: float = 0.0
+    stored: float = 0.0
+
+
+def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
+    """Roll out every asked-for trajectory of ``request.input`` and write the prediction; print how good it is.
+
+    Where the input has the true snapshots too, errors are printed beside those of persistence. For the operator
+    ``staggered`` the file also holds ``t1_fields/velocity_face``, on the lower faces of the voxels, whose divergence
+    vanishes; ``velocity`` is its mean at their centres.
+
+    Raises:
+        UserError: request, input or model are wrong, or the prediction is no longer finite. Nothing is written then.
+    """
+    records = _checked_records(request)
+    axes = _checked_axes(request.input, records[0].n_snapshots)
+    source = find_source(checkpoint, tokenizer)
+    models = load_models(source)
+    _require_fit(request, records[0], models, source, axes)
+    after = request.start + models.transformer.config.history
+    # From the input's own times, so that these do not drift: only the predicted ones are counted on.
+    first = axes.time[..., after - 1 : after]
+    time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
+    time = time[[record.sample for record in records]] if time.ndim == 2 else time
+    scores = _Scores()
+    with ExitStack() as stack, torch.no_grad():
+        provenance = _provenance(source, models, request)
+        faces = models.tokenizer.config.operator == "staggered"
+        new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces)
+        file = stack.enter_context(new)
+        views = []
+        for row, (record, path) in enumerate(zip(records, _companions(request, records), strict=False)):
+            _, solid_1XYZ = read_snapshots(record, request.start, request.start + 1)
+            own_time = time[row] if time.ndim == 2 else time
+            views.append(stack.enter_context(new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing)))
+        work = _snapshots(models, records, request, scores)
+        for row, step, fields_4XYZ, conserved_3XYZ in progress(work, "predict", len(records) * request.steps):
+            file["t1_fields/velocity"][row, step] = np.moveaxis(fields_4XYZ[:3], 0, -1)
+            if faces:
+                file["t1_fields"][FACES][row, step] = np.moveaxis(conserved_3XYZ, 0, -1)
+            file["t0_fields/pressure"][row, step] = fields_4XYZ[3]
+            if views:
+                put(views[row], step, fields_4XYZ)
+    _report(request, models, scores, time, len(records))
+
+
+def _snapshots(
+    models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
+) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
+    """Trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; ``scores`` grows along."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, transformer = models.tokenizer.to(device), models.transformer.to(device)
+    after = request.start + transformer.config.history
+    for row, record in enumerate(records):
+        fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
+        given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
+        solid_1XYZ = solid_1XYZ.to(device)
+        z_HCxyz = torch.cat([tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
+        latents = rollout(transformer, z_HCxyz[None], tokenizer.encode_geometry(solid_1XYZ[None]))
+        for step, z_BCxyz in zip(range(request.steps), latents, strict=False):
+            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(tokenizer, z_BCxyz, solid_1XYZ))
+            if not exact_4XYZ.isfinite().all():
+                raise UserError(
+                    f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
+                    "too far from the training data; ask for fewer --steps"
+                )
+            dtype, operator = getattr(torch, request.dtype), tokenizer.config.operator
+            stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
+            scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
+            scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
+            if after + step < record.n_snapshots:
+                true_T4XYZ, _ = read_snapshots(record, after + step, after + step + 1)
+                truth, last = torch.from_numpy(true_T4XYZ[0, :3]).double(), fields_H4XYZ[-1, :3].double()
+                errors = [float(measure(u, truth)) for measure in (nrmse, vrmse) for u in (exact_4XYZ[:3], last)]
+                scores.errors.setdefault(step, []).append(errors)
+            yield row, step, stored_4XYZ.numpy(), stored_3XYZ.numpy()
+
+
+def _divergence(u_3XYZ: Tensor, operator: str) -> float:
+    return divergence_report(divergence(u_3XYZ[None], operator)[0], u_3XYZ, spacing=1.0)["rms_relative"]
+
+
+def _checked_records(request: Request) -> list[TrajectoryRecord]:
+    """The trajectories to continue; all that can be wrong with the request without a model."""
+    if request.steps < 1:
+        raise UserError(f"--steps {request.steps}: predict at least 1 snapshot")
+    if request.start < 0:
+        raise UserError(f"--start {request.start}: snapshots count from 0")
+    if request.output.suffix not in (".hdf5", ".h5"):
+        raise UserError(f"--output {request.output}: give a file name that ends in .hdf5")
+    records = open_trajectories(request.input)
+    if request.sample is not None:
+        if not 0 <= request.sample < len(records):
+            raise UserError(f"--sample {request.sample}: {request.input} has trajectories 0 to {len(records) - 1}")
+        records = [records[request.sample]]
+    if request.output.exists() and request.output.samefile(request.input):
+        raise UserError(f"--output {request.output} is the input: give another name")
+    existing = [path for path in (request.output, *_companions(request, records)) if path.exists()]
+    if existing and not request.overwrite:
+        raise UserError(f"{existing[0]} exists: give another --output, or --overwrite to replace it")
+    require_writable(request.output.parent)
+    return records
+
+
+def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]:
+    """The ParaView files, one a trajectory."""
+    if not request.paraview:
+        return []
+    if len(records) == 1:
+        return [request.output.with_suffix(".vtkhdf")]
+    return [request.output.with_suffix(f".trajectory{record.sample}.vtkhdf") for record in records]
+
+
+def _checked_axes(path: Path, snapshots: int) -> _Axes:
+    """Time and coordinates of the file. Raises: UserError: they are missing, or not evenly spaced."""
+    with opened(path) as file:
+        if "dimensions/time" not in file:
+            raise UserError(f"{path} has no dimensions/time: the model needs the times of the snapshots; add them")
+        time = np.asarray(file["dimensions/time"], dtype=np.float64)
+        places = [file.get(f"dimensions/{axis}") for axis in axis_names(file)]
+        coordinates = [None if place is None else np.asarray(place, dtype=np.float64) for place in places]
+    if time.ndim not in (1, 2) or time.shape[-1] != snapshots:
+        raise UserError(f"{path}: dimensions/time has shape {time.shape}, the fields have {snapshots} snapshots")
+    time_step = _even_step(time)
+    if not time_step:
+        raise UserError(
+            f"{path}: dimensions/time needs at least two snapshots at a constant time step: the model knows one step "
+            "only; resample"
+        )
+    origin, spacing = [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]
+    if all(places_X is not None for places_X in coordinates):
+        steps = [_even_step(places_X) for places_X in coordinates if places_X is not None]
+        if not all(steps) or max(steps) - min(steps) > UNEVEN * max(steps):
+            raise UserError(
+                f"{path}: the grid is not evenly spaced, or not by the same distance along all axes (spacings {steps}; "
+                "0: uneven): the model needs cubic cells; resample"
+            )
+        origin, spacing = [float(places_X[0]) for places_X in coordinates if places_X is not None], steps
+    return _Axes(time, time_step, origin, spacing)
+
+
+def _even_step(values: NDArray[np.float64]) -> float:
+    """The distance of neighbours along the last axis, 0 if they are not evenly spaced and ascending."""
+    steps = np.diff(values, axis=-1)
+    if steps.size == 0 or not np.isfinite(values).all():
+        return 0.0
+    # Stored as float32, large times are only as even as their last digit.
+    allowed = UNEVEN * abs(steps.mean()) + 4 * np.finfo(np.float32).eps * np.abs(values).max()
+    even = steps.min() > 0 and np.ptp(steps) <= allowed
+    return float(steps.mean()) if even else 0.0
+
+
+def _require_fit(request: Request, record: TrajectoryRecord, models: Models, source: ModelSource, axes: _Axes) -> None:
+    if list(record.grid) != models.tokenizer.grid:
+        raise UserError(
+            f"{request.input} has grid {list(record.grid)}, the model was trained on {models.tokenizer.grid} and works "
+            "on that alone: resample the input"
+        )
+    history = models.transformer.config.history
+    if request.start + history > record.n_snapshots:
+        raise UserError(
+            f"{request.input} has {record.n_snapshots} snapshots, the model needs {history} from --start "
+            f"{request.start} on: give a longer file or a smaller --start"
+        )
+    data = source.config.data
+    trained = {float(domain.steps_per_snapshot) for _, domain in data.domains.items()}
+    if not data.path and not any(abs(axes.time_step - step) <= UNEVEN * step for step in trained):
+        known = ", ".join(f"{step:g}" for step in sorted(trained))
+        print(f"warning: the time step of {request.input} is {axes.time_step:g}, the model was trained with {known}")
+
+
+def _provenance(source: ModelSource, models: Models, request: Request) -> dict[str, Any]:
+    return {
+        "model": source.config.name,
+        "checkpoint_step": models.step,
+        "checkpoint_weights_sha256": models.weights_sha256,
+        "tokenizer_sha256": tokenizer_sha256(source.tokenizer_folder()),
+        "input": request.input.name,
+        "input_sha256": sha256(request.input),
+        "start": request.start,
+        "given_snapshots": models.transformer.config.history,
+        "steps": request.steps,
+        "trajectories": "all" if request.sample is None else request.sample,
+        "divergence_operator": models.tokenizer.config.operator,
+        "walls": models.tokenizer.config.walls,
+        "curl_dtype": "float64",
+        "package_version": version("shodh_moe"),
+    }
+
+
+def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
+    """Files, errors and divergence on standard output."""
+    if scores.errors:
+        print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
+        print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}")
+        for step, errors in sorted(scores.errors.items()):
+            model, still, model_v, still_v = np.mean(errors, axis=0)
+            when = float(np.atleast_2d(time)[0, step])
+            print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}")
+    stored = f", {scores.stored:.1e} as stored in {request.dtype}" if request.dtype != "float64" else ""
+    operator = models.tokenizer.config.operator
+    where = " on faces" if operator == "staggered" else ""
+    print(
+        f"divergence of the velocity{where}, {operator} operator, h rms(div u) / rms(u), h = 1 cell, "
+        f"largest of all snapshots: {scores.decoded:.1e} decoded in float64{stored}"
+    )
+    print(f"[predict] {request.output}: {trajectories} x {request.steps} snapshots")

@@ -1,0 +1,186 @@
+"""Starting the ranks of a run with DeepSpeed's launcher: on this host, or over ssh on those of a hostfile.
+
+DeepSpeed's multi-host launch builds one line for a remote shell in which little is quoted, forwards few variables, does
+not ask whether a host is there, and ends every DeepSpeed job on a host when it is interrupted. So everything that gets
+into that line is checked, variables travel in a file, hosts are asked first, and ranks are ended by the `sentinel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+
+from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.base.network import free_port
+from shodh_moe.config import RunConfig
+from shodh_moe.launching.hosts import Host, count_ranks, read_hostfile
+from shodh_moe.launching.probe import probe_hosts
+from shodh_moe.launching.remote import SSH
+from shodh_moe.launching.sentinel import KILL, STOP
+from shodh_moe.launching.stopping import on_stop_signals
+
+REACH_S = 10.0  # by which every host must have answered
+END_S = 20.0  # that ranks get to go away after an interruption
+# pdsh runs one ssh for each host. A host that drops off must not hold it up for the two hours of TCP's own patience.
+SSH_OPTIONS = [*SSH[1:], "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
+FORWARDED = ("SHODH_", "DS_", "GLOO_", "NCCL_", "TORCH_", "OMP_", "MKL_", "CUDA_DEVICE_MAX", "TRITON_", "HDF5_", "FI_")
+# What DeepSpeed itself exports to the hosts, between double quotes where there are odd characters.
+EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
+# Neither a shell nor pdsh, which replaces %h and the like, reads anything into these; or these, between double quotes.
+_PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+_QUOTABLE = re.compile(r"[^\"$`\\%\n]*")
+
+
+class TrainingFailed(Exception):
+    """The launcher came back with an error that it has already printed, and with a rank's exit code.
+
+    Attributes:
+        exit_code: what our own process shall end with: a code that has a meaning stays, every other is 1.
+    """
+
+    def __init__(self, code: int):
+        self.exit_code = code if code in (EXIT_USER_ERROR, EXIT_REQUEUE) else EXIT_FAILED
+        super().__init__(f"training ended with exit code {self.exit_code}")
+
+
+def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
+    """Train in the run folder and return the launcher's exit code, which is that of the ranks.
+
+    ``module`` is the program of each rank.
+
+    SIGTERM and SIGUSR1 have the ranks write a checkpoint and end, a second one or Ctrl-C ends them at once.
+
+    Raises:
+        UserError: the hostfile or a host cannot be used.
+    """
+    for path in run.glob(".stop-*"):
+        path.unlink()
+    stop_file = run / f".stop-{uuid.uuid4().hex[:8]}"
+    training = ["--module", module, "--config", str(run / "config.yaml")]
+    training += ["--resume", resume, "--stop-file", str(stop_file)]
+    if config.parallel.hostfile:
+        command, environment = _on_hosts(Path(config.parallel.hostfile), run, training)
+    else:
+        command, environment = _here(count_ranks(config), training)
+    asked: list[bool] = []
+
+    def pass_on() -> None:
+        asked.append(True)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        stop_file.write_text(STOP)
+
+    with on_stop_signals(pass_on):
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            code = launcher.wait()
+        except BaseException:
+            # Checkpoints are whole at any moment, so the ranks need no farewell.
+            if config.parallel.hostfile:
+                stop_file.write_text(KILL)  # stays, for ranks that are still starting
+            else:
+                os.killpg(launcher.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout=END_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    stop_file.unlink(missing_ok=True)
+    return code
+
+
+# Quiet: the launcher's own errors only repeat the exit code of a rank that has said what is wrong.
+_DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+
+
+def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
+    # Some clusters have a /job/hostfile, which DeepSpeed would take by itself.
+    command = [sys.executable, *_DEEPSPEED, "--hostfile", os.devnull, "--num_gpus", str(world)]
+    command += ["--master_port", str(free_port())]
+    defaults = {
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
+        "DEEPSPEED_LOG_LEVEL": "warning",
+    }
+    return [*command, *training], {**defaults, **os.environ}
+
+
+def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str], dict[str, str]]:
+    hosts = read_hostfile(hostfile)
+    for what, text in (
+        ("the hostfile's path", str(hostfile)),
+        ("the working folder", os.getcwd()),
+        ("the path of Python", sys.executable),
+        *(("a setting", text) for text in training),
+    ):
+        _require_plain(what, text)
+    if not shutil.which("pdsh"):
+        raise UserError("no pdsh on this host's PATH, with which DeepSpeed starts ranks on others: install it")
+    address, port = _meeting_point(hosts)
+    command = [sys.executable, *_DEEPSPEED, "--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
+    command += ["--master_addr", address, "--master_port", port]
+    environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "warning"}
+    environment["DS_ENV_FILE"] = str(_write_variables(run / ".launch_env"))
+    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([*SSH_OPTIONS, os.environ.get("PDSH_SSH_ARGS_APPEND", "")]).strip()
+    return [*command, *training], environment
+
+
+def _require_plain(what: str, text: str) -> None:
+    if not _PLAIN.fullmatch(text):
+        raise UserError(
+            f"{what} is {text!r}, and DeepSpeed's launcher hands it to a shell on every host as it is: "
+            "use letters, digits and . _ - / + = : , @ alone"
+        )
+
+
+def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
+    """Address and port for rank 0, after every host has shown that it is there and has this Python."""
+    facts = probe_hosts([host.name for host in hosts], REACH_S)
+    here = ".".join(map(str, sys.version_info[:3]))
+    wrong = []
+    for host, found in facts.items():
+        if "error" in found:
+            wrong.append(f"{host}: {found['error']}")
+        elif found["python"] != here:
+            wrong.append(f"{host}: {sys.executable} is Python {found['python']}, here {here}")
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"hosts cannot be used: {'; '.join(wrong[:3])}{more}: see `shodh doctor --hostfile`")
+    first = facts[hosts[0].name]
+    # Bridges of container engines have the same address on every host.
+    others = {a for host in hosts[1:] for a in facts[host.name]["addresses"]}
+    address = os.environ.get("MASTER_ADDR") or next((a for a in first["addresses"] if a not in others), "127.0.0.1")
+    port = os.environ.get("MASTER_PORT") or str(first["port"])
+    _require_plain("MASTER_ADDR", address)
+    _require_plain("MASTER_PORT", port)
+    return address, port
+
+
+def _write_variables(path: Path) -> Path:
+    """The variables that the ranks on all hosts get, in the file that DeepSpeed reads for this: ours and the user's."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    lines = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(FORWARDED) and k != "DS_ENV_FILE"]
+    for given in {Path.home() / name, Path.cwd() / name}:
+        if given.is_file():
+            lines += [line.strip() for line in given.read_text().splitlines() if line.strip() and line[0] != "#"]
+    for key, value in os.environ.items():
+        if key.startswith(EXPORTED):
+            _require_plain("the name of a variable", key)
+            if not _QUOTABLE.fullmatch(value):
+                _require_plain(f"the variable {key}", value)
+    for line in lines:
+        key, _, value = line.partition("=")
+        _require_plain("the name of a variable", key)
+        if value:
+            _require_plain(f"the variable {key}", value)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path.absolute()

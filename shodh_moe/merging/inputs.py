@@ -1,0 +1,226 @@
+"""The inputs of a merge: where the bytes of every tensor lie, whatever kind of file they are in.
+
+Files are opened, checked and described here; nothing of a tensor is read. Nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.checkpoint import CheckpointReader, damage
+from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
+from shodh_moe.merging.safetensors_file import CODES, Damaged, read_header
+
+INDEX = "model.safetensors.index.json"
+MODEL = "model/"  # how a checkpoint's names of weights begin
+
+
+class Extent(NamedTuple):
+    """A run of consecutive elements of a tensor in a file."""
+
+    start: int  # first element, in the flattened tensor
+    length: int
+    file: int  # which of the source's files
+    offset: int  # bytes from the start of the file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in its files."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass
+class InputModel:
+    """One input.
+
+    Attributes:
+        path: as the config names it.
+        kind: "safetensors", "pt" or "checkpoint".
+        files: those that hold tensors.
+        tensors: by name, in the order of the files; of a checkpoint ``model/*`` alone, without that prefix, by name.
+        sha256: of each file, where it is known and checked already (a checkpoint's ``state.json`` has them).
+        state: a checkpoint's ``state.json``.
+    """
+
+    path: str
+    kind: str
+    files: list[Path]
+    tensors: dict[str, Stored]
+    sha256: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def file_of(self, name: str) -> Path:
+        """The file in which a tensor, or its first element, lies."""
+        extents = self.tensors[name].extents
+        return self.files[extents[0].file] if extents else Path(self.path)
+
+
+def open_source(path: str) -> InputModel:
+    """Describe a safetensors file, a folder of such (one, or several with an index), a state dict of torch, an exported
+    model, or a checkpoint of this project.
+
+    Raises:
+        UserError: there is none, a file is missing or damaged (named), or it is a pickle of something else.
+    """
+    where = Path(path)
+    try:
+        if where.is_file():
+            return _pt(path, where) if where.suffix in (".pt", ".pth", ".bin") else _safetensors(path, [where])
+        if (where / STATE).is_file():
+            return _checkpoint(path, where)
+        if where.name.endswith(".index.json") or (where / INDEX).is_file():
+            return _indexed(path, where)
+        if where.is_dir():
+            return _only_file(path, where)
+    except Damaged as error:
+        raise UserError(f"{error}: copy or make it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
+    raise UserError(f"there is no {path}: give a safetensors file, a folder with one, a .pt state dict or a checkpoint")
+
+
+def verify_checkpoint(source: InputModel) -> None:
+    """Hash the files of a checkpoint. Raises: UserError: a byte is not as it was written."""
+    if source.kind == "checkpoint" and (reason := damage(Path(source.path))):
+        raise UserError(f"checkpoint {source.path} is refused: {reason}; use another one of its run")
+
+
+def _safetensors(path: str, files: list[Path]) -> InputModel:
+    tensors: dict[str, Stored] = {}
+    for number, file in enumerate(files):
+        header = read_header(file)
+        for name, (dtype, shape, offset) in header.items():
+            if name in tensors:
+                raise UserError(f"{file}: tensor {name} is in another file of {path} too: one of them is left over")
+            count = math.prod(shape)
+            tensors[name] = Stored(dtype, shape, (Extent(0, count, number, offset),) if count else ())
+    return InputModel(path, "safetensors", files, tensors)
+
+
+def _indexed(path: str, folder: Path) -> InputModel:
+    try:
+        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(where.values()))
+        outside = next((name for name in names if Path(name).name != name), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{folder / INDEX} is damaged") from None
+    if outside:
+        raise UserError(f"{folder / INDEX} names {outside}, which is not in its folder: it is refused")
+    if missing := next((name for name in names if not (folder / name).is_file()), None):
+        raise UserError(f"{folder / missing} is missing, which {INDEX} names: copy the model again")
+    source = _safetensors(path, [folder / name for name in names])
+    if differing := sorted(source.tensors.keys() ^ where.keys()):
+        there = "misses" if differing[0] in source.tensors else "names"
+        raise UserError(f"{folder / INDEX} {there} tensor {differing[0]}, unlike its files: make it again")
+    return source
+
+
+def _only_file(path: str, folder: Path) -> InputModel:
+    usual = folder / "model.safetensors"
+    found = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise UserError(f"{path} has {len(found)} safetensors files and no {INDEX}: name one of them")
+    if found:
+        return _safetensors(path, found)
+    pickles = sorted(file for ending in ("pt", "pth", "bin") for file in folder.glob(f"*.{ending}"))
+    if len(pickles) == 1:
+        return _pt(path, pickles[0])
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run: name one of its checkpoints, such as {path}/checkpoints/STEP")
+    raise UserError(f"{path} holds no model: name a safetensors file, a .pt state dict or a checkpoint")
+
+
+def _pt(path: str, file: Path) -> InputModel:
+    """A plain state dict. Its tensors are mapped to learn where they lie; no page of them is touched."""
+    remedy = "save it again as torch.save(model.state_dict(), FILE), or as safetensors"
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{file} holds other things than tensors, and their code is not run: {remedy}") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} is damaged, or of an old format of torch ({text}): {remedy}") from None
+    if not isinstance(tensors, dict) or not tensors:
+        raise UserError(f"{file} holds a {type(tensors).__name__} without tensors and not a state dict: {remedy}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_sparse:
+            what = type(tensor).__name__
+            raise UserError(f"{file} is no plain state dict: {name!r} is a {what} and not a dense tensor: {remedy}")
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            raise UserError(f"{file}: tensor {name} is a view with gaps or of another order: {remedy}")
+        if tensor.dtype not in CODES and tensor.dtype != torch.complex128:
+            raise UserError(f"{file}: tensor {name} is of type {tensor.dtype}, which cannot be merged")
+    start = _mapped_at(file, tensors)
+    stored = {}
+    for name, tensor in tensors.items():
+        extent = Extent(0, tensor.numel(), 0, tensor.data_ptr() - start)
+        stored[name] = Stored(tensor.dtype, tuple(tensor.shape), (extent,) if tensor.numel() else ())
+    return InputModel(path, "pt", [file], stored)
+
+
+def _mapped_at(file: Path, tensors: dict[str, torch.Tensor]) -> int:
+    """Address of the file's first byte, from where its storages lie in it and in memory, which must agree."""
+    records = []
+    with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
+        for record in archive.infolist():
+            if "/data/" in record.filename and record.file_size:
+                # The lengths in the local header, not those of the directory, say where its data begin.
+                raw.seek(record.header_offset + 26)
+                lengths = raw.read(4)
+                name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+                records.append((record.header_offset + 30 + name + extra, record.file_size))
+    storages = {(one.data_ptr(), one.nbytes()) for one in (t.untyped_storage() for t in tensors.values())}
+    addresses = sorted(one for one in storages if one[1])
+    records.sort()
+    starts = {address - offset for (address, _), (offset, _) in zip(addresses, records, strict=False)}
+    sizes_agree = [size for _, size in addresses] == [size for _, size in records]
+    if not addresses:
+        return 0
+    if len(starts) != 1 or not sizes_agree:
+        raise UserError(f"{file} is not laid out as torch.save does it: save it again as safetensors")
+    return starts.pop()
+
+
+def _checkpoint(path: str, folder: Path) -> InputModel:
+    state = CheckpointReader(folder).state
+    files = [folder / rank_file(rank) for rank in range(state["world_size"])]
+    headers = []
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"checkpoint {path} is refused: {file.name} is missing; use another one of its run")
+        headers.append(read_header(file))
+    tensors = {}
+    for key in sorted(name for name in state["tensors"] if name.startswith(MODEL)):
+        record, extents = state["tensors"][key], []
+        dtype = getattr(torch, record["dtype"])
+        for rank, start, count in sorted(record["pieces"], key=lambda piece: piece[1]):
+            found = headers[rank].get(piece_key(key, start))
+            if found is None or found[:2] != (dtype, (count,)):
+                raise UserError(f"checkpoint {path} is refused: {files[rank].name} does not hold {key} from {start} on")
+            extents.append(Extent(start, count, rank, found[2]))
+        tensors[key.removeprefix(MODEL)] = Stored(dtype, tuple(record["shape"]), tuple(extents))
+    if not tensors:
+        raise UserError(f"checkpoint {path} holds no weights of a model")
+    hashes = {name: record["sha256"] for name, record in state["files"].items()}
+    return InputModel(path, "checkpoint", files, tensors, hashes, state)

@@ -1,0 +1,78 @@
+"""What can be known to be wrong before any work begins, and whose a run folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_writable
+from shodh_moe.checkpoint import list_checkpoints
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.kernels.backend import describe
+from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.model.norm import available_norm
+from shodh_moe.runs.folder import claim_run_folder
+from shodh_moe.tokenizer import load_tokenizer
+from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.optimizer import resolve_optimizer
+
+
+def check(config: Config) -> None:
+    """Everything that can be known to be wrong before any work begins.
+
+    Raises:
+        UserError: parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, or a folder
+            cannot be written.
+    """
+    world = count_ranks(config)
+    expert_parallel_size(config, world)
+    deepspeed_config(config, world)
+    resolve_optimizer(config.training)
+    available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
+    _check_kernels()
+    for size in config.data.grid:
+        if (size // COMPRESSION) % config.model.patch:
+            raise UserError(
+                f"data.grid {config.data.grid}: latents of {size // COMPRESSION} are not divisible by "
+                f"model.patch {config.model.patch}: change one of them"
+            )
+    if not config.data.path:
+        _check_generated(config)
+    if config.tokenizer.path:
+        require_fit(load_tokenizer(paths_of(config).tokenizer), config)
+    claim_run_folder(config, write=False)
+    paths = paths_of(config)
+    if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a run that goes on needs its start no more
+        start = Path(config.start)
+        if not (start / "checkpoints").is_dir() and not (start / "state.json").is_file():
+            raise UserError(f"start: {start} is no run folder and no checkpoint: give one of the same network, or null")
+    require_writable(paths.run)
+    for made in (paths.dataset, paths.tokenizer, paths.latents):
+        if not made.exists():
+            require_writable(made)
+
+
+def _check_kernels() -> None:
+    try:
+        describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, RuntimeError) as error:  # SHODH_KERNELS asks for what is not there
+        raise UserError(str(error)) from error
+
+
+def _check_generated(config: Config) -> None:
+    """Sizes that a dataset has only once it is there, but that the config of a generated one tells."""
+    domains = sorted(name for name, _ in config.data.domains.items())
+    if not domains:
+        raise UserError("data.domains names no domain: keep at least one")
+    weights = domain_weights(config.data.weights, domains)
+    DomainSampler(tuple(1 for _ in domains), config.training.batch_size, config.seed, weights=weights)
+    if config.model.history >= config.data.snapshots:
+        raise UserError(
+            f"model.history {config.model.history} needs more than the {config.data.snapshots} snapshots of a "
+            "trajectory: lower it or raise data.snapshots"
+        )

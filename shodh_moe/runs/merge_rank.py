@@ -1,0 +1,56 @@
+"""`launch/ccm_merge.py`: several processes share the outputs of one config."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from shodh_moe.base.command import OneLineParser, add_merge_arguments, exit_code
+from shodh_moe.base.errors import EXIT_USER_ERROR
+from shodh_moe.base.memory import keep_freed_memory
+from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
+from shodh_moe.merging.merge import merge
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One process; returns the largest exit code of all processes where MPI connects them."""
+    parser = OneLineParser(
+        prog="ccm_merge.py",
+        description="Merge models: the outputs of a sweep are shared among the processes.",
+        epilog="example: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_merge_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    communicator = None
+
+    def work() -> None:
+        nonlocal communicator
+        communicator, rank, size = process_place()
+        if size > 1:
+            os.environ["RANK"] = str(rank)  # messages name it
+        merge(options.config, options.output, options.memory_limit, options.out_shard_size, rank, size)
+
+    code = exit_code(work, options.debug)
+    if communicator is None:
+        return code
+    # Each ends its own outputs first: mpirun kills the others as soon as one process ends with an error.
+    codes = communicator.allgather(code)
+    return EXIT_USER_ERROR if max(codes) == EXIT_USER_ERROR else max(codes)
+
+
+def process_place() -> tuple[Any, int, int]:
+    """MPI's communicator (None without mpirun), this process's number, and how many there are.
+
+    Raises:
+        UserError: mpirun started this process and mpi4py is missing.
+    """
+    if under_mpirun():
+        world = mpi_world()
+        return world, world.Get_rank(), world.Get_size()
+    if in_slurm_step():
+        return None, int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    return None, 0, 1

@@ -1,0 +1,198 @@
+"""The main job, stage by stage: data, tokenizer, latents, pretraining, evaluation, report.
+
+A stage whose inputs and settings are unchanged is skipped, one that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import require_made, whole_folder, write_text
+from shodh_moe.checkpoint import find_checkpoint
+from shodh_moe.config import Config
+from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.paths import Paths, paths_of, tokenizer_seed
+from shodh_moe.data.sampler import DomainSampler
+from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
+from shodh_moe.runs.checks import check
+from shodh_moe.runs.folder import claim_run_folder, open_run_folder, open_tokenizer_folder
+from shodh_moe.tokenizer import load_tokenizer
+from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
+from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.training.tokenizer_config import tokenizer_run
+
+
+def run_all(config: Config) -> dict[str, Any]:
+    """Every stage in order; returns metrics.json's content."""
+    check(config)
+    if not _has_tokenizer(config, paths_of(config)):
+        tokenizer_run(config, count_ranks(config))
+    for stage in (make_data, make_tokenizer, make_latents, pretrain):
+        stage(config)
+    metrics = evaluate(config)
+    report(config)
+    return metrics
+
+
+def make_data(config: Config) -> Path:
+    """Generate the dataset unless it is there; one that the config names is checked instead.
+
+    A generated file that is missing or damaged is made again.
+    """
+    from shodh_moe.data import check_dataset, generate, is_complete
+    from shodh_moe.data.listing import READ_BYTES
+
+    paths = paths_of(config)
+    dataset = paths.dataset
+    manifest = dataset / "manifest.json"
+    if config.data.path:
+        # Latents are named after the dataset's files: once they are there, every value has been read.
+        budget = 0 if paths.latents.exists() else READ_BYTES
+        history, batch, data = config.model.history, config.training.batch_size, config.data
+        check_dataset(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        return _say("data", f"unchanged, {dataset}", dataset)
+    if manifest.exists() and is_complete(config.data, dataset):
+        return _say("data", f"unchanged, {dataset}", dataset)
+    began = time.perf_counter()
+    generate(config.data, dataset)
+    write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
+    return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
+
+
+def make_tokenizer(config: Config) -> Path:
+    """Train the tokenizer under the DeepSpeed launcher unless it is there or the config names one that fits the data.
+
+    Raises:
+        TrainingFailed: the launcher came back with an error.
+    """
+    paths = paths_of(config)
+    if _has_tokenizer(config, paths):
+        tokenizer = load_tokenizer(paths.tokenizer)
+        require_fit(tokenizer, config)
+        return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
+    require_made(paths.dataset / "stats.yaml", "shodh data generate")
+    run = tokenizer_run(config, count_ranks(config))
+    open_tokenizer_folder(run, paths.tokenizer)
+    began = time.perf_counter()
+    if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
+        raise TrainingFailed(code)
+    if not _has_tokenizer(config, paths):
+        raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
+    return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
+
+
+def _has_tokenizer(config: Config, paths: Paths) -> bool:
+    return bool(config.tokenizer.path) or (paths.tokenizer / "tokenizer.json").exists()
+
+
+def make_latents(config: Config) -> Path:
+    """Encode the dataset unless its latents are cached."""
+    paths = paths_of(config)
+    if paths.latents.exists():
+        _check_latents(config, paths)
+        return _say("latents", f"unchanged, {paths.latents}", paths.latents)
+    require_made(paths.dataset / "stats.yaml", "shodh data generate")
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(paths.tokenizer)
+    with whole_folder(paths.latents, keep_first=True) as temporary:
+        c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
+        how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
+        encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer)
+    return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
+
+
+def _check_latents(config: Config, paths: Paths) -> None:
+    """What every rank would find out for itself, told once and before the ranks start."""
+    for split in ("train", "valid", "test"):
+        latents = load_latents(paths.latents, split, paths.tokenizer)
+        samples = LatentSamples(latents, config.model.history, config.data.weights)
+        DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
+
+
+def pretrain(config: Config, resume: str = "auto") -> Path:
+    """Train under the DeepSpeed launcher unless the run has its last checkpoint already.
+
+    ``resume`` is ``auto``, the run's newest intact checkpoint, or the folder of a checkpoint to go on from.
+    """
+    paths = paths_of(config)
+    require_made(paths.latents, "shodh tokenizer encode")
+    _check_latents(config, paths)
+    claim_run_folder(config, write=False)
+    found = find_checkpoint(paths.run / "checkpoints")
+    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
+        return _say("pretrain", f"unchanged, {found[0]}", paths.run)
+    open_run_folder(config)
+    began = time.perf_counter()
+    if code := launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank"):
+        raise TrainingFailed(code)
+    found = find_checkpoint(paths.run / "checkpoints")
+    if found is None or found[1]["step"] < config.training.steps:
+        raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
+    return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measure the newest checkpoint on the test split unless that has been done with these settings."""
+    from shodh_moe.evaluation.evaluate import evaluate as measure
+
+    paths = paths_of(config)
+    found = find_checkpoint(paths.run / "checkpoints")
+    if found is None:
+        raise UserError(f"{paths.run / 'checkpoints'} holds no checkpoint: run `shodh pretrain` first")
+    key = fingerprint(found[1]["sha256"], str(paths.latents), config.evaluation.model_dump())
+    metrics_path = paths.run / "metrics.json"
+    if _stamp(paths.run, "evaluate") == key and metrics_path.exists() and (paths.run / "evaluation.npz").exists():
+        _say("evaluate", f"unchanged, {metrics_path}", None)
+        return json.loads(metrics_path.read_text())
+    claim_run_folder(config)
+    _stamp(paths.run, "evaluate", "")  # until the new measurement is whole
+    began = time.perf_counter()
+    metrics = measure(config, paths.run, paths.dataset, paths.tokenizer, paths.latents)
+    _stamp(paths.run, "evaluate", key)
+    _say("evaluate", f"{metrics_path} in {time.perf_counter() - began:.0f} s", None)
+    return metrics
+
+
+def report(config: Config) -> Path:
+    """Write the report unless it shows the present metrics already."""
+    from shodh_moe.report import write_report
+
+    run = paths_of(config).run
+    page, key = run / "report" / "index.html", _stamp(run, "evaluate")
+    if page.exists() and key and _stamp(run, "report") == key:
+        return _say("report", f"unchanged, {page}", page)
+    began = time.perf_counter()
+    page = write_report(run)
+    if key:
+        _stamp(run, "report", key)
+    return _say("report", f"{page} in {time.perf_counter() - began:.0f} s", page)
+
+
+def device() -> str:
+    """``cuda`` where torch can use it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
+    """Read, or with ``key`` write, what a stage of a run was last made from; "" if that is not known."""
+    path = run / "stages.json"
+    try:
+        stamps = json.loads(path.read_text())
+    except (OSError, ValueError):
+        stamps = {}
+    if key is not None:
+        write_text(path, json.dumps({**stamps, stage: key}) + "\n")
+        return key
+    return stamps.get(stage)
+
+
+def _say(stage: str, text: str, result: Any) -> Any:
+    print(f"[{stage}] {text}", flush=True)
+    return result

@@ -1,0 +1,44 @@
+"""One rank of the tokenizer's training: ``deepspeed --module shodh_moe.runs.tokenizer_rank --config C``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from shodh_moe.base.command import end_rank
+from shodh_moe.base.files import require_made
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.runs.folder import open_tokenizer_folder
+from shodh_moe.runs.rank import is_first, prepare, rank_main
+from shodh_moe.tokenizer import load_tokenizer
+from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.training.tokenizer_config import tokenizer_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return rank_main("Train the tokenizer (one rank).", _work, arguments)
+
+
+def _work(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides, options.name)
+    paths = paths_of(config)
+    finished = (paths.tokenizer / "tokenizer.json").exists() and options.resume == "auto"
+    if finished or config.tokenizer.path:
+        if is_first():
+            require_fit(load_tokenizer(paths.tokenizer), config)
+            print(f"[tokenizer] unchanged, {paths.tokenizer}", flush=True)
+        return
+    require_made(paths.dataset / "stats.yaml", "shodh data generate")
+    run = tokenizer_run(config, int(os.environ["WORLD_SIZE"]))
+    if is_first():
+        open_tokenizer_folder(run, paths.tokenizer)
+
+    prepare()
+    from shodh_moe.training.tokenizer_task import train_tokenizer
+
+    train_tokenizer(run, paths.dataset, paths.tokenizer, options.resume, options.stop_file)
+
+
+if __name__ == "__main__":
+    end_rank(main)

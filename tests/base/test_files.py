@@ -1,0 +1,160 @@
+"""Files and folders that are whole or absent, whatever fails while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import atomic_file, disk_trouble, require_writable, sha256, whole_folder, write_text
+
+TROUBLES = [
+    (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left on the disk"),
+    (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+    (PermissionError(errno.EACCES, "Permission denied"), "permission denied; choose another folder"),
+    (OSError(errno.EROFS, "Read-only file system"), "read-only; choose another folder"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "a file stands where a folder is needed"),
+    # As HDF5 at closing and safetensors say it.
+    (RuntimeError("Can't decrement id ref count (errno = 28, error message = 'No space left on device')"), "no space"),
+    (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), TROUBLES)
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, error: Exception, reason: str) -> None:
+    assert reason in str(disk_trouble(error))
+    file, folder = tmp_path / "a.txt", tmp_path / "b"
+    write_text(file, "old")
+    with whole_folder(folder) as temporary:
+        (temporary / "x").write_text("old")
+
+    def write_file() -> None:
+        with atomic_file(file) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    def write_folder() -> None:
+        with whole_folder(folder) as temporary:
+            (temporary / "x").write_text("half")
+            raise error
+
+    with pytest.raises(UserError, match=f"cannot write {file}: .*{reason}"):
+        write_file()
+    with pytest.raises(UserError, match=f"cannot write {folder}: .*{reason}"):
+        write_folder()
+    assert file.read_text() == (folder / "x").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b"]
+    assert os.listdir(folder) == ["x"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a fault of ours"), UserError("no permission")])
+def test_other_exceptions_pass_through(tmp_path: Path, error: BaseException) -> None:
+    assert disk_trouble(error) is None
+    for writing in (atomic_file, whole_folder):
+        with pytest.raises(type(error)) as raised, writing(tmp_path / "x"):
+            raise error
+        assert raised.value is error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_finished_write_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_text(tmp_path / "deep" / "a.txt", text)
+        with whole_folder(tmp_path / "deep" / "b") as temporary:
+            (temporary / text).write_text(text)
+            assert not (tmp_path / "deep" / "b" / text).exists()
+    assert (tmp_path / "deep" / "a.txt").read_text() == "two"
+    assert os.listdir(tmp_path / "deep" / "b") == ["two"]
+    assert sorted(os.listdir(tmp_path / "deep")) == ["a.txt", "b"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import whole_folder
+
+try:
+    with whole_folder(Path(sys.argv[1]), keep_first=sys.argv[2] == "first") as temporary:
+        (temporary / sys.argv[3]).write_text("")
+        print("writing", flush=True)
+        sys.stdin.readline()
+    print("done", flush=True)
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+@contextmanager
+def writers(target: Path, *modes: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that write ``target`` at once, the files 0, 1, ...; each is in the midst of it until it gets a line."""
+    command = [sys.executable, "-c", WRITER, str(target)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, mode, str(number)], **pipes) for number, mode in enumerate(modes)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "writing\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_of_several_processes_the_first_makes_the_folder(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    with writers(target, "first", "alone", "first") as processes:
+        said = []
+        for process in (processes[2], processes[0], processes[1]):
+            said.append(process.communicate("\n", timeout=60)[0])
+            assert os.listdir(target) == ["2"]
+    assert said[:2] == ["done\n", "done\n"]
+    assert f"{target} was written by another process meanwhile" in said[2]
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    with writers(target, "alone", "alone") as (killed, alive):
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 2
+        with whole_folder(tmp_path / "b") as temporary:
+            (temporary / "x").write_text("")
+            assert len(os.listdir(tmp_path)) == 2, "its own one, and that of the process that goes on"
+        assert os.listdir(target) == ["x"]
+        assert "meanwhile" in alive.communicate("\n", timeout=60)[0]
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_messages_name_the_folder_to_be(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_folder(tmp_path / "b") as temporary, atomic_file(temporary / "x"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/b/x: no space"):
+        write()
+
+
+def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(tmp_path / "not" / "there" / "yet")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        require_writable(tmp_path / "file" / "run")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="permission denied"):
+        require_writable(tmp_path / "run")
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")

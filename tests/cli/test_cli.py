@@ -1,0 +1,224 @@
+"""The `shodh` command: help, arguments, exit codes, and configs that cannot work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.cli import main
+from shodh_moe.runs import pipeline
+from tests.tiny import refused, tree, write_config
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a config in it."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+def shodh(*arguments: str) -> int:
+    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
+    return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
+
+
+# Help, arguments and exit codes.
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "run",
+        "data",
+        "data generate",
+        "tokenizer",
+        "tokenizer train",
+        "tokenizer encode",
+        "pretrain",
+        "evaluate",
+        "report",
+        "plan",
+    ],
+)
+def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    shown = {"": "run", "data": "data generate", "tokenizer": "tokenizer train"}.get(command, command)
+    example = f"example: shodh {shown} --config configs/quickstart.yaml --name trial training.steps=200"
+    assert example in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("predict", "predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"),
+        ("checkpoint", "checkpoint export runs/trial --output trial_model"),
+        ("checkpoint inspect", "checkpoint inspect runs/trial"),
+        ("checkpoint verify", "checkpoint verify runs/trial"),
+        ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
+        ("merge", "merge configs/merge/example.yaml"),
+        ("data import", "data import configs/import/jhtdb_channel.yaml"),
+        ("data check", "data check data/quickstart"),
+        ("data info", "data info data/quickstart"),
+        ("data preview", "data preview data/quickstart --output pictures"),
+        ("doctor", "doctor --hostfile hostfile --shared runs"),
+    ],
+)
+def test_help_of_what_needs_no_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    assert f"example: shodh {example}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_needs_no_gpu(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shodh("plan", "--world", "4", "model.moe.num_experts=4") == 0
+    shown = capsys.readouterr().out
+    assert "4: EP 4, EDP 1" in shown
+    assert "memory of a GPU" in shown
+    refused(capsys, "plan", "--config", "tiny.yaml", "--world", "0", says=("--world 0", "at least 1"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["run"],
+        ["run", "--config"],
+        ["run", "--config", "x", "--training.steps=3"],
+        ["tokenizer"],
+        ["checkpoint"],
+        ["checkpoint", "export", "x"],
+        ["checkpoint", "verify", "x", "training.steps=3"],
+        ["predict", "--checkpoint", "x", "--input", "y", "--output", "z", "--steps", "many"],
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "--help`" in error
+
+
+def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "make_data", seen.append)
+    assert (
+        main(["data", "generate", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"])
+        == 0
+    )
+    assert (seen[0].training.steps, seen[0].seed, seen[0].data.seed, seen[0].name) == (6, 5, 7, "n")
+
+
+@pytest.mark.parametrize(
+    ("more", "resume"), [([], "auto"), (["--resume", "runs/a/checkpoints/5"], "runs/a/checkpoints/5")]
+)
+def test_pretrain_goes_on_from_a_checkpoint(
+    here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], resume: str
+) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "pretrain", lambda config, resume: seen.append(resume))
+    assert shodh("pretrain", *more) == 0
+    assert seen == [resume]
+
+
+def test_checkpoint_commands_name_what_is_missing(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for step in ("inspect", "verify"):
+        refused(capfd, "checkpoint", step, "nowhere", says=("nowhere is no checkpoint and holds none",))
+    refused(capfd, "checkpoint", "export", "nowhere", "--output", "x", says=("there is no folder nowhere",))
+
+
+def test_an_unexpected_exception_is_ours_with_a_traceback(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "make_data", lambda config: {}["nothing"])
+    assert shodh("data", "generate") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "KeyError: 'nothing'" in error
+
+
+def test_debug_adds_a_traceback_to_wrong_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shodh("data", "generate", "--debug", "training.stpes=3") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("error: ")
+
+
+def test_a_message_of_several_lines_becomes_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stage(config: object) -> None:
+        raise UserError("HDF5 says\n  this\n  and that")
+
+    monkeypatch.setattr(pipeline, "make_data", stage)
+    assert refused(capfd, "data", "generate", "--config", "tiny.yaml", says=()) == "error: HDF5 says this and that\n"
+
+
+def test_the_installed_command_gives_exit_code_and_one_line(here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shodh_moe.cli", "run", "--config", "nowhere.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: cannot read config nowhere.yaml: No such file or directory; check --config\n"
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: [", "no valid YAML"),
+        (b"- a\n- b\n", "must hold `key: value` lines, not a list"),
+        (b"just words", "not a str"),
+        (b"\x89HDF\r\n\x1a\n\xff", "c.yaml"),
+    ],
+)
+def test_a_file_that_is_no_config(here: Path, capfd: pytest.CaptureFixture[str], content: bytes, says: str) -> None:
+    (here / "c.yaml").write_bytes(content)
+    refused(capfd, "run", "--config", "c.yaml", says=("c.yaml", says))
+    refused(capfd, "run", "--config", ".", says=("cannot read config .", "directory"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.moe.num_expert=4"], ("unknown key", "nearest valid key is 'model.moe.num_experts'")),
+        (["training.steps=many"], ("training.steps", "integer", "'many'")),
+        (["model.moe.num_experts=3", "parallel.ep_size=2"], ("num_experts 3", "ep_size 2")),
+        (["parallel.processes=3", "parallel.ep_size=2"], ("ep_size 2", "world size 3")),
+        (["data.grid=[16, 16, 12]"], ("data.grid", "compression 8")),
+        (["model.patch=4"], ("data.grid", "model.patch 4")),
+        (["model.history=5"], ("model.history 5", "data.snapshots")),
+        (["training.batch_size=3"], ("training.batch_size 3", "2 domains")),
+        (["data.domains={open_channel: null, porous_media: null}"], ("data.domains", "at least one")),
+        (["name=../x"], ("name", "'../x'")),
+        (["data.path=nowhere"], ("data.path", "nowhere", "give an existing one")),
+        (["tokenizer.path=nowhere"], ("tokenizer.path", "nowhere")),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "tokenizer train", "pretrain"])
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    here: Path, capfd: pytest.CaptureFixture[str], command: str, overrides: list[str], says: tuple[str, ...]
+) -> None:
+    refused(capfd, *command.split(), "--config", "tiny.yaml", *overrides, says=says)
+    assert set(tree(here)) == {"tiny.yaml"}
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_a_run_name_stays_in_the_runs_folder(here: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    refused(capfd, "run", "--config", "tiny.yaml", "--name", name, says=(f"--name {name!r}", "name should"))
+    assert set(tree(here)) == {"tiny.yaml"}

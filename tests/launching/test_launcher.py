@@ -1,0 +1,184 @@
+"""Every way of starting the same training; over several hosts in tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from shodh_moe.base.network import free_port
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import paths_of
+from shodh_moe.launching.launcher import launch_ranks
+from tests.training.synthetic import CONFIG, write_latents
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).parents[2] / "launch/pretrain.py"
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose latents are there, as the working folder of a training."""
+    folder = tmp_path_factory.mktemp("launch")
+    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
+    settings["training"] |= {"steps": 2, "checkpoint_every": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    latents = paths_of(load_config(folder / "config.yaml")).latents
+    write_latents(folder / latents)
+    (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
+    return folder
+
+
+def _run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+
+
+def _weights(folder: Path, name: str) -> list[dict]:
+    return [load_file(path) for path in sorted((folder / "runs" / name / "checkpoints/2").glob("*.safetensors"))]
+
+
+def _same(one: list[dict], other: list[dict]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_deepspeed_torchrun_and_one_process_start_the_same_training(case: Path) -> None:
+    script = [str(SCRIPT), "--config", "config.yaml", "--name"]
+    elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    starts = {
+        "deepspeed": [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port()), *script, "deepspeed"],
+        "torchrun": [*elastic, *script, "torchrun"],
+        "alone": [sys.executable, *script, "alone"],
+    }
+    for name, command in starts.items():
+        done = _run(case, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{1 if name == 'alone' else 2} ranks" in done.stdout
+    assert _same(_weights(case, "deepspeed"), _weights(case, "torchrun"))
+    assert len(_weights(case, "alone")) == 1
+
+
+def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
+    """Its launcher only warns, and would train on this host alone."""
+    script = [str(SCRIPT), "--config", "config.yaml", "--name", "missing"]
+    done = _run(case, *DEEPSPEED, "--hostfile", "nowhere", "--num_gpus", "1", *script)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: deepspeed --hostfile nowhere does not exist" in done.stderr
+    assert not (case / "runs/missing").exists()
+    done = _run(case, *DEEPSPEED, "--num_gpus", "2", *script, "--hostfile", "nowhere")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("error: hostfile nowhere does not exist: check --hostfile") == 1
+
+
+def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = _run(case, sys.executable, str(SCRIPT), "--config", "config.yaml", "--name", "taken", **told)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: rank 0 cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
+
+
+# Hosts behind a false ssh: what is wrong with one is known before anything starts.
+
+
+@pytest.fixture
+def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ``ssh`` to this host by any name; but ``dead`` never answers, ``old`` has another Python, ``bare`` none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text(
+        "#!/bin/bash\n"
+        'while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done; host=$1; shift; echo "$host $*" >>"$0.log"\n'
+        "case $host in\n"
+        "dead) exec sleep 60 ;;\n"
+        "closed) echo 'ssh: connect to host closed port 22: Connection refused' >&2; exit 255 ;;\n"
+        "lost) echo 'ssh: Could not resolve hostname lost: Name or service not known' >&2; exit 255 ;;\n"
+        "bare) echo 'bash: line 1: python: No such file or directory' >&2; exit 127 ;;\n"
+        'old) bash -c "$*" | sed \'s/"python": "[^"]*"/"python": "3.9.1"/\' ;;\n'
+        '*) bash -c "$*" ;;\n'
+        "esac\n"
+    )
+    (folder / "pdsh").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >{folder}/pdsh.log\n')
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hosts", "says"),
+    [
+        ("good slots=1\ndead slots=1\n", "hosts cannot be used: dead: no answer within 10 s: see `shodh doctor"),
+        ("good slots=1\nclosed slots=1\n", "closed: ssh: connect to host closed port 22: Connection refused"),
+        ("lost slots=1\n", "lost: ssh: Could not resolve hostname lost: Name or service not known"),
+        ("bare slots=1\n", "bare: bash: line 1: python: No such file or directory"),
+        ("good slots=1\nold slots=1\n", f"old: {sys.executable} is Python 3.9.1, here 3."),
+        ("good slots=1\n$(id) slots=1\n", "'$(id)' is no host name"),
+    ],
+)
+def test_hosts_that_cannot_be_used(case: Path, false_ssh: Path, tmp_path: Path, hosts: str, says: str) -> None:
+    (tmp_path / "hosts").write_text(hosts)
+    command = ["--config", "config.yaml", "--name", "none", "--hostfile", str(tmp_path / "hosts")]
+    done = _run(case, sys.executable, str(SCRIPT), *command)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (false_ssh / "pdsh.log").exists(), "nothing was started"
+
+
+def test_what_a_remote_shell_would_interpret_never_gets_there(case: Path, false_ssh: Path, tmp_path: Path) -> None:
+    def start(folder: Path, **variables: str) -> str:
+        folder.mkdir(exist_ok=True)
+        (folder / "hosts").write_text("good slots=1\nfine slots=1\n")
+        command = ["--config", str(case / "config.yaml"), "--hostfile", "hosts", f"runs={tmp_path}/runs"]
+        done = _run(folder, sys.executable, str(SCRIPT), *command, **variables)
+        assert done.returncode == 2 or variables.get("FINE"), done.stdout + done.stderr
+        return done.stderr
+
+    (tmp_path / "f").mkdir()
+    for name in ("data", "tokenizers"):
+        for folder in ("a b", "c;touch x", "d$(touch x)", "%h", "f"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).symlink_to(case / name)
+    for folder in ("a b", "c;touch x", "d$(touch x)", "%h"):
+        assert f"the working folder is {str(tmp_path / folder)!r}" in start(tmp_path / folder)
+    for value in ("$(touch x)", "`touch x`", 'a"b', "a b", "a\\b"):
+        assert "the variable NCCL_X is" in start(tmp_path / "f", NCCL_X=value)
+    assert "the variable PYTHONPATH is" in start(tmp_path / "f", PYTHONPATH="/$(touch x)")
+    assert "the name of a variable is 'PYTHON;touch x'" in start(tmp_path / "f", **{"PYTHON;touch x": "1"})
+    assert not (false_ssh / "pdsh.log").exists()
+    start(tmp_path / "f", NCCL_X="good,1=2", FINE="yes")
+    words = (false_ssh / "pdsh.log").read_text().splitlines()
+    assert words[words.index("-w") + 1] == "good,fine"
+    assert any("export NCCL_X=good,1=2;" in word for word in words)
+    assert not list(tmp_path.rglob("x"))
+
+
+def test_the_ranks_meet_at_an_address_of_the_first_host(
+    case: Path, false_ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(case)
+    (tmp_path / "hosts").write_text("good slots=1\nfine slots=1\n")
+    config = load_config(case / "config.yaml", [f"parallel.hostfile={tmp_path / 'hosts'}"])
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.7")
+    (tmp_path / "run").mkdir()
+    assert launch_ranks(config, tmp_path / "run", "auto") == 0
+    told = (false_ssh / "pdsh.log").read_text()
+    assert "--master_addr=192.0.2.7" in told
+    assert re.search(r"--master_port=\d{4,5}\n", told)
+    assert not list((tmp_path / "run").glob(".stop-*"))

@@ -1,0 +1,131 @@
+"""Which rank a process is, by what each launcher leaves in the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.network import common_address, interface_towards, port_holder
+from shodh_moe.launching.rank_variables import first_host, set_rank_variables
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What srun of SLURM 22.05 sets in the second of two tasks on the second of two nodes, measured.
+SRUN = {
+    "SLURM_JOB_ID": "54321",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in os.environ:
+        if name in NAMES or name.startswith(("SLURM", "OMPI", "PMI", "MPI", "LOCAL_SIZE", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+    for name in NAMES:  # so that what the function sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return monkeypatch
+
+
+def _set(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> list[str]:
+    for name, value in variables.items():
+        patch.setenv(name, value)
+    set_rank_variables()
+    return [os.environ[name] for name in NAMES]
+
+
+def test_alone_it_is_one_process_with_a_port_of_its_own(environment: pytest.MonkeyPatch) -> None:
+    *ranks, port = _set(environment, {})
+    assert ranks == ["0", "1", "0", "1", "127.0.0.1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(port)))
+
+
+def test_what_torchrun_and_deepspeed_say_stays(environment: pytest.MonkeyPatch) -> None:
+    own = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert _set(environment, own | {"LOCAL_SIZE": "2"} | SRUN) == ["3", "4", "1", "2", "a", "1"]
+
+
+def test_ranks_of_srun(environment: pytest.MonkeyPatch) -> None:
+    assert _set(environment, SRUN) == ["4", "5", "1", "2", "gpu03", "24321"]
+
+
+def test_what_an_sbatch_script_picks_stays(environment: pytest.MonkeyPatch) -> None:
+    assert _set(environment, SRUN | {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "4711"})[-2:] == ["10.1.1.1", "4711"]
+
+
+def test_a_task_that_sees_its_own_gpu_alone_uses_that(environment: pytest.MonkeyPatch) -> None:
+    assert _set(environment, SRUN | {"CUDA_VISIBLE_DEVICES": "0"})[2] == "0"
+    environment.delenv("RANK")
+    assert _set(environment, SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"})[2] == "1"
+
+
+def test_a_python_of_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    assert _set(environment, batch)[:2] == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"])
+def test_srun_without_a_needed_variable_is_refused_by_its_name(environment: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(UserError, match=f"without {name}: start ranks with srun"):
+        _set(environment, {key: value for key, value in SRUN.items() if key != name})
+
+
+@pytest.mark.parametrize(("name", "value"), [("SLURM_PROCID", "x"), ("SLURM_STEP_TASKS_PER_NODE", "3(y2)")])
+def test_srun_with_a_strange_variable_is_refused(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    with pytest.raises(UserError, match=r"no number|not a whole number"):
+        _set(environment, SRUN | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("login1", "login1"),
+        ("gpu[003-007,12],login1", "gpu003"),
+        ("a[5,7]", "a5"),
+        ("rack[1-2]node[03-04]", "rack1node03"),
+        ("b-1,b-2", "b-1"),
+    ],
+)
+def test_the_first_node_of_a_list_without_slurms_commands(
+    environment: pytest.MonkeyPatch, nodelist: str, first: str
+) -> None:
+    environment.setenv("PATH", "")
+    assert first_host(nodelist) == first
+
+
+def test_mpirun_without_mpi4py_is_refused(environment: pytest.MonkeyPatch) -> None:
+    environment.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"mpi4py cannot be used .*: pip install 'shodh_moe\[mpi\]'"):
+        _set(environment, {"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_ranks_of_several_hosts_meet_where_all_can_reach() -> None:
+    docker, first = "172.17.0.1/16", ["172.17.0.1/16", "192.168.5.1/24", "10.0.0.1/8"]
+    assert common_address([first, [docker, "10.0.3.2/8"], ["10.9.0.1/8"]]) == "10.0.0.1"
+    assert common_address([first, first]) == "127.0.0.1"
+    assert common_address([["10.0.0.1/24"], ["10.0.9.1/24"]]) == "10.0.0.1"
+
+
+def test_the_interface_towards_a_host() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no.such.host.invalid") == ""
+
+
+def test_who_holds_a_port() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        assert f"process {os.getpid()}" in port_holder(holder.getsockname()[1])

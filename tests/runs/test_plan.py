@@ -1,0 +1,166 @@
+"""The plan's numbers against what autograd keeps and what a DeepSpeed engine allocates."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.config import Config
+from shodh_moe.config.load import load_config
+from shodh_moe.model import LatentTransformer
+from shodh_moe.model.experts import Experts, _autocast
+from shodh_moe.parallel import ExpertParallel
+from shodh_moe.runs import plan
+from shodh_moe.runs.live_bytes import LiveBytes
+from shodh_moe.training.pretrain import total_loss
+from tests.training.launch import launch
+
+WORKER = Path(__file__).with_name("worker_plan.py")
+
+
+def _config(dim: int, hidden: int, shared: int, depth: int, grid: int, channels: int, **training: Any) -> Config:
+    moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared}
+    return Config.model_validate(
+        {
+            "data": {"grid": [8 * grid] * 3},
+            "tokenizer": {"latent_channels": channels},
+            "model": {"dim": dim, "depth": depth, "heads": dim // 32, "moe": moe},
+            "training": {"batch_size": 2, **training},
+        }
+    )
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps what torch's fused CUDA kernel does; a CPU keeps the normalised rows too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.zeros_like(weight)
+
+
+def _experts_on_a_gpu(self: Experts, x_LTD: Tensor, filled_LG: Tensor | None = None) -> Tensor:
+    x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+    gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
+    return torch.bmm(F.silu(gate) * up, down_LFD)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The model keeps on the CPU what it keeps on a GPU (attention is flash attention on both)."""
+    monkeypatch.setenv("SHODH_KERNELS", "reference")
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight))
+    monkeypatch.setattr(Experts, "forward", _experts_on_a_gpu)
+
+
+SIZES = {
+    "small": (64, 96, 1, 3, 8, 8),
+    "wide experts": (128, 512, 2, 3, 8, 16),
+    "no shared expert": (96, 192, 0, 2, 12, 8),
+    "many channels": (128, 256, 1, 2, 8, 128),
+}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_activations_are_what_autograd_keeps(as_on_a_gpu, size, precision, checkpointing):
+    config = _config(*size, precision=precision, activation_checkpointing=checkpointing)
+    channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
+    model = LatentTransformer(
+        config.model, channels, grid, 0, ExpertParallel(), activation_checkpointing=checkpointing
+    )  # fmt: skip
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        history = torch.randn(batch, config.model.history, channels, *grid)
+        geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext():
+            prediction = model(history, geometry)
+        losses, _ = total_loss(prediction, target, config)
+        kept = live.now
+        losses["loss"].backward()
+    parts = plan.activation_bytes(config)
+    assert kept == pytest.approx(parts["activations"], rel=0.01)
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    bound = parts["activations"] + parts["backward"] + gradients
+    assert 0.75 * bound < live.peak <= bound
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_parameters_are_those_of_the_model(ep):
+    config = _config(64, 96, 1, 3, 4, 8)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
+    count = plan.count_parameters(config, world=4)
+    model = LatentTransformer(config.model, 8, [4, 4, 4], 0, ExpertParallel(ep, 0))
+    assert count.rank == sum(parameter.numel() for parameter in model.parameters())
+    assert count.expert == 3 * 4 * 3 * 64 * 96  # layers, experts, matrices, their sizes
+    assert count.active == count.total - count.expert * 3 // 4
+
+
+def test_a_layout_that_does_not_fit_is_refused():
+    config = _config(64, 96, 1, 1, 4, 8)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 4})})
+    with pytest.raises(UserError, match="ep_size 4 does not divide the world size 6"):
+        plan.plan(config, 6)
+
+
+def test_disk_is_what_the_files_hold():
+    """By hand: two domains of 16 + 4 + 4 trajectories with 24 snapshots, four latent copies of the training split."""
+    config = Config.model_validate({"data": {"grid": [16, 16, 16]}, "tokenizer": {"latent_channels": 8}})
+    assert plan.snapshots(config) == 48 * 24
+    assert plan.dataset_bytes(config) == 48 * (24 * 4 + 1) * 16**3 * 4
+    assert plan.latent_bytes(config) == 2 * (4 * 16 + 4 + 4) * (24 + 1) * 8 * 2**3 * 4
+    assert plan.training_samples(config) == 2 * 16 * 4 * (24 - 2)
+    assert plan.checkpoint_bytes(config, 1) == 12 * plan.count_parameters(config, 1).total
+
+
+def test_the_table_says_the_main_things():
+    text = plan.plan(_config(64, 96, 1, 3, 4, 8, steps=20, batch_size=4, accumulation=2), 2)
+    tokens = "64 a sample, 256 a micro-batch, 1,024 a step"
+    for words in ("2: EP 2, EDP 1, ZeRO 0, float32", tokens, "20 of 16 samples"):
+        assert words in text
+
+
+LAYOUTS = {
+    "ZeRO 0": "parallel.zero_stage=0",
+    "ZeRO 0, EP 1": "parallel.ep_size=1",
+    "ZeRO 1": "parallel.zero_stage=1 training.precision=bfloat16 training.accumulation=2",
+    "ZeRO 2": "parallel.zero_stage=2 training.activation_checkpointing=true",
+}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> Path:
+    """A folder with config.yaml and the counts of `LAYOUTS`: two ranks, two experts, few tokens."""
+    folder = tmp_path_factory.mktemp("plan")
+    config = _config(256, 512, 1, 2, 2, 8).model_dump()
+    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    config["model"]["moe"]["num_experts"] = 2
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    done = launch(2, WORKER, str(folder / "config.yaml"), *LAYOUTS.values())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_states_are_what_an_engine_allocates(counted, layout):
+    config = load_config(counted / "config.yaml", LAYOUTS[layout].split())
+    count = json.loads((counted / "counts.json").read_text())[list(LAYOUTS).index(layout)]
+    sizes = plan.memory(config, 2)
+    assert count["between"] == pytest.approx(sizes["weights"] + sizes["optimizer"], rel=0.03)
+    assert 0.75 * sizes["sum"] < count["peak"] <= 1.02 * sizes["sum"]

@@ -1,0 +1,68 @@
+"""One rank of test_plan: a real engine makes two steps while all its tensors are counted; rank 0 prints the counts.
+
+Arguments: a config, then the overrides of one engine after the other, each as one argument with spaces between.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shodh_moe.base.command import end_rank
+from shodh_moe.config import Config
+from shodh_moe.config.load import load_config
+from shodh_moe.runs.live_bytes import LiveBytes
+from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.pretrain import latent_engine, total_loss
+
+
+def main() -> int:
+    path, *layouts = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    init_distributed()
+    dist.all_reduce = _released(dist.all_reduce)
+    counts = [measure(load_config(path, layout.split())) for layout in layouts]
+    if dist.get_rank() == 0:
+        Path(path).with_name("counts.json").write_text(json.dumps(counts))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _released(all_reduce: Any) -> Any:
+    """The same, back when gloo's thread, which may still hold the tensor for a moment, has let go; NCCL has none."""
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = tensor._use_count()
+        work = all_reduce(tensor, *args, **kwargs)
+        while work is None and tensor._use_count() > before:
+            time.sleep(1e-3)
+        return work
+
+    return call
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Bytes between two steps, and the most of two steps."""
+    t, channels = config.training, config.tokenizer.latent_channels
+    grid = [size // 8 for size in config.data.grid]
+    with LiveBytes() as live:
+        engine = latent_engine(config, channels, grid)
+        live.peak = 0
+        for _ in range(2 * t.accumulation):
+            history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)
+            geometry, target = torch.randn(2, t.batch_size, channels, *grid, dtype=engine.dtype)
+            prediction = engine(history, geometry)
+            losses, _ = total_loss(prediction, target, config)
+            engine.step(losses["loss"], 1e-3)
+            del history, geometry, target, prediction, losses
+        return {"between": live.now, "peak": live.peak}
+
+
+if __name__ == "__main__":
+    end_rank(main)

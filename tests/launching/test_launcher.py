@@ -17,6 +17,7 @@ from shodh_moe.base.network import free_port
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import paths_of
 from shodh_moe.launching.launcher import launch_ranks
+from tests import forked
 from tests.training.synthetic import CONFIG, write_latents
 
 pytestmark = pytest.mark.distributed
@@ -41,6 +42,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+
+
+def _script(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run launch/pretrain.py without any launcher."""
+    return forked.run(SCRIPT, arguments, [{**os.environ, **variables}], folder, timeout=110)
 
 
 def _weights(folder: Path, name: str) -> list[dict]:
@@ -87,7 +93,7 @@ def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
         holder.listen()
         port = holder.getsockname()[1]
         told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = _run(case, sys.executable, str(SCRIPT), "--config", "config.yaml", "--name", "taken", **told)
+        done = _script(case, "--config", "config.yaml", "--name", "taken", **told)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"error: rank 0 cannot listen on 127.0.0.1:{port}" in done.stderr
     assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
@@ -134,7 +140,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_hosts_that_cannot_be_used(case: Path, false_ssh: Path, tmp_path: Path, hosts: str, says: str) -> None:
     (tmp_path / "hosts").write_text(hosts)
     command = ["--config", "config.yaml", "--name", "none", "--hostfile", str(tmp_path / "hosts")]
-    done = _run(case, sys.executable, str(SCRIPT), *command)
+    done = _script(case, *command)
     assert done.returncode == 2, done.stdout + done.stderr
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
@@ -146,7 +152,7 @@ def test_what_a_remote_shell_would_interpret_never_gets_there(case: Path, false_
         folder.mkdir(exist_ok=True)
         (folder / "hosts").write_text("good slots=1\nfine slots=1\n")
         command = ["--config", str(case / "config.yaml"), "--hostfile", "hosts", f"runs={tmp_path}/runs"]
-        done = _run(folder, sys.executable, str(SCRIPT), *command, **variables)
+        done = _script(folder, *command, **variables)
         assert done.returncode == 2 or variables.get("FINE"), done.stdout + done.stderr
         return done.stderr
 

@@ -30,7 +30,7 @@ from shodh_moe.cli import main as shodh
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.load import load_config, read_yaml
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 ANCHOR = ROOT / "configs" / "latent_ccm" / "anchor.yaml"
@@ -103,7 +103,7 @@ class Bench:
 
     def at(self, viscosity: float, settings: Iterable[str] = ()) -> list[str]:
         """Settings of data at that viscosity under the anchor's tokenizer."""
-        tokenizer = paths_of(self.anchor).tokenizer
+        tokenizer = resolve_paths(self.anchor).tokenizer
         name = f"{self.anchor.data.name}_{viscosity:g}"
         return [f"{VISCOSITY}={viscosity}", f"data.name={name}", f"tokenizer.path={tokenizer}", *settings, *self.own]
 

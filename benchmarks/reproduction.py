@@ -29,7 +29,7 @@ from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from shodh_moe.base.files import atomic_file, finite_json, require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.stopping import on_stop_signals
 from shodh_moe.runs.plan import count_parameters, latent_grid, snapshots
 
@@ -177,7 +177,7 @@ def write(run: Path, found: dict[str, Any], output: Path) -> None:
 
 def work(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    run = paths_of(config).run
+    run = resolve_paths(config).run
     output = options.output or (OUTPUT if config.name == "reproduce" else OUTPUT / config.name)
     times = run.with_name(f"{run.name}.times.json")  # beside the run folder, which begins with pretraining
     for folder in (run.parent, output):

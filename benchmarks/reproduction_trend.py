@@ -29,7 +29,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.hosts import count_ranks
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.plan import count_parameters
@@ -78,7 +78,7 @@ def points(dims: Sequence[int], trajectories: Sequence[int], base_dim: int) -> l
 
 def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]:
     """The words of each point's `shodh run` after ``--config``."""
-    tokenizer = paths_of(base).tokenizer
+    tokenizer = resolve_paths(base).tokenizer
     domains = [name for name, _ in base.data.domains.items()]
     samples = base.training.batch_size * count_ranks(base)
     words = {}
@@ -102,7 +102,7 @@ def carry_out(config: Path, words: list[str]) -> bool:
 def result(config_path: Path, words: list[str], point: Point) -> dict[str, Any] | None:
     """What the point's finished run measured; None if it has not ended or is of other settings."""
     config = load_config(config_path, words[2:], words[1])
-    run = paths_of(config).run
+    run = resolve_paths(config).run
     try:
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         theirs = load_config(run / "config.yaml")
@@ -205,11 +205,11 @@ def work(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = load_config(options.config, options.overrides)
     require_writable(options.json.absolute().parent)
-    paths = paths_of(base)
+    paths = resolve_paths(base)
     if not options.summary_only:
-        pipeline.check(base)
-        pipeline.make_data(base)
-        pipeline.make_tokenizer(base)
+        pipeline.check(base, paths)
+        pipeline.make_data(base, paths)
+        pipeline.make_tokenizer(base, paths)
     require_made(paths.tokenizer / "tokenizer.json", "shodh tokenizer train")
     meta = json.loads((paths.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     jobs = planned(options, base)

@@ -29,7 +29,7 @@ from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.metrics.fields import band_edges
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
@@ -103,7 +103,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
                 continue
             changes = [f"tokenizer.{key}={value}" for key, value in VARIANTS[variant].items()]
             settings = [*options.overrides, f"seed={seed}", *changes]
-            tokenizer = paths_of(load_config(options.config, settings)).tokenizer
+            tokenizer = resolve_paths(load_config(options.config, settings)).tokenizer
             evaluation = folder / f"{variant}-{seed}.json"
             runs.append(Run(variant, seed, options.config, settings, tokenizer, evaluation))
     return runs
@@ -184,7 +184,7 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     write_text(options.json.with_suffix(".md"), text)
     done = [run for run in runs if run.seed in results.get(run.variant, {})]
     pictured = {run.variant: run.tokenizer for run in done if run.seed == done[0].seed}
-    draw_pictures(options.images, rows, pictured, paths_of(config).dataset, config.data.grid)
+    draw_pictures(options.images, rows, pictured, resolve_paths(config).dataset, config.data.grid)
     print(f"results: {options.json}")
 
 
@@ -199,7 +199,7 @@ def work(options: argparse.Namespace) -> None:
         require_writable(folder)
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.summary_only:
-        require_made(paths_of(config).dataset / "stats.yaml", "shodh data generate")
+        require_made(resolve_paths(config).dataset / "stats.yaml", "shodh data generate")
     failed = [] if options.summary_only else [run.name for run in runs if not carry_out(run)]
     report(options, runs)
     if failed:

@@ -15,7 +15,7 @@ from typing import Any
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.config import Config, MoEConfig
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.paths import paths_of, tokenizer_seed
+from shodh_moe.config.paths import resolve_paths, tokenizer_seed
 
 SINGLE = "single"
 JOINT = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared")
@@ -63,7 +63,7 @@ def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
 
 
 def shared_config(audit: AuditConfig) -> Config:
-    """The base config with the one tokenizer and the latents that all runs share (see `paths_of`), for one rank."""
+    """The base config with the tokenizer and the latents that all runs share (see `resolve_paths`), for one rank."""
     base = audit.base
     return base.model_copy(
         update={
@@ -71,7 +71,7 @@ def shared_config(audit: AuditConfig) -> Config:
             "runs": str(audit.folder / "arms"),
             # Named by its folder, and with a seed of its own, it is the same whatever a run's domains and seed.
             "tokenizer": base.tokenizer.model_copy(
-                update={"path": str(paths_of(base).tokenizer), "seed": tokenizer_seed(base)}
+                update={"path": str(resolve_paths(base).tokenizer), "seed": tokenizer_seed(base)}
             ),
             "parallel": base.parallel.model_copy(update={"processes": 1, "ep_size": "auto"}),
         }

@@ -22,7 +22,7 @@ from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.rollout import decode, predict_next
@@ -79,7 +79,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     """
     if diverged(run.config):
         return _write(audit, run, {})
-    config, paths = run.config, paths_of(run.config)
+    config, paths = run.config, resolve_paths(run.config)
     models = load_models(find_source(last_checkpoint(config)))
     transformer, batch, count = models.transformer, config.evaluation.batch_size, audit.gradient_samples
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
@@ -118,7 +118,7 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
 def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
     """None if no domain of the run has unseen geometry."""
     config = unseen_config(audit)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     if not test:
         return None

@@ -24,6 +24,7 @@ from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
@@ -64,12 +65,15 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 def make_latents(audit: AuditConfig) -> None:
     """The data, the tokenizer, and the latents that all runs share; and those of unseen geometry."""
     base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
-    check(base)
-    pipeline.make_data(base)
-    pipeline.make_tokenizer(base)
-    pipeline.make_latents(shared_config(audit))
-    pipeline.make_data(unseen_config(audit))
-    pipeline.make_latents(unseen_config(audit))
+    paths = resolve_paths(base)
+    check(base, paths)
+    pipeline.make_data(base, paths)
+    pipeline.make_tokenizer(base, paths)
+    shared, unseen = shared_config(audit), unseen_config(audit)
+    pipeline.make_latents(shared, resolve_paths(shared))
+    unseen_paths = resolve_paths(unseen)
+    pipeline.make_data(unseen, unseen_paths)
+    pipeline.make_latents(unseen, unseen_paths)
 
 
 def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:

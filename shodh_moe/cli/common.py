@@ -10,6 +10,7 @@ from typing import Any
 from shodh_moe.base.command import OneLineParser, add_config_arguments
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import resolve_paths
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
 MODEL = "a run folder (its newest intact checkpoint), a checkpoint, or an exported folder"
@@ -83,7 +84,8 @@ def stage(name: str) -> Callable[[argparse.Namespace], None]:
         from shodh_moe.runs import pipeline
 
         config = config_of(options)
-        pipeline.check(config)
-        getattr(pipeline, name)(config)
+        paths = resolve_paths(config)
+        pipeline.check(config, paths)
+        getattr(pipeline, name)(config, paths)
 
     return work

@@ -8,6 +8,7 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.cli.common import MODEL, add_config_command, add_hostfile, add_tokenizer_option, config_of, stage
+from shodh_moe.config.paths import resolve_paths
 
 
 def add_run(commands: Any) -> None:
@@ -56,17 +57,19 @@ def _run(options: argparse.Namespace) -> None:
     from shodh_moe.runs import pipeline
 
     config = config_of(options)
-    metrics = pipeline.run_all(config)
+    paths = resolve_paths(config)
+    metrics = pipeline.run_all(config, paths)
     print(summary_table(metrics))
-    print(f"report: {pipeline.paths_of(config).run / 'report' / 'index.html'}")
+    print(f"report: {paths.run / 'report' / 'index.html'}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
     from shodh_moe.runs import pipeline
 
     config = config_of(options)
-    pipeline.check(config)
-    pipeline.pretrain(config, options.resume)
+    paths = resolve_paths(config)
+    pipeline.check(config, paths)
+    pipeline.pretrain(config, paths, options.resume)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.section import Section
+from shodh_moe.base.section import Section, section_of
 from shodh_moe.config import Config
 
 Kind = TypeVar("Kind", bound=Section)
@@ -156,13 +156,11 @@ def _nearest(key: str, valid: list[str]) -> str | None:
     return near[0] if near else None
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a config model."""
+def _keys(kind: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of a config, including those that hold a section."""
     keys = []
-    for name, field in model.model_fields.items():
+    for name, field in kind.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            # Python 3.10 takes list[int] for a class, which issubclass then refuses.
-            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys.extend(_keys(kind, f"{prefix}{name}."))
+        if inner := section_of(field):
+            keys.extend(_keys(inner, f"{prefix}{name}."))
     return keys

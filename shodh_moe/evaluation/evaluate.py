@@ -19,7 +19,7 @@ from torch import Tensor
 from shodh_moe.base.files import write_text
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
@@ -33,32 +33,31 @@ from shodh_moe.training.telemetry import RoutingCounts
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
 
 
-def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, latents: Path) -> dict[str, Any]:
-    """Measure the newest checkpoint of ``run``; write ``metrics.json`` and ``evaluation.npz`` there.
+def evaluate(config: Config, paths: Paths) -> dict[str, Any]:
+    """Measure the newest checkpoint of a run; write ``metrics.json`` and ``evaluation.npz`` to its folder.
 
     Raises:
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
-    models = load_models(find_source(run, tokenizer_folder), config.model)
-    return measure(config, models, dataset, latents, run, training_records(run))
+    models = load_models(find_source(paths.run, paths.tokenizer), config.model)
+    return measure(config, models, paths, paths.run, training_records(paths.run))
 
 
 @torch.no_grad()
 def measure(
-    config: Config, models: Models, dataset: Path, latents: Path, folder: Path, history: list[dict[str, Any]]
+    config: Config, models: Models, paths: Paths, folder: Path, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
 
     ``history`` holds the training records, from which speed and memory come; [] leaves those null.
     """
-    made_with = paths_of(config).tokenizer
     train, test = (
-        LatentSamples(load_latents(latents, split, made_with), config.model.history, config.data.weights)
+        LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
         for split in ("train", "test")
     )
     domains = test.domains
     listing = config.data.grid, config.data.skip_bad
-    records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", *listing)}
+    records = {(r.path.name, r.sample): r for r in list_trajectories(paths.dataset, "test", *listing)}
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}
@@ -67,7 +66,7 @@ def measure(
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test.trajectories if z.domain == domain]
         expert_1 = test.expert_B(torch.tensor([domains.index(domain)]), config.model.moe.num_experts)
-        mean_fields = _mean_fields(dataset, domain, *listing)
+        mean_fields = _mean_fields(paths.dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):

@@ -23,7 +23,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import FieldStats, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.stats import STATS_FILE
@@ -65,9 +65,9 @@ def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -
     Raises:
         UserError: tokenizer or dataset are missing, damaged or of different grids, or the file cannot be written.
     """
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config)
+    require_fit(tokenizer, config, paths)
     target = _target(paths.tokenizer, output)
     require_made(paths.dataset / STATS_FILE, "shodh data generate")
     other_data = _trained_on_other_data(tokenizer, FieldStats.load(paths.dataset))

@@ -20,7 +20,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, require_writable, whole_folder
 from shodh_moe.base.progress import progress
 from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.storage import free_bytes
@@ -51,9 +51,9 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
     if output.exists():
         raise UserError(f"--output {output} exists: give a new folder, or remove it")
     require_writable(output.parent)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config)
+    require_fit(tokenizer, config, paths)
     require_made(paths.latents, "shodh tokenizer encode")
     latents = [one for one in load_latents(paths.latents, split, paths.tokenizer) if not one.copy]
     listed = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
@@ -52,11 +53,16 @@ class ModelSource:
     run: Path | None = None
     tokenizer: Path | None = None
 
+    @cached_property
+    def paths(self) -> Paths:
+        """The folders of ``config``, resolved once. Raises: UserError: its ``data.path`` or tokenizer is gone."""
+        return resolve_paths(self.config)
+
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is. Raises: UserError: it is not where the config says."""
         if self.exported:
             return self.path / "tokenizer"
-        folder = self.tokenizer or paths_of(self.config).tokenizer
+        folder = self.tokenizer or self.paths.tokenizer
         if not folder.is_dir():
             raise UserError(
                 f"the tokenizer of {self.path} is not at {folder}: run the command in the folder in which the model "

@@ -11,7 +11,6 @@ import numpy as np
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, TokenizerConfig
-from shodh_moe.config.paths import paths_of
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
 from shodh_moe.inference.loading import Models, ModelSource
@@ -35,7 +34,7 @@ def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | No
     """The text of README.md, Markdown."""
     parts = [
         _what(source, models),
-        _data(source.config),
+        _data(source),
         _training(source.config, models),
         _measured(metrics),
         _limits(source.config, models),
@@ -89,8 +88,8 @@ def _walls(tokenizer: TokenizerConfig) -> str:
   operator; another one sees its own difference. In float32 files it is at rounding of float32."""
 
 
-def _data(config: Config) -> str:
-    data = config.data
+def _data(source: ModelSource) -> str:
+    data = source.config.data
     if data.path:
         kind = f"An existing dataset, `{Path(data.path).name}`; its origin, units and licence are those of its makers."
     else:
@@ -107,7 +106,7 @@ def _data(config: Config) -> str:
             settings = domain.model_dump(exclude={"trajectories"})
             text = ", ".join(f"{key} {value}" for key, value in settings.items())
             lines.append(f"| {name} | {counts.train}, {counts.valid}, {counts.test} | {text} |")
-    ranges = _ranges(config)
+    ranges = _ranges(source)
     if ranges:
         lines += ["", "Parameters of the training trajectories, smallest to largest:", ""]
         lines += ["| domain | training trajectories | parameters |", "|---|---|---|", *ranges]
@@ -116,12 +115,13 @@ def _data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _ranges(config: Config) -> list[str]:
+def _ranges(source: ModelSource) -> list[str]:
     """A table row a domain with the range of every scalar in the training files; [] without the files."""
     values: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     with contextlib.suppress(UserError, OSError):
-        for record in list_trajectories(paths_of(config).dataset, SPLITS[0], config.data.grid, config.data.skip_bad):
+        data = source.config.data
+        for record in list_trajectories(source.paths.dataset, SPLITS[0], data.grid, data.skip_bad):
             counts[record.domain] = counts.get(record.domain, 0) + 1
             found = values.setdefault(record.domain, {})
             with opened(record.path) as file:

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
@@ -21,7 +22,7 @@ from shodh_moe.base.polling import wait_until
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.data.estimate import told, update_rate, worth_measuring
 from shodh_moe.data.generate import estimate, flow_devices, make, on_devices, on_free_device, own_cores, run
 from shodh_moe.data.planned import PlannedTrajectory, missing, plan, require_space, unfinished
@@ -117,30 +118,31 @@ def _part(options: argparse.Namespace) -> tuple[int, int]:
     return 0, 1
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _config(options: argparse.Namespace) -> tuple[Config, Paths]:
+    """Read and check the config; returns its folders with it."""
     config = load_config(options.config, options.overrides, options.name)
-    pipeline.check(config)
-    return config
+    paths = resolve_paths(config)
+    pipeline.check(config, paths)
+    return config, paths
 
 
 def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
-    config = _config(options)
+    config, paths = _config(options)
     if options.estimate:
-        _estimate_only(config, part, of)
+        _estimate_only(config, paths.dataset, part, of)
         return
     if of == 1:
         if "SLURM_ARRAY_TASK_ID" in os.environ:
             # Not taken for a part: the tasks of an array may as well have a config each.
             print("note: one task of a job array makes every trajectory; --part and --of would share them", flush=True)
-        pipeline.make_data(config)
+        pipeline.make_data(config, paths)
         return
-    jobs = _jobs(config, part, of)
+    jobs = _jobs(config, paths.dataset, part, of)
     print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to make", flush=True)
     if jobs:
-        dataset = paths_of(config).dataset
-        print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
+        print(f"[data] {estimate(jobs, config.data, paths.dataset, own_cores(), _task_of_host())}", flush=True)
     make(jobs, config.data, local_rank=_task_of_host())
-    _finish(config)
+    _finish(config, paths)
 
 
 def _task_of_host() -> int | None:
@@ -149,11 +151,10 @@ def _task_of_host() -> int | None:
     return int(os.environ.get("SLURM_LOCALID", "0")) if several else None
 
 
-def _estimate_only(config: Config, part: int, of: int) -> None:
+def _estimate_only(config: Config, dataset: Path, part: int, of: int) -> None:
     """What is still to be made, whether or not the disk has room; a disk that has none is refused after it."""
     if config.data.path:
         raise UserError("--estimate is for data that are generated, and data.path names a folder: set it to null")
-    dataset = paths_of(config).dataset
     jobs = unfinished(config.data, dataset, part, of, begin=False)
     if not jobs:
         print("[data] nothing is left to be made", flush=True)
@@ -164,19 +165,20 @@ def _estimate_only(config: Config, part: int, of: int) -> None:
 
 def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: int) -> None:
     """Rank 0 alone reads the config and looks at the folder, so that what is wrong is told once."""
-    found: tuple[Config, list[PlannedTrajectory]] | None = None
+    found: tuple[Config, Paths, list[PlannedTrajectory]] | None = None
     if world.rank == 0:
         if options.estimate:
             raise UserError("--estimate is for one process: leave out mpirun")
-        config = _config(options)
+        config, paths = _config(options)
         flow_devices(config.data, 1, 0)  # a GPU that is asked for and not there is told once
-        found = config, _jobs(config, part, of)
-        print(f"[data] {world.size} ranks, {len(found[1])} trajectories to make", flush=True)
-    config, jobs = world.bcast(found)
+        jobs = _jobs(config, paths.dataset, part, of)
+        found = config, paths, jobs
+        print(f"[data] {world.size} ranks, {len(jobs)} trajectories to make", flush=True)
+    config, paths, jobs = world.bcast(found)
     cores, number = place_of_rank(world)
     devices = flow_devices(config.data, cores, number)
     if jobs:
-        _tell_estimate(world, jobs, config, devices, cores)
+        _tell_estimate(world, jobs, config, paths.dataset, devices, cores)
         work = on_free_device(lambda job, device: run(jobs[job], config.data, cores, device), devices)
         ends = share_out(world, work, len(jobs), len(devices))
         for _ in progress(ends, "simulating", len(jobs)) if world.rank == 0 else ends:
@@ -188,28 +190,30 @@ def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: i
                 f"{len(unseen)} of the files that other ranks wrote are not to be seen here ({unseen[0].path}, ...): "
                 "put data.root on a disk that all hosts share"
             )
-        _finish(config)
+        _finish(config, paths)
 
 
-def _tell_estimate(world: Any, jobs: list[PlannedTrajectory], config: Config, devices: list[str], cores: int) -> None:
+def _tell_estimate(
+    world: Any, jobs: list[PlannedTrajectory], config: Config, dataset: Path, devices: list[str], cores: int
+) -> None:
     """Print the estimate; all ranks measure at the same time, as they will work at the same time (collective)."""
     # Ranks of a host without GPUs know nothing of the GPUs of another: all measure, or none.
     everywhere = all(world.allgather(worth_measuring(jobs, config.data, devices)))
     rates = world.gather(update_rate(config.data, len(devices), cores) if everywhere else 0.0)
     flows, all_cores, gpus = (world.gather(n) for n in (len(devices), cores, int(devices[0] != "cpu")))
     if world.rank == 0:
-        dataset, where = paths_of(config).dataset, on_devices(sum(gpus), sum(all_cores))
+        where = on_devices(sum(gpus), sum(all_cores))
         all_jobs = len(plan(config.data, dataset))
         print(f"[data] {told(jobs, all_jobs, config.data, dataset, sum(flows), sum(rates), where)}", flush=True)
 
 
-def _jobs(config: Config, part: int, of: int) -> list[PlannedTrajectory]:
-    return [] if config.data.path else unfinished(config.data, paths_of(config).dataset, part, of)
+def _jobs(config: Config, dataset: Path, part: int, of: int) -> list[PlannedTrajectory]:
+    return [] if config.data.path else unfinished(config.data, dataset, part, of)
 
 
-def _finish(config: Config) -> None:
+def _finish(config: Config, paths: Paths) -> None:
     """Statistics and manifest, once every trajectory is there. Several that do it at once write the same."""
-    everything = [] if config.data.path else plan(config.data, paths_of(config).dataset)
+    everything = [] if config.data.path else plan(config.data, paths.dataset)
     if left := missing(everything):
         print(
             f"[data] {len(left)} of {len(everything)} trajectories are still missing: the part that ends last writes "
@@ -217,4 +221,4 @@ def _finish(config: Config) -> None:
             flush=True,
         )
         return
-    pipeline.make_data(config)
+    pipeline.make_data(config, paths)

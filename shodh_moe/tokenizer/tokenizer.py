@@ -17,7 +17,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file, sha256, write_text
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import COMPRESSION, Config, TokenizerConfig
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths
 from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
@@ -169,10 +169,10 @@ def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]
 
 
-def require_fit(tokenizer: Tokenizer, config: Config) -> None:
+def require_fit(tokenizer: Tokenizer, config: Config, paths: Paths) -> None:
     """Refuse a tokenizer of another grid than the data's (its fields are checked when it is loaded)."""
     if tokenizer.grid != config.data.grid:
         raise UserError(
-            f"tokenizer {paths_of(config).tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
+            f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
             f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
         )

@@ -21,7 +21,7 @@ import yaml
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.solvers import Simulation
 from tests import tiny
 
@@ -193,7 +193,9 @@ def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tm
 
 
 def test_shares_data_and_tokenizer_with_the_quickstart():
-    ours, theirs = (paths_of(load_config(ROOT / "configs" / f"{name}.yaml")) for name in ("reproduce", "quickstart"))
+    ours, theirs = (
+        resolve_paths(load_config(ROOT / "configs" / f"{name}.yaml")) for name in ("reproduce", "quickstart")
+    )
     assert (ours.dataset, ours.tokenizer) == (theirs.dataset, theirs.tokenizer)
     assert ours.run != theirs.run
 

@@ -113,7 +113,7 @@ def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.Captu
 
 def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(pipeline, "make_data", seen.append)
+    monkeypatch.setattr(pipeline, "make_data", lambda config, paths: seen.append(config))
     assert (
         main(["data", "generate", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"])
         == 0
@@ -128,7 +128,7 @@ def test_pretrain_goes_on_from_a_checkpoint(
     here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], resume: str
 ) -> None:
     seen = []
-    monkeypatch.setattr(pipeline, "pretrain", lambda config, resume: seen.append(resume))
+    monkeypatch.setattr(pipeline, "pretrain", lambda config, paths, resume: seen.append(resume))
     assert shodh("pretrain", *more) == 0
     assert seen == [resume]
 
@@ -142,7 +142,7 @@ def test_checkpoint_commands_name_what_is_missing(here: Path, capfd: pytest.Capt
 def test_an_unexpected_exception_is_ours_with_a_traceback(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "make_data", lambda config: {}["nothing"])
+    monkeypatch.setattr(pipeline, "make_data", lambda config, paths: {}["nothing"])
     assert shodh("data", "generate") == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
@@ -159,7 +159,7 @@ def test_debug_adds_a_traceback_to_wrong_input(here: Path, capsys: pytest.Captur
 def test_a_message_of_several_lines_becomes_one(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def stage(config: object) -> None:
+    def stage(config: object, paths: object) -> None:
         raise UserError("HDF5 says\n  this\n  and that")
 
     monkeypatch.setattr(pipeline, "make_data", stage)

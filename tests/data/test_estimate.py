@@ -11,7 +11,7 @@ import pytest
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import DataConfig
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import generate
 from shodh_moe.data.estimate import cell_updates, time_steps, told, update_rate, worth_measuring
 from shodh_moe.data.generate import flow_devices, on_free_device
@@ -56,7 +56,7 @@ def test_room_is_what_the_files_need(tmp_path: Path) -> None:
 
 def test_the_full_dataset_is_the_one_that_the_cluster_trains_on() -> None:
     full, cluster = (load_config(CONFIGS / f"{name}.yaml") for name in ("data/full", "cluster_8x8"))
-    assert paths_of(full).dataset == paths_of(cluster).dataset
+    assert resolve_paths(full).dataset == resolve_paths(cluster).dataset
     assert full.data == cluster.data
 
 

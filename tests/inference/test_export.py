@@ -41,9 +41,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["predict", "--checkpoint", str(folder / "model"), "--input", flow, "--steps", "1", "--output", "out.hdf5"],
     ]
     code = (
-        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe import pipeline; "
-        "from shodh_moe.config.load import load_config; from shodh_moe.cli import main\n"
-        "commands = json.loads(sys.argv[1]); pipeline.make_latents(load_config(commands[0][2]))\n"
+        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe.runs import pipeline; "
+        "from shodh_moe.config.load import load_config; from shodh_moe.config.paths import resolve_paths; "
+        "from shodh_moe.cli import main\n"
+        "commands = json.loads(sys.argv[1]); config = load_config(commands[0][2])\n"
+        "pipeline.make_latents(config, resolve_paths(config))\n"
         "sys.exit(max(main(command) for command in commands))"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from shodh_moe.base.network import free_port
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.launcher import launch_ranks
 from tests.training.synthetic import CONFIG, write_latents
 
@@ -32,7 +32,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
     settings["training"] |= {"steps": 2, "checkpoint_every": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = paths_of(load_config(folder / "config.yaml")).latents
+    latents = resolve_paths(load_config(folder / "config.yaml")).latents
     write_latents(folder / latents)
     (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
     return folder

@@ -20,7 +20,7 @@ from shodh_moe.cli import main
 from shodh_moe.config.load import load_config
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.pretrain_rank import main as train_rank
-from tests.tiny import refused, tree, write_config
+from tests.tiny import refused, tree, write_config, write_dataset
 from tests.training.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -127,6 +127,33 @@ def test_it_ends_with_the_table_and_the_reports_path(finished: Path) -> None:
     lines = (finished / "stdout.txt").read_text().splitlines()
     assert lines[-1] == "report: runs/tiny/report/index.html"
     assert [line for line in lines if line.startswith("open_channel") and "latent MSE" in line]
+
+
+# Put on PYTHONPATH: every process notes each time that it lists the files of a dataset at data.path.
+COUNT_LISTINGS = """
+import os, pathlib
+glob = pathlib.Path.glob
+def counted(self, pattern, *arguments, **options):
+    if pattern == "data/*/*":
+        with open(os.environ["LISTINGS"], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+    return glob(self, pattern, *arguments, **options)
+pathlib.Path.glob = counted
+"""
+
+
+def test_every_process_resolves_the_paths_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path)
+    write_dataset(tmp_path / "theirs")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(COUNT_LISTINGS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"), prepend=":")
+    monkeypatch.setenv("LISTINGS", str(tmp_path / "listings.txt"))
+    done = shodh(tmp_path, "run", "data.path=theirs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processes = (tmp_path / "listings.txt").read_text().split()
+    assert len(processes) == 5  # the command, two ranks that train the tokenizer, and two that pretrain
+    assert len(set(processes)) == 5
 
 
 def test_a_second_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,5 +121,5 @@ def test_the_table_says_the_main_things() -> None:
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused() -> None:
-    with pytest.raises(UserError, match="batch_size 2 cannot be shared out over 3 ranks"):
+    with pytest.raises(UserError, match="batch_size 2 cannot be divided among 3 ranks"):
         tokenizer_plan.tokenizer_plan(_config([16, 16, 16]), 3)

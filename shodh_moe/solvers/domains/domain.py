@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 
 
-class Trajectories(Section):
+class Trajectories(Section, changes="data"):
     """How many independent simulations each split gets. A split never shares a trajectory."""
 
     train: Positive = 16
@@ -28,7 +28,7 @@ class Trajectories(Section):
         return self.train + self.valid + self.test
 
 
-class Domain(Section):
+class Domain(Section, changes="data"):
     """A kind of flow: its keys in a config, and how one trajectory of it begins.
 
     Lattice units: cell = 1, time step = 1, density = 1.

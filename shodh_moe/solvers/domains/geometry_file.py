@@ -24,7 +24,7 @@ from shodh_moe.solvers.domains.domain import Grid
 _SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
 
 
-class GeometryFile(Section):
+class GeometryFile(Section, changes="data"):
     """A binary volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset)."""
 
     path: str

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shodh_moe.base.section import PositiveFloat, Section
 
 
-class ScalarConfig(Section):
+class ScalarConfig(Section, changes="data"):
     """A passive concentration, advected and diffused: from 0 to 1 at the start, zero in solid voxels."""
 
     diffusivity: PositiveFloat = 0.02

@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.config.routers import check_kind
 from shodh_moe.solvers.domains import DEFAULT, DOMAINS, Domain
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
@@ -131,7 +139,7 @@ class TokenizerConfig(Section):
 class RouterConfig(Section):
     """Top-1 soft-semantic router (DESIGN 3.5)."""
 
-    kind: Literal["cosine", "linear", "oracle"] = Field(
+    kind: Annotated[str, BeforeValidator(check_kind)] = Field(
         "cosine", description="oracle: a control, every token goes to the expert of its domain"
     )
     frozen: bool = Field(False, description="a control: the router stays as it was drawn")

@@ -55,7 +55,7 @@ def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool
         dropless=dropless,
         capacity_factor=CAPACITY_FACTOR,
         min_capacity=MIN_CAPACITY,
-        router=RouterConfig(kind=router),  # type: ignore[arg-type]
+        router=RouterConfig(kind=router),
     )
     return MoE(width, config, ep or ExpertParallel(), seed=0, layer=0)
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from shodh_moe.audit.windows import all_windows
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import Config
 from shodh_moe.inference.loading import find_source, read_weights
+from shodh_moe.metrics.latents import sample_mse
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples
@@ -54,7 +56,7 @@ def gradient_conflict(
         batch_size: samples at a time; the result does not depend on it but for rounding.
 
     Returns:
-        By group of parameters `parameter_group` those of
+        By group of parameters (the ``group`` of their `Marks`; experts one by one, each over all layers):
         ``cosine`` ``{"a|b": float}`` of every pair of domains, in [-1, 1];
         ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
         ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
@@ -94,43 +96,27 @@ def gradient_conflict(
     return groups
 
 
-def parameter_group(name: str) -> str:
-    """``attention`` (with its norms), ``shared`` (the whole feed-forward of a dense model), ``router``, ``experts`` or
-    ``rest``, of a parameter's name in `LatentTransformer`. The result is by expert, ``expert 0`` and so on, over all
-    layers.
-    """
-    if ".attention." in name or ".attention_norm." in name:
-        return "attention"
-    for group in ("shared", "router", "experts"):
-        if f".moe.{group}." in name:
-            return group
-    return "rest"
-
-
 @torch.enable_grad()
 def _gradient(
     transformer: LatentTransformer, samples: LatentSamples, windows: Windows, batch_size: int
 ) -> dict[str, Tensor]:
     """Of the sum over windows of the mean squared error, float64 and flat, by group; all zero without a window."""
-    named = dict(transformer.named_parameters())
-    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in named.values()]
+    parameters = list(transformer.parameters())
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     device, dtype = transformer.head.weight.device, transformer.head.weight.dtype
     for start in range(0, len(windows), batch_size):
-        history, geometry, target, domain_B = samples.batch(windows[start : start + batch_size])
-        history, geometry, target = (z.to(device, dtype) for z in (history, geometry, target))
-        expert_B = samples.expert_B(domain_B, transformer.config.moe.num_experts).to(device)
-        predicted = transformer(history, geometry, expert_B).latent_BCxyz
-        loss = (predicted - target).square().flatten(1).mean(1).sum()
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        batch = samples.batch(windows[start : start + batch_size]).to(device, dtype)
+        loss = sample_mse(transformer(*batch.inputs).latent_BCxyz, batch.target_BCxyz).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total += gradient
     parts: dict[str, list[Tensor]] = {}
-    for name, total in zip(named, sums, strict=True):
-        group = parameter_group(name)
-        if group == "experts":
+    for parameter, total in zip(parameters, sums, strict=True):
+        group = marks(parameter).group
+        if marks(parameter).sharded:
             for expert, part in enumerate(total):
-                parts.setdefault(f"expert {expert}", []).append(part.flatten())
+                parts.setdefault(f"{group} {expert}", []).append(part.flatten())
         else:
             parts.setdefault(group, []).append(total.flatten())
     return {group: torch.cat(tensors) for group, tensors in parts.items()}

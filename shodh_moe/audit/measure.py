@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shodh_moe.audit.arms import SINGLE, Run, unseen_config
 from shodh_moe.audit.config import AuditConfig
@@ -25,7 +24,8 @@ from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.inference.loading import Models, find_source, load_models
-from shodh_moe.inference.rollout import decode, predict_next
+from shodh_moe.inference.one_step import predict_trajectory, predict_windows
+from shodh_moe.inference.rollout import decode
 from shodh_moe.metrics.fields import vrmse
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
@@ -144,8 +144,7 @@ def heldout_errors(
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size
-        expert_1 = _expert_1(samples, latent.domain, config.model.moe.num_experts)
-        predicted_z, _ = predict_next(models.transformer, z, latent.geometry_Cxyz, expert_1, size)
+        predicted_z, _ = predict_trajectory(models.transformer, samples, latent, size)
         predicted = torch.cat([decode(tokenizer, part, solid, torch.float32) for part in predicted_z.split(size)])
         record = {}
         for end, latents, fields in (("", predicted_z, predicted), ("_persistence", z[h - 1 : -1], true[h - 1 : -1])):
@@ -154,10 +153,6 @@ def heldout_errors(
             record[f"velocity_vrmse{end}"] = float(vrmse(fields[:, :3], true[h:, :3]).mean())
         rows[latent.domain].append(record)
     return {domain: {key: float(np.mean([r[key] for r in own])) for key in own[0]} for domain, own in rows.items()}
-
-
-def _expert_1(samples: LatentSamples, domain: str, experts: int) -> Tensor:
-    return samples.expert_B(torch.tensor([samples.domains.index(domain)]), experts)
 
 
 @torch.no_grad()
@@ -175,10 +170,9 @@ def routing_maps(
     for domain in samples.domains:
         latent = next(one for one in test if one.domain == domain)
         middle = (latent.snapshots - h) // 2
-        z_TCxyz = latent.read(middle, middle + h + 1)
-        expert_1 = _expert_1(samples, domain, config.model.moe.num_experts)
-        _, experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, 1)
+        (found,) = predict_windows(models.transformer, samples, [samples.windows_of(latent)[middle]], 1)
         grid = [size // patch for size in latent.geometry_Cxyz.shape[1:]]
-        arrays[f"{domain}/expert_map"] = torch.stack([layer.view(grid) for layer in experts]).int().numpy()
+        experts = [layer.expert_N.view(grid) for layer in found.routing]
+        arrays[f"{domain}/expert_map"] = torch.stack(experts).int().numpy()
         arrays[f"{domain}/solid_fraction"] = latent.solid_fraction_by_token(patch).float().numpy()
     return arrays

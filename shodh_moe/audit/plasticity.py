@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shodh_moe.audit.windows import all_windows, predict
+from shodh_moe.audit.windows import all_windows
+from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.model import LatentTransformer, MoE, Routing
 from shodh_moe.model.experts import Experts, FeedForward
 from shodh_moe.tokenizer.latents import LatentSamples
@@ -62,7 +63,7 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
                 hooks.enter_context(module.down.register_forward_pre_hook(shared_hook(name)))
             elif isinstance(module, MoE):
                 hooks.enter_context(module.register_forward_hook(routed_hook(name)))
-        for _ in predict(transformer, samples, all_windows(samples, count), batch_size):
+        for _ in predict_windows(transformer, samples, all_windows(samples, count), batch_size):
             pass
 
     dormant: dict[str, list[Tensor]] = {}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from shodh_moe.audit.speed import Speeds
-from shodh_moe.audit.windows import all_windows, latent_errors, predict
+from shodh_moe.audit.windows import all_windows, latent_errors
 from shodh_moe.config import Config
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
+from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.routing import (
     PURITY_THRESHOLD,
     bifurcated,
@@ -61,13 +62,13 @@ def heldout_routing(
         speed = _speed_categories(samples, speeds, solid)
     layers, domains, experts = len(transformer.moe_layers), len(samples.domains), config.model.moe.num_experts
     tables = {name: torch.zeros(layers, c, domains, experts, dtype=torch.float64) for name, c in kinds.items()}
-    for batch in predict(transformer, samples, all_windows(samples), config.evaluation.batch_size):
-        places = [samples.index[domain][index] for domain, index in batch.windows]
+    for found in predict_windows(transformer, samples, all_windows(samples), config.evaluation.batch_size):
+        places = [samples.index[domain][index] for domain, index in found.windows]
         category = {"solid_fraction": torch.stack([solid[number] for number, _ in places]).flatten()}
         if speeds is not None:
             category["speed"] = torch.stack([speed[number][start] for number, start in places]).flatten()
-        domain_N = batch.domain_B.repeat_interleave(solid[0].numel())
-        for layer, routing in enumerate(batch.routing):
+        domain_N = found.batch.domain_B.repeat_interleave(solid[0].numel())
+        for layer, routing in enumerate(found.routing):
             expert_N = routing.expert_N.cpu()
             for name, c in kinds.items():
                 counts = joint_counts(category[name] * domains + domain_N, expert_N, c * domains, experts)
@@ -75,11 +76,12 @@ def heldout_routing(
     counts_LDE = tables["solid_fraction"].sum(1)
     result = summarise_routing([dict(zip(samples.domains, counts_DE, strict=True)) for counts_DE in counts_LDE])
     for layer, record in enumerate(result["layers"]):
-        found = record["mutual_information"]
+        information = record["mutual_information"]
         for name in ("solid_fraction", "speed"):
             counts_CDE = tables[name][layer] if name in tables else None
-            found[name] = None if counts_CDE is None else mutual_information(counts_CDE.sum(1))
-            found[f"domain_given_{name}"] = None if counts_CDE is None else conditional_mutual_information(counts_CDE)
+            information[name] = None if counts_CDE is None else mutual_information(counts_CDE.sum(1))
+            given = None if counts_CDE is None else conditional_mutual_information(counts_CDE)
+            information[f"domain_given_{name}"] = given
     return result
 
 

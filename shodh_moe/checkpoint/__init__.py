@@ -4,7 +4,7 @@
 it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` tells people what one holds.
 """
 
-from shodh_moe.checkpoint.fragments import EXPERT_MARK, Fragment, first_element, logical_shape, model_fragments
+from shodh_moe.checkpoint.fragments import Fragment, first_element, logical_shape, model_fragments
 from shodh_moe.checkpoint.read import (
     CheckpointReader,
     damage,
@@ -17,7 +17,6 @@ from shodh_moe.checkpoint.read import (
 from shodh_moe.checkpoint.write import CheckpointWriter
 
 __all__ = [
-    "EXPERT_MARK",
     "CheckpointReader",
     "CheckpointWriter",
     "Fragment",

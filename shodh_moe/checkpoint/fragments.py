@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.parallel import ExpertParallel
-
-EXPERT_MARK = ".experts."  # tensors under this name are stacked [local experts, ...]
 
 
 class Fragment(NamedTuple):
@@ -24,15 +23,15 @@ class Fragment(NamedTuple):
     values: Tensor  # 1-D view of live memory, any device
 
 
-def logical_shape(name: str, local: Tensor, ep: ExpertParallel) -> list[int]:
-    """Shape of the whole tensor of which this rank holds ``local``."""
+def logical_shape(local: Tensor, ep: ExpertParallel) -> list[int]:
+    """Shape of the logical tensor that belongs to ``local``, a parameter (or buffer) on this rank."""
     shape = list(local.shape)
-    return [shape[0] * ep.size, *shape[1:]] if EXPERT_MARK in name and shape else shape
+    return [shape[0] * ep.size, *shape[1:]] if marks(local).sharded else shape
 
 
-def first_element(name: str, local: Tensor, ep: ExpertParallel) -> int:
-    """Where ``local`` begins in the flattened whole tensor."""
-    return ep.rank * local.numel() if EXPERT_MARK in name else 0
+def first_element(local: Tensor, ep: ExpertParallel) -> int:
+    """Index of the first element of ``local`` in the flattened logical tensor."""
+    return ep.rank * local.numel() if marks(local).sharded else 0
 
 
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
@@ -41,8 +40,8 @@ def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment
     Ranks hold the tensors outside the experts in common: to save, each of them must come from one rank alone.
     """
     fragments, shapes = [], {}
-    for name, local in model.state_dict().items():
+    for name, local in model.state_dict(keep_vars=True).items():
         key = f"model/{name}"
-        fragments.append(Fragment(key, first_element(name, local, ep), local.detach().view(-1)))
-        shapes[key] = logical_shape(name, local, ep)
+        fragments.append(Fragment(key, first_element(local, ep), local.detach().view(-1)))
+        shapes[key] = logical_shape(local, ep)
     return fragments, shapes

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.checkpoint.fragments import EXPERT_MARK
 from shodh_moe.checkpoint.read import damages, list_checkpoints
 from shodh_moe.checkpoint.state import Damaged, load_state
 
+# The only place that knows experts by name: `state.json` has no marks.
+EXPERTS = ".experts."
 NOT_RECORDED = "not recorded"
 
 
@@ -41,7 +42,7 @@ def inspect(path: Path) -> str:
         ("parameters", f"{sum(model.values()):,}"),
     ]
     rows += [(f"  {module}", f"{count:,}") for module, count in _by_module(model).items()]
-    experts = sum(count for name, count in model.items() if EXPERT_MARK in name)
+    experts = sum(count for name, count in model.items() if EXPERTS in name)
     rows += [("  of these in routed experts", f"{experts:,}"), ("experts by layer", _experts(shapes))]
     rows.append(("bytes", f"{sum(file['bytes'] for file in state['files'].values()):,}"))
     rows += [(f"  {name}", f"{file['bytes']:,}") for name, file in state["files"].items()]
@@ -95,6 +96,6 @@ def _experts(shapes: dict[str, list[int]]) -> str:
     """Number of routed experts of each MoE layer, in the order of the layers."""
     layers: dict[str, int] = {}
     for name, shape in shapes.items():
-        if name.startswith("model/") and EXPERT_MARK in name and shape:
-            layers.setdefault(name.partition(EXPERT_MARK)[0], shape[0])
+        if name.startswith("model/") and EXPERTS in name and shape:
+            layers.setdefault(name.partition(EXPERTS)[0], shape[0])
     return ", ".join(map(str, layers.values())) or "none"

@@ -6,11 +6,12 @@ dropped. The other keys change how a model is trained.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from shodh_moe.base.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+from shodh_moe.config.routers import check_kind
 
 # Limits of the gating kernels (kernels/gating.py and cosine_gating.py, not imported because they need torch).
 MAX_EXPERTS = 256
@@ -20,7 +21,7 @@ MAX_ROUTING_WIDTH = 128
 class RouterConfig(Section):
     """The top-1 soft-semantic router (DESIGN 3.5)."""
 
-    kind: Literal["cosine", "linear", "oracle"] = setting(
+    kind: Annotated[str, BeforeValidator(check_kind)] = setting(
         "cosine", changes="model", description="oracle: a control that sends every token to the expert of its domain"
     )
     frozen: bool = setting(False, changes="run", description="a control that keeps the router's initial weights")

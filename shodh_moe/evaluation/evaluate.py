@@ -24,9 +24,11 @@ from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_t
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.inference.loading import Models, find_source, load_models, training_records
-from shodh_moe.inference.rollout import decode, decode_both, predict_next, rollout
+from shodh_moe.inference.one_step import predict_trajectory
+from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
+from shodh_moe.model import Context
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.telemetry import RoutingCounts
 
@@ -65,12 +67,11 @@ def measure(
     simulated = {}
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test.trajectories if z.domain == domain]
-        expert_1 = test.expert_B(torch.tensor([domains.index(domain)]), config.model.moe.num_experts)
         mean_fields = _mean_fields(paths.dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
-            one_step = _OneStep(models, config, latent, truth, expert_1)
+            one_step = _OneStep(models, config, test, latent, truth)
             errors.append(one_step.errors(mean_latent, mean_fields))
             if number == 0:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
@@ -80,7 +81,7 @@ def measure(
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        free_running = _rollouts(models, config, pairs, expert_1)
+        free_running = _rollouts(models, config, pairs, test.context(domain))
         results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
@@ -119,7 +120,9 @@ class _OneStep:
     velocity decoded in float64, with the one whose divergence vanishes beside it in ``conserved`` [T, 3, X, Y, Z].
     """
 
-    def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory, expert_1: Tensor):
+    def __init__(
+        self, models: Models, config: Config, samples: LatentSamples, latent: LatentTrajectory, truth: Trajectory
+    ):
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
@@ -128,7 +131,7 @@ class _OneStep:
         z_TCxyz = latent.read()
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
         size = config.evaluation.batch_size
-        self.z, self.experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, size)
+        self.z, self.experts = predict_trajectory(models.transformer, samples, latent, size)
         decoded = [decode_both(models.tokenizer, part, self.solid) for part in self.z.split(size)]
         self.predicted, self.conserved = (torch.cat(parts) for parts in zip(*decoded, strict=True))
 
@@ -190,7 +193,7 @@ class _OneStep:
 
 
 def _rollouts(
-    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], expert_1: Tensor
+    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
     """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
     h = config.model.history
@@ -198,7 +201,7 @@ def _rollouts(
     errors = torch.zeros(len(pairs), steps)
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
-        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], expert_1)
+        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
@@ -228,9 +231,9 @@ def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -
         layer.drop_in_eval = True
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
-        history, geometry, _, domain_B = samples.batch(picks)
-        routing = models.transformer(history, geometry, samples.expert_B(domain_B, experts)).routing
-        counts.add(routing, domain_B)
+        batch = samples.batch(picks)
+        routing = models.transformer(*batch.inputs).routing
+        counts.add(routing, batch.domain_B)
         picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
         solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.parameters import marks
 from shodh_moe.config import Config, TokenizerConfig
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
@@ -50,7 +51,7 @@ def _wrapped(block: str) -> str:
 
 def _what(source: ModelSource, models: Models) -> str:
     parameters = sum(p.numel() for p in models.transformer.parameters())
-    experts = sum(p.numel() for n, p in models.transformer.named_parameters() if ".experts." in n)
+    experts = sum(p.numel() for p in models.transformer.parameters() if marks(p).sharded)
     model, grid = source.config.model, models.tokenizer.grid
     return f"""# {source.config.name}
 

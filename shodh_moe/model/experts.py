@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from shodh_moe.base.parameters import mark_all
+from shodh_moe.config import MoEConfig
+
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): W_down (silu(W_gate x) * W_up x)."""
@@ -26,6 +29,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+def shared_experts(dim: int, config: MoEConfig) -> nn.ModuleList:
+    """The networks of a block that every token passes through."""
+    shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
+    mark_all(shared, group="shared")
+    return shared
 
 
 def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
@@ -47,6 +57,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_LDF = nn.Parameter(torch.empty(len(global_indices), dim, 2 * hidden))
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))
+        mark_all(self, sharded=True, group="expert")
         for local, expert in enumerate(global_indices):
             stream = int(np.random.SeedSequence([seed, layer, expert]).generate_state(1, np.uint64)[0] >> 1)
             generator = torch.Generator().manual_seed(stream)
@@ -62,7 +73,7 @@ class Experts(nn.Module):
             filled_LG: how many rows at the start of each block hold a token; the others are zero, so that a CPU
                 leaves them out. None: all may.
         """
-        x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+        x_LTD, gate_up_LDF, down_LFD = to_autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
         # On a GPU, to know the counts here would mean to wait for the device.
         if x_LTD.is_cuda:
             gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
@@ -78,7 +89,7 @@ class Experts(nn.Module):
 
     def grouped(self, x_RD: Tensor, count_L: Tensor) -> Tensor:
         """As `forward`, for rows sorted by expert: the first ``count_L[0]`` for expert 0, and so on. [R, D]."""
-        x_RD, gate_up_LDF, down_LFD = _autocast(x_RD, self.gate_up_LDF, self.down_LFD)
+        x_RD, gate_up_LDF, down_LFD = to_autocast(x_RD, self.gate_up_LDF, self.down_LFD)
         # Torch's grouped product (2.10 on) has a kernel for bfloat16 on GPUs, of rows that are multiples of 16 bytes.
         fits = all(size % 8 == 0 for size in (*gate_up_LDF.shape[1:], *down_LFD.shape[1:]))
         if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
@@ -100,8 +111,11 @@ class Span(NamedTuple):
     end: int
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where it is on: it knows neither grouped products nor functions of our own."""
+def to_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Cast tensors to autocast's dtype if it is on; float64 stays float64.
+
+    Autocast does this by itself for torch's products, but not for grouped products and custom functions.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)

@@ -6,28 +6,16 @@ the ranks of the group send here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import mark
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
-from shodh_moe.model.experts import Experts, FeedForward, add_up
-from shodh_moe.model.router import Router
+from shodh_moe.model.experts import Experts, add_up, shared_experts, to_autocast
+from shodh_moe.model.routers import ONE_SAMPLE, Context, Slots, make_router
+from shodh_moe.model.routing import Routing, routing_of
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
-
-
-class Routing(NamedTuple):
-    """What one MoE layer did with its N tokens; the two losses carry gradients, the rest does not (`Gating`)."""
-
-    balance_loss: Tensor
-    z_loss: Tensor
-    expert_N: Tensor
-    kept_N: Tensor  # bool, whether the token found a slot at its expert
-    entropy_N: Tensor
-    gate_N: Tensor
-    logsumexp_N: Tensor
 
 
 class MoE(nn.Module):
@@ -41,36 +29,29 @@ class MoE(nn.Module):
     def __init__(self, dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int):
         super().__init__()
         self.config, self.ep, self.layer = config, ep, layer
-        self.router = Router(dim, config.num_experts, config.router)
-        self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
+        self.router = make_router(config.router, dim, config.num_experts)
+        for parameter in self.router.parameters():
+            mark(parameter, group="router")
+        self.shared = shared_experts(dim, config)
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
         self.drop_in_eval = False  # evaluation switches this on to report what the training capacity would drop
 
-    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """``expert_N`` is for the oracle router (`Router.forward`)."""
+    def forward(self, x_ND: Tensor, context: Context = ONE_SAMPLE) -> tuple[Tensor, Routing]:
+        """See `FeedForwardBlock`."""
         c = self.config
         tokens = x_ND.shape[0]
         # A rank that raised alone would leave the others waiting for it in the exchange.
         check_finite = not self.training and self.ep.size == 1
-        rows_ND = _as_products(x_ND)  # narrow before they travel: half the bytes
+        (rows_ND,) = to_autocast(x_ND)  # narrow before they travel: half the bytes
         if not c.dropless and (self.training or self.drop_in_eval):
             capacity = expert_capacity(tokens, c.num_experts, c.capacity_factor, c.min_capacity)
             self.ep.check_same_tokens(tokens, capacity, x_ND.device)
-            gating = self.router(x_ND, capacity, c.drop_order, check_finite, expert_N)
+            gating = self.router(x_ND, context, Slots(capacity, c.drop_order, check_finite))
             y_ND = self._with_capacity(rows_ND, gating, capacity)
         else:
-            gating = self.router(x_ND, tokens, c.drop_order, check_finite, expert_N)
+            gating = self.router(x_ND, context, Slots(tokens, c.drop_order, check_finite))
             y_ND = self._dropless(rows_ND, gating)
-        routing = Routing(
-            balance_loss=gating.balance_loss,
-            z_loss=gating.z_loss,
-            expert_N=gating.expert_N,
-            kept_N=gating.slot_N >= 0,
-            entropy_N=gating.entropy_N,
-            gate_N=gating.gate_N.detach(),
-            logsumexp_N=gating.logsumexp_N,
-        )
-        return y_ND.to(x_ND.dtype), routing
+        return y_ND.to(x_ND.dtype), routing_of(gating)
 
     def _with_capacity(self, x_ND: Tensor, gating: Gating, capacity: int) -> Tensor:
         """Every rank sends every expert ``capacity`` slots, filled or not."""
@@ -105,23 +86,3 @@ class MoE(nn.Module):
         done_RD = self.experts.grouped(on_the_way.wait()[order_R], received_GL.sum(0))
         rows_ND = all_to_all(done_RD[torch.argsort(order_R)], self.ep, receive, send, self.layer, "combine")
         return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
-
-
-class Dense(nn.Module):
-    """A block without routed experts: y = sum_j Shared_j(h), a SwiGLU network of the hidden widths together."""
-
-    def __init__(self, dim: int, config: MoEConfig):
-        super().__init__()
-        self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
-
-    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, None]:
-        y_ND = add_up(self.shared, x_ND)
-        assert y_ND is not None  # the config has one at least
-        return y_ND.to(x_ND.dtype), None
-
-
-def _as_products(x_ND: Tensor) -> Tensor:
-    """The tokens in the dtype that the experts' products have: autocast's where it is on (it leaves float64 alone)."""
-    device = x_ND.device.type
-    narrow = torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64
-    return x_ND.to(torch.get_autocast_dtype(device)) if narrow else x_ND

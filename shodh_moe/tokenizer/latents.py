@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import torch
@@ -33,6 +33,7 @@ from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.data.symmetry import Symmetry, draw_copies
+from shodh_moe.model import Context
 from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
 
 # Snapshots encoded at a time.
@@ -254,6 +255,31 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read latents {path} ({reason}): delete {path.parent} and run again") from error
 
 
+class Batch(NamedTuple):
+    """Samples for one call of the transformer. Shapes: B samples, H history, C channels, x y z latent grid.
+
+    Attributes:
+        history_BHCxyz: the H latents before the target, the newest last.
+        geometry_BCxyz: the geometry latents.
+        target_BCxyz: the latents to predict.
+        domain_B: int64, number of each sample's domain in `LatentSamples.domains`.
+    """
+
+    history_BHCxyz: Tensor
+    geometry_BCxyz: Tensor
+    target_BCxyz: Tensor
+    domain_B: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Context]:
+        """The arguments of `LatentTransformer.forward`."""
+        return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The samples on a device, with floating-point tensors in ``dtype`` (None: as they are)."""
+        return Batch(*(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in self))
+
+
 class LatentSamples:
     """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain.
 
@@ -289,8 +315,8 @@ class LatentSamples:
         """Samples per domain."""
         return tuple(len(samples) for samples in self.index)
 
-    def batch(self, samples: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(domain, index) pairs -> history [B, H, C, x, y, z], geometry, target [B, C, x, y, z], domain [B]."""
+    def batch(self, samples: list[tuple[int, int]]) -> Batch:
+        """Read the samples of these (domain, index) pairs."""
         history, geometry, target = [], [], []
         for domain, within in samples:
             number, start = self.index[domain][within]
@@ -300,11 +326,17 @@ class LatentSamples:
             geometry.append(trajectory.geometry_Cxyz)
             target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
-        return torch.stack(history), torch.stack(geometry), torch.stack(target), labels
+        return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
 
-    def expert_B(self, domain_B: Tensor, experts: int) -> Tensor:
-        """The expert that each sample's domain has under the oracle router."""
-        return domain_B % max(experts, 1)
+    def context(self, domain: str) -> Context:
+        """What routers may know of one sample of a domain."""
+        return Context(1, torch.tensor([self.domains.index(domain)]))
+
+    def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
+        """(domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
+        number = next(number for number, one in enumerate(self.trajectories) if one is trajectory)
+        domain = self.domains.index(trajectory.domain)
+        return [(domain, n) for n, (owner, _) in enumerate(self.index[domain]) if owner == number]
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
         """Where a sample lies, and whether its values are finite."""

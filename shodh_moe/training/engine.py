@@ -28,6 +28,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.rank_variables import set_rank_variables
@@ -114,8 +115,8 @@ class Engine:
         self._float64, self._bfloat16 = t.precision == "float64", t.precision == "bfloat16"
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
-        for layer in self.moe_layers:
-            for parameter in layer.experts.parameters():
+        for parameter in model.parameters():
+            if marks(parameter).sharded:  # DeepSpeed's own marks say the same
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
@@ -159,7 +160,7 @@ class Engine:
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
         """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
 
-        Parameters that have an ``lr_scale`` are updated with that times the learning rate.
+        The learning rate of a parameter is ``learning_rate`` times the ``lr_scale`` of its `Marks`.
 
         ``stop`` tells the other ranks that this one wants to stop. Returns None while gradients accumulate. They are
         those of the mean loss of the step's micro-batches.
@@ -256,11 +257,11 @@ def _in_float64(zero: bool) -> Iterator[None]:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, prototypes and the temperature do not. A group for each learning rate."""
+    """One group for each combination of weight decay and learning rate scale among the parameters' marks."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        kind = "decay" if parameter.dim() >= 2 and "prototypes" not in name else "no_decay"
-        members.setdefault((kind, getattr(parameter, "lr_scale", 1.0)), []).append(parameter)
+    for parameter in module.parameters():
+        kind = "decay" if marks(parameter).decay else "no_decay"
+        members.setdefault((kind, marks(parameter).lr_scale), []).append(parameter)
     return [
         {
             "name": kind if scale == 1 else f"{kind} at {scale}",

@@ -20,6 +20,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
+from shodh_moe.metrics.latents import mse_beside_persistence, sample_mse
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
@@ -40,7 +41,7 @@ def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> 
     Returns the three parts and their sum, ``loss``, by name; and float [B].
     """
     layers, router = prediction.routing, config.model.moe.router
-    error_B = (prediction.latent_BCxyz - target_BCxyz).square().flatten(1).mean(1)
+    error_B = sample_mse(prediction.latent_BCxyz, target_BCxyz)
     prediction_loss = error_B.mean()
     # A dense model has no routers.
     balance, z = (
@@ -134,12 +135,11 @@ class _LatentTask:
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
-        history, geometry, target, domain_B = _to(self.engine, *self._samples.batch(picks))
-        expert_B = self._samples.expert_B(domain_B, self._config.model.moe.num_experts)
-        prediction = self.engine(history, geometry, expert_B)
-        losses, error_B = total_loss(prediction, target, self._config)
+        batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
+        prediction = self.engine(*batch.inputs)
+        losses, error_B = total_loss(prediction, batch.target_BCxyz, self._config)
         kept = {key: value.detach() for key, value in losses.items()}
-        self._batches.append(MicroBatch(picks, domain_B, error_B, kept, prediction.routing))
+        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
         return losses
 
     def end(self, step: int, applied: bool) -> None:
@@ -214,15 +214,13 @@ def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, 
     # Every rank makes the same number of calls: the all-to-all inside waits for all of them.
     for first in range(0, len(everything), size * world):
         mine = everything[first + rank * size : first + (rank + 1) * size]
-        history, geometry, target, domain_B = _to(engine, *valid.batch(mine or everything[:1]))
+        batch = valid.batch(mine or everything[:1]).to(engine.device, engine.dtype)
         with engine.autocast():
-            expert_B = valid.expert_B(domain_B, config.model.moe.num_experts)
-            predicted = engine.model(history, geometry, expert_B).latent_BCxyz
-        error = (predicted - target).square().flatten(1).mean(1)
-        change = (history[:, -1] - target).square().flatten(1).mean(1)
+            predicted = engine.model(*batch.inputs).latent_BCxyz
+        errors_B2 = mse_beside_persistence(predicted, batch.history_BHCxyz, batch.target_BCxyz)
         if mine:
-            rows = torch.stack([error, change, torch.ones_like(error)], dim=1).double()
-            totals.index_add_(0, domain_B, rows)
+            rows = torch.cat([errors_B2, torch.ones_like(errors_B2[:, :1])], dim=1).double()
+            totals.index_add_(0, batch.domain_B, rows)
     dist.all_reduce(totals)
     engine.model.train()
     means = (totals[:, :2] / totals[:, 2:]).tolist()
@@ -230,11 +228,3 @@ def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, 
         "latent_mse": {domain: row[0] for domain, row in zip(valid.domains, means, strict=True)},
         "latent_mse_persistence": {domain: row[1] for domain, row in zip(valid.domains, means, strict=True)},
     }
-
-
-def _to(engine: Engine, *tensors: Tensor) -> list[Tensor]:
-    """On the engine's device, floating-point ones in its dtype."""
-    return [
-        tensor.to(engine.device, engine.dtype if tensor.is_floating_point() else None, non_blocking=True)
-        for tensor in tensors
-    ]

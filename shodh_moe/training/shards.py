@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import Fragment, first_element, logical_shape
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.optimizer import MOMENTS
-
-
-def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether the parameter belongs to the experts of this rank alone (DeepSpeed's own mark)."""
-    return not getattr(parameter, "allreduce", True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParal
     """Every parameter whole. Ranks with the same elements own them in turn, so that all write alike much."""
     found = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        replicas, replica = (world // ep.size, rank // ep.size) if is_expert(parameter) else (world, rank)
+        replicas, replica = (world // ep.size, rank // ep.size) if marks(parameter).sharded else (world, rank)
         found.append(Shard(name, parameter, 0, 0, parameter, 0, parameter.numel(), index % replicas == replica))
     return found
 
@@ -81,7 +77,7 @@ def fragments(
     found = []
     for shard in shards:
         if all_held or shard.owned:
-            start = first_element(shard.name, shard.parameter, ep) + shard.start
+            start = first_element(shard.parameter, ep) + shard.start
             found.append(Fragment(f"model/{shard.name}", start, shard.of(shard.master)))
             for key in MOMENTS:
                 values = shard.of(optimizer.state[shard.master][key])
@@ -93,7 +89,7 @@ def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]
     """Shapes of all logical tensors of a checkpoint of this model."""
     shapes = {}
     for name, parameter in model.named_parameters():
-        shape = logical_shape(name, parameter, ep)
+        shape = logical_shape(parameter, ep)
         shapes.update({f"{kind}/{name}": shape for kind in ("model", *MOMENTS)})
     return shapes
 

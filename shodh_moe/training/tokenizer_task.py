@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file
+from shodh_moe.base.parameters import mark
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import Config
 from shodh_moe.config.compare import flatten
@@ -119,7 +120,7 @@ def set_learning_rate_scales(tokenizer: nn.Module) -> None:
     sums, the further the same step moves its output."""
     for parameter in tokenizer.parameters():
         if parameter.dim() > 1:
-            parameter.lr_scale = 16 / parameter[0].numel() ** 0.5  # type: ignore[attr-defined]
+            mark(parameter, lr_scale=16 / parameter[0].numel() ** 0.5)
 
 
 class _Samples(Snapshots):

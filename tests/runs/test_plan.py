@@ -17,7 +17,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.experts import Experts, _autocast
+from shodh_moe.model.experts import Experts, to_autocast
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
@@ -55,7 +55,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _experts_on_a_gpu(self: Experts, x_LTD: Tensor, filled_LG: Tensor | None = None) -> Tensor:
-    x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+    x_LTD, gate_up_LDF, down_LFD = to_autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
     gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
     return torch.bmm(F.silu(gate) * up, down_LFD)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.parameters import marks
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories
@@ -211,7 +212,7 @@ def test_it_learns(dataset: Path) -> None:
     tokenizer.velocity_rms.copy_(fields[:, :3].square().mean().sqrt())
     tokenizer.pressure_rms.copy_(fields[:, 3].square().mean().sqrt())
     set_learning_rate_scales(tokenizer)
-    groups = [{"params": [p], "lr": 1e-3 * getattr(p, "lr_scale", 1.0)} for p in tokenizer.parameters()]
+    groups = [{"params": [p], "lr": 1e-3 * marks(p).lr_scale} for p in tokenizer.parameters()]
     optimizer = torch.optim.AdamW(groups)
     losses = []
     for _ in range(16):

@@ -1,4 +1,4 @@
-"""The figures of lattice_validation.py."""
+"""Figures of lattice_validation.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE: dict[str, Any] = {"markersize": 4, "linewidth": 1.2}
 
 
 def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
-    """Points over exact lines: ``walls`` are two profiles of the steady channel of 8 cells; the others are run here."""
+    """Plot computed points over exact lines. ``walls`` holds profiles of the steady channel; the rest runs here."""
     figure, axes = panels(3, 3, 3.4)
     height = np.linspace(0, 1, 101)
     axes[0].plot(4 * height * (1 - height), height, "k-", linewidth=1.2, label="exact")
@@ -49,7 +49,7 @@ def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
 
 
 def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
-    """Errors over cells, one panel a group, and over the Mach number."""
+    """Plot errors over the number of cells, one panel per group, and over the Mach number."""
     figure, axes = panels(4, 2, 3.8)
     for place, (title, cases) in zip(axes, groups.items(), strict=False):
         for index, case in enumerate(cases):
@@ -69,7 +69,7 @@ def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
         plain_ticks(place.xaxis)
         place.set_xticks(sizes)
         low, high = place.get_ylim()
-        place.set_ylim(low / (high / low) ** 0.5, high)  # room for the names
+        place.set_ylim(low / (high / low) ** 0.5, high)  # leaves room for the names
         place.legend(fontsize=8, loc="lower left")
     axes[-1].loglog(mach.mach, mach.errors, "o-", color=COLOURS[0], label=mach.name, **LINE)
     reach = np.array(mach.mach[1:])
@@ -83,7 +83,7 @@ def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
 def spheres(
     found: dict[int, list[float]], by_viscosity: dict[str, tuple[list[float], list[float]]], plane: Array
 ) -> Figure:
-    """Drag by fraction and by viscosity, and the velocity in the middle plane."""
+    """Plot drag over solid fraction and viscosity, and the velocity in the middle plane."""
     figure, axes = panels(3, 3, 3.6)
     fractions, known = list(exact.ZICK_HOMSY), list(exact.ZICK_HOMSY.values())
     reference, fine = published(), np.linspace(0.02, 0.5236, 100)

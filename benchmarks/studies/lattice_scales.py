@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def generated_sets(trajectories: int = 3) -> Table:
-    """Numbers of the flows of the quickstart, and of the other domains at their defaults, from the first of each."""
+    """Numbers of the quickstart's flows and of the other domains at their defaults, from their first trajectories."""
     config = load_config(ROOT / "configs" / "quickstart.yaml").data
     grid = (config.grid[0], config.grid[1], config.grid[2])
     named = dict(config.domains.items())
@@ -34,7 +34,7 @@ def generated_sets(trajectories: int = 3) -> Table:
                 "Re": reynolds,
                 "Ma": float(drawn["mach"]),
                 "cell Re": fastest / nu,
-                # Mean free path over length; the path of a lattice gas is viscosity sqrt(pi / 2) / sound speed.
+                # Mean free path over length; a lattice gas has the mean free path viscosity sqrt(pi / 2) / sound speed.
                 "Kn": nu * math.sqrt(math.pi / 2) / SOUND_SPEED / length,
             }
             for key, value in values.items():
@@ -49,7 +49,7 @@ def generated_sets(trajectories: int = 3) -> Table:
 
 
 def units() -> Table:
-    """What the lattice units stand for when the fluid is water (1e-6 m^2/s, 1000 kg/m^3)."""
+    """Lattice units in physical units for water (1e-6 m^2/s, 1000 kg/m^3)."""
     rows = []
     for name, viscosity, speed, dx in (
         ("channel, depth 0.1 m in 31 cells", 0.005, 0.03, 0.1 / 31),

@@ -10,7 +10,7 @@ from studies.lattice_tables import Table
 
 
 def spheres(sizes: tuple[int, ...] = (16, 24, 32, 48, 64)) -> tuple[list[Table], dict[int, list[float]], Array]:
-    """Drag of simple cubic arrays at all of Zick and Homsy's fractions, the sphere at the middle of the cube."""
+    """Drag of simple cubic arrays at all of Zick and Homsy's fractions, with the sphere in the middle of the cube."""
     found: dict[int, list[float]] = {n: [] for n in sizes}
     errors: dict[int, list[float]] = {n: [] for n in sizes}
     rows, radii, picture, reynolds = [], [], np.zeros(0), 0.0
@@ -47,7 +47,7 @@ def spheres(sizes: tuple[int, ...] = (16, 24, 32, 48, 64)) -> tuple[list[Table],
 
 
 def sphere_positions(sizes: tuple[int, ...] = (16, 24, 32, 48, 64), positions: int = 6) -> tuple[Table, Case]:
-    """One array with the sphere at random places of the lattice: the error without the luck of one set of voxels."""
+    """One array with the sphere at random positions on the lattice, to average over voxelisations."""
     case, rows = Case("sphere array 0.216, mean of 6 positions", "drag", 2.0), []
     shifts = np.random.default_rng(0).uniform(0, 1, (positions, 3))
     for n in sizes:

@@ -1,4 +1,4 @@
-"""Tables and figures of docs/validation.md, section "3D lattice Boltzmann", from runs made here (minutes on one core).
+"""Make tables and figures of docs/validation.md, section "3D lattice Boltzmann" (minutes on one core).
 
     python benchmarks/studies/lattice_validation.py [--images docs/images] [--json FILE]
 
@@ -121,7 +121,7 @@ def unsteady() -> list[Case]:
 
 
 def thin_layers() -> Table:
-    """The swinging film at the viscosities and pulse periods of the generated sets: how well so thin a layer is met."""
+    """Resolution of thin layers: the swinging film at the viscosities and pulse periods of the generated data sets."""
     rows = []
     for name, viscosity, period, depth in (
         ("open channel, quickstart, faster pulse", 0.005, 440, 12),
@@ -150,7 +150,7 @@ def thin_layers() -> Table:
 
 
 def films() -> Table:
-    """Nusselt's film: f Re = 24, Re = U h / nu, at one depth and many Reynolds numbers."""
+    """Nusselt's film (f Re = 24 with Re = U h / nu) at one depth and several Reynolds numbers."""
     depth, rows = 16, []
     for reynolds in (1, 10, 100, 500):
         speed = 0.05
@@ -159,7 +159,7 @@ def films() -> Table:
         moving = flow(bed(depth), viscosity, lid=True)
         found = steady(moving, [slope, 0, 0], int(depth**2 / viscosity))[0, 0, 0, 1:]
         expected = exact.poiseuille(heights(depth), 2 * depth, slope, viscosity)
-        # The mean over cells is the midpoint rule: of a parabola it is high by 1 / (8 h^2) of the mean.
+        # The mean over cells is the midpoint rule, which for a parabola is too high by 1 / (8 h^2) of the mean.
         mean = found.mean() / (1 + 1 / (8 * depth**2))
         friction = 8 * slope * depth / mean**2 * (mean * depth / viscosity)
         rows.append([reynolds, viscosity, 1.5 * speed / SOUND_SPEED, f"{friction:.9f}", relative(found, expected)])
@@ -168,7 +168,7 @@ def films() -> Table:
 
 
 def open_channels() -> tuple[Table, list[Case]]:
-    """Open channels with side walls: f Re against the series of Shah and London."""
+    """Open channels with side walls: f Re against Shah and London's series."""
     rows, cases = [], []
     for width in (1, 2, 4):
         case, expected = Case(f"open channel, width {width} h", "f Re", 0.5), exact.channel_friction(width)
@@ -205,7 +205,7 @@ def decays() -> tuple[Table, list[Case]]:
 
 
 def compressibility() -> tuple[Table, Case]:
-    """Taylor-Green at one grid and Reynolds number, faster and faster."""
+    """Taylor-Green at one grid and Reynolds number, at increasing speed."""
     n, reynolds, rows = 128, 100, []
     case = Case("Taylor-Green, 128 cells, Re 100", "velocity", 0.0)
     for speed in (0.01, 0.02, 0.04, 0.08, 0.16):

@@ -1,4 +1,4 @@
-"""Tables and figures of docs/validation.md, section "2D solvers", from runs made here (about three minutes).
+"""Make tables and figures of docs/validation.md, section "2D solvers" (about three minutes).
 
     python benchmarks/studies/planar_validation.py [--images docs/images]
 
@@ -30,7 +30,7 @@ from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion, cosin
 from shodh_moe.solvers.planar.shallow_water import ShallowWater
 from studies.planar_figures import PLACES, Lines, draw
 
-SIDE, END = 10.0, 1.5  # of the dam breaks on a line
+SIDE, END = 10.0, 1.5  # length and end time of the dam breaks on a line
 
 
 def seeds(count: int) -> list[np.random.SeedSequence]:
@@ -38,7 +38,7 @@ def seeds(count: int) -> list[np.random.SeedSequence]:
 
 
 def fluctuation(family: Family, fields: Tensor) -> Tensor:
-    """Fields less the still water around a dam; the others are deviations already."""
+    """Fields minus the still water around a dam; other families' fields are already deviations."""
     if not isinstance(family.settings, ShallowWater):
         return fields
     still = torch.tensor([family.settings.outer_height, 0.0, 0.0], dtype=fields.dtype)
@@ -68,7 +68,7 @@ def order(errors: Sequence[float], ratio: float = 2.0) -> list[object]:
 
 
 def in_time() -> Lines:
-    """Each family over its whole time at both ends of its range: errors of the step in use and of finer ones."""
+    """Errors of each family's time step and of finer ones, over its whole time, at both ends of its parameter range."""
     lines: Lines = {}
     for family in FAMILIES.values():
         name = family.name.replace("_", " ")
@@ -95,7 +95,7 @@ def in_time() -> Lines:
 
 
 def restricted(family: Family, fields: Tensor, grid: int) -> Tensor:
-    """Fields of a finer grid on a coarser one: the same cosine or Fourier series, or cell means."""
+    """Restrict fields to a coarser grid: truncate the cosine or Fourier series, or take cell means."""
     fine = fields.shape[-1]
     if isinstance(family.settings, ShallowWater):
         return torch.nn.functional.avg_pool2d(fields, fine // grid)

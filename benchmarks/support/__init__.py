@@ -1,1 +1,1 @@
-"""What several benchmark scripts share."""
+"""Code that several benchmark scripts share."""

@@ -19,18 +19,24 @@ def logits_of(tokens: int, experts: int, seed: int, device: torch.device, dtype:
 
 
 def checks_finite(device: torch.device) -> bool:
-    """As the model's router asks for it in training: a check of the logits waits for a GPU, so there it is left out."""
+    """Whether the model's router checks logits in training: not on a GPU, where the check waits for the device."""
     return device.type == "cpu"
 
 
 def gating_bytes(tokens: int, experts: int, itemsize: int) -> dict[str, int]:
-    """Forward: logits read; expert (8), slot (8), gate (4) and entropy (4) of each token written.
-    Backward: logits, gate gradient (4) and expert (8) read; logit gradient written."""
+    """Minimal traffic by pass, in bytes.
+
+    Forward reads the logits and writes expert (8), slot (8), gate (4) and entropy (4) of each token.
+    Backward reads the logits, gate gradient (4) and expert (8), and writes the logit gradient.
+    """
     forward = tokens * (experts * itemsize + 24)
     return {"forward": forward, "both": forward + tokens * (2 * experts * itemsize + 12)}
 
 
 def gating_flops(tokens: int, experts: int) -> dict[str, int]:
-    """Forward, per logit: max, subtract, exp, add (softmax), multiply-add (entropy), add (mean probability): 7.
-    Backward, per logit: subtract, exp, 2 multiply-adds: 6."""
+    """FLOP by pass.
+
+    Forward, 7 per logit: max, subtract, exp, add (softmax), multiply-add (entropy), add (mean probability).
+    Backward, 6 per logit: subtract, exp, 2 multiply-adds.
+    """
     return {"forward": 7 * tokens * experts, "both": 13 * tokens * experts}

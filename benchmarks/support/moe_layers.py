@@ -15,7 +15,7 @@ MIN_CAPACITY = 4
 
 
 def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False, ep: Any = None) -> Any:
-    """`shodh_moe.model.MoE` with the experts of ``ep`` (None: all of them), or why it cannot be made."""
+    """`shodh_moe.model.MoE` with the experts of ``ep`` (None: all experts), or the reason why it cannot be made."""
     try:
         from shodh_moe.config import MoEConfig, RouterConfig
         from shodh_moe.model.moe import MoE
@@ -35,7 +35,7 @@ def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool
 
 
 def feed_forward(width: int, hidden: int) -> Any:
-    """One SwiGLU network, or why it cannot be made (the model needs pydantic, the kernels do not)."""
+    """One SwiGLU network, or the reason why it cannot be made (unlike the kernels, the model needs pydantic)."""
     try:
         from shodh_moe.model.experts import FeedForward
     except ImportError as error:
@@ -44,7 +44,7 @@ def feed_forward(width: int, hidden: int) -> Any:
 
 
 def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random_tokens: bool, device: Any) -> Any:
-    """`deepspeed.moe.layer.MoE` in a world of this process alone, or why it cannot be made."""
+    """`deepspeed.moe.layer.MoE` in a world of one process, or the reason why it cannot be made."""
     if isinstance(found := deepspeed(), Missing):
         return found
     if isinstance(expert := feed_forward(width, hidden), Missing):
@@ -54,9 +54,15 @@ def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random
         from deepspeed.moe.layer import MoE
 
         if not torch.distributed.is_initialized():
-            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ.update(alone)
-            # Else DeepSpeed compiles an operation that serves inference alone, for a minute or more.
+            one_rank = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "0",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+            }
+            os.environ.update(one_rank)
+            # Otherwise DeepSpeed spends a minute or more compiling an operation that only inference uses.
             ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             backend = "nccl" if device.type == "cuda" else "gloo"
             ds.init_distributed(backend, auto_mpi_discovery=False, verbose=False)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Step(NamedTuple):
-    """One process. ``needs`` are modules without which it is not run."""
+    """A command to run as a process; it is not run if a module in ``needs`` is missing."""
 
     name: str
     command: list[str]
@@ -25,8 +25,8 @@ class Step(NamedTuple):
     environment: dict[str, str] = {}  # noqa: RUF012 (never changed)
     needs: tuple[str, ...] = ()
     folder: Path = ROOT
-    read: Callable[[Path], dict[str, Any]] = lambda log: {}  # what to keep of its output
-    after: str = ""  # only if this step was done
+    read: Callable[[Path], dict[str, Any]] = lambda log: {}  # extracts the results from the log
+    after: str = ""  # run only if this step succeeded
 
 
 @dataclass
@@ -54,7 +54,7 @@ def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str])
             env=environment | step.environment,
             stdout=file,
             stderr=subprocess.STDOUT if step.name != "environment" else None,
-            start_new_session=True,  # so that its own children can be ended with it
+            start_new_session=True,  # so that its children can be killed with it
         )
         try:
             code: int | None = child.wait(timeout=seconds)

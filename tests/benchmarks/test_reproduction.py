@@ -139,7 +139,7 @@ def test_what_was_never_bifurcated_or_not_finite_is_said(script, run, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "environment.json"])
 def test_a_run_that_lacks_something_is_one_clear_line(script, run, name):
     (run / name).write_text('{"half')
-    with pytest.raises(UserError, match=f"{name} is missing or damaged: give the command without --collect-only"):
+    with pytest.raises(UserError, match=f"{name} is missing or damaged: repeat the command without --collect-only"):
         script.collect(run, tiny.config(), [])
 
 

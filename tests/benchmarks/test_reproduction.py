@@ -44,12 +44,12 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    return importlib.import_module("reproduction")
+    return importlib.import_module("studies.reproduction")
 
 
 @pytest.fixture
 def trend() -> ModuleType:
-    return importlib.import_module("reproduction_trend")
+    return importlib.import_module("studies.reproduction_trend")
 
 
 def layer(number: int, pure: float) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_what_was_never_bifurcated_or_not_finite_is_said(script, run, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "environment.json"])
 def test_a_run_that_lacks_something_is_one_clear_line(script, run, name):
     (run / name).write_text('{"half')
-    with pytest.raises(UserError, match=f"{name} is missing or damaged: give the command without --collect-only"):
+    with pytest.raises(UserError, match=f"{name} is missing or damaged: repeat the command without --collect-only"):
         script.collect(run, tiny.config(), [])
 
 

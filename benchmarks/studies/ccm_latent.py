@@ -1,9 +1,9 @@
-"""CCM on the latent mixture of experts of the main job: experts of two viscosities, composed at others.
+"""CCM on the latent mixture of experts: train experts at two viscosities and compose them at others.
 
-    python benchmarks/ccm_latent.py [--json FILE] [key=value ...]
+    python benchmarks/studies/ccm_latent.py [--json FILE] [key=value ...]
 
-Everything is done by the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. What is there
-already is kept, so the same call goes on. Settings (key=value) are for all runs and data. Docs: docs/ccm_latent.md.
+Runs the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. Finished work is kept, so
+repeating the call resumes. Settings (key=value) apply to all runs and data. Docs: docs/ccm_latent.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import yaml
-from common import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.files import require_writable, write_text
@@ -31,15 +32,16 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.load import load_config, read_yaml
 from shodh_moe.config.paths import resolve_paths
+from support.common import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ANCHOR = ROOT / "configs" / "latent_ccm" / "anchor.yaml"
 MERGE = ROOT / "configs" / "latent_ccm" / "merge.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "ccm_latent.json"
 
 VISCOSITY = "data.domains.open_channel.viscosity"
 FINE_TUNING = ["training.steps=160", "training.learning_rate=5e-4", "training.warmup_steps=10"]
-# Viscosities at which nothing is trained. Validation, on which the readout is chosen, has flows of its own.
+# Viscosities at which nothing is trained. The readout is chosen on validation, which has separate flows.
 VALIDATION, TEST = (0.004, 0.0075, 0.024), (0.0036, 0.0065, 0.015, 0.028)
 SWEPT, ALPHAS = 0.024, (-1.0, -0.5, 0.0, 0.5, 1.0, 1.25, 1.5, 2.0)
 FEW = [
@@ -62,14 +64,14 @@ MEASURES = ("latent_mse", "physical_mse", "latent_mse_persistence", "physical_ms
 
 @dataclass(frozen=True)
 class Regime:
-    """A viscosity of the open channel at which models are measured; ``role``: end, validation, inside or outside."""
+    """An open-channel viscosity at which models are measured; ``role`` is end, validation, inside or outside."""
 
     viscosity: float
     role: str
 
     @property
     def settings(self) -> list[str]:
-        """Of its data; an end's own test split is used, of the others only a test split is made."""
+        """Name of its data. An end uses its own test split; for the other regimes only a test split is generated."""
         if self.role == "end":
             return []
         return [*FEW, "tokenizer.latent_copies=1", *(["data.seed=1"] if self.role == "validation" else [])]
@@ -79,10 +81,10 @@ class Bench:
     """Paths and settings of one whole run.
 
     Attributes:
-        own: settings of the call, which replace all others.
+        own: settings given on the command line, which override all others.
         anchor: config of the anchor.
         ends: viscosities of the two experts.
-        folder: of what belongs to no single run.
+        folder: files that belong to no single run.
     """
 
     def __init__(self, own: list[str]):
@@ -102,14 +104,14 @@ class Bench:
             self.times = json.loads(self._times_path.read_text())
 
     def at(self, viscosity: float, settings: Iterable[str] = ()) -> list[str]:
-        """Settings of data at that viscosity under the anchor's tokenizer."""
+        """Settings for data at this viscosity, encoded with the anchor's tokenizer."""
         tokenizer = resolve_paths(self.anchor).tokenizer
         name = f"{self.anchor.data.name}_{viscosity:g}"
         return [f"{VISCOSITY}={viscosity}", f"data.name={name}", f"tokenizer.path={tokenizer}", *settings, *self.own]
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Keeps the seconds of the call that did the work: one that finds it done takes less."""
+        """Keep the longest time of a step: a call that finds it finished takes less."""
         began, cpu = time.perf_counter(), sum(os.times()[:4])
         yield
         took = {"wall": time.perf_counter() - began, "cpu": sum(os.times()[:4]) - cpu}
@@ -118,7 +120,7 @@ class Bench:
             write_text(self._times_path, json.dumps(self.times, indent=1) + "\n")
 
     def train(self, name: str, settings: list[str]) -> Path:
-        """A run from its data to its last checkpoint, which is returned."""
+        """Complete a run, from its data to its last checkpoint, which is returned."""
         config = load_config(ANCHOR, settings, name)
         for step in (("data", "generate"), ("tokenizer", "train"), ("tokenizer", "encode"), ("pretrain",)):
             with self.timed(f"{name}: {' '.join(step)}"):
@@ -126,7 +128,7 @@ class Bench:
         return Path(config.runs) / name / "checkpoints" / str(config.training.steps)
 
     def measure(self, row: str, regime: Regime, checkpoint: Path) -> dict[str, Any]:
-        """The model at ``checkpoint`` on the regime's test split."""
+        """Evaluate the model at ``checkpoint`` on the regime's test split."""
         settings = self.at(regime.viscosity, regime.settings)
         config = load_config(ANCHOR, settings)
         key = fingerprint(_sha256(checkpoint), config.data.model_dump(), config.evaluation.model_dump())
@@ -143,7 +145,9 @@ class Bench:
             ):
                 code = shodh(["evaluate", *what, *settings])
             if code:
-                print(f"error: measuring {row} at {regime.viscosity:g} failed: see the end of {log}", file=sys.stderr)
+                print(
+                    f"error: measuring {row} at {regime.viscosity:g} failed; the end of {log} says why", file=sys.stderr
+                )
                 raise SystemExit(code)
         metrics = json.loads((folder / "metrics.json").read_text())
         manifest = checkpoint / "merge.json"
@@ -158,7 +162,7 @@ class Bench:
 
 
 def command(*arguments: str) -> None:
-    """Raises: SystemExit: with the command's own code, after its own message."""
+    """Run a command. Raises SystemExit with the command's exit code, after its message."""
     if code := shodh([*arguments]):
         raise SystemExit(code)
 
@@ -172,7 +176,7 @@ def work(own: list[str], output: Path) -> None:
     bench = Bench(own)
     anchor: Config = bench.anchor
     models = {"anchor": bench.train(anchor.name, own)}
-    # The control: as many more steps as an expert gets, at the anchor's own viscosity.
+    # The control: the anchor trained at its own viscosity for as many more steps as an expert.
     start = [f"start={models['anchor']}", *FINE_TUNING]
     models["continued"] = bench.train(f"{anchor.name}_continued", [*start, *own])
     for end, viscosity in bench.ends.items():
@@ -180,7 +184,7 @@ def work(own: list[str], output: Path) -> None:
     for regime in bench.regimes:
         if regime.role != "end":
             with bench.timed(f"{regime.viscosity:g}: data"):
-                name = f"{anchor.name}_at_{regime.viscosity:g}"  # no run: a run folder must not be another's
+                name = f"{anchor.name}_at_{regime.viscosity:g}"  # unset `run`: two runs must not share a run folder
                 settings = bench.at(regime.viscosity, regime.settings)
                 command("data", "generate", "--config", str(ANCHOR), "--name", name, *settings)
 
@@ -191,7 +195,7 @@ def work(own: list[str], output: Path) -> None:
         rows += [bench.measure(row, regime, models[row]) for row in plain]
         if regime.role != "validation":
             rows.append(bench.measure("average", regime, merged / "average"))
-        if regime.role != "end":  # where CCM by a coordinate is the expert itself
+        if regime.role != "end":  # at an end, CCM by a coordinate gives the expert itself
             for readout in READOUTS:
                 rows.append(bench.measure(readout, regime, merged / f"{readout}_{regime.viscosity:g}"))
     swept = next(regime for regime in bench.regimes if regime.role == "validation" and regime.viscosity == SWEPT)
@@ -221,7 +225,7 @@ def work(own: list[str], output: Path) -> None:
 
 
 def merge(bench: Bench, models: dict[str, Path]) -> Path:
-    """All merged models; returns their folder, which has the experts' hashes in its name."""
+    """Create all merged models. Returns their folder, whose name contains a hash of the experts."""
     values = [regime.viscosity for regime in bench.regimes if regime.role != "end"]
     sweep: list[dict[str, Any]] = [{"name": "average", "parameters": {"alpha": 0.0}}]
     for value in values:
@@ -242,7 +246,7 @@ def merge(bench: Bench, models: dict[str, Path]) -> Path:
 
 
 def _change(rows: Sequence[dict[str, Any]], row: str) -> float:
-    """Mean over the validation viscosities of log(error / the anchor's), physical, of the open channel."""
+    """Mean log(error / anchor's error) over the validation viscosities: physical error, open channel."""
     errors: dict[str, list[float]] = {}
     for one in rows:
         if one["regime"]["role"] == "validation":
@@ -252,7 +256,7 @@ def _change(rows: Sequence[dict[str, Any]], row: str) -> float:
 
 
 def tell(bench: Bench, rows: Sequence[dict[str, Any]], sweep: Sequence[dict[str, Any]], chosen: str) -> None:
-    """The tables of docs/ccm_latent.md."""
+    """Print the tables of docs/ccm_latent.md."""
     print(f"\nchosen on validation: {TITLES[chosen]}")
     tested = [regime for regime in bench.regimes if regime.role != "validation"]
     validated = [regime for regime in bench.regimes if regime.role == "validation"]
@@ -289,7 +293,7 @@ def _table(rows: Sequence[dict[str, Any]], regimes: Sequence[Regime], domain: st
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs and data")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs and data")
     options = parser.parse_args(arguments)
     return exit_code(lambda: work(options.overrides, options.json))
 

@@ -1,4 +1,4 @@
-"""The flows of lattice_validation.py: each run by the solver in float64, beside its exact or published solution."""
+"""Flows of lattice_validation.py: each is run by the solver in float64 and returned with its exact solution."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shodh_moe.solvers.kernel import FREE
 from shodh_moe.solvers.lattice_boltzmann import MAGIC, SOUND_SPEED
 
 Array = NDArray[np.float64]
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of gap^2 / viscosity: when a start is looked at
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # times at which a start-up flow is compared, in gap^2 / viscosity
 
 
 @dataclass
 class Case:
-    """One convergence study: relative L2 errors (or as ``norm`` says) by size in cells."""
+    """One convergence study: errors by size in cells, in the measure that ``norm`` names."""
 
     name: str
     norm: str
@@ -31,7 +31,7 @@ class Case:
     errors: list[float] = field(default_factory=list)
     reynolds: list[float] = field(default_factory=list)  # largest speed times size over viscosity
     mach: list[float] = field(default_factory=list)
-    spread: list[float] = field(default_factory=list)  # standard deviation of the error, where several were taken
+    spread: list[float] = field(default_factory=list)  # standard deviation of the error, if there are several samples
 
     def add(self, size: int, error: float, speed: float) -> None:
         self.sizes.append(size)
@@ -45,13 +45,13 @@ class Case:
         return [math.log(e1 / e2) / math.log(n2 / n1) for (n1, e1), (n2, e2) in pairs if n1 != n2]
 
 
-def relative(found: Array, wanted: Array) -> float:
-    """||found - wanted|| / ||wanted||."""
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(found: Array, expected: Array) -> float:
+    """||found - expected|| / ||expected||."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 class OtherMagic(LatticeBoltzmann):
-    """The solver with another magic parameter than its own, for flows that start from rest."""
+    """The solver with a different magic parameter, for flows that start from rest."""
 
     magic = MAGIC
 
@@ -71,12 +71,12 @@ def flow(solid_XYZ: NDArray[np.bool_], viscosity: float, magic: float = MAGIC, l
 
 
 def bgk(viscosity: float) -> float:
-    """The magic parameter at which both rates are the same: the single relaxation time of BGK."""
+    """Magic parameter at which both rates are equal, as with BGK's single relaxation time."""
     return (3 * viscosity) ** 2
 
 
 def bed(gap: int, width: int = 1, walls: bool = False) -> NDArray[np.bool_]:
-    """One solid layer under ``gap`` cells, with a solid layer at the side where ``walls``."""
+    """One solid layer under ``gap`` cells, and a solid layer at the side if ``walls``."""
     solid_XYZ = np.zeros((1, width + walls, gap + 1), bool)
     solid_XYZ[:, :, 0] = True
     solid_XYZ[:, :1] |= walls
@@ -88,7 +88,7 @@ def heights(gap: int) -> Array:
 
 
 def steady(moving: LatticeBoltzmann, force_3: Sequence[float], steps: int, tolerance: float = 1e-11) -> Array:
-    """Velocity [3, X, Y, Z] once ``steps`` more change it by less than ``tolerance``."""
+    """Velocity [3, X, Y, Z] of the steady flow: ``steps`` more steps change it by less than ``tolerance``."""
     before = moving.velocity()
     for _ in range(1000):
         moving.run(np.tile(force_3, (steps, 1)))
@@ -100,26 +100,26 @@ def steady(moving: LatticeBoltzmann, force_3: Sequence[float], steps: int, toler
 
 
 def straight(gap: int, viscosity: float, magic: float, speed: float = 0.02) -> tuple[Array, Array]:
-    """Steady velocity [Z] of the plane channel and the exact one; ``speed`` is the latter's largest."""
+    """Steady velocity [Z] of the plane channel, computed and exact; ``speed`` is the exact maximum."""
     force = 8 * viscosity * speed / gap**2
     found = steady(flow(bed(gap), viscosity, magic), [force, 0, 0], int(gap**2 / viscosity / 4) + 20)[0, 0, 0, 1:]
     return found, exact.poiseuille(heights(gap), gap, force, viscosity)
 
 
 def wall_offset(found_Z: Array) -> float:
-    """How far outside the half-way wall the parabola through the profile vanishes, in cells."""
+    """Distance in cells from the half-way wall outwards to the zero of the parabola through the profile."""
     roots = np.roots(np.polyfit(heights(len(found_Z)), found_Z, 2))
     return float(-np.sort(roots.real)[0])
 
 
 def oblique(cells: int, rise: int, viscosity: float, magic: float = MAGIC) -> tuple[Array, Array]:
-    """Channel along (rise, 0, 1) whose walls are stairs: velocity along it, found and exact, of all fluid cells."""
+    """Velocity along a channel in direction (rise, 0, 1) with staircase walls: computed and exact, per fluid cell."""
     period = cells + 2 * rise
     x, _, z = np.meshgrid(np.arange(rise * period), [0], np.arange(period), indexing="ij")
-    number_XYZ = (x - rise * z) % period  # of the line of cells parallel to the walls
+    number_XYZ = (x - rise * z) % period  # length of the line of cells parallel to the walls
     solid_XYZ = number_XYZ >= cells
     along_3 = np.array([rise, 0, 1]) / math.hypot(rise, 1)
-    gap = cells / math.hypot(rise, 1)  # keeps the area
+    gap = cells / math.hypot(rise, 1)  # preserves the area
     force = 8 * viscosity * 0.02 * 4 / cells / gap**2
     found = steady(flow(solid_XYZ, viscosity, magic), force * along_3, int(gap**2 / viscosity / 4) + 20)
     across = (number_XYZ[~solid_XYZ] + 0.5) / math.hypot(rise, 1)
@@ -127,7 +127,7 @@ def oblique(cells: int, rise: int, viscosity: float, magic: float = MAGIC) -> tu
 
 
 def startup(gap: int, viscosity: float) -> tuple[Array, Array]:
-    """Profiles [T, Z] at `SHARES`, found and exact."""
+    """Profiles [T, Z] at the times `SHARES`, computed and exact."""
     force = 8 * viscosity * 0.02 * 4 / gap**3
     moving, step, found, times = flow(bed(gap), viscosity), 0, [], []
     for share in SHARES:
@@ -135,13 +135,13 @@ def startup(gap: int, viscosity: float) -> tuple[Array, Array]:
         moving.run(np.tile([force, 0, 0], (steps, 1)))
         step += steps
         found.append(moving.velocity()[0, 0, 0, 1:])
-        # A step adds half of the force before it and half of its own: the first one half a force only.
+        # A step adds half of the previous force and half of its own, so the first step adds only half a force.
         times.append(step - 0.5)
     return np.array(found), exact.startup(heights(gap), np.array(times), gap, force, viscosity)
 
 
 def swinging_film(gap: int, viscosity: float, womersley: float) -> tuple[Array, Array]:
-    """Eight profiles [8, Z] over a period, found and exact, long after the start."""
+    """Eight profiles [8, Z] over a period, computed and exact, long after the start."""
     period = round(2 * math.pi * gap**2 / (womersley**2 * viscosity))
     omega, force = 2 * math.pi / period, 4e-4 * (4 / gap) ** 3
     force_T3 = np.zeros((period, 3))
@@ -158,7 +158,7 @@ def swinging_film(gap: int, viscosity: float, womersley: float) -> tuple[Array, 
 
 
 def open_channel_friction(depth: int, width: int) -> tuple[float, float]:
-    """Darcy's f times Re, by the hydraulic radius, of an open channel ``width`` depths wide, and its largest speed."""
+    """Darcy's f times Re, by the hydraulic radius, of an open channel ``width`` depths wide, and its maximum speed."""
     solid_XYZ, force = bed(depth, width * depth, walls=True), 2e-3 * (4 / depth) ** 3
     along = steady(flow(solid_XYZ, 0.5, lid=True), [force, 0, 0], depth**2 + 20, 1e-9)[0]
     mean, radius = along[~solid_XYZ].mean(), width * depth / (width + 2)
@@ -166,7 +166,7 @@ def open_channel_friction(depth: int, width: int) -> tuple[float, float]:
 
 
 def decay(start_3XYZ: Array, viscosity: float, rate: float, time_share: float) -> tuple[float, float]:
-    """Viscosity found over the nominal one - 1, and error of the velocity after ``time_share / rate`` steps."""
+    """Measured over nominal viscosity, minus 1, and error of the velocity after ``time_share / rate`` steps."""
     moving = flow(np.zeros(start_3XYZ.shape[1:], bool), viscosity)
     moving.set_velocity(start_3XYZ, settle_pressure=True)
     first, last = round(0.2 * time_share / rate), round(time_share / rate)
@@ -179,9 +179,9 @@ def decay(start_3XYZ: Array, viscosity: float, rate: float, time_share: float) -
 
 
 def sphere(n: int, fraction: float, shift_3: Sequence[float] = (0.0, 0.0, 0.0)) -> NDArray[np.bool_]:
-    """The sphere of solid ``fraction`` in a periodic cube of n cells: a cell is solid if its centre is inside.
+    """Sphere of solid ``fraction`` in a periodic cube of n cells; a cell is solid if its centre is inside.
 
-    Its own centre is ``shift_3`` cells from the middle of the cube.
+    The sphere's centre is ``shift_3`` cells from the middle of the cube.
     """
     offsets = [(np.arange(n) + 0.5 - shift) % n - n / 2 for shift in shift_3]
     squares_XYZ = offsets[0][:, None, None] ** 2 + offsets[1][:, None] ** 2 + offsets[2] ** 2
@@ -191,7 +191,7 @@ def sphere(n: int, fraction: float, shift_3: Sequence[float] = (0.0, 0.0, 0.0)) 
 def permeability(solid_XYZ: NDArray[np.bool_], viscosity: float, magic: float = MAGIC) -> tuple[float, Array]:
     """Permeability along x of a cube of n cells over n^2, in Stokes flow, and the velocity [3, n, n, n].
 
-    The mean velocity nears its end exponentially: three values give the end (Aitken), and it is taken once it stands.
+    The mean velocity converges exponentially. Three values give the limit (Aitken), which is returned once it settles.
     """
     n = len(solid_XYZ)
     moving = flow(solid_XYZ, viscosity, magic)
@@ -208,19 +208,19 @@ def permeability(solid_XYZ: NDArray[np.bool_], viscosity: float, magic: float = 
 
 
 def drag(permeability_over_n2: float, fraction: float) -> float:
-    """K of Zick and Homsy."""
+    """Drag coefficient K of Zick and Homsy."""
     return 1 / (6 * math.pi * exact.sphere_radius(fraction) * permeability_over_n2)
 
 
 def published() -> Callable[[float], float]:
-    """K at any fraction: Zick and Homsy's values and K = 1 of a lone sphere, a cubic spline in fraction^(1/3)."""
+    """K at any fraction: cubic spline in fraction^(1/3) through Zick and Homsy's values and K = 1 at fraction 0."""
     fractions, drags = zip((0.0, 1.0), *exact.ZICK_HOMSY.items(), strict=True)
     spline = CubicSpline(np.cbrt(fractions), np.log(drags))
     return lambda fraction: float(np.exp(spline(np.cbrt(fraction))))
 
 
 def hydrodynamic_radius(permeability_over_n2: float) -> float:
-    """Radius over n of the sphere whose array would have this permeability."""
+    """Radius over n of the sphere whose array has this permeability."""
     known = published()
 
     def excess(radius: float) -> float:

@@ -1,4 +1,4 @@
-"""The table that sets a run's numbers beside the paper's, each with its definition (reproduction.py)."""
+"""The table that compares a run's numbers with the paper's, each with its definition (reproduction.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DOMAINS = ("open_channel", "porous_media")
-# Shodh-MoE, arXiv 2605.15179, as printed there.
+# Numbers of Shodh-MoE as printed in arXiv 2605.15179.
 PAPER: dict[str, Any] = {
     "latent_mse": {"open_channel": 2.46e-5, "porous_media": 9.76e-6},
     "physical_mse": {"open_channel": 2.48e-6, "porous_media": 1.76e-6},
@@ -21,15 +21,15 @@ smaller or larger number here is neither better nor worse. Definitions side by s
 
 
 def markdown(metrics: dict[str, Any], run: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The page ``table.md``: results and settings beside the paper's, baselines, times, the routers.
+    """Make the page ``table.md``: results and settings compared with the paper's, baselines, times, the routers.
 
     Args:
         metrics: a run's metrics.json.
-        run: what `reproduction.collect` makes of the run folder.
-        environment: its environment.json.
+        run: the run folder's numbers from `reproduction.collect`.
+        environment: the run's environment.json.
     """
     parts = [
-        f"<!-- Made by benchmarks/reproduction.py from run {metrics['run']}; edits are lost. -->",
+        f"<!-- Made by benchmarks/studies/reproduction.py from run {metrics['run']}; edits are lost. -->",
         NOTE,
         table(["", "paper", "ours", "ours is"], _results(metrics, run)),
         table(["settings", "paper", "ours"], _settings(run)),
@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits; a dash for what was not measured or is not finite."""
+    """Format with three digits; a dash for a value that was not measured or is not finite."""
     return "-" if value is None else f"{value:.3g}"
 
 

@@ -1,12 +1,12 @@
-"""Velocities made free of divergence, with walls and without: how exactly, how fast, and how near to simulated flows.
+"""Accuracy and time of making velocities divergence-free, with and without walls, and distance to simulated flows.
 
-    python benchmarks/walls.py [--json FILE] [--grid 128] [--data FOLDER]
+    python benchmarks/studies/walls.py [--json FILE] [--grid 128] [--data FOLDER]
 
-Random smooth velocities on an open channel's bed and in a pack of spheres, for every operator, kind of walls and dtype:
-iterations of conjugate gradients, time, divergence (taken in float64), velocity in solid voxels. Lengths are in cells
-and velocities have an rms of 1, so for a box of side 1 multiply divergences by the cells along a side. With --data, a
-generated dataset: the relative L2 difference of simulated velocities and their conserved ones, which no decoder of
-that kind can go below. Shapes: B batch, 3 components, X Y Z space.
+For random smooth velocities over an open channel's bed and in a pack of spheres, and every operator, kind of walls and
+dtype, it reports iterations of conjugate gradients, time, divergence (taken in float64) and velocity in solid voxels.
+Lengths are in cells and velocities have an rms of 1, so for a box of side 1 multiply divergences by the cells along a
+side. With --data, a generated dataset, it adds the relative L2 difference between simulated velocities and their
+conserved projection, a lower bound for any decoder of that kind. Shapes: B batch, 3 components, X Y Z space.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import DTYPES, Report, run
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.kernels import divergence
@@ -31,10 +32,11 @@ from shodh_moe.solvers.domains.open_channel import rough_bed
 from shodh_moe.solvers.geometry import sphere_field, threshold
 from shodh_moe.tokenizer import walls
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
+from support.common import DTYPES, Report, run
 
 LOCAL = ("staggered", "central2", "central4")
 HOW = [("none", "spectral"), *product(("none", "ramp", "exact"), LOCAL)]
-SNAPSHOTS = 3  # of each trajectory
+SNAPSHOTS = 3  # snapshots per trajectory
 
 
 def geometry(kind: str, size: int) -> Tensor:
@@ -48,7 +50,7 @@ def geometry(kind: str, size: int) -> Tensor:
 
 
 def velocity(solid_B1XYZ: Tensor) -> Tensor:
-    """Smooth noise and a mean flow, zero in solids, [1, 3, X, Y, Z], float64."""
+    """Smooth noise plus a mean flow, zero in solids, [1, 3, X, Y, Z], float64."""
     size = solid_B1XYZ.shape[-1]
     noise = torch.randn(1, 3, size, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k, k_z = torch.fft.fftfreq(size, 1 / size), torch.fft.rfftfreq(size, 1 / size)
@@ -60,12 +62,12 @@ def velocity(solid_B1XYZ: Tensor) -> Tensor:
 
 
 def rms(x: Tensor) -> float:
-    """Over all components and voxels alike."""
+    """Root mean square over all components and voxels."""
     return float(x.double().square().mean().sqrt())
 
 
 def projected(kind: str, w_B3XYZ: Tensor, solid_B1XYZ: Tensor, how: str, operator: str) -> dict[str, Any]:
-    """One row: what `conserved_velocity` took and left."""
+    """One row: time and iterations of `conserved_velocity`, and the remaining divergence."""
     adjoint, solve = walls.divergence_adjoint, walls._solve
     seconds, processor = [], []
     for _ in range(2):
@@ -99,7 +101,7 @@ def projected(kind: str, w_B3XYZ: Tensor, solid_B1XYZ: Tensor, how: str, operato
 
 
 def floor(data: Path, split: str = "valid") -> list[dict[str, Any]]:
-    """Simulated velocities against their conserved ones in float64: one row a domain, operator and kind of walls."""
+    """Compare simulated velocities with their projections in float64; one row per domain, operator and walls."""
     sums: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
     for record in list_trajectories(data, split):
         fields, solid = read_snapshots(record)
@@ -153,7 +155,9 @@ def work(report: Report) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=int, help="points along each axis; default: 128")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="a generated dataset: how near to its velocities")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="folder of a generated dataset: also compare with its velocities"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

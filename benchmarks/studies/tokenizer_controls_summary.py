@@ -1,6 +1,6 @@
-"""Numbers and tables of the tokenizer's controls, from what `shodh tokenizer evaluate` wrote. No model, no fields.
+"""Numbers and tables of the tokenizer controls, from the output of `shodh tokenizer evaluate`; needs no model or field.
 
-A row is a trained variant, or a direct one projected afterwards (`projected_row`). Nothing is chosen by test errors.
+A row is a trained variant, or a direct one projected after decoding (`projected_row`). Test errors select nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from scipy.stats import t as student
 
 from shodh_moe.kernels.differentiation import OPERATORS
 
-# Settings of the tokenizer by variant; everything else is the same. The soft penalty is on central2: a direct velocity
-# is at the voxels' centres, where central2 takes a second-order divergence of it, as local as that of the walls. It is
-# 0.3 % (open channel) and 1.0 % (porous media) of rms(u) / h in the simulated flow, so the penalty hardly contradicts
-# the data. Staggered, on velocities averaged to the faces, would be the same difference.
+# Settings of the tokenizer by variant; everything else is the same. The soft penalty uses central2: a direct velocity
+# lies at voxel centres, where central2 gives a second-order divergence, as local as that of the walls. In the simulated
+# flow that divergence is 0.3 % (open channel) and 1.0 % (porous media) of rms(u) / h, so the penalty hardly contradicts
+# the data. Staggered differences of velocities averaged to the faces would be the same.
 DIRECT = {"decoder": "direct", "operator": "central2"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "direct": DIRECT,
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact-central4": {"operator": "central4", "walls": "exact"},
     "ramp-staggered": {"operator": "staggered", "walls": "ramp"},
 }
-ONE_SEED = ("exact-central4", "ramp-staggered")  # examples of what does not work
+ONE_SEED = ("exact-central4", "ramp-staggered")  # examples of variants that fail
 UNCONSTRAINED = tuple(name for name, settings in VARIANTS.items() if settings.get("decoder") == "direct")
 AIM = 1.05  # velocity VRMSE over that of the best unconstrained tokenizer of the same seed
 BANDS = ("low", "middle", "high")
@@ -44,19 +44,19 @@ Rows = dict[str, dict[int, dict[str, dict[str, float]]]]
 
 
 def projected_row(variant: str, key: str) -> str:
-    """The name of a tokenizer whose velocities are projected after decoding; ``key`` is ``<walls>/<operator>``."""
+    """Row name of a tokenizer whose velocities are projected after decoding; ``key`` is ``<walls>/<operator>``."""
     return f"{variant} > {key}"
 
 
 def operator_of(row: str) -> str:
-    """The derivative for which a row's velocity is, or is punished not to be, free of divergence."""
+    """The operator whose divergence a row's velocity makes zero, or is penalised for."""
     if " > " in row:
         return row.partition("/")[2]
     return str(VARIANTS[row]["operator"])
 
 
 def title_of(row: str) -> str:
-    """A row as the tables name it."""
+    """Title of a row in the tables."""
     variant, _, key = row.partition(" > ")
     settings = VARIANTS[variant]
     if key:
@@ -71,7 +71,7 @@ def title_of(row: str) -> str:
 
 
 def measures(found: Mapping[str, Any]) -> dict[str, float]:
-    """One domain of an evaluation as flat numbers."""
+    """Measures of one domain of an evaluation, as a flat dict."""
     flat = {key: found[key] for key in ("velocity_vrmse", "pressure_vrmse", "velocity_nrmse")}
     flat |= {f"band_{band}": value for band, value in zip(BANDS, found["band_errors"]["velocity"], strict=True)}
     for operator, by_dtype in found["divergence"].items():
@@ -83,7 +83,7 @@ def measures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rows_of(results: Results) -> Rows:
-    """The variants in their order, then the direct tokenizers projected afterwards."""
+    """All rows: the variants in order, then the direct tokenizers projected after decoding."""
     rows: Rows = {
         variant: {
             seed: {domain: measures(found) for domain, found in evaluation["domains"].items()}
@@ -103,7 +103,7 @@ def rows_of(results: Results) -> Rows:
 
 
 def _projected_times(decoded: Mapping[str, Any], projected: Mapping[str, Any]) -> dict[str, float]:
-    """Milliseconds a sample; the projection counts as decoding."""
+    """Milliseconds per sample; the projection counts as decoding."""
     times = decoded["ms_per_sample"]
     return {"encode": times["encode"], "decode": times["decode"] + projected["ms_per_sample"]["project"]}
 
@@ -115,7 +115,7 @@ def missing_runs(results: Results, wanted: Iterable[tuple[str, int]]) -> list[tu
 def best_on_validation(
     valid: Mapping[str, Mapping[int, Mapping[str, float]]], candidates: Sequence[str], domain: str
 ) -> str | None:
-    """The candidate with the least validation error of a domain, mean over the seeds that all those found have.
+    """The candidate with the least validation error of a domain, averaged over the seeds common to all candidates.
 
     Args:
         valid: mean squared velocity error on the validation split by variant, seed and domain.
@@ -128,7 +128,7 @@ def best_on_validation(
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, range and the half width of Student's 95 % interval of the mean (None for one value)."""
+    """Mean, range, and half width of Student's 95 % confidence interval of the mean (None for one value)."""
     count = len(values)
     mean = math.fsum(values) / count
     half = None
@@ -139,7 +139,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(rows: Rows, row: str, reference: str, domain: str, key: str = "velocity_vrmse") -> dict[int, float]:
-    """A row's measure over the reference's, by the seeds that both have."""
+    """A row's measure over the reference's, for the seeds that both have."""
     return {
         seed: here[domain][key] / rows[reference][seed][domain][key]
         for seed, here in rows[row].items()
@@ -148,7 +148,7 @@ def ratios(rows: Rows, row: str, reference: str, domain: str, key: str = "veloci
 
 
 def summarise(rows: Rows, valid: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, Any]:
-    """What was chosen on validation, and the estimates of every measure: {"selection", "domains": {domain: {row: ..}}}.
+    """Selection on validation and estimates of every measure: {"selection", "domains": {domain: {row: ..}}}.
 
     ``over_unconstrained`` is the velocity VRMSE over that of the unconstrained tokenizer of the same seed that is best
     on validation (``direct`` if validation errors are missing).
@@ -172,7 +172,7 @@ def summarise(rows: Rows, valid: Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 def error_table(summary: Mapping[str, Any], domain: str) -> list[str]:
-    """Markdown: errors of each row, mean (least - largest) over seeds."""
+    """Markdown table of each row's errors, mean (least - largest) over seeds."""
     reference = summary["selection"][domain]["unconstrained"]
     head = ["decoder", "seeds", "velocity VRMSE", f"over `{reference}`", "pressure VRMSE"]
     head += [f"velocity, {band} band" for band in BANDS]
@@ -186,7 +186,7 @@ def error_table(summary: Mapping[str, Any], domain: str) -> list[str]:
 
 
 def exactness_table(summary: Mapping[str, Any], domain: str) -> list[str]:
-    """Markdown: divergence, own operator in bold, and velocity in solids, the largest over seeds; times, the least."""
+    """Markdown table: divergence (own operator in bold) and velocity in solids, maximum over seeds; minimum times."""
     head = ["decoder", *(f"div, {operator}" for operator in OPERATORS), "own, float32"]
     lines = _head([*head, "in solids, rms", "in solids, max", "encode, ms", "decode, ms"])
     for row, here in summary["domains"][domain].items():
@@ -203,7 +203,7 @@ def exactness_table(summary: Mapping[str, Any], domain: str) -> list[str]:
 
 
 def markdown(summary: Mapping[str, Any], missing: Sequence[tuple[str, int]]) -> str:
-    """Two tables a domain, what was chosen, what met the aim, and what is missing."""
+    """The Markdown page: two tables per domain, the selection, the rows that reach the goal, and missing runs."""
     lines: list[str] = []
     for domain in summary["domains"]:
         name = domain.replace("_", " ")

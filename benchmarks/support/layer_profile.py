@@ -1,6 +1,6 @@
-"""Where the time of a mixture-of-experts layer goes, and how much memory it holds at once, by torch's profiler.
+"""Profile a mixture-of-experts layer with torch's profiler: the share of its parts in its time, and its peak memory.
 
-Both count what torch itself allocates and runs, in the same way for every implementation.
+Both cover what torch itself runs and allocates, in the same way for every implementation.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Call, peak_memory
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from support.timing import Call, peak_memory
 
 PARTS = ("experts' products", "activation", "gating", "dispatch, combine", "other")
 _PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_grouped_mm")
@@ -21,8 +22,8 @@ _MOVING = ("dispatch", "combine", "index_select", "scatter", "gather", "einsum",
 def part_of(name: str, shapes: list[Any], width: int, hidden: int, experts: int) -> str:
     """The part of the layer that an operation belongs to, from its name and the shapes of its inputs.
 
-    The router's products are those with an axis of E; elementwise work of width F or 2 F lies between the experts'
-    products; what remains of width D moves tokens.
+    The router's products have an axis of E; elementwise work of width F or 2 F lies between the experts' products;
+    other operations of width D move tokens.
     """
     plain = name.rpartition("::")[2]
     sizes = [shape for shape in shapes if isinstance(shape, (list, tuple)) and shape]
@@ -45,7 +46,7 @@ def part_of(name: str, shapes: list[Any], width: int, hidden: int, experts: int)
 def shares(
     call: Call, inputs: Any, device: torch.device, width: int, hidden: int, experts: int, repeats: int = 3
 ) -> dict[str, float]:
-    """Share of each part in the time of a call; they add up to 1."""
+    """Share of each part in the time of a call; the shares add up to 1."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     call(inputs)
     with profile(activities=activities, record_shapes=True) as recorded:
@@ -53,7 +54,7 @@ def shares(
             call(inputs)
     time = dict.fromkeys(PARTS, 0.0)
     for event in recorded.events() or []:
-        if event.device_type != DeviceType.CPU:  # a kernel: counted with the operation that launched it
+        if event.device_type != DeviceType.CPU:  # a kernel is counted with the operation that launched it
             continue
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         time[part_of(event.name, event.input_shapes or [], width, hidden, experts)] += spent
@@ -62,7 +63,7 @@ def shares(
 
 
 def peak_bytes(call: Call, inputs: Any, device: torch.device) -> int:
-    """Most bytes held at once during a call, above what was held before it."""
+    """Peak memory of a call in bytes, above what was held before it."""
     call(inputs)
     if (on_device := peak_memory(call, inputs, device)) is not None:
         return on_device

@@ -1,7 +1,7 @@
-"""What the benchmark scripts share: arguments, results, the table on the terminal and the JSON file.
+"""Command line, result table and JSON file of the microbenchmarks.
 
-A result's ``bytes`` and ``flops`` are what the operation needs at least, the same for every implementation, so its
-GB/s is an effective bandwidth: an implementation that moves more bytes than it must shows fewer.
+A result's ``bytes`` and ``flops`` are the minimum that the operation needs, the same for every implementation, so its
+GB/s is an effective bandwidth: an implementation that moves more bytes than necessary has a lower one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Call, Missing, Patience, Times, cache_bytes, copy_bandwidth, gemm_peak, release, time_alternately
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.base.memory import keep_freed_memory
+from support.timing import (
+    Call,
+    Missing,
+    Patience,
+    Times,
+    cache_bytes,
+    copy_bandwidth,
+    gemm_peak,
+    release,
+    time_alternately,
+)
 
 OURS = "shodh"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -41,15 +51,15 @@ class Result:
     rounds: int
     bytes: int
     flops: int
-    gb_s: float  # 1e9 bytes a second
-    share_of_copy: float  # of the copy bandwidth measured in this run
+    gb_s: float  # 1e9 bytes per second
+    share_of_copy: float  # gb_s over the copy bandwidth measured in this run
     gflop_s: float
     peak_memory_bytes: int | None
-    extra: dict[str, Any] = field(default_factory=dict)  # errors, tokens a second
+    extra: dict[str, Any] = field(default_factory=dict)  # errors, tokens per second
 
 
 class Report:
-    """Collects results; after every case prints its rows and rewrites the JSON file, so a killed run keeps them."""
+    """Collect results. After every case, print its rows and rewrite the JSON file, so that a killed run keeps them."""
 
     def __init__(self, benchmark: str, options: argparse.Namespace):
         self.options, self.device = options, options.device
@@ -73,8 +83,8 @@ class Report:
         )
         print(f"copy bandwidth {ceiling['copy_gb_s']:.1f} GB/s (read + written), matrix product GFLOP/s: {gemm}")
 
-    def late(self, op: str, case: dict[str, Any]) -> bool:
-        """Whether ``--seconds`` are over; the case is then recorded as not measured."""
+    def out_of_time(self, op: str, case: dict[str, Any]) -> bool:
+        """Whether ``--seconds`` have passed; if so, record the case as not measured."""
         over = self.options.seconds is not None and time.monotonic() - self.began > self.options.seconds
         if over:
             self.missing(op, "all", case, f"not measured: over --seconds {self.options.seconds:g}")
@@ -87,7 +97,7 @@ class Report:
         self.save()
 
     def check(self, op: str, case: dict[str, Any], what: str, holds: bool, detail: str = "") -> None:
-        """Record whether a peer computes the same. A difference means that nothing may be compared: it raises."""
+        """Record whether a peer computes the same. Raises RuntimeError if not, as times could not be compared."""
         row = {"op": op, "case": case, "what": what, "holds": holds, "detail": detail}
         self.content["checks"].append(row)
         if not holds:
@@ -103,7 +113,7 @@ class Report:
         flops: int,
         extra: Callable[[str, Times], dict[str, Any]] = lambda name, times: {},
     ) -> dict[str, Times | Missing]:
-        """Time every implementation of this case and keep the results."""
+        """Time every implementation of this case and record the results."""
         found = time_alternately(calls, sets, self.device, self.options.patience, lambda n: n.startswith(OURS))
         print(f"\n{op}  {describe(case)}  {bytes_ / 1e6:.1f} MB  {flops / 1e6:.1f} MFLOP")
         print(
@@ -174,21 +184,21 @@ def _short(value: Any) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on and with."""
+    """Describe the machine and software of a measurement."""
     found = describe_environment()
     cuda = device.type == "cuda"
     return found | {
         "device_name": torch.cuda.get_device_name(device) if cuda else f"{found['processor']}, {found['cores']} cores",
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # of the minute before: what else the machine was doing
+        "load_average": os.getloadavg()[0],  # mean of the last minute: shows other work on the machine
         "last_level_cache_bytes": cache_bytes(device),
         "kernels": os.environ.get("SHODH_KERNELS", "auto"),
     }
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, Any]:
-    """What this device reaches: copies in GB/s, matrix products in GFLOP/s by dtype (float32 without tf32)."""
+    """Measure the device's limits: copies in GB/s, matrix products in GFLOP/s by dtype (float32 without tf32)."""
     cuda = device.type == "cuda"
     size = 2**22 if quick else 2**31 if cuda else 2**28
     side = 128 if quick else 8192 if cuda else 2048
@@ -204,14 +214,14 @@ def ceilings(device: torch.device, quick: bool) -> dict[str, Any]:
 def parse(
     description: str, arguments: list[str] | None, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 ) -> argparse.Namespace:
-    """The arguments every script takes, and those that ``add`` adds. Wrong ones end it with code 2 and one line."""
+    """Parse the arguments common to all scripts and those that ``add`` adds. Exits with 2 and one line on an error."""
     parser = OneLineParser(description=description)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch can use it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch can use it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, date and results here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, help="begin no new case after this many seconds")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, to test the script; times mean nothing")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--threads", type=int, help="torch's threads on the CPU; default: torch's choice")
+    parser.add_argument("--seconds", type=float, help="start no new case after this many seconds")
     add(parser)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -222,7 +232,7 @@ def parse(
         torch.set_num_threads(options.threads)
     cuda = options.device == "cuda" or (options.device is None and torch.cuda.is_available())
     options.device = torch.device("cuda" if cuda else "cpu")
-    # On a CPU the first rounds touch memory that the process, or the host of a virtual machine, has to fetch.
+    # On a CPU the first rounds touch memory that the process, or a virtual machine's host, has yet to allocate.
     options.patience = (
         Patience(0.0, 2, 2) if options.quick else Patience(1.0, 10, 200) if cuda else Patience(3.0, 15, 50)
     )
@@ -235,7 +245,7 @@ def run(
     benchmark: str, description: str, work: Callable[[Report], None], arguments: list[str] | None,
     add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> int:  # fmt: skip
-    """The whole script; returns its exit code: 0 done, 2 wrong input, 1 everything else."""
+    """Run a benchmark script. Returns its exit code: 0 for success, 2 for wrong input, 1 for any other error."""
     options = parse(description, arguments, add)
 
     def job() -> None:
@@ -252,7 +262,7 @@ def run(
 
 
 def sizes(text: str) -> list[int]:
-    """``8,64`` as a list: an argparse type."""
+    """Parse ``8,64`` into a list (argparse type)."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:

@@ -1,23 +1,23 @@
-"""The figures of lattice_validation.py."""
+"""Figures of lattice_validation.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from lattice_flows import SHARES, Array, Case, heights, published, startup, swinging_film
 from matplotlib.figure import Figure
 
 from shodh_moe.report.style import DOMAIN_COLOURS as COLOURS
 from shodh_moe.report.style import label, legend, panels, plain_ticks
 from shodh_moe.solvers import exact
+from studies.lattice_flows import SHARES, Array, Case, heights, published, startup, swinging_film
 
 MARKS = "osD^vP"
 LINE: dict[str, Any] = {"markersize": 4, "linewidth": 1.2}
 
 
 def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
-    """Points over exact lines: ``walls`` are two profiles of the steady channel of 8 cells; the others are run here."""
+    """Plot computed points over exact lines. ``walls`` holds profiles of the steady channel; the rest runs here."""
     figure, axes = panels(3, 3, 3.4)
     height = np.linspace(0, 1, 101)
     axes[0].plot(4 * height * (1 - height), height, "k-", linewidth=1.2, label="exact")
@@ -26,20 +26,20 @@ def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
         axes[0].plot(found / top, heights(8) / 8, MARKS[index], color=COLOURS[index], markersize=5, label=name)
     label(axes[0], "Poiseuille, 8 cells, viscosity 0.5", "velocity / exact maximum", "z / gap")
     axes[0].set_xlim(-0.05, 1.3)
-    found, wanted = startup(16, 0.1)
+    found, expected = startup(16, 0.1)
     for index, share in enumerate(SHARES):
         scale = 0.02 * 4 / 16
-        axes[1].plot(wanted[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
+        axes[1].plot(expected[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
         axes[1].plot(
             found[index] / scale, heights(16) / 16, "o", color=COLOURS[index], markersize=4, label=f"{share:g}"
         )
     label(axes[1], "Start-up, 16 cells", "velocity / steady maximum", "z / gap")
     axes[1].set_xlim(0, 1.45)
     axes[1].legend(fontsize=8, loc="center right", title=r"$\nu t/\mathrm{gap}^2$", title_fontsize=9)
-    found, wanted = swinging_film(16, 0.1, 4.0)
+    found, expected = swinging_film(16, 0.1, 4.0)
     for index in range(0, 8, 2):
-        scale = float(np.abs(wanted).max())
-        axes[2].plot(wanted[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
+        scale = float(np.abs(expected).max())
+        axes[2].plot(expected[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
         name = f"{index + 1}/8"
         axes[2].plot(found[index] / scale, heights(16) / 16, "o", color=COLOURS[index // 2], markersize=4, label=name)
     label(axes[2], "Swinging film, 16 cells, Wo = 4", "velocity / largest", "z / depth")
@@ -49,7 +49,7 @@ def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
 
 
 def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
-    """Errors over cells, one panel a group, and over the Mach number."""
+    """Plot errors over the number of cells, one panel per group, and over the Mach number."""
     figure, axes = panels(4, 2, 3.8)
     for place, (title, cases) in zip(axes, groups.items(), strict=False):
         for index, case in enumerate(cases):
@@ -69,7 +69,7 @@ def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
         plain_ticks(place.xaxis)
         place.set_xticks(sizes)
         low, high = place.get_ylim()
-        place.set_ylim(low / (high / low) ** 0.5, high)  # room for the names
+        place.set_ylim(low / (high / low) ** 0.5, high)  # leaves room for the names
         place.legend(fontsize=8, loc="lower left")
     axes[-1].loglog(mach.mach, mach.errors, "o-", color=COLOURS[0], label=mach.name, **LINE)
     reach = np.array(mach.mach[1:])
@@ -83,7 +83,7 @@ def convergence(groups: dict[str, list[Case]], mach: Case) -> Figure:
 def spheres(
     found: dict[int, list[float]], by_viscosity: dict[str, tuple[list[float], list[float]]], plane: Array
 ) -> Figure:
-    """Drag by fraction and by viscosity, and the velocity in the middle plane."""
+    """Plot drag over solid fraction and viscosity, and the velocity in the middle plane."""
     figure, axes = panels(3, 3, 3.6)
     fractions, known = list(exact.ZICK_HOMSY), list(exact.ZICK_HOMSY.values())
     reference, fine = published(), np.linspace(0.02, 0.5236, 100)

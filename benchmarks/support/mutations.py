@@ -1,4 +1,4 @@
-"""Trajectory files with errors put in on purpose, mostly where HDF5 keeps its structure and not the values."""
+"""Trajectory files with deliberate errors, mostly in the structure of the HDF5 file rather than in the values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SIGNED = (b"OHDR", b"OCHK", b"FRHP", b"FHDB", b"FHIB", b"BTHD", b"BTLF", b"BTIN
 
 @dataclass(frozen=True)
 class Base:
-    """A sound file that is mutated.
+    """A valid file to mutate.
 
     Attributes:
-        name: what is special in it.
+        name: the layout or feature it stands for.
         content: its bytes.
-        metadata: the positions that hold no field values.
+        metadata: positions that hold no field values.
         sealed: (start, stop) of the parts that are followed by their checksum.
-        values: velocity, pressure [T, 4, X, Y, Z] and solid [1, X, Y, Z], as they are read.
+        values: velocity and pressure [T, 4, X, Y, Z] and solid [1, X, Y, Z], as they are read.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Base:
 
 
 def make_bases(folder: Path) -> list[Base]:
-    """Our own layout, the layouts of other writers, and those with links and storage outside the file."""
+    """Write files in our layout, in layouts of other writers, and with links and storage outside the file."""
     ours = folder / "ours.hdf5"
     rng = np.random.default_rng(0)
     simulation = Simulation(
@@ -89,7 +89,9 @@ def _copy(source: Path, target: Path, version: Any, storage: dict[str, Any]) -> 
                     )
                 made = group.create_dataset(field, data=dataset[()], **options)
                 made.attrs.update(dataset.attrs)
-                for number in range(12 if version == "latest" else 0):  # so many that they go into a heap of their own
+                for number in range(
+                    12 if version == "latest" else 0
+                ):  # enough that HDF5 moves them into a separate heap
                     made.attrs[f"note_{number}"] = "n" * number
 
 
@@ -113,7 +115,7 @@ def _base(path: Path) -> Base:
 
 
 def _sealed(content: bytes) -> list[tuple[int, int]]:
-    """Where checksums stand, found by trying: after the superblock and the blocks of the new format."""
+    """Positions of checksums, found by trial: after the superblock and the blocks of the new format."""
     starts = [0] if content[8] >= 2 else []
     for signature in _SIGNED:
         start = content.find(signature)
@@ -168,13 +170,13 @@ def lookup3(data: bytes) -> int:
 
 
 def mutate(bases: list[Base], rng: np.random.Generator) -> tuple[Base, str, bytes]:
-    """A base, the mutation's name, and the file's content."""
+    """Choose a base and mutate it. Returns the base, the mutation's name and the file's content."""
     base = bases[rng.integers(len(bases))]
     content = bytearray(base.content)
     names = list(MUTATIONS)
     name = names[rng.choice(len(names), p=_WEIGHTS)]
     positions = base.metadata if rng.random() < 0.93 else np.arange(len(content))
-    if base.sealed and rng.random() < 0.5:  # the blocks that headers of the new format consist of
+    if base.sealed and rng.random() < 0.5:  # blocks of headers in the new format
         start, stop = base.sealed[rng.integers(len(base.sealed))]
         positions = np.arange(start, stop)
     for _ in range(1 if rng.random() < 0.6 else int(rng.integers(2, 12))):
@@ -199,7 +201,7 @@ def _byte(content: bytearray, positions: np.ndarray, rng: np.random.Generator, b
 
 
 def _number(content: bytearray, positions: np.ndarray, rng: np.random.Generator, bases: list[Base]) -> None:
-    """A length, offset, count or version: an extreme value, one near the old one, or a place in the file."""
+    """Replace a length, offset, count or version by an extreme, a neighbouring value or a position in the file."""
     at, size = _at(content, positions, rng), int(rng.choice([1, 2, 4, 8]))
     old = int.from_bytes(content[at : at + size], "little")
     kind = rng.integers(3)
@@ -218,7 +220,7 @@ def _zeros(content: bytearray, positions: np.ndarray, rng: np.random.Generator, 
 
 
 def _shuffle(content: bytearray, positions: np.ndarray, rng: np.random.Generator, bases: list[Base]) -> None:
-    """Two blocks change places."""
+    """Swap two blocks."""
     size = int(rng.choice([2, 8, 16, 32, 64, 512]))
     a, b = (_at(content, positions, rng) // 8 * 8 for _ in range(2))
     if max(a, b) + size <= len(content) and abs(a - b) >= size:
@@ -226,7 +228,7 @@ def _shuffle(content: bytearray, positions: np.ndarray, rng: np.random.Generator
 
 
 def _splice(content: bytearray, positions: np.ndarray, rng: np.random.Generator, bases: list[Base]) -> None:
-    """A piece of another file, or of another place."""
+    """Overwrite a piece with one from another file or position."""
     other = bases[rng.integers(len(bases))].content
     size = int(2 ** rng.integers(3, 11))
     source, at = int(rng.integers(len(other))), _at(content, positions, rng)
@@ -240,7 +242,7 @@ def _truncate(content: bytearray, positions: np.ndarray, rng: np.random.Generato
 
 
 def _shift(content: bytearray, positions: np.ndarray, rng: np.random.Generator, bases: list[Base]) -> None:
-    """Bytes come in or go."""
+    """Insert or delete bytes."""
     at, size = _at(content, positions, rng), int(rng.integers(1, 64))
     if rng.random() < 0.5:
         content[at:at] = rng.bytes(size)
@@ -269,7 +271,7 @@ _YAML += ["''", "2001-99-99", "? [1]", "\t", "\0", "0x", "!!binary x", "!!timest
 
 
 def mutated_stats(rng: np.random.Generator) -> tuple[str, bytes]:
-    """Statistics with bytes changed, cut short, or a value replaced by something YAML takes for special."""
+    """Mutate statistics: change bytes, truncate, or replace a value by something special in YAML."""
     content = bytearray(_STATS.encode())
     kind = str(rng.choice(["byte", "truncate", "value"]))
     if kind == "byte":

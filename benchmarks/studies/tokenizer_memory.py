@@ -1,10 +1,10 @@
-"""Memory of the tokenizer's training step on a CPU against what `shodh tokenizer plan` says.
+"""Compare the memory of the tokenizer's training step on a CPU with the prediction of `shodh tokenizer plan`.
 
-Each case is a process of its own that makes steps (forward, loss, backward, clipping, AdamW) of the default sizes on
-random fields with a solid sphere, and tells its peak resident memory. ``before`` is its memory with all libraries
-loaded and a step of a 32^3 grid made. A run keeps memory that is freed (`keep_freed_memory`: faster), and what lies
-unused between tensors of other sizes grows over the first steps; the cases that hand it back to the system, one step
-each, show what is in use.
+Each case is a separate process that makes steps (forward, loss, backward, clipping, AdamW) of the default sizes on
+random fields with a solid sphere, and reports its peak resident memory. ``before`` is its memory with all libraries
+loaded, after a step on a 32^3 grid. A run keeps freed memory (`keep_freed_memory`, which is faster), so unused memory
+between tensors of different sizes grows over the first steps; the cases with one step that return memory to the system
+show the memory in use.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe, machine
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.config import Config
+from support.common import describe, machine
 
 LIMIT = 24 * 2**30
 DECODERS = ({"operator": "spectral", "walls": "none"}, {"operator": "staggered", "walls": "exact"})
@@ -39,7 +41,7 @@ def config_of(case: dict[str, Any], side: int) -> Config:
 
 
 def random_fields(side: int) -> Tensor:
-    """Velocity, pressure and a solid sphere of a quarter of the side, [1, 5, X, Y, Z]."""
+    """Velocity, pressure and a solid sphere with a radius of a quarter of the side, [1, 5, X, Y, Z]."""
     fields = torch.randn(1, 5, side, side, side)
     square = ((torch.arange(side) + 0.5) / side - 0.5) ** 2
     fields[:, 4] = (square[:, None, None] + square[None, :, None] + square < 0.25**2).float()
@@ -47,7 +49,7 @@ def random_fields(side: int) -> Tensor:
 
 
 def steps(config: Config, count: int) -> list[float]:
-    """Seconds of each training step."""
+    """Make training steps. Returns the seconds of each."""
     from shodh_moe.tokenizer.reconstruction import Reconstruction
     from shodh_moe.tokenizer.tokenizer import Tokenizer
 
@@ -58,7 +60,7 @@ def steps(config: Config, count: int) -> list[float]:
     fields = random_fields(config.data.grid[0])
     for parameter in tokenizer.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the moments
+    optimizer.step()  # creates the moments
     optimizer.zero_grad(set_to_none=True)
     seconds = []
     for _ in range(count):
@@ -75,13 +77,13 @@ def steps(config: Config, count: int) -> list[float]:
 
 
 def resident() -> int:
-    """Bytes of this process now."""
+    """Current resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def work(case: dict[str, Any]) -> dict[str, Any]:
-    """One case, in this process."""
+    """Run one case in this process."""
     from shodh_moe.runs.tokenizer_plan import memory
 
     if case["keeps_freed_memory"]:
@@ -92,7 +94,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
     before = resident()
     seconds = steps(config, case["steps"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Here one process takes its fields from memory: no reduction, no batch as it was read.
+    # One process with fields in memory: no gradient reduction, and no batch as read from disk.
     planned = plan["sum"] - plan["reduction"] - plan["batch"]
     return {
         "case": case,
@@ -137,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, date and results here")
-    parser.add_argument("--grids", type=int, nargs="+", default=[64, 128], help="sides of cubes")
+    parser.add_argument("--grids", type=int, nargs="+", default=[64, 128], help="sides of the cubic grids")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:

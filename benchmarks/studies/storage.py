@@ -1,10 +1,10 @@
-"""How one trajectory is best laid out in an HDF5 file: size, time to write it, to read one snapshot, and all of them.
+"""Compare layouts of a trajectory in an HDF5 file: size, and time to write it, to read one snapshot and to read all.
 
-    python benchmarks/storage.py --grids 64,128 --json benchmarks/results/storage_cpu.json
+    python benchmarks/studies/storage.py --grids 64,128 --json benchmarks/results/storage_cpu.json
 
-A trajectory of each domain of configs/data/full.yaml is simulated once and kept in ``--folder``. Files are written
-as in production, but without waiting for the disk, and read through the page cache: this compares layouts and filters,
-not disks.
+A trajectory of each domain of configs/data/full.yaml is simulated once and kept in ``--folder``. Files are written as
+in production but without waiting for the disk, and read through the page cache, so that layouts and filters are
+compared rather than disks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.solvers import simulate
 
-CONFIG = Path(__file__).parents[1] / "configs" / "data/full.yaml"
-SNAPSHOTS, SPINUP, INTERVAL = 5, 150, 40  # enough for fields that have left their initial state
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "data/full.yaml"
+SNAPSHOTS, SPINUP, INTERVAL = 5, 150, 40  # enough for fields to leave their initial state
 LZF = {"compression": "lzf"}
 GZIP1, GZIP4 = ({"compression": "gzip", "compression_opts": level} for level in (1, 4))
 SHUFFLE, CHECKSUM = {"shuffle": True}, {"fletcher32": True}
@@ -96,7 +96,7 @@ def measure(path: Path, fields: Fields, repeats: int) -> list[dict[str, Any]]:
     raw = sum(values.nbytes for values in fields.values())
     count = fields["velocity"].shape[1]
     rng = np.random.default_rng(0)
-    # Layout after layout, several times over: what else the machine does then hits all of them alike.
+    # Layouts take turns, so that other work on the machine affects all of them alike.
     found: dict[str, list[tuple[float, float, float, int]]] = {name: [] for name in LAYOUTS}
     for _ in range(repeats):
         for name, (slabs, filters) in LAYOUTS.items():
@@ -122,10 +122,10 @@ def measure(path: Path, fields: Fields, repeats: int) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grids", default="64,128", help="cells along an edge; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="times that every layout is measured")
-    parser.add_argument("--folder", type=Path, default=Path("build/storage"), help="keeps trajectories and files")
+    parser.add_argument("--repeats", type=int, default=5, help="number of measurements of each layout")
+    parser.add_argument("--folder", type=Path, default=Path("build/storage"), help="folder for trajectories and files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, date and results here")
-    parser.add_argument("--quick", action="store_true", help="one tiny grid: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="use one tiny grid, to test the script")
     options = parser.parse_args(arguments)
     return exit_code(lambda: compare(options))
 
@@ -142,7 +142,7 @@ def compare(options: argparse.Namespace) -> None:
             rows = measure(options.folder / "trajectory.hdf5", fields, repeats)
             for row in rows:
                 content["results"].append({"grid": n, "domain": domain, **row})
-            print(f"\n{domain} {n}^3, {sum(v[:, 0].nbytes for v in fields.values()) / 1e6:.1f} MB a snapshot")
+            print(f"\n{domain} {n}^3, {sum(v[:, 0].nbytes for v in fields.values()) / 1e6:.1f} MB per snapshot")
             print(f"{'':34}{'size':>7} {'write ms':>9} {'one ms':>9} {'in order':>9}")
             for row in rows:
                 times = [row[key] for key in ("write_s_per_snapshot", "read_random_s", "read_in_order_s_per_snapshot")]

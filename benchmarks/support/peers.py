@@ -1,4 +1,4 @@
-"""The other implementations of the operations: plain torch as one would write it, and DeepSpeed's own functions.
+"""Implementations to compare with: plain torch in textbook form, and DeepSpeed's functions.
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert; B batch, X Y Z space.
 """
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timing import Missing, first_line
 from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.kernels import differentiation_matrix
+from support.timing import Missing, first_line
 
 
 def compiled(function: Callable[..., Any], leave_out: bool) -> Callable[..., Any] | Missing:
-    """``function`` through torch.compile with fixed shapes. Compilation happens at the first call."""
+    """``function`` under torch.compile with fixed shapes. It is compiled at the first call."""
     if leave_out:
-        return Missing("compilation left out (--quick or --no-compile)")
+        return Missing("no compilation with --quick or --no-compile")
     return torch.compile(function, dynamic=False)
 
 
@@ -73,7 +73,7 @@ class DeepSpeed:
         self.module = module
 
     def gating(self, logits_NE: Tensor, capacity_factor: float) -> tuple[Any, ...]:
-        """l_aux, capacity, experts, indices, locations, gates, counts. Without its random token selection."""
+        """l_aux, capacity, experts, indices, locations, gates, counts; without random token selection."""
         return self.module.top1gating(logits_NE.float(), capacity_factor, 1, use_rts=False, sparse_routes=True)
 
     def slots(self, indices: Tensor, locations: Tensor, experts: int, capacity: int) -> Tensor:
@@ -87,7 +87,7 @@ class DeepSpeed:
 
 
 def deepspeed() -> DeepSpeed | Missing:
-    """DeepSpeed, or why it is not here."""
+    """DeepSpeed's functions, or the reason why they are not available."""
     try:
         module = importlib.import_module("deepspeed.moe.sharded_moe")
     except Exception as error:  # a broken installation fails in many ways
@@ -108,7 +108,7 @@ def deepspeed_call(function: Callable[[DeepSpeed, Any], Any]) -> Callable[[Any],
 
 
 def torch_dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, experts: int, capacity: int) -> Tensor:
-    """Add each token to its row; dropped ones go to one row more, which is cut off (no data-dependent shape)."""
+    """Add each token to its row; dropped tokens go to an extra row that is cut off (no data-dependent shape)."""
     row_N = torch.where(slot_N >= 0, expert_N * capacity + slot_N, experts * capacity)
     rows = x_ND.new_zeros(experts * capacity + 1, x_ND.shape[1])
     return rows.index_add(0, row_N, x_ND)[:-1].view(experts, capacity, -1)
@@ -154,7 +154,7 @@ def derivative_column(size: int, operator: str, spacing: float) -> Tensor:
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """What a field of ``dtype`` is computed in and gives: torch.fft and conservation both need float32 at least."""
+    """Dtype of computation and result for a field of ``dtype``: torch.fft and conservation need at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -164,7 +164,7 @@ def _cross(d: Callable[[Tensor, int], Tensor], a_B3XYZ: Tensor) -> Tensor:
 
 
 class FourierCurl:
-    """curl through rfftn and irfftn of all three components at once, wave numbers made beforehand.
+    """curl through rfftn and irfftn of all three components at once, with precomputed wave numbers.
 
     A circulant derivative is a product with its symbol in Fourier space, so this covers every operator.
     """

@@ -1,4 +1,4 @@
-"""Pictures of the tokenizer's controls: slices, errors against divergence, spectra of the velocity error."""
+"""Figures of the tokenizer controls: slices, errors over divergence, spectra of the velocity error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
 from shodh_moe.base.files import atomic_file
 from shodh_moe.data import list_trajectories
@@ -22,10 +21,11 @@ from shodh_moe.metrics.fields import energy_spectrum
 from shodh_moe.report.fields import cut_name, mid_slice
 from shodh_moe.report.style import LABEL, TICK, label, panels, png, words
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from studies.tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
 Array = NDArray[np.float64]
 SLICED = ("direct", "soft-1", "spectral", "exact-central2", "exact-staggered")
-ROUNDING = 1e-18  # shown in place of a divergence that is smaller, or zero
+ROUNDING = 1e-18  # plotted for a smaller or zero divergence
 COLOURS = {
     "direct": "#111827",
     "direct, soft penalty": "#db2777",
@@ -39,7 +39,7 @@ MARKERS = {"spectral": "*", "central2": "s", "central4": "D", "staggered": "o"}
 
 
 def family_of(row: str) -> str:
-    """Its key in `COLOURS`: the title without operator and weight."""
+    """Key of a row in `COLOURS`: its title without operator and weight."""
     parts = title_of(row).split(", ")
     return ", ".join(
         "soft penalty" if part.startswith("soft penalty") else part for part in parts if part not in OPERATORS
@@ -47,7 +47,7 @@ def family_of(row: str) -> str:
 
 
 class Example:
-    """Snapshots of one domain's test trajectories, from the middle of each, [B, 5, X, Y, Z] float32."""
+    """The middle snapshot of each test trajectory of one domain, [B, 5, X, Y, Z] float32."""
 
     def __init__(self, dataset: Path, domain: str, grid: Sequence[int]):
         records = [r for r in list_trajectories(dataset, "test", list(grid)) if r.domain == domain]
@@ -59,7 +59,7 @@ class Example:
 
 @torch.no_grad()
 def decode_one(tokenizer: Tokenizer, fields_B5XYZ: torch.Tensor) -> tuple[Array, Array]:
-    """The first snapshot's error and divergence by the tokenizer's own operator, in float64, over rms(u).
+    """Error and divergence (by the tokenizer's own operator) of the first snapshot over rms(u), in float64.
 
     Returns:
         error_XYZ: |decoded - true velocity| / rms(u), at the voxels' centres.
@@ -76,7 +76,7 @@ def decode_one(tokenizer: Tokenizer, fields_B5XYZ: torch.Tensor) -> tuple[Array,
 
 @torch.no_grad()
 def error_spectrum(tokenizer: Tokenizer, fields_B5XYZ: torch.Tensor) -> tuple[Array, Array]:
-    """Wave numbers and the power of the velocity error in each shell over that of the truth, mean over snapshots."""
+    """Wave numbers, and per shell the power of the velocity error over that of the truth, averaged over snapshots."""
     errors, trues = [], []
     for fields in fields_B5XYZ.split(1):
         flow = tokenizer.decode(tokenizer.encode(fields), fields[:, 4:])
@@ -84,7 +84,7 @@ def error_spectrum(tokenizer: Tokenizer, fields_B5XYZ: torch.Tensor) -> tuple[Ar
         errors.append(error[0])
         trues.append(energy_spectrum(fields[:, :3])[1][0])
     error, true = torch.stack(errors).sum(0), torch.stack(trues).sum(0)
-    shown = k <= np.pi  # further shells are corners of the wave-number cube
+    shown = k <= np.pi  # higher shells are incomplete: corners of the wave-number cube
     return k[shown].numpy(), (error / true.clamp(min=1e-30))[shown].numpy()
 
 
@@ -113,7 +113,7 @@ def draw_pictures(folder: Path, rows: Rows, tokenizers: Mapping[str, Path], data
 
 
 def errors_against_divergence(rows: Rows, domains: Sequence[str]) -> Figure:
-    """A panel for each domain, a point for each row and seed; `ONE_SEED`, far above all others, is left out."""
+    """Draw one panel per domain and one point per row and seed. `ONE_SEED`, far above all others, is left out."""
     rows = {row: seeds for row, seeds in rows.items() if row not in ONE_SEED}
     figure, grid = panels(len(domains), 2, 4.6)
     for axes, domain in zip(grid, domains, strict=True):
@@ -132,7 +132,7 @@ def errors_against_divergence(rows: Rows, domains: Sequence[str]) -> Figure:
 
 
 def error_spectra(spectra: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Figure:
-    """A panel for each domain, a line for each variant."""
+    """Draw one panel per domain and one line per variant."""
     figure, grid = panels(len(spectra), 2, 5.2)
     for axes, (domain, lines) in zip(grid, spectra.items(), strict=True):
         for number, (variant, (k, error)) in enumerate(lines.items()):
@@ -149,7 +149,7 @@ def error_spectra(spectra: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> F
 
 
 def slice_figure(example: Example, found: Mapping[str, tuple[Array, Array]]) -> Figure:
-    """Speed of the flow, then of each variant the error and below it the divergence; solids outlined."""
+    """Draw the speed of the flow, then each variant's error above its divergence, with solids outlined."""
     domain, fields = example.domain, example.fields_B5XYZ[:1]
     true = fields[:, :3].double()
     rms = true.square().sum(1).mean().sqrt()
@@ -159,7 +159,7 @@ def slice_figure(example: Example, found: Mapping[str, tuple[Array, Array]]) -> 
     figure, grid = panels(2 * (len(found) + 1), len(found) + 1, 2.4, images=True)
     top, bottom = grid[: len(found) + 1], grid[len(found) + 1 :]
     highest = float(np.quantile([error for error, _ in found.values()], 0.995))
-    # Divergences from rounding to the data's own need all decades; the colours are of the logarithm.
+    # Divergences range from rounding to that of the data, so colours show the logarithm.
     low = np.log10(ROUNDING)
 
     def show(axes: Axes, volume: Array, title: str, colours: str, smallest: float, largest: float) -> object:

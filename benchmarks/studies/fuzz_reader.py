@@ -1,7 +1,7 @@
-"""Fuzz the reader: mutated trajectory files and statistics, read as training reads them.
+"""Fuzz the reader with mutated trajectory files and statistics, read as training reads them.
 
-A watched child process reads file after file, so that a crash of its interpreter or a hang is counted and does not
-end the run. Every file follows from --seed and its number: --only N reads one again, and keeps it.
+A supervised child process reads file after file, so that a crash of its interpreter or a hang is counted and does not
+end the run. A file is determined by --seed and its number; --only N reads one file again and keeps it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mutations import Base, make_bases, mutate, mutated_stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser
 from shodh_moe.base.environment import describe_environment
@@ -29,16 +30,17 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
 from shodh_moe.data.loader import Snapshots
+from support.mutations import Base, make_bases, mutate, mutated_stats
 
 FAULTS = ("traceback", "crash", "timeout")
 SECONDS_A_FILE = 60.0
-MEMORY = 4 * 2**30  # of address space beyond what the child has when it begins
-CPU_SECONDS = 2  # in place of the reader's own limit, so that files without end take less of the run
+MEMORY = 4 * 2**30  # address space that the child may add to its initial size
+CPU_SECONDS = 2  # replaces the reader's own limit, so that endless files take less time
 STATS_SHARE = 0.03
 
 
 def read_as_training_does(folder: Path, base: Base | None) -> tuple[str, str]:
-    """What became of the dataset in ``folder``: (outcome, message). ``base`` is None where statistics were mutated."""
+    """Read the dataset in ``folder``. Returns (outcome, message). ``base`` is None if the statistics were mutated."""
     try:
         if base is None:
             FieldStats.load(folder)
@@ -46,7 +48,7 @@ def read_as_training_does(folder: Path, base: Base | None) -> tuple[str, str]:
         (record,) = list_trajectories(folder, "train")[:1]
         fields, solid = read_snapshots(record)
         read_provenance(record.path)
-        # Once more as batches are read: past the library where it can be.
+        # Read again as a batch, which bypasses the library where possible.
         snapshots, out_T5XYZ = Snapshots([record]), np.empty((len(fields), 5, *record.grid), dtype=np.float32)
         for index in (0, *range(len(fields))):
             snapshots.read(index, out_T5XYZ[index])
@@ -58,7 +60,7 @@ def read_as_training_does(folder: Path, base: Base | None) -> tuple[str, str]:
         return "traceback", traceback.format_exc()
     same = np.array_equal(fields, base.values[0]) and np.array_equal(solid, base.values[1])
     if not np.array_equal(out_T5XYZ, np.concatenate([fields, np.broadcast_to(solid, (len(fields), *solid.shape))], 1)):
-        return "traceback", "a batch holds other values than its snapshots"
+        return "traceback", "a batch differs from its snapshots"
     return f"accepted, values {'equal' if same else 'changed'}", ""
 
 
@@ -78,7 +80,7 @@ def write_case(folder: Path, bases: list[Base], seed: int, number: int) -> tuple
 
 
 def child(seed: int, start: int, stop: int, folder: Path) -> None:
-    """Read the files start..stop and say on stdout what comes next and what came of it, a line of JSON each."""
+    """Read the files start..stop; before and after each, print its number or outcome as a line of JSON."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
@@ -93,7 +95,7 @@ def child(seed: int, start: int, stop: int, folder: Path) -> None:
 
 
 def watch(seed: int, files: int, folder: Path) -> tuple[Counter[str], list[dict[str, Any]], Counter[str], float]:
-    """Have all files read: outcomes, the faults, what was refused for which reason, the longest file's seconds."""
+    """Read all files in child processes. Returns outcomes, faults, refusals by reason, the slowest file's seconds."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     faults: list[dict[str, Any]] = []
@@ -125,7 +127,7 @@ def watch(seed: int, files: int, folder: Path) -> tuple[Counter[str], list[dict[
 
 
 def lines_of(process: subprocess.Popen[bytes]) -> Any:
-    """The child's lines, decoded; it is killed when it says nothing for too long."""
+    """Yield the child's decoded lines; kill it if it prints nothing for too long."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -142,7 +144,7 @@ def lines_of(process: subprocess.Popen[bytes]) -> Any:
 
 
 def reason_of(message: str, folder: Path) -> str:
-    """A refusal without what differs from file to file."""
+    """A refusal's message without the parts that differ between files."""
     text = message.replace(str(folder), "")
     return " ".join(word for word in text.split()[:9] if not any(c.isdigit() for c in word))[:70]
 
@@ -153,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and outcomes here")
     parser.add_argument("--only", type=int, metavar="N", help="read file N of the run and keep it in --folder")
-    parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: a temporary one")
     parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
-"""Roofline and bar pictures of benchmark results, written beside each JSON file.
+"""Draw roofline and bar charts of benchmark results beside each JSON file.
 
-    python benchmarks/plot.py RESULT.json [RESULT.json ...]
+    python benchmarks/support/plot.py RESULT.json [RESULT.json ...]
 
 The roofs are the copy bandwidth and the matrix-product rate measured in the same run.
 """
@@ -33,7 +33,7 @@ COLORS = {
     "matrix products": "#6c757d",
 }
 MORE_COLORS = ("#30638e", "#8f5ba8", "#5b8c5a", "#a0632d")
-HIDDEN = {"pass", "dtype", "tokens", "width", "kept", "hidden"}  # constant within a picture, or long
+HIDDEN = {"pass", "dtype", "tokens", "width", "kept", "hidden"}  # constant within a chart, or too long to show
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -41,9 +41,9 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
         results, _ = content["results"], content["ceilings"]["copy_gb_s"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no benchmark result: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is not a benchmark result: {type(error).__name__}: {error}") from error
     if not results:
-        raise UserError(f"{path} holds no results")
+        raise UserError(f"{path} contains no results")
     return content
 
 
@@ -52,7 +52,7 @@ def color_of(implementation: str, others: list[str]) -> str:
 
 
 def label_of(case: dict[str, Any]) -> str:
-    """A case in a few words; the form of dispatch by name, not by its number of slots."""
+    """A case in a few words; names the form of dispatch instead of its number of slots."""
     words = []
     for key, value in case.items():
         if key == "capacity":
@@ -91,7 +91,7 @@ def extra_names(results: list[dict[str, Any]]) -> list[str]:
 
 
 def roofline(content: dict[str, Any], target: Path) -> None:
-    """A panel an operation: intensity (FLOP a byte that must move) against GFLOP/s, below the measured roofs."""
+    """Draw one panel per operation: GFLOP/s over intensity (FLOP per minimal byte), below the measured roofs."""
     with_flops = [row for row in content["results"] if row["flops"]]
     panels = sorted({row["op"] for row in with_flops})
     if not panels:
@@ -109,7 +109,7 @@ def roofline(content: dict[str, Any], target: Path) -> None:
         names = sorted({row["implementation"] for row in mine}, key=lambda name: name == "shodh")
         for row in sorted(mine, key=lambda row: names.index(row["implementation"])):
             ours, both = row["implementation"] == "shodh", row["case"].get("pass") == "forward+backward"
-            # All implementations of a case have one intensity; side by side they can be told apart.
+            # All implementations of a case have the same intensity; shift them to keep them distinguishable.
             aside = 10 ** (0.015 * (names.index(row["implementation"]) - (len(names) - 1) / 2))
             axis.plot(
                 row["flops"] / row["bytes"] * aside, row["gflop_s"], "s" if both else "o", markersize=8 if ours else 6,
@@ -124,7 +124,7 @@ def roofline(content: dict[str, Any], target: Path) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_ylim(top=axis.get_ylim()[1] * 2)  # room for the names of the roofs
+        axis.set_ylim(top=axis.get_ylim()[1] * 2)  # leaves room for the names of the roofs
         axis.set_ylabel("GFLOP/s")
         axis.grid(True, which="both", alpha=0.2)
     _legend(figure, content["results"], others, passes=True)
@@ -134,7 +134,7 @@ def roofline(content: dict[str, Any], target: Path) -> None:
 
 
 def _roofs(axis: Any, intensities: list[float], copy: float, gemm: dict[str, float]) -> None:
-    """Copy bandwidth up to the fastest matrix product; a line for each dtype of those."""
+    """Draw the copy bandwidth up to the fastest matrix product, and a line for each dtype's matrix product."""
     x = np.geomspace(min(intensities) / 2.5, max(intensities) * 2.5, 100)
     axis.loglog(x, np.minimum(copy * x, max(gemm.values())), color="black", linewidth=1.2)
     style = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": 8}
@@ -146,7 +146,7 @@ def _roofs(axis: Any, intensities: list[float], copy: float, gemm: dict[str, flo
 
 
 def _name_cases(axis: Any, mine: list[dict[str, Any]]) -> None:
-    """Write the case at our own point of each column, where columns are far enough apart."""
+    """Label our point in each column with its case, if columns are far enough apart."""
     named: list[float] = []
     for row in sorted((r for r in mine if r["implementation"] == "shodh"), key=lambda r: -r["gflop_s"]):
         x = np.log10(row["flops"] / row["bytes"])
@@ -160,7 +160,7 @@ def _name_cases(axis: Any, mine: list[dict[str, Any]]) -> None:
 
 
 def bars(content: dict[str, Any], target: Path) -> None:
-    """Time of every implementation over ours, a panel an operation, pass and dtype."""
+    """Draw each implementation's time over ours, one panel per operation, pass and dtype."""
     found = groups(content["results"])
     others = extra_names(content["results"])
     names = list(dict.fromkeys(row["implementation"] for row in content["results"]))
@@ -201,7 +201,7 @@ def _bar_panel(axis: Any, group: list[dict[str, Any]], names: list[str], others:
         )  # fmt: skip
     axis.set_yticks(range(len(cases)), [label_of(json.loads(case)) for case in cases], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("ms, median; whiskers 20 % and 80 %; in brackets the share of the copy bandwidth", fontsize=8)
+    axis.set_xlabel("ms, median; whiskers 20 % and 80 %; share of the copy bandwidth in brackets", fontsize=8)
     axis.set_xlim(0, axis.get_xlim()[1] * 1.15)
     axis.grid(True, axis="x", alpha=0.2)
 
@@ -213,7 +213,7 @@ def _legend(figure: Any, results: list[dict[str, Any]], others: list[str], passe
         for marker, text in (("o", "forward"), ("s", "forward+backward")):
             handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="white", markeredgecolor="black"))
             names.append(text)
-    # Names of about this many characters fill a line; longer lists take several.
+    # About this many characters fill a line; a longer legend takes several.
     widest = max(len(name) for name in names) + 8
     columns = max(min(len(names), int(figure.get_figwidth() * 15 / widest)), 1)
     figure.legend(handles, names, loc="lower center", ncol=columns, fontsize=8, frameon=False)
@@ -229,7 +229,7 @@ def _save(figure: Any, target: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    parser.add_argument("--present", action="store_true", help="pass over files that do not exist")
+    parser.add_argument("--present", action="store_true", help="skip files that do not exist")
     options = parser.parse_args(arguments)
 
     def work() -> None:

@@ -1,10 +1,11 @@
-"""The 20,000-step run from data to table: runs a config, keeps its numbers, and sets them beside the paper's.
+"""Run a config from data to table (by default 20,000 steps) and compare its numbers with the paper's.
 
-    python benchmarks/reproduction.py [--config configs/reproduce.yaml] [--collect-only] [key=value ...]
+    python benchmarks/studies/reproduction.py [--config configs/reproduce.yaml] [--collect-only] [key=value ...]
 
-Runs `shodh run`, which skips what is done; a signal to this script goes to it (code 75), and the same call goes on.
-Then writes to docs/reproduction (of another config: a folder below it) metrics.json, config.yaml, environment.json,
-run.json (times, validation, bifurcation), table.md and pictures of the report. Docs: docs/reproduction.md.
+Runs `shodh run`, which skips finished stages. A signal to this script is passed on to it (exit code 75), and repeating
+the call resumes. Then it writes metrics.json, config.yaml, environment.json, run.json (times, validation, bifurcation),
+table.md and the report's figures to docs/reproduction, or for another config to a folder below it.
+Docs: docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reproduction_table import markdown
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.audit.routing import bifurcation
 from shodh_moe.base.command import OneLineParser, exit_code
@@ -32,8 +33,9 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.stopping import on_stop_signals
 from shodh_moe.runs.plan import count_parameters, latent_grid, snapshots
+from studies.reproduction_table import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
 OUTPUT = ROOT / "docs" / "reproduction"
 PICTURES = ("expert_load", "routing_over_steps", "losses", "routing_map_")
@@ -43,11 +45,12 @@ ENDS = re.compile(rf"\[({'|'.join(STAGES)})\] (unchanged, .*|.* in \d+ s)")
 
 
 def run_stages(options: argparse.Namespace, times: Path) -> int:
-    """`shodh run` in a process of its own; the seconds of its stages are added to ``times``.
+    """Run `shodh run` in a separate process and add the seconds of its stages to ``times``.
 
-    SIGTERM and SIGUSR1 go to it, once: `timeout` sends its signal twice, and a second one ends ranks at once.
+    The first SIGTERM or SIGUSR1 is passed on. Later ones are not, since `timeout` sends its signal twice and a second
+    one would end ranks at once.
 
-    Returns its exit code; `EXIT_REQUEUE` if a signal ended it, whatever the stage made of that.
+    Returns its exit code; `EXIT_REQUEUE` if a signal ended it, whatever code the stage returned.
     """
     command = [sys.executable, "-u", "-m", "shodh_moe.cli", "run", "--config", str(options.config), *options.overrides]
     clock, code = StageClock(), EXIT_FAILED
@@ -69,7 +72,7 @@ def run_stages(options: argparse.Namespace, times: Path) -> int:
                 clock.hear(line.rstrip())
             code = process.wait()
     except BaseException:
-        process.send_signal(signal.SIGINT)  # it ends its ranks and leaves nothing half-written
+        process.send_signal(signal.SIGINT)  # gives it time to end its ranks and to finish writing
         process.wait()
         raise
     finally:
@@ -81,7 +84,7 @@ def run_stages(options: argparse.Namespace, times: Path) -> int:
 
 
 class StageClock:
-    """Seconds of the stages by what `shodh run` prints: one that was up to date has none, one cut short its part."""
+    """Seconds by stage from the output of `shodh run`; none for stages that were up to date."""
 
     def __init__(self) -> None:
         self._mark = time.perf_counter()
@@ -102,7 +105,7 @@ class StageClock:
 
 
 def read_times(path: Path) -> list[dict[str, float]]:
-    """Seconds by stage, an entry for each call of `run_stages` that did something; [] if nothing has been noted."""
+    """Seconds by stage, one entry for each call of `run_stages` that did any work; [] if none is recorded."""
     try:
         calls: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -117,7 +120,7 @@ def summary_of_times(calls: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def collect(run: Path, config: Config, calls: list[dict[str, float]]) -> dict[str, Any]:
-    """What a run folder tells: ``metrics``, ``environment``, and ``run`` (times, validation, bifurcation, sizes).
+    """Read a run folder: ``metrics``, ``environment``, and ``run`` (times, validation, bifurcation, sizes).
 
     Raises:
         UserError: the folder lacks a file, or a file is damaged.
@@ -160,11 +163,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _not_there(path: Path) -> str:
-    return f"{path} is missing or damaged: give the command without --collect-only, which ends what the run lacks"
+    return f"{path} is missing or damaged: repeat the command without --collect-only to complete the run"
 
 
 def write(run: Path, found: dict[str, Any], output: Path) -> None:
-    """Numbers, copies of the run's own files, table and pictures to ``output``."""
+    """Write numbers, copies of the run's files, table and figures to ``output``."""
     for name in COPIED:
         write_text(output / name, (run / name).read_text(encoding="utf-8"))
     write_text(output / "run.json", json.dumps(finite_json(found["run"]), indent=1) + "\n")
@@ -179,12 +182,12 @@ def work(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     run = resolve_paths(config).run
     output = options.output or (OUTPUT if config.name == "reproduce" else OUTPUT / config.name)
-    times = run.with_name(f"{run.name}.times.json")  # beside the run folder, which begins with pretraining
+    times = run.with_name(f"{run.name}.times.json")  # beside the run folder, which only pretraining creates
     for folder in (run.parent, output):
         require_writable(folder)
     if not options.collect_only and (code := run_stages(options, times)):
         if code == EXIT_REQUEUE:
-            print("[reproduction] stopped by a signal: the same command goes on", flush=True)
+            print("[reproduction] stopped by a signal: repeat the command to resume", flush=True)
         return code
     found = collect(run, config, read_times(times))
     output.mkdir(parents=True, exist_ok=True)
@@ -197,8 +200,10 @@ def parser() -> OneLineParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: configs/reproduce.yaml")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: docs/reproduction, or a folder below")
-    parser.add_argument("--collect-only", action="store_true", help="run nothing: table and copies of what there is")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--collect-only", action="store_true", help="run nothing; write the table and copies of an existing run"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     return parser
 
 

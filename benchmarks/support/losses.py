@@ -1,9 +1,9 @@
 """Train a small network that uses every kernel for some steps, and print its losses as JSON.
 
-    SHODH_KERNELS=reference python benchmarks/losses.py [--device cpu|cuda] [--steps 20] [--json FILE]
+    SHODH_KERNELS=reference python benchmarks/support/losses.py [--device cpu|cuda] [--steps 20] [--json FILE]
 
-Run once with SHODH_KERNELS=triton and once with reference: from the same seed both must learn alike. It needs
-torch alone, so it runs where DeepSpeed is not installed: `benchmarks/gpu.py` compares the two.
+`benchmarks/gpu.py` runs it with SHODH_KERNELS=triton and with reference, and compares the losses: from the same seed
+both must learn alike. It needs only torch, so it runs without DeepSpeed.
 Shapes: N tokens, D width, E experts, K capacity slots per expert, F hidden width, G grid points along an axis.
 """
 
@@ -57,7 +57,7 @@ class Net(nn.Module):
 
 
 def train(device: torch.device, grid: int, width: int, steps: int) -> list[float]:
-    """Learn to give back divergence-free fields; the loss of every step."""
+    """Train the network to reproduce divergence-free fields. Returns the loss of every step."""
     net = Net(grid, width).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
@@ -65,7 +65,7 @@ def train(device: torch.device, grid: int, width: int, steps: int) -> list[float
     for _ in range(steps):
         phase = torch.rand(3, generator=generator) * 2 * math.pi
         x = torch.arange(grid) * (2 * math.pi / grid)
-        # Arnold-Beltrami-Childress flow with random phases: a smooth field without divergence.
+        # Arnold-Beltrami-Childress flow with random phases: smooth and divergence-free.
         sx, sy, sz = (torch.sin(x + p) for p in phase)
         cx, cy, cz = (torch.cos(x + p) for p in phase)
         field = torch.stack(
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--grid must be even and from 4 to 256, not {options.grid}")
 
     def work() -> None:
-        # Else a GPU rounds the products outside the kernels to tf32, and nothing could be told from rounding.
+        # Otherwise a GPU rounds the products outside the kernels to tf32, which would hide any difference.
         torch.set_float32_matmul_precision("highest")
         device = torch.device(options.device)
         found = {"kernels": describe(device), "losses": train(device, options.grid, options.width, options.steps)}

@@ -1,4 +1,4 @@
-"""The cases of benchmarks/dispatch.py, what they must move, and gating + dispatch + combine as one call.
+"""Cases of benchmarks/dispatch.py, the bytes and FLOP they need, and gating + dispatch + combine as one call.
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert.
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from gating import checks_finite, logits_of
-from peers import DeepSpeed, torch_combine, torch_dispatch, torch_gating
-from timing import BOTH, FORWARD
 from torch import Tensor
 
 from shodh_moe.kernels import Gating, combine, dispatch, top1_gating
+from support.gating_cases import checks_finite, logits_of
+from support.peers import DeepSpeed, torch_combine, torch_dispatch, torch_gating
+from support.timing import BOTH, FORWARD
 
 
 class Case(NamedTuple):
-    """``capacity`` None is dropless."""
+    """Sizes of one problem; ``capacity`` None is dropless."""
 
     tokens: int
     width: int
@@ -39,11 +39,12 @@ def route(case: Case, seed: int, device: torch.device) -> Gating:
 
 
 def movement_bytes(case: Case, kept: int, shared: bool) -> dict[str, dict[str, int]]:
-    """What each operation must move. A token is D numbers; an empty row must be written as zeros too.
+    """Minimal bytes by operation and pass. A token is D numbers; empty rows must be written as zeros.
 
-    dispatch: kept tokens, expert and slot (16) read; all rows written. Backward: kept rows and 16 read; N tokens
-    written. combine: kept rows, gate (4), 16, and the shared output if there is one, read; N tokens written.
-    Backward: kept tokens of dy, kept rows, gate and 16 read; all rows and the gate gradients (4) written.
+    dispatch reads the kept tokens and 16 bytes of expert and slot per token, and writes all rows. Its backward pass
+    reads the kept rows and the 16 bytes, and writes N tokens.
+    combine reads the kept rows, the gates (4 bytes), the 16 bytes and any shared output, and writes N tokens. Its
+    backward pass reads kept tokens of dy, kept rows, gates and the 16 bytes, and writes all rows and gate gradients.
     """
     token = case.width * case.dtype.itemsize
     every, all_rows = case.tokens * token, (case.experts * (case.capacity or 0) or case.tokens) * token
@@ -57,15 +58,18 @@ def movement_bytes(case: Case, kept: int, shared: bool) -> dict[str, dict[str, i
 
 
 def movement_flops(case: Case, kept: int, shared: bool) -> dict[str, dict[str, int]]:
-    """dispatch only copies. combine: one product a number, one more addition with a shared output; backward one
-    product for the rows and a multiply-add for the gate."""
+    """FLOP by operation and pass. dispatch only copies.
+
+    combine takes one product per number, and an addition with a shared output; its backward pass one product for the
+    rows and a multiply-add for the gate.
+    """
     numbers = kept * case.width
     forward = numbers * (2 if shared else 1)
     return {"dispatch": {FORWARD: 0, BOTH: 0}, "combine": {FORWARD: forward, BOTH: forward + 3 * numbers}}
 
 
 def slots_of(ds: DeepSpeed, case: Case, g: Gating) -> Tensor:
-    """The routing ``g`` in DeepSpeed's own form, as its MOELayer makes it from its gate's result."""
+    """Convert the routing ``g`` to DeepSpeed's form, as its MOELayer does with its gate's result."""
     indices = torch.where(g.slot_N >= 0, g.expert_N, -1).to(torch.int32)[None]
     return ds.slots(indices, g.slot_N.to(torch.int32)[None], case.experts, case.capacity or 0)
 
@@ -86,7 +90,7 @@ def together_ours(i: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 def together_deepspeed(ds: DeepSpeed, i: Inputs, case: Case, factor: float) -> tuple[Tensor, ...]:
-    """The lines of MOELayer.forward, the experts and the exchange between ranks left out."""
+    """The lines of MOELayer.forward without the experts and the exchange between ranks."""
     l_aux, capacity, experts, indices, locations, gates, _ = ds.gating(i["logits"], factor)
     capacity = int(capacity)
     slots = ds.slots(indices, locations, experts, capacity)

@@ -1,7 +1,7 @@
-"""One layer on several ranks against one rank, at the same global batch: scaling, and the share of the all-to-all.
+"""One layer on several ranks against one rank at the same global batch: speedup and the share of the all-to-all.
 
-On a CPU every rank has the same number of threads, cores / ranks, so that more ranks mean more cores; on GPUs every
-rank has its own. Float32, linear router, forward and backward, gradients of the router averaged as in training.
+On a CPU every rank has cores / ranks threads, also the single rank, so that more ranks use more cores; on GPUs every
+rank has its own device. Float32, linear router, forward and backward, router gradients averaged as in training.
 Shapes: N tokens of all ranks together, D width, F hidden width (2 D), E experts.
 """
 
@@ -19,22 +19,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import Report, describe
 
 from shodh_moe.base.memory import keep_freed_memory
+from support.common import Report, describe
+from support.moe_layers import our_layer
 
 MODES = {"capacity": False, "dropless": True}
 
 
 def bench_ranks(report: Report, tokens: int, width: int, experts: int, ranks: int) -> None:
-    """Print and record, under ``ranks`` in the JSON, the times of one rank and of several."""
+    """Print the times of one rank and of several, and record them under ``ranks`` in the JSON."""
     case = {"tokens": tokens, "width": width, "hidden": 2 * width, "experts": experts, "dtype": "float32"}
     if experts % ranks or tokens % ranks:
         return report.missing("moe_ranks", "shodh", case, f"{ranks} ranks do not divide experts and tokens")
     cuda = report.device.type == "cuda"
     if cuda and torch.cuda.device_count() < ranks:
         found = torch.cuda.device_count()
-        return report.missing("moe_ranks", "shodh", case, f"{ranks} ranks need as many GPUs; {found} found")
+        return report.missing("moe_ranks", "shodh", case, f"{ranks} ranks need {ranks} GPUs; {found} found")
     threads, rounds = max(torch.get_num_threads() // ranks, 1), report.options.patience.fewest
     print(f"\nmoe_layer  {describe(case)}  {ranks} ranks against one, {threads} threads each")
     print(
@@ -59,13 +60,13 @@ def bench_ranks(report: Report, tokens: int, width: int, experts: int, ranks: in
 
 
 def _run(case: dict[str, Any], ranks: int, threads: int, rounds: int, device: str) -> dict[str, Any]:
-    """What rank 0 of a group of new processes measured."""
+    """Start a group of processes and return the measurements of rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        # numba's threads are counted at its start, from the variables that the processes inherit.
+        # numba reads its number of threads at its start, from variables that the processes inherit.
         kept = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
         os.environ.update(dict.fromkeys(kept, str(threads)))
         try:
@@ -79,8 +80,6 @@ def _run(case: dict[str, Any], ranks: int, threads: int, rounds: int, device: st
 def _worker(
     rank: int, ranks: int, threads: int, rounds: int, device_type: str, port: int, case: dict[str, Any], result: str
 ) -> None:
-    from moe_layer import our_layer
-
     from shodh_moe.parallel import ExpertParallel
 
     torch.set_num_threads(threads)

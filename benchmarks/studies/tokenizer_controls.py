@@ -1,10 +1,10 @@
-"""What an exactly divergence-free velocity costs: tokenizers that differ only in how they make it, over seeds.
+"""Measure the cost of an exactly divergence-free velocity: compare tokenizers that differ only in how they produce it.
 
-    python benchmarks/tokenizer_controls.py [--seeds 0,1,2] [--variants direct,spectral] [--summary-only]
+    python benchmarks/studies/tokenizer_controls.py [--seeds 0,1,2] [--variants direct,spectral] [--summary-only]
 
-Trains and evaluates with `shodh tokenizer train` and `evaluate`, one at a time, seed by seed; what is there is kept, so
-the same call goes on. Settings (key=value) are for all runs and their data. Writes numbers (--json), tables beside them
-(.md) and pictures (--images). Docs: docs/tokenizer.md.
+Trains and evaluates with `shodh tokenizer train` and `evaluate`, one run at a time, seed by seed. Finished runs are
+kept, so repeating the call resumes. Settings (key=value) apply to all runs and their data. Writes numbers (--json),
+tables beside them (.md) and figures (--images). Docs: docs/tokenizer.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
-from tokenizer_controls_pictures import draw_pictures
-from tokenizer_controls_summary import ONE_SEED, VARIANTS, markdown, missing_runs, rows_of, summarise
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.errors import UserError
@@ -32,8 +31,11 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.metrics.fields import band_edges
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
+from studies.tokenizer_controls_pictures import draw_pictures
+from studies.tokenizer_controls_summary import ONE_SEED, VARIANTS, markdown, missing_runs, rows_of, summarise
+from support.common import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "tokenizer" / "controls.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "tokenizer_controls_cpu.json"
 IMAGES = ROOT / "docs" / "tokenizer_controls"
@@ -45,9 +47,9 @@ class Run:
     """One variant with one seed.
 
     Attributes:
-        settings: ``key=value`` words for the commands.
+        settings: ``key=value`` arguments for the commands.
         tokenizer: folder of the trained tokenizer.
-        evaluation: what `shodh tokenizer evaluate` writes; logs and the seconds of training are beside it.
+        evaluation: output of `shodh tokenizer evaluate`; logs and the seconds of training are beside it.
     """
 
     variant: str
@@ -70,7 +72,7 @@ class Run:
         return self.evaluation.with_suffix(".seconds")
 
     def read_evaluation(self) -> dict[str, Any] | None:
-        """The evaluation of the tokenizer that is there; None if there is none, or one of another tokenizer."""
+        """The evaluation of the present tokenizer; None if it is missing or belongs to another tokenizer."""
         try:
             found: dict[str, Any] = json.loads(self.evaluation.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -79,7 +81,7 @@ class Run:
         return found if same and self.trained else None
 
     def validation(self) -> dict[str, float] | None:
-        """Mean squared velocity error by domain at the last step, on the validation split."""
+        """Mean squared velocity error by domain on the validation split, at the last step."""
         try:
             lines = (self.tokenizer / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines]
@@ -89,12 +91,12 @@ class Run:
         return last[-1] if last else None
 
     def seconds(self) -> float | None:
-        """Of its training; None if that was interrupted or not done here."""
+        """Seconds of training; None if it was interrupted or done elsewhere."""
         return float(self.seconds_path.read_text()) if self.seconds_path.exists() else None
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
-    """Every run, seed by seed, so that a break leaves whole seeds."""
+    """Every run, ordered by seed, so that an interruption leaves complete seeds."""
     folder = options.output
     runs = []
     for seed in options.seeds:
@@ -110,7 +112,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
 
 
 def shodh(run: Run, step: str, *arguments: str) -> bool:
-    """Run a step of `shodh tokenizer` in a process of its own, its output to a log; False if it failed."""
+    """Run a step of `shodh tokenizer` in a separate process that writes to a log. Returns False if it failed."""
     log = run.evaluation.with_suffix(f".{step}.log")
     words = ["tokenizer", step, "--config", str(run.config), "--name", f"controls-{run.name}", *arguments]
     with open(log, "a", encoding="utf-8") as file:
@@ -120,7 +122,7 @@ def shodh(run: Run, step: str, *arguments: str) -> bool:
         try:
             code = process.wait()
         except BaseException:
-            process.terminate()  # it leaves nothing half-written, and ends its ranks
+            process.terminate()  # gives it time to end its ranks and to finish writing
             process.wait()
             raise
     if code:
@@ -129,7 +131,7 @@ def shodh(run: Run, step: str, *arguments: str) -> bool:
 
 
 def carry_out(run: Run) -> bool:
-    """Train and evaluate unless that is done; False if a step failed."""
+    """Train and evaluate unless done before. Returns False if a step failed."""
     if not run.trained:
         anew, began = not run.tokenizer.exists(), time.perf_counter()
         print(f"[{run.name}] training", flush=True)
@@ -137,7 +139,7 @@ def carry_out(run: Run) -> bool:
         if not shodh(run, "train"):
             return False
         took = time.perf_counter() - began
-        if anew:  # else a part of it was done before
+        if anew:  # otherwise a part of the training was done before
             write_text(run.seconds_path, f"{took:.1f}\n")
         print(f"[{run.name}] trained in {took:.0f} s", flush=True)
     if run.read_evaluation() is None:
@@ -149,7 +151,7 @@ def carry_out(run: Run) -> bool:
 
 
 def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Numbers, tables and pictures of the runs that are there."""
+    """Write numbers, tables and figures of the finished runs."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
     valid: dict[str, dict[int, dict[str, float]]] = {}
     told = []
@@ -163,7 +165,9 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         here = {"variant": run.variant, "seed": run.seed, "training_seconds": run.seconds(), "validation": errors}
         told.append({**here, "evaluation": evaluation})
     if not results:
-        raise UserError(f"{options.output} holds no evaluation of these variants and seeds: run without --summary-only")
+        raise UserError(
+            f"{options.output} contains no evaluation of these variants and seeds: run without --summary-only"
+        )
     rows, missing = rows_of(results), missing_runs(results, [(run.variant, run.seed) for run in runs])
     summary = summarise(rows, valid)
     config = load_config(options.config, options.overrides)
@@ -189,7 +193,7 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    # As Ctrl-C does: the training that runs is told to stop, and goes on with the next call.
+    # Stop the running training as Ctrl-C does; the next call resumes it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = load_config(options.config, options.overrides)
     if options.output is None:
@@ -203,21 +207,19 @@ def work(options: argparse.Namespace) -> None:
     failed = [] if options.summary_only else [run.name for run in runs if not carry_out(run)]
     report(options, runs)
     if failed:
-        raise UserError(
-            f"{', '.join(failed)} failed: see the logs in {options.output}, then give the same command again"
-        )
+        raise UserError(f"{', '.join(failed)} failed: see the logs in {options.output}, then repeat the command")
 
 
 def names(text: str) -> list[str]:
-    """``direct,spectral`` in the order of `VARIANTS`: an argparse type."""
+    """Parse ``direct,spectral``; the result has the order of `VARIANTS` (argparse type)."""
     given = text.split(",")
     if unknown := [name for name in given if name not in VARIANTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(VARIANTS)}")
     return [name for name in VARIANTS if name in given]
 
 
 def seeds(text: str) -> list[int]:
-    """``0,1,2``: an argparse type."""
+    """Parse ``0,1,2`` (argparse type)."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds like 0,1,2")
@@ -227,14 +229,22 @@ def seeds(text: str) -> list[int]:
 def parser() -> OneLineParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: configs/tokenizer/controls.yaml")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="evaluations and logs; default: runs/<its name>")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder of evaluations and logs; default: runs/<its name>"
+    )
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="LIST", help="default: 0,1,2")
     parser.add_argument("--variants", type=names, default=list(VARIANTS), metavar="LIST", help=", ".join(VARIANTS))
-    parser.add_argument("--all-seeds", action="store_true", help=f"also for {' and '.join(ONE_SEED)}: else the first")
-    parser.add_argument("--summary-only", action="store_true", help="train and evaluate nothing")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results; the tables beside it")
+    parser.add_argument(
+        "--all-seeds",
+        action="store_true",
+        help=f"run all seeds of {' and '.join(ONE_SEED)} too; default: the first only",
+    )
+    parser.add_argument(
+        "--summary-only", action="store_true", help="summarise existing results; train and evaluate nothing"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results file; tables go beside it")
     parser.add_argument("--images", type=Path, default=IMAGES, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs and of their data")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs and their data")
     return parser
 
 

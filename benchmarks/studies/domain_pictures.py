@@ -1,6 +1,6 @@
-"""The picture and the table of docs/domains.md, from flows simulated here (about five minutes on one core).
+"""Make the figure and the table of docs/domains.md from simulated flows (about five minutes on one core).
 
-    python benchmarks/domain_pictures.py [--images docs/images]
+    python benchmarks/studies/domain_pictures.py [--images docs/images]
 
 Prints a Markdown table of Reynolds and Mach numbers at 32^3 and writes domains.png, slices at 64^3.
 """
@@ -26,8 +26,8 @@ from shodh_moe.solvers.domains import (
     PorousMedia,
 )
 
-# Domain, what the picture says, its settings at 64^3 with time enough to show what it is, and a trajectory whose
-# bodies stand well.
+# Domain, caption, settings at 64^3 with enough time for the flow to develop, and a trajectory whose bodies are placed
+# well for a slice.
 PICTURES: list[tuple[str, str, Domain, int]] = [
     ("open_channel", "spheres", OpenChannel(roughness=0.25, spinup_steps=500), 1),
     ("porous_media", "blobs", PorousMedia(geometry=["blobs"], porosity=[0.6, 0.6], grain=7.0), 1),
@@ -46,7 +46,7 @@ def picture(folder: Path) -> None:
         flow = simulate(domain, config, (64, 64, 64), 0, trajectory, 1)
         speed_XYZ, solid_XYZ = np.linalg.norm(flow.velocity_T3XYZ[0], axis=0), flow.solid_XYZ
         if domain in ("open_channel", "obstacle_wake"):
-            # The plane with most solids, in the middle where `mid_slice` looks.
+            # Move the plane with most solids to the middle, the plane that `mid_slice` shows.
             across_axis = 1 if domain == "open_channel" else 2
             most = int(solid_XYZ.sum(tuple({0, 1, 2} - {across_axis})).argmax())
             speed_XYZ, solid_XYZ = (np.roll(a, 32 - most, across_axis) for a in (speed_XYZ, solid_XYZ))
@@ -72,7 +72,7 @@ def change(flow: Simulation) -> float:
 
 
 def table(trajectories: int) -> None:
-    print("| domain | Reynolds number | its length, cells | Mach number | cell Reynolds number | change a snapshot |")
+    print("| domain | Reynolds number | its length, cells | Mach number | cell Reynolds number | change per snapshot |")
     print("|---|---|---|---|---|---|")
     for domain, kind in DOMAINS.items():
         flows = [simulate(domain, kind(), (32, 32, 32), 0, number, 8) for number in range(trajectories)]

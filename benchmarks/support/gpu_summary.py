@@ -1,6 +1,6 @@
-"""What `benchmarks/gpu.py` makes of its steps' output: counts, comparisons, the summary table.
+"""Summarise the output of benchmarks/gpu.py's steps: counts, comparisons, the final table.
 
-As a script it prints the environment as JSON: python benchmarks/gpu_summary.py cpu|cuda
+Run as a script, it prints the environment as JSON: python benchmarks/support/gpu_summary.py cpu|cuda
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ MILLISECOND = 1e-3
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The machine, the versions, and on a GPU its driver and memory."""
+    """Describe the machine, the versions and, on a GPU, its driver and memory."""
     import torch
-    from common import machine
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support`
+    from support.common import machine
 
     found = machine(torch.device(device))
     if device == "cuda":
@@ -34,7 +36,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def count_tests(log: Path) -> dict[str, Any]:
-    """Passed, failed, ... as pytest's last line says, and the names of what failed."""
+    """Test counts by outcome from pytest's last line, and the names of failed tests."""
     text = log.read_text(errors="replace")
     last = text.strip().splitlines()[-1] if text.strip() else ""
     counts = {
@@ -45,13 +47,13 @@ def count_tests(log: Path) -> dict[str, Any]:
 
 
 def merge_benchmarks(out: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON of every benchmark that has written one."""
+    """Results of every benchmark that has written a JSON file."""
     files = {name: out / f"{name}.json" for name in names}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def compare_losses(out: Path) -> dict[str, Any]:
-    """How far the losses with Triton's kernels are from those with the reference, the first steps of two trainings."""
+    """Compare the losses of Triton's kernels with those of the reference over the first steps of two trainings."""
     found: dict[str, Any] = {}
     series: dict[str, list[float]] = {}
     for kernels in ("triton", "reference"):
@@ -77,7 +79,7 @@ def _difference(triton: list[float], reference: list[float]) -> dict[str, Any]:
 
 
 def goals(benchmarks: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
-    """What was measured of the numbers to reach: what, value, goal."""
+    """Yield (label, measured value, goal) for every performance goal."""
     for row in benchmarks.get("dispatch", {}).get("ratios", []):
         case, theirs = row["case"], row["time_over_ours"].get("deepspeed")
         if row["op"] == "gating+dispatch+combine" and theirs:
@@ -93,7 +95,7 @@ def goals(benchmarks: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
     curl = benchmarks.get("spectral_curl", {})
     for row in curl.get("ratios", []):
         case = row["case"]
-        if _is_the_curl_case(case) and "torch.fft" in row["time_over_ours"]:
+        if _has_curl_goal(case) and "torch.fft" in row["time_over_ours"]:
             yield (
                 f"curl {case['grid']}^3 {case['pass']}, torch.fft's time over ours",
                 row["time_over_ours"]["torch.fft"],
@@ -101,7 +103,7 @@ def goals(benchmarks: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
             )
     for row in curl.get("results", []):
         case, extra = row["case"], row["extra"]
-        if row["implementation"] == "shodh" and _is_the_curl_case(case):
+        if row["implementation"] == "shodh" and _has_curl_goal(case):
             yield (
                 f"curl {case['grid']}^3 {case['pass']}, share of one read and one write",
                 row["share_of_copy"],
@@ -113,7 +115,7 @@ def goals(benchmarks: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
     for row in benchmarks.get("lattice_boltzmann", {}).get("results", []):
         case, implementation = row["case"], row["implementation"]
         if implementation.startswith("shodh") and case["fluid"] == 1:
-            threads = implementation.removeprefix("shodh")  # how many, on a CPU
+            threads = implementation.removeprefix("shodh")  # number of threads, on a CPU
             yield (
                 f"lattice Boltzmann {case['grid']}^3 {case['variant']}{threads}, share of copy",
                 row["share_of_copy"],
@@ -121,7 +123,7 @@ def goals(benchmarks: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
             )
 
 
-def _is_the_curl_case(case: dict[str, Any]) -> bool:
+def _has_curl_goal(case: dict[str, Any]) -> bool:
     return case["operator"] == "spectral" and case["dtype"] == "float32" and case["grid"] in (16, 128)
 
 
@@ -131,14 +133,14 @@ def meets(value: float, goal: str) -> bool:
 
 
 def print_summary(content: dict[str, Any]) -> None:
-    """The steps, then the numbers to reach."""
+    """Print the steps, then the measurements with their goals."""
     print(f"\n{content['device']}: {content['seconds']:.0f} s")
     for step in content["steps"]:
         counts = step["result"] if step["name"] == "tests" else {}
         words = ", ".join(f"{number} {word}" for word, number in counts.items() if word != "which_failed")
         print(f"  {step['name']:<24} {step['status']:<10} {step['seconds']:6.1f} s  {words} {step['reason']}".rstrip())
     if content["rehearsal"]:
-        print("\nA rehearsal on a CPU in tiny sizes: the numbers below show that they are collected, nothing more.")
+        print("\nA rehearsal in tiny sizes on a CPU: the numbers below only show that they are collected.")
     print(f"\n{'measured':<84} {'value':>10}  goal")
     for label, value, goal in goals(content["benchmarks"]):
         verdict = "" if content["rehearsal"] else "reached" if meets(value, goal) else "NOT reached"

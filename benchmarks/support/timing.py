@@ -1,7 +1,7 @@
-"""Time several implementations of one operation against each other, fairly.
+"""Compare the times of several implementations of one operation fairly.
 
-Each is warmed up; then they take turns, in a new order every round, so that a noisy machine disturbs all alike.
-Every call gets the next of several input sets that are together larger than the last-level cache.
+After a warm-up they take turns, in a new order every round, so that noise affects all alike. Every call gets the next
+of several input sets, which together exceed the last-level cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 FORWARD, BOTH = "forward", "forward+backward"
-# The GPU spins this many cycles, about a millisecond, before each timed call: launches queue up behind it as they do
-# in training, and the gaps between them are not counted, which favours whoever launches more kernels.
+# The GPU spins for this many cycles, about a millisecond, before each timed call. Launches queue up meanwhile, as they
+# do in training, so gaps between them are not counted; this favours implementations that launch more kernels.
 SPIN_CYCLES = 2_000_000
 MOST_SETS = 128
 MOST_SET_BYTES = 2**31
 
 
 class Missing(NamedTuple):
-    """Stands where an implementation would, when it cannot run here."""
+    """Placeholder for an implementation that cannot run here."""
 
     reason: str
 
@@ -41,7 +41,7 @@ class Times(NamedTuple):
 
 
 class Patience(NamedTuple):
-    """How long to measure: ``seconds`` for one group of implementations, within these numbers of rounds."""
+    """How long to measure one group of implementations: ``seconds``, but ``fewest`` to ``most`` rounds."""
 
     seconds: float
     fewest: int
@@ -60,7 +60,7 @@ def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [2**25]  # where the system does not tell
+    sizes = [2**25]  # fallback if the system does not report it
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
         unit = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
@@ -69,14 +69,14 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def rotating(make: Callable[[int], Any], set_bytes: int, device: torch.device) -> list[Any]:
-    """``make(seed)`` as often as it takes for the sets to exceed twice the cache; at least one."""
-    wanted = -(-2 * cache_bytes(device) // max(set_bytes, 1))
+    """Input sets from ``make(seed)``, enough to exceed twice the cache within limits; at least one."""
+    needed = -(-2 * cache_bytes(device) // max(set_bytes, 1))
     fitting = max(MOST_SET_BYTES // max(set_bytes, 1), 1)
-    return [make(seed) for seed in range(max(min(wanted, MOST_SETS, fitting), 1))]
+    return [make(seed) for seed in range(max(min(needed, MOST_SETS, fitting), 1))]
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last case held, compiled code included."""
+    """Free the memory of the last case, compiled code included."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -99,7 +99,7 @@ def seconds_of(call: Call, inputs: Any, device: torch.device) -> float:
 
 
 def peak_memory(call: Call, inputs: Any, device: torch.device) -> int | None:
-    """Most device memory held at once during a call, above what was held before it; None on a CPU."""
+    """Peak device memory of a call in bytes, above what was held before it; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -117,7 +117,7 @@ def time_alternately(
     patience: Patience,
     must_run: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Times | Missing]:
-    """Times of each call, or why it could not run. Names that ``must_run`` accepts raise what they raise."""
+    """Times of each call, or the reason why it failed. Exceptions propagate if ``must_run`` accepts the call's name."""
     found: dict[str, Times | Missing] = {name: call for name, call in calls.items() if isinstance(call, Missing)}
     ready: dict[str, Call] = {}
     peak: dict[str, int | None] = {}
@@ -155,7 +155,7 @@ def summary(seconds: list[float], peak_memory: int | None = None) -> Times:
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second, read plus written, of copying ``size`` bytes from one tensor to another."""
+    """Bandwidth of copying ``size`` bytes between tensors, in bytes per second, read plus written."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     for _ in range(2):
@@ -165,7 +165,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
 
 
 def gemm_peak(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """FLOP a second of a square matrix product."""
+    """FLOP per second of a square matrix product."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(2):
         a @ b
@@ -182,9 +182,9 @@ def without_gradient(forward: Call) -> Call:
 
 
 def with_backward(forward: Call) -> Call:
-    """``forward`` gives a tuple of differentiable tensors; ``inputs["grads"]`` holds a gradient for each.
+    """A call that runs ``forward``, which returns differentiable tensors, and backpropagates ``inputs["grads"]``.
 
-    An implementation may give fewer outputs than there are gradients; the rest are left out.
+    An implementation may return fewer outputs than there are gradients; the remaining gradients are ignored.
     """
 
     def call(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ def with_backward(forward: Call) -> Call:
 
 
 def passes(calls: dict[str, Call | Missing]) -> list[tuple[str, dict[str, Call | Missing]]]:
-    """The forward pass alone, and forward and backward together."""
+    """Calls of the forward pass alone, and of forward and backward together, by pass."""
     return [
         (name, {key: call if isinstance(call, Missing) else wrap(call) for key, call in calls.items()})
         for name, wrap in ((FORWARD, without_gradient), (BOTH, with_backward))

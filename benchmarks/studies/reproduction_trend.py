@@ -1,11 +1,11 @@
-"""How the latent error falls with model size and data, and persistence's with the time between snapshots.
+"""Measure how the latent error falls with model size and data, and persistence's error with the time between snapshots.
 
-    python benchmarks/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
+    python benchmarks/studies/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
 
-Each run is `shodh run` on one rank with the tokenizer of configs/reproduce.yaml, so that all errors are in the same
-latents; what is there is kept, and the same call goes on. One seed: a trend, not a difference between two runs.
-Persistence needs no training: trajectories of the test split are simulated again with snapshots at a half and a quarter
-of the time. Writes numbers (--json) and tables beside them (.md). Docs: docs/reproduction.md.
+Each run is `shodh run` on one rank with the tokenizer of configs/reproduce.yaml, so that all errors refer to the same
+latents. Finished runs are kept, so repeating the call resumes. With one seed the results show a trend, not differences
+between two runs. Persistence needs no training: the test trajectories are simulated again with snapshots at a half and
+a quarter of the time. Writes numbers (--json) and tables beside them (.md). Docs: docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reproduction_table import PAPER, number, ratio, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
@@ -35,23 +36,24 @@ from shodh_moe.runs import pipeline
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from studies.reproduction_table import PAPER, number, ratio, table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "reproduction_trend_cpu.json"
-DIVISORS = (1, 2, 4)  # of the time between snapshots
+DIVISORS = (1, 2, 4)  # divisors of the time between snapshots
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Point:
-    """One training: width of the model, and training trajectories of each domain."""
+    """One training: model width, and training trajectories per domain."""
 
     dim: int
     trajectories: int
 
     def settings(self, steps: int, tokenizer: Path, domains: Sequence[str], samples: int) -> list[str]:
-        """``key=value`` words for `shodh run`; ``samples`` of a step, all on the one rank."""
+        """Arguments ``key=value`` for `shodh run`; ``samples`` is the batch size of the single rank."""
         return [
             f"seed={SEED}",
             f"model.dim={self.dim}",
@@ -70,14 +72,14 @@ class Point:
 
 
 def points(dims: Sequence[int], trajectories: Sequence[int], base_dim: int) -> list[Point]:
-    """All sizes with the most data, then all amounts of data with the base size; each point once."""
+    """All model sizes with the most data, then all amounts of data with the base size; each point once."""
     most = max(trajectories)
     wanted = [Point(dim, most) for dim in dims] + [Point(base_dim, count) for count in trajectories]
     return list(dict.fromkeys(wanted))
 
 
 def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]:
-    """The words of each point's `shodh run` after ``--config``."""
+    """Arguments of each point's `shodh run` after ``--config``."""
     tokenizer = resolve_paths(base).tokenizer
     domains = [name for name, _ in base.data.domains.items()]
     samples = base.training.batch_size * count_ranks(base)
@@ -89,7 +91,7 @@ def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]
 
 
 def carry_out(config: Path, words: list[str]) -> bool:
-    """`shodh run` in a process of its own; False if it failed."""
+    """Run `shodh run` in a separate process. Returns False if it failed."""
     process = subprocess.Popen([sys.executable, "-m", "shodh_moe.cli", "run", "--config", str(config), *words])
     try:
         return process.wait() == 0
@@ -100,7 +102,7 @@ def carry_out(config: Path, words: list[str]) -> bool:
 
 
 def result(config_path: Path, words: list[str], point: Point) -> dict[str, Any] | None:
-    """What the point's finished run measured; None if it has not ended or is of other settings."""
+    """Results of the point's run; None if it is unfinished or has other settings."""
     config = load_config(config_path, words[2:], words[1])
     run = resolve_paths(config).run
     try:
@@ -121,10 +123,10 @@ def result(config_path: Path, words: list[str], point: Point) -> dict[str, Any] 
 
 @torch.no_grad()
 def persistence_error(tokenizer: Tokenizer, simulation: Simulation, history: int, divisor: int) -> float:
-    """Mean squared difference of neighbouring normalised latents over the predictions that an evaluation makes.
+    """Mean squared difference of successive normalised latents over the predictions that an evaluation makes.
 
     Args:
-        divisor: snapshots are so many times closer than in the dataset, and as many more: the same span of time.
+        divisor: factor by which snapshots are closer together, and more numerous, than in the dataset.
     """
     velocity, pressure = torch.from_numpy(simulation.velocity_T3XYZ), torch.from_numpy(simulation.pressure_TXYZ)
     solid = torch.from_numpy(simulation.solid_XYZ).to(velocity.dtype).expand(len(velocity), 1, -1, -1, -1)
@@ -135,7 +137,7 @@ def persistence_error(tokenizer: Tokenizer, simulation: Simulation, history: int
 
 
 def persistence(base: Config, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """By divisor and domain: time steps between snapshots, and persistence's latent MSE, mean over the test split."""
+    """Time steps between snapshots and persistence's mean latent MSE over the test split, by divisor and domain."""
     rows, grid = [], (base.data.grid[0], base.data.grid[1], base.data.grid[2])
     for name, domain in base.data.domains.items():
         for divisor in DIVISORS:
@@ -156,8 +158,8 @@ def persistence(base: Config, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def markdown(runs: Sequence[dict[str, Any]], still: Sequence[dict[str, Any]]) -> str:
-    """The two tables: trainings, and persistence against the time between snapshots."""
-    parts = ["<!-- Made by benchmarks/reproduction_trend.py; edits are lost. -->"]
+    """The two Markdown tables: trainings, and persistence by time between snapshots."""
+    parts = ["<!-- Made by benchmarks/studies/reproduction_trend.py; edits are lost. -->"]
     if runs:
         domains = list(runs[0]["errors"])
         head = ["width", "active parameters", "training trajectories of a domain", "steps"]
@@ -192,7 +194,7 @@ def markdown(runs: Sequence[dict[str, Any]], still: Sequence[dict[str, Any]]) ->
 
 
 def kept_persistence(path: Path, sha256: str) -> list[dict[str, Any]] | None:
-    """Persistence that an earlier call measured with the same tokenizer; None if there is none."""
+    """Persistence measured by an earlier call with the same tokenizer, or None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -201,15 +203,15 @@ def kept_persistence(path: Path, sha256: str) -> list[dict[str, Any]] | None:
 
 
 def work(options: argparse.Namespace) -> None:
-    # As Ctrl-C does: the training that runs is told to stop, and goes on with the next call.
+    # Stop the running training as Ctrl-C does; the next call resumes it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = load_config(options.config, options.overrides)
     require_writable(options.json.absolute().parent)
     paths = resolve_paths(base)
     if not options.summary_only:
-        pipeline.check(base, paths)
-        pipeline.make_data(base, paths)
-        pipeline.make_tokenizer(base, paths)
+        pipeline.check(base)
+        pipeline.make_data(base)
+        pipeline.make_tokenizer(base)
     require_made(paths.tokenizer / "tokenizer.json", "shodh tokenizer train")
     meta = json.loads((paths.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     jobs = planned(options, base)
@@ -236,11 +238,11 @@ def work(options: argparse.Namespace) -> None:
     write_text(options.json.with_suffix(".md"), text)
     print(f"\n{text}\n[trend] {options.json}" + (f"; missing: {', '.join(missing)}" if missing else ""))
     if failed:
-        raise UserError(f"{', '.join(failed)} failed: see the messages above, then give the same command again")
+        raise UserError(f"{', '.join(failed)} failed: see the messages above, then repeat the command")
 
 
 def counts(text: str) -> list[int]:
-    """``32,64``: an argparse type."""
+    """Parse ``32,64`` (argparse type)."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers like 32,64")
@@ -250,14 +252,22 @@ def counts(text: str) -> list[int]:
 def parser() -> OneLineParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: configs/reproduce.yaml")
-    parser.add_argument("--steps", type=int, default=2000, help="of each training; default: %(default)s")
-    parser.add_argument("--dims", type=counts, default=[32, 64, 128], metavar="LIST", help="widths; default: 32,64,128")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each training; default: %(default)s")
     parser.add_argument(
-        "--trajectories", type=counts, default=[8, 16, 32], metavar="LIST", help="of a domain; default: 8,16,32"
+        "--dims", type=counts, default=[32, 64, 128], metavar="LIST", help="model widths; default: 32,64,128"
     )
-    parser.add_argument("--summary-only", action="store_true", help="train and simulate nothing")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results; the tables beside it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs and of the tokenizer")
+    parser.add_argument(
+        "--trajectories",
+        type=counts,
+        default=[8, 16, 32],
+        metavar="LIST",
+        help="training trajectories per domain; default: 8,16,32",
+    )
+    parser.add_argument(
+        "--summary-only", action="store_true", help="summarise existing results; train and simulate nothing"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results file; tables go beside it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs and the tokenizer")
     return parser
 
 

@@ -1,22 +1,72 @@
-"""What holds for all tests. Those with real clusters run only when asked: they need root, install, start daemons."""
+"""Settings for all tests: which ones run, how many processes share them, and in which order.
+
+The whole suite is shared by two pytest-xdist workers, a file at a time, so that its fixtures are made once. All files
+with tests that start several ranks go to one worker: ranks never run beside other ranks. Files with slow tests come
+first, so that no worker is left with a long one at the end. A command that narrows the tests down runs in one process.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+WORKERS = 2
+RANKS = "ranks"  # the group of all tests that start several ranks
+
+# On a machine that is busy with other tests the wall time of one example means nothing.
+settings.register_profile(
+    "busy machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy machine")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_worker(config):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; processes of tests inherit it
+
+
+@pytest.hookimpl(optionalhook=True)  # a GPU machine may have no pytest-xdist
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Number of workers for ``-n auto``; 0 runs the tests in this process."""
+    chosen = config.args_source is config.ArgsSource.ARGS or config.option.keyword or config.getoption("lf", False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if chosen or _wants_clusters(config) or cores == 1 else min(WORKERS, cores)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "cluster" in (config.option.markexpr or ""):
-        return
-    left_out = [item for item in items if item.get_closest_marker("cluster")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    if not _wants_clusters(config):  # real clusters need root, install packages and start daemons
+        left_out = [item for item in items if item.get_closest_marker("cluster")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    if _is_worker(config):
+        with_ranks, slow = ({item.path for item in items if item.get_closest_marker(m)} for m in ("distributed", "slow"))
+        for item in items:
+            group = RANKS if item.path in with_ranks else item.location[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+        items.sort(key=lambda item: (item.path not in with_ranks, item.path not in slow))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Take off the group that pytest-xdist appends to a test's name, so that the name can be given to pytest again."""
+    if hasattr(report, "node"):  # comes from a worker
+        report.nodeid = report.nodeid.rpartition("@")[0] or report.nodeid
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def _wants_clusters(config: pytest.Config) -> bool:
+    return "cluster" in (config.option.markexpr or "")
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge's limit is for its whole process, and this one has grown by other tests: it counts as a fresh one."""
+def _memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge's memory limit covers its whole process, which other tests have made larger: report a fresh one's size."""
     module = importlib.import_module("shodh_moe.merging.merge")  # the package has a function of that name
     monkeypatch.setattr(module, "resident", lambda: 300 << 20)

@@ -17,9 +17,7 @@ WORKERS = 2
 RANKS = "ranks"  # the group of all tests that start several ranks
 
 # On a machine that is busy with other tests the wall time of one example means nothing.
-settings.register_profile(
-    "busy machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("busy machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
 
@@ -43,7 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     if _is_worker(config):
-        with_ranks, slow = ({item.path for item in items if item.get_closest_marker(m)} for m in ("distributed", "slow"))
+        with_ranks, slow = (
+            {item.path for item in items if item.get_closest_marker(m)} for m in ("distributed", "slow")
+        )
         for item in items:
             group = RANKS if item.path in with_ranks else item.location[0]
             item.add_marker(pytest.mark.xdist_group(group))

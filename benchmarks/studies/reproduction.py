@@ -31,7 +31,7 @@ from shodh_moe.base.files import atomic_file, finite_json, require_writable, wri
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.launching.stopping import on_stop_signals
+from shodh_moe.launching.stop_signals import on_stop_signals
 from shodh_moe.runs.plan import count_parameters, latent_grid, snapshots
 from studies.reproduction_table import markdown
 

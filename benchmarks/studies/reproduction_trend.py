@@ -31,7 +31,7 @@ from shodh_moe.base.files import finite_json, require_made, require_writable, wr
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate

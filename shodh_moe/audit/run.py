@@ -25,7 +25,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder

@@ -14,7 +14,7 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.folder import claim_run_folder, write_environment
 from shodh_moe.training.deepspeed_config import deepspeed_config

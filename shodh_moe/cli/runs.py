@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from shodh_moe.launching.hosts import count_ranks
+    from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.plan import plan
 
     config = config_of(options)

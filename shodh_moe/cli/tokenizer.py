@@ -44,7 +44,7 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from shodh_moe.launching.hosts import count_ranks
+    from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.tokenizer_plan import tokenizer_plan
 
     config = config_of(options)

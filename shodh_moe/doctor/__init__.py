@@ -4,6 +4,6 @@
 ``hosts.py`` run them; ``software.py``, ``machine.py`` and ``cluster.py`` turn what they found into lines of a table.
 """
 
-from shodh_moe.doctor.command import doctor
+from shodh_moe.doctor.diagnose import doctor
 
 __all__ = ["doctor"]

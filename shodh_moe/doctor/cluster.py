@@ -1,4 +1,4 @@
-"""Lines about the hosts of a hostfile: pure functions of what hosts.py found.
+"""Lines about the hosts of a hostfile: pure functions of what gather_remote.py found.
 
 A line names only the hosts that differ, so that a table of a hundred hosts stays short; a silent host has its own.
 """
@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from shodh_moe.doctor.table import Line
-from shodh_moe.launching.hosts import Host
+from shodh_moe.launching.hostfile import Host
 
 Found = dict[str, Any]
 HERE = "this host"

@@ -1,4 +1,4 @@
-"""Lines about the machine and its folders: pure functions of what here.py found."""
+"""Lines about the machine and its folders: pure functions of what gather_local.py found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines about Python, its packages and what they need: pure functions of what here.py found."""
+"""Lines about Python, its packages and what they need: pure functions of what gather_local.py found."""
 
 from __future__ import annotations
 

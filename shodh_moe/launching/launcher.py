@@ -22,11 +22,11 @@ import torch
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.network import free_port
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.hosts import Host, count_ranks, read_hostfile
+from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.remote import SSH
 from shodh_moe.launching.sentinel import KILL, STOP
-from shodh_moe.launching.stopping import on_stop_signals
+from shodh_moe.launching.ssh import SSH
+from shodh_moe.launching.stop_signals import on_stop_signals
 
 REACH_S = 10.0  # by which every host must have answered
 END_S = 20.0  # that ranks get to go away after an interruption

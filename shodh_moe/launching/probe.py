@@ -115,7 +115,7 @@ def probe_hosts(hosts: list[str], timeout_seconds: float = 10.0) -> dict[str, di
     has ``error`` alone, one line.
     """
     # Here: a host to which this file is sent need not have the package.
-    from shodh_moe.launching.remote import run_on_hosts
+    from shodh_moe.launching.ssh import run_on_hosts
 
     source = Path(__file__).read_text(encoding="utf-8")
 

@@ -13,7 +13,7 @@ from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import Paths
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels.backend import describe
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
 from shodh_moe.runs.folder import claim_run_folder
 from shodh_moe.tokenizer import load_tokenizer

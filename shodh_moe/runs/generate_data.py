@@ -28,7 +28,7 @@ from shodh_moe.data.generate import estimate, flow_devices, make, on_devices, on
 from shodh_moe.data.planned import PlannedTrajectory, missing, plan, require_space, unfinished
 from shodh_moe.data.sharing import place_of_rank, share_out
 from shodh_moe.launching.mpi import in_slurm_step, mpi_rank, mpi_size, mpi_world
-from shodh_moe.launching.stopping import SIGNALS
+from shodh_moe.launching.stop_signals import SIGNALS
 from shodh_moe.runs import pipeline
 
 _VISIBLE_S = 60.0  # how long a network disk may take to show a file to other hosts

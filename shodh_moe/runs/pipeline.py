@@ -19,7 +19,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import Paths, tokenizer_seed
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder, open_tokenizer_folder

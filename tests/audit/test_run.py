@@ -17,7 +17,7 @@ from shodh_moe.audit.rates import choose_rates, find_run, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.launching.processes import ProcessJob, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, run_jobs
 from tests.audit.tiny import audit
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from shodh_moe.doctor.cluster import answer_lines, between_lines, fact_lines
 from shodh_moe.doctor.table import Line
-from shodh_moe.launching.hosts import Host
+from shodh_moe.launching.hostfile import Host
 from tests.doctor.found import facts
 
 FOLDER = "/shared/runs"

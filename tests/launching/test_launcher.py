@@ -177,7 +177,7 @@ def test_the_ranks_meet_at_an_address_of_the_first_host(
     config = load_config(case / "config.yaml", [f"parallel.hostfile={tmp_path / 'hosts'}"])
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.7")
     (tmp_path / "run").mkdir()
-    assert launch_ranks(config, tmp_path / "run", "auto") == 0
+    assert launch_ranks(config, tmp_path / "run", "auto", "shodh_moe.runs.pretrain_rank") == 0
     told = (false_ssh / "pdsh.log").read_text()
     assert "--master_addr=192.0.2.7" in told
     assert re.search(r"--master_port=\d{4,5}\n", told)

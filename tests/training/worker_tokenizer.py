@@ -19,7 +19,7 @@ import torch.distributed as dist
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.config.load import load_config
-from shodh_moe.training import tokenizer as training
+from shodh_moe.training import tokenizer_task as training
 from shodh_moe.training import trainer
 from shodh_moe.training.engine import init_distributed
 from shodh_moe.training.tokenizer_config import tokenizer_run

@@ -22,7 +22,7 @@ from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.rows import family_title
 from shodh_moe.ccm.bench.summary import markdown, summarise
 from shodh_moe.ccm.expert import require_same_dataset
-from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder
 
 

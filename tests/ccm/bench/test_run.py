@@ -17,7 +17,7 @@ from shodh_moe.ccm.bench.run import run
 from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
 from shodh_moe.launching import processes as jobs
-from shodh_moe.launching.processes import ProcessJob, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, run_jobs
 
 
 def _config(folder: Path) -> BenchConfig:

@@ -31,13 +31,13 @@ Found = dict[str, Any]
 
 def gather(folders: list[str]) -> Found:
     """What the checks of software.py and machine.py read; a part that failed has ``error``, one line."""
-    probe = PACKAGE / "doctor" / "probe.py"
+    script = PACKAGE / "doctor" / "local_script.py"
     with ThreadPoolExecutor(16) as pool:
         parts: dict[str, Future[Any]] = {
-            "facts": pool.submit(run_part, PACKAGE / "parallel" / "probe.py"),
-            "torch": pool.submit(run_part, probe, "torch"),
-            "deepspeed": pool.submit(run_part, probe, "deepspeed"),
-            "hdf5": pool.submit(run_part, probe, "hdf5", folders[0], seconds=HDF5_SECONDS),
+            "facts": pool.submit(run_part, PACKAGE / "launching" / "probe.py"),
+            "torch": pool.submit(run_part, script, "torch"),
+            "deepspeed": pool.submit(run_part, script, "deepspeed"),
+            "hdf5": pool.submit(run_part, script, "hdf5", folders[0], seconds=HDF5_SECONDS),
             "nvidia": pool.submit(_nvidia),
             "mpirun": pool.submit(_mpirun),
             "pdsh": pool.submit(_output, "pdsh", "-V"),
@@ -46,13 +46,13 @@ def gather(folders: list[str]) -> Found:
             "compiler": pool.submit(_output, os.environ.get("CXX", "c++"), "--version"),
             "ninja": pool.submit(_output, "ninja", "--version"),
             "git": pool.submit(_git),
-            "port": pool.submit(_port, probe),
+            "port": pool.submit(_port, script),
             "clock": pool.submit(_output, "timedatectl", "show", "-p", "NTPSynchronized", "--value"),
         }
         for package, part in (("triton", "triton"), ("mpi4py", "mpi")):
             if _installed(package):
-                parts[package] = pool.submit(run_part, probe, part)
-        looks = {name: pool.submit(run_part, probe, "folder", name, seconds=FOLDER_SECONDS) for name in folders}
+                parts[package] = pool.submit(run_part, script, part)
+        looks = {name: pool.submit(run_part, script, "folder", name, seconds=FOLDER_SECONDS) for name in folders}
         found: Found = {name: part.result() for name, part in parts.items()}
         found["folders"] = {name: look.result() for name, look in looks.items()}
     return found | _system()
@@ -123,7 +123,7 @@ def _git() -> str:
     return revision + ("+" if _output("git", "-C", str(PACKAGE.parent), "status", "--porcelain", "-uno") else "")
 
 
-def _port(probe: Path) -> Found:
+def _port(script: Path) -> Found:
     text = os.environ.get("MASTER_PORT", "")
     found: Found = {"number": text or str(DEFAULT_PORT), "chosen": bool(text), "free": False, "holder": ""}
     if not found["number"].isdecimal() or not 0 < int(found["number"]) < 65536:
@@ -136,7 +136,7 @@ def _port(probe: Path) -> Found:
         except PermissionError:
             return found | {"error": "needs root's rights"}
         except OSError:
-            return found | {"holder": run_part(probe, "port", found["number"]).get("holder", "")}
+            return found | {"holder": run_part(script, "port", found["number"]).get("holder", "")}
 
 
 def _system() -> Found:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.remote import run_on_hosts
+from shodh_moe.launching.ssh import run_on_hosts
 
 FACTS_SECONDS = 8.0
 PORT_SECONDS = 4.0  # that the first host listens
@@ -52,7 +52,7 @@ def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Foun
         By host ``error``, or ``folders`` ({folder: {error, free}}), ``reached`` ({address of the first host: "" or what
         is wrong}) and ``listened`` ("" or what is wrong with the port of the first host).
     """
-    source = Path(__file__).with_name("there.py").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("remote_script.py").read_text(encoding="utf-8")
     names = list(facts)
     token, inside = secrets.token_hex(16), f".shodh-doctor-{secrets.token_hex(6)}"
     placed = [(str(Path(folder).absolute()), inside) for folder in folders if _place(Path(folder, inside), token)]

@@ -16,7 +16,7 @@ from shodh_moe.base.errors import EXIT_REQUEUE
 PARENT = """
 import sys
 from pathlib import Path
-from shodh_moe.launching.processes import ProcessJob, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, run_jobs
 folder = Path(sys.argv[1])
 child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 run_jobs([ProcessJob(n, ["-c", child, str(folder / n)], folder / f"{n}.log", folder / f"{n}.json") for n in "abc"], 2)

@@ -20,7 +20,7 @@ import torch
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.network import free_port
-from shodh_moe.launching.stopping import on_stop_signals
+from shodh_moe.launching.stop_signals import on_stop_signals
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.launching.hosts import Host, count_ranks, read_hostfile
+from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
 
 
 def _read(folder: Path, text: str) -> list[Host]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-from shodh_moe.doctor.here import Found, gather
+from shodh_moe.doctor.gather_local import Found, gather
 from shodh_moe.doctor.machine import machine_lines
 from shodh_moe.doctor.software import software_lines
 from shodh_moe.doctor.table import Line, as_json, as_text
@@ -42,19 +42,19 @@ def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
         return _own_lines(gather(folders), False)
     try:
         # What reads hostfiles stands beside what needs torch, which is a thing that may be broken here.
-        from shodh_moe.doctor import cluster, hosts
-        from shodh_moe.launching.hosts import read_hostfile
+        from shodh_moe.doctor import cluster, gather_remote
+        from shodh_moe.launching.hostfile import read_hostfile
     except Exception as error:  # of whatever kind the broken torch likes
         return [*_own_lines(gather(folders), True), _not_asked(error, "mend the errors above first")]
     named = read_hostfile(hostfile)
     with ThreadPoolExecutor(1) as pool:
         gathered = pool.submit(gather, folders)
         try:
-            facts = hosts.ask_facts([host.name for host in named])
+            facts = gather_remote.ask_facts([host.name for host in named])
         except UserError as error:
             return [*_own_lines(gathered.result(), True), _not_asked(error, "install it first")]
         answered = {name: told for name, told in facts.items() if "error" not in told}
-        checks = hosts.check_between(answered, folders) if answered else {}
+        checks = gather_remote.check_between(answered, folders) if answered else {}
         found = gathered.result()
     lines = [*_own_lines(found, True), *cluster.answer_lines(facts)]
     if answered and "error" not in found["facts"]:

@@ -1,6 +1,6 @@
 """Prediction of a user's own flow: rollout from given snapshots, written in the_well's schema and for ParaView.
 
-Shapes: B trajectories, H given snapshots, N predicted ones, C latent channels, x y z latent grid, X Y Z space.
+Shapes: B trajectories, H given snapshots, N predicted ones, X Y Z space.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from shodh_moe.base.progress import progress
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.well import FACES, axis_names, new_prediction
+from shodh_moe.inference.forecast import continue_flow
 from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
 from shodh_moe.inference.paraview import new_vtkhdf, put
-from shodh_moe.inference.rollout import decode_both, rollout
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -123,23 +123,17 @@ def _snapshots(
     models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
 ) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
     """Trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; ``scores`` grows along."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, transformer = models.tokenizer.to(device), models.transformer.to(device)
-    after = request.start + transformer.config.history
+    after = request.start + models.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
-        solid_1XYZ = solid_1XYZ.to(device)
-        z_HCxyz = torch.cat([tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
-        latents = rollout(transformer, z_HCxyz[None], tokenizer.encode_geometry(solid_1XYZ[None]))
-        for step, z_BCxyz in zip(range(request.steps), latents, strict=False):
-            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(tokenizer, z_BCxyz, solid_1XYZ))
+        flow = continue_flow(models, fields_H4XYZ, solid_1XYZ)
+        for step, (exact_4XYZ, conserved_3XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
                     "too far from the training data; ask for fewer --steps"
                 )
-            dtype, operator = getattr(torch, request.dtype), tokenizer.config.operator
+            dtype, operator = getattr(torch, request.dtype), models.tokenizer.config.operator
             stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
             scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
             scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))

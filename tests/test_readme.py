@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.data import list_trajectories, read_snapshots
@@ -73,10 +75,21 @@ def test_forecast_refuses_what_does_not_fit(folder: Path) -> None:
         forecast(model, np.zeros((2, 4, 8, 8, 8), np.float32), solid_1XYZ, 1)
     with pytest.raises(UserError, match="give at least 2"):
         forecast(model, np.zeros((1, 4, *GRID), np.float32), solid_1XYZ, 1)
-    with pytest.raises(UserError, match="not finite at step 1"):
+    with pytest.raises(UserError, match="given fields have values that are not finite"):
         forecast(model, np.full((2, 4, *GRID), np.nan, np.float32), solid_1XYZ, 1)
     with pytest.raises(UserError, match="there is no folder"):
         load_model(folder / "nowhere")
+
+
+def test_forecast_refuses_a_prediction_that_is_not_finite(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exploding(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield history[:, -1]
+        yield history[:, -1] * float("nan")
+
+    monkeypatch.setattr("shodh_moe.inference.forecasting.rollout", exploding)
+    fields_H4XYZ, solid_1XYZ = np.ones((2, 4, *GRID), np.float32), np.zeros((1, *GRID), np.float32)
+    with pytest.raises(UserError, match="not finite at step 2"):
+        forecast(load_model(folder / "quickstart_model"), fields_H4XYZ, solid_1XYZ, 2)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/promises.md"])

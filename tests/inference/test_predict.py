@@ -13,7 +13,7 @@ import torch
 from shodh_moe.base.files import sha256
 from shodh_moe.cli import main
 from shodh_moe.data import open_trajectories, read_provenance, read_snapshots, read_trajectory
-from shodh_moe.inference import predict as module
+from shodh_moe.inference import forecasting
 from shodh_moe.inference.loading import find_source, load_models
 from shodh_moe.inference.rollout import decode
 from shodh_moe.kernels import divergence
@@ -251,7 +251,7 @@ def test_a_prediction_that_explodes_leaves_nothing(
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 
-    monkeypatch.setattr(module, "rollout", exploding)
+    monkeypatch.setattr(forecasting, "rollout", exploding)
     arguments = ["--checkpoint", str(run), "--input", str(flow), "--output", str(flow.with_name("out.hdf5"))]
     capfd.readouterr()
     assert main(["predict", *arguments, "--steps", "3"]) == 2

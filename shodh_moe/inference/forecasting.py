@@ -46,7 +46,7 @@ def forecast(
         velocity and pressure at the voxel centres, float64 [N, 4, X, Y, Z].
 
     Raises:
-        UserError: the grid is not the model's, there are too few snapshots, or a prediction is not finite.
+        UserError: the grid is not the model's, there are too few snapshots, or a value is not finite.
     """
     grid, history = models.tokenizer.grid, models.transformer.config.history
     if list(fields_H4XYZ.shape[1:]) != [4, *grid] or list(solid_1XYZ.shape) != [1, *grid]:
@@ -54,6 +54,8 @@ def forecast(
             f"fields {list(fields_H4XYZ.shape)} and solid {list(solid_1XYZ.shape)} do not fit the model: "
             f"give [H, {', '.join(map(str, [4, *grid]))}] and {[1, *grid]}"
         )
+    if not np.isfinite(fields_H4XYZ).all():
+        raise UserError("the given fields have values that are not finite: give snapshots without NaN or infinity")
     if len(fields_H4XYZ) < history or steps < 1:
         raise UserError(
             f"{len(fields_H4XYZ)} snapshots given and {steps} asked for: give at least {history}, ask for at least 1"

@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run, sizes
-from gating import CAPACITY_FACTOR, gating_bytes, gating_flops
-from movement import (
+from torch import Tensor
+
+from shodh_moe.kernels import combine, dispatch, expert_capacity
+from support.common import DTYPES, OURS, Report, run, sizes
+from support.dispatch_cases import (
     Case,
     movement_bytes,
     movement_flops,
@@ -26,7 +28,8 @@ from movement import (
     together_ours,
     together_torch,
 )
-from peers import (
+from support.gating_cases import CAPACITY_FACTOR, gating_bytes, gating_flops
+from support.peers import (
     DeepSpeed,
     compiled,
     deepspeed,
@@ -36,10 +39,7 @@ from peers import (
     torch_dispatch,
     torch_dispatch_dropless,
 )
-from timing import BOTH, Missing, passes, release, rotating, with_backward
-from torch import Tensor
-
-from shodh_moe.kernels import combine, dispatch, expert_capacity
+from support.timing import BOTH, Missing, passes, release, rotating, with_backward
 
 
 def check_peers(report: Report, case: Case) -> None:

@@ -10,22 +10,19 @@ for want of an optional package, which is recorded), 1 otherwise, 2 without a GP
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpu_summary import compare_losses, count_tests, merge_benchmarks, print_summary
+from support.gpu_summary import compare_losses, count_tests, merge_benchmarks, print_summary
+from support.steps import Outcome, Step, installed, run_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
@@ -70,28 +67,6 @@ TINY = [
 ]
 
 
-class Step(NamedTuple):
-    """One process. ``needs`` are modules without which it is not run."""
-
-    name: str
-    command: list[str]
-    limit: float  # seconds
-    environment: dict[str, str] = {}  # noqa: RUF012 (never changed)
-    needs: tuple[str, ...] = ()
-    folder: Path = ROOT
-    read: Callable[[Path], dict[str, Any]] = lambda log: {}  # what to keep of its output
-    after: str = ""  # only if this step was done
-
-
-@dataclass
-class Outcome:
-    name: str
-    status: str  # done, failed, timed out, not run
-    seconds: float
-    reason: str = ""
-    result: dict[str, Any] = field(default_factory=dict)
-
-
 def source_tree() -> Path:
     """shodh_moe with its kernels as an installation has them, and the tests, as links: nothing need be installed."""
     package = TREE / "shodh_moe"
@@ -106,10 +81,6 @@ def source_tree() -> Path:
     return TREE
 
 
-def installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(module) for module in modules)
-
-
 def steps(out: Path, rehearse: bool) -> list[Step]:
     """In the order of their worth, in case time runs out."""
     python, device = sys.executable, "cpu" if rehearse else "cuda"
@@ -117,15 +88,15 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     def script(name: str, *arguments: str) -> list[str]:
         return [python, str(HERE / name), *arguments]
 
-    def bench(name: str, limit: float, *arguments: str, needs: tuple[str, ...] = ()) -> Step:
+    def bench(name: str, limit: float, *arguments: str, needs: tuple[str, ...] = (), folder: str = "") -> Step:
         common = ["--device", device, "--json", str(out / f"{name}.json"), "--seconds", str(max(limit - 15, 10))]
-        command = script(f"{name}.py", *common, *(["--quick"] if rehearse else arguments))
+        command = script(f"{folder}{name}.py", *common, *(["--quick"] if rehearse else arguments))
         return Step(name, command, limit, needs=needs)
 
     def losses(kernels: str) -> Step:
         size = ["--grid", "8", "--width", "16", "--steps", "3"] if rehearse else []
         file = out / f"losses_{kernels}.json"
-        command = script("losses.py", "--device", device, "--json", str(file), *size)
+        command = script("support/losses.py", "--device", device, "--json", str(file), *size)
         return Step(f"losses {kernels}", command, 30, {"SHODH_KERNELS": kernels})
 
     run_folder = out / "quickstart"
@@ -148,13 +119,13 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         )  # fmt: skip
 
     return [
-        Step("environment", script("gpu_summary.py", device), 30, read=lambda log: json.loads(log.read_text())),
+        Step("environment", script("support/gpu_summary.py", device), 30, read=lambda log: json.loads(log.read_text())),
         tests(out, rehearse),
         bench("dispatch", 85, "--experts", "8,64"),
         bench("spectral_curl", 60),
         bench("gating", 45, "--experts", "8,64"),
         bench("lattice_boltzmann", 60, "--grids", "64,128,256", needs=("numba", "scipy")),
-        bench("walls", 40, needs=("numba", "scipy", "pydantic", "h5py")),
+        bench("walls", 40, needs=("numba", "scipy", "pydantic", "h5py"), folder="studies/"),
         losses("triton"),
         losses("reference"),
         bench("moe_layer", 30),
@@ -163,7 +134,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         *([] if rehearse else [first_losses("triton"), first_losses("reference")]),
         Step(
             "pictures",
-            script("plot.py", *(str(out / f"{name}.json") for name in BENCHMARKS), "--present"),
+            script("support/plot.py", *(str(out / f"{name}.json") for name in BENCHMARKS), "--present"),
             25,
             needs=("matplotlib",),
         ),
@@ -185,46 +156,6 @@ def tests(out: Path, rehearse: bool) -> Step:
     if installed("pytest_timeout"):
         command += ["--timeout", "60"]
     return Step("tests", command, 100, needs=("pytest", "hypothesis"), folder=TREE, read=count_tests)
-
-
-def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run one step for at most ``seconds``; its output goes to ``out``/<name>.log."""
-    began = time.monotonic()
-    log = out / f"{step.name.replace(' ', '_')}.log"
-    step.folder.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        child = subprocess.Popen(
-            step.command,
-            cwd=step.folder,
-            env=environment | step.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT if step.name != "environment" else None,
-            start_new_session=True,  # so that its own children can be ended with it
-        )
-        try:
-            code: int | None = child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    took = time.monotonic() - began
-    found = Outcome(step.name, "done" if code == 0 else "failed", took)
-    try:
-        found.result = step.read(log)
-    except Exception as error:
-        found.reason = f"its output could not be read: {error}"
-    if code is None:
-        found.status, found.reason = "timed out", f"stopped after {took:.0f} s"
-    elif code:
-        found.reason = f"exit code {code}: {_last_line(log)}"
-    return found
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
 
 
 def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outcome]], None]) -> list[Outcome]:

@@ -16,13 +16,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from common import OURS, Report, run, sizes
 from numpy.typing import NDArray
 from scipy import ndimage
-from timing import Call, Missing, Times, release
 
 from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers import LatticeBoltzmann
+from support.common import OURS, Report, run, sizes
+from support.timing import Call, Missing, Times, release
 
 VISCOSITY, SPEED = 0.02, 0.02
 VARIANTS: dict[str, dict[str, float]] = {

@@ -13,20 +13,17 @@ Shapes: N tokens, D width, F hidden width (2 D), E experts.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, describe, run
-from layer_profile import PARTS, peak_bytes, shares
-from moe_ranks import bench_ranks
-from peers import deepspeed
-from timing import BOTH, Missing, Times, first_line, release, rotating, with_backward
 from torch import Tensor, nn
 
-CAPACITY_FACTOR = 1.25
-MIN_CAPACITY = 4
+from support.common import DTYPES, OURS, Report, describe, run
+from support.layer_profile import PARTS, peak_bytes, shares
+from support.moe_layers import CAPACITY_FACTOR, deepspeed_layer, feed_forward, our_layer
+from support.moe_ranks import bench_ranks
+from support.timing import BOTH, Missing, Times, release, rotating, with_backward
 
 
 def layer_flops(tokens: int, width: int, hidden: int, experts: int) -> int:
@@ -38,62 +35,6 @@ def layer_flops(tokens: int, width: int, hidden: int, experts: int) -> int:
 def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> int:
     """x and its output, their two gradients; weights read forward and backward, their gradients written."""
     return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
-
-
-def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False, ep: Any = None) -> Any:
-    """`shodh_moe.model.MoE` with the experts of ``ep`` (None: all of them), or why it cannot be made."""
-    try:
-        from shodh_moe.config import MoEConfig, RouterConfig
-        from shodh_moe.model.moe import MoE
-        from shodh_moe.parallel import ExpertParallel
-    except ImportError as error:
-        return Missing(first_line(error))
-    config = MoEConfig(
-        num_experts=experts,
-        expert_hidden=hidden,
-        shared_experts=0,
-        dropless=dropless,
-        capacity_factor=CAPACITY_FACTOR,
-        min_capacity=MIN_CAPACITY,
-        router=RouterConfig(kind=router),  # type: ignore[arg-type]
-    )
-    return MoE(width, config, ep or ExpertParallel(), seed=0, layer=0)
-
-
-def feed_forward(width: int, hidden: int) -> Any:
-    """One SwiGLU network, or why it cannot be made (the model needs pydantic, the kernels do not)."""
-    try:
-        from shodh_moe.model.experts import FeedForward
-    except ImportError as error:
-        return Missing(first_line(error))
-    return FeedForward(width, hidden)
-
-
-def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random_tokens: bool, device: Any) -> Any:
-    """`deepspeed.moe.layer.MoE` in a world of this process alone, or why it cannot be made."""
-    if isinstance(found := deepspeed(), Missing):
-        return found
-    if isinstance(expert := feed_forward(width, hidden), Missing):
-        return expert
-    try:
-        import deepspeed as ds
-        from deepspeed.moe.layer import MoE
-
-        if not torch.distributed.is_initialized():
-            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ.update(alone)
-            # Else DeepSpeed compiles an operation that serves inference alone, for a minute or more.
-            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            ds.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        layer = MoE(
-            width, expert, experts, ep_size=1, k=1, capacity_factor=factor,
-            min_capacity=MIN_CAPACITY, use_rts=random_tokens,
-        )  # fmt: skip
-        layer.set_deepspeed_parallelism()
-        return layer
-    except Exception as error:
-        return Missing(first_line(error))
 
 
 def check_same(report: Report, width: int, hidden: int, experts: int) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OURS, Report, run
-from timing import Call, Missing, Times, first_line, release
 from torch import Tensor, nn
+
+from support.common import OURS, Report, run
+from support.timing import Call, Missing, Times, first_line, release
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 BYTES, FLOPS = 28, 16  # a parameter

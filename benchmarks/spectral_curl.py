@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run, sizes
-from peers import FourierCurl, MatrixCurl, compiled, wider
-from timing import BOTH, FORWARD, Times, passes, release, rotating
 from torch import Tensor
 
 from shodh_moe.kernels import curl, divergence
+from support.common import DTYPES, OURS, Report, run, sizes
+from support.peers import FourierCurl, MatrixCurl, compiled, wider
+from support.timing import BOTH, FORWARD, Times, passes, release, rotating
 
 OPERATORS = ("spectral", "central2", "central4", "staggered")
 

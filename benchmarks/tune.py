@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Missing, Patience, first_line, release, time_alternately
 from torch import Tensor
 
 import shodh_moe.kernels as kernels
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.files import write_text
 from shodh_moe.kernels import backend
+from support.timing import Missing, Patience, first_line, release, time_alternately
 
 GAIN = 0.97  # a new setting must take at most this share of the old one's time: less is noise
 LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5)}

@@ -1,4 +1,7 @@
-"""How the fields of our HDF5 files are laid out, and whether the disk has room. Measured by benchmarks/storage.py."""
+"""How the fields of our HDF5 files are laid out, and whether the disk has room.
+
+Measured by benchmarks/studies/storage.py.
+"""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ def test_pictures_are_drawn(results: Path) -> None:
         ("gating", ["--experts", "8;64"], "8;64"),
         ("moe_layer", ["--cases", "4096/128"], "tokens/width/experts"),
         ("gating", ["--quick", "--device", "cpu", "--json", "/dev/null/x.json"], "/dev/null"),
-        ("plot", ["nowhere.json"], "nowhere.json"),
-        ("losses", ["--grid", "7"], "--grid"),
+        ("support.plot", ["nowhere.json"], "nowhere.json"),
+        ("support.losses", ["--grid", "7"], "--grid"),
     ],
 )
 @pytest.mark.usefixtures("importable")
@@ -162,25 +162,25 @@ def test_without_a_gpu_it_ends_with_code_2(name: str, arguments: list[str]) -> N
 
 @pytest.mark.usefixtures("importable")
 def test_a_step_that_overruns_or_fails_is_recorded_and_its_children_end(tmp_path: Path) -> None:
-    import gpu
+    from support.steps import Step, run_step
 
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    overrun = gpu.Step("overruns", [sys.executable, "-c", parent], 3)
-    outcome = gpu.run_step(overrun, tmp_path, 3, dict(os.environ))
+    overrun = Step("overruns", [sys.executable, "-c", parent], 3)
+    outcome = run_step(overrun, tmp_path, 3, dict(os.environ))
     assert (outcome.status, outcome.reason) == ("timed out", "stopped after 3 s")
     time.sleep(0.2)
     stat = Path(f"/proc/{pid_file.read_text()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
-    fails = gpu.Step("fails", [sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], 20)
-    outcome = gpu.run_step(fails, tmp_path, 20, dict(os.environ))
+    fails = Step("fails", [sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], 20)
+    outcome = run_step(fails, tmp_path, 20, dict(os.environ))
     assert (outcome.status, outcome.reason) == ("failed", "exit code 3: the last words")
 
 
 @pytest.mark.usefixtures("importable")
 def test_a_peer_that_fails_is_named_and_ours_may_not_fail() -> None:
-    from timing import Missing, Patience, Times, time_alternately
+    from support.timing import Missing, Patience, Times, time_alternately
 
     def broken(_: Any) -> None:
         raise RuntimeError("no compiler\nsecond line")
@@ -200,7 +200,7 @@ def test_a_peer_that_fails_is_named_and_ours_may_not_fail() -> None:
 
 @pytest.mark.usefixtures("importable")
 def test_input_sets_exceed_twice_the_cache() -> None:
-    from timing import cache_bytes, rotating
+    from support.timing import cache_bytes, rotating
 
     device = torch.device("cpu")
     size = cache_bytes(device) // 3
@@ -211,7 +211,7 @@ def test_input_sets_exceed_twice_the_cache() -> None:
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("operator", ["spectral", "central2", "central4", "staggered"])
 def test_peers_of_the_curl_compute_the_curl(operator: str) -> None:
-    from peers import FourierCurl, MatrixCurl
+    from support.peers import FourierCurl, MatrixCurl
 
     shape = (8, 10, 12)
     a = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

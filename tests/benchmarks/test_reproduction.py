@@ -44,12 +44,12 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    return importlib.import_module("reproduction")
+    return importlib.import_module("studies.reproduction")
 
 
 @pytest.fixture
 def trend() -> ModuleType:
-    return importlib.import_module("reproduction_trend")
+    return importlib.import_module("studies.reproduction_trend")
 
 
 def layer(number: int, pure: float) -> dict[str, Any]:

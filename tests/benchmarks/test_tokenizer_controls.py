@@ -20,13 +20,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def summary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tokenizer_controls_summary")
+    return importlib.import_module("studies.tokenizer_controls_summary")
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tokenizer_controls")
+    return importlib.import_module("studies.tokenizer_controls")
 
 
 def domain(error: float | None, **divergences: float) -> dict[str, Any]:

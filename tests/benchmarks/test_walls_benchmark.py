@@ -17,10 +17,8 @@ def test_it_says_how_exact_every_kind_of_walls_is(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     data = write_dataset(tmp_path / "theirs")
     out = tmp_path / "walls.json"
-    assert (
-        importlib.import_module("walls").main(["--quick", "--device", "cpu", "--json", str(out), "--data", str(data)])
-        == 0
-    )
+    arguments = ["--quick", "--device", "cpu", "--json", str(out), "--data", str(data)]
+    assert importlib.import_module("studies.walls").main(arguments) == 0
     found = json.loads(out.read_text())
     assert len(found["projections"]) == 2 * 10 * 2
     for row in found["projections"]:

@@ -19,10 +19,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def flows() -> Iterator[ModuleType]:
-    """benchmarks/lattice_flows.py: the flows behind the tables."""
+    """benchmarks/studies/lattice_flows.py: the flows behind the tables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("lattice_flows")
+        yield importlib.import_module("studies.lattice_flows")
 
 
 def orders(errors: list[float], ratio: float = 2.0) -> list[float]:

@@ -45,9 +45,9 @@ class Case:
         return [math.log(e1 / e2) / math.log(n2 / n1) for (n1, e1), (n2, e2) in pairs if n1 != n2]
 
 
-def relative(found: Array, wanted: Array) -> float:
-    """||found - wanted|| / ||wanted||."""
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(found: Array, expected: Array) -> float:
+    """||found - expected|| / ||expected||."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 class OtherMagic(LatticeBoltzmann):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from gating import checks_finite, logits_of
-from peers import DeepSpeed, torch_combine, torch_dispatch, torch_gating
-from timing import BOTH, FORWARD
 from torch import Tensor
 
 from shodh_moe.kernels import Gating, combine, dispatch, top1_gating
+from support.gating_cases import checks_finite, logits_of
+from support.peers import DeepSpeed, torch_combine, torch_dispatch, torch_gating
+from support.timing import BOTH, FORWARD
 
 
 class Case(NamedTuple):

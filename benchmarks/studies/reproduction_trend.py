@@ -1,6 +1,6 @@
 """How the latent error falls with model size and data, and persistence's with the time between snapshots.
 
-    python benchmarks/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
+    python benchmarks/studies/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
 
 Each run is `shodh run` on one rank with the tokenizer of configs/reproduce.yaml, so that all errors are in the same
 latents; what is there is kept, and the same call goes on. One seed: a trend, not a difference between two runs.
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reproduction_table import PAPER, number, ratio, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
@@ -35,8 +36,9 @@ from shodh_moe.runs import pipeline
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from studies.reproduction_table import PAPER, number, ratio, table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "reproduction_trend_cpu.json"
 DIVISORS = (1, 2, 4)  # of the time between snapshots
@@ -157,7 +159,7 @@ def persistence(base: Config, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def markdown(runs: Sequence[dict[str, Any]], still: Sequence[dict[str, Any]]) -> str:
     """The two tables: trainings, and persistence against the time between snapshots."""
-    parts = ["<!-- Made by benchmarks/reproduction_trend.py; edits are lost. -->"]
+    parts = ["<!-- Made by benchmarks/studies/reproduction_trend.py; edits are lost. -->"]
     if runs:
         domains = list(runs[0]["errors"])
         head = ["width", "active parameters", "training trajectories of a domain", "steps"]

@@ -1,6 +1,6 @@
 """Roofline and bar pictures of benchmark results, written beside each JSON file.
 
-    python benchmarks/plot.py RESULT.json [RESULT.json ...]
+    python benchmarks/support/plot.py RESULT.json [RESULT.json ...]
 
 The roofs are the copy bandwidth and the matrix-product rate measured in the same run.
 """

@@ -29,7 +29,7 @@ def markdown(metrics: dict[str, Any], run: dict[str, Any], environment: dict[str
         environment: its environment.json.
     """
     parts = [
-        f"<!-- Made by benchmarks/reproduction.py from run {metrics['run']}; edits are lost. -->",
+        f"<!-- Made by benchmarks/studies/reproduction.py from run {metrics['run']}; edits are lost. -->",
         NOTE,
         table(["", "paper", "ours", "ours is"], _results(metrics, run)),
         table(["settings", "paper", "ours"], _settings(run)),

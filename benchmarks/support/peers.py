@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timing import Missing, first_line
 from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.kernels import differentiation_matrix
+from support.timing import Missing, first_line
 
 
 def compiled(function: Callable[..., Any], leave_out: bool) -> Callable[..., Any] | Missing:

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Call, Missing, Patience, Times, cache_bytes, copy_bandwidth, gemm_peak, release, time_alternately
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.base.memory import keep_freed_memory
+from support.timing import (
+    Call,
+    Missing,
+    Patience,
+    Times,
+    cache_bytes,
+    copy_bandwidth,
+    gemm_peak,
+    release,
+    time_alternately,
+)
 
 OURS = "shodh"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

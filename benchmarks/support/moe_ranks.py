@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import Report, describe
 
 from shodh_moe.base.memory import keep_freed_memory
+from support.common import Report, describe
+from support.moe_layers import our_layer
 
 MODES = {"capacity": False, "dropless": True}
 
@@ -79,8 +80,6 @@ def _run(case: dict[str, Any], ranks: int, threads: int, rounds: int, device: st
 def _worker(
     rank: int, ranks: int, threads: int, rounds: int, device_type: str, port: int, case: dict[str, Any], result: str
 ) -> None:
-    from moe_layer import our_layer
-
     from shodh_moe.parallel import ExpertParallel
 
     torch.set_num_threads(threads)

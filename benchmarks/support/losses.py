@@ -1,6 +1,6 @@
 """Train a small network that uses every kernel for some steps, and print its losses as JSON.
 
-    SHODH_KERNELS=reference python benchmarks/losses.py [--device cpu|cuda] [--steps 20] [--json FILE]
+    SHODH_KERNELS=reference python benchmarks/support/losses.py [--device cpu|cuda] [--steps 20] [--json FILE]
 
 Run once with SHODH_KERNELS=triton and once with reference: from the same seed both must learn alike. It needs
 torch alone, so it runs where DeepSpeed is not installed: `benchmarks/gpu.py` compares the two.

@@ -1,6 +1,6 @@
 """What an exactly divergence-free velocity costs: tokenizers that differ only in how they make it, over seeds.
 
-    python benchmarks/tokenizer_controls.py [--seeds 0,1,2] [--variants direct,spectral] [--summary-only]
+    python benchmarks/studies/tokenizer_controls.py [--seeds 0,1,2] [--variants direct,spectral] [--summary-only]
 
 Trains and evaluates with `shodh tokenizer train` and `evaluate`, one at a time, seed by seed; what is there is kept, so
 the same call goes on. Settings (key=value) are for all runs and their data. Writes numbers (--json), tables beside them
@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
-from tokenizer_controls_pictures import draw_pictures
-from tokenizer_controls_summary import ONE_SEED, VARIANTS, markdown, missing_runs, rows_of, summarise
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.errors import UserError
@@ -32,8 +31,11 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import paths_of
 from shodh_moe.metrics.fields import band_edges
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
+from studies.tokenizer_controls_pictures import draw_pictures
+from studies.tokenizer_controls_summary import ONE_SEED, VARIANTS, markdown, missing_runs, rows_of, summarise
+from support.common import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "tokenizer" / "controls.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "tokenizer_controls_cpu.json"
 IMAGES = ROOT / "docs" / "tokenizer_controls"

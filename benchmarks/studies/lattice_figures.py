@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from lattice_flows import SHARES, Array, Case, heights, published, startup, swinging_film
 from matplotlib.figure import Figure
 
 from shodh_moe.report.style import DOMAIN_COLOURS as COLOURS
 from shodh_moe.report.style import label, legend, panels, plain_ticks
 from shodh_moe.solvers import exact
+from studies.lattice_flows import SHARES, Array, Case, heights, published, startup, swinging_film
 
 MARKS = "osD^vP"
 LINE: dict[str, Any] = {"markersize": 4, "linewidth": 1.2}
@@ -26,20 +26,20 @@ def profiles(walls: dict[str, tuple[Array, Array]]) -> Figure:
         axes[0].plot(found / top, heights(8) / 8, MARKS[index], color=COLOURS[index], markersize=5, label=name)
     label(axes[0], "Poiseuille, 8 cells, viscosity 0.5", "velocity / exact maximum", "z / gap")
     axes[0].set_xlim(-0.05, 1.3)
-    found, wanted = startup(16, 0.1)
+    found, expected = startup(16, 0.1)
     for index, share in enumerate(SHARES):
         scale = 0.02 * 4 / 16
-        axes[1].plot(wanted[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
+        axes[1].plot(expected[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
         axes[1].plot(
             found[index] / scale, heights(16) / 16, "o", color=COLOURS[index], markersize=4, label=f"{share:g}"
         )
     label(axes[1], "Start-up, 16 cells", "velocity / steady maximum", "z / gap")
     axes[1].set_xlim(0, 1.45)
     axes[1].legend(fontsize=8, loc="center right", title=r"$\nu t/\mathrm{gap}^2$", title_fontsize=9)
-    found, wanted = swinging_film(16, 0.1, 4.0)
+    found, expected = swinging_film(16, 0.1, 4.0)
     for index in range(0, 8, 2):
-        scale = float(np.abs(wanted).max())
-        axes[2].plot(wanted[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
+        scale = float(np.abs(expected).max())
+        axes[2].plot(expected[index] / scale, heights(16) / 16, "k-", linewidth=1.2)
         name = f"{index + 1}/8"
         axes[2].plot(found[index] / scale, heights(16) / 16, "o", color=COLOURS[index // 2], markersize=4, label=name)
     label(axes[2], "Swinging film, 16 cells, Wo = 4", "velocity / largest", "z / depth")

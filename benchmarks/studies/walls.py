@@ -1,6 +1,6 @@
 """Velocities made free of divergence, with walls and without: how exactly, how fast, and how near to simulated flows.
 
-    python benchmarks/walls.py [--json FILE] [--grid 128] [--data FOLDER]
+    python benchmarks/studies/walls.py [--json FILE] [--grid 128] [--data FOLDER]
 
 Random smooth velocities on an open channel's bed and in a pack of spheres, for every operator, kind of walls and dtype:
 iterations of conjugate gradients, time, divergence (taken in float64), velocity in solid voxels. Lengths are in cells
@@ -22,8 +22,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import DTYPES, Report, run
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.kernels import divergence
@@ -31,6 +32,7 @@ from shodh_moe.solvers.domains.open_channel import rough_bed
 from shodh_moe.solvers.geometry import sphere_field, threshold
 from shodh_moe.tokenizer import walls
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
+from support.common import DTYPES, Report, run
 
 LOCAL = ("staggered", "central2", "central4")
 HOW = [("none", "spectral"), *product(("none", "ramp", "exact"), LOCAL)]

@@ -1,6 +1,6 @@
 """How one trajectory is best laid out in an HDF5 file: size, time to write it, to read one snapshot, and all of them.
 
-    python benchmarks/storage.py --grids 64,128 --json benchmarks/results/storage_cpu.json
+    python benchmarks/studies/storage.py --grids 64,128 --json benchmarks/results/storage_cpu.json
 
 A trajectory of each domain of configs/data/full.yaml is simulated once and kept in ``--folder``. Files are written
 as in production, but without waiting for the disk, and read through the page cache: this compares layouts and filters,
@@ -30,7 +30,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.solvers import simulate
 
-CONFIG = Path(__file__).parents[1] / "configs" / "data/full.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "data/full.yaml"
 SNAPSHOTS, SPINUP, INTERVAL = 5, 150, 40  # enough for fields that have left their initial state
 LZF = {"compression": "lzf"}
 GZIP1, GZIP4 = ({"compression": "gzip", "compression_opts": level} for level in (1, 4))

@@ -1,6 +1,6 @@
 """CCM on the latent mixture of experts of the main job: experts of two viscosities, composed at others.
 
-    python benchmarks/ccm_latent.py [--json FILE] [key=value ...]
+    python benchmarks/studies/ccm_latent.py [--json FILE] [key=value ...]
 
 Everything is done by the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. What is there
 already is kept, so the same call goes on. Settings (key=value) are for all runs and data. Docs: docs/ccm_latent.md.
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import yaml
-from common import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.files import require_writable, write_text
@@ -31,8 +32,9 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.load import load_config, read_yaml
 from shodh_moe.config.paths import paths_of
+from support.common import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ANCHOR = ROOT / "configs" / "latent_ccm" / "anchor.yaml"
 MERGE = ROOT / "configs" / "latent_ccm" / "merge.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "ccm_latent.json"

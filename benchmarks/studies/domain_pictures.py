@@ -1,6 +1,6 @@
 """The picture and the table of docs/domains.md, from flows simulated here (about five minutes on one core).
 
-    python benchmarks/domain_pictures.py [--images docs/images]
+    python benchmarks/studies/domain_pictures.py [--images docs/images]
 
 Prints a Markdown table of Reynolds and Mach numbers at 32^3 and writes domains.png, slices at 64^3.
 """

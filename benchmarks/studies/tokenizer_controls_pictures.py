@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
 from shodh_moe.base.files import atomic_file
 from shodh_moe.data import list_trajectories
@@ -22,6 +21,7 @@ from shodh_moe.metrics.fields import energy_spectrum
 from shodh_moe.report.fields import cut_name, mid_slice
 from shodh_moe.report.style import LABEL, TICK, label, panels, png, words
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from studies.tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of
 
 Array = NDArray[np.float64]
 SLICED = ("direct", "soft-1", "spectral", "exact-central2", "exact-staggered")

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe, machine
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.config import Config
+from support.common import describe, machine
 
 LIMIT = 24 * 2**30
 DECODERS = ({"operator": "spectral", "walls": "none"}, {"operator": "staggered", "walls": "exact"})

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timing import Call, peak_memory
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from support.timing import Call, peak_memory
 
 PARTS = ("experts' products", "activation", "gating", "dispatch, combine", "other")
 _PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_grouped_mm")

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mutations import Base, make_bases, mutate, mutated_stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.base.command import OneLineParser
 from shodh_moe.base.environment import describe_environment
@@ -29,6 +30,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
 from shodh_moe.data.loader import Snapshots
+from support.mutations import Base, make_bases, mutate, mutated_stats
 
 FAULTS = ("traceback", "crash", "timeout")
 SECONDS_A_FILE = 60.0

@@ -1,6 +1,6 @@
 """The 20,000-step run from data to table: runs a config, keeps its numbers, and sets them beside the paper's.
 
-    python benchmarks/reproduction.py [--config configs/reproduce.yaml] [--collect-only] [key=value ...]
+    python benchmarks/studies/reproduction.py [--config configs/reproduce.yaml] [--collect-only] [key=value ...]
 
 Runs `shodh run`, which skips what is done; a signal to this script goes to it (code 75), and the same call goes on.
 Then writes to docs/reproduction (of another config: a folder below it) metrics.json, config.yaml, environment.json,
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reproduction_table import markdown
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
 from shodh_moe.audit.routing import bifurcation
 from shodh_moe.base.command import OneLineParser, exit_code
@@ -32,8 +32,9 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import paths_of
 from shodh_moe.launching.stopping import on_stop_signals
 from shodh_moe.runs.plan import count_parameters, latent_grid, snapshots
+from studies.reproduction_table import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
 OUTPUT = ROOT / "docs" / "reproduction"
 PICTURES = ("expert_load", "routing_over_steps", "losses", "routing_map_")

@@ -1,6 +1,6 @@
 """What `benchmarks/gpu.py` makes of its steps' output: counts, comparisons, the summary table.
 
-As a script it prints the environment as JSON: python benchmarks/gpu_summary.py cpu|cuda
+As a script it prints the environment as JSON: python benchmarks/support/gpu_summary.py cpu|cuda
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ MILLISECOND = 1e-3
 def environment(device: str) -> dict[str, Any]:
     """The machine, the versions, and on a GPU its driver and memory."""
     import torch
-    from common import machine
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support`
+    from support.common import machine
 
     found = machine(torch.device(device))
     if device == "cuda":

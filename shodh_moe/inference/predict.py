@@ -1,4 +1,4 @@
-"""Prediction of a user's own flow: rollout from given snapshots, written in the_well's schema and for ParaView.
+"""Continue a user's own flow from given snapshots, and write it in the_well's schema and for ParaView.
 
 Shapes: B trajectories, H given snapshots, N predicted ones, X Y Z space.
 """
@@ -30,7 +30,7 @@ from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
-UNEVEN = 1e-3  # largest relative difference of time steps or grid spacings that count as equal
+UNEVEN = 1e-3  # time steps or grid spacings with a smaller relative difference count as equal
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Request:
 
     Attributes:
         input: an HDF5 file in the_well's schema.
-        output: the new one; the ParaView files get its name.
-        steps: N, the number of predicted snapshots.
-        start: the first of the H snapshots that the model sees.
-        sample: one trajectory of the file; None for all.
-        dtype: of the stored velocity and pressure; the velocity is made divergence-free in float64 either way.
+        output: the new file; the ParaView files get its name.
+        steps: number of snapshots to predict, N.
+        start: index of the first of the H snapshots that the model sees.
+        sample: index of one trajectory of the file; None for all.
+        dtype: dtype of the stored fields; the velocity is made divergence-free in float64 either way.
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
     """
@@ -60,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Times and places of the input: ``time`` [T] or [B, T]; centre of the first cell, distance of cells."""
+    """Times of the input [T] or [B, T], their step, the centre of the first cell, and the cell spacing."""
 
     time: NDArray[np.float64]
     time_step: float
@@ -70,7 +70,7 @@ class _Axes:
 
 @dataclass
 class _Scores:
-    """Errors by predicted snapshot, one list entry a trajectory, and the largest divergence of all snapshots."""
+    """Errors by predicted snapshot, one list entry per trajectory, and the largest divergence of all snapshots."""
 
     errors: dict[int, list[list[float]]] = field(default_factory=dict)
     decoded: float = 0.0
@@ -78,14 +78,14 @@ class _Scores:
 
 
 def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
-    """Roll out every asked-for trajectory of ``request.input`` and write the prediction; print how good it is.
+    """Roll out the requested trajectories of ``request.input``, write the prediction, and print its errors.
 
-    Where the input has the true snapshots too, errors are printed beside those of persistence. For the operator
-    ``staggered`` the file also holds ``t1_fields/velocity_face``, on the lower faces of the voxels, whose divergence
-    vanishes; ``velocity`` is its mean at their centres.
+    If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator
+    ``staggered`` the file also holds ``t1_fields/velocity_face`` on the lower faces of the voxels, whose divergence
+    vanishes; ``velocity`` is its mean at the voxel centres.
 
     Raises:
-        UserError: request, input or model are wrong, or the prediction is no longer finite. Nothing is written then.
+        UserError: request, input or model are wrong, or the prediction is not finite. Nothing is written then.
     """
     records = _checked_records(request)
     axes = _checked_axes(request.input, records[0].n_snapshots)
@@ -93,7 +93,7 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     models = load_models(source)
     _require_fit(request, records[0], models, source, axes)
     after = request.start + models.transformer.config.history
-    # From the input's own times, so that these do not drift: only the predicted ones are counted on.
+    # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
     first = axes.time[..., after - 1 : after]
     time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
@@ -122,7 +122,7 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
 def _snapshots(
     models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
 ) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
-    """Trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; ``scores`` grows along."""
+    """Yield trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; extend ``scores``."""
     after = request.start + models.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
@@ -150,7 +150,7 @@ def _divergence(u_3XYZ: Tensor, operator: str) -> float:
 
 
 def _checked_records(request: Request) -> list[TrajectoryRecord]:
-    """The trajectories to continue; all that can be wrong with the request without a model."""
+    """The trajectories to continue. Raises: UserError: the request is wrong in a way that needs no model to see."""
     if request.steps < 1:
         raise UserError(f"--steps {request.steps}: predict at least 1 snapshot")
     if request.start < 0:
@@ -172,7 +172,7 @@ def _checked_records(request: Request) -> list[TrajectoryRecord]:
 
 
 def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]:
-    """The ParaView files, one a trajectory."""
+    """Paths of the ParaView files, one per trajectory."""
     if not request.paraview:
         return []
     if len(records) == 1:
@@ -181,7 +181,7 @@ def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]
 
 
 def _checked_axes(path: Path, snapshots: int) -> _Axes:
-    """Time and coordinates of the file. Raises: UserError: they are missing, or not evenly spaced."""
+    """Times and coordinates of the file. Raises: UserError: they are missing or not evenly spaced."""
     with opened(path) as file:
         if "dimensions/time" not in file:
             raise UserError(f"{path} has no dimensions/time: the model needs the times of the snapshots; add them")
@@ -209,7 +209,7 @@ def _checked_axes(path: Path, snapshots: int) -> _Axes:
 
 
 def _even_step(values: NDArray[np.float64]) -> float:
-    """The distance of neighbours along the last axis, 0 if they are not evenly spaced and ascending."""
+    """The step along the last axis; 0 if the values are not ascending and evenly spaced."""
     steps = np.diff(values, axis=-1)
     if steps.size == 0 or not np.isfinite(values).all():
         return 0.0
@@ -258,7 +258,7 @@ def _provenance(source: ModelSource, models: Models, request: Request) -> dict[s
 
 
 def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
-    """Files, errors and divergence on standard output."""
+    """Print files, errors and divergence."""
     if scores.errors:
         print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
         print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}")

@@ -1,4 +1,4 @@
-"""Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
+"""Generate flow data, store it in the_well's HDF5 schema, read it with checks, and sample it for training."""
 
 from shodh_moe.data.check import check_dataset
 from shodh_moe.data.generate import generate, is_complete

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shodh_moe.base.errors import UserError
 from shodh_moe.config.load import read_yaml
 from shodh_moe.merging.alpha import Composition, compose
-from shodh_moe.merging.settings import METHODS, Setting, check_settings
+from shodh_moe.merging.methods import METHODS
+from shodh_moe.merging.settings import Setting, check_settings
 
 DTYPES = Literal["float64", "float32", "float16", "bfloat16"]
 NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
@@ -209,7 +210,7 @@ def _target(name: str, output: Path, words: Words, found: dict[str, Any] | None 
     if not method.ordered:
         entries.sort(key=lambda entry: entry.model)
     settings = [entry.parameters for entry in entries]
-    check_settings(words.merge_method, words.parameters, settings, str(output))
+    check_settings(words.merge_method, method, words.parameters, settings, str(output))
     target = Target(name, output, words, words.base_model, [entry.model for entry in entries], settings)
     if words.merge_method == "ccm":
         own = dict(zip(target.models, settings, strict=True))

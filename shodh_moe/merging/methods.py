@@ -9,13 +9,14 @@ are of fixed blocks, added exactly.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shodh_moe.merging.alpha import Composition
-from shodh_moe.merging.settings import Lookup
+from shodh_moe.merging.settings import BY_AXIS, Lookup, Method
 from shodh_moe.merging.sparsify import KthLargest, kept_at_random
 
 BLOCK = 32768  # elements of a partial sum; below the size from which torch shares a sum between threads
@@ -197,28 +198,65 @@ def block_sums(values: Tensor) -> list[float]:
     return [float(block.sum(dtype=torch.float64)) for block in values.split(BLOCK)]
 
 
-def recipe(
-    method: str,
-    lookup: Lookup,
-    name: str,
-    numel: int,
-    models: int,
-    base: bool,
-    dtype: torch.dtype,
-    composition: Composition | None,
-) -> Recipe:
-    """How ``method`` makes the tensor ``name`` of ``numel`` real numbers, computed in ``dtype``.
+@dataclass(frozen=True)
+class TensorMerge:
+    """One tensor to merge.
 
-    Args:
-        models: how many there are beside the base.
+    Attributes:
+        method: name of the method, a key of `METHODS`.
+        lookup: its parameters.
+        name: name of the tensor.
+        numel: number of its elements; twice as many for a complex tensor.
+        models: number of models beside the base.
         base: whether there is a base.
-        composition: for ccm.
+        dtype: what the merge is computed in.
+        composition: coefficients of the base and the models, for ccm.
     """
-    if composition:
-        return Sum(composition.coefficients(name)[0 if base else 1 :])
-    if method == "linear":
-        weights = [lookup.value("weight", name, None, i) for i in range(models)]
-        return linear(weights, bool(lookup.value("normalize", name, True)), base)
-    if method == "slerp":
-        return Slerp(lookup.value("t", name))
-    return TaskVectors(method, lookup, name, numel, models, dtype)
+
+    method: str
+    lookup: Lookup
+    name: str
+    numel: int
+    models: int
+    base: bool
+    dtype: torch.dtype
+    composition: Composition | None
+
+
+def ccm_recipe(merge: TensorMerge) -> Recipe:
+    """Composition along a physical axis (arXiv 2605.14546; DESIGN 3.7)."""
+    assert merge.composition
+    return Sum(merge.composition.coefficients(merge.name)[0 if merge.base else 1 :])
+
+
+def linear_recipe(merge: TensorMerge) -> Recipe:
+    weights = [merge.lookup.value("weight", merge.name, None, i) for i in range(merge.models)]
+    return linear(weights, bool(merge.lookup.value("normalize", merge.name, True)), merge.base)
+
+
+def slerp_recipe(merge: TensorMerge) -> Recipe:
+    return Slerp(merge.lookup.value("t", merge.name))
+
+
+def task_vector_recipe(merge: TensorMerge) -> Recipe:
+    return TaskVectors(merge.method, merge.lookup, merge.name, merge.numel, merge.models, merge.dtype)
+
+
+_TASK = ("lambda", "normalize", "weight")
+_SPARSE = (*_TASK, "density")
+_OWN = ("weight", "density")
+# int8_mask saves memory in mergekit and changes no number.
+_TIES = Method(task_vector_recipe, 0, True, True, False, _SPARSE, ("int8_mask", "distance_limit"), _OWN)
+_DARE = Method(task_vector_recipe, 0, True, True, False, _SPARSE, ("int8_mask", "seed", "distance_limit"), _OWN)
+# To add a method, write a function from `TensorMerge` to `Recipe` and add a line here.
+METHODS = {
+    # The coordinates of the models determine how many of them ccm combines.
+    "ccm": Method(ccm_recipe, 0, False, True, True, ("alpha",), (*BY_AXIS[1:], "distance_limit"), ("coordinate",)),
+    "linear": Method(linear_recipe, 0, False, False, False, ("weight", "normalize"), (), ("weight",)),
+    "task_arithmetic": Method(task_vector_recipe, 0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
+    "ties": _TIES,
+    "dare": _DARE,
+    "slerp": Method(slerp_recipe, 1, True, True, True, ("t",), (), ()),
+    "dare_linear": _DARE,
+    "dare_ties": _DARE,
+}

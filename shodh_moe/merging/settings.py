@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Method(NamedTuple):
     """What a method takes.
 
     Attributes:
+        recipe: a function from a `TensorMerge` to the `Recipe` of that tensor (methods.py).
         models: how many models it combines, the base not counted where it is dropped; 0: any number.
         needs_base: it cannot do without ``base_model``.
         drops_base: the base may stand among the models too, and is not combined as one of them.
@@ -89,6 +91,7 @@ class Method(NamedTuple):
         own: parameters that a model may have for itself.
     """
 
+    recipe: Callable[[Any], Any]
     models: int
     needs_base: bool
     drops_base: bool
@@ -96,22 +99,6 @@ class Method(NamedTuple):
     shared: tuple[str, ...]
     single: tuple[str, ...]
     own: tuple[str, ...]
-
-
-_TASK = ("lambda", "normalize", "weight")
-_SPARSE = (*_TASK, "density")
-METHODS = {
-    # How many models ccm combines depends on their coordinates.
-    "ccm": Method(0, False, True, True, ("alpha",), (*BY_AXIS[1:], "distance_limit"), ("coordinate",)),
-    "linear": Method(0, False, False, False, ("weight", "normalize"), (), ("weight",)),
-    "task_arithmetic": Method(0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
-    # int8_mask is about mergekit's memory and changes no number.
-    "ties": Method(0, True, True, False, _SPARSE, ("int8_mask", "distance_limit"), ("weight", "density")),
-    "dare": Method(0, True, True, False, _SPARSE, ("int8_mask", "seed", "distance_limit"), ("weight", "density")),
-    "slerp": Method(1, True, True, True, ("t",), (), ()),
-}
-METHODS["dare_linear"] = METHODS["dare"]
-METHODS["dare_ties"] = METHODS["dare"]
 
 
 @dataclass(frozen=True)
@@ -147,19 +134,20 @@ def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
     return setting
 
 
-def check_settings(method: str, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str) -> None:
-    """Raises: UserError: a parameter that the method does not take, or a value it cannot have."""
-    takes = METHODS[method]
-    for settings, valid in [(shared, (*takes.shared, *takes.single)), *((one, takes.own) for one in own)]:
+def check_settings(
+    name: str, method: Method, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str
+) -> None:
+    """Raises: UserError: a parameter that the method ``name`` does not take, or a value it cannot have."""
+    for settings, valid in [(shared, (*method.shared, *method.single)), *((one, method.own) for one in own)]:
         for key, setting in settings.items():
             if key not in valid:
                 near = difflib.get_close_matches(key, valid, n=1)
                 there = "for a model" if settings is not shared else "for all models"
                 known = f"the nearest is {near[0]!r}" if near else f"it takes {', '.join(valid) or 'none'}"
-                raise UserError(f"{where}: {method} takes no parameter {key!r} {there}; {known}")
+                raise UserError(f"{where}: {name} takes no parameter {key!r} {there}; {known}")
             if isinstance(setting, dict) and key not in BY_AXIS:
                 raise UserError(f"{where}: parameter {key} takes no values by axis: give one number")
-            if key in (*takes.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
+            if key in (*method.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
                 raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
             if key == "density":
                 values = [one.value for one in setting] if isinstance(setting, list) else singles(setting)

@@ -1,4 +1,4 @@
-"""Latents decoded to a dataset: what is in its files, that mass is conserved in them, and what is refused."""
+"""Decode latents to a dataset: contents of its files, conservation of mass, and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def make(folder: Path, **settings: str) -> Path:
-    """The config of a tokenizer that was not trained and of its latents of ``folder``/theirs; all in ``folder``."""
+    """The config of an untrained tokenizer and its latents of ``folder``/theirs; everything is in ``folder``."""
     named = {"path": str(folder / "tok"), "root": str(folder / "tokenizers"), "latent_copies": 2, **settings}
     values = {
         **CONFIG,
@@ -60,7 +60,7 @@ def config_in(folder: Path) -> Config:
 
 
 def with_two_trajectories(folder: Path) -> None:
-    """A dataset one of whose test files has two trajectories."""
+    """A dataset with two trajectories in one of its test files."""
     write_dataset(folder / "theirs")
     both = two_trajectories(folder / "two.hdf5", folder / "theirs")
     both.replace(folder / "theirs" / "data" / "test" / "calm.hdf5")
@@ -68,7 +68,7 @@ def with_two_trajectories(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A staggered tokenizer with walls; tests must leave it as it is."""
+    """A staggered tokenizer with walls; tests must not change it."""
     folder = tmp_path_factory.mktemp("decode")
     with_two_trajectories(folder)
     make(folder, operator="staggered", walls="exact")
@@ -153,7 +153,7 @@ def test_of_training_trajectories_only_the_unmoved_copy_is_decoded(
 
 
 def copied(made: Path, folder: Path) -> Config:
-    """All that was made, in ``folder``, which may be changed."""
+    """A copy of everything in ``folder``, which tests may change."""
     for name in ("theirs", "tok"):
         shutil.copytree(made / name, folder / name)
     text = (made / "config.yaml").read_text().replace(str(made), str(folder))
@@ -185,7 +185,7 @@ def test_latents_of_a_tokenizer_trained_anew_are_refused(
     tokenizer = load_tokenizer(tmp_path / "tok")
     tokenizer.latent_mean_C += 1
     tokenizer.save(tmp_path / "tok")
-    # Latents of a tokenizer that the config names are found by its hash: as if someone had moved them there.
+    # Latents are found by the hash of the tokenizer that the config names: pretend that someone moved them there.
     shutil.copytree(stale, resolve_paths(config).latents)
     says = (
         "were made with tokenizer",

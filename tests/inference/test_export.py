@@ -1,4 +1,4 @@
-"""Exported models: what the folder holds, what is refused, and that nothing needs DeepSpeed."""
+"""Exported models: contents of the folder, refusals, and independence of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DAMAGED = ["model.safetensors", "config.yaml", "tokenizer/tokenizer.safetensors"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it that has been evaluated and exported, all through the command, without DeepSpeed."""
+    """A folder with a run that was evaluated and exported through the command, without DeepSpeed."""
     folder = tmp_path_factory.mktemp("export")
     run = make_run(folder)
     config, flow = str(run / "config.yaml"), str(folder / "theirs/data/test/calm.hdf5")

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.config import schema as config_module
+from shodh_moe.config import data as data_module
+from shodh_moe.config import run as run_module
 from shodh_moe.config.load import load_config, load_config_of
 from shodh_moe.data import generate
 from shodh_moe.solvers import simulate, simulation
@@ -356,7 +357,8 @@ def test_a_new_domain_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "shear_layer.py").write_text(TOY)
     toy = fresh(tmp_path / "shear_layer.py", "shear_layer", monkeypatch)
     monkeypatch.setitem(DOMAINS, "shear_layer", toy.ShearLayer)
-    kind = fresh(config_module.__file__, "config_with_a_shear_layer", monkeypatch).Config
+    fresh(data_module.__file__, "shodh_moe.config.data", monkeypatch)
+    kind = fresh(run_module.__file__, "shodh_moe.config.run", monkeypatch).Config
     (tmp_path / "toy.yaml").write_text(TOY_CONFIG)
     config = load_config_of(kind, tmp_path / "toy.yaml")
     assert [name for name, _ in config.data.domains.items()] == ["shear_layer"]

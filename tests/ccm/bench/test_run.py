@@ -16,7 +16,7 @@ from shodh_moe.ccm.bench.rows import ROWS
 from shodh_moe.ccm.bench.run import run
 from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
-from shodh_moe.launching import processes as jobs
+from shodh_moe.launching import jobs
 from shodh_moe.launching.jobs import ProcessJob, run_jobs
 
 

@@ -1,4 +1,4 @@
-"""The ``shodh`` command; a file for each group of commands. What they do is imported when one of them runs."""
+"""The ``shodh`` command, with one file per group of commands. The work is imported only when a command runs."""
 
 from shodh_moe.cli.main import main
 

@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(here: Path) -> None:
 
 
 def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
-    """At SIGTERM, which schedulers send, the ranks write a checkpoint and exit with the code that asks for a restart."""
+    """At SIGTERM, which schedulers send, the ranks write a checkpoint and exit with the code for a restart."""
     settings = ["--name", "long", "training.steps=1000000", "training.checkpoint_every=5", "training.log_every=1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "tiny.yaml", *settings],

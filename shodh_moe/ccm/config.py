@@ -81,7 +81,7 @@ class ExpertConfig(Section):
     rollout: list[Positive] = setting(
         [1, 2, 4],
         changes="run",
-        description="numbers of steps that the loss spans; training is divided equally over the entries, in this order",
+        description="numbers of steps that the loss spans; training is divided equally over the entries",
     )
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()

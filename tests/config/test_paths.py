@@ -58,7 +58,7 @@ def _paths(run_seed: int, **tokenizer: object) -> Paths:
     return resolve_paths(config(seed=run_seed, tokenizer={**CONFIG["tokenizer"], **tokenizer}))
 
 
-def test_the_tokenizers_own_seed_counts_where_it_is_given() -> None:
+def test_the_tokenizers_own_seed_takes_precedence() -> None:
     own = _paths(3)
     assert _paths(4, seed=3) == own
     for another in (_paths(4), _paths(3, seed=4)):
@@ -67,7 +67,7 @@ def test_the_tokenizers_own_seed_counts_where_it_is_given() -> None:
         assert another.latents != own.latents
 
 
-def test_the_tokenizers_run_does_not_depend_on_how_its_seed_was_given() -> None:
+def test_the_tokenizers_run_is_the_same_for_both_ways_to_give_its_seed() -> None:
     sections = {**CONFIG["tokenizer"], "seed": 3}
     given = tokenizer_run(config(seed=7, tokenizer=sections), 1)
     assert given == tokenizer_run(config(seed=3), 1)

@@ -1,4 +1,4 @@
-"""The plan's numbers against what autograd keeps and what a DeepSpeed engine allocates."""
+"""Compare the plan with what autograd keeps and what a DeepSpeed engine allocates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _config(dim: int, hidden: int, shared: int, depth: int, grid: int, channels:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps what torch's fused CUDA kernel does; a CPU keeps the normalised rows too."""
+    """Keeps the same tensors as torch's fused CUDA kernel; on a CPU torch also keeps the normalised rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _experts_on_a_gpu(self: Experts, x_LTD: Tensor, filled_LG: Tensor | None = N
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The model keeps on the CPU what it keeps on a GPU (attention is flash attention on both)."""
+    """Make the model keep the same tensors on the CPU as on a GPU (both use flash attention)."""
     monkeypatch.setenv("SHODH_KERNELS", "reference")
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight))
     monkeypatch.setattr(Experts, "forward", _experts_on_a_gpu)
@@ -145,7 +145,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory) -> Path:
-    """A folder with config.yaml and the counts of `LAYOUTS`: two ranks, two experts, few tokens."""
+    """A folder with config.yaml and the counts of `LAYOUTS`, from two ranks, two experts and few tokens."""
     folder = tmp_path_factory.mktemp("plan")
     config = _config(256, 512, 1, 2, 2, 8).model_dump()
     config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}

@@ -1,7 +1,7 @@
 """Checkpoints: complete, atomic, portable between layouts, written while training goes on (DESIGN 8).
 
-`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, `CheckpointReader` and `load_model` read
-it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` tells people what one holds.
+`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, and `CheckpointReader` and `load_model`
+read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` prints what a checkpoint holds.
 """
 
 from shodh_moe.checkpoint.fragments import Fragment, first_element, logical_shape, model_fragments

@@ -1,8 +1,7 @@
-"""What a rank holds of the logical tensors of a checkpoint.
+"""Fragments: the parts of a checkpoint's logical tensors that one rank holds.
 
-A logical tensor is a parameter (or a moment of its optimizer) as it is without any parallelism: all experts of a
-layer stacked over the global expert axis 0. A rank holds runs of its elements, whatever the expert-parallel size and
-the ZeRO stage are.
+A logical tensor is a parameter (or one of its optimizer moments) as it would be without parallelism: all experts of a
+layer stacked along axis 0. At any expert-parallel size and ZeRO stage, a rank holds runs of consecutive elements.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ def first_element(local: Tensor, ep: ExpertParallel) -> int:
 
 
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
-    """Everything of ``model/*`` that this rank holds, and the shapes of the logical tensors.
+    """This rank's fragments of all ``model/*`` tensors, and the shapes of the logical tensors.
 
-    Ranks hold the tensors outside the experts in common: to save, each of them must come from one rank alone.
+    Every rank holds all tensors outside the experts. When saving, each of those must come from only one rank.
     """
     fragments, shapes = [], {}
     for name, local in model.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a table for people; and whether it is intact."""
+"""Print what a checkpoint holds, and verify that it is intact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_RECORDED = "not recorded"
 
 
 def inspect(path: Path) -> str:
-    """A table of one checkpoint; of a run or its ``checkpoints`` folder, the newest.
+    """Describe one checkpoint as a table; for a run or its ``checkpoints`` folder, the newest one.
 
     Raises:
         UserError: there is no checkpoint, or its ``state.json`` cannot be read.
@@ -54,7 +54,7 @@ def inspect(path: Path) -> str:
 
 
 def verify(path: Path) -> list[str]:
-    """Every damage of a checkpoint, or of all checkpoints of a run or its ``checkpoints`` folder; [] if intact.
+    """List all damage to a checkpoint, or to all checkpoints of a run or its ``checkpoints`` folder; [] if intact.
 
     Raises:
         UserError: there is no checkpoint.
@@ -63,10 +63,10 @@ def verify(path: Path) -> list[str]:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint folders that ``path`` means, oldest first: itself, or those of a run.
+    """The checkpoint folders at ``path``, oldest first: ``path`` itself, or the checkpoints of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     for folder in (path, path / "checkpoints"):
         if steps := list_checkpoints(folder):
@@ -93,7 +93,7 @@ def _by_module(model: dict[str, int]) -> dict[str, int]:
 
 
 def _experts(shapes: dict[str, list[int]]) -> str:
-    """Number of routed experts of each MoE layer, in the order of the layers."""
+    """Number of routed experts in each MoE layer, in layer order."""
     layers: dict[str, int] = {}
     for name, shape in shapes.items():
         if name.startswith("model/") and EXPERTS in name and shape:

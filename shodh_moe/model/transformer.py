@@ -1,6 +1,6 @@
-"""The latent transformer: the last H latents and the geometry latent in, the next latent out (DESIGN 3.3, 3.4).
+"""The latent transformer predicts the next latent from the last H latents and the geometry latent (DESIGN 3.3, 3.4).
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens of a sample, D model width.
+Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, D model width.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from shodh_moe.parallel import ExpertParallel
 
 
 class Prediction(NamedTuple):
-    """The next latent [B, C, x, y, z], and the routing of every layer's B * S tokens (sample by sample).
+    """The next latent [B, C, x, y, z], and each layer's routing of the B * S tokens (sample by sample).
 
-    A dense model has no routing.
+    The routing of a dense model is [].
     """
 
     latent_BCxyz: Tensor
@@ -51,17 +51,17 @@ class Block(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), f zero before training.
+    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), where f is zero before training.
 
     Args:
         config: sizes.
         latent_channels: C.
         latent_grid: sizes x, y, z.
-        seed: fixes the initial weights, whatever the expert-parallel size.
+        seed: determines the initial weights, at every expert-parallel size.
         ep: which experts this rank holds.
         norm: ``torch`` or ``apex`` (`available_norm`).
-        activation_checkpointing: keep only each block's input while training; the backward pass computes the
-            block, its exchanges between ranks too, once more.
+        activation_checkpointing: store only each block's input during training; the backward pass recomputes the
+            block, including its exchanges between ranks.
 
     Raises:
         UserError: ``model.patch`` does not divide the grid.
@@ -106,12 +106,12 @@ class LatentTransformer(nn.Module):
         """
         context = context or Context(len(history_BHCxyz))
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
-        # What the blocks add to stays as wide as the latents under autocast.
+        # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(patchify(x_BCxyz, self.config.patch)).to(history_BHCxyz.dtype)
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # The state of the random numbers need not be kept: nothing in a block draws any.
+            # No need to preserve the random state: blocks draw no random numbers.
             x_BSD, layer_routing = (
                 checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
                 if recompute
@@ -125,7 +125,7 @@ class LatentTransformer(nn.Module):
 
 
 def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
-    """Cubes of ``patch``^3 latents become tokens: [B, S, C patch^3], last grid axis fastest."""
+    """Turn cubes of ``patch``^3 latents into tokens [B, S, C patch^3], last grid axis fastest."""
     b, c, nx, ny, nz = x_BCxyz.shape
     p = patch
     x = x_BCxyz.reshape(b, c, nx // p, p, ny // p, p, nz // p, p)
@@ -133,7 +133,7 @@ def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(x_BSC: Tensor, patch: int, shape: torch.Size) -> Tensor:
-    """Inverse of `patchify`; ``shape`` is the latent's [B, C, x, y, z]."""
+    """Inverse of `patchify`; ``shape`` is that of the latents, [B, C, x, y, z]."""
     b, c, nx, ny, nz = shape
     p = patch
     x = x_BSC.view(b, nx // p, ny // p, nz // p, c, p, p, p)

@@ -52,7 +52,7 @@ def test_the_oracle_sends_each_sample_to_the_named_expert_with_gate_1():
             assert torch.equal(routing.gate_N, torch.ones(128))
             assert routing.z_loss == 0
     assert not list(model.blocks[0].moe.router.parameters())
-    with pytest.raises(UserError, match="oracle must be told each sample's domain"):
+    with pytest.raises(UserError, match="oracle needs each sample's domain"):
         model(*_inputs())
 
 

@@ -28,13 +28,12 @@ class OracleRouter(nn.Module):
         """
         if context.domain_B is None:
             raise UserError(
-                "model.moe.router.kind oracle must be told each sample's domain, which your own flow does not say: "
+                "model.moe.router.kind oracle needs each sample's domain, which a flow of your own does not have: "
                 "use a model with another router"
             )
         expert_N = context.by_token(context.domain_B % self.num_experts, len(x_ND))
         # Probability exactly 1 for this expert and exactly 0 for the others.
-        logits_NE = x_ND.new_full(
-            (len(x_ND), self.num_experts), -torch.inf, dtype=torch.promote_types(x_ND.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        logits_NE = x_ND.new_full((len(x_ND), self.num_experts), -torch.inf, dtype=dtype)
         logits_NE.scatter_(1, expert_N[:, None], 0.0)
         return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)

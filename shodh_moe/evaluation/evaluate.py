@@ -23,11 +23,12 @@ from shodh_moe.config.paths import paths_of
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
-from shodh_moe.inference.loading import Models, find_source, load_models, training_records
+from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.rollout import decode, decode_both, predict_next, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
@@ -40,7 +41,7 @@ def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, l
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
     models = load_models(find_source(run, tokenizer_folder), config.model)
-    return measure(config, models, dataset, latents, run, training_records(run))
+    return measure(config, models, dataset, latents, run, read_run(run, "train"))
 
 
 @torch.no_grad()

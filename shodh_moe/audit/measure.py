@@ -12,7 +12,7 @@ import torch
 from shodh_moe.audit.arms import SINGLE, Run, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
-from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder, run_records
+from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
 from shodh_moe.audit.speed import local_speeds
@@ -29,6 +29,7 @@ from shodh_moe.inference.rollout import decode
 from shodh_moe.metrics.fields import vrmse
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.records import read_run
 
 MEASURE_VERSION = 1  # raised when the same weights would give other numbers
 
@@ -94,7 +95,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
-        "bifurcation": bifurcation(run_records(run_folder(config), "train")),
+        "bifurcation": bifurcation(read_run(run_folder(config), "train")),
         "swap": swap_growth(transformer, samples, routing, batch),
         "unseen": _unseen(audit, run, models, plain),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),

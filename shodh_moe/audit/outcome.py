@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from shodh_moe.config import Config
-from shodh_moe.training.records import Record, read_history, records
+from shodh_moe.training.records import read_run
 
 # Times the error of persistence (the last snapshot again) from which on a run counts as diverged.
 DIVERGED_ABOVE = 10.0
@@ -26,12 +26,6 @@ def ended(config: Config) -> bool:
     return (last_checkpoint(config) / "state.json").exists() or diverged(config) is not None
 
 
-def run_records(folder: Path, kind: str) -> list[Record]:
-    """The records of a kind, ``train`` or ``valid``, of a run; [] if it has not begun."""
-    path = folder / "metrics.jsonl"
-    return records(read_history(path), kind) if path.exists() else []
-
-
 def diverged(config: Config) -> str | None:
     """Why a run counts as diverged and at which step; None if it does not, or has not ended.
 
@@ -42,7 +36,7 @@ def diverged(config: Config) -> str | None:
     if not (last_checkpoint(config) / "state.json").exists():
         steps = [int(path.stem) for path in (folder / "nonfinite").glob("*.json")]
         return f"a loss or gradient was not finite at step {min(steps)}" if steps else None
-    last = (run_records(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
+    last = (read_run(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
     for domain, error in last["latent_mse"].items():
         if error is None or not math.isfinite(error):
             return f"the validation error of {domain} was not finite at step {last['step']}"
@@ -59,6 +53,6 @@ def validation_score(config: Config) -> float:
     """
     if diverged(config):
         return math.inf
-    last = run_records(run_folder(config), "valid")[-1]
+    last = read_run(run_folder(config), "valid")[-1]
     ratios = [error / last["latent_mse_persistence"][domain] for domain, error in last["latent_mse"].items()]
     return sum(ratios) / len(ratios)

@@ -11,8 +11,9 @@ from typing import Any
 
 from shodh_moe.audit.arms import JOINT, Run, run_config
 from shodh_moe.audit.config import AuditConfig
-from shodh_moe.audit.outcome import diverged, run_folder, run_records
+from shodh_moe.audit.outcome import diverged, run_folder
 from shodh_moe.config import Config
+from shodh_moe.training.records import read_run
 
 POINTS = 12  # of each curve
 
@@ -55,4 +56,4 @@ def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
 
 
 def _curve(folder: Path, domain: str) -> dict[int, float | None]:
-    return {record["step"]: record["latent_mse"][domain] for record in run_records(folder, "valid")}
+    return {record["step"]: record["latent_mse"][domain] for record in read_run(folder, "valid")}

@@ -14,7 +14,15 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
 from shodh_moe.ccm.windows import Scale
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.checkpoint import (
+    CheckpointReader,
+    Damaged,
+    checkpoints_at,
+    find_checkpoint,
+    list_checkpoints,
+    mismatch,
+    resolve_checkpoint,
+)
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
 
@@ -94,15 +102,15 @@ def checkpoint_of(path: Path) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if (path / "checkpoints").is_dir():
-        if found := find_checkpoint(path / "checkpoints"):
-            return found[0]
-        raise UserError(f"{path} has no checkpoint yet: train it with `shodh expert train`")
-    if not (path / "state.json").is_file():
+    if checkpoints_at(path) is None:
         raise UserError(f"{path} is no run folder and no checkpoint: name one of an expert")
-    if reason := damage(path):
-        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
-    return path
+    try:
+        found = resolve_checkpoint(path)
+    except Damaged as reason:
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run") from None
+    if found is None:
+        raise UserError(f"{path} has no checkpoint yet: train it with `shodh expert train`")
+    return found
 
 
 def described(path: Path) -> tuple[ExpertConfig, Scale]:

@@ -4,6 +4,7 @@
 read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` prints what a checkpoint holds.
 """
 
+from shodh_moe.checkpoint.find import checkpoints_at, resolve_checkpoint
 from shodh_moe.checkpoint.fragments import Fragment, first_element, logical_shape, model_fragments
 from shodh_moe.checkpoint.read import (
     CheckpointReader,
@@ -14,12 +15,15 @@ from shodh_moe.checkpoint.read import (
     load_model,
     mismatch,
 )
+from shodh_moe.checkpoint.state import Damaged
 from shodh_moe.checkpoint.write import CheckpointWriter
 
 __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
+    "Damaged",
     "Fragment",
+    "checkpoints_at",
     "damage",
     "damages",
     "find_checkpoint",
@@ -29,4 +33,5 @@ __all__ = [
     "logical_shape",
     "mismatch",
     "model_fragments",
+    "resolve_checkpoint",
 ]

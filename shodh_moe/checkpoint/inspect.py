@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.checkpoint.read import damages, list_checkpoints
+from shodh_moe.checkpoint.find import checkpoints_at
+from shodh_moe.checkpoint.read import damages
 from shodh_moe.checkpoint.state import Damaged, load_state
 
 # The only place that knows experts by name: `state.json` has no marks.
@@ -22,7 +22,7 @@ def inspect(path: Path) -> str:
     Raises:
         UserError: there is no checkpoint, or its ``state.json`` cannot be read.
     """
-    path = checkpoints_at(path)[-1]
+    path = _checkpoints(path)[-1]
     try:
         state = load_state(path)
     except Damaged as error:
@@ -59,20 +59,12 @@ def verify(path: Path) -> list[str]:
     Raises:
         UserError: there is no checkpoint.
     """
-    return [f"checkpoint {one}: {reason}" for one in checkpoints_at(path) for reason in damages(one)]
+    return [f"checkpoint {one}: {reason}" for one in _checkpoints(path) for reason in damages(one)]
 
 
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint folders at ``path``, oldest first: ``path`` itself, or the checkpoints of a run.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
-    for folder in (path, path / "checkpoints"):
-        if steps := list_checkpoints(folder):
-            return [folder / str(step) for step in steps]
-    if path.is_dir() and ((path / "state.json").exists() or re.fullmatch(r"\d+", path.resolve().name, re.ASCII)):
-        return [path]
+def _checkpoints(path: Path) -> list[Path]:
+    if found := checkpoints_at(path):
+        return found
     raise UserError(f"{path} is no checkpoint and holds none: name a run folder, its checkpoints, or one of them")
 
 

@@ -23,13 +23,14 @@ from shodh_moe.config.paths import Paths
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
-from shodh_moe.inference.loading import Models, find_source, load_models, training_records
+from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.one_step import predict_trajectory
 from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.model import Context
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
@@ -42,7 +43,7 @@ def evaluate(config: Config, paths: Paths) -> dict[str, Any]:
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
     models = load_models(find_source(paths.run, paths.tokenizer), config.model)
-    return measure(config, models, paths, paths.run, training_records(paths.run))
+    return measure(config, models, paths, paths.run, read_run(paths.run, "train"))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.checkpoint import CheckpointReader, Damaged, checkpoints_at, mismatch, resolve_checkpoint
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.load import load_config
@@ -28,7 +28,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
-from shodh_moe.training.records import Record, read_history, records
+from shodh_moe.training.records import METRICS
 
 EXPORT_FORMAT = 1
 
@@ -98,22 +98,19 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
             raise UserError(f"{damages[0]}: export the model again or copy it again")
         described = json.loads((path / "export.json").read_text(encoding="utf-8"))
         return ModelSource(path, True, described, load_config(path / "config.yaml"))
-    for folder in (path, path / "checkpoints"):
-        if list_checkpoints(folder) and (found := find_checkpoint(folder)):
-            path = found[0]
-            break
-    else:
-        if not (path / "state.json").exists():
-            raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
-        if reason := damage(path):
-            raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
+    if not checkpoints_at(path):
+        raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
+    try:
+        path = resolve_checkpoint(path) or path
+    except Damaged as reason:
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run") from None
     state = CheckpointReader(path).state
     run = path.resolve().parent.parent
     try:
         config = Config.model_validate(state["config"])
     except (KeyError, ValidationError) as error:
         raise UserError(f"checkpoint {path} has no config that this version understands: {error}") from error
-    return ModelSource(path, False, state, config, run if (run / "metrics.jsonl").exists() else None, tokenizer)
+    return ModelSource(path, False, state, config, run if (run / METRICS).exists() else None, tokenizer)
 
 
 def verify_export(path: Path) -> list[str]:
@@ -199,8 +196,3 @@ def _require_same_settings(source: ModelSource, model: ModelConfig) -> None:
             f"the weights of {source.path} were trained with another model: {', '.join(named)}: "
             "use the config that the model was trained with"
         )
-
-
-def training_records(run: Path | None) -> list[Record]:
-    """The records of kind ``train`` of a run; [] without a run."""
-    return records(read_history(run / "metrics.jsonl"), "train") if run else []

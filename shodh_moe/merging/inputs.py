@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.checkpoint import CheckpointReader, damage
+from shodh_moe.checkpoint import CheckpointReader, checkpoints_at, damage
 from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
 from shodh_moe.merging.safetensors_file import CODES, Damaged, read_header
 
@@ -146,7 +146,7 @@ def _only_file(path: str, folder: Path) -> InputModel:
     pickles = sorted(file for ending in ("pt", "pth", "bin") for file in folder.glob(f"*.{ending}"))
     if len(pickles) == 1:
         return _pt(path, pickles[0])
-    if (folder / "checkpoints").is_dir():
+    if checkpoints_at(folder) not in (None, [folder]):
         raise UserError(f"{path} is a run: name one of its checkpoints, such as {path}/checkpoints/STEP")
     raise UserError(f"{path} holds no model: name a safetensors file, a .pt state dict or a checkpoint")
 

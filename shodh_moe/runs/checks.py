@@ -8,7 +8,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
-from shodh_moe.checkpoint import list_checkpoints
+from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import Paths
 from shodh_moe.data.sampler import DomainSampler, domain_weights
@@ -48,7 +48,7 @@ def check(config: Config, paths: Paths) -> None:
     claim_run_folder(config, write=False)
     if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a resumed run no longer needs its start
         start = Path(config.start)
-        if not (start / "checkpoints").is_dir() and not (start / "state.json").is_file():
+        if checkpoints_at(start) is None:
             raise UserError(f"start: {start} is not a run folder or checkpoint: give one of the same network, or null")
     require_writable(paths.run)
     for made in (paths.dataset, paths.tokenizer, paths.latents):

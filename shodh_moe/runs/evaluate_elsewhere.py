@@ -9,9 +9,10 @@ from shodh_moe.base.files import require_writable
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.evaluation.evaluate import measure
-from shodh_moe.inference.loading import ModelSource, find_source, load_models, training_records
+from shodh_moe.inference.loading import ModelSource, find_source, load_models
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.training.records import read_run
 
 
 def evaluate_elsewhere(config: Config, checkpoint: Path, output: Path, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def evaluate_elsewhere(config: Config, checkpoint: Path, output: Path, tokenizer
     require_fit(models.tokenizer, config, paths)
     pipeline.make_latents(config, paths)
     output.mkdir(parents=True, exist_ok=True)
-    return measure(config, models, paths, output, training_records(source.run))
+    history = read_run(source.run, "train") if source.run else []
+    return measure(config, models, paths, output, history)
 
 
 def _with_tokenizer_of(source: ModelSource, config: Config) -> tuple[Config, Paths]:

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
@@ -125,7 +126,8 @@ class Engine:
         parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
-        with _in_float64(bool(config.parallel.zero_stage)) if self._float64 else nullcontext():
+        self._sharded = bool(config.parallel.zero_stage)
+        with self._deepspeed_precision():
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=deepspeed_config(config, world)
             )
@@ -169,12 +171,13 @@ class Engine:
             group["lr"] = learning_rate * group["lr_scale"]
         last = self._engine.is_gradient_accumulation_boundary()
         self._bad_losses += ~loss.detach().isfinite()
-        self._engine.backward(loss)
-        step = self._clipped(stop) if last else None
-        if step is not None and not step.applied and not self._zero:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        self._engine.step()
+        with self._deepspeed_precision():
+            self._engine.backward(loss)
+            step = self._clipped(stop) if last else None
+            if step is not None and not step.applied and not self._zero:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            self._engine.step()
         return step
 
     def _clipped(self, stop: bool) -> Step:
@@ -234,6 +237,9 @@ class Engine:
         if self._zero:
             self._zero.update_lp_params()
 
+    def _deepspeed_precision(self) -> AbstractContextManager[None]:
+        return _in_float64(self._sharded) if self._float64 else nullcontext()
+
     def _communicate_float64(self) -> None:
         self._engine.communication_data_type = torch.float64
         if self._zero:
@@ -243,17 +249,33 @@ class Engine:
 
 @contextmanager
 def _in_float64(zero: bool) -> Iterator[None]:
-    """Let DeepSpeed take a float64 model as one: by itself it would keep master weights and gradients in float32."""
-    f64, accelerator = torch.float64, get_accelerator()
-    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16, f64]
-    kept = DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights
-    if zero:
-        DeepSpeedEngine.get_data_types = lambda self: (f64, f64)
-        ZeROOptimizer._configure_master_weights = lambda self, **settings: f64
+    """Let DeepSpeed treat a float64 model as such within the block, which changes nothing outside it.
+
+    By itself DeepSpeed refuses to reduce float64 gradients, and ZeRO keeps master weights and gradients in float32. It
+    asks for the supported types at every reduction, not only while it initializes.
+    """
+    f64 = torch.float64
+    with ExitStack() as changes:
+        types = [torch.float32, torch.bfloat16, torch.float16, f64]
+        changes.enter_context(_replaced(get_accelerator(), "supported_dtypes", lambda: types))
+        if zero:
+            changes.enter_context(_replaced(DeepSpeedEngine, "get_data_types", lambda self: (f64, f64)))
+            changes.enter_context(_replaced(ZeROOptimizer, "_configure_master_weights", lambda self, **settings: f64))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of a class or object for the time of the block."""
+    own = vars(owner).get(name)  # None: inherited, or of the object's class
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights = kept
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -273,26 +295,59 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-START_SECONDS = 300.0  # that ranks may arrive apart: a shared disk can be slow to import from
+START_SECONDS = 300.0  # maximum time between the first and last rank's start: imports from a shared disk can be slow
 
 
 def init_distributed(facts: dict[str, Any] | None = None) -> None:
     """Join the process group that the launcher's variables describe (a single process makes its own).
 
+    For the rest of the process this silences torch's deprecation warning about ``all_gather_into_tensor``, which ZeRO
+    would cause at every step.
+
     Args:
-        facts: what must be equal on every rank, by name.
+        facts: values that must be equal on every rank, by name.
 
     Raises:
         UserError: ranks differ in their facts, world size or library versions, or one is missing.
     """
     set_rank_variables()
-    # DeepSpeed would compile a shared-memory operation that serves inference alone: a minute or two at the first
-    # start, and no start at all without a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
-    if backend == "nccl":  # also what is exchanged before there is an engine lies on this rank's own GPU
+    if backend == "nccl":  # before there is an engine, ranks exchange tensors on their own GPUs too
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     join(backend, facts or {}, START_SECONDS)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed's ZeRO calls a function that torch renames: nothing that a user could mend.
+    with _without_shared_memory_operation():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed calls a function that torch has renamed, which users cannot change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+
+
+@contextmanager
+def _without_shared_memory_operation() -> Iterator[None]:
+    """Keep DeepSpeed from compiling its shared-memory operation, which only inference uses.
+
+    It would take a minute or two at the first start, which would fail without a C++ compiler. DeepSpeed looks the
+    operation up only while it initializes its communication.
+    """
+    operations, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
+    compatible = operations.get(name)
+    operations[name] = False
+    try:
+        yield
+    finally:
+        operations[name] = compatible
+
+
+def leave_process_group(failed: bool = False) -> None:
+    """Destroy the process groups of this process, and those that DeepSpeed remembers.
+
+    Args:
+        failed: this rank ends with an error. NCCL, which may wait for a collective that the others never join, is
+            aborted.
+    """
+    if failed and dist.get_backend() == "nccl":
+        _abort_process_group()
+        groups._release_process_group_references(group=None)
+    elif deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import image as image_summary
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.training.event_file import EventFile, append
+from shodh_moe.training.records import METRICS, Record, read_run
 
 COLUMNS = 256  # of a load map at most
 RECORDS_PER_MAP = 20  # the maps are drawn after so many records of the routing, and at the end
@@ -72,29 +76,24 @@ class Log:
     """
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-        # In one step: on a full disk the records of a resumed run must not be lost.
-        write_text(self.path, "".join(kept))
+        self.path, self.closed = folder / METRICS, False
+        kept = [record for record in read_run(folder) if record["step"] <= step] if step else []
+        # Written as a whole: on a full disk the records of a resumed run must not be lost.
+        write_text(self.path, "".join(map(_line, kept)))
         self._events = EventFile(folder / "tensorboard", purge_step=step + 1 if step else 0)
         self._maps, self._records, self._step = LoadMaps(), 0, step
-        for record in map(json.loads, kept):
+        for record in kept:
             if record.get("routing"):
                 self._maps.add(record["routing"])
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with open(self.path) as file:
-            # A killed run may leave half a line at the end.
-            return [line for line in file if line.endswith("}\n")]
 
     def write(self, record: dict[str, Any]) -> None:
         """One record with ``step`` and ``kind``; its numbers become scalars ``<kind>/<key>``, its routing
         ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
         """
+        if self.closed:
+            raise ValueError(f"the log {self.path} is closed")
         record = finite_json(record)
-        append(self.path, (json.dumps(record, allow_nan=False) + "\n").encode())
+        append(self.path, _line(record).encode())
         kind, routing = record["kind"], record.get("routing") or []
         scalars: dict[str, float] = {}
         for key, value in record.items():
@@ -116,8 +115,23 @@ class Log:
             self._events.add(image_summary(f"routing_load_map/{name}", image, dataformats="HWC"), self._step)
 
     def close(self) -> None:
-        if self._records % RECORDS_PER_MAP:
-            self._draw()
+        """Draw the load maps a last time. `write` is refused from here on."""
+        if not self.closed:
+            self.closed = True
+            if self._records % RECORDS_PER_MAP:
+                self._draw()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # After an error, such as a full disk, a second one of the same kind must not hide it.
+        with suppress(UserError) if error else nullcontext():
+            self.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _flatten(tag: str, value: Any, scalars: dict[str, float]) -> None:

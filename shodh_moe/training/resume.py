@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
+from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpoint, mismatch, resolve_checkpoint
 from shodh_moe.training.engine import Engine
 
 
@@ -68,14 +68,13 @@ def weights_from(path: Path, task: Starts) -> dict[str, Any]:
 def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
     shapes = {name: shape for name, shape in task.engine.shapes().items() if name.startswith("model/")}
     remedy = "start: give a run folder or a checkpoint of the same network"
-    if (path / "checkpoints").is_dir():
-        found = find_checkpoint(path / "checkpoints")
-        if found is None:
-            raise UserError(f"{path} has no checkpoint to start from; {remedy}")
-        path = found[0]
-    elif reason := damage(path):
-        raise UserError(f"cannot start from {path}: {reason}; {remedy}")
-    state = CheckpointReader(path).state
+    try:
+        found = resolve_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"cannot start from {path}: {error}; {remedy}") from None
+    if found is None:
+        raise UserError(f"{path} has no checkpoint to start from; {remedy}")
+    path, state = found, CheckpointReader(found).state
     weights = {name: record for name, record in state["tensors"].items() if name.startswith("model/")}
     if reason := mismatch({"tensors": weights}, shapes) or task.check_start(state):
         raise UserError(f"cannot start from {path}: {reason}; {remedy}")
@@ -97,26 +96,31 @@ def _pick(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state.get(key) for key in ("step", "world_size", "start")}
 
 
-def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:
-    """The result of ``work``, done by rank 0 alone; if it raises there, the other ranks end too.
+def on_rank_0(work: Callable[[], Any], share: bool = True) -> Any:
+    """Call ``work`` on rank 0 alone and return its result on every rank (collective).
 
-    With ``tell`` False the others get None in place of a result that cannot travel.
+    Args:
+        share: False if the result cannot be pickled; the other ranks then get None.
+
+    Raises:
+        Exception: on rank 0, whatever ``work`` raised.
+        SystemExit: on the other ranks, if it raised.
     """
-    told: list[Any] = [None, True]
+    message: list[Any] = [None, True]  # the result, and whether there is one
     error: Exception | None = None
     result: Any = None
     if dist.get_rank() == 0:
         try:
             result = work()
-            told[0] = result if tell else None
+            message[0] = result if share else None
         except Exception as raised:
-            error, told[1] = raised, False
-    dist.broadcast_object_list(told, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
+            error, message[1] = raised, False
+    dist.broadcast_object_list(message, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
     if error:
         raise error
-    if not told[1]:
+    if not message[1]:
         raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
-    return result if dist.get_rank() == 0 else told[0]
+    return result if dist.get_rank() == 0 else message[0]
 
 
 def random_state() -> dict[str, Tensor]:

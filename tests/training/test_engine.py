@@ -103,6 +103,13 @@ def _check_ep_2_equals_ep_1(runs: Runs) -> None:
             torch.testing.assert_close(runs[2, 0][name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_float64_leaves_the_global_state_of_deepspeed_as_it_was(tmp_path):
+    """In all ZeRO stages, between steps and after an error."""
+    write_case(tmp_path)
+    done = launch(2, Path(__file__).with_name("worker_float64.py"), str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def _config(tmp_path: Path, *overrides: str) -> Config:
     (tmp_path / "c.yaml").write_text(CONFIG)
     return load_config(tmp_path / "c.yaml", list(overrides))

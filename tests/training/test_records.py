@@ -35,5 +35,5 @@ def test_half_a_last_line_is_not_a_record(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("not JSON\n" + _lines({"kind": "train", "step": 1}))
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON .*: mend or remove that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON .*: repair or remove that line"):
         read_history(path)

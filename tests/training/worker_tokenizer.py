@@ -27,7 +27,7 @@ from shodh_moe.training.tokenizer_config import tokenizer_run
 folder, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 folder = Path(folder)
 init_distributed()
-trainer.dist.destroy_process_group = lambda: None  # type: ignore[attr-defined]
+trainer.leave_process_group = lambda failed: None
 end_of_step = training._TokenizerTask.end
 set_latent_statistics = training.set_latent_statistics
 

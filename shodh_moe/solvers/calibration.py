@@ -1,4 +1,4 @@
-"""The size of a force that gives a wanted speed, found by measuring."""
+"""Calibrate a body force so that the flow reaches a target speed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RUNS = 2
 
 
 def calibrate(wanted: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArray[np.bool_]) -> float:
-    """The size of the force, from two short runs of flows at rest that ``new_flow`` makes."""
+    """Size of the force, from two short runs that start at rest; ``new_flow`` creates the flows."""
     force = wanted.guess
     for _ in range(RUNS):
-        # Inertia makes the answer less than proportional: the second run starts from a nearly right force.
+        # Inertia makes the response less than proportional, so a second run starts from a nearly correct force.
         flow = new_flow()
         flow.run(ramp(np.arange(wanted.steps))[:, None] * np.array([force, 0.0, 0.0]))
         velocity_3XYZ = flow.velocity()
@@ -32,5 +32,5 @@ def calibrate(wanted: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArr
 
 
 def ramp(time_T: NDArray[np.generic]) -> FloatArray:
-    """From 0 to 1 within the first `RAMP_STEPS`: a sudden force would ring as sound for thousands of steps."""
+    """Ramp from 0 to 1 over the first `RAMP_STEPS`; a sudden force would excite sound for thousands of steps."""
     return smooth_step(np.asarray(time_T, dtype=np.float64) / RAMP_STEPS)

@@ -14,20 +14,20 @@ RAMP_STEPS = 50
 RUNS = 2
 
 
-def calibrate(wanted: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArray[np.bool_]) -> float:
+def calibrate(target: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArray[np.bool_]) -> float:
     """Size of the force, from two short runs that start at rest; ``new_flow`` creates the flows."""
-    force = wanted.guess
+    force = target.guess
     for _ in range(RUNS):
         # Inertia makes the response less than proportional, so a second run starts from a nearly correct force.
         flow = new_flow()
-        flow.run(ramp(np.arange(wanted.steps))[:, None] * np.array([force, 0.0, 0.0]))
+        flow.run(ramp(np.arange(target.steps))[:, None] * np.array([force, 0.0, 0.0]))
         velocity_3XYZ = flow.velocity()
         measured = float(velocity_3XYZ[0][fluid_XYZ].mean())
         fastest = float(np.sqrt((velocity_3XYZ**2).sum(0).max()))
         if not np.isfinite(fastest) or measured <= 0:
             force /= 4
             continue
-        force *= min(wanted.speed / measured, wanted.max_speed / fastest)
+        force *= min(target.speed / measured, target.max_speed / fastest)
     return force
 
 

@@ -74,7 +74,7 @@ class Pulse:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, amplitude: float, period: float) -> Pulse:
-        """Draw amplitudes with a sum of 0.5 to 1 times ``amplitude``, and periods near ``period`` and 0.55 ``period``."""
+        """Draw amplitudes with a sum of 0.5 to 1 times ``amplitude``, and periods near 1 and 0.55 times ``period``."""
         share = rng.uniform(0.5, 0.75)
         total = amplitude * rng.uniform(0.5, 1.0)
         return cls(

@@ -12,7 +12,7 @@ flows nor throats: by Stokes' theorem the flux through a throat is the potential
 
 phi is found by conjugate gradients, preconditioned with the Laplacian of the box without solids (by FFT). They run in
 float32 for float64 fields too, where each round reduces the float64 divergence by five digits: this takes a third of
-the time for a tenth more iterations. For ``staggered`` and ``central2`` every velocity occurs in two of the conditions, so
+the time for a tenth more iterations. For ``staggered`` and ``central2`` every velocity occurs in two conditions, so
 D m D^T is the Laplacian of a graph: at 128^3 it takes about 30 iterations in float32, and 80 in three rounds to reach
 the rounding of float64. For ``central4`` it occurs in four, and the conditions at a wall are nearly dependent, the more
 so the farther away the next wall is: hundreds of iterations do not suffice. But central4 = central2 T, with
@@ -122,8 +122,8 @@ def ramp(solid_B1XYZ: Tensor, operator: str) -> Tensor:
 def _projected(w_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> Tensor:
     """m (w - D^T phi); its own adjoint."""
     w_B3XYZ = torch.where(mask_B3XYZ, w_B3XYZ, 0.0)
-    # Gradients may be so small that their squares are zero in float32. And a sample that is not finite becomes NaN
-    # here, for which no comparison below asks to go on.
+    # Gradients may be so small that their squares are zero in float32. A sample that is not finite becomes NaN here,
+    # and every comparison below then ends its iterations.
     scale = w_B3XYZ.abs().amax((1, 2, 3, 4), keepdim=True)
     u_B3XYZ = (w_B3XYZ / torch.where(scale == 0, 1.0, scale)).contiguous()
     _remove_divergence(u_B3XYZ, mask_B3XYZ, operator)
@@ -149,8 +149,8 @@ _projected.register_autograd(_projected_grad, setup_context=_projected_context)
 
 def _remove_divergence(u_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> None:
     """u -= m D^T phi, for u that is zero where the mask is and has a largest component of about 1."""
-    # Where nothing can flow, each round leaves 1e-5 of what it found: from here on it is nothing. (Where something can,
-    # what rounding left of a large u is made free of divergence like everything else.)
+    # Where nothing can flow, each round leaves 1e-5 of the velocity; below this level it counts as zero. (Where
+    # something can flow, the rounding of a large u is made divergence-free like the rest.)
     nothing_B = torch.finfo(u_B3XYZ.dtype).eps ** 2 * _rms(u_B3XYZ)
     flows_B3XYZ = mask_B3XYZ.float()
     for rounds_left in reversed(range(ROUNDS + 1)):

@@ -251,7 +251,7 @@ def _change(rows: Sequence[dict[str, Any]], row: str) -> float:
     for one in rows:
         if one["regime"]["role"] == "validation":
             errors.setdefault(one["row"], []).append(one["physical_mse"]["open_channel"])
-    ratios = [math.log(mine / anchor) for mine, anchor in zip(errors[row], errors["anchor"], strict=True)]
+    ratios = [math.log(ours / anchor) for ours, anchor in zip(errors[row], errors["anchor"], strict=True)]
     return sum(ratios) / len(ratios)
 
 
@@ -282,8 +282,8 @@ def _table(rows: Sequence[dict[str, Any]], regimes: Sequence[Regime], domain: st
     for row, title in TITLES.items():
         cells = []
         for regime in regimes:
-            mine, anchor = errors.get((row, regime.viscosity)), errors["anchor", regime.viscosity][key][domain]
-            value = mine[key][domain] if mine else None
+            ours, anchor = errors.get((row, regime.viscosity)), errors["anchor", regime.viscosity][key][domain]
+            value = ours[key][domain] if ours else None
             change = f" ({value / anchor - 1:+.1%})" if value is not None and row != "anchor" else ""
             cells.append("" if value is None else f"{value:.4g}{change}")
         if any(cells):

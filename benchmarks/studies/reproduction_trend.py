@@ -74,8 +74,8 @@ class Point:
 def points(dims: Sequence[int], trajectories: Sequence[int], base_dim: int) -> list[Point]:
     """All model sizes with the most data, then all amounts of data with the base size; each point once."""
     most = max(trajectories)
-    wanted = [Point(dim, most) for dim in dims] + [Point(base_dim, count) for count in trajectories]
-    return list(dict.fromkeys(wanted))
+    points = [Point(dim, most) for dim in dims] + [Point(base_dim, count) for count in trajectories]
+    return list(dict.fromkeys(points))
 
 
 def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]:

@@ -154,7 +154,7 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Write numbers, tables and figures of the finished runs."""
     results: dict[str, dict[int, dict[str, Any]]] = {}
     valid: dict[str, dict[int, dict[str, float]]] = {}
-    told = []
+    records = []
     for run in runs:
         if (evaluation := run.read_evaluation()) is None:
             continue
@@ -163,7 +163,7 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         if errors is not None:
             valid.setdefault(run.variant, {})[run.seed] = errors
         here = {"variant": run.variant, "seed": run.seed, "training_seconds": run.seconds(), "validation": errors}
-        told.append({**here, "evaluation": evaluation})
+        records.append({**here, "evaluation": evaluation})
     if not results:
         raise UserError(
             f"{options.output} contains no evaluation of these variants and seeds: run without --summary-only"
@@ -182,7 +182,7 @@ def report(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         "band_edges_radians_per_cell": band_edges(torch.Size(config.data.grid)),
         "missing": missing,
         "summary": summary,
-        "runs": told,
+        "runs": records,
     }
     write_text(options.json, json.dumps(finite_json(content), indent=1) + "\n")
     write_text(options.json.with_suffix(".md"), text)

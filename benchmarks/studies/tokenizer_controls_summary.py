@@ -108,8 +108,8 @@ def _projected_times(decoded: Mapping[str, Any], projected: Mapping[str, Any]) -
     return {"encode": times["encode"], "decode": times["decode"] + projected["ms_per_sample"]["project"]}
 
 
-def missing_runs(results: Results, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [(variant, seed) for variant, seed in wanted if seed not in results.get(variant, {})]
+def missing_runs(results: Results, planned: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(variant, seed) for variant, seed in planned if seed not in results.get(variant, {})]
 
 
 def best_on_validation(

@@ -104,10 +104,10 @@ def roofline(content: dict[str, Any], target: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, op in zip(axes.flat, panels, strict=False):
-        mine = [row for row in with_flops if row["op"] == op]
-        _roofs(axis, [row["flops"] / row["bytes"] for row in mine], copy, gemm)
-        names = sorted({row["implementation"] for row in mine}, key=lambda name: name == "shodh")
-        for row in sorted(mine, key=lambda row: names.index(row["implementation"])):
+        op_rows = [row for row in with_flops if row["op"] == op]
+        _roofs(axis, [row["flops"] / row["bytes"] for row in op_rows], copy, gemm)
+        names = sorted({row["implementation"] for row in op_rows}, key=lambda name: name == "shodh")
+        for row in sorted(op_rows, key=lambda row: names.index(row["implementation"])):
             ours, both = row["implementation"] == "shodh", row["case"].get("pass") == "forward+backward"
             # All implementations of a case have the same intensity; shift them to keep them distinguishable.
             aside = 10 ** (0.015 * (names.index(row["implementation"]) - (len(names) - 1) / 2))
@@ -116,7 +116,7 @@ def roofline(content: dict[str, Any], target: Path) -> None:
                 color=color_of(row["implementation"], others), markeredgecolor="black" if ours else "white",
                 markeredgewidth=0.8,
             )  # fmt: skip
-        _name_cases(axis, mine)
+        _name_cases(axis, op_rows)
         axis.set_title(op)
         axis.set_xlabel("FLOP per byte that must move")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -145,10 +145,10 @@ def _roofs(axis: Any, intensities: list[float], copy: float, gemm: dict[str, flo
             axis.annotate(f"matrix product {name} {rate:.3g} GFLOP/s", (x[0], rate), ha="left", **style)
 
 
-def _name_cases(axis: Any, mine: list[dict[str, Any]]) -> None:
+def _name_cases(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Label our point in each column with its case, if columns are far enough apart."""
     named: list[float] = []
-    for row in sorted((r for r in mine if r["implementation"] == "shodh"), key=lambda r: -r["gflop_s"]):
+    for row in sorted((r for r in rows if r["implementation"] == "shodh"), key=lambda r: -r["gflop_s"]):
         x = np.log10(row["flops"] / row["bytes"])
         if all(abs(x - other) > 0.06 for other in named):
             named.append(x)

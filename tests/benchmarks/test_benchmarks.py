@@ -1,4 +1,4 @@
-"""The benchmark scripts run, and write what their readers rely on. How fast anything is, no test asks."""
+"""The benchmark scripts run, and their files have the expected contents. No test checks a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULT_KEYS = {
 
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of a script is on the path when it runs."""
+    """Put benchmarks/ on the path, as it is when a script runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
@@ -44,14 +44,14 @@ def script(name: str, *arguments: str, timeout: float = 100) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """`make gpu` rehearsed on the CPU: every benchmark in tiny sizes, and its folder."""
+    """Rehearse `make gpu` on the CPU, with every benchmark in tiny sizes. Returns the process and its folder."""
     folder = tmp_path_factory.mktemp("rehearsal")
     return script("gpu", "--rehearse", "--out", str(folder), timeout=380), folder
 
 
 @pytest.fixture
 def results(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> Path:
-    """Where the JSON of every benchmark lies."""
+    """Folder with the JSON file of every benchmark."""
     return rehearsal[1]
 
 
@@ -110,9 +110,9 @@ def test_terminal_shows_a_table_and_ratios(results: Path) -> None:
 @pytest.mark.timeout(400)
 def test_curl_results_state_errors_and_divergence(results: Path) -> None:
     rows = json.loads((results / "spectral_curl.json").read_text())["results"]
-    mine = [row for row in rows if row["implementation"] == "shodh" and row["case"]["pass"] == "forward"]
-    assert {row["case"]["operator"] for row in mine} == {"spectral", "central2", "central4", "staggered"}
-    for row in mine:
+    ours = [row for row in rows if row["implementation"] == "shodh" and row["case"]["pass"] == "forward"]
+    assert {row["case"]["operator"] for row in ours} == {"spectral", "central2", "central4", "staggered"}
+    for row in ours:
         assert row["extra"]["relative_error"] <= 1e-6
         assert row["extra"]["div_fp64"] <= 1e-13
 
@@ -126,7 +126,7 @@ def test_pictures_are_drawn(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "says"),
+    ("name", "arguments", "message"),
     [
         ("gating", ["--experts", "8;64"], "8;64"),
         ("moe_layer", ["--cases", "4096/128"], "tokens/width/experts"),
@@ -137,17 +137,17 @@ def test_pictures_are_drawn(results: Path) -> None:
 )
 @pytest.mark.usefixtures("importable")
 def test_wrong_input_ends_with_code_2_and_one_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], says: str
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # what the scripts set if it is not, and must not stay
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the scripts set these if they are unset; monkeypatch restores them
     monkeypatch.setenv("DEEPSPEED_LOG_LEVEL", "warning")
     try:
         code = importlib.import_module(name).main(arguments)
-    except SystemExit as end:  # argparse's way out
+    except SystemExit as end:  # argparse exits this way
         code = end.code
     error = capfd.readouterr().err
     assert code == 2, error
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""What the profile of a layer counts: bytes held at once, and which operation belongs to which part."""
+"""The profile of a layer: peak memory, and the part that each operation belongs to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of a script is on the path when it runs."""
+    """Put benchmarks/ on the path, as it is when a script runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 

@@ -76,7 +76,7 @@ METRICS: dict[str, Any] = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run folder, as small as what is read of it."""
+    """A finished run folder with only the files and values that are read."""
     folder = tmp_path / "runs" / "tiny"
     (folder / "report").mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
@@ -122,7 +122,7 @@ def test_table_and_copies(script, run, tmp_path):
     }
 
 
-def test_what_was_never_bifurcated_or_not_finite_is_said(script, run, tmp_path):
+def test_missing_bifurcation_and_nonfinite_values_are_reported(script, run, tmp_path):
     metrics = {**METRICS, "domains": {"open_channel": {**ERRORS, "latent_mse": None}}}
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "metrics.jsonl").write_text(
@@ -171,8 +171,8 @@ def test_stage_times(script, monkeypatch):
     assert clock.seconds(finished=True) == {"tokenizer": 31.0, "latents": 14.0}
 
 
-def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tmp_path):
-    """Whatever the stage makes of it: this one, as data generation, is ended by the signal itself."""
+def test_a_signal_ends_the_stages_with_the_requeue_code(script, monkeypatch, tmp_path):
+    """The exit code does not depend on the stage: this one, like data generation, is ended by the signal itself."""
     child = tmp_path / "child"
     child.write_text(f"#!{sys.executable}\nimport time\nprint('[data] d in 1 s', flush=True)\ntime.sleep(60)\n")
     child.chmod(0o755)
@@ -184,7 +184,7 @@ def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tm
         for _ in range(2):  # as `timeout` does
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    # Should the child not be there yet, the signal still finds a handler.
+    # If the child has not started yet, the signal still finds a handler.
     threading.Thread(target=stop).start()
     options = argparse.Namespace(config="none.yaml", overrides=[])
     assert script.run_stages(options, times) == EXIT_REQUEUE
@@ -258,7 +258,7 @@ def test_trend_table(trend):
     assert "|" not in trend.markdown([], [])
 
 
-def test_results_of_another_tokenizer_are_measured_anew(trend, tmp_path):
+def test_results_of_another_tokenizer_are_measured_again(trend, tmp_path):
     path = tmp_path / "trend.json"
     path.write_text(json.dumps({"tokenizer_sha256": "a", "persistence": [1]}))
     assert trend.kept_persistence(path, "a") == [1]

@@ -120,7 +120,7 @@ def _data(config: Config) -> str:
 
 
 def _ranges(config: Config) -> list[str]:
-    """One table row per domain with the range of every scalar in the training files; [] without the files."""
+    """A table row a domain with the range of every scalar in the training files; [] without the files."""
     values: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     with contextlib.suppress(UserError, OSError):

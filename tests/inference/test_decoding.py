@@ -185,7 +185,7 @@ def test_latents_of_a_tokenizer_trained_anew_are_refused(
     tokenizer = load_tokenizer(tmp_path / "tok")
     tokenizer.latent_mean_C += 1
     tokenizer.save(tmp_path / "tok")
-    # Latents are found by the hash of the tokenizer that the config names: pretend that someone moved them there.
+    # Latents of a tokenizer that the config names are found by its hash: as if someone had moved them there.
     shutil.copytree(stale, paths_of(config).latents)
     says = ("were made with tokenizer", str(tokenizer_sha256(made / "tok"))[:12], f"delete {paths_of(config).latents}")
     refuse(capfd, tmp_path, *says)

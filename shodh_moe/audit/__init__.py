@@ -1,1 +1,1 @@
-"""Audit whether joint training harms a domain and whether the mixture of experts prevents it (docs/audit.md)."""
+"""Does joint training harm a domain, and does the mixture of experts end it? Runs, measurements and a verdict."""

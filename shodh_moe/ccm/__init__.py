@@ -1,1 +1,1 @@
-"""CCM: train neural PDE experts along a physical direction, merge them at a point on it, and measure (DESIGN 3.7)."""
+"""CCM: neural PDE experts trained along a physical direction, merged at a place on it, and measured (DESIGN 3.7)."""

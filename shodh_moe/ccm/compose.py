@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.ccm.expert import Expert
-from shodh_moe.merging.methods import METHODS, TensorMerge, weighted_sum
+from shodh_moe.merging.methods import recipe, weighted_sum
 from shodh_moe.merging.settings import Lookup, Setting
 
 
@@ -30,8 +30,7 @@ def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: d
 def _tensor(method: str, lookup: Lookup, name: str, inputs: list[dict[str, Tensor]]) -> Tensor:
     tensors = [one[name] for one in inputs]
     flat = [tensor.detach().flatten() for tensor in tensors]
-    merge = TensorMerge(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, None)
-    made = METHODS[method].recipe(merge)
+    made = recipe(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, None)
     for number in range(made.passes):
         made.observe(number, 0, [values.clone() for values in flat])
         made.end_pass(number)

@@ -260,3 +260,17 @@ METHODS = {
     "dare_linear": _DARE,
     "dare_ties": _DARE,
 }
+
+
+def recipe(
+    method: str,
+    lookup: Lookup,
+    name: str,
+    numel: int,
+    models: int,
+    base: bool,
+    dtype: torch.dtype,
+    composition: Composition | None,
+) -> Recipe:
+    """How ``method`` merges one tensor; the other arguments are those of `TensorMerge`."""
+    return METHODS[method].recipe(TensorMerge(method, lookup, name, numel, models, base, dtype, composition))

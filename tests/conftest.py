@@ -67,6 +67,6 @@ def _wants_clusters(config: pytest.Config) -> bool:
 
 @pytest.fixture(autouse=True)
 def _memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge's memory limit covers its whole process, which earlier tests have made larger: report a fresh size."""
+    """Report the memory of a fresh process: a merge's limit covers all of this one, which other tests have grown."""
     module = importlib.import_module("shodh_moe.merging.merge")  # the package has a function of that name
     monkeypatch.setattr(module, "resident", lambda: 300 << 20)

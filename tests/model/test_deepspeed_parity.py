@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from shodh_moe.config import MoEConfig, RouterConfig
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model.experts import FeedForward
 from shodh_moe.model.moe import MoE
 from shodh_moe.parallel import ExpertParallel
+from tests.forked import spawn
 
 pytestmark = pytest.mark.distributed
 
@@ -115,7 +115,7 @@ def ranks(request, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (world, world, port, str(folder)), nprocs=world)
+    spawn(_worker, (world, world, port, str(folder)), world)
     return {
         case: [torch.load(folder / f"{case}{rank}.pt", weights_only=True) for rank in range(world)] for case in CASES
     }

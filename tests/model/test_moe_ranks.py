@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.moe import MoE
 from shodh_moe.parallel import ExpertParallel
+from tests.forked import spawn
 
 pytestmark = pytest.mark.distributed
 
@@ -90,7 +90,7 @@ def _worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("moe_ranks")
-    mp.spawn(_worker, (str(folder),), nprocs=WORLD)
+    spawn(_worker, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.moe import MoE
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
+from tests.forked import spawn
 
 pytestmark = pytest.mark.distributed
 
@@ -78,7 +78,7 @@ def _worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("exchange_ranks")
-    mp.spawn(_worker, (str(folder),), nprocs=2)
+    spawn(_worker, (str(folder),), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import free_port
 from shodh_moe.parallel.rendezvous import agree, join, versions
+from tests.forked import context
 
 FACTS = {"training.batch_size": 16, "model.dim": 128, "data.grid": [32, 32, 32]}
 
@@ -127,12 +127,10 @@ def _processes(
     folder: Path, worlds: list[int], facts: dict[int, Any] | None = None, timeout: float = 30.0, absent: int = -1
 ) -> list[dict[str, Any]]:
     """Outcome of each rank, which all must reach well before the timeout unless one is absent."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "shodh_moe.parallel.rendezvous", __name__])
     port, here = free_port(), [rank for rank in range(len(worlds)) if rank != absent]
     files = {rank: folder / f"{rank}.json" for rank in here}
     processes = [
-        context.Process(
+        context().Process(
             target=_process, args=(rank, worlds[rank], port, (facts or {}).get(rank, {}), timeout, str(files[rank]))
         )
         for rank in here

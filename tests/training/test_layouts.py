@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.forked import spawn
 from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
@@ -159,7 +159,7 @@ def results(tmp_path_factory) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (folder, port), nprocs=WORLD)
+    spawn(_worker, (folder, port), WORLD)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

@@ -8,8 +8,19 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from shodh_moe.audit.collect import Run, Seeds, Sets, arms_of, domains_of, error_of, finished, measured
-from shodh_moe.audit.transfer import Estimate, estimate, relative_difference
+from shodh_moe.audit.results import (
+    Estimate,
+    Run,
+    Seeds,
+    Sets,
+    arms_of,
+    domains_of,
+    error_of,
+    estimate,
+    finished,
+    measured,
+    relative_difference,
+)
 
 INFORMATION = ("domain", "solid_fraction", "speed", "domain_given_solid_fraction", "domain_given_speed")
 CURVES = ("from_checkpoint", "from_scratch")

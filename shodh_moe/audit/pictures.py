@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shodh_moe.audit.collect import Run, by_arm, finished
 from shodh_moe.audit.findings import gradient_group, gradient_means
+from shodh_moe.audit.results import Run, by_arm, finished
 from shodh_moe.audit.tables import SET_TITLES, arm_words
 from shodh_moe.audit.verdict import MARGIN
-from shodh_moe.base.files import atomic_file
-from shodh_moe.report import routing_pictures, style
-from shodh_moe.report.load import Array, RunData
+from shodh_moe.report import style
+from shodh_moe.report.figure import write_figures
+from shodh_moe.report.run import routing
+from shodh_moe.report.run.load import Array, RunData
 
 Summary = dict[str, Any]
 Maps = Mapping[str, Mapping[str, Array]]
@@ -67,25 +68,11 @@ def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None =
     }
     for domain, one in (maps or {}).items():
         pictures[f"routing_map_{domain}"] = _routing_map(domain, one)
-    paths = []
-    for name, figure in pictures.items():
-        path = folder / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-            continue
-        content = style.png(figure)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
-        paths.append(path)
-    return paths
+    return write_figures(pictures, folder)
 
 
 def _colour(arm: str) -> str:
     return ARM_COLOURS.get("moe" if arm.startswith("moe") else arm, OTHER)
-
-
-def _legend_below(figure: Figure, handles: list[Any], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=style.TICK, frameon=False)
 
 
 def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
@@ -118,7 +105,7 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
         Line2D([], [], color="0.85", linewidth=8, label=f"margin of {MARGIN:.0%}"),
         Line2D([], [], color=LOST, marker="x", linestyle="", markeredgewidth=2, label="seeds that diverged"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
@@ -151,7 +138,7 @@ def _load(results: list[Run]) -> Figure | None:
         return None
     example = next(iter(seeds.values()))
     domains = example["domains"]
-    layers = routing_pictures.evenly(len(example["bifurcation"]["loads"][-1]["load"]), routing_pictures.MOST_LAYERS)
+    layers = routing.evenly(len(example["bifurcation"]["loads"][-1]["load"]), routing.MOST_LAYERS)
     columns = min(len(layers), 3 if len(layers) > 4 else 2)
     title = f"Mixture: share of tokens at the expert that serves {style.words(domains[0])} in the end"
     figure, grid = style.panels(len(layers), columns, 2.8, title=title)
@@ -174,7 +161,7 @@ def _load(results: list[Run]) -> Figure | None:
     marks.append(Line2D([], [], color="black", marker="|", linestyle="", markersize=9, label="bifurcated from here on"))
     if lost := _lost(seed for seed, run in every.items() if run["diverged"]):
         marks.append(Line2D([], [], color=LOST, marker="x", linestyle="", label=lost))
-    _legend_below(figure, marks, len(marks))
+    style.legend_below(figure, marks, len(marks))
     return figure
 
 
@@ -210,7 +197,7 @@ def _gradients(results: list[Run]) -> Figure | None:
     marks = [Line2D([], [], color=GROUP_COLOURS.get(g, OTHER), linewidth=2.0, label=g) for g in groups]
     marks.append(Line2D([], [], color="0.3", linewidth=2.0, label="between domains"))
     marks.append(Line2D([], [], color="0.3", linewidth=1.2, linestyle=":", label="within one domain"))
-    _legend_below(figure, marks, len(marks))
+    style.legend_below(figure, marks, len(marks))
     return figure
 
 
@@ -256,7 +243,7 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
         Line2D([], [], color=_colour(arm), linewidth=7, alpha=0.75, label=name)
         for arm, name in zip(arms, names, strict=True)
     ]
-    _legend_below(figure, [*marks, Line2D([], [], color="black", marker=".", linestyle="", label="one seed")], 4)
+    style.legend_below(figure, [*marks, Line2D([], [], color="black", marker=".", linestyle="", label="one seed")], 4)
     return figure
 
 
@@ -295,7 +282,7 @@ def _relearning(results: list[Run]) -> Figure | None:
         Line2D([], [], color="0.2", label="from the checkpoint, one seed"),
         Line2D([], [], color="0.45", linestyle="--", label="from scratch, one seed"),
     ]
-    _legend_below(figure, marks, 2)
+    style.legend_below(figure, marks, 2)
     return figure
 
 
@@ -303,4 +290,4 @@ def _routing_map(domain: str, arrays: Mapping[str, Array]) -> Figure | None:
     """As in the report of a run."""
     examples = {f"{domain}/{name}": np.asarray(arrays[name]) for name in ("expert_map", "solid_fraction")}
     run = RunData("", {}, [], [], examples, [domain], "", {})
-    return routing_pictures.routing_map(run, domain)
+    return routing.routing_map(run, domain)

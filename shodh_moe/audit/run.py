@@ -15,11 +15,11 @@ from shodh_moe.audit.arms import Run, all_runs, shared_config, tuning_runs, unse
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measured, result_path
 from shodh_moe.audit.outcome import diverged, ended
-from shodh_moe.audit.page import write_page
+from shodh_moe.audit.page import markdown, write_page
 from shodh_moe.audit.pictures import draw
 from shodh_moe.audit.rates import choose_rates, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
-from shodh_moe.audit.summary import markdown, summarise
+from shodh_moe.audit.summary import summarise
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text

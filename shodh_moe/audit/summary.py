@@ -6,13 +6,23 @@ from dataclasses import asdict
 from typing import Any
 
 from shodh_moe.audit import findings, verdict
-from shodh_moe.audit.collect import SETS, Run, Seeds, Sets, arms_of, by_arm, domains_of, error_of, measured
-from shodh_moe.audit.sections import markdown
-from shodh_moe.audit.transfer import QUANTITIES, Estimate, estimate, relative_difference
+from shodh_moe.audit.results import (
+    QUANTITIES,
+    SETS,
+    Estimate,
+    Run,
+    Seeds,
+    Sets,
+    arms_of,
+    by_arm,
+    domains_of,
+    error_of,
+    estimate,
+    measured,
+    relative_difference,
+)
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json
-
-__all__ = ["markdown", "summarise"]
 
 AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # what the mixture is compared with
 

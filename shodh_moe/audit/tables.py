@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from shodh_moe.audit.transfer import QUANTITIES
-from shodh_moe.report import tables as report_tables
+from shodh_moe.audit.results import QUANTITIES
+from shodh_moe.report.run import tables as run_tables
 from shodh_moe.report.style import words
-from shodh_moe.report.tables import Table
+from shodh_moe.report.table import Table, number
 
 Row = dict[str, Any]
 DASH = "-"
@@ -57,7 +57,7 @@ def _mean(one: Row, digits: int = 3) -> str:
 
 
 def _by_seed(values: Row) -> str:
-    return ", ".join(report_tables.number(value) for value in values.values()) or DASH
+    return ", ".join(number(value) for value in values.values()) or DASH
 
 
 def _numbers(first: int, last: int) -> frozenset[int]:
@@ -88,7 +88,7 @@ def differences(rows: list[Row]) -> Table:
 
 
 def _quantity(name: str) -> str:
-    return report_tables.QUANTITIES[name]
+    return run_tables.QUANTITIES[name]
 
 
 def errors(rows: list[Row]) -> Table:
@@ -107,10 +107,10 @@ def errors(rows: list[Row]) -> Table:
 def arms(rows: list[Row]) -> Table:
     def cells(row: Row) -> list[str]:
         edge = {True: "yes, the best may lie beyond", False: "no"}.get(row["at_edge"], DASH)
-        counts = [report_tables.number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
+        counts = [number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
         rate = DASH if row["learning_rate"] is None else f"{row['learning_rate']:.3g}"
         seeds = f"{len(row['seeds'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else "")
-        return [*_place(row), *counts, report_tables.number(row["steps"]), rate, edge, seeds]
+        return [*_place(row), *counts, number(row["steps"]), rate, edge, seeds]
 
     head = ("set", "arm", "parameters active", "total", "steps", "learning rate", "at the edge of those tried", "seeds")
     return Table(head, [cells(row) for row in rows], _numbers(2, 5))
@@ -229,7 +229,7 @@ def plasticity(rows: list[Row]) -> Table:
             *_place(row),
             "; ".join(f"{g} {_share(one['value'])}" for g, one in row["dormant"].items()) or DASH,
             _mean(row["effective_rank"], 1),
-            report_tables.number(row["width"]),
+            number(row["width"]),
         ]
         for row in rows
     ]
@@ -241,7 +241,7 @@ def relearning(rows: list[Row]) -> Table:
         [
             *_place(row),
             words(row["domain"]),
-            report_tables.number(row["steps"]),
+            number(row["steps"]),
             estimate(row["from_checkpoint"]),
             estimate(row["from_scratch"]),
             estimate(row["difference"], percent),

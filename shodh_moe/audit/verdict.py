@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shodh_moe.audit.transfer import MIN_SEEDS, Estimate
+from shodh_moe.audit.results import MIN_SEEDS, Estimate
 
 MARGIN = 0.02
 NOT_SHOWN = "not shown"

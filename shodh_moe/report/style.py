@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -98,6 +100,22 @@ def legend(axes: Axes, **options: object) -> None:
     """A legend if anything is named."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=TICK, framealpha=0.9, **options)
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
+    """One legend below all panels, which are too narrow to hold it. Each handle carries its label."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False)
+
+
+def colour_bar(
+    figure: Figure, image: object, axes: Axes | Sequence[Axes], name: str = "", **options: object
+) -> Colorbar:
+    """Draw the colour scale of an image beside its axes; ``options`` are those of `Figure.colorbar`."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    if name:
+        bar.set_label(name, fontsize=TICK)
+    bar.ax.tick_params(labelsize=TICK)
+    return bar
 
 
 def log_y(axes: Axes) -> None:

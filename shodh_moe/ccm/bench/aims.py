@@ -1,7 +1,6 @@
-"""What the benchmark is to show, and whether it does.
+"""The rows that the benchmark compares, and the aims that it judges them by.
 
-Every aim is judged for each readout by itself: the readout with the smallest test error would be one chosen on the test
-data.
+Each readout is judged by itself: picking the readout with the smallest test error would be choosing on test data.
 """
 
 from __future__ import annotations
@@ -10,7 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from shodh_moe.ccm.bench.rows import OOD, READOUTS
+ROWS = {
+    "anchor": "anchor",
+    "low": "low expert",
+    "high": "high expert",
+    "best_endpoint": "best endpoint by validation",
+    "average": "endpoint average",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+    "ccm_coordinate": "CCM, coordinate",
+    "ccm_scale": "CCM, scale",
+    "ccm_prefix": "CCM, prefix",
+    "oracle": "CCM, oracle alpha",
+    "wrong_sign": "CCM, wrong sign",
+    "conditioned": "conditioned network",
+    "fine_tuned": "fine-tuned on K frames",
+}
+READOUTS = ("ccm_coordinate", "ccm_scale", "ccm_prefix")
+OOD = ("ood_low", "ood_high")
+
+_FAMILIES = {
+    "reaction_diffusion": "reaction-diffusion",
+    "navier_stokes": "Navier-Stokes",
+    "shallow_water": "shallow water",
+}
 
 REDUCTIONS = {"reaction_diffusion": 0.60, "navier_stokes": 0.50, "shallow_water": 0.25}
 PAPER = {  # arXiv 2605.14546: reduction and the readout it was reached with
@@ -26,6 +49,11 @@ BETTER_ENDPOINT = "error over that of the better endpoint expert of the same reg
 CHOSEN_ENDPOINT = "error over that of the best endpoint expert by validation, worst regime"
 ORACLE_WORST = "error over that of the oracle alpha, worst OOD regime"
 ORACLE_MEAN = "error over that of the oracle alpha, mean over OOD regimes"
+
+
+def family_title(name: str) -> str:
+    """A family's name as a person writes it."""
+    return _FAMILIES.get(name, name.replace("_", " "))
 
 
 def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:

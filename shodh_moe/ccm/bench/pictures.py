@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from shodh_moe.base.files import atomic_file
-from shodh_moe.ccm.bench.rows import READOUTS, ROWS, family_title
+from shodh_moe.ccm.bench.aims import READOUTS, ROWS, family_title
 from shodh_moe.ccm.straightness import TOLERANCE
 from shodh_moe.report import style
+from shodh_moe.report.figure import write_figures
 
 Results = list[dict[str, Any]]
 Summary = dict[str, Any]
@@ -53,20 +53,13 @@ def draw(results: Results, summary: Summary, folder: Path) -> list[Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    pictures = {
-        "alpha_curves.png": _alpha_curves(results),
-        "ood.png": _ood(summary),
-        "regimes.png": _regimes(summary),
-        "straightness.png": _straightness(results),
+    drawings = {
+        "alpha_curves": _alpha_curves(results),
+        "ood": _ood(summary),
+        "regimes": _regimes(summary),
+        "straightness": _straightness(results),
     }
-    return [_write(folder / name, figure) for name, figure in pictures.items()]
-
-
-def _write(path: Path, figure: Figure) -> Path:
-    content = style.png(figure)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
-    return path
+    return write_figures(drawings, folder)
 
 
 def _by_family(results: Results) -> dict[str, Results]:
@@ -87,10 +80,6 @@ def _log_if_wide(axes: Axes) -> None:
         style.log_y(axes)
     else:
         axes.set_ylim(bottom=0.0)
-
-
-def _legend_below(figure: Figure, handles: list[Any], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=style.TICK, frameon=False)
 
 
 def _alpha_curves(results: Results) -> Figure:
@@ -121,7 +110,7 @@ def _alpha_curves(results: Results) -> Figure:
         Line2D([], [], color="0.4", linestyle="", marker="o", markeredgecolor="black", label="smallest"),
         Line2D([], [], color="0.4", linestyle="--", linewidth=1.0, label="alpha = s of the regime"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
@@ -150,7 +139,7 @@ def _ood(summary: Summary) -> Figure:
         Line2D([], [], color=OTHER, linewidth=7, label="other"),
         Line2D([], [], color="black", linewidth=1.3, label="anchor"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
@@ -198,7 +187,7 @@ def _regimes(summary: Summary) -> Figure:
         _log_if_wide(axes)
     handles = [Line2D([], [], **{**LINE, **look}, label=ROWS[r]) for r, look in LINES.items()]
     handles.append(Line2D([], [], color="0.9", linewidth=7, label="between the endpoints"))
-    _legend_below(figure, handles, 5)
+    style.legend_below(figure, handles, 5)
     return figure
 
 
@@ -251,21 +240,15 @@ def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> Non
     for axes, (name, field) in zip(grid[:columns], fields.items(), strict=True):
         image = axes.imshow(field, cmap="viridis", vmin=low, vmax=low + span, **look)
         axes.set_title(name, fontsize=style.TITLE)
-    _bar_beside(figure, image, grid[:columns], "field")
+    style.colour_bar(figure, image, grid[:columns], "field", fraction=0.025, pad=0.02)
     grid[columns].set_visible(False)
     for axes, error in zip(grid[columns + 1 :], errors.values(), strict=True):
         image = axes.imshow(error, cmap="RdBu_r", vmin=-largest, vmax=largest, **look)
         size = float(np.linalg.norm(error) / np.linalg.norm(truth)) if truth.any() else np.inf
         axes.set_title(f"error: nRMSE {size:#.3g}" if np.isfinite(size) else "blew up", fontsize=style.LABEL)
     if errors:
-        _bar_beside(figure, image, grid[columns:], "predicted - true")
+        style.colour_bar(figure, image, grid[columns:], "predicted - true", fraction=0.025, pad=0.02)
     for axes in grid:
         axes.set_xticks([])
         axes.set_yticks([])
-    _write(path, figure)
-
-
-def _bar_beside(figure: Figure, image: Any, places: list[Axes], name: str) -> None:
-    bar = figure.colorbar(image, ax=places, fraction=0.025, pad=0.02)
-    bar.set_label(name, fontsize=style.TICK)
-    bar.ax.tick_params(labelsize=style.TICK)
+    write_figures({path.stem: figure}, path.parent)

@@ -16,11 +16,12 @@ from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
+from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
 from shodh_moe.ccm.bench.measure import load_path, measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
-from shodh_moe.ccm.bench.rows import family_title
-from shodh_moe.ccm.bench.summary import markdown, summarise
+from shodh_moe.ccm.bench.summary import summarise
+from shodh_moe.ccm.bench.tables import markdown
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shodh_moe.report import style
-from shodh_moe.report.load import RunData
+from shodh_moe.report.run.load import RunData
 from shodh_moe.training.records import Record, records
 
 TRAIN_TERMS = {"loss": "total", "prediction_loss": "prediction", "balance_loss": "balance", "z_loss": "router z"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from shodh_moe.report.table import Table, number
 
 Metrics = dict[str, Any]
 
@@ -17,30 +17,6 @@ QUANTITIES = {
     "velocity_nrmse": "velocity nRMSE",
 }
 SUMMARY_HEAD = ("domain", "quantity", "model", "persistence", "mean", "tokenizer alone", "beats both baselines")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A heading row and rows of cells; ``numeric`` are the columns to set right-aligned."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numeric: frozenset[int] = frozenset()
-
-
-def number(value: Any) -> str:
-    """Four significant digits, a dash for what was not measured, and words for the rest."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(number, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
-    return str(value)
 
 
 def beats_baselines(scores: Metrics, quantity: str) -> str:
@@ -176,43 +152,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, inner
 
 
-def to_html(table: Table) -> str:
-    """The table as markup; every cell is escaped, and yes/no cells get a class for their colour."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        marked = []
-        for i, cell in enumerate(cells):
-            classes = " ".join(
-                filter(None, ("num" if i in table.numeric else "", cell if cell in ("yes", "no") else ""))
-            )
-            attribute = f' class="{classes}"' if classes else ""
-            marked.append(f"<{tag}{attribute}>{html.escape(cell)}</{tag}>")
-        return f"<tr>{''.join(marked)}</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def to_text(table: Table) -> str:
-    """The table in fixed-width columns for a terminal."""
-    lines = [tuple(table.head), *map(tuple, table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
-    padded = [
-        "  ".join(
-            cell.rjust(w) if i in table.numeric else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    padded.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(line.rstrip() for line in padded)
-
-
 def summary_table(metrics: Metrics) -> str:
     """What a terminal shows after an evaluation: errors beside their baselines, routing, divergence."""
     parts = [
         f"run {metrics.get('run', '?')}, step {number(metrics.get('step'))}, held-out data",
-        to_text(summary(metrics)),
+        summary(metrics).text(),
     ]
     layers = metrics.get("routing", {}).get("layers", [])
     if layers:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shodh_moe.report import style
-from shodh_moe.report.load import Array, RunData
+from shodh_moe.report.run.load import Array, RunData
 
 SPEED_UNIT = "cells / time step"
 # The open channel is cut upright along its stream (x to the right, z up), everything else level.
@@ -65,9 +65,8 @@ def field_slices(run: RunData, domain: str) -> Figure | None:
             style.label(axes, f"{name}: {what}", f"{across} (cells)", f"{up} (cells)", grid=False)
             if what != "true":
                 over = [axes] if error else places[:2]
-                bar = figure.colorbar(image, ax=over, fraction=0.05 if error else 0.025, pad=0.02)
-                bar.set_label(f"error of {unit}" if error else unit, fontsize=style.TICK)
-                bar.ax.tick_params(labelsize=style.TICK)
+                shown_unit, share = (f"error of {unit}", 0.05) if error else (unit, 0.025)
+                bar = style.colour_bar(figure, image, over, shown_unit, fraction=share, pad=0.02)
                 bar.formatter.set_powerlimits((-3, 4))
                 bar.ax.yaxis.get_offset_text().set_fontsize(style.TICK)
     return figure

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh_moe.audit.arms import Run, all_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.arms import Run, all_runs, choose_rates, shared_config, tuning, tuning_runs, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measured, result_path
 from shodh_moe.audit.outcome import diverged, ended
 from shodh_moe.audit.page import markdown, write_page
 from shodh_moe.audit.pictures import draw
-from shodh_moe.audit.rates import choose_rates, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
 from shodh_moe.audit.summary import summarise
 from shodh_moe.base.environment import describe_environment

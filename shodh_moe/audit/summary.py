@@ -33,7 +33,7 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
     Args:
         results: what the audit measured, one for each run, in any order. A run that diverged has ``diverged`` set and
             no measurements; it is counted in all that it should have been part of.
-        tuning: what `shodh_moe.audit.rates.tuning` returns: by arm or ``single:<domain>``.
+        tuning: what `shodh_moe.audit.arms.tuning` returns: by arm or ``single:<domain>``.
 
     Returns:
         ``verdicts``, ``diverged`` and lists of rows: ``arms``, ``errors``, ``transfer``, ``pairs``, ``routing``,

@@ -14,10 +14,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.ends import finite, load_ends, state_record
-from shodh_moe.ccm.expert import Expert
-from shodh_moe.ccm.readout import FRAMES, GAMMAS, fit_scale
-from shodh_moe.ccm.straightness import TOLERANCE, bend, probes, straight_to
+from shodh_moe.ccm.expert import Expert, load_ends
+from shodh_moe.ccm.readout import BEND_TOLERANCE, FRAMES, GAMMAS, bend, fit_scale, json_number, probes, straight_to
+from shodh_moe.checkpoint.state import load_state
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.manifest import versions
 from shodh_moe.merging.settings import singles
@@ -56,14 +55,14 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     bends = bend(low, high, probes(validation, low.config.network.history))
     found = {
         "gamma": fitted["gamma"],
-        "errors": {gamma: finite(error) for gamma, error in fitted["errors"].items()},
+        "errors": {gamma: json_number(error) for gamma, error in fitted["errors"].items()},
         "straight": straight_to(bends),
-        "bend": {f"{alpha + 0.0:+.2f}": finite(value) for alpha, value in bends.items()},
+        "bend": {f"{alpha + 0.0:+.2f}": json_number(value) for alpha, value in bends.items()},
         "family": low.config.family.name,
         "split": SPLIT,
         "regimes": [{"coordinate": r.coordinate, "value": r.value, "trajectories": len(r.fields)} for r in validation],
         "given_frames": given,
-        "experts": {"low": state_record(low), "high": state_record(high)},
+        "experts": {"low": _state_record(low), "high": _state_record(high)},
         "versions": versions(),
     }
     if output is not None:
@@ -125,5 +124,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"gamma {gamma:g} is at the end of what was tried: the coordinates say little about these experts")
     lines += ["", "alpha    bend"]
     lines += [f"{alpha}   {math.nan if value is None else value:.3f}" for alpha, value in found["bend"].items()]
-    lines += ["", f"straight (bend at most {TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]
+    lines += ["", f"straight (bend at most {BEND_TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]
     return [*lines, "", "under parameters:", f"gamma: {gamma:g}", f"straight: {found['straight']:g}"]
+
+
+def _state_record(expert: Expert) -> dict[str, Any]:
+    """Which checkpoint an expert was read from: its path, and the hash that its ``state.json`` has of itself."""
+    return {"path": str(expert.path), "state_sha256": load_state(expert.path)["sha256"]}

@@ -15,6 +15,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.merging.config import Target
+from shodh_moe.merging.methods import recipe, weighted_sum
+from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
 
@@ -161,3 +164,57 @@ def require_same_network(experts: list[Expert]) -> None:
             raise UserError(f"{first.path} and {other.path} are not of the same network: give experts of one anchor")
         if other.scale != first.scale:
             raise UserError(f"{first.path} and {other.path} have other units of fields: give experts of one anchor")
+
+
+def load_ends(target: Target) -> tuple[Expert, Expert]:
+    """The low and the high expert of a target of ccm, of one axis, on a GPU where there is one.
+
+    Raises:
+        UserError: one is no expert, is damaged, not finite, or told its coordinate; or they are of different networks,
+            units or families, or the same.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    low, high = (load_expert(Path(path), device) for path in target.models)
+    require_same_network([low, high])
+    if low.config.family.name != high.config.family.name:
+        raise UserError(
+            f"{low.path} is of the family {low.config.family.name}, {high.path} of {high.config.family.name}: "
+            "give experts of one family"
+        )
+    if low.config.network.conditioned:
+        raise UserError(f"{low.path} is of a network that is told the coordinate: give experts of one that is not")
+    for expert in (low, high):
+        for name, values in expert.weights().items():
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(f"{expert.path}: tensor {name} has NaN or infinity: use another checkpoint of its run")
+    weights = high.weights()
+    if all(torch.equal(values, weights[name]) for name, values in low.weights().items()):
+        raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of two ends")
+    return low, high
+
+
+def compose(low: Expert, high: Expert, alpha: float) -> Expert:
+    """The expert at ``alpha`` on the line: (1 - alpha)/2 low + (1 + alpha)/2 high (DESIGN 3.7)."""
+    inputs, coefficients = (low.weights(), high.weights()), [(1 - alpha) / 2, (1 + alpha) / 2]
+    with torch.no_grad():
+        return low.with_weights({name: weighted_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]})
+
+
+def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: dict[str, Setting]) -> Expert:
+    """Task arithmetic, TIES or DARE; parameters as the configs of `shodh merge` have them (docs/merging.md)."""
+    inputs, lookup = (
+        [anchor.weights(), *(model.weights() for model in models)],
+        Lookup(parameters, [{} for _ in models]),
+    )
+    with torch.no_grad():
+        return anchor.with_weights({name: _tensor(method, lookup, name, inputs) for name in inputs[0]})
+
+
+def _tensor(method: str, lookup: Lookup, name: str, inputs: list[dict[str, Tensor]]) -> Tensor:
+    tensors = [one[name] for one in inputs]
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    made = recipe(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, None)
+    for number in range(made.passes):
+        made.observe(number, 0, [values.clone() for values in flat])
+        made.end_pass(number)
+    return made.result(0, flat).view(tensors[0].shape)

@@ -13,9 +13,8 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.ccm import data, pdebench
-from shodh_moe.ccm.ends import finite, load_ends
-from shodh_moe.ccm.expert import Expert
-from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
+from shodh_moe.ccm.expert import Expert, load_ends
+from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix, json_number
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
@@ -130,10 +129,10 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         "trajectories": len(fields),
         "every": every,
         "frames": frames,
-        "error": finite(prefix.error, 4),
-        "sharpness": finite(prefix.sharpness, 4),
+        "error": json_number(prefix.error, 4),
+        "sharpness": json_number(prefix.sharpness, 4),
         "flat": prefix.flat,
-        "bank": {alpha: finite(error, 4) for alpha, error in prefix.bank.items()},
+        "bank": {alpha: json_number(error, 4) for alpha, error in prefix.bank.items()},
     }
     return prefix, record
 

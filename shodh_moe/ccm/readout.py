@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.merging.alpha import REACH
 from shodh_moe.operators import nrmse
 
@@ -26,6 +25,9 @@ BANK = tuple(step / 4 for step in range(-6, 7))  # 13 values
 FRAMES = 4  # K
 FLAT = 0.05  # an optimum whose error rises by less, a step of the bank away, is flat
 GAMMAS = tuple(step / 10 for step in range(4, 17))  # 0.4 ... 1.6
+BEND_ALPHAS = (0.0, 0.5, 1.25, 1.5, 1.75, 2.0)  # asked for on both sides
+BEND_TOLERANCE = 0.25
+PROBES = 8  # trajectories of each regime
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -152,3 +154,49 @@ def _finite(error: Tensor) -> float:
     """A rollout that blew up counts as worse than any other."""
     value = float(error)
     return value if torch.isfinite(error) else float("inf")
+
+
+def json_number(value: float, digits: int = 6) -> float | None:
+    """A number as JSON has it: ``digits`` significant ones; None for infinity and NaN."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def probes(regimes: list[Trajectories], history: int) -> Tensor:
+    """From the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
+    return torch.cat(
+        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
+    )
+
+
+def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:
+    """How far one step from the frames leaves the straight line, by alpha.
+
+    With g(alpha) the prediction of the expert at alpha, |g(alpha) - l(alpha)| / (|g(1) - g(-1)| / 2), l the line
+    through g(-1) and g(1). 0: on the line; 1: off it by as much as an expert is away from the middle. Norms are over
+    all frames.
+
+    Args:
+        frames_NTCHW: the network's ``history`` frames of several states of one or more regimes, physical units.
+    """
+
+    def predicted(alpha: float) -> Tensor:
+        expert = compose(low, high, alpha)
+        return expert.scale.normalise(expert.predict(frames_NTCHW.to(next(expert.network.parameters())), 1, 0.0))
+
+    at_low, at_high = predicted(-1.0), predicted(1.0)
+    half = torch.linalg.vector_norm(at_high - at_low) / 2
+    found = {}
+    for alpha in sorted({sign * size + 0.0 for size in BEND_ALPHAS for sign in (-1.0, 1.0)}):
+        line = (1 - alpha) / 2 * at_low + (1 + alpha) / 2 * at_high
+        found[alpha] = float(torch.linalg.vector_norm(predicted(alpha) - line) / half)
+    return found
+
+
+def straight_to(bends: dict[float, float]) -> float:
+    """The largest |alpha| of `bend` up to which no side leaves the line by more than `BEND_TOLERANCE`; at least 1."""
+    reached = 1.0
+    for size in sorted({abs(alpha) for alpha in bends}):
+        if any(not value <= BEND_TOLERANCE for alpha, value in bends.items() if abs(alpha) == size):
+            break
+        reached = max(reached, size)
+    return reached

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh_moe.ccm.compose import compose
-from shodh_moe.ccm.expert import Expert, load_expert
+from shodh_moe.ccm.expert import Expert, compose, load_expert
 from shodh_moe.ccm.prefix import TRAJECTORIES, read_input
 from shodh_moe.cli import main
 from tests.ccm.synthetic import (

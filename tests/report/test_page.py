@@ -80,19 +80,13 @@ def test_every_block_is_escaped_on_the_page(tmp_path: Path) -> None:
     assert "<script" not in page
     parsed = Parsed(page)
     assert "script" not in parsed.tags
-    # Twice in the title and its heading, in the subtitle, the link, the section's heading, and ten times in the blocks.
+    # In <title>, <h1>, the subtitle, the link, <h2>, and nine times in the blocks, once of them as an attribute.
     assert page.count(ESCAPED) == 2 + 1 + 2 + 9
     assert parsed.text.count(EVIL) == 13
     assert ("alt", EVIL) in parsed.attributes
     assert ("class", "yes") in parsed.attributes
-    assert (
-        not {name for name, _ in parsed.attributes}
-        - {"lang", "charset", "name", "content", "class", "href", "id"}
-        - {
-            "alt",
-            "src",
-        }
-    )
+    known = {"lang", "charset", "name", "content", "class", "href", "id", "alt", "src"}
+    assert {name for name, _ in parsed.attributes} <= known
 
 
 def test_sections_as_markdown(tmp_path: Path) -> None:
@@ -128,8 +122,7 @@ def test_names_in_a_run_are_escaped_in_its_report(tmp_path: Path, monkeypatch: p
     )
     page = write_report(folder).read_text(encoding="utf-8")
     parsed = Parsed(page)
-    assert name not in re.sub("a&amp;b", "", page)
+    assert name not in page
     assert "script" not in parsed.tags
-    assert "img" not in [tag for tag, (key, value) in zip(parsed.tags, parsed.attributes, strict=False) if value == "x"]
     assert ("src", "x") not in parsed.attributes
     assert parsed.text.count(name) > 8

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from shodh_moe.ccm.bench.config import FineTuning
-from shodh_moe.ccm.compose import compose, from_anchor
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.expert import Expert, compose, from_anchor
 from shodh_moe.ccm.readout import golden_section, rollout_errors
 from shodh_moe.operators import rollout_loss
 

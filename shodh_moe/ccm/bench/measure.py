@@ -17,11 +17,9 @@ from torch import Tensor
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench
-from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories, read_split
-from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
-from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_errors
-from shodh_moe.ccm.straightness import bend, probes, straight_to
+from shodh_moe.ccm.expert import Expert, compose, load_expert, require_same_network
+from shodh_moe.ccm.readout import Prefix, bend, clip, fit_prefix, fit_scale, probes, rollout_errors, straight_to
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config.compare import fingerprint
 

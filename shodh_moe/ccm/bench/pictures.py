@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from shodh_moe.ccm.bench.aims import READOUTS, ROWS, family_title
-from shodh_moe.ccm.straightness import TOLERANCE
+from shodh_moe.ccm.readout import BEND_TOLERANCE
 from shodh_moe.report import style
 from shodh_moe.report.figure import write_figures
 
@@ -205,9 +205,9 @@ def _straightness(results: Results) -> Figure:
             shown.extend(values[np.isfinite(values)])
             label = family_title(name) if position == 0 else None
             axes.plot(alphas, values, color=colour, linewidth=1.3, marker="o", markersize=3.5, alpha=0.85, label=label)
-    axes.axhline(TOLERANCE, color="black", linestyle="--", linewidth=1.2, label=f"tolerance {TOLERANCE:g}")
+    axes.axhline(BEND_TOLERANCE, color="black", linestyle="--", linewidth=1.2, label=f"tolerance {BEND_TOLERANCE:g}")
     cut = max(shown) > MOST_BEND
-    axes.set_ylim(0, MOST_BEND if cut else 1.08 * max(*shown, TOLERANCE))
+    axes.set_ylim(0, MOST_BEND if cut else 1.08 * max(*shown, BEND_TOLERANCE))
     title = "Bend of the path between the experts, a line for each seed"
     style.label(axes, title + (f" (cut at {MOST_BEND:g})" if cut else ""), "alpha", "bend (no unit)")
     style.legend(axes, loc="upper center", ncols=4, bbox_to_anchor=(0.5, -0.14))

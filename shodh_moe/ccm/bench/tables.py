@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shodh_moe.ccm.bench.aims import OOD, PAPER, READOUTS, REDUCTION, ROWS, family_title
-from shodh_moe.ccm.readout import FLAT
-from shodh_moe.ccm.straightness import TOLERANCE
+from shodh_moe.ccm.readout import BEND_TOLERANCE, FLAT
 from shodh_moe.report import page
 from shodh_moe.report.page import Block, Section, Text
 from shodh_moe.report.table import Table
@@ -144,7 +143,7 @@ def _notes(family: dict[str, Any]) -> Iterator[str]:
         yield f"Chosen on validation regimes (seeds {numbers}, one number where they agree): {listed}."
     if straight := list(family["straight_to"].values()):
         reached = _same([f"{one:g}" for one in straight])
-        yield f"The path is straight (bend at most {TOLERANCE:g}) to |alpha| = {reached}."
+        yield f"The path is straight (bend at most {BEND_TOLERANCE:g}) to |alpha| = {reached}."
     if sharp := [value for value in family["sharpness"].values() if value is not None]:
         yield (
             f"Sharpness of the prefix's optimum, by regime: {min(sharp):.3f} to {max(sharp):.3f} "

@@ -1,6 +1,6 @@
-"""Pictures of the audit: errors of the arms, load and gradients over training, swapped experts, relearning, routing.
+"""Figures of the audit: errors of the arms, load and gradients over training, swapped experts, relearning, routing.
 
-A seed that diverged has no place on an axis; it is named beside the place of its arm.
+A seed that diverged has no place on an axis; it is named beside its arm.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ GROUP_COLOURS = {
     "rest": "#64748b",
 }
 LOST = "#b91c1c"
-FAR = 200  # percent, from which an axis is no longer linear
-TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # then
+FAR = 200  # percent: beyond this an axis is no longer linear
+TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # of an axis that is not linear
 
 
 def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None = None) -> list[Path]:
-    """All pictures that there are data for; returns their paths. A picture of the same name without data is removed.
+    """Draw every figure that has data, and return the paths. An old file of a figure without data is removed.
 
     Args:
         results: the result files; see `shodh_moe.audit.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: where the pictures go; is made if missing.
-        maps: by domain, of one run of the mixture: ``expert_map``, the expert of every token, [layers, X, Y, Z], and
-            ``solid_fraction`` of its cells, [X, Y, Z].
+        folder: the figures go here; it is made if missing.
+        maps: for one run of the mixture, by domain: ``expert_map``, the expert of every token, [layers, X, Y, Z], and
+            ``solid_fraction`` of the tokens' cells, [X, Y, Z].
 
     Raises:
         UserError: the folder cannot be written.
@@ -76,7 +76,7 @@ def _colour(arm: str) -> str:
 
 
 def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
-    """Relative difference of the latent MSE, a panel for each domain: mean, interval and seeds."""
+    """Draw relative differences of the latent MSE: mean, interval and seeds, one panel per domain."""
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     if not domains:
         return None
@@ -94,7 +94,7 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
         axes.grid(False, axis="y")
     low, high = min(axes.get_xlim()[0] for axes in grid), max(axes.get_xlim()[1] for axes in grid)
     for axes in grid:
-        if high > FAR:  # an arm that is far off must not press the others together
+        if high > FAR:  # an outlying arm must not squeeze the others
             axes.set_xscale("symlog", linthresh=20, linscale=1.5)
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
             axes.set_xticks([], minor=True)
@@ -110,7 +110,7 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
 
 
 def _lost(seeds: Iterable[int | str]) -> str:
-    """``seeds 1, 3 diverged``"""
+    """Format as ``seeds 1, 3 diverged``."""
     named = [str(seed) for seed in seeds]
     return f"seed{'s' if len(named) > 1 else ''} {', '.join(named)} diverged" if named else ""
 
@@ -123,7 +123,7 @@ def _point(axes: Axes, height: int, one: dict[str, Any], colour: str) -> None:
     if one["low"] is not None:
         axes.plot([100 * one["low"], 100 * one["high"]], [height] * 2, color=colour, linewidth=2.2)
     if one["diverged"]:
-        # At the right edge: a place that is on no scale.
+        # At the right edge, off the scale.
         across = axes.get_yaxis_transform()
         axes.plot(0.98, height, "x", color=LOST, markersize=8, markeredgewidth=2, transform=across, clip_on=False)
         look = {"color": LOST, "fontsize": style.TICK - 0.5, "ha": "right"}
@@ -131,7 +131,7 @@ def _point(axes: Axes, height: int, one: dict[str, Any], colour: str) -> None:
 
 
 def _load(results: list[Run]) -> Figure | None:
-    """Share of each domain's tokens at the expert that in the end serves the first domain, over training."""
+    """Draw, over training, each domain's share of tokens at the expert that finally serves the first domain."""
     every = by_arm(results).get("main", {}).get("moe", {})
     seeds = {s: run for s, run in finished(every).items() if (run.get("bifurcation") or {}).get("loads")}
     if not seeds:
@@ -166,7 +166,7 @@ def _load(results: list[Run]) -> Figure | None:
 
 
 def _gradients(results: list[Run]) -> Figure | None:
-    """Cosine of gradients by group, mean over seeds: between domains and, dotted, within one."""
+    """Draw cosines of gradients by group, means over seeds: between domains and, dotted, within one."""
     arms = by_arm(results).get("main", {})
     shown = {}
     for arm in ("moe", "dense_active"):
@@ -202,7 +202,7 @@ def _gradients(results: list[Run]) -> Figure | None:
 
 
 def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> tuple[list[int], list[float]]:
-    """Means over seeds; NaN, which is not drawn, where there is no cosine."""
+    """Means over seeds by step; NaN, which is not drawn, where there is no cosine."""
     values: dict[int, list[float]] = {}
     for records in recorded:
         for record in records:
@@ -213,7 +213,7 @@ def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> 
 
 
 def _swap(rows: list[dict[str, Any]]) -> Figure | None:
-    """How many times the error grows, layer by layer and in all of them, in the main domains."""
+    """Draw the growth of the error with swapped experts, per layer and for all layers, in the main domains."""
     here = [row for row in rows if row["set"] == "main" and row["all"]["value"] is not None]
     domains = list(dict.fromkeys(row["domain"] for row in here))
     if not domains:
@@ -229,7 +229,7 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
             for place, one in enumerate([*row["layers"], row["all"]]):
                 if one["value"] is None:
                     continue
-                # From 1 on, where nothing changes: a logarithmic axis has no 0.
+                # Bars start at 1 (no change): a logarithmic axis has no 0.
                 axes.bar(place + offset, one["value"] - 1, 0.92 * width, 1, color=_colour(row["arm"]), alpha=0.75)
                 seeds = list(one["by_seed"].values())
                 axes.plot([place + offset] * len(seeds), seeds, ".", color="black", markersize=4)
@@ -248,7 +248,7 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
 
 
 def _relearning(results: list[Run]) -> Figure | None:
-    """Validation error of a further domain over steps, from the checkpoint and from scratch."""
+    """Draw the validation error of a further domain over steps, from the checkpoint and from scratch."""
     arms = by_arm(results).get("main", {})
     found = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]
     if not found:
@@ -287,7 +287,7 @@ def _relearning(results: list[Run]) -> Figure | None:
 
 
 def _routing_map(domain: str, arrays: Mapping[str, Array]) -> Figure | None:
-    """As in the report of a run."""
+    """Draw the routing map as in the report of a run."""
     examples = {f"{domain}/{name}": np.asarray(arrays[name]) for name in ("expert_map", "solid_fraction")}
     run = RunData("", {}, [], [], examples, [domain], "", {})
     return routing.routing_map(run, domain)

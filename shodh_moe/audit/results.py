@@ -25,13 +25,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds.
+    """A mean over seeds with its interval.
 
     Attributes:
         value: the mean over the seeds that did not diverge; None if there is none.
         low: lower end of the 95 % interval. None, as is ``high``, with fewer than `MIN_SEEDS` seeds or a diverged one.
         high: upper end.
-        by_seed: what the mean is of.
+        by_seed: the values averaged.
         diverged: seeds that have no value because a run diverged.
     """
 
@@ -67,8 +67,8 @@ def relative_difference(errors: Mapping[int, float | None], base: Mapping[int, f
     With single-domain models as the base this is the negative transfer of the arm (no unit; 0.1 is 10 % more error).
 
     Args:
-        errors: of the arm, by seed; None where its run diverged.
-        base: of what it is compared with; None where that run diverged. At 0 there is no relative difference.
+        errors: errors of the arm by seed; None where its run diverged.
+        base: errors of the arm it is compared with; None where that run diverged. A base of 0 counts as diverged.
     """
     differences: dict[int, float | None] = {}
     for seed in sorted(set(errors) & set(base)):
@@ -78,17 +78,17 @@ def relative_difference(errors: Mapping[int, float | None], base: Mapping[int, f
 
 
 def arm_name(run: Run) -> str:
-    """What a run is called within its set: ``moe``, ``moe_4`` where experts vary, ``single:porous_media``."""
+    """Name of a run's arm within its set: ``moe``, ``moe_4`` if the experts vary, ``single:<domain>``."""
     if run["arm"] == "single":
         return f"single:{run['domains'][0]}"
     return f"moe_{run['experts']}" if run["set"] == "four" and run["arm"] == "moe" else str(run["arm"])
 
 
 def by_arm(results: list[Run]) -> Sets:
-    """The runs by set, name of the arm and seed, in the order of the tables.
+    """Group the runs by set, arm name and seed, in the order of the tables.
 
     Raises:
-        UserError: two results of one set, arm and seed, or an arm or set that the audit does not have.
+        UserError: two results have the same set, arm and seed, or an arm or set is unknown.
     """
     for run in results:
         if run["arm"] not in ARMS or run["set"] not in SETS:
@@ -111,25 +111,28 @@ def by_arm(results: list[Run]) -> Sets:
 
 
 def arms_of(sets: Sets) -> Iterator[tuple[str, str, Seeds]]:
+    """Yield set, arm name and runs of every arm."""
     for name, arms in sets.items():
         for arm, seeds in arms.items():
             yield name, arm, seeds
 
 
 def domains_of(seeds: Seeds) -> list[str]:
+    """The domains that the runs of an arm were trained on."""
     return list(next(iter(seeds.values()))["domains"])
 
 
 def error_of(seeds: Seeds, domain: str, quantity: str) -> dict[int, float | None]:
-    """By seed; None where the run diverged."""
+    """One error by seed; None where the run diverged."""
     return {s: None if run["diverged"] else run["errors"][domain].get(quantity) for s, run in seeds.items()}
 
 
 def measured(seeds: Seeds, get: Callable[[Run], float | None]) -> Estimate:
-    """Of what some runs may not have: these do not count; those that diverged do."""
+    """Estimate a value that some runs may lack: these are skipped, but runs that diverged count as such."""
     values = {seed: None if run["diverged"] else get(run) for seed, run in seeds.items()}
     return estimate({seed: v for seed, v in values.items() if v is not None or seeds[seed]["diverged"]})
 
 
 def finished(seeds: Seeds) -> Seeds:
+    """The runs that did not diverge."""
     return {seed: run for seed, run in seeds.items() if not run["diverged"]}

@@ -1,4 +1,4 @@
-"""`shodh audit`: data, tuning, runs, relearning, measurements, report. What is there is kept: the command goes on."""
+"""`shodh audit`: data, tuning, runs, relearning, measurements, report. Finished work is kept."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
-    """Everything that is not there yet; returns the summary.
+    """Do all work that is not done yet, and return the summary.
 
-    Writes ``summary.json``, ``summary.md``, pictures and ``index.html`` into ``<runs>/<name>/report``; with ``output``
-    a copy of them there too.
+    Writes ``summary.json``, ``summary.md``, figures and ``index.html`` to ``<runs>/<name>/report``, and copies them to
+    ``output`` if given.
 
     Raises:
-        UserError: a setting is wrong, a process failed other than by diverging, or a folder cannot be written.
+        UserError: a setting is invalid, a process failed other than by diverging, or a folder cannot be written.
     """
     require_writable(audit.folder)
     write_text(audit.folder / "config.yaml", yaml.safe_dump(audit.model_dump(), sort_keys=False))
@@ -61,7 +61,7 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def make_latents(audit: AuditConfig) -> None:
-    """The data, the tokenizer, and the latents that all runs share; and those of unseen geometry."""
+    """Make the data, the tokenizer and the latents that all runs share, and those of unseen geometry."""
     base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
     check(base)
     pipeline.make_data(base)
@@ -72,10 +72,10 @@ def make_latents(audit: AuditConfig) -> None:
 
 
 def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
-    """Train those that have not ended. One that diverges has ended, too.
+    """Train the runs that have not ended. A run that diverges has ended.
 
     Raises:
-        UserError: one failed for another reason; the end of its output is told.
+        UserError: a run failed for another reason; the message has the end of its output.
     """
     left = {config.name: config for config in configs if not ended(config)}
     for config in left.values():
@@ -103,13 +103,13 @@ def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> Pr
 
 
 def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
-    """Summarise the results. Raises: UserError: one is missing."""
+    """Summarise the results and write the report. Raises `UserError` if a result is missing."""
     tuned, results = tuning(audit), []
     for one in all_runs(audit, {name: record["chosen"] for name, record in tuned.items()}):
         path = result_path(audit, one)
         if not path.exists():
             raise UserError(f"{path} is missing: run `shodh audit` with this config to its end")
-        # A run that two sets share is measured once.
+        # A run shared by two sets is measured once.
         results.append({**json.loads(path.read_text()), "set": one.set, "relearning": curves(audit, one)})
     costs = [read_cost(path) for path in (audit.folder / "cost").glob("*.json")]
     summary = summarise(results, tuned) | {
@@ -131,7 +131,7 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def _maps(audit: AuditConfig, results: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]] | None:
-    """Of the first run of the mixture that has some, by domain and name."""
+    """The routing maps of the first run of the mixture that has some, by domain and name."""
     for result in results:
         path = audit.folder / "results" / f"{result['run']}.npz"
         if (result["set"], result["arm"], result["diverged"]) == ("main", "moe", None) and path.exists():

@@ -1,4 +1,4 @@
-"""The numbers of the audit as tables: the same serve the markdown and the page."""
+"""The tables of the audit, for Markdown and for the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SET_TITLES = {"main": "Main domains", "hard": "Domains that are hard to tell apa
 
 
 def arm_words(name: str) -> str:
-    """``moe_4`` as a person writes it."""
+    """Spell out the name of an arm: ``mixture, 4 experts`` for ``moe_4``."""
     arm, _, rest = name.partition(":")
     if arm == "single":
         return f"{words(rest)} alone"
@@ -34,12 +34,12 @@ def error(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """``+12.3 %``; whole numbers from 1000 % on."""
+    """Format as ``+12.3 %``; without decimals from 1000 % on."""
     return DASH if value is None else f"{100 * value:+.1f} %" if abs(value) < 10 else f"{100 * value:+,.0f} %"
 
 
 def estimate(one: Row, show: Any = error) -> str:
-    """``1.20e-05 [1.10e-05, 1.30e-05]``, and what is missing for an interval in its place."""
+    """Format as ``1.20e-05 [1.10e-05, 1.30e-05]``; without an interval, say why there is none."""
     lost = f"{len(one['diverged'])} of {len(one['diverged']) + len(one['by_seed'])} seeds diverged"
     if one["value"] is None:
         return lost if one["diverged"] else DASH
@@ -139,7 +139,7 @@ def purity(rows: list[Row]) -> Table:
 
 
 def _least(one: Row) -> str:
-    """Cut, not rounded: 0.9899 must not read as 0.99."""
+    """The smallest value over seeds, truncated rather than rounded: 0.9899 must not read as 0.99."""
     least = min(one["by_seed"].values(), default=math.nan)
     return f"{math.floor(least * 1000) / 1000:.3f}" if math.isfinite(least) else DASH
 

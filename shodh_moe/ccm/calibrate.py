@@ -1,6 +1,6 @@
-"""`shodh merge calibrate`: the factor of the readout ``scale``, and how far the path is straight, from validation data.
+"""`shodh merge calibrate`: fit the factor of the readout ``scale`` and measure how far the path is straight.
 
-Of the family's data only the files of the split ``validation`` are opened.
+Only the family's ``validation`` files are opened.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ SPLIT = "validation"
 
 
 def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
-    """Fit gamma for the two experts of a ccm config, print what was found, and return it.
+    """Fit gamma for the two experts of a ccm config, print the result, and return it.
 
     Args:
-        config: of `shodh merge`; its models may be runs too. What it says of the target does not count.
+        config: a config of `shodh merge`; its models may also be run folders. Its target settings are ignored.
         output: a new JSON file for the result.
 
     Raises:
-        UserError: the config is none of ccm with two models or has a sweep, experts or validation data are missing,
-            damaged or do not fit each other, no gamma leaves the rollouts finite, or ``output`` exists.
+        UserError: the config is not a ccm config with two models or has a sweep, experts or validation data are
+            missing, damaged or do not fit each other, rollouts are not finite at any gamma, or ``output`` exists.
     """
     target = load_targets(config, config, {"found": "scale", "value": 0.0})[0]
     if output is not None:
@@ -72,7 +72,7 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def _require_ends(target: Target, low: Expert, high: Expert) -> None:
-    """Refuse experts at the wrong ends, and coordinates of which gamma would mean something else than of s."""
+    """Refuse experts at the wrong ends, and coordinates for which gamma would differ from that of s."""
     for expert, other in ((low, "endpoint_high"), (high, "endpoint_low")):
         if expert.config.splits == [other]:
             raise UserError(
@@ -129,5 +129,5 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _state_record(expert: Expert) -> dict[str, Any]:
-    """Which checkpoint an expert was read from: its path, and the hash that its ``state.json`` has of itself."""
+    """Identify the checkpoint of an expert by its path and the hash recorded in its ``state.json``."""
     return {"path": str(expert.path), "state_sha256": load_state(expert.path)["sha256"]}

@@ -1,4 +1,4 @@
-"""`shodh merge prefix`: an alpha from the first frames of a user's own trajectories, and the merge there."""
+"""`shodh merge prefix`: find alpha from the first frames of a user's trajectories, and merge there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shodh_moe.merging.config import load_targets
 from shodh_moe.merging.inputs import open_source
 from shodh_moe.merging.merge import parse_size
 
-TRAJECTORIES = 16  # of the file that are looked at; published files have a thousand, of which each says much the same
+TRAJECTORIES = 16  # read from a file; published files have a thousand, which add little
 
 
 def merge_by_prefix(
@@ -35,24 +35,24 @@ def merge_by_prefix(
     """Merge the two experts of a ccm config at the alpha that predicts the first frames of ``file`` best.
 
     Args:
-        config, output, memory_limit, out_shard_size: as `merge` takes them; the config's alpha or coordinate does not
-            count. The memory limit is for the merge, after the networks are gone.
-        file: trajectories of one regime, a file of a family or of PDEBench.
-        frames: how many frames of it are looked at, K.
+        config, output, memory_limit, out_shard_size: as in `merge`; the config's alpha or coordinate is ignored. The
+            memory limit applies to the merge, after the networks have been freed.
+        file: trajectories of one regime, in a file of a family or of PDEBench.
+        frames: number of frames used, K.
 
     Returns:
         the new folder.
 
     Raises:
-        UserError: as `merge`; also the models are no experts of one network and family, the file is missing, damaged,
-            too short, of other channels or another time step, or no prediction of it is finite.
+        UserError: as in `merge`; or the models are not experts of one network and family; or the file is missing,
+            damaged, too short, has other channels or another time step, or no prediction of it is finite.
     """
     for size in (memory_limit, out_shard_size):
         parse_size(size)
     target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
     require_apart(target)
     for path in target.paths:
-        open_source(path)  # what cannot be merged need not be loaded
+        open_source(path)  # refuse models that cannot be merged before loading networks
     prefix, facts = _fit(*load_ends(target), file, frames)
     print("\n".join(_lines(prefix, file)), flush=True)
     for warning in _warnings(prefix):
@@ -70,10 +70,10 @@ class Input(NamedTuple):
 
 
 def read_input(path: Path) -> Input:
-    """The first trajectories of a file of a family, or of PDEBench.
+    """Read the first trajectories of a file of a family or of PDEBench.
 
     Raises:
-        UserError: it is missing, damaged, neither of them, or has values that are not finite.
+        UserError: the file is missing, damaged, of neither kind, or has values that are not finite.
     """
     remedy = "give a file of a family (`shodh expert data`) or of PDEBench"
     try:
@@ -92,7 +92,7 @@ def read_input(path: Path) -> Input:
 
 
 def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
-    """The prefix of a file, and what the manifest says of it."""
+    """Fit the prefix of a file; also return its record for the manifest."""
     found = read_input(path)
     family, network = low.config.family.family(), low.config.network
     if found.channels != family.channels:
@@ -122,7 +122,7 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
             f"{path}: at no alpha the error of its first {frames} frames is finite: a frame is zero everywhere, or "
             "values are far from those that the experts were trained on"
         )
-    # Four digits: last bits differ between devices and numbers of threads, and the same merge must be known again.
+    # Four digits: the last bits depend on device and number of threads, and a repeated merge must be recognised.
     record = {
         "file": str(path),
         "sha256": sha256(path),
@@ -156,7 +156,7 @@ def _warnings(prefix: Prefix) -> list[str]:
             f"alpha {prefix.alpha:+g} is at the end of the bank, and the best one may lie beyond it: expect less than "
             "between the experts"
         )
-    # At the end the error may well be smaller further out, which is not flat.
+    # At the end of the bank the error may be smaller further out, which is not flat.
     if prefix.flat and not (at_end and prefix.sharpness < -FLAT):
         warnings.append(
             f"the optimum is flat: {_sharpness(prefix)}, less than {FLAT:.0%}, so these frames hardly tell one alpha "

@@ -52,15 +52,15 @@ ORACLE_MEAN = "error over that of the oracle alpha, mean over OOD regimes"
 
 
 def family_title(name: str) -> str:
-    """A family's name as a person writes it."""
+    """Spell out the name of a family."""
     return _FAMILIES.get(name, name.replace("_", " "))
 
 
 def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record for each aim and readout whose rows were measured.
+    """Judge each aim for each readout whose rows were measured.
 
     Args:
-        name: of the family.
+        name: name of the family.
         family: its ``rows`` and ``regimes``, as `summarise` makes them; errors that blew up are infinite.
 
     Returns:
@@ -102,7 +102,7 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ratios(regimes: list[dict[str, Any]], row: str, base: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Where, and the row's error over the smallest of the base rows there; infinite wherever the row blew up."""
+    """By regime, the row's error over the smallest error of the base rows; infinite where the row blew up."""
     found = []
     for regime in regimes:
         errors = regime["errors"]

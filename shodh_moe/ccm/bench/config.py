@@ -1,4 +1,4 @@
-"""The config of the benchmark: for each family its data, network, and the two phases of training."""
+"""The config of the benchmark: data, network and the two training phases of each family."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FineTuning(Section):
 
 
 class FamilyBench(Section):
-    """One of the benchmarks."""
+    """The benchmark of one family."""
 
     family: FamilyConfig
     network: NetworkConfig = NetworkConfig()
@@ -50,7 +50,7 @@ class FamilyBench(Section):
 
 
 class BenchConfig(Section):
-    """Everything that the benchmark depends on."""
+    """All settings of the benchmark."""
 
     name: Name = "ccm"
     runs: str = Field("runs", description="folder that holds the benchmark's folder")
@@ -69,9 +69,9 @@ class BenchConfig(Section):
         return Path(self.runs) / self.name
 
     def expert(self, key: str, seed: int, role: str) -> ExpertConfig:
-        """What one of `EXPERTS` is trained with.
+        """The config of one of `EXPERTS`.
 
-        The conditioned network gets what the other three get together: their data and their steps.
+        The conditioned network gets the data and the steps of the other three together.
         """
         one = self.families[key]
         runs, training = self.folder / "experts", one.anchor.training
@@ -101,5 +101,5 @@ class BenchConfig(Section):
 
 
 def expert_name(key: str, seed: int, role: str) -> str:
-    """Of an expert's run folder."""
+    """Name of an expert's run folder."""
     return f"{key}-{seed}-{role}"

@@ -1,6 +1,6 @@
-"""Pictures of the benchmark: error over alpha, rows beside each other, error over the regime, bend of the path, fields.
+"""Figures of the benchmark: error over alpha, error by row, error over the regime, bend of the path, fields.
 
-What blew up is left out of lines, and named beside its bar.
+Errors that blew up are left out of lines and named beside bars.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Summary = dict[str, Any]
 
 COLUMNS = 3
 CCM, ORACLE, OTHER, CONDITIONED = "#c2410c", "#f59e0b", "#94a3b8", "#16a34a"
-LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # a marker: what blew up next to a point leaves it alone
+LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # the marker shows a point whose neighbours blew up
 LINES: dict[str, dict[str, Any]] = {
     "anchor": {"color": "black", "linewidth": 2.0},
     "low": {"color": "#60a5fa", "linestyle": "--"},
@@ -37,18 +37,18 @@ LINES: dict[str, dict[str, Any]] = {
     "conditioned": {"color": CONDITIONED, "linestyle": (0, (6, 2))},
 }
 REGIME_COLOURS = ("#1d4ed8", "#0d9488", "#ca8a04", "#be123c", "#6d28d9", "#4d7c0f")
-WIDE = 8.0  # the ratio of largest to smallest value from which a logarithmic axis shows more
-MOST_ANCHORS = 3.0  # bars end at this multiple of the anchor's error; the number stands beside them
+WIDE = 8.0  # an axis is logarithmic if its largest value exceeds the smallest by this factor
+MOST_ANCHORS = 3.0  # bars are cut at this multiple of the anchor's error; the number is beside them
 MOST_BEND = 2.0
 
 
 def draw(results: Results, summary: Summary, folder: Path) -> list[Path]:
-    """All pictures of the benchmark but the fields; returns their paths.
+    """Draw all figures of the benchmark except the fields, and return their paths.
 
     Args:
         results: the result files; see `shodh_moe.ccm.bench.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: where the pictures go; is made if missing.
+        folder: the figures go here; it is made if missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -68,7 +68,7 @@ def _by_family(results: Results) -> dict[str, Results]:
 
 
 def _values(values: Any) -> NDArray[np.float64]:
-    """As an array; what blew up is NaN, which is not drawn."""
+    """Convert to an array; errors that blew up become NaN, which is not drawn."""
     return np.array([np.nan if value is None or not np.isfinite(value) else value for value in values], dtype=float)
 
 
@@ -144,13 +144,13 @@ def _ood(summary: Summary) -> Figure:
 
 
 def _bar_end(values: list[float | None], anchor: float | None) -> float:
-    """Where the longest bar ends: one row that is far off must not make the others too short to compare."""
+    """Where bars are cut: an outlying row must not make the others too short to compare."""
     largest = max((value for value in values if value is not None), default=1.0)
     return min(largest, MOST_ANCHORS * anchor) if anchor else largest
 
 
 def _bar(axes: Axes, place: int, row: str, estimate: dict[str, Any] | None, end: float) -> None:
-    """A bar with its interval and number; cut at ``end``, and then its number says how long it is."""
+    """Draw a bar with its interval and number; a bar longer than ``end`` is cut there."""
     text: dict[str, Any] = {"va": "center", "fontsize": style.TICK - 1}
     if estimate is None:
         axes.text(0.02 * end, place, "not measured", color="0.5", **text)
@@ -166,7 +166,7 @@ def _bar(axes: Axes, place: int, row: str, estimate: dict[str, Any] | None, end:
         axes.plot([low, high], [place, place], color="0.15", linewidth=1.3)
         tip = max(high, value)
     shown = "blew up" if estimate["value"] is None else f"{value:#.3g}"
-    # White behind the number, or the anchor's line goes through it.
+    # White background: the anchor's line would cross the number.
     axes.text(tip + 0.03 * end, place, shown, bbox={"color": "white", "pad": 0.6}, zorder=4, **text)
 
 
@@ -179,7 +179,7 @@ def _regimes(summary: Summary) -> Figure:
         for row, look in LINES.items():
             measured = [regime for regime in regimes if row in regime["errors"]]
             errors = _values(regime["errors"][row] for regime in measured)
-            # NaN marks where a line is broken: what blew up has no place on it.
+            # NaN breaks the line where an error blew up.
             if measured:
                 where = [regime["coordinate"] for regime in measured]
                 axes.plot(where, errors, **{**LINE, **look})
@@ -198,7 +198,7 @@ def _straightness(results: Results) -> Figure:
         colour = style.domain_colour(number)
         lines = [bends for result in members if (bends := result.get("straightness", {}).get("bend"))]
         for position, bends in enumerate(lines):
-            # The two experts lie on the line by definition, so there is nothing to measure there.
+            # The two experts lie on the line by definition.
             points = {-1.0: 0.0, 1.0: 0.0, **{float(alpha): value for alpha, value in bends.items()}}
             alphas = sorted(points)
             values = _values(points[alpha] for alpha in alphas)
@@ -215,11 +215,11 @@ def _straightness(results: Results) -> Figure:
 
 
 def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> None:
-    """One frame: the truth beside what the experts predict, below it their errors (predicted - true).
+    """Draw one frame: the truth, the predictions, and below them their errors (predicted - true).
 
     Args:
-        example: [H, W] under ``truth``, and under any of ``anchor``, ``best_endpoint``, ``ccm``.
-        path: of the PNG file.
+        example: fields [H, W] named ``truth`` and any of ``anchor``, ``best_endpoint``, ``ccm``.
+        path: the PNG file.
 
     Raises:
         UserError: the file cannot be written.
@@ -229,8 +229,8 @@ def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> Non
     truth = np.asarray(example["truth"], dtype=float)
     low, high = float(truth.min()), float(truth.max())
     span = high - low or 1.0
-    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}  # below their predictions
-    # A prediction that is far off must not bleach the errors of the others.
+    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}  # drawn below the predictions
+    # An outlying prediction must not wash out the errors of the others.
     finite = [float(np.abs(error[np.isfinite(error)]).max(initial=0.0)) for error in errors.values()]
     largest = min(max(finite, default=0.0), span) or 1.0
     columns = 1 + len(names)

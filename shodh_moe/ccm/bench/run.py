@@ -1,4 +1,4 @@
-"""`shodh bench ccm`: data, experts, measurements, summary. What is there is kept, so the same command goes on."""
+"""`shodh bench ccm`: data, experts, measurements, summary. Finished work is kept, so the command resumes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
-    """Everything that is not there yet; returns the summary.
+    """Do all work that is not done yet, and return the summary.
 
-    Writes ``summary.json``, ``summary.md`` and pictures into ``<runs>/<name>/report``; with ``output`` a copy of them
-    there too.
+    Writes ``summary.json``, ``summary.md`` and figures to ``<runs>/<name>/report``, and copies them to ``output`` if
+    given.
 
     Raises:
-        UserError: a setting is wrong, a process failed, or a folder cannot be written.
+        UserError: a setting is invalid, a process failed, or a folder cannot be written.
     """
     require_writable(config.folder)
     write_text(config.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -55,7 +55,7 @@ def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
-    """Summarise the results that are there. Raises: UserError: one is missing."""
+    """Summarise the results and write the report. Raises `UserError` if a result is missing."""
     results = []
     for key, seed in itertools.product(config.families, config.seeds):
         path = result_path(config, key, seed)

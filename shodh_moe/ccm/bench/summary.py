@@ -30,15 +30,15 @@ GROUPS = {"interpolation": ("interpolation",), "ood": OOD, "ood_low": ("ood_low"
 
 
 def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """The numbers of tables and pictures, ready for JSON; what blew up (infinite error) is None.
+    """Compute the numbers of the tables and figures, ready for JSON; an error that blew up (infinite) is None.
 
-    Means give each regime the same weight. A row counts in a regime if every seed has it there, and in a group of
-    regimes if it counts in all of them.
+    Means weight regimes equally. A row counts in a regime if every seed has it there, and in a group of regimes if it
+    counts in all of them.
 
     Args:
-        results: what the benchmark wrote, one for each family and seed, in any order. None and NaN among errors are
-            rollouts that blew up.
-        seed: of the bootstrap.
+        results: the benchmark's results, one per family and seed, in any order. Errors of None and NaN are rollouts
+            that blew up.
+        seed: seed of the bootstrap.
 
     Returns:
         ``aims`` (see `judge`), ``cpu_seconds`` and ``resamples`` of all, and for each of ``families``:
@@ -49,7 +49,7 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         coordinate; ``cpu_seconds`` by stage.
 
     Raises:
-        UserError: no results, two of one family and seed, or results of one family that do not fit together.
+        UserError: there are no results, two of one family and seed, or results of one family do not fit together.
     """
     if not results:
         raise UserError("there are no results of the CCM benchmark to summarise: run it first")
@@ -113,7 +113,7 @@ def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str
 
 
 def _besides(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is told beside the errors."""
+    """The entries of a family's summary other than errors."""
     sharpness = defaultdict(list)
     stages: dict[str, float] = defaultdict(float)
     for result in results:
@@ -152,7 +152,7 @@ def _group(row: str, members: tuple[str, ...], splits: list[str], means: list[di
 
 
 def _require_same(results: list[dict[str, Any]]) -> None:
-    """Results of one family, all seeds: the same regimes, trajectories and frames. Raises `UserError`."""
+    """Check that the results of one family have the same regimes, trajectories and frames. Raises `UserError`."""
     first = results[0]
     for number, result in enumerate(results):
         name = f"the results of {result['family']}, seed {result['seed']}"
@@ -171,18 +171,18 @@ def _require_same(results: list[dict[str, Any]]) -> None:
 
 
 def _error(value: float | None) -> float:
-    """A number of a result file; what blew up is infinite."""
+    """An error from a result file; infinite if it blew up."""
     return float("inf") if value is None or np.isnan(value) else float(value)
 
 
 def resampling_weights(count: int, rng: np.random.Generator, resamples: int = RESAMPLES) -> Array:
-    """How much each of ``count`` things counts: [B, count], rows sum to 1; row 0 counts all equally."""
+    """Weights of ``count`` items in each resample: [B, count]; rows sum to 1, row 0 weights all equally."""
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
     return np.concatenate([np.ones((1, count)), drawn]) / count
 
 
 def resampled_means(errors_SN: Array, seeds_BS: Array, trajectories_BN: Array) -> Array:
-    """Mean error of each resample: [B]. Infinite where it drew an infinite error."""
+    """Mean error of each resample: [B]; infinite where it drew an infinite error."""
     finite = np.isfinite(errors_SN)
     # 0 * inf is NaN: an infinite error that a resample did not draw must not count.
     mean_B = np.einsum("bs,sn,bn->b", seeds_BS, np.where(finite, errors_SN, 0.0), trajectories_BN, optimize=True)
@@ -191,13 +191,13 @@ def resampled_means(errors_SN: Array, seeds_BS: Array, trajectories_BN: Array) -
 
 
 def reduction(errors_B: Array, base_B: Array) -> Array:
-    """1 - error / error of the base: [B]; NaN where the base is infinite or 0: it is no measure then."""
+    """1 - error / error of the base: [B]; NaN where the base is infinite or 0."""
     usable = np.isfinite(base_B) & (base_B > 0)
     return np.where(usable, 1 - errors_B / np.where(usable, base_B, 1.0), np.nan)
 
 
 def estimate(values_B: Array) -> dict[str, Any]:
-    """``value`` of the data and the ends ``low`` and ``high`` of its 95 % interval (percentiles of the resamples)."""
+    """The ``value`` of the data, and ``low`` and ``high`` of its 95 % percentile interval."""
     # Order statistics: between an infinite value and its neighbour there is nothing to interpolate.
     resampled = np.sort(values_B[1:])
     outside = (1 - COVERAGE) / 2 * len(resampled)

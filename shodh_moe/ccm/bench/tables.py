@@ -1,4 +1,4 @@
-"""The summary of the benchmark as GitHub markdown."""
+"""The summary of the benchmark as GitHub Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_MEASURED = "-"
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Aims, then a section for each family, then the time it took. ``summary`` is what `summarise` returns."""
+    """Sections for the aims, each family, and the cost. ``summary`` is what `summarise` returns."""
     sections = [Section("Aims", [_aims(summary["aims"]), *_paper(summary)])]
     for name, family in summary["families"].items():
         title = family_title(name)
@@ -60,7 +60,7 @@ def _percent(estimate: dict[str, Any] | None) -> str:
 
 
 def _aims(records: list[dict[str, Any]]) -> Table:
-    """A line for each family and aim, a column for each readout."""
+    """One row per family and aim, one column per readout."""
     lines: dict[tuple[str, str], list[str]] = {}
     for record in records:
         reduction, target = record["aim"] == REDUCTION, record["target"]
@@ -132,7 +132,7 @@ def _regimes(family: dict[str, Any]) -> Table:
 
 
 def _notes(family: dict[str, Any]) -> Iterator[str]:
-    """What was chosen, how far the path is straight, what blew up, what is missing."""
+    """Paragraphs on the choices, the straightness of the path, rollouts that blew up, and missing rows."""
     by_seed: dict[str, list[str]] = {}
     for position, chosen in enumerate(family["chosen"].values()):
         for name, value in _leaves(chosen):
@@ -161,7 +161,7 @@ def _same(values: list[str]) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; the errors it was chosen by are left out."""
+    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; validation errors are left out."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not key.startswith("validation_error"):

@@ -1,4 +1,4 @@
-"""Pictures of training: losses of the transformer and of the tokenizer."""
+"""Figures of training: losses of the transformer and of the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENIZER_COLOURS = {"loss": "black", "velocity_mse": "#c2410c", "pressure_mse":
 
 
 def loss_curves(run: RunData) -> Figure | None:
-    """Losses over steps: training terms, held-out latent error beside persistence, and the tokenizer's."""
+    """Draw losses over steps: the training terms, held-out latent error with persistence, the tokenizer's losses."""
     train, valid = records(run.history, "train"), records(run.history, "valid")
     fits = records(run.tokenizer_history, "train")
     held_out = records(run.tokenizer_history, "valid")

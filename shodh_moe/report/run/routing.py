@@ -1,4 +1,4 @@
-"""Pictures of the routers: load per layer, where in space each expert works, load over training."""
+"""Figures of the routers: load per layer, where in space each expert works, load over training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from shodh_moe.report.run.fields import cut_name, mid_slice
 from shodh_moe.report.run.load import RunData
 from shodh_moe.training.records import Record, records
 
-MOST_LAYERS = 9  # more would be too small to read; evenly spaced ones are shown instead
+MOST_LAYERS = 9  # panels of more layers would be too small to read; evenly spaced layers are shown
 MOST_NAMED_EXPERTS = 4
 
 
 def expert_load(run: RunData) -> Figure | None:
-    """Share of each domain's held-out tokens per expert: stacked bars, one bar a layer, one panel a domain."""
+    """Draw the share of each domain's held-out tokens per expert: one stacked bar per layer, one panel per domain."""
     layers = [layer for layer in run.metrics.get("routing", {}).get("layers", []) if layer.get("load")]
     domains = [domain for domain in run.domains if any(domain in layer["load"] for layer in layers)]
     if not domains:
@@ -41,7 +41,7 @@ def expert_load(run: RunData) -> Figure | None:
 
 
 def _expert_key(figure: Figure, grid: list[Axes], experts: int) -> None:
-    """Which colour is which expert: a legend for a few, a bar for many."""
+    """Show which colour is which expert: a legend for up to 10 experts, a colour bar for more."""
     if experts <= 10:
         patches = [Patch(color=style.expert_colour(e, experts), label=f"expert {e}") for e in range(experts)]
         style.legend_below(figure, patches, min(experts, 8))
@@ -52,7 +52,7 @@ def _expert_key(figure: Figure, grid: list[Axes], experts: int) -> None:
 
 
 def routing_map(run: RunData, domain: str) -> Figure | None:
-    """The expert of every token in the mid-plane, a panel a layer, beside the token's solid fraction."""
+    """Draw the expert of every token in the mid-plane, one panel per layer, beside the tokens' solid fraction."""
     arrays = run.get(domain, "expert_map")
     if arrays is None:
         return None
@@ -89,12 +89,12 @@ def routing_map(run: RunData, domain: str) -> Figure | None:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Up to ``most`` of 0 .. count - 1, evenly spaced, both ends included."""
+    """Return up to ``most`` of the indices 0 .. count - 1, evenly spaced, both ends included."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
 
 
 def load_over_steps(run: RunData) -> Figure | None:
-    """Share per expert (top) and dropped share (bottom) over training, a column for each layer."""
+    """Draw the share per expert (top) and the dropped share (bottom) over training, one column per layer."""
     steps = [record for record in records(run.history, "train") if record.get("routing")]
     if not steps:
         return None
@@ -134,7 +134,7 @@ def load_over_steps(run: RunData) -> Figure | None:
 
 
 def _load_lines(axes: Axes, series: list[tuple[int, Record]], domain: str, index: int, experts: int) -> None:
-    """Colour says the expert and dashes the domain; with many experts only the busiest one, coloured by domain."""
+    """Draw a line per expert, with dashes by domain; with many experts only the busiest one, coloured by domain."""
     found = [(step, entry["load"][domain]) for step, entry in series if domain in entry.get("load", {})]
     if not found:
         return

@@ -1,4 +1,4 @@
-"""The numbers of a report as rows: the same rows serve the page and the terminal."""
+"""The tables of a run's report, for the page and for the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUMMARY_HEAD = ("domain", "quantity", "model", "persistence", "mean", "tokenizer
 
 
 def beats_baselines(scores: Metrics, quantity: str) -> str:
-    """``yes`` only if the model's error is below persistence AND the mean predictor; a dash if one is unknown."""
+    """Return ``yes`` if the model's error is below both persistence and the mean predictor; ``-`` if one is unknown."""
     model, persistence, mean = (scores.get(quantity + suffix) for suffix in ("", "_persistence", "_mean"))
     if model is None or persistence is None or mean is None:
         return "-"
@@ -28,7 +28,7 @@ def beats_baselines(scores: Metrics, quantity: str) -> str:
 
 
 def summary(metrics: Metrics) -> Table:
-    """A row for each domain and error measure, beside its baselines."""
+    """Errors with their baselines, one row per domain and error measure."""
     rows: list[Sequence[str]] = []
     for domain, scores in metrics.get("domains", {}).items():
         for key, name in QUANTITIES.items():
@@ -39,7 +39,7 @@ def summary(metrics: Metrics) -> Table:
 
 
 def band_errors(metrics: Metrics) -> Table:
-    """Relative error power in the three bands of wave number."""
+    """Relative error power in three bands of wave numbers."""
     rows = [
         (domain, field, *map(number, bands))
         for domain, scores in metrics.get("domains", {}).items()
@@ -50,7 +50,7 @@ def band_errors(metrics: Metrics) -> Table:
 
 
 def _divergences(metrics: Metrics) -> list[Metrics]:
-    """Every divergence that was measured; norm and spacing hold for all unless a row says otherwise."""
+    """Every measured divergence; a row without a norm or spacing has that of the main one."""
     main = metrics.get("divergence") or {}
     entries = metrics.get("divergence_table") or ([{"what": "prediction", **main}] if main else [])
     shared = {key: main[key] for key in ("norm", "spacing") if key in main}
@@ -58,13 +58,13 @@ def _divergences(metrics: Metrics) -> list[Metrics]:
 
 
 def divergence_norm(metrics: Metrics) -> str:
-    """The norm that every measured divergence shares; empty if there is none, or not one."""
+    """The norm that all measured divergences share; empty if they share none."""
     norms = {entry.get("norm") for entry in _divergences(metrics)}
     return str(norms.pop()) if len(norms) == 1 and None not in norms else ""
 
 
 def divergence(metrics: Metrics) -> Table:
-    """Every divergence with its operator and dtype, and its norm unless all share it (`divergence_norm`)."""
+    """Every divergence with its operator and dtype, and with its norm unless all share one (`divergence_norm`)."""
     columns = {
         "what": "what",
         "operator": "operator",
@@ -111,7 +111,7 @@ def routing(metrics: Metrics) -> Table:
 
 
 def mutual_information(metrics: Metrics) -> Table:
-    """Mutual information of expert with each category that was measured, per layer."""
+    """Mutual information of the expert with each measured category, per layer."""
     layers = metrics.get("routing", {}).get("layers", [])
     found = [layer.get("mutual_information") or {} for layer in layers]
     kinds = list(dict.fromkeys(kind for entry in found for kind in entry))
@@ -124,7 +124,7 @@ def mutual_information(metrics: Metrics) -> Table:
 
 
 def cost(metrics: Metrics) -> Table:
-    """Throughput, memory and the size of the world the run had."""
+    """Throughput, memory and number of ranks of the run."""
     throughput = metrics.get("throughput") or {}
     peak = metrics.get("peak_memory_bytes")
     rows = [
@@ -140,7 +140,7 @@ def cost(metrics: Metrics) -> Table:
 
 
 def environment(facts: dict[str, Any]) -> Table:
-    """environment.json with nested keys joined by dots."""
+    """The content of environment.json, with nested keys joined by dots."""
     return Table(("what", "value"), [(key, number(value)) for key, value in _flat(facts)])
 
 
@@ -153,7 +153,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def summary_table(metrics: Metrics) -> str:
-    """What a terminal shows after an evaluation: errors beside their baselines, routing, divergence."""
+    """Summarise an evaluation for the terminal: errors with their baselines, routing, divergence."""
     parts = [
         f"run {metrics.get('run', '?')}, step {number(metrics.get('step'))}, held-out data",
         summary(metrics).text(),

@@ -108,7 +108,7 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
     for one in all_runs(audit, {name: record["chosen"] for name, record in tuned.items()}):
         path = result_path(audit, one)
         if not path.exists():
-            raise UserError(f"{path} is missing: run `shodh audit` with this config to its end")
+            raise UserError(f"{path} is missing: run `shodh audit` with this config until it finishes")
         # A run shared by two sets is measured once.
         results.append({**json.loads(path.read_text()), "set": one.set, "relearning": curves(audit, one)})
     costs = [read_cost(path) for path in (audit.folder / "cost").glob("*.json")]

@@ -46,8 +46,8 @@ def local_speeds(config: Config, dataset: Path, split: str, trajectories: Iterab
     for one in trajectories:
         if (one.source, one.sample) not in records:
             raise UserError(
-                f"trajectory {one.sample} of {one.source} has latents, but is not in the {split} split of {dataset}: "
-                "name the dataset that the latents were made from"
+                f"trajectory {one.sample} of {one.source} has latents but is not in the {split} split of {dataset}: "
+                "give the dataset that the latents were made from"
             )
         speeds[one.source, one.sample] = local_speed(records[one.source, one.sample], config.model.patch)
     return speeds

@@ -46,7 +46,7 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     given = max(FRAMES, low.config.network.history)
     if low.config.family.snapshots <= given:
         raise UserError(
-            f"the validation data have {low.config.family.snapshots} snapshots, of which {given} are given: "
+            f"the validation data have {low.config.family.snapshots} snapshots, and the first {given} are given: "
             "train the experts with more family.snapshots"
         )
     fitted = fit_scale(low, high, validation, given)
@@ -75,9 +75,7 @@ def _require_ends(target: Target, low: Expert, high: Expert) -> None:
     """Refuse experts at the wrong ends, and coordinates for which gamma would differ from that of s."""
     for expert, other in ((low, "endpoint_high"), (high, "endpoint_low")):
         if expert.config.splits == [other]:
-            raise UserError(
-                f"{expert.path} was trained on {other} and stands at the other end: exchange the two models"
-            )
+            raise UserError(f"{expert.path} was trained on {other} and belongs at the other end: swap the two models")
     assert target.composition
     family, power = low.config.family.family(), singles(target.words.parameters.get("power", 1))[0]
     for ends in target.composition.layout.ends.values():
@@ -85,7 +83,7 @@ def _require_ends(target: Target, low: Expert, high: Expert) -> None:
         if not as_parameter and (ends != (-1, 1) or power != 1):
             raise UserError(
                 f"{target.output}: gamma is fitted for {family.low:g} and {family.high:g} as the models' coordinates, "
-                f"with `power: {family.power:g}` under parameters: write these"
+                f"with `power: {family.power:g}` under parameters: use these"
             )
 
 

@@ -130,7 +130,7 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
     try:
         with h5py.File(path, "r") as file:
             if not file.attrs.get("complete", False) or any(name not in file.attrs for name in _ATTRIBUTES):
-                raise UserError(f"{path} is no complete file of a family: generate the data again")
+                raise UserError(f"{path} is not a complete file of a family: generate the data again")
             attributes = dict(file.attrs)
             fields = torch.from_numpy(np.asarray(file["tensor"][start:stop], dtype=np.float32))
     except FileNotFoundError as error:

@@ -102,9 +102,9 @@ def checkpoint_of(path: Path) -> Path:
             return found[0]
         raise UserError(f"{path} has no checkpoint yet: train it with `shodh expert train`")
     if not (path / "state.json").is_file():
-        raise UserError(f"{path} is no run folder and no checkpoint: name one of an expert")
+        raise UserError(f"{path} is neither a run folder nor a checkpoint: give one of an expert")
     if reason := damage(path):
-        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another checkpoint of its run")
     return path
 
 
@@ -116,7 +116,9 @@ def described(path: Path) -> tuple[ExpertConfig, Scale]:
         scale = Scale(tuple(map(float, kept["mean"])), tuple(map(float, kept["std"])))
         return ExpertConfig.model_validate(state["config"]), scale
     except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise UserError(f"checkpoint {path} is not one of an expert of this version ({error})") from error
+        raise UserError(
+            f"checkpoint {path} is not a checkpoint of an expert, or of another version ({error})"
+        ) from error
 
 
 def units_of_start(config: ExpertConfig) -> Scale:
@@ -132,9 +134,9 @@ def units_of_start(config: ExpertConfig) -> Scale:
     path = checkpoint_of(Path(config.start))
     anchor, scale = described(path)
     if anchor.network != config.network:
-        raise UserError(f"start: {path} is of another network than this config's: change the network section")
+        raise UserError(f"start: {path} has another network than this config: change the network section")
     if len(scale.mean) != len(config.family.family().channels):
-        raise UserError(f"start: {path} is of fields with {len(scale.mean)} channels: give an anchor of this family")
+        raise UserError(f"start: {path} has fields with {len(scale.mean)} channels: give an anchor of this family")
     return scale
 
 
@@ -161,9 +163,9 @@ def require_same_network(experts: list[Expert]) -> None:
     first = experts[0]
     for other in experts[1:]:
         if other.config.network != first.config.network:
-            raise UserError(f"{first.path} and {other.path} are not of the same network: give experts of one anchor")
+            raise UserError(f"{first.path} and {other.path} have different networks: give experts of one anchor")
         if other.scale != first.scale:
-            raise UserError(f"{first.path} and {other.path} have other units of fields: give experts of one anchor")
+            raise UserError(f"{first.path} and {other.path} have different units: give experts of one anchor")
 
 
 def load_ends(target: Target) -> tuple[Expert, Expert]:
@@ -178,18 +180,20 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
     require_same_network([low, high])
     if low.config.family.name != high.config.family.name:
         raise UserError(
-            f"{low.path} is of the family {low.config.family.name}, {high.path} of {high.config.family.name}: "
+            f"{low.path} belongs to the family {low.config.family.name}, {high.path} to {high.config.family.name}: "
             "give experts of one family"
         )
     if low.config.network.conditioned:
-        raise UserError(f"{low.path} is of a network that is told the coordinate: give experts of one that is not")
+        raise UserError(
+            f"{low.path} has a network that takes the coordinate as input: give experts of one that does not"
+        )
     for expert in (low, high):
         for name, values in expert.weights().items():
             if not bool(torch.isfinite(values).all()):
                 raise UserError(f"{expert.path}: tensor {name} has NaN or infinity: use another checkpoint of its run")
     weights = high.weights()
     if all(torch.equal(values, weights[name]) for name, values in low.weights().items()):
-        raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of two ends")
+        raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of both ends")
     return low, high
 
 

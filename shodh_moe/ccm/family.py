@@ -177,7 +177,7 @@ def require_sound(family: Family) -> None:
         if split not in SPLITS:
             raise UserError(f"{name}: unknown split {split!r}: choose from {', '.join(SPLITS)}")
         if family.trajectories.get(split, 0) < 1:
-            raise UserError(f"{name}: trajectories has no positive number for split {split}")
+            raise UserError(f"{name}: trajectories needs a positive number for split {split}")
         if len({f"{coordinate:+.3f}" for coordinate in coordinates}) < len(coordinates):
             raise UserError(f"{name}: two coordinates of {split} are the same to three decimals")
         for coordinate in coordinates:

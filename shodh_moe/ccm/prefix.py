@@ -87,7 +87,7 @@ def read_input(path: Path) -> Input:
     found = kind.read(path, 0, TRAJECTORIES)
     if found.fields.ndim != 5 or not len(found.fields) or found.fields.shape[2] != len(found.channels):
         shape = list(found.fields.shape)
-        raise UserError(f"{path}: tensor has shape {shape} and {len(found.channels)} channels have names: {remedy}")
+        raise UserError(f"{path}: tensor has shape {shape} and names of {len(found.channels)} channels: {remedy}")
     return Input(found.fields, found.interval, found.channels)
 
 
@@ -97,11 +97,11 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
     family, network = low.config.family.family(), low.config.network
     if found.channels != family.channels:
         raise UserError(
-            f"{path} has the channels {', '.join(found.channels)}, and the experts, of {family.name}, "
+            f"{path} has the channels {', '.join(found.channels)}, and the experts of {family.name} have "
             f"{', '.join(family.channels)}: give trajectories of the same equation"
         )
     if found.fields.shape[1] < 2:
-        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer one")
+        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer file")
     every = max(1, round(family.interval / found.interval)) if found.interval > 0 else 0
     if not every or not math.isclose(every * found.interval, family.interval, rel_tol=1e-3):
         raise UserError(
@@ -112,15 +112,15 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
     if fields.shape[1] < frames:
         steps = f" {family.interval:g} apart" if every > 1 else ""
         raise UserError(
-            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer one, or fewer --frames"
+            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer file, or fewer --frames"
         )
     if frames <= network.history:
         raise UserError(f"--frames {frames}: the network sees {network.history}, give at least {network.history + 1}")
     prefix = fit_prefix(low, high, fields[:, :frames], frames)
     if not math.isfinite(prefix.error):
         raise UserError(
-            f"{path}: at no alpha the error of its first {frames} frames is finite: a frame is zero everywhere, or "
-            "values are far from those that the experts were trained on"
+            f"{path}: the error of its first {frames} frames is not finite at any alpha: a frame is zero everywhere, "
+            "or values are far from the training data of the experts"
         )
     # Four digits: the last bits depend on device and number of threads, and a repeated merge must be recognised.
     record = {

@@ -113,9 +113,11 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     """
     history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
-        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer one")
+        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer prefix")
     if frames <= history:
-        raise UserError(f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more")
+        raise UserError(
+            f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more frames"
+        )
     seen = fields_NTCHW[:, :frames]
 
     def error(alpha: float) -> float:

@@ -17,7 +17,7 @@ EXPERTS = ("anchor", "low", "high", "conditioned")
 class Phase(Section):
     """One training of the benchmark."""
 
-    rollout: list[Positive] = Field([1, 1, 2, 3], description="as of an expert's config")
+    rollout: list[Positive] = Field([1, 1, 2, 3], description="as in an expert's config")
     training: TrainingConfig = TrainingConfig()
 
 
@@ -36,7 +36,7 @@ class FamilyBench(Section):
     network: NetworkConfig = NetworkConfig()
     anchor: Phase = Phase()
     endpoint: Phase = Phase()
-    frames: Positive = Field(4, description="K: given frames; errors count later ones alone")
+    frames: Positive = Field(4, description="K: frames given; only later frames count in errors")
     fine_tuning: FineTuning = FineTuning()
 
     @model_validator(mode="after")
@@ -54,8 +54,10 @@ class BenchConfig(Section):
 
     name: Name = "ccm"
     runs: str = Field("runs", description="folder that holds the benchmark's folder")
-    seeds: list[NonNegative] = Field([0, 1, 2], description="of weights and data order; the data are the same")
-    jobs: Positive | Literal["auto"] = Field("auto", description="trainings at once; auto: one a GPU, or one a core")
+    seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of weights and data order; the data are the same")
+    jobs: Positive | Literal["auto"] = Field(
+        "auto", description="concurrent trainings; auto: one per GPU, or one per core"
+    )
     families: dict[Name, FamilyBench]
 
     @model_validator(mode="after")

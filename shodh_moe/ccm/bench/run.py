@@ -60,7 +60,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     for key, seed in itertools.product(config.families, config.seeds):
         path = result_path(config, key, seed)
         if not path.exists():
-            raise UserError(f"{path} is missing: run `shodh bench ccm` with this config to its end")
+            raise UserError(f"{path} is missing: run `shodh bench ccm` with this config until it finishes")
         result = json.loads(path.read_text())
         spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
         result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}

@@ -160,14 +160,16 @@ def _require_same(results: list[dict[str, Any]]) -> None:
             raise UserError(f"{name} are given twice: leave one out")
         places = [[(one["split"], one["coordinate"]) for one in each["regimes"]] for each in (first, result)]
         if places[0] != places[1] or result["frames"] != first["frames"]:
-            raise UserError(f"{name} have other regimes or frames than seed {first['seed']}: run one of them again")
+            raise UserError(f"{name} have different regimes or frames from seed {first['seed']}: run one of them again")
         for regime, expected in zip(result["regimes"], first["regimes"], strict=True):
             where = f"{name}, {regime['split']} at s = {regime['coordinate']:+g}"
             if unknown := sorted(set(regime["rows"]) - set(ROWS)):
                 raise UserError(f"{where} have an unknown row {unknown[0]}: rows are {', '.join(ROWS)}")
             counts = {len(row["errors"]) for rows in (regime["rows"], expected["rows"]) for row in rows.values()}
             if len(counts) != 1 or 0 in counts or not regime["rows"]:
-                raise UserError(f"{where} have rows of different or no trajectories: run that seed again")
+                raise UserError(
+                    f"{where} have rows with different numbers of trajectories, or none: run that seed again"
+                )
 
 
 def _error(value: float | None) -> float:

@@ -205,8 +205,8 @@ def test_markdown_has_every_table() -> None:
     [
         (lambda results: results.clear(), "no results"),
         (lambda results: results[0].update(seed=0), "seed 0 are given twice"),
-        (lambda results: results[0].update(frames=5), "other regimes or frames"),
-        (lambda results: results[0]["regimes"].pop(), "other regimes or frames"),
+        (lambda results: results[0].update(frames=5), "different regimes or frames"),
+        (lambda results: results[0]["regimes"].pop(), "different regimes or frames"),
         (lambda results: results[0]["regimes"][2]["rows"]["low"]["errors"].pop(), "ood_high at s = \\+1.5"),
         (lambda results: results[0]["regimes"][2]["rows"].update(slerp={"errors": [1, 1]}), "unknown row slerp"),
     ],

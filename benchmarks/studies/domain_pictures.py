@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 from shodh_moe.base.files import atomic_file
-from shodh_moe.report.fields import mid_slice
+from shodh_moe.report.run.fields import mid_slice
 from shodh_moe.report.style import TICK, panels, png
 from shodh_moe.solvers import Simulation, simulate
 from shodh_moe.solvers.domains import (

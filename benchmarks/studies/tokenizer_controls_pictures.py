@@ -18,7 +18,7 @@ from shodh_moe.data.loader import Snapshots
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.metrics.fields import energy_spectrum
-from shodh_moe.report.fields import cut_name, mid_slice
+from shodh_moe.report.run.fields import cut_name, mid_slice
 from shodh_moe.report.style import LABEL, TICK, label, panels, png, words
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from studies.tokenizer_controls_summary import ONE_SEED, Rows, operator_of, title_of

@@ -1,4 +1,4 @@
-"""Everything that is measured of one trained run, as one JSON file; nothing of it chooses anything."""
+"""Measure one trained run and write the result as JSON. No choice is based on these measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.records import read_run
 
-MEASURE_VERSION = 1  # raised when the same weights would give other numbers
+MEASURE_VERSION = 1  # increase it when the same weights would give other numbers
 
 
 def result_path(audit: AuditConfig, run: Run) -> Path:
@@ -39,7 +39,7 @@ def result_path(audit: AuditConfig, run: Run) -> Path:
 
 
 def measured(audit: AuditConfig, run: Run) -> bool:
-    """Whether the result is there, of these very weights and settings."""
+    """Whether there is a result for the current weights and settings."""
     try:
         return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
     except (OSError, ValueError, KeyError):
@@ -47,7 +47,7 @@ def measured(audit: AuditConfig, run: Run) -> bool:
 
 
 def measure_key(audit: AuditConfig, run: Run) -> str:
-    """What a result depends on."""
+    """Hash of everything a result depends on."""
     if reason := diverged(run.config):
         return fingerprint(MEASURE_VERSION, reason)
     sha = CheckpointReader(last_checkpoint(run.config)).state["sha256"]
@@ -56,7 +56,7 @@ def measure_key(audit: AuditConfig, run: Run) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a result says of the run itself, whether it diverged or not."""
+    """The part of a result that describes the run, whether it diverged or not."""
     parameters = count_parameters(run.config, 1)
     return {
         "set": run.set,
@@ -73,7 +73,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def measure(audit: AuditConfig, run: Run) -> Path:
-    """Measure a run that has ended, and write its result file; the arrays of its pictures beside it.
+    """Measure a run that has ended, and write its result file and, beside it, the arrays of its routing maps.
 
     Raises:
         UserError: a checkpoint, the data or the latents are missing or damaged.
@@ -89,7 +89,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     )
     samples = LatentSamples(test, config.model.history)
     speeds = local_speeds(config, paths.dataset, "test", test)
-    # Only domains that it was trained on are in `test`: the weights, which name others too, have done their work.
+    # `test` holds only the domains the run was trained on, and the weights name others too.
     plain = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
     routing = heldout_routing(transformer, test, speeds, plain)
     found = {
@@ -117,7 +117,7 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
 
 
 def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
-    """None if no domain of the run has unseen geometry."""
+    """Measurements on unseen geometry; None if no domain of the run has any."""
     config = unseen_config(audit)
     paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
@@ -130,10 +130,10 @@ def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict
 def heldout_errors(
     models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, dict[str, float]]:
-    """One-step errors by domain, means over all windows of its test trajectories (DESIGN 3.6), and persistence's.
+    """One-step errors of the model and of persistence by domain, means over all windows of its test trajectories.
 
-    ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of the tokenizer's training data,
-    decoded in float32; ``velocity_vrmse`` (`vrmse`).
+    See DESIGN 3.6. The errors are ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of
+    the tokenizer's training data, decoded in float32; and ``velocity_vrmse`` (`vrmse`).
     """
     listed = list_trajectories(dataset, "test", config.data.grid, config.data.skip_bad)
     records_of = {(record.path.name, record.sample): record for record in listed}
@@ -160,7 +160,7 @@ def heldout_errors(
 def routing_maps(
     models: Models, config: Config, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, np.ndarray]:
-    """What a picture of the routing shows: the middle window of each domain's first test trajectory.
+    """Arrays of the routing maps, from the middle window of each domain's first test trajectory.
 
     Returns:
         by ``<domain>/<name>``: ``expert_map`` int32 [L, x, y, z], the tokens' experts, and ``solid_fraction`` float32

@@ -1,4 +1,4 @@
-"""How a training run ended: whether it is done, whether it diverged, and with which validation error."""
+"""The outcome of a training run: whether it ended, whether it diverged, and its validation error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from shodh_moe.config import Config
 from shodh_moe.training.records import read_run
 
-# Times the error of persistence (the last snapshot again) from which on a run counts as diverged.
+# A run counts as diverged if its error exceeds that of persistence (repeating the last snapshot) by this factor.
 DIVERGED_ABOVE = 10.0
 
 
@@ -17,20 +17,20 @@ def run_folder(config: Config) -> Path:
 
 
 def last_checkpoint(config: Config) -> Path:
-    """Where the checkpoint of the last step is, once it is there."""
+    """Path of the last step's checkpoint, whether or not it exists yet."""
     return run_folder(config) / "checkpoints" / str(config.training.steps)
 
 
 def ended(config: Config) -> bool:
-    """Whether there is nothing left to train: the last checkpoint is there, or the run diverged."""
+    """Whether nothing is left to train: the last checkpoint exists, or the run diverged."""
     return (last_checkpoint(config) / "state.json").exists() or diverged(config) is not None
 
 
 def diverged(config: Config) -> str | None:
-    """Why a run counts as diverged and at which step; None if it does not, or has not ended.
+    """Say why and at which step a run diverged; None if it did not, or has not ended.
 
-    It ended at a loss or gradient that was not finite, or its last validation error is not finite or more than
-    `DIVERGED_ABOVE` times that of persistence.
+    A run diverged if it stopped at a loss or gradient that was not finite, or if its last validation error is not
+    finite or more than `DIVERGED_ABOVE` times that of persistence.
     """
     folder = run_folder(config)
     if not (last_checkpoint(config) / "state.json").exists():
@@ -47,7 +47,7 @@ def diverged(config: Config) -> str | None:
 
 
 def validation_score(config: Config) -> float:
-    """Last validation latent MSE over that of persistence, mean over the run's domains: each counts alike.
+    """Last validation latent MSE relative to persistence, mean over the run's domains with equal weights.
 
     Infinite for a run that diverged.
     """

@@ -1,8 +1,8 @@
 """Evaluation of a pretrained model on the held-out test trajectories: metrics.json and the report's arrays.
 
-It runs in one process and reads the checkpoint of any expert-parallel layout. Predictions drop no token;
-the routing section alone is measured on mixed batches with the capacity of training, so that
-``dropped_fraction`` is what training would drop on held-out data.
+Runs in one process and reads checkpoints of any expert-parallel layout. Predictions drop no tokens. Only the routing
+section uses mixed batches with the capacity of training, so that ``dropped_fraction`` is what training would drop on
+held-out data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
 
-    ``history`` holds the training records, from which speed and memory come; [] leaves those null.
+    ``history`` are the training records, for throughput and memory; with [] those are null.
     """
     train, test = (
         LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
@@ -115,10 +115,10 @@ def measure(
 
 
 class _OneStep:
-    """Predictions of every snapshot of one test trajectory from the true snapshots before it.
+    """One-step predictions of every snapshot of a test trajectory from the true snapshots before it.
 
     Shapes: T predicted snapshots; fields are [T, 4, X, Y, Z] (velocity, pressure) in the data's units, the
-    velocity decoded in float64, with the one whose divergence vanishes beside it in ``conserved`` [T, 3, X, Y, Z].
+    velocity decoded in float64. ``conserved`` [T, 3, X, Y, Z] is the velocity whose divergence vanishes.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _OneStep:
         }
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """What the report draws of the middle prediction."""
+        """The arrays of the middle prediction that the report draws."""
         middle = len(self.true) // 2
         reconstruction = decode(self.tokenizer, self.z_true[middle : middle + 1], self.solid)[0]
         k, spectrum = energy_spectrum(self.true[middle, :3])
@@ -196,7 +196,7 @@ class _OneStep:
 def _rollouts(
     models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
-    """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
+    """Velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
     steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
     errors = torch.zeros(len(pairs), steps)
@@ -220,7 +220,7 @@ def _rollouts(
 def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -> dict[str, Any]:
     """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
 
-    A dense model has no layers to tell of.
+    The result of a dense model has no layers.
     """
     experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
     if not layers:

@@ -122,7 +122,7 @@ def test_the_config_that_comes_with_the_project():
     ("change", "words"),
     [
         ({"seeds": [0, 0]}, "seeds [0, 0] must be one or more different numbers"),
-        ({"learning_rates": [1e-3, 5e-4]}, "rising order"),
+        ({"learning_rates": [1e-3, 5e-4]}, "increasing order"),
         ({"more_seeds": [3]}, "3 is not among seeds"),
         ({"tuning_seeds": [0]}, "tuning_seeds: 0 is among seeds"),
         ({"domains": ["open_channel", "ocean"]}, "domains: base.data.domains has only"),

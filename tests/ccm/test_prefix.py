@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh_moe.ccm.compose import compose
-from shodh_moe.ccm.expert import Expert, load_expert
+from shodh_moe.ccm.expert import Expert, compose, load_expert
 from shodh_moe.ccm.prefix import TRAJECTORIES, read_input
 from shodh_moe.cli import main
 from tests.ccm.synthetic import (
@@ -204,7 +203,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
         file["else"] = np.zeros(3)
     says_no(capfd, "mine.hdf5 holds else")
     write(fields, complete=False)
-    says_no(capfd, "mine.hdf5 is no complete file")
+    says_no(capfd, "mine.hdf5 is not a complete file")
     write(fields[:, :3])
     says_no(capfd, "mine.hdf5 has 3 frames, 4 are needed")
     write(fields[:, :1])
@@ -227,7 +226,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
     write(fields[..., :10])
     says_no(capfd, "20 x 10", "too coarse")
     write(0 * fields)
-    says_no(capfd, "mine.hdf5", "at no alpha")
+    says_no(capfd, "mine.hdf5", "not finite at any alpha")
     for interval in (0.1, 0.5, 0.0, float("nan")):
         write(fields, dt=interval)
         says_no(capfd, f"a frame every {interval:g}", "0.25 ahead")
@@ -249,7 +248,7 @@ def test_no_more_frames_than_the_network_sees(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("not of the same network",)),
+        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("have different networks",)),
         ({"family": {"name": "shallow_water"}}, ("shallow_water", "one family")),
     ],
 )

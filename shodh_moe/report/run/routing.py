@@ -1,4 +1,4 @@
-"""Pictures of the routers: load per layer, where in space each expert works, load over training."""
+"""Figures of the routers: load per layer, where in space each expert works, load over training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from shodh_moe.report import style
-from shodh_moe.report.fields import cut_name, mid_slice
-from shodh_moe.report.load import RunData
+from shodh_moe.report.run.fields import cut_name, mid_slice
+from shodh_moe.report.run.load import RunData
 from shodh_moe.training.records import Record, records
 
-MOST_LAYERS = 9  # more would be too small to read; evenly spaced ones are shown instead
+MOST_LAYERS = 9  # panels of more layers would be too small to read; evenly spaced layers are shown
 MOST_NAMED_EXPERTS = 4
 
 
 def expert_load(run: RunData) -> Figure | None:
-    """Share of each domain's held-out tokens per expert: stacked bars, one bar a layer, one panel a domain."""
+    """Draw the share of each domain's held-out tokens per expert: one stacked bar per layer, one panel per domain."""
     layers = [layer for layer in run.metrics.get("routing", {}).get("layers", []) if layer.get("load")]
     domains = [domain for domain in run.domains if any(domain in layer["load"] for layer in layers)]
     if not domains:
@@ -41,23 +41,18 @@ def expert_load(run: RunData) -> Figure | None:
 
 
 def _expert_key(figure: Figure, grid: list[Axes], experts: int) -> None:
-    """Which colour is which expert: a legend for a few, a bar for many."""
+    """Show which colour is which expert: a legend for up to 10 experts, a colour bar for more."""
     if experts <= 10:
         patches = [Patch(color=style.expert_colour(e, experts), label=f"expert {e}") for e in range(experts)]
-        figure.legend(
-            handles=patches, loc="outside lower center", ncols=min(experts, 8), fontsize=style.TICK, frameon=False
-        )
+        style.legend_below(figure, patches, min(experts, 8))
         return
     colours, norm = style.expert_colours(experts)
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=grid, ticks=range(0, experts, max(1, experts // 8)), pad=0.02
-    )
-    bar.set_label("expert", fontsize=style.LABEL)
-    bar.ax.tick_params(labelsize=style.TICK)
+    ticks = range(0, experts, max(1, experts // 8))
+    style.colour_bar(figure, ScalarMappable(norm, colours), grid, "expert", ticks=ticks, pad=0.02)
 
 
 def routing_map(run: RunData, domain: str) -> Figure | None:
-    """The expert of every token in the mid-plane, a panel a layer, beside the token's solid fraction."""
+    """Draw the expert of every token in the mid-plane, one panel per layer, beside the tokens' solid fraction."""
     arrays = run.get(domain, "expert_map")
     if arrays is None:
         return None
@@ -80,8 +75,7 @@ def routing_map(run: RunData, domain: str) -> Figure | None:
     if solid is not None:
         image = grid[0].imshow(mid_slice(domain, solid[0])[0], origin="lower", cmap="Greys", vmin=0, vmax=1)
         style.label(grid[0], "solid fraction", f"{across} (tokens)", f"{up} (tokens)", grid=False)
-        bar = figure.colorbar(image, ax=grid[0], location="bottom", fraction=0.06, pad=0.02, ticks=(0, 0.5, 1))
-        bar.ax.tick_params(labelsize=style.TICK)
+        style.colour_bar(figure, image, grid[0], location="bottom", fraction=0.06, pad=0.02, ticks=(0, 0.5, 1))
     colours, norm = style.expert_colours(experts)
     for axes, layer in zip(grid[first:], chosen, strict=True):
         picture = np.ma.masked_less(mid_slice(domain, expert_map[layer])[0], 0)
@@ -95,12 +89,12 @@ def routing_map(run: RunData, domain: str) -> Figure | None:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Up to ``most`` of 0 .. count - 1, evenly spaced, both ends included."""
+    """Return up to ``most`` of the indices 0 .. count - 1, evenly spaced, both ends included."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
 
 
 def load_over_steps(run: RunData) -> Figure | None:
-    """Share per expert (top) and dropped share (bottom) over training, a column for each layer."""
+    """Draw the share per expert (top) and the dropped share (bottom) over training, one column per layer."""
     steps = [record for record in records(run.history, "train") if record.get("routing")]
     if not steps:
         return None
@@ -134,17 +128,13 @@ def load_over_steps(run: RunData) -> Figure | None:
         style.label(bottom, "", "step", "dropped share" if column == 0 else "")
         top.set_ylim(-0.03, 1.03)
         bottom.set_ylim(0, max(bottom.get_ylim()[1], 0.01))
-    # One key below all panels: they are too narrow to hold it.
-    keys = [axes.get_legend_handles_labels() for axes in (grid[0], grid[len(layers)])]
-    handles, names = [handle for key in keys for handle in key[0]], [name for key in keys for name in key[1]]
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=style.TICK, frameon=False
-    )
+    handles = [handle for axes in (grid[0], grid[len(layers)]) for handle in axes.get_legend_handles_labels()[0]]
+    style.legend_below(figure, handles, min(len(handles), 4))
     return figure
 
 
 def _load_lines(axes: Axes, series: list[tuple[int, Record]], domain: str, index: int, experts: int) -> None:
-    """Colour says the expert and dashes the domain; with many experts only the busiest one, coloured by domain."""
+    """Draw a line per expert, with dashes by domain; with many experts only the busiest one, coloured by domain."""
     found = [(step, entry["load"][domain]) for step, entry in series if domain in entry.get("load", {})]
     if not found:
         return

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds for its report, and says by name what is missing."""
+"""Read the files of a run folder that its report needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shodh_moe.training.records import Record, read_history
 
 Array = NDArray[Any]
 
-# Each file a report cannot do without, and the command that writes it.
+# The files that a report needs, and the command that writes each.
 REQUIRED = {
     "config.yaml": "shodh pretrain",
     "environment.json": "shodh pretrain",
@@ -27,7 +27,7 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything a report shows. Arrays are named ``{domain}/{what}``, as in evaluation.npz."""
+    """The data of a report. Arrays are named ``{domain}/{name}``, as in evaluation.npz."""
 
     name: str
     metrics: Record
@@ -39,7 +39,7 @@ class RunData:
     environment: Record
 
     def get(self, domain: str, *names: str) -> tuple[Array, ...] | None:
-        """The named arrays of a domain, or None where any is missing or empty."""
+        """Return the named arrays of a domain, or None if any is missing or empty."""
         keys = [f"{domain}/{name}" for name in names]
         if any(key not in self.arrays or self.arrays[key].size == 0 for key in keys):
             return None
@@ -47,7 +47,11 @@ class RunData:
 
 
 def load_run(run_folder: Path) -> RunData:
-    """Reads a run folder; a missing or damaged file is a `UserError` that names it and what to do."""
+    """Read a run folder.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it and the command that writes it.
+    """
     if not run_folder.is_dir():
         raise UserError(f"there is no run folder {run_folder}: make one with `shodh pretrain`")
     for name, command in REQUIRED.items():
@@ -56,7 +60,7 @@ def load_run(run_folder: Path) -> RunData:
     arrays = _read_arrays(run_folder / "evaluation.npz")
     metrics = _read_json(run_folder / "metrics.json")
     in_arrays = [str(domain) for domain in arrays.pop("domains", np.array([])).tolist()]
-    # A domain may have numbers without example fields, or fields without numbers: show what there is.
+    # A domain may have numbers without example fields, or fields without numbers.
     domains = list(dict.fromkeys([*metrics.get("domains", {}), *in_arrays]))
     tokenizer = run_folder / "tokenizer_metrics.jsonl"
     return RunData(

@@ -1,11 +1,11 @@
-"""The numbers of a report as rows: the same rows serve the page and the terminal."""
+"""The tables of a run's report, for the page and for the terminal."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from shodh_moe.report.table import Table, number
 
 Metrics = dict[str, Any]
 
@@ -19,32 +19,8 @@ QUANTITIES = {
 SUMMARY_HEAD = ("domain", "quantity", "model", "persistence", "mean", "tokenizer alone", "beats both baselines")
 
 
-@dataclass(frozen=True)
-class Table:
-    """A heading row and rows of cells; ``numeric`` are the columns to set right-aligned."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numeric: frozenset[int] = frozenset()
-
-
-def number(value: Any) -> str:
-    """Four significant digits, a dash for what was not measured, and words for the rest."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(number, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
-    return str(value)
-
-
 def beats_baselines(scores: Metrics, quantity: str) -> str:
-    """``yes`` only if the model's error is below persistence AND the mean predictor; a dash if one is unknown."""
+    """Return ``yes`` if the model's error is below both persistence and the mean predictor; ``-`` if one is unknown."""
     model, persistence, mean = (scores.get(quantity + suffix) for suffix in ("", "_persistence", "_mean"))
     if model is None or persistence is None or mean is None:
         return "-"
@@ -52,7 +28,7 @@ def beats_baselines(scores: Metrics, quantity: str) -> str:
 
 
 def summary(metrics: Metrics) -> Table:
-    """A row for each domain and error measure, beside its baselines."""
+    """Errors with their baselines, one row per domain and error measure."""
     rows: list[Sequence[str]] = []
     for domain, scores in metrics.get("domains", {}).items():
         for key, name in QUANTITIES.items():
@@ -63,7 +39,7 @@ def summary(metrics: Metrics) -> Table:
 
 
 def band_errors(metrics: Metrics) -> Table:
-    """Relative error power in the three bands of wave number."""
+    """Relative error power in three bands of wave numbers."""
     rows = [
         (domain, field, *map(number, bands))
         for domain, scores in metrics.get("domains", {}).items()
@@ -74,7 +50,7 @@ def band_errors(metrics: Metrics) -> Table:
 
 
 def _divergences(metrics: Metrics) -> list[Metrics]:
-    """Every divergence that was measured; norm and spacing hold for all unless a row says otherwise."""
+    """Every measured divergence; a row without a norm or spacing has that of the main one."""
     main = metrics.get("divergence") or {}
     entries = metrics.get("divergence_table") or ([{"what": "prediction", **main}] if main else [])
     shared = {key: main[key] for key in ("norm", "spacing") if key in main}
@@ -82,13 +58,13 @@ def _divergences(metrics: Metrics) -> list[Metrics]:
 
 
 def divergence_norm(metrics: Metrics) -> str:
-    """The norm that every measured divergence shares; empty if there is none, or not one."""
+    """The norm that all measured divergences share; empty if they share none."""
     norms = {entry.get("norm") for entry in _divergences(metrics)}
     return str(norms.pop()) if len(norms) == 1 and None not in norms else ""
 
 
 def divergence(metrics: Metrics) -> Table:
-    """Every divergence with its operator and dtype, and its norm unless all share it (`divergence_norm`)."""
+    """Every divergence with its operator and dtype, and with its norm unless all share one (`divergence_norm`)."""
     columns = {
         "what": "what",
         "operator": "operator",
@@ -135,7 +111,7 @@ def routing(metrics: Metrics) -> Table:
 
 
 def mutual_information(metrics: Metrics) -> Table:
-    """Mutual information of expert with each category that was measured, per layer."""
+    """Mutual information of the expert with each measured category, per layer."""
     layers = metrics.get("routing", {}).get("layers", [])
     found = [layer.get("mutual_information") or {} for layer in layers]
     kinds = list(dict.fromkeys(kind for entry in found for kind in entry))
@@ -148,7 +124,7 @@ def mutual_information(metrics: Metrics) -> Table:
 
 
 def cost(metrics: Metrics) -> Table:
-    """Throughput, memory and the size of the world the run had."""
+    """Throughput, memory and number of ranks of the run."""
     throughput = metrics.get("throughput") or {}
     peak = metrics.get("peak_memory_bytes")
     rows = [
@@ -164,7 +140,7 @@ def cost(metrics: Metrics) -> Table:
 
 
 def environment(facts: dict[str, Any]) -> Table:
-    """environment.json with nested keys joined by dots."""
+    """The content of environment.json, with nested keys joined by dots."""
     return Table(("what", "value"), [(key, number(value)) for key, value in _flat(facts)])
 
 
@@ -176,43 +152,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, inner
 
 
-def to_html(table: Table) -> str:
-    """The table as markup; every cell is escaped, and yes/no cells get a class for their colour."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        marked = []
-        for i, cell in enumerate(cells):
-            classes = " ".join(
-                filter(None, ("num" if i in table.numeric else "", cell if cell in ("yes", "no") else ""))
-            )
-            attribute = f' class="{classes}"' if classes else ""
-            marked.append(f"<{tag}{attribute}>{html.escape(cell)}</{tag}>")
-        return f"<tr>{''.join(marked)}</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="wide"><table><thead>{row(table.head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def to_text(table: Table) -> str:
-    """The table in fixed-width columns for a terminal."""
-    lines = [tuple(table.head), *map(tuple, table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
-    padded = [
-        "  ".join(
-            cell.rjust(w) if i in table.numeric else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    padded.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(line.rstrip() for line in padded)
-
-
 def summary_table(metrics: Metrics) -> str:
-    """What a terminal shows after an evaluation: errors beside their baselines, routing, divergence."""
+    """Summarise an evaluation for the terminal: errors with their baselines, routing, divergence."""
     parts = [
         f"run {metrics.get('run', '?')}, step {number(metrics.get('step'))}, held-out data",
-        to_text(summary(metrics)),
+        summary(metrics).text(),
     ]
     layers = metrics.get("routing", {}).get("layers", [])
     if layers:

@@ -1,4 +1,4 @@
-"""Pictures of flow fields: slices, energy spectra, rollout error."""
+"""Figures of flow fields: slices, energy spectra, rollout error."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shodh_moe.report import style
-from shodh_moe.report.load import Array, RunData
+from shodh_moe.report.run.load import Array, RunData
 
 SPEED_UNIT = "cells / time step"
-# The open channel is cut upright along its stream (x to the right, z up), everything else level.
+# Domains cut vertically along the stream (x to the right, z up); all others are cut horizontally.
 UPRIGHT = {"open_channel"}
 
 
 def mid_slice(domain: str, volume: Array) -> tuple[Array, str, str]:
-    """The middle plane of [..., X, Y, Z], as rows up and columns right, and the names of its two axes."""
+    """Return the middle plane of [..., X, Y, Z], rows upwards and columns to the right, and the names of its axes."""
     if domain in UPRIGHT:
         return np.swapaxes(volume[..., :, volume.shape[-2] // 2, :], -1, -2), "x", "z"
     return np.swapaxes(volume[..., volume.shape[-1] // 2], -1, -2), "x", "y"
 
 
 def cut_name(domain: str) -> str:
+    """Name the plane that `mid_slice` returns."""
     return "x-z, half way across" if domain in UPRIGHT else "x-y, half way up"
 
 
 def field_slices(run: RunData, domain: str) -> Figure | None:
-    """True, predicted and error (predicted - true) of speed and pressure in the mid-plane of one example."""
+    """Draw true, predicted and error (predicted - true) speed and pressure in the mid-plane of one example."""
     arrays = run.get(domain, "true", "pred", "solid")
     if arrays is None:
         return None
@@ -65,9 +66,8 @@ def field_slices(run: RunData, domain: str) -> Figure | None:
             style.label(axes, f"{name}: {what}", f"{across} (cells)", f"{up} (cells)", grid=False)
             if what != "true":
                 over = [axes] if error else places[:2]
-                bar = figure.colorbar(image, ax=over, fraction=0.05 if error else 0.025, pad=0.02)
-                bar.set_label(f"error of {unit}" if error else unit, fontsize=style.TICK)
-                bar.ax.tick_params(labelsize=style.TICK)
+                shown_unit, share = (f"error of {unit}", 0.05) if error else (unit, 0.025)
+                bar = style.colour_bar(figure, image, over, shown_unit, fraction=share, pad=0.02)
                 bar.formatter.set_powerlimits((-3, 4))
                 bar.ax.yaxis.get_offset_text().set_fontsize(style.TICK)
     return figure
@@ -87,7 +87,7 @@ def _largest(values: Array) -> float:
 
 
 def energy_spectra(run: RunData) -> Figure | None:
-    """Kinetic energy against wave number, log-log, a panel for each domain."""
+    """Draw kinetic energy against wave number on logarithmic axes, one panel per domain."""
     found = [
         (d, a) for d in run.domains if (a := run.get(d, "spectrum_k", "spectrum_true", "spectrum_pred")) is not None
     ]
@@ -105,7 +105,7 @@ def energy_spectra(run: RunData) -> Figure | None:
         axes.set_xscale("log")
         style.plain_ticks(axes.xaxis)
         style.log_y(axes)
-        # The decoder cannot make the corner modes at all: their rounding would take up the whole axis.
+        # The decoder cannot produce the corner modes: their rounding error would stretch the axis.
         axes.set_ylim(bottom=true[k > 0].max() * 1e-8)
         axes.axvline(np.pi, color="0.6", linewidth=1.0)
         axes.annotate(
@@ -126,7 +126,7 @@ def energy_spectra(run: RunData) -> Figure | None:
 
 
 def rollout_error(run: RunData) -> Figure | None:
-    """Velocity error of a rollout against time, beside persistence, a panel for each domain."""
+    """Draw the velocity error of a rollout and of persistence against time, one panel per domain."""
     found = [(d, a) for d in run.domains if (a := run.get(d, "rollout_time", "rollout_error")) is not None]
     if not found:
         return None
@@ -143,7 +143,7 @@ def rollout_error(run: RunData) -> Figure | None:
 
 
 def _rollout_panel(run: RunData, domain: str, axes: Axes, time: Array, error: Array) -> None:
-    # One measured time is a point, not a line: mark it, or the panel looks empty.
+    # A single measured time is a point, not a line: without a marker the panel looks empty.
     mark = "o" if time.size <= 30 else ""
     axes.plot(time, error, label="model, own predictions fed back", marker=mark, markersize=4, **style.PRED_STYLE)
     band = run.get(domain, "rollout_error_low", "rollout_error_high")

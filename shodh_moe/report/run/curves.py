@@ -1,4 +1,4 @@
-"""Pictures of training: losses of the transformer and of the tokenizer."""
+"""Figures of training: losses of the transformer and of the tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shodh_moe.report import style
-from shodh_moe.report.load import RunData
+from shodh_moe.report.run.load import RunData
 from shodh_moe.training.records import Record, records
 
 TRAIN_TERMS = {"loss": "total", "prediction_loss": "prediction", "balance_loss": "balance", "z_loss": "router z"}
@@ -15,7 +15,7 @@ TOKENIZER_COLOURS = {"loss": "black", "velocity_mse": "#c2410c", "pressure_mse":
 
 
 def loss_curves(run: RunData) -> Figure | None:
-    """Losses over steps: training terms, held-out latent error beside persistence, and the tokenizer's."""
+    """Draw losses over steps: the training terms, held-out latent error with persistence, the tokenizer's losses."""
     train, valid = records(run.history, "train"), records(run.history, "valid")
     fits = records(run.tokenizer_history, "train")
     held_out = records(run.tokenizer_history, "valid")

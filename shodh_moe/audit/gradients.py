@@ -1,7 +1,7 @@
-"""Gradient conflict: do the domains pull the same weights in opposite directions (DESIGN 3.6)?
+"""Gradient conflict: whether domains pull the same weights in opposite directions (DESIGN 3.6).
 
 The cosine between the gradients of two tasks is that of PCGrad (Yu et al., arXiv 2001.06782, section 2): below 0 they
-conflict. Its magnitude similarity is 2 r / (1 + r^2) of the ratio r that is given here.
+conflict. PCGrad's magnitude similarity is 2 r / (1 + r^2), where r is the ratio of the norms reported here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Windows = list[tuple[int, int]]
 
 
 def gradients_over_training(run: Path, config: Config, samples: LatentSamples, per_domain: int) -> list[dict[str, Any]]:
-    """`gradient_conflict` at every checkpoint of a run: ``[{"step", "groups"}]``, steps ascending; [] without any.
+    """`gradient_conflict` at every checkpoint of a run: ``[{"step", "groups"}]`` by ascending step; [] without any.
 
     Raises:
         UserError: a checkpoint is damaged.
@@ -46,30 +46,30 @@ def gradients_over_training(run: Path, config: Config, samples: LatentSamples, p
 def gradient_conflict(
     transformer: LatentTransformer, samples: LatentSamples, per_domain: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Compare the domains' gradients of the mean squared prediction error alone, without the router's losses.
+    """Compare the domains' gradients of the mean squared prediction error, without the router's losses.
 
-    A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), spread evenly over
-    them: the same at every call. No token is dropped. The model's mode and ``.grad`` are left as they were.
+    A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), evenly spread and the
+    same at every call. No token is dropped. The model's mode and ``.grad`` do not change.
 
     Args:
-        transformer: all experts in this process.
-        batch_size: samples at a time; the result does not depend on it but for rounding.
+        transformer: the model, with all experts in this process.
+        batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
         By group of parameters (the ``group`` of their `Marks`; experts one by one, each over all layers):
         ``cosine`` ``{"a|b": float}`` of every pair of domains, in [-1, 1];
         ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
         ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
-        domain's samples, which come from different trajectories where there are several. It tells noise from
-        conflict: two domains with the same gradient but for the noise have a cosine of about ``sqrt(q_a q_b)``,
-        q = 2 w / (1 + w) with w of ``within`` (Spearman and Brown: reliability of the whole from its halves).
-        None where a gradient is zero, as that of an expert without tokens is, or the norm to divide by is.
+        domain's samples, which come from different trajectories if there are several. It separates noise from
+        conflict: two domains whose gradients differ only by noise have a cosine of about ``sqrt(q_a q_b)``, where
+        q = 2 w / (1 + w) and w is ``within`` (Spearman and Brown: reliability of the whole from its halves).
+        A value is None if a gradient is zero, such as that of an expert without tokens.
     """
     windows: list[Windows] = [[] for _ in samples.domains]
     for window in all_windows(samples, per_domain):
         windows[window[0]].append(window)
     training = transformer.training
-    transformer.eval()  # training mode would drop the tokens that find their expert full
+    transformer.eval()  # training mode drops tokens whose expert is full
     try:
         halves = {
             domain: [
@@ -81,7 +81,7 @@ def gradient_conflict(
     finally:
         transformer.train(training)
     groups: dict[str, dict[str, Any]] = {}
-    # Sums over each half's samples, so the whole's mean is their sum over the number of all.
+    # Each half holds the sum over its samples, so the mean is the sum of both over the number of samples.
     for name in halves[samples.domains[0]][0]:
         whole = {
             domain: (first[name] + second[name]) / len(chosen)
@@ -100,7 +100,7 @@ def gradient_conflict(
 def _gradient(
     transformer: LatentTransformer, samples: LatentSamples, windows: Windows, batch_size: int
 ) -> dict[str, Tensor]:
-    """Of the sum over windows of the mean squared error, float64 and flat, by group; all zero without a window."""
+    """Gradient of the summed error over windows, by group of parameters: flat, float64, all zero without a window."""
     parameters = list(transformer.parameters())
     sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     device, dtype = transformer.head.weight.device, transformer.head.weight.dtype
@@ -126,7 +126,7 @@ def _cosine(a: Tensor, b: Tensor) -> float | None:
     norms = float(a.norm()) * float(b.norm())
     if not (math.isfinite(norms) and norms > 0):
         return None
-    # Rounding must not put it outside.
+    # Rounding must not leave [-1, 1].
     return max(-1.0, min(1.0, float(a @ b) / norms))
 
 

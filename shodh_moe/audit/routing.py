@@ -1,4 +1,4 @@
-"""What the routers do on held-out tokens, what their choice knows, and when in training they parted the domains.
+"""Routing of held-out tokens, its information about the domain, and the step at which training split the domains.
 
 Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 """
@@ -36,18 +36,20 @@ MOST_RECORDS = 100
 def heldout_routing(
     transformer: LatentTransformer, trajectories: list[LatentTrajectory], speeds: Speeds | None, config: Config
 ) -> dict[str, Any] | None:
-    """`summarise_routing` over all one-step windows, no token dropped, and in ``mutual_information`` of each layer
-    what the expert tells of the token, in nats: ``domain``, ``solid_fraction``, ``speed`` (mean |u| of the token's
-    cells), and ``domain_given_solid_fraction`` and ``domain_given_speed``, of the domain beyond what these show.
+    """`summarise_routing` over all one-step windows without dropping tokens, plus mutual information.
 
-    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles, over these very
-    tokens of all domains together, of those that hold fluid, and the tokens that are all solid. It is the speed at
-    the newest snapshot of the window: the router sees that and older ones, never the one to predict.
+    ``mutual_information`` of each layer is that of the expert, in nats, with: ``domain``, ``solid_fraction``, ``speed``
+    (mean |u| of the token's cells), and the domain beyond what these two show, ``domain_given_solid_fraction`` and
+    ``domain_given_speed``.
+
+    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles of all tokens that
+    hold fluid, over all domains together, and the tokens that are all solid. It is taken from the newest snapshot of
+    the window: the router sees that one and older ones, never the one to predict.
 
     Args:
-        transformer: in evaluation mode.
-        speeds: `local_speeds` of the trajectories; None leaves what needs them None.
-        config: its history, patch, ``data.weights`` (which domains are used) and ``evaluation.batch_size``.
+        transformer: the model in evaluation mode.
+        speeds: `local_speeds` of the trajectories; None: values that need them are None.
+        config: provides history, patch, ``data.weights`` (the domains to use) and ``evaluation.batch_size``.
 
     Returns:
         None for a dense model.
@@ -86,16 +88,16 @@ def heldout_routing(
 
 
 def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
-    """Of each token [x, y, z]; the last category is all solid."""
+    """Category of each token's solid fraction [x, y, z]; the last category is all solid."""
     return solid_fraction_category(trajectory.solid_fraction_by_token(patch), SOLID_CATEGORIES)
 
 
 def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:
-    """Of each trajectory [windows, x, y, z], by the window's first snapshot."""
+    """Category of each token's speed: for each trajectory [windows, x, y, z], by the window's first snapshot."""
     newest = [speeds[one.source, one.sample][samples.history - 1 : one.snapshots - 1] for one in samples.trajectories]
     wet = [(category < SOLID_CATEGORIES - 1).expand_as(u) for u, category in zip(newest, solid, strict=True)]
     fluid = torch.cat([u[where] for u, where in zip(newest, wet, strict=True)])
-    # By numpy: torch.quantile refuses more than 16 million values.
+    # numpy, because torch.quantile refuses more than 16 million values.
     edges = torch.from_numpy(np.quantile(fluid.numpy(), [0.25, 0.5, 0.75]).astype(np.float32))
     return [
         torch.where(where, torch.bucketize(u.contiguous(), edges, right=True), SPEED_CATEGORIES - 1)
@@ -104,12 +106,12 @@ def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor
 
 
 def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THRESHOLD) -> dict[str, Any] | None:
-    """When the routers parted the domains for good, from the training records of a run, by step.
+    """Find the step at which the routers split the domains for good, from the training records of a run.
 
     Returns:
-        ``step``: that of the first record from which on every layer is bifurcated (`bifurcated`) to the last record;
-        None if the last is not. ``loads``: at most 100 records, evenly thinned, the last one kept, of ``step`` and
-        ``load`` (by layer, {domain: [E]}). None where no record has a routing (a dense model).
+        ``step``: step of the first record from which every layer stays bifurcated (`bifurcated`) up to the last record;
+        None if the last record is not bifurcated. ``loads``: at most 100 evenly thinned records, including the last
+        one, of ``step`` and ``load`` (by layer, {domain: [E]}). None if no record has a routing (a dense model).
     """
     kept = [
         {"step": record["step"], "load": [layer["load"] for layer in record["routing"]]}
@@ -130,8 +132,9 @@ def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THR
 def unseen(
     transformer: LatentTransformer, trajectories: list[LatentTrajectory], config: Config, speeds: Speeds | None = None
 ) -> dict[str, Any]:
-    """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories in geometries that the model was
-    not trained on. They must be of the same domains, or the oracle router would count them differently.
+    """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories with unseen geometries.
+
+    The trajectories must cover the domains of training, because the oracle router goes by the number of the domain.
     """
     samples = LatentSamples(trajectories, config.model.history, config.data.weights)
     return {

@@ -11,7 +11,7 @@ from shodh_moe.tokenizer.latents import LatentSamples
 
 
 def all_windows(samples: LatentSamples, count: int | None = None) -> list[tuple[int, int]]:
-    """(domain, index) of every window, or of ``count`` in each domain, spread evenly over it (all, if it has fewer)."""
+    """(domain, index) of every window, or of ``count`` evenly spread windows per domain (all, if it has fewer)."""
     used = [size if count is None else min(count, size) for size in samples.sizes]
     return [
         (domain, n * size // use)
@@ -26,8 +26,9 @@ def latent_errors(
     batch_size: int,
     windows: list[tuple[int, int]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """``{domain: {"latent_mse", "latent_mse_persistence"}}``, means over ``windows`` (None: all), each with the same
-    weight; a domain without a window is left out.
+    """One-step errors by domain: ``{domain: {"latent_mse", "latent_mse_persistence"}}``.
+
+    They are unweighted means over ``windows`` (None: all). Domains without a window are left out.
     """
     windows = all_windows(samples) if windows is None else windows
     totals_D2 = torch.zeros(len(samples.domains), 2, dtype=torch.float64)

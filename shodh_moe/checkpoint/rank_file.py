@@ -64,7 +64,7 @@ class HostCopy:
         self._header = len(text).to_bytes(8, "little") + text
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write and sync the file; return its ``bytes`` and ``sha256``. Releases the GIL while it writes and hashes."""
+        """Write and sync the file; return its ``bytes`` and ``sha256``. Other threads can run meanwhile."""
         digest = hashlib.sha256(self._header)
         data = self._buffer.numpy().data[: self._bytes]
         with open(path, "wb") as file:

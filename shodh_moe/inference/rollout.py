@@ -25,13 +25,13 @@ def rollout(
 
 
 def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normalised latents of one geometry -> velocity and pressure at the centres [B, 4, X, Y, Z], in ``dtype``."""
+    """Decode normalised latents of one geometry to cell-centred velocity and pressure [B, 4, X, Y, Z] in ``dtype``."""
     return decode_both(tokenizer, z_BCxyz, solid_1XYZ, dtype)[0]
 
 
 def decode_both(
     tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """What `decode` gives, and the velocity whose divergence vanishes [B, 3, X, Y, Z]; see `Flow`."""
+    """As `decode`, with the divergence-free velocity [B, 3, X, Y, Z] as a second result; see `Flow`."""
     flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
     return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1), flow.conserved_B3XYZ

@@ -1,1 +1,1 @@
-"""Starting ranks and other processes, here and on other hosts, and ending them in good order."""
+"""Starting ranks and other processes, on this and other hosts, and stopping them cleanly."""

@@ -245,7 +245,7 @@ def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
     found = find_checkpoint(here / "runs/long/checkpoints")
     assert found is not None
     # Where it was stopped, not merely where the next checkpoint was due.
-    assert f"stopped by a signal after step {found[1]['step']}: the same command goes on from there" in out
+    assert f"stopped by a signal after step {found[1]['step']}: the same command resumes from there" in out
 
 
 def ranks(folder: Path) -> list[int]:

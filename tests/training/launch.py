@@ -17,18 +17,18 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run the ranks to their end; when one fails the others are ended, and its code is the result's.
+    """Run all ranks to their end. When one fails, the others are ended and its exit code is returned.
 
-    What launchers do, in a third of the time: DeepSpeed's imports itself twice before the ranks begin.
+    This takes a third of the time of DeepSpeed's launcher, which imports DeepSpeed twice before the ranks start.
     """
-    told = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    told |= {"MASTER_PORT": str(free_port()), **ENVIRONMENT}
+    variables = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"MASTER_PORT": str(free_port()), **ENVIRONMENT}
     command = [sys.executable, "-u", str(script), *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         processes = [
             subprocess.Popen(
                 command,
-                env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=out,
                 stderr=error,
                 start_new_session=True,
@@ -48,7 +48,7 @@ def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> s
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int:
-    """The code of the first that fails, after the others have had the time of a launcher to end; or 0."""
+    """Return the exit code of the first rank that fails, after giving the others time to end; 0 if none fails."""
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
@@ -65,7 +65,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int:
 
 
 def start(ranks: int, script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``deepspeed --num_gpus RANKS script arguments``, in a session of its own; the caller waits."""
+    """``deepspeed --num_gpus RANKS script arguments``, in its own session; the caller waits."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), str(script), *arguments]
     environment = {**os.environ, **ENVIRONMENT}

@@ -184,7 +184,7 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
         patch.setattr(generate, "simulation_threads", lambda config, cores: 1)
         patch.setattr(generate, "run", stops)
         assert shodh("data", "generate") == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: nothing half-written is left")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no partial files are left")
     assert not list(here.rglob("manifest.json"))
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*.hdf5")}
     assert len(before) == 3

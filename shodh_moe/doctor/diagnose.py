@@ -1,4 +1,4 @@
-"""The command: gathers, judges, prints."""
+"""The command ``shodh doctor``: gathers facts, judges them and prints a table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json:
     """Print a table of what a training needs, or the same as JSON.
 
     Args:
-        hostfile: look at its hosts too, over ssh.
-        folders: of runs, data and tokenizers, on every host at the same place; default: the working folder.
+        hostfile: also inspect its hosts over ssh.
+        folders: folders of runs, data and tokenizers, at the same path on every host; default: the working folder.
 
     Returns:
         0 if there is no error, 2 if there is one.
@@ -27,7 +27,7 @@ def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json:
     Raises:
         UserError: the hostfile is wrong.
     """
-    # Without the ends of a path, so that a folder has one name in every line.
+    # Normalised paths, so that a folder has the same name in every line.
     folders = list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders or ["."]))
     lines = _look(hostfile, folders)
     if json:
@@ -41,11 +41,11 @@ def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
     if hostfile is None:
         return _own_lines(gather(folders), False)
     try:
-        # What reads hostfiles stands beside what needs torch, which is a thing that may be broken here.
+        # These imports load torch, which may be broken here.
         from shodh_moe.doctor import cluster, gather_remote
         from shodh_moe.launching.hostfile import read_hostfile
-    except Exception as error:  # of whatever kind the broken torch likes
-        return [*_own_lines(gather(folders), True), _not_asked(error, "mend the errors above first")]
+    except Exception as error:  # a broken torch may raise anything
+        return [*_own_lines(gather(folders), True), _not_asked(error, "fix the errors above first")]
     named = read_hostfile(hostfile)
     with ThreadPoolExecutor(1) as pool:
         gathered = pool.submit(gather, folders)
@@ -53,7 +53,7 @@ def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
             facts = gather_remote.ask_facts([host.name for host in named])
         except UserError as error:
             return [*_own_lines(gathered.result(), True), _not_asked(error, "install it first")]
-        answered = {name: told for name, told in facts.items() if "error" not in told}
+        answered = {name: found for name, found in facts.items() if "error" not in found}
         checks = gather_remote.check_between(answered, folders) if answered else {}
         found = gathered.result()
     lines = [*_own_lines(found, True), *cluster.answer_lines(facts)]

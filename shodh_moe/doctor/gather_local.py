@@ -1,4 +1,4 @@
-"""Gathers what this host is like; every part may fail or hang without the others."""
+"""Gathers facts about this host. Each part may fail or hang without affecting the others."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from typing import Any
 import shodh_moe
 
 PACKAGE = Path(shodh_moe.__file__).parent
-SECONDS = 60.0  # that an import may take: a cold network file system is slow
+SECONDS = 60.0  # time limit for an import: a cold network file system is slow
 FOLDER_SECONDS = 5.0
-HDF5_SECONDS = 20.0  # it is imported, and writes to a folder
-DEFAULT_PORT = 29500  # of deepspeed and torchrun
+HDF5_SECONDS = 20.0  # time limit for importing h5py and writing to a folder
+DEFAULT_PORT = 29500  # default of deepspeed and torchrun
 
 Found = dict[str, Any]
 
 
 def gather(folders: list[str]) -> Found:
-    """What the checks of software.py and machine.py read; a part that failed has ``error``, one line."""
+    """Gather the facts for software.py and machine.py. A part that failed has only ``error``, one line."""
     script = PACKAGE / "doctor" / "local_script.py"
     with ThreadPoolExecutor(16) as pool:
         parts: dict[str, Future[Any]] = {
@@ -59,7 +59,7 @@ def gather(folders: list[str]) -> Found:
 
 
 def run_part(script: Path, *arguments: str, seconds: float = SECONDS) -> Found:
-    """The JSON that a script prints in its last line, or ``error``."""
+    """Run a script and return the JSON in its last line of output, or ``error``."""
     process = subprocess.Popen(
         [sys.executable, "-", *arguments],
         stdin=subprocess.PIPE,
@@ -71,7 +71,7 @@ def run_part(script: Path, *arguments: str, seconds: float = SECONDS) -> Found:
     try:
         output, errors = process.communicate(script.read_text(encoding="utf-8"), timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: on a file system that hangs it does not end
+        process.kill()  # without waiting: on a hanging file system it may never end
         return {"error": f"no answer within {seconds:g} s"}
     if process.returncode < 0:
         return {"error": f"ended by signal {-process.returncode}"}
@@ -91,7 +91,7 @@ def _installed(name: str) -> bool:
 
 
 def _output(*command: str) -> str | None:
-    """What a command says; None where it is not there."""
+    """Return a command's output; None if it is not installed."""
     if not shutil.which(command[0]):
         return None
     try:
@@ -103,20 +103,20 @@ def _output(*command: str) -> str | None:
 
 def _nvidia() -> list[dict[str, str]]:
     names = ("name", "memory.total", "compute_cap", "driver_version")
-    said = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader") or ""
-    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+    output = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader") or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines()]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
 
 def _mpirun() -> dict[str, str] | None:
-    # One that came with the Python packages is beside the interpreter, on the PATH or not.
+    # An mpirun from a Python package is next to the interpreter, whether on the PATH or not.
     beside = Path(sys.executable).with_name("mpirun")
     path = str(beside) if beside.exists() else shutil.which("mpirun")
     return {"path": path, "version": _output(path, "--version") or ""} if path else None
 
 
 def _git() -> str:
-    """Commit of the source, with ``+`` if files changed since; "" outside git."""
+    """Return the commit of the source, with ``+`` if files have changed since; "" outside git."""
     revision = _output("git", "-C", str(PACKAGE.parent), "rev-parse", "--short=10", "HEAD") or ""
     if not re.fullmatch("[0-9a-f]{10,}", revision):
         return ""
@@ -127,14 +127,14 @@ def _port(script: Path) -> Found:
     text = os.environ.get("MASTER_PORT", "")
     found: Found = {"number": text or str(DEFAULT_PORT), "chosen": bool(text), "free": False, "holder": ""}
     if not found["number"].isdecimal() or not 0 < int(found["number"]) < 65536:
-        return found | {"error": "is no port number"}
+        return found | {"error": "is not a port number"}
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", int(found["number"])))
             return found | {"free": True}
         except PermissionError:
-            return found | {"error": "needs root's rights"}
+            return found | {"error": "needs root privileges"}
         except OSError:
             return found | {"holder": run_part(script, "port", found["number"]).get("holder", "")}
 
@@ -147,7 +147,7 @@ def _system() -> Found:
             memory[name] = int(rest.split()[0]) * 1024
     limit = None
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" is not a number
             limit = int(Path(path).read_text())
     shm = None
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Asks the hosts of a hostfile, all at once and in two rounds, so that it ends in time whoever is silent."""
+"""Queries all hosts of a hostfile in parallel, in two rounds, within a time limit even if some are silent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shodh_moe.launching.probe import probe_hosts
 from shodh_moe.launching.ssh import run_on_hosts
 
 FACTS_SECONDS = 8.0
-PORT_SECONDS = 4.0  # that the first host listens
-CHECK_SECONDS = 6.8  # with ssh's own time
+PORT_SECONDS = 4.0  # how long the first host listens
+CHECK_SECONDS = 6.8  # PORT_SECONDS plus the time that ssh takes
 
 Found = dict[str, Any]
 
 
 def ask_facts(names: list[str]) -> dict[str, Found]:
-    """What `probe_hosts` tells of every host, with ``keepalive``: ssh's ServerAliveInterval for it, in seconds."""
+    """Run `probe_hosts` and add ``keepalive``, ssh's ServerAliveInterval in seconds, to each host."""
     with ThreadPoolExecutor(len(names) + 1) as pool:
         asked = pool.submit(probe_hosts, names, FACTS_SECONDS)
         intervals = list(pool.map(_keepalive, names))
@@ -35,10 +35,10 @@ def ask_facts(names: list[str]) -> dict[str, Found]:
 
 
 def _keepalive(name: str) -> int | None:
-    """None where this ssh does not tell."""
+    """Return ServerAliveInterval for a host; None if this ssh does not show it."""
     with suppress(OSError, subprocess.TimeoutExpired, ValueError):
-        said = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, timeout=5).stdout
-        for line in said.splitlines():
+        output = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, timeout=5).stdout
+        for line in output.splitlines():
             key, _, value = line.partition(" ")
             if key == "serveraliveinterval":
                 return int(value)
@@ -46,11 +46,11 @@ def _keepalive(name: str) -> int | None:
 
 
 def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Found]:
-    """Shared folders and ports, on the hosts that answered.
+    """Check shared folders and ports on the hosts that answered.
 
     Returns:
-        By host ``error``, or ``folders`` ({folder: {error, free}}), ``reached`` ({address of the first host: "" or what
-        is wrong}) and ``listened`` ("" or what is wrong with the port of the first host).
+        By host: ``error``; or ``folders`` ({folder: {error, free}}), ``reached`` ({address of the first host: error or
+        ""}) and ``listened`` (error about the first host's port, or "").
     """
     source = Path(__file__).with_name("remote_script.py").read_text(encoding="utf-8")
     names = list(facts)
@@ -74,16 +74,16 @@ def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Foun
         try:
             return dict(json.loads(answer.output.splitlines()[-1]))
         except (ValueError, IndexError):
-            return {"error": f"its answer is not the expected one: {answer.output[-200:]!r}"}
+            return {"error": f"unexpected answer: {answer.output[-200:]!r}"}
 
     try:
         with ThreadPoolExecutor(len(names)) as pool:
             found = dict(zip(names, pool.map(check, range(len(names))), strict=True))
         for number, name in enumerate(names):
             for folder, _ in placed:
-                told = found[name].get("folders", {}).get(folder)
-                if told and not told["error"] and not _arrived(Path(folder, inside, f"host-{number}"), token):
-                    told["error"] = "takes files that this host does not see"
+                result = found[name].get("folders", {}).get(folder)
+                if result and not result["error"] and not _arrived(Path(folder, inside, f"host-{number}"), token):
+                    result["error"] = "accepts files that this host does not see"
     finally:
         for folder, _ in placed:
             shutil.rmtree(Path(folder, inside), ignore_errors=True)
@@ -91,7 +91,7 @@ def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Foun
 
 
 def _place(folder: Path, token: str) -> bool:
-    """Whether the token is there for the others; a folder that refuses it has a line of its own."""
+    """Write the token for the other hosts and return whether that worked; a failure has its own line elsewhere."""
     try:
         folder.mkdir()
         with open(folder / "token", "w") as file:

@@ -1,7 +1,7 @@
-"""Looks at this host: ``python - PART [ARGUMENT]`` with this file as standard input prints one line of JSON at its end.
+"""Inspects this host: ``python - PART [ARGUMENT]`` with this file as standard input ends with one line of JSON.
 
-Each part runs in a process of its own, since what it imports may be missing, broken, or end the process. An exception
-is left to the interpreter: its last line says what is wrong.
+Each part runs in its own process, because its imports may be missing, broken, or end the process. Exceptions are not
+caught: the last line of the traceback says what is wrong.
 """
 
 import json
@@ -55,7 +55,7 @@ def triton() -> dict:
 def mpi() -> dict:
     import mpi4py
 
-    mpi4py.rc.initialize = False  # the library's version can be had without a job
+    mpi4py.rc.initialize = False  # the library's version is available without a job
     from mpi4py import MPI
 
     return {"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version().strip("\0 \n").splitlines()[0]}
@@ -71,7 +71,7 @@ def hdf5(folder: str) -> dict:
             with h5py.File(path, mode):
                 pass
     except OSError as error:
-        if "lock" in str(error):  # any other trouble with the folder has a line of its own
+        if "lock" in str(error):  # other problems with the folder have their own line
             locking = str(error)
     finally:
         with suppress(OSError):
@@ -81,7 +81,7 @@ def hdf5(folder: str) -> dict:
 
 
 def folder(name: str) -> dict:
-    """Whether a folder, or the one it will be made in, takes a file; its file system and free bytes."""
+    """Test whether a folder, or the one it will be created in, is writable; return its file system and free bytes."""
     where = existing(name)
     path = where / f".shodh-doctor-{os.getpid()}"
     try:
@@ -106,7 +106,7 @@ def existing(name: str) -> Path:
 
 
 def file_system(path: Path) -> str:
-    """Its type, from the mount that is nearest above it; "unknown" where the system does not tell."""
+    """Return the type of the innermost mount that contains ``path``; "unknown" if the system does not show it."""
     best, found = -1, "unknown"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -118,13 +118,13 @@ def file_system(path: Path) -> str:
 
 
 def port(number: str) -> dict:
-    """Who listens on it: only asked where somebody does."""
+    """Return who listens on a port that is in use."""
     from shodh_moe.base.network import port_holder
 
     return {"holder": port_holder(int(number))}
 
 
 if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if entry]  # the working folder counts for nothing in a training either
+    sys.path[:] = [entry for entry in sys.path if entry]  # a training ignores the working folder too
     print("\n" + json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)
-    os._exit(0)  # what was imported may have threads that end badly
+    os._exit(0)  # imported libraries may have threads that crash at exit

@@ -1,8 +1,9 @@
-"""Sent to every host of a hostfile: looks for shared folders, and listens on a port or connects to one.
+"""Runs on every host of a hostfile: checks shared folders, and listens on a port or connects to one.
 
-``python - JSON`` with this file as standard input. The JSON: ``folders``, pairs of a folder and the name of a folder in
-it that holds the file ``token``; ``number`` of this host; ``token``; ``port``; ``seconds``; ``addresses`` to connect
-to, or ``visits`` to wait for as the one that listens. Prints one line of JSON. The standard library alone.
+``python - JSON`` with this file as standard input prints one line of JSON. It uses only the standard library. Keys of
+the argument: ``folders``, pairs of a folder and the name of a subfolder that holds the file ``token``; ``number`` of
+this host; ``token``; ``port``; ``seconds``; ``addresses`` to connect to; ``visits``, the number of connections that the
+listening host waits for.
 """
 
 import json
@@ -16,12 +17,12 @@ from pathlib import Path
 
 
 def look(order: dict, found: dict) -> None:
-    """Read each token, write one, and note what is wrong ("" if nothing) and the free bytes."""
+    """Read each token, write one, and store the error ("" if none) and the free bytes."""
     for folder, inside in order["folders"]:
         place = Path(folder, inside)
         try:
             if not Path(folder).is_dir():
-                found[folder] = {"error": "is not there"}
+                found[folder] = {"error": "does not exist"}
             elif not place.is_dir():
                 found[folder] = {"error": "is another folder of the same name, not a shared one"}
             else:
@@ -30,14 +31,14 @@ def look(order: dict, found: dict) -> None:
                     file.write(order["token"])
                     file.flush()
                     os.fsync(file.fileno())
-                wrong = "" if read == order["token"] else "shows another content of a file"
+                wrong = "" if read == order["token"] else "shows different file contents"
                 found[folder] = {"error": wrong, "free": shutil.disk_usage(folder).free}
         except OSError as error:
             found[folder] = {"error": f"cannot be used: {error.strerror or error}"}
 
 
 def listen(order: dict) -> str:
-    """Answer the other hosts with the token until all have come or the time is over; "" or what is wrong."""
+    """Send the token to the other hosts until all have connected or time is up; return an error or ""."""
     deadline = time.monotonic() + order["seconds"]
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,15 +59,15 @@ def listen(order: dict) -> str:
 
 
 def connect(address: str, order: dict, found: dict) -> None:
-    """Try until the other host listens or the time is over; "" in place of what is wrong."""
+    """Try to connect until the other host listens or time is up; store an error or ""."""
     deadline = time.monotonic() + order["seconds"]
     while True:
         try:
             with socket.create_connection(
                 (address, order["port"]), timeout=max(deadline - time.monotonic(), 0.1)
             ) as one:
-                said = one.recv(100).decode(errors="replace")
-            found[address] = "" if said == order["token"] else "another program answers on the port"
+                reply = one.recv(100).decode(errors="replace")
+            found[address] = "" if reply == order["token"] else "another program answers on the port"
             return
         except OSError as error:
             found[address] = error.strerror or str(error)
@@ -77,7 +78,7 @@ def connect(address: str, order: dict, found: dict) -> None:
 
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])
-    # What is not done in time is told as such: a folder that hangs must not hide the ports.
+    # Defaults for checks that do not finish in time: a hanging folder must not hide the ports.
     folders = {folder: {"error": "does not answer: its mount hangs"} for folder, _ in order["folders"]}
     reached = dict.fromkeys(order["addresses"], "timed out")
     work = [threading.Thread(target=look, args=(order, folders), daemon=True)]

@@ -1,4 +1,4 @@
-"""Processes of a benchmark or audit: several at once, each on its share of the machine, with the time each takes."""
+"""Jobs of a benchmark or audit: several processes at once, each on its share of the machine, with their run times."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class ProcessJob:
     """One Python process.
 
     Attributes:
-        name: to tell its output and time by.
-        arguments: of the interpreter.
+        name: label for its output and run time.
+        arguments: arguments of the interpreter.
         log: file for its output.
-        cost: JSON file with the seconds that it took, over all its starts.
-        excused: asked when it ended with an error: whether that is a result like any other, and the rest goes on.
+        cost: JSON file with its run time in seconds, summed over all its starts.
+        excused: called when it ended with an error; returns whether the error is a valid result and the other jobs
+            continue.
     """
 
     name: str
@@ -44,12 +45,12 @@ class ProcessJob:
 
 @dataclass
 class _Progress:
-    """What the jobs of one call have in common.
+    """State shared by the jobs of one call.
 
     Attributes:
-        failed: what went wrong, in words.
+        failed: error messages.
         stops: set once this process was asked to stop.
-        running: process numbers.
+        running: process IDs.
     """
 
     at_once: int
@@ -63,28 +64,28 @@ class _Progress:
             self.end(number)
 
     def end(self, number: int) -> None:
-        """A training writes a checkpoint first."""
+        """Ask a process to end; a training writes a checkpoint first."""
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGTERM)
 
 
 def resolve_jobs(jobs: int | str) -> int:
-    """How many processes run at once."""
+    """Return how many processes run at once."""
     if jobs != "auto":
         return int(jobs)
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> None:
-    """Run all of them. After a failure none is started any more, those that run end by themselves.
+    """Run all jobs. After a failure no more jobs are started, and the running ones finish.
 
-    SIGTERM and SIGUSR1 go to those that run, and none is started any more.
+    SIGTERM and SIGUSR1 are passed on to the running jobs, and no more jobs are started.
 
     Args:
-        label: what the lines about finished ones begin with.
+        label: prefix of the lines about finished jobs.
 
     Raises:
-        UserError: one failed and is not excused; the end of its output is told.
+        UserError: a job failed and is not excused; the message includes the end of its output.
         SystemExit: with `EXIT_REQUEUE`, after a signal.
     """
     places: queue.Queue[int] = queue.Queue()
@@ -106,14 +107,14 @@ def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> 
             if not progress.failed and not progress.stops:
                 print(f"[{label}] {waiting[future].name}: {seconds:.0f} CPU s ({number} of {len(jobs)})", flush=True)
     if progress.stops:
-        print(f"[{label}] stopped by a signal: the same command goes on from there", flush=True)
+        print(f"[{label}] stopped by a signal: the same command resumes from there", flush=True)
         raise SystemExit(EXIT_REQUEUE)
     if progress.failed:
         raise UserError(progress.failed[0])
 
 
 def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
-    # One rank, whatever has started these jobs.
+    # Each job is a single rank, no matter what started this process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if torch.cuda.is_available():
@@ -126,7 +127,7 @@ def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
     with open(job.log, "ab") as log:
         process = subprocess.Popen([sys.executable, *job.arguments], env=environment, stdout=log, stderr=log)
         progress.running.add(process.pid)
-        if progress.stops:  # since this job was begun
+        if progress.stops:  # the stop request may have come after this job was chosen
             progress.end(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         progress.running.discard(process.pid)
@@ -137,13 +138,13 @@ def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
     write_text(job.cost, json.dumps(cost) + "\n")
     if process.returncode and not progress.stops and not job.excused():
         lines = job.log.read_text(errors="replace").strip().splitlines()
-        told = next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
-        progress.failed.append(f"{job.name} ended with code {process.returncode}: {told} (all of it: {job.log})")
+        reason = next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
+        progress.failed.append(f"{job.name} ended with code {process.returncode}: {reason} (full output: {job.log})")
     return cpu
 
 
 def read_cost(path: Path) -> dict[str, float]:
-    """What `run_jobs` has noted; zeros if nothing yet."""
+    """Read the run times that `run_jobs` has written; zeros if there are none yet."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Python source run on other hosts over ssh: nothing of it, nor of its arguments, is read by a shell unquoted."""
+"""Running Python source on other hosts over ssh. No shell sees the source or an unquoted argument."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host's Python printed; or in one line why nothing useful came."""
+    """The output of a host's Python, or one line that says why there is none."""
 
     host: str
     output: str
@@ -26,14 +26,14 @@ class Answer:
 def run_on_hosts(
     hosts: list[str], source: str, arguments: list[str] | None = None, timeout_seconds: float = 10.0
 ) -> list[Answer]:
-    """Run ``source`` on every host at once, with the interpreter that has this one's path there.
+    """Run ``source`` on all hosts in parallel, with the interpreter at the same path as this one.
 
     Args:
         arguments: ``sys.argv[1:]`` of the source.
-        timeout_seconds: for all of them together.
+        timeout_seconds: time limit for all hosts together.
 
     Raises:
-        UserError: there is no ssh here.
+        UserError: this host has no ssh.
     """
     if not shutil.which("ssh"):
         raise UserError("no ssh on this host's PATH: install an OpenSSH client")
@@ -49,7 +49,7 @@ def run_on_hosts(
         )
         for host in hosts
     ]
-    for process in started:  # all of them begin before the first is waited for
+    for process in started:  # all hosts start before we wait for the first one
         assert process.stdin
         try:
             process.stdin.write(source)
@@ -70,5 +70,5 @@ def _answer(host: str, process: subprocess.Popen[str], deadline: float, timeout_
     if process.returncode == 0:
         return Answer(host, output, "")
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    # ssh's own failures end with 255; a shell without the interpreter says so in its last line, as Python does.
+    # The last line has the reason: of ssh's own failures (code 255), of a shell without the interpreter, and of Python.
     return Answer(host, output, (lines[-1] if lines else f"exit code {process.returncode}")[:200])

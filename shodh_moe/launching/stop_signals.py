@@ -1,7 +1,8 @@
-"""Ending early and in good order: a signal asks for it, and all ranks stop after the same step.
+"""Stop signals: after SIGTERM or SIGUSR1, all ranks stop cleanly after the same step.
 
-Schedulers send SIGTERM, or SIGUSR1 some time before the limit, to some ranks or to all. Each notes it; the ranks learn
-of each other's with the gradient norms of the step, write a checkpoint, and end with `EXIT_REQUEUE`.
+Schedulers send SIGTERM, or SIGUSR1 some time before the time limit, to some or all ranks. Each rank records its signal.
+The ranks exchange these requests together with the gradient norms of the step, write a checkpoint, and end with
+`EXIT_REQUEUE`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def on_stop_signals(act: Callable[[], object]) -> Iterator[None]:
-    """Within the block the two signals call ``act`` and do nothing else."""
+    """Within the block, the two signals call ``act`` and have no other effect."""
     before = {number: signal.signal(number, lambda *_: act()) for number in SIGNALS}
     try:
         yield
@@ -26,7 +27,7 @@ def on_stop_signals(act: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def stop_request() -> Iterator[list[bool]]:
-    """A list that is empty until this process is asked to stop."""
+    """Yield a list that is empty until this process is asked to stop."""
     asked: list[bool] = []
     with on_stop_signals(lambda: asked.append(True)):
         yield asked

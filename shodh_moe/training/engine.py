@@ -1,9 +1,9 @@
-"""The DeepSpeed engine around a network, with experts or not: process groups, optimizer, gradients, clipping.
+"""The DeepSpeed engine around a network, with or without experts: process groups, optimizer, gradients, clipping.
 
-DeepSpeed owns initialisation, gradient averaging over the right group of each parameter, the sharding of ZeRO, and
-the step. Three parts are ours: it recognises only its own MoE class (see `_ExpertParallelMarker`); its global norm
-counts only the experts of the local rank without ZeRO, and averages their norms with it (DeepSpeed issues 8475,
-8613), so `Engine.step` clips; and it keeps float32 where the model is float64 (see `_in_float64`).
+DeepSpeed initialises the parameters, averages each gradient over the right group, shards with ZeRO and makes the step.
+We replace three parts. DeepSpeed recognises only its own MoE class (see `_ExpertParallelMarker`). Its global norm
+counts only the local rank's experts without ZeRO, and averages their norms with it (DeepSpeed issues 8475, 8613), so
+`Engine.step` clips. It keeps a float64 model in float32 (see `_in_float64`).
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from shodh_moe.training.shards import (
 
 
 class _ExpertParallelMarker(DeepSpeedMoE):
-    """What makes DeepSpeed treat our expert parameters as experts.
+    """Makes DeepSpeed treat our expert parameters as experts.
 
-    The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every
-    module that has it, before it broadcasts parameters. This parameter-free child is both, so that the model
-    itself stays free of DeepSpeed.
+    The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every module that
+    has it, before it broadcasts parameters. This module without parameters provides both, so the model itself does not
+    depend on DeepSpeed.
     """
 
     def __init__(self, num_experts: int, ep: ExpertParallel):
@@ -79,13 +79,13 @@ class _TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was.
+    """The result of one optimizer step.
 
     Attributes:
-        norm: L2 norm of all gradients before clipping, each parameter counted once.
-        shared_norm: that of everything but the routed experts.
-        expert_norms_LE: that of each routed expert, float64 [layers, E].
-        applied: False if a loss or gradient was not finite; then weights and optimizer are as before.
+        norm: L2 norm of all gradients before clipping, with each parameter counted once.
+        shared_norm: L2 norm of all gradients except those of the routed experts.
+        expert_norms_LE: L2 norm of each routed expert's gradients, float64 [layers, E].
+        applied: False if a loss or gradient was not finite; weights and optimizer are then unchanged.
         stop: whether any rank wants to stop.
     """
 
@@ -101,11 +101,11 @@ class Engine:
 
     Attributes:
         model: the network.
-        moe_layers: its layers with experts, those of this rank.
+        moe_layers: the network's MoE layers, each holding this rank's experts.
         ep: the rank's expert-parallel group.
         optimizer: AdamW over DeepSpeed's parameter groups.
-        optimizer_name, norm: whose optimizer and RMS norm kernels are used.
-        device, dtype: what batches must have.
+        optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
+        device, dtype: device and type that batches must have.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
@@ -141,7 +141,7 @@ class Engine:
             self._communicate_float64()
         if self._zero:
             self._shards = shards_of_zero(self.model, self._zero)
-            # DeepSpeed's own way to leave a step out; that one must be left out is known before it looks.
+            # DeepSpeed's own way to skip a step. We decide before it checks.
             self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
         else:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
@@ -151,21 +151,25 @@ class Engine:
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
     def __call__(self, *inputs: Any) -> Any:
-        """The network's forward pass in the precision of ``training.precision``."""
+        """Run the network's forward pass in the precision of ``training.precision``."""
         with self.autocast():
             return self._engine(*inputs)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of ``training.precision`` for calls of ``model`` itself."""
+        """Return a context in which calls of ``model`` itself use ``training.precision``."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
-        """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
+        """Run the backward pass; after a step's last micro-batch, reduce gradients, clip by the global norm, update.
 
-        The learning rate of a parameter is ``learning_rate`` times the ``lr_scale`` of its `Marks`.
+        The gradients are those of the mean loss over the step's micro-batches. The learning rate of a parameter is
+        ``learning_rate`` times the ``lr_scale`` of its `Marks`.
 
-        ``stop`` tells the other ranks that this one wants to stop. Returns None while gradients accumulate. They are
-        those of the mean loss of the step's micro-batches.
+        Args:
+            stop: tells the other ranks that this one wants to stop.
+
+        Returns:
+            None while gradients accumulate.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
@@ -181,11 +185,11 @@ class Engine:
         return step
 
     def _clipped(self, stop: bool) -> Step:
-        """Scale the gradients down to the clipping norm, and tell their norms."""
+        """Scale the gradients down to the clipping norm and return their norms."""
         gradients = self._gradients()
         layers, experts = len(self.moe_layers), self._experts
         squares = squared_norms(gradients, self._layer_of, layers, experts, self.ep)
-        # One small exchange tells every rank the norms, whether any rank's loss was not finite, and who wants to stop.
+        # One small reduction gives every rank the norms, the count of bad losses, and the count of stop requests.
         table = torch.cat([squares, self._bad_losses[None], self._bad_losses.new_tensor([float(stop)])])
         self._bad_losses.zero_()
         dist.all_reduce(table)
@@ -199,7 +203,7 @@ class Engine:
         return Step(norm, float(norms[-1]), norms[:-1].view(layers, experts), not self._skip, stops)
 
     def _gradients(self) -> list[tuple[Shard, Tensor]]:
-        """The reduced gradient of every shard that has one, flat."""
+        """Return the reduced, flat gradient of every shard that has one."""
         found = []
         for shard in self._shards:
             gradient = shard.parameter.grad
@@ -212,26 +216,26 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates made so far; steps that were left out do not count."""
+        """Number of optimizer updates so far, without skipped steps."""
         return updates(self.optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank saves: over all ranks every element of weights and moments once."""
+        """Return what this rank saves. Over all ranks, every element of weights and moments occurs once."""
         return fragments(self._shards, self.optimizer, self.ep, all_held=False)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Logical shapes of all that a checkpoint holds."""
+        """Return the logical shapes of all tensors in a checkpoint."""
         return logical_shapes(self.model, self.ep)
 
     def load(self, reader: CheckpointReader) -> None:
-        """Weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
+        """Load weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
         reader.fill(fragments(self._shards, self.optimizer, self.ep, all_held=True))
         set_updates(self.optimizer, reader.state["updates"])
         if self._zero:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Weights alone; optimizer state stays that of a fresh start."""
+        """Load the weights only; the optimizer state stays as for a new run."""
         held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
         reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
         if self._zero:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and TensorBoard, written by rank 0 (docs/telemetry.md)."""
+"""Writing ``metrics.jsonl`` and TensorBoard events on rank 0 (docs/telemetry.md)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.training.event_file import EventFile, append
 from shodh_moe.training.records import METRICS, Record, read_run
 
-COLUMNS = 256  # of a load map at most
-RECORDS_PER_MAP = 20  # the maps are drawn after so many records of the routing, and at the end
-MOST_EXPERTS = 16  # that get a scalar each; of more, the smallest and the largest number are shown beside the map
-MAP_HEIGHT = 128  # pixels at least
-# Colours of a map at no load, at an even share 1 / E, and far beyond.
+COLUMNS = 256  # maximum width of a load map
+RECORDS_PER_MAP = 20  # maps are drawn after this many routing records, and at the end
+MOST_EXPERTS = 16  # up to this many get a scalar each; for more, only the smallest and the largest value are shown
+MAP_HEIGHT = 128  # minimum height of a map in pixels
+# Map colours at no load, at an even share 1 / E, and at a much larger load.
 STARVED, EVEN, BUSY = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 
 
 class LoadMaps:
-    """The load of the experts over time, a map of experts by time for each layer and domain.
+    """Load of the experts over time: one experts-by-time map per layer and domain.
 
-    When there are `COLUMNS` columns, neighbours are merged: each then stands for twice the records.
+    At `COLUMNS` columns, neighbours are merged, so that each column covers twice as many records.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,15 @@ class LoadMaps:
             self._records_per_column *= 2
 
     def images(self) -> dict[str, np.ndarray]:
-        """Red-green-blue pictures, uint8 [height, width, 3], by ``layer_<number>/<domain>``: expert 0 on top, time to
-        the right; white is an even share, blue less, red more.
+        """Return RGB images, uint8 [height, width, 3], by ``layer_<number>/<domain>``.
+
+        Expert 0 is at the top and time runs to the right. White is an even share, blue is less, red is more.
         """
         if not self.columns:
             return {}
         load_LDET = np.stack(self.columns, axis=-1)
         experts = load_LDET.shape[2]
-        # 0 without load, 1/2 at the even share, towards 1 beyond: as telling for 64 experts as for 2.
+        # 0 at no load, 1/2 at the even share, approaching 1 above it, for any number of experts.
         level = load_LDET * experts / (1 + load_LDET * experts)
         rgb = np.stack([np.interp(level, (0, 0.5, 1), ends) for ends in zip(STARVED, EVEN, BUSY, strict=True)], axis=-1)
         rgb = rgb.round().astype(np.uint8).repeat(max(MAP_HEIGHT // experts, 4), axis=2).repeat(2, axis=3)
@@ -69,10 +70,13 @@ class LoadMaps:
 
 
 class Log:
-    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``.
+    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard. A context manager that closes itself.
+
+    Args:
+        step: the step that the run resumes from; later records are removed.
 
     Raises:
-        UserError: here and at every write, if the disk is full or not writable. Neither file gets half a record.
+        UserError: here and at every write, if the disk is full or not writable. No file is left with half a record.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -87,8 +91,10 @@ class Log:
                 self._maps.add(record["routing"])
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record with ``step`` and ``kind``; its numbers become scalars ``<kind>/<key>``, its routing
-        ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
+        """Write one record with ``step`` and ``kind``.
+
+        Its numbers become scalars ``<kind>/<key>``, its routing ``routing_.../layer_<number>...``. Numbers that are not
+        finite become null, because JSON cannot represent them.
         """
         if self.closed:
             raise ValueError(f"the log {self.path} is closed")
@@ -101,7 +107,7 @@ class Log:
                 _flatten(f"{kind}/{key}", value, scalars)
         for layer in routing:
             _flatten_layer(layer, scalars)
-        # One event for all: a call of add_scalar for each would cost ten times as much.
+        # One event for all scalars: one add_scalar call each would cost ten times as much.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._events.add(Summary(value=values), record["step"])
         if routing:
@@ -135,7 +141,7 @@ def _line(record: Record) -> str:
 
 
 def _flatten(tag: str, value: Any, scalars: dict[str, float]) -> None:
-    """Numbers below ``value``; a list has one for each expert."""
+    """Collect the numbers inside ``value``. A list has one entry per expert."""
     if isinstance(value, float):
         scalars[tag] = value
     elif isinstance(value, dict):

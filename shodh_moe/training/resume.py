@@ -1,4 +1,4 @@
-"""Where a run goes on: rank 0 chooses and checks the checkpoint, every rank reads its own part of it."""
+"""Resuming a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from shodh_moe.training.engine import Engine
 
 
 def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Load weights, optimizer and, at the same number of ranks, random state (collective).
+    """Load weights, optimizer and, if the number of ranks is the same, random state (collective).
 
     Args:
-        resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
+        resume: ``auto`` for the newest intact checkpoint of the folder, if there is one; or a checkpoint folder.
 
     Returns:
-        {path, step, world_size, start} of the checkpoint, or None for a start from scratch; and what else this rank
-        left in it, nothing at another number of ranks.
+        {path, step, world_size, start} of the checkpoint, or None to start from scratch; and this rank's own state in
+        it, which is empty if the number of ranks has changed.
 
     Raises:
-        UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
+        UserError: on rank 0, if there are checkpoints but none is intact and fits; the other ranks exit silently.
     """
     shapes = engine.shapes()
     state: dict[str, Tensor] = {}
@@ -41,7 +41,7 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
 
 
 class Starts(Protocol):
-    """The part of `trainer.Task` that `weights_from` needs."""
+    """The part of `trainer.Task` that `weights_from` uses."""
 
     engine: Engine
 
@@ -49,16 +49,17 @@ class Starts(Protocol):
 
 
 def weights_from(path: Path, task: Starts) -> dict[str, Any]:
-    """Load the weights of another run to begin a new one from (collective).
+    """Load the weights of another run as the start of a new one (collective).
 
     Args:
-        path: a run folder (its newest intact checkpoint) or a checkpoint, of any layout; a merged one too.
+        path: a run folder (its newest intact checkpoint is used) or a checkpoint of any layout, including a merged one.
 
     Returns:
         {path, step, sha256 of its state}.
 
     Raises:
-        UserError: on rank 0, if there is none, or its tensors are not those of this network; the others end quietly.
+        UserError: on rank 0, if there is no checkpoint or its tensors do not fit this network; the other ranks exit
+            silently.
     """
     found: dict[str, Any] = on_rank_0(lambda: _find_weights(path, task))
     task.engine.load_weights(CheckpointReader(Path(found["path"])))
@@ -82,7 +83,7 @@ def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
 
 
 def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
-    """Where to go on, as {path, step, world_size, start}; None: from scratch."""
+    """Return {path, step, world_size, start} of the checkpoint to resume from, None to start from scratch."""
     if resume == "auto":
         found = find_checkpoint(checkpoints, shapes)
         return {"path": str(found[0]), **_pick(found[1])} if found else None
@@ -119,12 +120,12 @@ def on_rank_0(work: Callable[[], Any], share: bool = True) -> Any:
     if error:
         raise error
     if not message[1]:
-        raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
+        raise SystemExit(EXIT_USER_ERROR)  # silently: rank 0 reports the reason
     return result if dist.get_rank() == 0 else message[0]
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of this rank's generators, for a checkpoint."""
+    """Return the state of this rank's random generators, for a checkpoint."""
     states = {"rng/cpu": torch.get_rng_state()}
     return states | ({"rng/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

@@ -152,7 +152,7 @@ def test_a_job_without_its_config_is_refused(cluster, script):
         assert said.count("\n") == 1, said
     outside = subprocess.run(["bash", SCRIPTS / script], cwd=REPOSITORY, capture_output=True, text=True)
     assert outside.returncode == EXIT_USER_ERROR
-    assert outside.stderr == "error: this is no SLURM job: submit the script with sbatch\n"
+    assert outside.stderr == "error: this is not a SLURM job: submit the script with sbatch\n"
 
 
 def test_restarts_have_a_limit_and_arguments_may_have_spaces(cluster):

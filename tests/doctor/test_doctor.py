@@ -1,4 +1,4 @@
-"""The command as a whole: on this host, and on two that are this host under other names."""
+"""The whole command, on this host and on several fake hosts that are this host under other names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Lines:
 
 
 def test_the_real_host(tmp_path: Path) -> None:
-    """By its own process, as users start it: quick, one line a check, an exit code that fits, nothing left behind."""
+    """As users start it: one line per check, a matching exit code, and nothing left behind."""
     script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor(json=True))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.stderr == ""
@@ -52,7 +52,7 @@ def test_facts_are_the_same_in_the_process_and_as_a_script() -> None:
 
 
 def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
-    """A copy elsewhere has the same identity until a file of it changes."""
+    """A copy elsewhere has the same hash until one of its files changes."""
     copy = tmp_path / "shodh_moe"
     left_out = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(Path(shodh_moe.__file__).parent, copy, ignore=left_out)
@@ -114,11 +114,11 @@ def test_a_broken_torch_is_a_line_and_not_the_end(tmp_path: Path) -> None:
     assert lines["python"]["status"] == "ok"
 
 
-# With a hostfile: ssh is replaced by processes of this host.
+# Tests with a hostfile: processes of this host replace ssh.
 
 
 class Cluster:
-    """Hosts by name; ``changes`` are made to what a host is asked or answers."""
+    """Hosts by name, with errors, changes to their orders, and changes to their answers."""
 
     def __init__(self) -> None:
         self.silent: dict[str, str] = {}
@@ -193,11 +193,11 @@ def test_hosts_with_something_wrong_each(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One is silent, one has another code, a clock that is wrong, another folder, and no way through to the port."""
+    """One host is silent. Another has other code, a wrong clock, another folder, and cannot reach the port."""
     monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
     cluster.silent["b"] = "no answer within 8 s"
     cluster.answers["c"] = {"code": "ffff", "time": time.time() + 100}
-    with probe.socket.socket() as closed:  # bound, and nobody listens
+    with probe.socket.socket() as closed:  # bound, but not listening
         closed.bind(("127.0.0.1", 0))
         cluster.orders["c"] = {"port": closed.getsockname()[1], "folders": [[str(shared), ".not-the-one"]]}
         assert doctor(hostfile, [str(shared)], json=True) == 2
@@ -217,11 +217,11 @@ def test_a_folder_that_takes_files_which_do_not_arrive(
     cluster: Cluster, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
-    cluster.orders["b"] = {"number": 7}  # what it writes is not what is waited for
+    cluster.orders["b"] = {"number": 7}  # it writes under an unexpected name
     facts = {name: probe.facts() | {"addresses": ["127.0.0.1"]} for name in ("a", "b")}
     checks = gather_remote.check_between(facts, [str(shared)])
     assert checks["a"]["folders"][str(shared)]["error"] == ""
-    assert checks["b"]["folders"][str(shared)]["error"] == "takes files that this host does not see"
+    assert checks["b"]["folders"][str(shared)]["error"] == "accepts files that this host does not see"
 
 
 def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +232,7 @@ def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.Captur
 
 
 def test_an_answer_that_is_none(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a login script that writes to the terminal."""
+    """For example from a login script that writes to the terminal."""
     monkeypatch.setattr(ssh, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
     assert "welcome" in probe.probe_hosts(["a"])["a"]["error"]
 

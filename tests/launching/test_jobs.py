@@ -1,4 +1,4 @@
-"""Several processes at once: what a signal does to them. The rest is in tests/ccm/bench/test_run.py."""
+"""The effect of a signal on several jobs. tests/ccm/bench/test_run.py has the other tests of jobs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_a_signal_ends_those_that_run_and_starts_no_other(tmp_path: Path) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.05)
         parent.send_signal(signal.SIGTERM)
-        told, _ = parent.communicate(timeout=20)
+        output, _ = parent.communicate(timeout=20)
     assert parent.returncode == EXIT_REQUEUE
-    assert "stopped by a signal: the same command goes on" in told
+    assert "stopped by a signal: the same command resumes" in output
     for name in "ab":
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / name).read_text()), 0)

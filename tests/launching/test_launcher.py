@@ -1,4 +1,4 @@
-"""Every way of starting the same training; over several hosts in tests/cluster."""
+"""All ways to start the same training. tests/cluster covers several hosts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose latents are there, as the working folder of a training."""
+    """Make the working folder of a training: a config whose latents exist."""
     folder = tmp_path_factory.mktemp("launch")
     settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
     settings["training"] |= {"steps": 2, "checkpoint_every": 2}
@@ -70,7 +70,7 @@ def test_deepspeed_torchrun_and_one_process_start_the_same_training(case: Path) 
 
 
 def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
-    """Its launcher only warns, and would train on this host alone."""
+    """DeepSpeed's launcher only warns, and would train on this host only."""
     script = [str(SCRIPT), "--config", "config.yaml", "--name", "missing"]
     done = _run(case, *DEEPSPEED, "--hostfile", "nowhere", "--num_gpus", "1", *script)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -93,12 +93,12 @@ def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
     assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
 
 
-# Hosts behind a false ssh: what is wrong with one is known before anything starts.
+# Hosts behind a fake ssh: errors are found before anything starts.
 
 
 @pytest.fixture
 def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ``ssh`` to this host by any name; but ``dead`` never answers, ``old`` has another Python, ``bare`` none."""
+    """Fake an ``ssh`` that runs on this host; ``dead`` never answers, ``old`` has another Python, ``bare`` has none."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ssh").write_text(
@@ -128,7 +128,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("lost slots=1\n", "lost: ssh: Could not resolve hostname lost: Name or service not known"),
         ("bare slots=1\n", "bare: bash: line 1: python: No such file or directory"),
         ("good slots=1\nold slots=1\n", f"old: {sys.executable} is Python 3.9.1, here 3."),
-        ("good slots=1\n$(id) slots=1\n", "'$(id)' is no host name"),
+        ("good slots=1\n$(id) slots=1\n", "'$(id)' is not a valid host name"),
     ],
 )
 def test_hosts_that_cannot_be_used(case: Path, false_ssh: Path, tmp_path: Path, hosts: str, says: str) -> None:

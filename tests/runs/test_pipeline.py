@@ -272,7 +272,7 @@ def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
     found = find_checkpoint(here / "runs/long/checkpoints")
     assert found is not None
     # At the step where it was stopped, not at the next scheduled checkpoint.
-    assert f"stopped by a signal after step {found[1]['step']}: the same command goes on from there" in out
+    assert f"stopped by a signal after step {found[1]['step']}: the same command resumes from there" in out
 
 
 def ranks(folder: Path) -> list[int]:

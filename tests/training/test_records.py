@@ -1,4 +1,4 @@
-"""The records of a run: what a resumed run did again, what a killed one left, a damaged line."""
+"""Reading the records of a run: repeated steps of a resumed run, half a line of a killed run, a damaged line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of test_engine: three optimizer steps at a given EP size, everything of interest written out."""
+"""One rank of test_engine: makes three optimizer steps at a given EP size and writes the results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One rank of test_tokenizer: trains tokenizers in one process group, one after the other.
+"""One rank of test_tokenizer_task: trains tokenizers in one process group, one after the other.
 
-Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which has the same training split; then
-which trainings, see below.
+Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which share the training split; then the
+names of the trainings, see below.
 """
 
 from __future__ import annotations

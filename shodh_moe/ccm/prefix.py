@@ -19,7 +19,7 @@ from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
-from shodh_moe.merging.inputs import open_source
+from shodh_moe.merging.inputs import open_input
 from shodh_moe.merging.merge import parse_size
 
 TRAJECTORIES = 16  # of the file that are looked at; published files have a thousand, of which each says much the same
@@ -53,7 +53,7 @@ def merge_by_prefix(
     target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
     require_apart(target)
     for path in target.paths:
-        open_source(path)  # what cannot be merged need not be loaded
+        open_input(path)  # what cannot be merged need not be loaded
     prefix, facts = _fit(*load_ends(target), file, frames)
     print("\n".join(_lines(prefix, file)), flush=True)
     for warning in _warnings(prefix):

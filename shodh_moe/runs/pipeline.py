@@ -46,7 +46,7 @@ def make_data(config: Config) -> Path:
 
     A generated file that is missing or damaged is made again.
     """
-    from shodh_moe.data import check_dataset, generate, is_complete
+    from shodh_moe.data import generate, is_complete, require_trainable
     from shodh_moe.data.listing import READ_BYTES
 
     paths = paths_of(config)
@@ -56,7 +56,7 @@ def make_data(config: Config) -> Path:
         # Latents are named after the dataset's files: once they are there, every value has been read.
         budget = 0 if paths.latents.exists() else READ_BYTES
         history, batch, data = config.model.history, config.training.batch_size, config.data
-        check_dataset(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
         return _say("data", f"unchanged, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)

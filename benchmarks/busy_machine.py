@@ -57,14 +57,14 @@ def busy_processes(count: int) -> Iterator[None]:
 def one_flow(job: int, folder: str, snapshots: int) -> tuple[float, float, float]:
     """Make trajectory ``job``; returns its seconds of wall time, computing, and waiting for a core."""
     from shodh_moe.config.load import load_config
-    from shodh_moe.data.generate import run
-    from shodh_moe.data.planned import plan
+    from shodh_moe.data.generation import simulate_and_write
+    from shodh_moe.data.planned import planned_trajectories
 
     config = load_config(CONFIG, [f"data.snapshots={snapshots}"]).data
-    planned = plan(config, Path(folder))[job]
+    planned = planned_trajectories(config, Path(folder))[job]
     statistics_file = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
     before, began = statistics_file.read_text().split(), time.perf_counter()
-    run(planned, config, cores=1)
+    simulate_and_write(planned, config, cores=1)
     wall, after = time.perf_counter() - began, statistics_file.read_text().split()
     cpu, queue = ((int(after[n]) - int(before[n])) / 1e9 for n in (0, 1))
     return wall, cpu, queue

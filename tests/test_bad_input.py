@@ -18,7 +18,7 @@ import yaml
 
 from shodh_moe.cli import main
 from shodh_moe.config import TokenizerConfig
-from shodh_moe.data import is_complete
+from shodh_moe.data import generation, is_complete
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer import Tokenizer
 from tests.tiny import CONFIG, config, refused, tree, write_config, write_dataset
@@ -170,9 +170,7 @@ def test_a_damaged_generated_file_is_regenerated(here: Path, damage: Callable[[P
 def test_ctrl_c_while_generating_keeps_the_finished_files(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The function `generate` hides its module.
-    generate = sys.modules["shodh_moe.data.generate"]
-    made, run = [], generate.run
+    made, run = [], generation.simulate_and_write
 
     def stops(job: Any, *arguments: object) -> Path:
         if len(made) == 3:
@@ -181,8 +179,8 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
         return run(job, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "simulation_threads", lambda config, cores: 1)
-        patch.setattr(generate, "run", stops)
+        patch.setattr(generation, "simulation_threads", lambda config, cores: 1)
+        patch.setattr(generation, "simulate_and_write", stops)
         assert shodh("data", "generate") == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no partial files are left")
     assert not list(here.rglob("manifest.json"))

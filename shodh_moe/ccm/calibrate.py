@@ -77,7 +77,7 @@ def _require_ends(target: Target, low: Expert, high: Expert) -> None:
         if expert.config.splits == [other]:
             raise UserError(f"{expert.path} was trained on {other} and belongs at the other end: swap the two models")
     assert target.composition
-    family, power = low.config.family.family(), singles(target.words.parameters.get("power", 1))[0]
+    family, power = low.config.family.family(), singles(target.config.parameters.get("power", 1))[0]
     for ends in target.composition.layout.ends.values():
         as_parameter = all(map(math.isclose, ends, (family.low, family.high))) and power == family.power
         if not as_parameter and (ends != (-1, 1) or power != 1):

@@ -18,7 +18,7 @@ from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix, json_n
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
-from shodh_moe.merging.inputs import open_source
+from shodh_moe.merging.inputs import open_input
 from shodh_moe.merging.merge import parse_size
 
 TRAJECTORIES = 16  # read from a file; published files have a thousand, which add little
@@ -52,7 +52,7 @@ def merge_by_prefix(
     target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
     require_apart(target)
     for path in target.paths:
-        open_source(path)  # refuse models that cannot be merged before loading networks
+        open_input(path)  # refuse models that cannot be merged before loading networks
     prefix, facts = _fit(*load_ends(target), file, frames)
     print("\n".join(_lines(prefix, file)), flush=True)
     for warning in _warnings(prefix):

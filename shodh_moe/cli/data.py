@@ -53,9 +53,9 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from shodh_moe.data.findings import audit
+    from shodh_moe.data.check import check_files
 
-    report = audit(options.path, skip_bad=options.skip_bad)
+    report = check_files(options.path, skip_bad=options.skip_bad)
     print(json.dumps(report.as_json(), indent=2) if options.json else report.text())
     return EXIT_USER_ERROR if report.errors else EXIT_DONE
 

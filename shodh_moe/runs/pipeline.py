@@ -43,7 +43,7 @@ def run_all(config: Config, paths: Paths) -> dict[str, Any]:
 
 def make_data(config: Config, paths: Paths) -> Path:
     """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead."""
-    from shodh_moe.data import check_dataset, generate, is_complete
+    from shodh_moe.data import generate, is_complete, require_trainable
     from shodh_moe.data.listing import READ_BYTES
 
     dataset = paths.dataset
@@ -52,7 +52,7 @@ def make_data(config: Config, paths: Paths) -> Path:
         # Latents are named after the dataset's files: if they exist, every value has been read before.
         budget = 0 if paths.latents.exists() else READ_BYTES
         history, batch, data = config.model.history, config.training.batch_size, config.data
-        check_dataset(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
         return _say("data", f"unchanged, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)

@@ -114,7 +114,7 @@ def test_it_merges_where_the_file_was_made(
     # The same again finds its output.
     before = tree(Path())
     assert prefix() == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert tree(Path()) == before
 
 
@@ -276,9 +276,9 @@ def test_configs_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd:
     config(Path(), "ccm", ["low", "high"], output="merged")
     says_no(capfd, "low is a run: name one of its checkpoints")
     config(Path(), "ccm", [MODELS[0], "absent"], output="merged")
-    says_no(capfd, "there is no absent")
+    says_no(capfd, "absent does not exist")
     config(Path(), "ccm", MODELS, output=MODELS[1])
-    says_no(capfd, "lie in one another")
+    says_no(capfd, "contain one another")
     says_no(capfd, "absent.yaml", path="absent.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Generate a dataset folder: simulate what is missing, then compute the statistics of its training split."""
+"""Generate a dataset: simulate the missing trajectories, then compute the statistics of the training split."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.config import DataConfig
-from shodh_moe.data.estimate import told, update_rate, worth_measuring
+from shodh_moe.data.estimate import format_estimate, update_rate, worth_measuring
 from shodh_moe.data.listing import list_trajectories
-from shodh_moe.data.planned import PlannedTrajectory, is_done, plan, unfinished
+from shodh_moe.data.planned import PlannedTrajectory, is_done, planned_trajectories, unfinished
 from shodh_moe.data.stats import STATS_FILE, stats_of_files, write_stats
 from shodh_moe.data.summary import summarise
 from shodh_moe.data.well import write_trajectory
 from shodh_moe.solvers import simulate
 
 Progress = Callable[..., Iterator[Any]]
-# From this size on one flow keeps all cores busy; below, cores do better with a flow each.
+# A flow of at least this many cells uses all cores; smaller flows run side by side, one per core.
 _PARALLEL_CELLS = 96**3
 
 
 def generate(config: DataConfig, folder: Path, progress: Progress = default_progress) -> Path:
-    """Make ``<folder>/data/{train,valid,test}/<domain>_<index>.hdf5``, ``stats.yaml`` and ``dataset.yaml`` there.
+    """Write ``<folder>/data/{train,valid,test}/<domain>_<index>.hdf5``, ``stats.yaml`` and ``dataset.yaml``.
 
-    Returns ``folder``. What it will take is printed first, what there is at the end.
+    Returns ``folder``. Prints an estimate of time and disk space first, and a summary of the dataset at the end.
 
-    Complete files that the same request made are kept, so a killed run goes on where it was. ``progress`` is called
-    as ``progress(iterable, desc, total)`` and must yield the items. Others may work in the same folder at the same
-    time: each file is made whole beside its place, and nobody begins one that is there.
+    Complete files from the same request are kept, so a killed run resumes. ``progress`` is called as
+    ``progress(iterable, desc, total)`` and must yield the items. Several processes may generate into the same folder:
+    each file is written under a temporary name and renamed when complete, and existing files are skipped.
 
     Raises:
         UserError: the disk is too small or not writable, a flow diverged, or the folder holds other data.
@@ -46,10 +46,10 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
     jobs = unfinished(config, folder)
     if jobs:
         print(f"[data] {estimate(jobs, config, folder, own_cores())}", flush=True)
-    make(jobs, config, progress)
+    simulate_all(jobs, config, progress)
     records = list_trajectories(folder, "train", config.grid)
     write_stats(folder, stats_of_files(records, min(own_cores(), 16), progress))
-    for line in summarise(folder, config, [(job.domain, job.path) for job in plan(config, folder)]):
+    for line in summarise(folder, config, [(job.domain, job.path) for job in planned_trajectories(config, folder)]):
         print(f"[data] {line}", flush=True)
     return folder
 
@@ -57,35 +57,35 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
 def estimate(
     jobs: list[PlannedTrajectory], config: DataConfig, folder: Path, cores: int, local_rank: int | None = None
 ) -> str:
-    """What it will take this process to make ``jobs``, as a line; measures for a second unless they are few."""
+    """One line on the time and disk space that ``jobs`` take here; measures for a second unless the work is small."""
     devices = flow_devices(config, cores, local_rank)
     rate = update_rate(config, len(devices), cores) if worth_measuring(jobs, config, devices) else None
-    where = on_devices(len(set(devices)) if devices[0] != "cpu" else 0, cores)
-    return told(jobs, len(plan(config, folder)), config, folder, len(devices), rate, where)
+    where = devices_phrase(len(set(devices)) if devices[0] != "cpu" else 0, cores)
+    return format_estimate(jobs, len(planned_trajectories(config, folder)), config, folder, len(devices), rate, where)
 
 
-def on_devices(gpus: int, cores: int) -> str:
-    """``on these 2 cores``, or on so many GPUs."""
+def devices_phrase(gpus: int, cores: int) -> str:
+    """A phrase such as ``on these 2 cores`` or ``on this GPU``."""
     count, name = (gpus, "GPU") if gpus else (cores, "core")
     return f"on this {name}" if count == 1 else f"on these {count} {name}s"
 
 
-def make(
+def simulate_all(
     jobs: list[PlannedTrajectory],
     config: DataConfig,
     progress: Progress = default_progress,
     local_rank: int | None = None,
 ) -> None:
-    """Simulate and write ``jobs`` on all cores, or GPUs, of this process. Raises `UserError` as `generate` does."""
+    """Simulate and write ``jobs`` on all cores or GPUs of this process. Raises `UserError` like `generate`."""
     if not jobs:
         return
     cores = own_cores()
     devices = flow_devices(config, cores, local_rank)
     if len(devices) == 1:
-        _drain(progress((run(job, config, cores, devices[0]) for job in jobs), "simulating", len(jobs)))
+        _drain(progress((simulate_and_write(job, config, cores, devices[0]) for job in jobs), "simulating", len(jobs)))
         return
-    work = on_free_device(lambda job, device: run(job, config, cores, device), devices)
-    # The solver releases the GIL: threads are enough, and each flow has one core to itself.
+    work = on_free_device(lambda job, device: simulate_and_write(job, config, cores, device), devices)
+    # Threads are enough: the solver releases the GIL for nearly all of its time (benchmarks/busy_machine.py).
     with ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
@@ -96,7 +96,7 @@ def make(
 
 
 def on_free_device(work: Callable[[Any, str], Path], devices: list[str]) -> Callable[[Any], Path]:
-    """``work(job, device)`` as a function of the job alone, for as many threads as there are devices."""
+    """Wrap ``work(job, device)`` as a function of the job alone that takes a free device; one thread per device."""
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -112,33 +112,33 @@ def on_free_device(work: Callable[[Any, str], Path], devices: list[str]) -> Call
 
 
 def flow_devices(config: DataConfig, cores: int, local_rank: int | None = None) -> list[str]:
-    """The devices of the flows that one process simulates at a time: ``cpu`` for each, or every GPU once.
+    """The device of each flow that this process simulates at the same time: ``cpu`` for each, or every GPU once.
 
     Args:
-        local_rank: of a process that shares the GPUs of its host with others, and takes one of them.
+        local_rank: number of this process on its host, if several processes share the GPUs; it then uses one GPU.
 
     Raises:
-        UserError: data.device asks for a GPU and there is none.
+        UserError: data.device asks for a GPU and none is available.
     """
     wanted = config.device
     gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and not gpus:
-        raise UserError("data.device is cuda, but there is no GPU here that torch can use: set it to auto or cpu")
+        raise UserError("data.device is cuda, but torch finds no usable GPU: set it to auto or cpu")
     if not gpus:
         return ["cpu"] * simulation_threads(config, cores)
     return [f"cuda:{n}" for n in range(gpus)] if local_rank is None else [f"cuda:{local_rank % gpus}"]
 
 
 def own_cores() -> int:
-    """Cores that this process may use, as the system or SLURM says."""
+    """Number of cores that this process may use, according to the system and SLURM."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Not every SLURM binds its tasks to the cores that it gives them.
+    # Not every SLURM installation binds tasks to the cores it allocates.
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(cores, int(given)) if given.isdecimal() and int(given) else cores
 
 
 def simulation_threads(config: DataConfig, cores: int) -> int:
-    """How many flows to simulate side by side on so many cores: one, if it is large enough to keep all of them busy."""
+    """How many flows to simulate at the same time: one if it is large enough to use all cores, else one per core."""
     return 1 if _is_large(config) else min(cores, 16)
 
 
@@ -151,12 +151,12 @@ def _drain(items: Iterable[Any]) -> None:
         pass
 
 
-def run(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "cpu") -> Path:
-    """Simulate one trajectory and write it, unless someone else has meanwhile; a large flow on ``cores`` cores.
+def simulate_and_write(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "cpu") -> Path:
+    """Simulate one trajectory and write it, unless another process has written it already; returns its path.
 
-    ``device`` is ``cpu`` or a GPU such as ``cuda:1``.
-
-    Returns where it is.
+    Args:
+        cores: threads for a large flow; a small one uses a single thread.
+        device: ``cpu`` or a GPU such as ``cuda:1``.
 
     Raises:
         UserError: the disk is full or not writable, or the flow diverged.
@@ -170,7 +170,7 @@ def run(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "c
     if device == "cpu":
         simulation = simulate(*arguments, parallel=_is_large(config))
     else:
-        with torch.cuda.device(device):  # of this thread
+        with torch.cuda.device(device):  # the current device is set per thread
             simulation = simulate(*arguments, device="cuda")
     provenance = {
         "solver": "D3Q19 lattice Boltzmann, two relaxation times",
@@ -195,8 +195,8 @@ def run(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "c
 
 
 def is_complete(config: DataConfig, folder: Path) -> bool:
-    """Whether every file of this config is there and whole, by its header, and so are the statistics."""
-    return (folder / STATS_FILE).exists() and all(is_done(job) for job in plan(config, folder))
+    """Whether every file of this config exists and is complete (by its header), and the statistics exist."""
+    return (folder / STATS_FILE).exists() and all(is_done(job) for job in planned_trajectories(config, folder))
 
 
 def _package_version() -> str:

@@ -1,6 +1,6 @@
-"""Jobs shared out over the ranks that ``mpirun`` started: rank 0 hands them out, one to each core that is free.
+"""Share jobs among MPI ranks: rank 0 hands one to each free core.
 
-All messages go through the main threads, so every level of thread support will do.
+Only main threads send and receive messages, so any level of MPI thread support works.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.generate import own_cores
+from shodh_moe.data.generation import own_cores
 
-_ANSWER_S = 0.02  # how long a rank that has ended a job waits for another at most
-_STOP_S = 60.0  # how long a rank that has reported an error waits for rank 0 to end the job
+_ANSWER_S = 0.02  # longest wait of a rank that has finished a job for the next one
+_STOP_S = 60.0  # how long a rank that reported an error waits for rank 0 to abort
 
 
-def place_of_rank(world: Any) -> tuple[int, int]:
-    """This rank's share of the cores that the ranks of its host may use, and its number on this host."""
+def cores_of_rank(world: Any) -> tuple[int, int]:
+    """Number of cores for this rank (its share of the host's), and its number on the host (collective)."""
     from mpi4py import MPI
 
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
-    # Ranks are bound to a core each, to a socket together, or not at all.
+    # Ranks may be bound to one core each, to a socket together, or not at all.
     cores = set().union(*here.allgather(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()))
     share, number = max(1, (len(cores) or os.cpu_count() or 1) // here.size), here.rank
     here.Free()
     return min(share, own_cores()), number
 
 
-def share_out(world: Any, work: Callable[[int], object], count: int, threads: int) -> Iterator[None]:
-    """Call ``work(n)`` once for each n below ``count``, each on the rank whose thread is free first (collective).
+def share_jobs(world: Any, work: Callable[[int], object], count: int, threads: int) -> Iterator[None]:
+    """Call ``work(n)`` once for each n below ``count``, on whichever rank has a free thread (collective).
 
-    Yields on rank 0 whenever a job has ended, wherever that was; elsewhere nothing.
+    On rank 0, yields once per finished job, whichever rank ran it; other ranks yield nothing.
 
     Args:
-        threads: how many jobs this rank has at a time.
+        threads: how many jobs this rank runs at a time.
 
     Raises:
-        UserError: on rank 0, the first that a job raised on any rank. The others must be ended: see ``world.Abort``.
+        UserError: on rank 0, the first error of a job on any rank. The caller must end the others (``world.Abort``).
     """
     everywhere = world.gather(threads)
     if world.rank == 0:
@@ -49,7 +49,7 @@ def share_out(world: Any, work: Callable[[int], object], count: int, threads: in
 
 
 def _hand_out(world: Any, work: Callable[[int], object], count: int, threads: int, slots: int) -> Iterator[None]:
-    """Rank 0, until no ``slots`` of other ranks wait for a job any more."""
+    """Hand out jobs on rank 0 until none of the ``slots`` (threads of other ranks) needs one any more."""
     left = iter(range(count))
     pool = ThreadPoolExecutor(threads)
     running: set[Future[object]] = set()
@@ -93,7 +93,7 @@ def _take_jobs(world: Any, work: Callable[[int], object], threads: int) -> None:
             try:
                 future.result()
             except UserError as error:
-                # Rank 0 tells it, once, whatever else goes wrong for the same reason.
+                # Rank 0 reports it once, even if other ranks fail for the same reason.
                 world.send((world.rank, False, str(error)), dest=0)
                 time.sleep(_STOP_S)
                 raise

@@ -1,4 +1,4 @@
-"""`shodh data check`: each kind of mistake is found, all of them at once, and sound data are left in peace."""
+"""`shodh data check` finds every kind of mistake, reports all of them at once, and accepts sound data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 
 from shodh_moe.cli import main
 from shodh_moe.data import compute_stats, list_trajectories, open_trajectories, read_trajectory, write_stats
+from shodh_moe.data.check import DIVERGENCE, check_files
 from shodh_moe.data.derivatives import relative_divergence
-from shodh_moe.data.findings import DIVERGENCE, audit
 from tests.tiny import tree, write_dataset
 
 FIRST = "data/train/calm.hdf5"
@@ -55,7 +55,7 @@ def change(path: Path, name: str, value: object) -> None:
 
 def test_sound_data_have_no_findings_and_do_not_change(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(dataset)
-    report = audit(dataset)
+    report = check_files(dataset)
     assert [finding.line() for finding in report.findings] == []
     assert [one["file"] for one in report.trajectories][:2] == [FIRST, "data/train/wild.hdf5"]
     assert all(0 < one["divergence"] < DIVERGENCE for one in report.trajectories)
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_one_file(
     dataset: Path, damage: Callable[[Path], None], severity: str, says: tuple[str, ...]
 ) -> None:
     damage(dataset / "data/valid/wild.hdf5")
-    lines = [finding.line() for finding in audit(dataset).findings]
+    lines = [finding.line() for finding in check_files(dataset).findings]
     assert any(
         line.startswith(f"{severity}: data/valid/wild.hdf5: ") and all(w in line for w in says) for line in lines
     )
@@ -170,7 +170,7 @@ def test_what_is_wrong_with_one_file(
 def test_the_same_trajectory_in_two_splits(dataset: Path) -> None:
     shutil.copy(dataset / FIRST, dataset / "data/test/other_name.hdf5")
     shutil.copy(dataset / "data/valid/wild.hdf5", dataset / "data/valid/again.hdf5")
-    found = audit(dataset).findings
+    found = check_files(dataset).findings
     assert [(one.severity, one.file, one.text.split(":")[0]) for one in found] == [
         ("warning", "data/valid/wild.hdf5", "4 snapshots are also in data/valid/again.hdf5"),
         ("error", "data/test/other_name.hdf5", f"4 snapshots are also in {FIRST}"),
@@ -183,7 +183,7 @@ def test_stale_statistics_name_the_number(dataset: Path) -> None:
     stats["rms"]["velocity"][1] *= 1.01
     del stats["std_delta"]["pressure"]
     (dataset / "stats.yaml").write_text(yaml.safe_dump(stats))
-    found = audit(dataset).findings
+    found = check_files(dataset).findings
     assert [(one.severity, one.file, one.dataset) for one in found] == [
         ("error", "stats.yaml", "rms.velocity"),
         ("error", "stats.yaml", "std_delta.pressure"),
@@ -193,17 +193,17 @@ def test_stale_statistics_name_the_number(dataset: Path) -> None:
         (dataset / "stats.yaml").unlink(missing_ok=True)
         if content:
             (dataset / "stats.yaml").write_text(content)
-        assert says in audit(dataset).findings[0].text
+        assert says in check_files(dataset).findings[0].text
 
 
 def test_splits_and_domains(dataset: Path) -> None:
     with h5py.File(dataset / "data/valid/wild.hdf5", "a") as file:
         file.attrs["domain"] = "third"
     shutil.rmtree(dataset / "data/test")
-    (line,) = [finding.line() for finding in audit(dataset).findings]
-    assert line == "error: data/test: no trajectory that can be used: training needs every split"
+    (line,) = [finding.line() for finding in check_files(dataset).findings]
+    assert line == "error: data/test: no usable trajectory: training needs every split"
     shutil.copytree(dataset / "data/train", dataset / "data/test")
-    lines = [finding.line() for finding in audit(dataset).findings]
+    lines = [finding.line() for finding in check_files(dataset).findings]
     assert any("has the domains calm, third" in line for line in lines)
 
 

@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["predict", "--checkpoint", str(folder / "model"), "--input", flow, "--steps", "1", "--output", "out.hdf5"],
     ]
     code = (
-        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe import pipeline; "
+        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe.runs import pipeline; "
         "from shodh_moe.config.load import load_config; from shodh_moe.cli import main\n"
         "commands = json.loads(sys.argv[1]); pipeline.make_latents(load_config(commands[0][2]))\n"
         "sys.exit(max(main(command) for command in commands))"

@@ -177,7 +177,7 @@ def test_beyond_what_was_measured_to_be_straight(
     config(Path(), "ccm", MODELS, parameters={"straight": 1.0}, output="merged")
     write(truth(*ends, 1.3, frames=4))
     assert prefix() == 0
-    assert "beyond +-1, up to which the path was measured to be straight" in capsys.readouterr().err
+    assert "beyond +-1, the range in which the path was measured to be straight" in capsys.readouterr().err
 
 
 def test_limits_and_shards_are_those_of_merge(

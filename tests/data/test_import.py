@@ -394,9 +394,9 @@ def write_wrong(folder: Path, what: str) -> None:
         ("backwards", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("zcoor does not increase",)),
         ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
         ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
-        ("odd", {"crop": "auto"}, ("7 cells from the periodic axis z",)),
+        ("odd", {"crop": "auto"}, ("7 cells of the periodic axis z",)),
         ("truncated", {}, ("train.h5", "truncated")),
-        ("text", {}, ("train.h5", "none of HDF5, NetCDF 3 or 4, npz")),
+        ("text", {}, ("train.h5", "not HDF5, NetCDF 3 or 4, or npz")),
         ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
     ],
 )

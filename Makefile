@@ -59,11 +59,11 @@ audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): contr
 	@$(BIN)/shodh audit --config configs/audit/cpu.yaml $(ARGS)
 
 reproduce: $(STAMP) ## the 20,000-step run (docs/reproduction.md), at most an hour on two cores; goes on where it was
-	@$(BIN)/python benchmarks/reproduction.py $(ARGS)
+	@$(BIN)/python benchmarks/studies/reproduction.py $(ARGS)
 
 gpu: ## on a machine with a GPU: its tests, all benchmarks, a short training run (PYTHON=one with a CUDA torch; no venv)
 	@$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove .venv, caches and build folders; runs and data stay
 	rm -rf $(VENV) $(VENV).lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	find shodh_moe kernels launch tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find shodh_moe kernels launch tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

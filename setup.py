@@ -23,6 +23,7 @@ RUNTIME = [
     "tensorboard>=2.16",
     "psutil>=5.9",
     "deepspeed>=0.19.8",
+    "jinja2>=3.1",
 ]
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.
@@ -53,7 +54,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=PACKAGES + KERNELS,
     package_dir={"shodh_moe": "shodh_moe", "shodh_moe.kernels": "kernels"},
-    package_data={"shodh_moe.kernels": ["tuned.json"]},
+    package_data={"shodh_moe.kernels": ["tuned.json"], "shodh_moe.report": ["templates/*.j2"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["shodh = shodh_moe.cli:main"]},

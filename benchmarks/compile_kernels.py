@@ -1,10 +1,10 @@
-"""Compile every kernel variant that the configs use, without a GPU, and print what each needs.
+"""Compile every kernel variant that the configs use, without a GPU, and print the resources each needs.
 
     python benchmarks/compile_kernels.py [--target sm_90 ...] [--only WORD] [--json FILE]
 
 The variants are those of each file in configs/ and of the microbenchmarks' sizes: the operations are called
-with tensors that have a shape and no data, and their launches are compiled for each target. Prints registers
-a thread, shared memory a program and spilled bytes a thread; exits with 1 if a variant spills or does not compile.
+with tensors that have a shape and no data, and their launches are compiled for each target. Prints registers per
+thread, shared memory per program and spilled bytes per thread; exits with 1 if a variant spills or does not compile.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class Field:
 
 @dataclass(frozen=True)
 class Flow:
-    """A flow of the lattice Boltzmann solver: its grid and what its step is to do."""
+    """A flow of the lattice Boltzmann solver: its grid and the options of its step."""
 
     grid: tuple[int, int, int]
     dtype: torch.dtype
     lid: bool = True
     eddies: bool = True
-    mode: str = "scalar"  # scalar: carries one, free: does not, held: settles its pressure
+    mode: str = "scalar"  # scalar: carries a scalar; free: carries none; held: settles its pressure
 
 
 Size = Layer | Field | Flow
 
 
 def configured() -> list[Size]:
-    """What the files in configs/ ask for."""
+    """Cases of the files in configs/."""
     sizes: list[Size] = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = load_config(path)
@@ -82,7 +82,7 @@ def configured() -> list[Size]:
 
 
 def benchmarked() -> list[Size]:
-    """What the microbenchmarks measure."""
+    """Cases of the microbenchmarks."""
     sizes: list[Size] = []
     for experts in (8, 64, 256):
         for dtype in (torch.float32, torch.bfloat16):
@@ -92,13 +92,13 @@ def benchmarked() -> list[Size]:
     for operator in ("spectral", "central2", "central4", "staggered"):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             sizes.append(Field((128, 128, 128), operator, dtype))
-    sizes.append(Field((50, 49, 51), "spectral", torch.float32))  # odd sizes take another kernel
+    sizes.append(Field((50, 49, 51), "spectral", torch.float32))  # odd sizes use another kernel
     sizes += flows()
     return sizes
 
 
 def flows() -> list[Size]:
-    """The forms of the solver's step that exist in float32 under a lid; elsewhere those that need most."""
+    """All forms of the solver's step in float32 under a lid; otherwise only the forms that need the most resources."""
     cube, float32, float64 = (64, 64, 64), torch.float32, torch.float64
     modes = ("free", "held", "scalar")
     sizes: list[Size] = [Flow(cube, float32, eddies=eddies, mode=mode) for eddies in (False, True) for mode in modes]
@@ -173,7 +173,7 @@ def _variants(sizes: list[Size]) -> list:
 
 
 def _rows(task: tuple[int, tuple[str, ...]]) -> list[dict]:
-    """Compile one variant for each target; runs in a process of its own, which finds the variant by its number."""
+    """Compile one variant for each target. Runs in a worker process, which finds the variant by its number."""
     from shodh_moe.kernels.ahead_of_time import compile_variant
 
     number, targets = task
@@ -189,7 +189,7 @@ def _rows(task: tuple[int, tuple[str, ...]]) -> list[dict]:
         }
         try:
             row |= asdict(compile_variant(variant, target))
-        except Exception as error:  # the compiler's own, of any kind
+        except Exception as error:  # the compiler raises errors of many types
             row["error"] = (str(error).strip() or repr(error)).splitlines()[0]
         rows.append(row)
     return rows
@@ -200,7 +200,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--only", metavar="WORD", default="", help="kernels with this word in their name")
+    parser.add_argument("--only", metavar="WORD", default="", help="compile only kernels with this word in their name")
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     arguments = parser.parse_args()
     variants = _variants(configured() + benchmarked())
@@ -221,7 +221,7 @@ def main() -> int:
 
 
 def _print(table: list[dict]) -> None:
-    """One line a kernel and target: the range over its variants."""
+    """Print one line per kernel and target: the range over its variants."""
     print(f"{'kernel':28}{'target':>8}{'variants':>10}{'registers':>12}{'shared KiB':>14}{'spilled bytes':>15}")
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in table:

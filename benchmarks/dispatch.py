@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run, sizes
-from gating import CAPACITY_FACTOR, gating_bytes, gating_flops
-from movement import (
+from torch import Tensor
+
+from shodh_moe.kernels import combine, dispatch, expert_capacity
+from support.common import DTYPES, OURS, Report, run, sizes
+from support.dispatch_cases import (
     Case,
     movement_bytes,
     movement_flops,
@@ -26,7 +28,8 @@ from movement import (
     together_ours,
     together_torch,
 )
-from peers import (
+from support.gating_cases import CAPACITY_FACTOR, gating_bytes, gating_flops
+from support.peers import (
     DeepSpeed,
     compiled,
     deepspeed,
@@ -36,14 +39,11 @@ from peers import (
     torch_dispatch,
     torch_dispatch_dropless,
 )
-from timing import BOTH, Missing, passes, release, rotating, with_backward
-from torch import Tensor
-
-from shodh_moe.kernels import combine, dispatch, expert_capacity
+from support.timing import BOTH, Missing, passes, release, rotating, with_backward
 
 
 def check_peers(report: Report, case: Case) -> None:
-    """On a smaller problem of the same kind: the same rows and the same result."""
+    """Check on a smaller problem of the same kind that all give the same rows and the same result."""
     small = case._replace(tokens=min(case.tokens, 512), width=min(case.width, 64), dtype=torch.float32)
     if case.capacity is not None:
         small = small._replace(capacity=expert_capacity(small.tokens, small.experts, CAPACITY_FACTOR, 1))
@@ -73,7 +73,7 @@ def check_peers(report: Report, case: Case) -> None:
 
 
 def bench_dispatch(report: Report, case: Case) -> None:
-    """Tokens into rows."""
+    """Time `dispatch`: copy tokens into rows."""
     device, leave_out = report.device, report.options.no_compile or report.options.quick
     capacity = case.capacity
 
@@ -97,7 +97,7 @@ def bench_dispatch(report: Report, case: Case) -> None:
 
 
 def bench_combine(report: Report, case: Case, shared: bool) -> None:
-    """Rows back to tokens, scaled, with or without the shared experts' output."""
+    """Time `combine`: scale rows and copy them back to tokens, with or without the shared experts' output."""
     device, leave_out = report.device, report.options.no_compile or report.options.quick
     capacity = case.capacity
 
@@ -123,7 +123,7 @@ def bench_combine(report: Report, case: Case, shared: bool) -> None:
         return (form(i["rows"], i["g"].expert_N, i["g"].slot_N, i["gate"], i.get("shared")),)
 
     def theirs(ds: DeepSpeed, i: dict[str, Any]) -> tuple[Tensor, ...]:
-        # MOELayer has the slots from its dispatch, so making them counts there and not here.
+        # MOELayer reuses the slots of its dispatch, so their cost counts there.
         y_ND = ds.decode(i["rows"], i["slots"], i["gate"][None], case.tokens)
         return (y_ND + i["shared"] if shared else y_ND,)
 
@@ -156,7 +156,7 @@ def _measure(
 
 
 def check_together(report: Report, case: Case) -> None:
-    """Where no token is dropped all give the same y, loss and gradients; where some are, DeepSpeed keeps as many."""
+    """Check that all give the same y, loss and gradients if no token is dropped, and that DeepSpeed drops as many."""
     small = case._replace(tokens=min(case.tokens, 512), width=min(case.width, 64), dtype=torch.float32)
     small = small._replace(capacity=small.tokens)
     i = together_inputs(small, 0, report.device)
@@ -184,7 +184,7 @@ def check_together(report: Report, case: Case) -> None:
 
 
 def bench_together(report: Report, case: Case) -> None:
-    """Gating, dispatch and combine, the experts left out: what routing costs a layer, forward and backward."""
+    """Time gating, dispatch and combine without experts: the cost of routing in a layer, forward and backward."""
     check_together(report, case)
     textbook = compiled(together_torch, report.options.no_compile or report.options.quick)
     capacity = case.capacity or 0
@@ -222,15 +222,15 @@ def work(report: Report) -> None:
     ]
     for case in cases:
         check_peers(report, case)
-        if not report.late("gating+dispatch+combine", case.record()):
+        if not report.out_of_time("gating+dispatch+combine", case.record()):
             bench_together(report, case)
     ends = [case for case in cases if case.experts in (experts[0], experts[-1])]
     for case in ends + [case._replace(capacity=None) for case in ends]:
         check_peers(report, case)
-        if not report.late("dispatch", case.record()):
+        if not report.out_of_time("dispatch", case.record()):
             bench_dispatch(report, case)
         for shared in (False, True) if case.capacity is not None else (False,):
-            if not report.late("combine", case.record()):
+            if not report.out_of_time("combine", case.record()):
                 bench_combine(report, case, shared)
 
 
@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="default: 65536")
     parser.add_argument("--width", type=int, help="default: 1024")
     parser.add_argument("--experts", type=sizes, help="default: 8,16,64")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32; on cuda bfloat16 and float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on cpu; bfloat16 and float32 on cuda")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,41 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run, sizes
-from peers import DeepSpeed, compiled, deepspeed_call, torch_cosine_logits, torch_gating
-from timing import FORWARD, passes, release, rotating
 from torch import Tensor
 
 from shodh_moe.kernels import Gating, cosine_top1_gating, expert_capacity, top1_gating
 from shodh_moe.kernels.gating import DROP_ORDERS
+from support.common import DTYPES, OURS, Report, run, sizes
+from support.gating_cases import CAPACITY_FACTOR, checks_finite, gating_bytes, gating_flops, logits_of
+from support.peers import DeepSpeed, compiled, deepspeed_call, torch_cosine_logits, torch_gating
+from support.timing import FORWARD, passes, release, rotating
 
-CAPACITY_FACTOR = 1.25
 ROUTING_WIDTH = 16
-
-
-def logits_of(tokens: int, experts: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random logits with favoured experts: at capacity factor 1.25 between 2 and 8 % of the tokens overflow."""
-    generator = torch.Generator().manual_seed(seed)
-    favour_E = 0.15 * torch.randn(experts, generator=generator)
-    return (torch.randn(tokens, experts, generator=generator) + favour_E).to(device, dtype)
-
-
-def checks_finite(device: torch.device) -> bool:
-    """As the model's router asks for it in training: a check of the logits waits for a GPU, so there it is left out."""
-    return device.type == "cpu"
-
-
-def gating_bytes(tokens: int, experts: int, itemsize: int) -> dict[str, int]:
-    """Forward: logits read; expert (8), slot (8), gate (4) and entropy (4) of each token written.
-    Backward: logits, gate gradient (4) and expert (8) read; logit gradient written."""
-    forward = tokens * (experts * itemsize + 24)
-    return {"forward": forward, "both": forward + tokens * (2 * experts * itemsize + 12)}
-
-
-def gating_flops(tokens: int, experts: int) -> dict[str, int]:
-    """Forward, per logit: max, subtract, exp, add (softmax), multiply-add (entropy), add (mean probability): 7.
-    Backward, per logit: subtract, exp, 2 multiply-adds: 6."""
-    return {"forward": 7 * tokens * experts, "both": 13 * tokens * experts}
 
 
 def differentiable(g: Gating) -> tuple[Tensor, ...]:
@@ -55,14 +30,14 @@ def differentiable(g: Gating) -> tuple[Tensor, ...]:
 
 
 def gradients(tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For the outputs above."""
+    """Incoming gradients for the outputs of `differentiable`."""
     return torch.randn(tokens, device=device), torch.tensor(0.01, device=device), torch.tensor(1e-3, device=device)
 
 
 def check_peers(report: Report, case: dict[str, Any], logits_NE: Tensor, capacity: int, drop_order: str) -> None:
-    """Ours, plain torch and DeepSpeed choose the same experts, keep as many, and agree on gate and balance loss.
+    """Check that ours, plain torch and DeepSpeed choose the same experts, keep as many tokens, and agree on the losses.
 
-    A few tokens may differ: where probabilities tie by rounding, the peers choose as it comes.
+    A few tokens may differ: where rounding makes probabilities equal, the peers' choice is arbitrary.
     """
     few = 4
     ours = top1_gating(logits_NE, capacity, drop_order)
@@ -126,7 +101,7 @@ def bench_gating(report: Report, tokens: int, experts: int, drop_order: str, dty
 
 
 def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: torch.dtype) -> None:
-    """Scores in the same pass against projection, normalisation and top1_gating one after the other."""
+    """Time cosine scores in the routing pass against projection, normalisation and top1_gating in sequence."""
     device, options = report.device, report.options
     capacity = expert_capacity(tokens, experts, CAPACITY_FACTOR, 1)
     case = {"tokens": tokens, "width": width, "experts": experts, "dtype": str(dtype)[6:]}
@@ -164,8 +139,8 @@ def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: t
         "torch.compile": (lambda i: textbook(*(i[k] for k in keys))) if callable(textbook) else textbook,
     }
     sets = rotating(make, tokens * width * dtype.itemsize, device)
-    # As for gating, but the logits are never needed in memory: x is read instead, and in the backward pass x read
-    # and its gradient written. FLOPs: 2 N D R for the projection, 2 N R E for the scores; twice that backward.
+    # As for gating, but the logits need not be in memory: the forward pass reads x instead, the backward pass reads x
+    # and writes its gradient. FLOP: 2 N D R for the projection, 2 N R E for the scores; twice that backward.
     x_bytes, scores = tokens * width * dtype.itemsize, 2 * tokens * ROUTING_WIDTH * (width + experts)
     bytes_ = {"forward": x_bytes + 24 * tokens, "both": 3 * x_bytes + 36 * tokens}
     flops = gating_flops(tokens, experts)
@@ -184,10 +159,10 @@ def work(report: Report) -> None:
     dtype = DTYPES[options.dtype]
     for count in experts:
         for drop_order in DROP_ORDERS:
-            if not report.late("gating", {"tokens": tokens, "experts": count, "drop_order": drop_order}):
+            if not report.out_of_time("gating", {"tokens": tokens, "experts": count, "drop_order": drop_order}):
                 bench_gating(report, tokens, count, drop_order, dtype)
     for count in experts:
-        if not report.late("cosine_gating", {"tokens": tokens, "experts": count}):
+        if not report.out_of_time("cosine_gating", {"tokens": tokens, "experts": count}):
             bench_cosine(report, tokens, width, count, torch.bfloat16 if report.device.type == "cuda" else dtype)
 
 

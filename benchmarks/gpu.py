@@ -1,36 +1,33 @@
-"""What `make gpu` runs: GPU tests, all benchmarks, a short training run; a summary table and one JSON file.
+"""Run the GPU tests, all benchmarks and a short training run (`make gpu`); write a summary table and one JSON file.
 
     python benchmarks/gpu.py [--out FOLDER] [--json FILE] [--minutes 8]
-    python benchmarks/gpu.py --rehearse     # the same steps on a CPU in tiny sizes: shows that the script works
+    python benchmarks/gpu.py --rehearse     # the same steps in tiny sizes on a CPU, to test the script
 
-Any Python with a CUDA torch will do: no network, no root, nothing to install. Every step is a process of its own with
-a time limit; one that fails or overruns is recorded and the others go on. Exit code 0 if every step ran (or could not,
-for want of an optional package, which is recorded), 1 otherwise, 2 without a GPU.
+Any Python with a CUDA torch will do: no network, no root, nothing to install. Every step is a separate process with a
+time limit; a step that fails or overruns is recorded and the others still run. Exit code 0 if every step ran or lacked
+an optional package (which is recorded), 1 otherwise, 2 without a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpu_summary import compare_losses, count_tests, merge_benchmarks, print_summary
+from support.gpu_summary import compare_losses, count_tests, merge_benchmarks, print_summary
+from support.steps import Outcome, Step, installed, run_step
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 TREE = ROOT / "build" / "gpu_tree"
-# What the quickstart imports beyond torch.
+# Packages that the quickstart imports beyond torch.
 TRAINING_NEEDS = ("deepspeed", "pydantic", "yaml", "h5py", "numba", "scipy", "safetensors", "tqdm", "tensorboard")
 SHORT = [
     "data.snapshots=12",
@@ -70,62 +67,36 @@ TINY = [
 ]
 
 
-class Step(NamedTuple):
-    """One process. ``needs`` are modules without which it is not run."""
-
-    name: str
-    command: list[str]
-    limit: float  # seconds
-    environment: dict[str, str] = {}  # noqa: RUF012 (never changed)
-    needs: tuple[str, ...] = ()
-    folder: Path = ROOT
-    read: Callable[[Path], dict[str, Any]] = lambda log: {}  # what to keep of its output
-    after: str = ""  # only if this step was done
-
-
-@dataclass
-class Outcome:
-    name: str
-    status: str  # done, failed, timed out, not run
-    seconds: float
-    reason: str = ""
-    result: dict[str, Any] = field(default_factory=dict)
-
-
 def source_tree() -> Path:
-    """shodh_moe with its kernels as an installation has them, and the tests, as links: nothing need be installed."""
+    """Link shodh_moe, its kernels and the tests as an installation has them, so that nothing need be installed."""
     package = TREE / "shodh_moe"
     package.mkdir(parents=True, exist_ok=True)
-    wanted = {package / path.name: path for path in (ROOT / "shodh_moe").iterdir() if path.name != "__pycache__"}
-    wanted |= {package / "kernels": ROOT / "kernels", TREE / "tests": ROOT / "tests"}
+    targets = {package / path.name: path for path in (ROOT / "shodh_moe").iterdir() if path.name != "__pycache__"}
+    targets |= {package / "kernels": ROOT / "kernels", TREE / "tests": ROOT / "tests"}
     for link in (*package.iterdir(), TREE / "tests"):
         if link.is_symlink():
             link.unlink()
-    for link, target in wanted.items():
+    for link, target in targets.items():
         link.symlink_to(target)
     return TREE
 
 
-def installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(module) for module in modules)
-
-
 def steps(out: Path, rehearse: bool) -> list[Step]:
-    """In the order of their worth, in case time runs out."""
+    """List the steps, the most valuable first in case time runs out."""
     python, device = sys.executable, "cpu" if rehearse else "cuda"
 
     def script(name: str, *arguments: str) -> list[str]:
         return [python, str(HERE / name), *arguments]
 
-    def bench(name: str, limit: float, *arguments: str, needs: tuple[str, ...] = ()) -> Step:
+    def bench(name: str, limit: float, *arguments: str, needs: tuple[str, ...] = (), folder: str = "") -> Step:
         common = ["--device", device, "--json", str(out / f"{name}.json"), "--seconds", str(max(limit - 15, 10))]
-        command = script(f"{name}.py", *common, *(["--quick"] if rehearse else arguments))
+        command = script(f"{folder}{name}.py", *common, *(["--quick"] if rehearse else arguments))
         return Step(name, command, limit, needs=needs)
 
     def losses(kernels: str) -> Step:
         size = ["--grid", "8", "--width", "16", "--steps", "3"] if rehearse else []
         file = out / f"losses_{kernels}.json"
-        command = script("losses.py", "--device", device, "--json", str(file), *size)
+        command = script("support/losses.py", "--device", device, "--json", str(file), *size)
         return Step(f"losses {kernels}", command, 30, {"SHODH_KERNELS": kernels})
 
     run_folder = out / "quickstart"
@@ -148,13 +119,13 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         )  # fmt: skip
 
     return [
-        Step("environment", script("gpu_summary.py", device), 30, read=lambda log: json.loads(log.read_text())),
+        Step("environment", script("support/gpu_summary.py", device), 30, read=lambda log: json.loads(log.read_text())),
         tests(out, rehearse),
         bench("dispatch", 85, "--experts", "8,64"),
         bench("spectral_curl", 60),
         bench("gating", 45, "--experts", "8,64"),
         bench("lattice_boltzmann", 60, "--grids", "64,128,256", needs=("numba", "scipy")),
-        bench("walls", 40, needs=("numba", "scipy", "pydantic", "h5py")),
+        bench("walls", 40, needs=("numba", "scipy", "pydantic", "h5py"), folder="studies/"),
         losses("triton"),
         losses("reference"),
         bench("moe_layer", 30),
@@ -163,75 +134,35 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
         *([] if rehearse else [first_losses("triton"), first_losses("reference")]),
         Step(
             "pictures",
-            script("plot.py", *(str(out / f"{name}.json") for name in BENCHMARKS), "--present"),
+            script("support/plot.py", *(str(out / f"{name}.json") for name in BENCHMARKS), "--present"),
             25,
             needs=("matplotlib",),
         ),
     ]
 
 
-# With timings side by side, which `plot.py` draws.
+# Benchmarks whose results `plot.py` can draw.
 BENCHMARKS = ("dispatch", "spectral_curl", "gating", "lattice_boltzmann", "moe_layer", "optimizer")
 
 
 def tests(out: Path, rehearse: bool) -> Step:
-    """The kernels' tests. Under settings of their own: the project's ask for plugins that may not be here."""
+    """Run the kernels' tests with their own pytest settings: the project's need plugins that may not be installed."""
     ini = out / "pytest.ini"
     ini.write_text("[pytest]\nmarkers =\n    slow\n    distributed\n    gpu\n    timeout\n")
     command = [sys.executable, "-m", "pytest", "-c", str(ini), "--rootdir", str(TREE), "-q", "-p", "no:cacheprovider"]
     command += ["tests/kernels/test_gating.py", "-k", "tie or capacity"] if rehearse else ["tests/kernels"]
     if installed("xdist") and not rehearse:
-        command += ["-n", "8"]  # compilation of the kernels is what takes the time
+        command += ["-n", "8"]  # most of the time goes into compiling kernels
     if installed("pytest_timeout"):
         command += ["--timeout", "60"]
     return Step("tests", command, 100, needs=("pytest", "hypothesis"), folder=TREE, read=count_tests)
-
-
-def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run one step for at most ``seconds``; its output goes to ``out``/<name>.log."""
-    began = time.monotonic()
-    log = out / f"{step.name.replace(' ', '_')}.log"
-    step.folder.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        child = subprocess.Popen(
-            step.command,
-            cwd=step.folder,
-            env=environment | step.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT if step.name != "environment" else None,
-            start_new_session=True,  # so that its own children can be ended with it
-        )
-        try:
-            code: int | None = child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    took = time.monotonic() - began
-    found = Outcome(step.name, "done" if code == 0 else "failed", took)
-    try:
-        found.result = step.read(log)
-    except Exception as error:
-        found.reason = f"its output could not be read: {error}"
-    if code is None:
-        found.status, found.reason = "timed out", f"stopped after {took:.0f} s"
-    elif code:
-        found.reason = f"exit code {code}: {_last_line(log)}"
-    return found
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
 
 
 def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outcome]], None]) -> list[Outcome]:
     path = os.pathsep.join(filter(None, (str(source_tree()), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     if rehearse:
-        # One thread: what runs beside it on a shared machine makes threads wait for each other.
+        # One thread: on a shared machine several threads would wait for each other.
         environment |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     deadline = time.monotonic() + 60 * minutes
     done: list[Outcome] = []
@@ -242,7 +173,7 @@ def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outc
         if absent:
             outcome = Outcome(step.name, "not run", 0.0, f"{', '.join(absent)} is not installed")
         elif step.after and status[step.after] != "done":
-            outcome = Outcome(step.name, "not run", 0.0, f"{step.after} was not done")
+            outcome = Outcome(step.name, "not run", 0.0, f"{step.after} did not succeed")
         elif remaining < 5:
             outcome = Outcome(step.name, "timed out", 0.0, f"the {minutes:g} minutes were over")
         else:
@@ -255,7 +186,7 @@ def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outc
 
 
 def result_file(out: Path, options: Any, name: str) -> Path:
-    """Where the JSON goes: a rehearsal has no business among the results."""
+    """Path of the JSON file; a rehearsal is kept out of benchmarks/results."""
     if options.json:
         return options.json
     if options.rehearse:
@@ -272,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="logs, results and pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu_<name>_<date>.json")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for all steps together")
     parser.add_argument("--rehearse", action="store_true", help="the same steps on the CPU in tiny sizes")
     options = parser.parse_args(arguments)
     try:
@@ -285,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*.json"), *out.glob("*.png")):
-        old.unlink()  # or an older run's results would be taken for this one's
+        old.unlink()  # results of an earlier run would be taken for this one's
     file, began = result_file(out, options, name), time.monotonic()
     content: dict[str, Any] = {"what": "make gpu", "device": name, "rehearsal": options.rehearse}
 

@@ -1,10 +1,10 @@
-"""The lattice Boltzmann solver: million cell updates a second, against the bandwidth its memory traffic needs.
+"""The lattice Boltzmann solver: million cell updates per second, and the share of the memory bandwidth they use.
 
     python benchmarks/lattice_boltzmann.py --json benchmarks/results/lattice_boltzmann_cpu.json
 
-An update reads and writes 19 populations of a fluid cell (152 bytes in float32) and, on a CPU, reads where they come
-from (76 bytes). A scalar adds 7 populations twice, a velocity twice and, on a CPU, nothing else but its own reading of
-seven places: 80 + 28 bytes. ``of copy`` is the share of the copy bandwidth of all threads.
+An update reads and writes 19 populations of a fluid cell (152 bytes in float32) and, on a CPU, reads the indices of
+their sources (76 bytes). A scalar adds reading and writing of 7 populations and of a velocity (80 bytes) and, on a CPU,
+reading of seven more indices (28 bytes). ``of copy`` is the share of the copy bandwidth of all threads.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from common import OURS, Report, run, sizes
 from numpy.typing import NDArray
 from scipy import ndimage
-from timing import Call, Missing, Times, release
 
 from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers import LatticeBoltzmann
+from support.common import OURS, Report, run, sizes
+from support.timing import Call, Missing, Times, release
 
 VISCOSITY, SPEED = 0.02, 0.02
 VARIANTS: dict[str, dict[str, float]] = {
@@ -32,12 +32,12 @@ VARIANTS: dict[str, dict[str, float]] = {
 }
 FLOW_BYTES, TABLE_BYTES = 2 * 19 * 4, 19 * 4
 SCALAR_BYTES, SCALAR_TABLE_BYTES = 2 * 7 * 4 + 2 * 3 * 4, 7 * 4
-# Floating-point operations of one plain update, roughly: moments 150, collision 250.
+# Approximate floating-point operations of one plain update: moments 150, collision 250.
 FLOPS = 400
 
 
 def geometry(n: int, fluid_share: float) -> NDArray[np.bool_]:
-    """Random blobs about n / 8 across that leave ``fluid_share`` of the box."""
+    """Random solid blobs about n / 8 across that leave ``fluid_share`` of the box fluid."""
     if fluid_share == 1:
         return np.zeros((n, n, n), bool)
     noise = np.random.default_rng(0).standard_normal((n, n, n))
@@ -46,7 +46,7 @@ def geometry(n: int, fluid_share: float) -> NDArray[np.bool_]:
 
 
 def start(flow: Any, scalar: bool) -> Any:
-    """Give a flow, and its scalar, random values that stay far from zero and from the speed limit."""
+    """Set a flow and its scalar to random values far from zero and from the speed limit."""
     rng = np.random.default_rng(1)
     shape = flow.solid_XYZ.shape
     flow.set_velocity(SPEED * rng.standard_normal((3, *shape), dtype=np.float32))
@@ -60,7 +60,7 @@ def bench(report: Report, n: int, fluid_share: float, variant: str) -> None:
     solid_XYZ = geometry(n, fluid_share)
     steps = 2 if report.options.quick else max(256 if cuda else 1, 2**20 // n**3)
     case = {"grid": n, "fluid": fluid_share, "variant": variant, "steps": steps}
-    if report.late("lattice_boltzmann", case):
+    if report.out_of_time("lattice_boltzmann", case):
         return
     force_T3 = np.tile([1e-6, 0.0, 0.0], (steps, 1))
     scalar = variant == "scalar"
@@ -95,9 +95,9 @@ def bench(report: Report, n: int, fluid_share: float, variant: str) -> None:
 
 
 def bench_reference(report: Report, n: int) -> None:
-    """One step of the torch form, which defines the result."""
+    """One step of the torch reference."""
     case = {"grid": n, "fluid": 1.0, "variant": "plain", "steps": 1}
-    if report.late("torch_reference", case):
+    if report.out_of_time("torch_reference", case):
         return
     solid = torch.zeros(n, n, n, dtype=torch.bool, device=report.device)
     f = reference.equilibrium(SPEED * torch.randn(3, n, n, n, device=report.device), solid)
@@ -114,14 +114,14 @@ def bench_reference(report: Report, n: int) -> None:
 
 
 def table(report: Report) -> None:
-    """The results as Markdown: million updates a second, and the share of the copy bandwidth."""
+    """Print the results as Markdown: million updates per second, and the share of the copy bandwidth."""
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in report.content["results"]:
         case = row["case"]
         cell = f"{row['extra']['million_updates_s']:.1f} ({row['share_of_copy']:.0%})"
         rows.setdefault((case["grid"], case["fluid"], case["variant"]), {})[row["implementation"]] = cell
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    print("\nMillion updates of fluid cells a second (share of the copy bandwidth)\n")
+    print("\nMillion updates of fluid cells per second (share of the copy bandwidth)\n")
     print("| grid | fluid | | " + " | ".join(names) + " |")
     print("|---:|---:|---|" + "---:|" * len(names))
     for (grid, fluid, variant), row in rows.items():
@@ -142,8 +142,8 @@ def work(report: Report) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grids", type=sizes, help="sides of the grids, like 32,64")
-    parser.add_argument("--no-reference", action="store_true", help="leave the torch form out")
+    parser.add_argument("--grids", type=sizes, help="sides of the cubic grids, like 32,64")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the torch reference")
 
 
 def main(arguments: list[str] | None = None) -> int:

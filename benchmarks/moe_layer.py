@@ -2,102 +2,45 @@
 
     python benchmarks/moe_layer.py [--device cpu|cuda] [--json FILE] [--cases 4096/128/4 8192/256/16] [--ranks 2]
 
-After the times come the peak memory of each layer and the share of its parts in the time, forward and backward
-together: what the experts' products take, no other way of moving tokens can save. ``--ranks 2`` shares the layer
-between that many processes too (`moe_ranks`).
-Same SwiGLU experts, linear router, Top-1 and capacity factor in all; no shared expert. DeepSpeed 0.19's MOELayer
-always takes its sparse path (_sparse_encode, _sparse_decode) where Tutel is not asked for.
+After the times it prints the peak memory of each layer and how its parts share the time of forward and backward: a
+better way of moving tokens cannot save the time of the experts' products. ``--ranks 2`` also splits the layer over two
+processes (`moe_ranks`).
+All layers have the same SwiGLU experts, linear router, Top-1 routing and capacity factor, and no shared expert.
+DeepSpeed 0.19's MOELayer always uses its sparse path (_sparse_encode, _sparse_decode) unless Tutel is requested.
 Shapes: N tokens, D width, F hidden width (2 D), E experts.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, describe, run
-from layer_profile import PARTS, peak_bytes, shares
-from moe_ranks import bench_ranks
-from peers import deepspeed
-from timing import BOTH, Missing, Times, first_line, release, rotating, with_backward
 from torch import Tensor, nn
 
-CAPACITY_FACTOR = 1.25
-MIN_CAPACITY = 4
+from support.common import DTYPES, OURS, Report, describe, run
+from support.layer_profile import PARTS, peak_bytes, shares
+from support.moe_layers import CAPACITY_FACTOR, deepspeed_layer, feed_forward, our_layer
+from support.moe_ranks import bench_ranks
+from support.timing import BOTH, Missing, Times, release, rotating, with_backward
 
 
 def layer_flops(tokens: int, width: int, hidden: int, experts: int) -> int:
-    """Per token 3 products of D x F in its expert and D x E in the router, 2 FLOP each; backward twice that.
-    Padding of slots that stay empty does not count."""
+    """FLOP per token: 3 products of D x F in its expert and D x E in the router, 2 FLOP each; backward twice that.
+
+    Padding of empty slots does not count.
+    """
     return 3 * 2 * tokens * (3 * width * hidden + width * experts)
 
 
 def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> int:
-    """x and its output, their two gradients; weights read forward and backward, their gradients written."""
+    """Bytes of x, the output and their gradients; of the weights, read twice, and their gradients, written once."""
     return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
 
 
-def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool = False, ep: Any = None) -> Any:
-    """`shodh_moe.model.MoE` with the experts of ``ep`` (None: all of them), or why it cannot be made."""
-    try:
-        from shodh_moe.config import MoEConfig, RouterConfig
-        from shodh_moe.model.moe import MoE
-        from shodh_moe.parallel import ExpertParallel
-    except ImportError as error:
-        return Missing(first_line(error))
-    config = MoEConfig(
-        num_experts=experts,
-        expert_hidden=hidden,
-        shared_experts=0,
-        dropless=dropless,
-        capacity_factor=CAPACITY_FACTOR,
-        min_capacity=MIN_CAPACITY,
-        router=RouterConfig(kind=router),  # type: ignore[arg-type]
-    )
-    return MoE(width, config, ep or ExpertParallel(), seed=0, layer=0)
-
-
-def feed_forward(width: int, hidden: int) -> Any:
-    """One SwiGLU network, or why it cannot be made (the model needs pydantic, the kernels do not)."""
-    try:
-        from shodh_moe.model.experts import FeedForward
-    except ImportError as error:
-        return Missing(first_line(error))
-    return FeedForward(width, hidden)
-
-
-def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random_tokens: bool, device: Any) -> Any:
-    """`deepspeed.moe.layer.MoE` in a world of this process alone, or why it cannot be made."""
-    if isinstance(found := deepspeed(), Missing):
-        return found
-    if isinstance(expert := feed_forward(width, hidden), Missing):
-        return expert
-    try:
-        import deepspeed as ds
-        from deepspeed.moe.layer import MoE
-
-        if not torch.distributed.is_initialized():
-            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ.update(alone)
-            # Else DeepSpeed compiles an operation that serves inference alone, for a minute or more.
-            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            ds.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        layer = MoE(
-            width, expert, experts, ep_size=1, k=1, capacity_factor=factor,
-            min_capacity=MIN_CAPACITY, use_rts=random_tokens,
-        )  # fmt: skip
-        layer.set_deepspeed_parallelism()
-        return layer
-    except Exception as error:
-        return Missing(first_line(error))
-
-
 def check_same(report: Report, width: int, hidden: int, experts: int) -> None:
-    """With the same weights and room for every token, DeepSpeed's layer and ours give the same output."""
+    """Check that DeepSpeed's layer and ours give the same output with the same weights and room for every token."""
     ours = our_layer(width, hidden, experts, "linear")
     theirs = deepspeed_layer(width, hidden, experts, float(experts), False, report.device)
     if isinstance(ours, Missing) or isinstance(theirs, Missing):
@@ -155,7 +98,7 @@ def bench_layer(report: Report, tokens: int, width: int, experts: int, dtype: to
 
 
 def explain(report: Report, case: dict[str, Any], calls: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Peak memory and parts of every layer that runs here, as a table and under ``profiles`` in the JSON."""
+    """Print peak memory and time shares of every layer that runs here; record them under ``profiles`` in the JSON."""
     shape = {key: case[key] for key in ("width", "hidden", "experts")}
     print(f"\nmoe_layer  {describe(case)}  peak memory and share of the time of {BOTH}")
     print(f"  {'implementation':<36} {'peak MB':>9} " + " ".join(f"{part:>18}" for part in PARTS))
@@ -170,7 +113,7 @@ def explain(report: Report, case: dict[str, Any], calls: dict[str, Any], inputs:
 
 
 def _call(name: str, module: nn.Module, parameters: list[Tensor]) -> Any:
-    """Forward and backward to x and to every parameter, the balance loss included where there is one."""
+    """A call that runs forward and backward to x and every parameter, with the balance loss of layers that have one."""
 
     def forward(i: dict[str, Any]) -> tuple[Tensor, ...]:
         if name.startswith(OURS):
@@ -186,7 +129,7 @@ def _call(name: str, module: nn.Module, parameters: list[Tensor]) -> Any:
 
 
 def case_of(text: str) -> tuple[int, int, int]:
-    """``4096/128/4``: an argparse type."""
+    """Parse ``4096/128/4`` (argparse type)."""
     parts = text.split("/")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not tokens/width/experts like 4096/128/4")
@@ -198,7 +141,9 @@ def work(report: Report) -> None:
     cases = [(4096, 128, 4), (4096, 256, 8), (8192, 256, 16)] + ([(65_536, 1024, 16)] if cuda else [])
     for tokens, width, experts in options.cases or ([(64, 16, 4)] if options.quick else cases):
         for dtype in options.dtypes or (["float32", "bfloat16"] if cuda else ["float32"]):
-            if not report.late("moe_layer", {"tokens": tokens, "width": width, "experts": experts, "dtype": dtype}):
+            if not report.out_of_time(
+                "moe_layer", {"tokens": tokens, "width": width, "experts": experts, "dtype": dtype}
+            ):
                 bench_layer(report, tokens, width, experts, DTYPES[dtype])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -210,7 +155,9 @@ def work(report: Report) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=case_of, nargs="+", metavar="TOKENS/WIDTH/EXPERTS")
     parser.add_argument("--ranks", type=int, default=1, help="also on this many ranks, at the same global batch")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32; cuda both")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32 on cpu; both on cuda"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
-"""One AdamW step of each kernel a run can choose (training.optimizer), over the parameters of a whole model.
+"""One AdamW step of each kernel that ``training.optimizer`` selects, over the parameters of a whole model.
 
     python benchmarks/optimizer.py [--device cpu|cuda] [--json FILE]
 
-Parameters, gradients and moments are float32. "shodh" is what ``training.optimizer: auto`` takes.
-Every step reads parameter, gradient and two moments and writes all but the gradient: 28 bytes a parameter.
+Parameters, gradients and moments are float32. "shodh" is the kernel that ``training.optimizer: auto`` selects.
+Every step reads parameter, gradient and two moments and writes all but the gradient: 28 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OURS, Report, run
-from timing import Call, Missing, Times, first_line, release
 from torch import Tensor, nn
 
+from support.common import OURS, Report, run
+from support.timing import Call, Missing, Times, first_line, release
+
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
-BYTES, FLOPS = 28, 16  # a parameter
+BYTES, FLOPS = 28, 16  # per parameter
 Make = Callable[[list[nn.Parameter]], Any]
 
 
 def quickstart_shapes() -> list[torch.Size]:
-    """Of the model of configs/quickstart.yaml."""
+    """Parameter shapes of the model of configs/quickstart.yaml."""
     from shodh_moe.config import COMPRESSION
     from shodh_moe.config.load import load_config
 
@@ -33,7 +34,7 @@ def quickstart_shapes() -> list[torch.Size]:
 
 
 def larger_shapes(depth: int) -> list[torch.Size]:
-    """About 8 million parameters a layer."""
+    """Parameter shapes of layers with about 8 million parameters each."""
     from shodh_moe.config import ModelConfig, MoEConfig
 
     moe = MoEConfig(num_experts=8, expert_hidden=512)
@@ -51,7 +52,7 @@ def _shapes(model: Any, channels: int, grid: list[int]) -> list[torch.Size]:
 def step_of(
     make: Callable[[list[nn.Parameter]], Any], shapes: list[torch.Size], device: torch.device
 ) -> Call | Missing:
-    """A call that makes one step, or why there is none."""
+    """A call that makes one step, or the reason why this kernel cannot run."""
 
     def tensor(shape: torch.Size) -> Tensor:
         return torch.randn(shape, device=device)
@@ -92,7 +93,7 @@ def bench_optimizer(report: Report, model: str, shapes: list[torch.Size]) -> Non
     calls: dict[str, Call | Missing] = {}
     for name, make in kinds.items():
         left_out = name == "deepspeed" and report.options.no_compile
-        calls[name] = Missing("compilation left out (--no-compile)") if left_out else step_of(make, shapes, device)
+        calls[name] = Missing("no compilation with --no-compile") if left_out else step_of(make, shapes, device)
     count = sum(shape.numel() for shape in shapes)
 
     def rate(name: str, times: Times) -> dict[str, float]:
@@ -111,7 +112,7 @@ def work(report: Report) -> None:
     cuda = report.device.type == "cuda"
     models = {"quickstart": quickstart_shapes(), "larger": larger_shapes(12 if cuda else 2)}
     for name, shapes in models.items():
-        if not report.late("adamw_step", {"model": name}):
+        if not report.out_of_time("adamw_step", {"model": name}):
             bench_optimizer(report, name, shapes)
     return None
 

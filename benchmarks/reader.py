@@ -1,11 +1,10 @@
-"""Snapshots a second of the reader, of bare h5py and of the_well's WellDataset, from the same files in the same run.
+"""Snapshots per second of the reader, of bare h5py and of the_well's WellDataset, from the same files in the same run.
 
     python benchmarks/reader.py --json benchmarks/results/reader_cpu.json
 
-Needs the_well 1.2.0 beside this package; without it that row is left out. The files are made once in ``--folder``.
-Everyone reads the same snapshots in the same order, in turns, and each turn begins with nothing read ahead. With
---memory N the reader is also run for N batches, and the memory that the process has after 100 of them and at the end
-is compared.
+WellDataset needs the_well 1.2.0; without it that row is left out. The files are made once in ``--folder``. All readers
+take turns, read the same snapshots in the same order, and start each turn with nothing read ahead. With --memory N the
+reader also runs for N batches, and the process's memory after 100 of them is compared with that at the end.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Turn = Callable[[list[int]], object]
 
 
 def make_files(folder: Path, grid: int, files: int, snapshots: int) -> Path:
-    """A training split of random numbers: how fast they are read does not depend on what they are."""
+    """Write a training split of random numbers: the reading speed does not depend on the values."""
     folder = folder / f"{grid}_{files}x{snapshots}"
     shape, rng = (grid, grid, grid), np.random.default_rng(0)
     for index in range(files):
@@ -66,8 +65,11 @@ def make_files(folder: Path, grid: int, files: int, snapshots: int) -> Path:
 
 
 def bare_h5py(records: list[TrajectoryRecord], stack: ExitStack) -> dict[str, Turn]:
-    """Velocity and pressure as they are on the disk, from files that stay open: a new array for each batch, as a
-    training needs it, or the same two arrays each time, which partly stay in the processor's cache."""
+    """Read velocity and pressure as stored, from files that stay open.
+
+    Each batch goes into a new array, as training needs it, or into the same two arrays, which partly stay in the
+    processor's cache.
+    """
     grid, length = records[0].grid, records[0].n_snapshots
     files = [stack.enter_context(h5py.File(record.path, "r")) for record in records]
     fields = [(file["t1_fields/velocity"], file["t0_fields/pressure"]) for file in files]
@@ -96,7 +98,7 @@ def bare_h5py(records: list[TrajectoryRecord], stack: ExitStack) -> dict[str, Tu
 
 
 def ours(snapshots: Snapshots) -> dict[str, Turn]:
-    """Channels first, with the mask and with every value checked."""
+    """Read with our reader: channels first, with the mask, every value checked."""
     same = np.empty((5, *snapshots.records[0].grid), np.float32)
 
     def batches(workers: int, indices: list[int]) -> None:
@@ -113,8 +115,10 @@ def ours(snapshots: Snapshots) -> dict[str, Turn]:
 
 
 def well(folder: Path, snapshots: Snapshots) -> dict[str, Turn]:
-    """WellDataset asked for single samples, and through torch's loader. A sample is two successive snapshots: each
-    turn has half as many, so that all read the same amount."""
+    """Read with WellDataset, directly and through torch's loader.
+
+    A sample is two successive snapshots; a turn has half as many samples, so that all readers read the same amount.
+    """
     try:
         from the_well.data import WellDataset
     except ImportError:
@@ -149,7 +153,7 @@ def well(folder: Path, snapshots: Snapshots) -> dict[str, Turn]:
 
 
 def forget(records: list[TrajectoryRecord]) -> None:
-    """Have the system drop what it keeps of the files in memory."""
+    """Ask the system to drop the files from its page cache."""
     for record in records:
         file = os.open(record.path, os.O_RDONLY)
         os.fsync(file)
@@ -158,7 +162,7 @@ def forget(records: list[TrajectoryRecord]) -> None:
 
 
 def compare(turns: dict[str, Turn], records: list[TrajectoryRecord], rounds: int, cold: bool) -> list[dict[str, Any]]:
-    """Samples a second of each, round after round in a new order."""
+    """Samples per second of each reader, in a new order every round."""
     rng, total = random.Random(0), sum(record.n_snapshots for record in records)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(-1, rounds):
@@ -168,7 +172,7 @@ def compare(turns: dict[str, Turn], records: list[TrajectoryRecord], rounds: int
                 forget(records)
             began = time.perf_counter()
             turns[name](indices)
-            if number >= 0:  # the first is for warming up
+            if number >= 0:  # the first round is a warm-up
                 seconds[name].append((time.perf_counter() - began) / len(indices))
     rows = []
     for name, values in seconds.items():
@@ -204,7 +208,7 @@ def resident_bytes() -> int:
 
 
 def memory(snapshots: Snapshots, batches: int, workers: int) -> dict[str, Any]:
-    """Resident bytes after 100 batches, a tenth, half and all of them."""
+    """Resident bytes after 100 batches, and after a tenth, half and all of them."""
     sampler = DomainSampler(snapshots.sizes, 2, seed=0)
     reader: Iterator[torch.Tensor] = read_batches(snapshots, mixed_batches(sampler, snapshots), workers)
     seen = [resident_bytes() for number, _ in zip(range(1, batches + 1), reader, strict=False) if number % 100 == 0]
@@ -213,7 +217,7 @@ def memory(snapshots: Snapshots, batches: int, workers: int) -> dict[str, Any]:
 
 
 def symmetry_seconds(grid: int) -> float:
-    """Median over the 48 of what turning a sample costs."""
+    """Median time of rotating a sample, over the 48 rotations and reflections."""
     fields, times = torch.randn(1, 5, grid, grid, grid), []
     for symmetry in allowed((grid, grid, grid), (True, True, True), forced=False):
         began = time.perf_counter()
@@ -238,7 +242,7 @@ def work(options: argparse.Namespace) -> None:
         "results": [],
         "ratios": {},
     }
-    if options.memory:  # first, while the process holds nothing else
+    if options.memory:  # runs first, while the process holds nothing else
         content["memory"] = [memory(snapshots, options.memory, workers) for workers in (0, 2)]
         for row in content["memory"]:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
@@ -261,11 +265,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grid", type=int, default=128, help="cells along an edge; default: %(default)s")
     parser.add_argument("--files", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--snapshots", type=int, default=6, help="of a file; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="that are timed, with the files in memory")
-    parser.add_argument("--cold-rounds", type=int, default=3, help="with the files on the disk alone; 0 for none")
+    parser.add_argument("--snapshots", type=int, default=6, help="snapshots per file; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds with the files in the page cache")
+    parser.add_argument("--cold-rounds", type=int, default=3, help="timed rounds with an empty page cache; 0 for none")
     parser.add_argument("--memory", type=int, default=0, metavar="N", help="batches to run for the memory test")
-    parser.add_argument("--folder", type=Path, default=Path("build/reader"), help="of the files; default: %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/reader"), help="folder of the files; default: %(default)s"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, date and results here")
     options = parser.parse_args(arguments)
     return exit_code(lambda: work(options))

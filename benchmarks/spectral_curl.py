@@ -2,8 +2,8 @@
 
     python benchmarks/spectral_curl.py [--device cpu|cuda] [--json FILE] [--grids 64,128] [--operators spectral]
 
-Beside the times: the relative error against FP64, and h * rms(div u) / rms(u), the divergence taken with the same
-operator, computed once all in FP64 and once in the dtype of the case.
+Besides times it reports the relative error against FP64, and h * rms(div u) / rms(u) with the divergence of the same
+operator, computed in FP64 throughout and in the dtype of the case.
 Shapes: B batch, 3 components, X Y Z space.
 """
 
@@ -16,33 +16,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, OURS, Report, run, sizes
-from peers import FourierCurl, MatrixCurl, compiled, wider
-from timing import BOTH, FORWARD, Times, passes, release, rotating
 from torch import Tensor
 
 from shodh_moe.kernels import curl, divergence
+from support.common import DTYPES, OURS, Report, run, sizes
+from support.peers import FourierCurl, MatrixCurl, compiled, wider
+from support.timing import BOTH, FORWARD, Times, passes, release, rotating
 
 OPERATORS = ("spectral", "central2", "central4", "staggered")
 
 
 def curl_bytes(points: int, dtype: torch.dtype) -> dict[str, int]:
-    """Forward: A read once, u written once, three numbers a point each; u of a narrow A is float32. Backward is the
-    same operation the other way round."""
+    """Minimal traffic. Forward reads A and writes u once, three numbers per point; u of a 16-bit A is float32.
+
+    Backward is the same operation in reverse.
+    """
     once = 3 * points * (dtype.itemsize + max(dtype.itemsize, 4))
     return {FORWARD: once, BOTH: 2 * once}
 
 
 def curl_flops(grid: int, operator: str) -> dict[str, int]:
-    """Six derivatives and three subtractions a point. A spectral derivative is counted as the product with the dense
-    matrix (2 N a point), whatever an implementation does; a stencil by its multiplications and additions."""
+    """FLOP of six derivatives and three subtractions per point.
+
+    A spectral derivative counts as a product with a dense matrix (2 N per point) for every implementation; a stencil
+    counts its multiplications and additions.
+    """
     per_derivative = {"spectral": 2 * grid, "central2": 2, "central4": 5, "staggered": 2}[operator]
     once = grid**3 * (6 * per_derivative + 3)
     return {FORWARD: once, BOTH: 2 * once}
 
 
 def smooth_potential(grid: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[1, 3, X, Y, Z]: noise with a spectrum that falls off, as decoded potentials have."""
+    """Noise with a decaying spectrum, like that of decoded potentials, [1, 3, X, Y, Z]."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, 3, grid, grid, grid, generator=generator).to(device)
     hat = torch.fft.rfftn(noise, dim=(-3, -2, -1))
@@ -53,13 +58,13 @@ def smooth_potential(grid: int, seed: int, device: torch.device, dtype: torch.dt
 
 
 def relative_divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> float:
-    """h * rms(div u) / rms(u), both summed in FP64."""
+    """h * rms(div u) / rms(u), both rms values summed in FP64."""
     div = divergence(u_B3XYZ, operator, spacing).double()
     return float(spacing * div.square().mean().sqrt() / u_B3XYZ.double().square().mean().sqrt())
 
 
 def quality(call: Any, a_B3XYZ: Tensor, exact: Any, call64: Any, operator: str, spacing: float) -> dict[str, float]:
-    """What the implementation gets wrong, measured apart from the timing."""
+    """Errors of an implementation; not part of the timing."""
     u, u64 = call(a_B3XYZ), exact(a_B3XYZ.double())
     found = {
         "relative_error": float((u.double() - u64).norm() / u64.norm()),
@@ -113,20 +118,27 @@ def work(report: Report) -> None:
     options, cuda = report.options, report.device.type == "cuda"
     grids = options.grids or ([16] if options.quick else [64, 128, 256] if cuda else [64, 128])
     default = ["float32", "float64", "bfloat16"] if cuda else ["float32"]
-    # The case that has a number to reach goes first, in case time runs out.
+    # The case with a performance goal runs first, in case time runs out.
     for dtype in options.dtypes or default:
         for grid in sorted(grids, key=lambda n: (n != 128, n)):
             for operator in options.operators or OPERATORS:
                 if grid == 256 and dtype == "float64" and operator != "spectral":
                     continue
-                if not report.late("curl", {"grid": grid, "operator": operator, "dtype": dtype}):
+                if not report.out_of_time("curl", {"grid": grid, "operator": operator, "dtype": dtype}):
                     bench_curl(report, grid, operator, DTYPES[dtype])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grids", type=sizes, help="points along each axis; default: 64,128, on cuda 256 too")
+    parser.add_argument(
+        "--grids", type=sizes, help="points along each axis; default: 64,128 on cpu; 64,128,256 on cuda"
+    )
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, help="default: all")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="default: float32; on cuda 2 more")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=tuple(DTYPES),
+        help="default: float32 on cpu; float32, float64 and bfloat16 on cuda",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,10 +1,10 @@
-"""Find good block sizes for the Triton kernels on this GPU and keep them in kernels/tuned.json.
+"""Find fast block sizes for the Triton kernels on this GPU and save them in kernels/tuned.json.
 
     python benchmarks/tune.py [--seconds 240] [--only gating dispatch] [--file kernels/tuned.json]
     python benchmarks/tune.py --rehearse     # in Triton's interpreter, tiny sizes; writes to --file only
 
-Each kernel asks `backend.settings` for its sizes by name and size class. This script answers in its place, tries one
-setting at a time at half and twice its value, and keeps what is faster and gives the same results.
+Each kernel asks `backend.settings` for its sizes by name and size class. This script replaces that function, tries each
+setting at half and twice its value, and keeps values that are faster and give the same results.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Missing, Patience, first_line, release, time_alternately
 from torch import Tensor
 
 import shodh_moe.kernels as kernels
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.files import write_text
 from shodh_moe.kernels import backend
+from support.timing import Missing, Patience, first_line, release, time_alternately
 
-GAIN = 0.97  # a new setting must take at most this share of the old one's time: less is noise
+GAIN = 0.97  # a new setting must take at most this share of the old one's time; smaller gains may be noise
 LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5)}
 BLOCK_LIMIT = 2048
 
@@ -40,7 +40,7 @@ Workload = tuple[str, str, Callable[[], tuple[Tensor, ...]]]
 
 
 class Tuner:
-    """Stands in for `backend.settings` and remembers who asked."""
+    """Replacement for `backend.settings` that records the requests."""
 
     def __init__(self) -> None:
         self.defaults: dict[Key, Settings] = {}
@@ -55,7 +55,7 @@ class Tuner:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """In place of the function in every module that launches kernels."""
+        """Replace the function in every module that launches kernels."""
         names = [found.name for found in pkgutil.iter_modules(kernels.__path__) if found.name.endswith("_triton")]
         modules = [importlib.import_module(f"shodh_moe.kernels.{name}") for name in names]
         modules = [module for module in modules if hasattr(module, "settings")]
@@ -80,21 +80,21 @@ class Tuner:
 
 
 def neighbours(name: str, value: int) -> list[int]:
-    """What to try instead of ``value``."""
+    """Values to try instead of ``value``."""
     low, high = LIMITS.get(name, (1, BLOCK_LIMIT))
     tried = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     return [number for number in tried if low <= number <= high]
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """Equal routes, and numbers that differ by the order of their sums at most."""
+    """Whether routes are equal and numbers differ at most by the order of their sums."""
     for x, y in zip(a, b, strict=True):
         if not x.dtype.is_floating_point:
             if not torch.equal(x, y):
                 return False
             continue
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}.get(x.dtype, 1e-2)
-        # Relative to the whole: single numbers near zero may differ by any share of themselves.
+        # Relative to the whole tensor: single numbers near zero may have any relative error.
         if not (x.double() - y.double()).norm() <= tolerance * y.double().norm():
             return False
     return True
@@ -103,7 +103,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 def tune_key(
     tuner: Tuner, key: Key, work: Callable[[], Any], device: torch.device, patience: Patience, late: Any
 ) -> str:
-    """Improve one kernel's settings in one size class by moving one setting at a time."""
+    """Improve one kernel's settings in one size class by changing one setting at a time."""
     best = dict(tuner.defaults[key])
     expected = work()
     refused = 0
@@ -141,14 +141,14 @@ def tune_key(
 
 
 def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
-    """(operation, name, work): public operations, forward and backward; their results must not change."""
+    """Public operations to tune with, as (operation, name, work), forward and backward. Results must not change."""
     yield from gating_workloads(device, quick)
     yield from dispatch_workloads(device, quick)
     yield from curl_workloads(device, quick)
 
 
 def _gradients(outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Outputs and their gradients for fixed incoming ones."""
+    """Outputs, and gradients for fixed incoming gradients."""
     floating = tuple(out for out in outputs if out.requires_grad)
     grads = tuple(
         torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape) for out in floating
@@ -177,7 +177,7 @@ def gating_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
 
         def cosine(x: Tensor = x_ND, w: Tensor = projection_RD, p: Tensor = prototypes_ER, t: Tensor = temperature,
                    k: int = capacity) -> tuple[Tensor, ...]:  # fmt: skip
-            # Only what no near tie can change: scores differ in their last bits with the order of the sums.
+            # Compare only results that near ties cannot change: the last bits of scores depend on the order of sums.
             return (kernels.cosine_top1_gating(x, w, p, t, k, "position", None, False).gate_N,)
 
         yield "cosine_gating", f"cosine gating E={experts}", cosine
@@ -240,7 +240,7 @@ def tune(tuner: Tuner, options: argparse.Namespace, device: torch.device) -> Non
 
 
 def keep(file: Path, device: torch.device, chosen: dict[Key, Settings]) -> None:
-    """Merge what was found into the table; entries of other devices and kernels stay."""
+    """Merge the new settings into the table; entries of other devices and kernels are kept."""
     table = json.loads(file.read_text()) if file.exists() else {}
     entries = table.setdefault(backend._device_name(device), {})
     for (kernel, size_class), settings in sorted(chosen.items()):
@@ -253,11 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="stop trying after this long")
     parser.add_argument("--only", nargs="+", choices=("gating", "cosine_gating", "dispatch", "curl"))
     parser.add_argument("--file", type=Path, help="default: kernels/tuned.json")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU in Triton's interpreter, tiny sizes")
+    parser.add_argument("--rehearse", action="store_true", help="run tiny sizes on the CPU, in Triton's interpreter")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("this torch finds no CUDA device; --rehearse runs in Triton's interpreter")
-    # Before Triton is imported: it decides then whether kernels are compiled or interpreted.
+    # Must precede the import of Triton, which decides then whether kernels are compiled or interpreted.
     os.environ["SHODH_KERNELS"] = "triton"
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 tune(tuner, options, device)
             finally:
-                # Interrupted or broken: what was found so far is still good.
+                # Settings found before an interruption or error are still valid.
                 if file and tuner.chosen:
                     keep(file, device, tuner.chosen)
         print(f"{len(tuner.chosen)} entries differ from the defaults" + (f", written to {file}" if file else ""))

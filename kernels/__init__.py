@@ -1,6 +1,6 @@
-"""The operations this project is fast for, one a file; installed as ``shodh_moe.kernels``.
+"""Fast kernels for the operations of this project, one file each; installed as ``shodh_moe.kernels``.
 
-Each file holds the plain torch form of its operation, which defines the result on every device.
+Each file contains the torch reference of its operation, which defines the result on every device.
 """
 
 from shodh_moe.kernels.cosine_gating import cosine_top1_gating

@@ -1,4 +1,4 @@
-"""Compile recorded launches for GPUs that are not there, and read off what the compiler needed.
+"""Compile recorded launches for GPUs that need not be present, and report the resources each kernel uses.
 
 `backend.record` collects launches made with tensors on the ``meta`` device; Triton compiles them to machine
 code without a GPU. Registers and spills come from NVIDIA's assembler (bundled with Triton) or from the
@@ -27,7 +27,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory a program may have, in bytes, and columns of Blackwell's tensor memory.
+# Limits per program: shared memory in bytes, and columns of Blackwell's tensor memory.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TENSOR_MEMORY_LIMIT = 512
 _OPTIONS = ("num_warps", "num_stages")
@@ -39,16 +39,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes on a target."""
+    """Resources of one program of a compiled kernel on a target."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     shared_bytes: int
-    spill_bytes: int  # a thread; stores to local memory
+    spill_bytes: int  # per thread; stores to local memory
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with everything that makes the compiler produce other code; hashable, so that equals fall together."""
+    """A kernel with everything that affects its compiled code; hashable, so that duplicates can be removed."""
 
     kernel: Any
     signature: tuple[tuple[str, str], ...]
@@ -58,7 +58,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The file of the kernel and its name there."""
+        """The kernel's file and its name there."""
         file = self.kernel.__module__.rpartition(".")[2].removesuffix("_triton")
         return f"{file}.{self.kernel.__name__.strip('_').removesuffix('_kernel')}"
 
@@ -93,12 +93,12 @@ def compile_variant(variant: Variant, target: str) -> Resources:
 
     Raises:
         RuntimeError: the kernel would not run: too much shared or tensor memory, or no code came out.
-        Exception: what Triton or the assembler raises when it does not compile.
+        Exception: any error of Triton or the assembler if compilation fails.
     """
     gpu = TARGETS[target]
     constexprs = dict(variant.constexprs)
     if gpu.backend == "hip" and "PRECISION" in constexprs:
-        constexprs["PRECISION"] = "ieee"  # what the launch functions choose on AMD, whose float32 is not split
+        constexprs["PRECISION"] = "ieee"  # the launch functions' choice on AMD, where float32 is not split
     source = ASTSource(
         fn=variant.kernel,
         signature=dict(variant.signature),
@@ -135,7 +135,7 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        # The option that Triton itself passes, so that the registers are those of the code that will run.
+        # Triton passes the same option, so these are the registers of the code that will run.
         command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", source]
         result = subprocess.run([*command, "-o", Path(folder, "cubin")], capture_output=True, text=True, check=True)
     registers = int(re.findall(r"Used (\d+) registers", result.stderr)[-1])

@@ -1,4 +1,4 @@
-"""Which form of a kernel a call runs, Triton or the torch reference, and the one place that launches Triton.
+"""Choose whether a call runs the Triton kernel or the torch reference, and launch Triton kernels.
 
 ``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, elsewhere the reference, with
 compiled passes where they are faster), ``reference``, or ``triton`` (on the CPU that needs Triton's interpreter:
@@ -46,7 +46,7 @@ def use_triton(tensor: Tensor) -> bool:
 
     Raises:
         ValueError: ``SHODH_KERNELS`` holds an unknown word.
-        RuntimeError: it asks for Triton where Triton cannot run.
+        RuntimeError: Triton is requested where it cannot run.
     """
     if _recorded is not None:
         return True
@@ -64,12 +64,12 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def use_reference() -> bool:
-    """Whether the plain torch reference is asked for, not merely the form that suits the device."""
+    """Whether ``SHODH_KERNELS`` requests the torch reference rather than the best form for the device."""
     return _choice() == "reference"
 
 
 def describe(device: torch.device) -> str:
-    """One line for the log: which kernels run on ``device``, and why. Raises what `use_triton` raises."""
+    """One line for the log: which kernels run on ``device``, and why. Raises the errors of `use_triton`."""
     choice = _choice()
     why = "" if choice == "auto" else f" (SHODH_KERNELS={choice})"
     if use_triton(torch.empty(0, device=device)):
@@ -82,7 +82,7 @@ def describe(device: torch.device) -> str:
 
 
 def exact(tensor: Tensor) -> torch.autocast:
-    """A context in which autocast does not round the operands of matrix products."""
+    """A context in which autocast leaves the operands of matrix products unrounded."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -92,7 +92,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 class Launch(NamedTuple):
-    """One kernel launch as it was asked for."""
+    """One recorded kernel launch."""
 
     kernel: Any  # the @triton.jit function
     args: tuple[Any, ...]
@@ -104,9 +104,9 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect the launches inside the block instead of running them: `kernels.compile` reads them.
+    """Record the launches inside the block instead of running them, to compile them with `kernels.ahead_of_time`.
 
-    Inside, every operation takes its Triton form; give it tensors on the ``meta`` device.
+    Inside, every operation uses its Triton form; pass it tensors on the ``meta`` device.
     """
     global _recorded
     _recorded = []
@@ -117,7 +117,7 @@ def record() -> Iterator[list[Launch]]:
 
 
 def recording() -> bool:
-    """Whether launches are recorded instead of run, so that no result can be read."""
+    """Whether launches are being recorded instead of run, so that results cannot be read."""
     return _recorded is not None
 
 

@@ -1,4 +1,4 @@
-"""Top-1 gating by cosine scores, the scores computed in the same pass.
+"""Top-1 gating by cosine scores, which are computed in the routing pass.
 
 Shapes: N tokens, D model width, R routing width, E experts.
 """
@@ -25,7 +25,7 @@ from shodh_moe.kernels.gating import (
 )
 
 MAX_ROUTING_WIDTH = 128
-FUSED_EXPERTS = 64  # beyond, a tile's scores and prototypes no longer fit in registers beside the rest
+FUSED_EXPERTS = 64  # with more, a tile's scores and prototypes no longer fit in registers
 
 
 def cosine_top1_gating(
@@ -40,8 +40,8 @@ def cosine_top1_gating(
 ) -> Gating:
     """`top1_gating` of the logits ``<W x, P_e> / (|W x| |P_e|) / tau`` (X-MoE, arXiv 2204.09179; DESIGN 3.5).
 
-    On Triton, with at most 64 experts, the logits are computed in the routing pass: the tokens are read once,
-    and nothing is written between them and the logits but W x, for the backward pass.
+    On Triton, with at most 64 experts, the logits are computed in the routing pass: the tokens are read once, and the
+    only intermediate result that is written is W x, for the backward pass.
 
     Args:
         x_ND: tokens, float32, bfloat16 or float16; float64 keeps everything in float64 (torch reference).
@@ -49,7 +49,7 @@ def cosine_top1_gating(
         prototypes_ER: P, dtype like W.
         temperature: tau, one element, positive, dtype like W.
 
-    The other arguments and errors are those of `top1_gating`.
+    Other arguments and errors are those of `top1_gating`.
     """
     check_tensor("x_ND", x_ND, 2)
     check_tensor("prototypes_ER", prototypes_ER, 2)
@@ -124,7 +124,7 @@ def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _through_normalize(grad: Tensor, unit: Tensor, vector: Tensor) -> Tensor:
-    """Gradient of v given that of v / |v|, along the last axis."""
+    """Gradient of v from the gradient of v / |v|, along the last axis."""
     norm = vector.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return (grad - unit * (unit * grad).sum(dim=-1, keepdim=True)) / norm
 

@@ -1,7 +1,7 @@
-"""The derivative operators on a periodic line: dense circulant matrices, and stencils for the local ones (DESIGN 3.1).
+"""Derivative operators on a periodic line: dense circulant matrices, and stencils for the local ones (DESIGN 3.1).
 
-Every operator D is circulant, so operators along different axes commute: that, and nothing else, makes the
-divergence of a curl vanish.
+Every operator D is circulant, so operators along different axes commute. This alone makes the divergence of a curl
+vanish.
 
 ==========  ============================================  ========  =====================
 operator    (D f)[j]                                      accuracy  points needed
@@ -13,7 +13,7 @@ staggered   (f[j+1] - f[j]) / h                           h^2       2
 ==========  ============================================  ========  =====================
 
 ``spectral`` sets the derivative of the Nyquist mode to zero. ``staggered`` belongs to the MAC grid
-(Harlow & Welch 1965), where a difference is centred between its two points and so accurate to h^2.
+(Harlow & Welch 1965), where a difference is centred between its two points and is therefore accurate to h^2.
 
 Staggered positions, in units of h, for array index (i, j, k):
 
@@ -21,9 +21,9 @@ Staggered positions, in units of h, for array index (i, j, k):
 - u on faces: u_x at (i, j + 1/2, k + 1/2), u_y at (i + 1/2, j, k + 1/2), u_z at (i + 1/2, j + 1/2, k);
 - the divergence at cell centres (i + 1/2, j + 1/2, k + 1/2).
 
-So every difference, in the curl and in the divergence, goes forward: u_x[i, j, k] needs A_z at j and j + 1,
+So every difference, in the curl and in the divergence, is forward: u_x[i, j, k] needs A_z at j and j + 1,
 div[i, j, k] needs u_x at i and i + 1. A divergence of backward differences would belong to faces numbered the
-other way and does not vanish on this curl. Backward differences are -D^T: they make the adjoint.
+other way; it does not vanish for this curl. Backward differences are -D^T and give the adjoint.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def check_operator(operator: str, spacing: float) -> None:
 
 
 def check_size(name: str, size: int, operator: str) -> None:
-    """Raise ValueError, calling the number of points ``name``, where ``operator`` has too few."""
+    """Raise ValueError if ``operator`` needs more than ``size`` points; ``name`` is for the message."""
     if size < MINIMUM[operator]:
         raise ValueError(f"{name} is {size}: the operator {operator!r} needs at least {MINIMUM[operator]} points")
 
 
 def stencil(operator: str, spacing: float, adjoint: bool = False) -> dict[int, float]:
-    """Offset and weight of a local operator, or of -D^T where ``adjoint`` (backward for forward differences)."""
+    """Offsets and weights of a local operator, or of -D^T if ``adjoint`` (backward for forward differences)."""
     sign = -1 if adjoint else 1  # (-D^T)[j, i] = -D[i, j]: offsets and weights change sign
     return {sign * offset: sign * weight / spacing for offset, weight in STENCILS[operator].items()}
 
@@ -70,7 +70,7 @@ def _spectral(size: int, spacing: float) -> Tensor:
     offset = index[:, None] - index[None, :]
     angle = offset.to(torch.float64) * (torch.pi / size)
     sign = 1.0 - 2.0 * (offset % 2).to(torch.float64)
-    # Even N: cot, which leaves the Nyquist mode out; odd N has no such mode and gets csc.
+    # Even N: cot, which omits the Nyquist mode; odd N has no such mode and uses csc.
     kernel = sign / (torch.tan(angle) if size % 2 == 0 else torch.sin(angle))
     kernel.fill_diagonal_(0.0)
     if size % 2 == 0:  # cot(pi/2) = 0 exactly; float64 leaves 6e-17, which would break the antisymmetry
@@ -91,7 +91,7 @@ def _local(size: int, operator: str, spacing: float) -> Tensor:
 def cached_matrix(
     size: int, operator: str, spacing: float, dtype: torch.dtype, device: torch.device, adjoint: bool = False
 ) -> Tensor:
-    """`differentiation_matrix`, or -D^T where ``adjoint``, kept for the next call: never write to it."""
+    """`differentiation_matrix`, or -D^T if ``adjoint``. Cached: never write to it."""
     with torch.inference_mode(False), torch.no_grad():
         matrix = _spectral(size, spacing) if operator == "spectral" else _local(size, operator, spacing)
         matrix = -matrix.T if adjoint else matrix

@@ -1,4 +1,4 @@
-"""Tokens into their experts' slots, and back: `dispatch` and `combine`.
+"""Move tokens into their experts' slots and back: `dispatch` and `combine`.
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert, R rows (E * K of them, or N dropless).
 
@@ -6,10 +6,10 @@ Rows come in two forms. With a capacity they are [E, K, D] and the token in slot
 e * K + s. Dropless they are [N, D] in expert-sorted order, at row start_e + s, start the exclusive running sum of
 ``kept_E``.
 
-Both forms read the routing as `top1_gating` gives it: the kept tokens of expert e fill its slots 0..kept_E[e]-1
-without holes, a dropped token has slot -1. A token whose expert or slot is out of range (expert outside 0..E-1,
-slot outside 0..kept_E[e]-1 or beyond the capacity) counts as dropped. What a hole or a slot given to two tokens
-holds is undefined, though nothing outside the rows is ever touched.
+Both forms take the routing in the form of `top1_gating`: the kept tokens of expert e fill its slots 0..kept_E[e]-1
+without holes, and a dropped token has slot -1. A token whose expert or slot is out of range (expert outside 0..E-1,
+slot outside 0..kept_E[e]-1 or beyond the capacity) counts as dropped. The contents of holes and of slots given to two
+tokens are undefined, but nothing outside the rows is ever accessed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _check_routing(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, tokens: int
 def _expect(
     name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    """``shape`` has None where any size will do."""
+    """Raise ValueError for a wrong shape, dtype or device; None in ``shape`` allows any size."""
     sizes = list(tensor.shape)
     fits = len(sizes) == len(shape) and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
     if not fits:
@@ -265,7 +265,7 @@ def _row_of_tokens(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: i
 def _sources(row_N: Tensor, rows: int) -> Tensor:
     """The token of each row, -1 where it has none. int64 [R]."""
     token_N = torch.arange(row_N.numel(), device=row_N.device)
-    # Tokens without a row write to one more entry, which is cut off.
+    # Tokens without a row write to an extra entry that is cut off.
     return row_N.new_full((rows + 1,), -1).scatter_(0, torch.where(row_N >= 0, row_N, rows), token_N)[:rows]
 
 
@@ -274,14 +274,14 @@ def _select(values: Tensor, index_C: Tensor) -> Tensor:
     if values.shape[0] == 0:
         return values.new_zeros(index_C.shape[0], *values.shape[1:])
     chosen = values.index_select(0, index_C.clamp(min=0))
-    # Zeros are put there, not multiplied in: what stands there may be infinite or NaN.
+    # Select zeros instead of multiplying by zero: the value may be infinite or NaN.
     return torch.where((index_C >= 0).view(-1, *[1] * (values.ndim - 1)), chosen, 0)
 
 
 def _compiled(rows: Tensor) -> ModuleType | None:
-    """The passes compiled for a CPU, where they take such rows."""
+    """The compiled CPU passes, if they support these rows."""
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64) or use_reference():
         return None
-    from shodh_moe.kernels import dispatch_cpu  # not sooner: a GPU needs no numba
+    from shodh_moe.kernels import dispatch_cpu  # imported here: a GPU does not need numba
 
     return dispatch_cpu

@@ -1,8 +1,8 @@
 """`dispatch`, `combine` and their backward passes on a CPU: one pass each over float32 or float64 rows.
 
-Each row of the output is written by one thread, so the result does not depend on their number.
+Each row of the output is written by one thread, so the result does not depend on the number of threads.
 
-Shapes: N tokens, D width, R rows. ``row_N`` is the row of each token, -1 where it has none.
+Shapes: N tokens, D width, R rows. ``row_N`` is the row of each token, -1 for none.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _gather(rows_RD: Any, row_N: Any, gate_N: Any, shared_ND: Any, y_ND: Any, sc
                 y_D[d] = gate * row_D[d]
 
 
-# A dot product in a fixed order would add one number at a time.
+# A single sum in a fixed order could not be vectorised.
 @compiled(fastmath={"contract", "nsz", "reassoc"})
 def _scale_and_dot(dy_D: Any, row_D: Any, gate: Any, out_D: Any) -> Any:
     dot = gate * 0
@@ -89,7 +89,7 @@ def _invert(row_N: Any, source_R: Any) -> None:
 
 
 def _sources(row_N: Tensor, rows: int) -> np.ndarray:
-    """The token of each row, -1 where it has none."""
+    """The token of each row, -1 for none."""
     source_R = np.empty(rows, np.int64)
     _invert(row_N.numpy(), source_R)
     return source_R

@@ -2,8 +2,8 @@
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert (N dropless), R rows.
 
-A program copies BLOCK_N tokens between their places in token order and in row order. The rows of an expert fill
-from its first slot on, so the rows no token writes are a tail; the first programs of the grid write zeros there.
+A program copies BLOCK_N tokens between token order and row order. An expert's tokens fill its first slots, so its
+unused rows form a tail, where the first programs of the grid write zeros.
 Each output element is written once, by one program: no atomics, no inverse map.
 """
 
@@ -21,7 +21,7 @@ ZERO_TILES = 8
 
 @triton.jit
 def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):
-    """How many slots each expert fills. int32 [BLOCK_E]."""
+    """Number of slots that each expert fills. int32 [BLOCK_E]."""
     experts = tl.arange(0, BLOCK_E)
     kept = tl.load(kept_ptr + experts, mask=experts < E, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(kept, 0), K).to(tl.int32)
@@ -160,7 +160,7 @@ def gather(
     y_ND = rows.new_empty(tokens, width)
     blocks = _blocks("gather", rows)
     tensors = (rows, expert_N.contiguous(), slot_N.contiguous(), kept_E.contiguous())
-    # The kernel does not touch the stand-ins of absent tensors.
+    # The kernel does not access the placeholders of absent tensors.
     gate = rows if gate_N is None else gate_N.contiguous()
     shared = rows if shared_ND is None else shared_ND.contiguous()
     meta = {**_form(rows, experts), "GATE": gate_N is not None, "SHARED": shared_ND is not None, **blocks}
@@ -185,7 +185,7 @@ def combine_backward(
 
 
 def _slots(rows: Tensor) -> int:
-    """K: dropless, one region of N rows stands for all experts."""
+    """Rows per region; dropless has a single region of N rows for all experts."""
     return rows.shape[-2]
 
 
@@ -195,7 +195,7 @@ def _form(rows: Tensor, experts: int) -> dict[str, bool | int]:
 
 
 def _zero_programs(rows: Tensor, block_n: int) -> tuple[int, int]:
-    """Programs per region of rows that may end in empty ones, and over all regions."""
+    """Number of zeroing programs: per region of rows, and in total."""
     parts = triton.cdiv(_slots(rows), ZERO_TILES * block_n)
     return parts, parts * (rows.shape[0] if rows.ndim == 3 else 1)
 
@@ -207,7 +207,7 @@ def _blocks(kernel: str, rows: Tensor) -> dict[str, int]:
     if kernel == "combine_backward":
         elements //= 2  # two tiles at once
     if rows.shape[-1] % 16:
-        elements //= 4  # element-wise accesses: each takes an address of its own
+        elements //= 4  # element-wise accesses: each needs a separate address
     # At least two tokens: with one, Triton 3.7's layout pass fails on the dropless float64 backward kernel.
     block_d = min(width, 1024, elements // 2)
     # The dropless start of each token's expert is a sum over all experts.

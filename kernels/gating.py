@@ -1,4 +1,4 @@
-"""Top-1 gating with capacity dropping: which expert each token goes to, and in which slot.
+"""Top-1 gating with capacity dropping: assign each token an expert and a slot.
 
 Shapes: N tokens, E experts, K capacity slots per expert.
 """
@@ -22,7 +22,7 @@ class Gating(NamedTuple):
     """Routing of N tokens. ``slot_N`` is -1 where the token was dropped."""
 
     gate_N: Tensor  # float32, softmax probability of the routed expert; carries the router's gradient
-    expert_N: Tensor  # int64, that expert, whether the token found a slot there or not
+    expert_N: Tensor  # int64, the routed expert, also of dropped tokens
     slot_N: Tensor  # int64 in [0, K), or -1; an expert's kept tokens fill 0, 1, ... in token order
     routed_E: Tensor  # int64, tokens that chose the expert
     kept_E: Tensor  # int64, tokens that found a slot
@@ -35,8 +35,8 @@ class Gating(NamedTuple):
 def expert_capacity(tokens: int, experts: int, factor: float, minimum: int) -> int:
     """Slots per expert, ``max(ceil(tokens / experts * factor), minimum)``, in exact arithmetic.
 
-    ``factor`` counts as the decimal number that it prints as, so 50 tokens, 4 experts and 1.2 give 15;
-    float32 arithmetic would give 16.
+    ``factor`` means the decimal number that it prints as, so 50 tokens, 4 experts and 1.2 give 15; float32 arithmetic
+    would give 16.
     """
     return max(math.ceil(Fraction(tokens, experts) * Fraction(repr(float(factor)))), minimum)
 
@@ -48,19 +48,19 @@ def top1_gating(
     bias_E: Tensor | None = None,
     check_finite: bool = True,
 ) -> Gating:
-    """Route each token to its best expert and give it a slot there while there is room (DESIGN 3.5).
+    """Route each token to its best expert and give it a slot there while slots are left (DESIGN 3.5).
 
     Args:
         logits_NE: router logits, float32, bfloat16 or float16, computed in float32; float64 stays float64
             (and runs the torch reference on every device).
         capacity: slots per expert, K.
-        drop_order: who keeps a slot when an expert overflows: ``position`` the earliest tokens,
-            ``probability`` the most probable, ties by position. Kept tokens sit in token order either way.
+        drop_order: which tokens an overflowing expert keeps: ``position`` keeps the earliest, ``probability`` the
+            most probable, ties by position. Kept tokens are in token order either way.
         bias_E: added to the probabilities for the choice only, without gradient.
-        check_finite: raise on logits that have no softmax. On a GPU that waits for the device; without it,
-            such a token's gate and both losses are NaN, and its expert is some index in range.
+        check_finite: raise on logits that have no softmax. On a GPU the check waits for the device; without it,
+            such a token's gate and both losses are NaN, and its expert is an arbitrary index in range.
 
-    Without a bias the expert with the largest logit is chosen, ties choose the lowest. The balance loss is the
+    Without a bias the expert with the largest logit is chosen, the lowest index on ties. The balance loss is the
     Switch Transformer's (arXiv 2101.03961, eq. 4), the z-loss ST-MoE's (arXiv 2202.08906, eq. 5).
 
     Raises:
@@ -102,12 +102,12 @@ def check_routing(
 
 
 def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None) -> Gating:
-    """`top1_gating` in plain torch, differentiable by autograd; NaN goes through."""
+    """`top1_gating` in plain torch, differentiable by autograd; NaN propagates."""
     logits_NE = logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float()
     tokens, experts = logits_NE.shape
     log_p_NE = torch.log_softmax(logits_NE, dim=1)
     p_NE = log_p_NE.exp()
-    # By the logits where they decide alone: probabilities can tie by rounding where logits do not.
+    # Without a bias compare logits: rounding can make probabilities equal where logits are not.
     score_NE = logits_NE.detach() if bias_E is None else p_NE.detach() + bias_E.detach()
     expert_N = score_NE.argmax(dim=1)  # the first of equal maxima
     gate_N = p_NE.gather(1, expert_N[:, None]).squeeze(1)
@@ -128,14 +128,14 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
 
 
 def assign_slots(expert_N: Tensor, gate_N: Tensor, routed_E: Tensor, capacity: int, drop_order: str) -> Tensor:
-    """Slot of each token in [0, capacity), -1 where dropped. int64 [N]."""
+    """Slot of each token in [0, capacity), -1 if dropped. int64 [N]."""
     if drop_order == "probability":
-        # Experts in blocks, each block by falling probability; both sorts are stable, so ties stay in token order.
+        # Group by expert, in order of falling probability; both sorts are stable, so ties stay in token order.
         order = torch.argsort(gate_N, descending=True, stable=True)
         order = order[torch.argsort(expert_N[order], stable=True)]
         kept_N = torch.empty_like(expert_N, dtype=torch.bool)
         kept_N[order] = _rank_in_block(expert_N[order], routed_E) < capacity
-        # Dropped tokens count in a class of their own, so the kept ones fill their slots without holes.
+        # Dropped tokens form a separate class, so that kept tokens fill their slots without holes.
         dropped = expert_N.numel() - kept_N.sum(dim=0, keepdim=True)
         expert_N = torch.where(kept_N, expert_N, routed_E.numel())
         routed_E = torch.cat((routed_E.clamp(max=capacity), dropped))
@@ -147,7 +147,7 @@ def assign_slots(expert_N: Tensor, gate_N: Tensor, routed_E: Tensor, capacity: i
 
 
 def _rank_in_block(sorted_expert_N: Tensor, count_E: Tensor) -> Tensor:
-    """Place within its expert of each entry of a list sorted by expert. int64 [N]."""
+    """Position within its expert of each entry of a list sorted by expert. int64 [N]."""
     start_E = count_E.cumsum(0) - count_E
     return torch.arange(sorted_expert_N.numel(), device=count_E.device) - start_E[sorted_expert_N]
 

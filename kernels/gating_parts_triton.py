@@ -14,7 +14,7 @@ def one_hot(expert_N, live_N, column_E):
 
 @triton.jit
 def pick(value_NE, chosen_NE):
-    """[BLOCK_N]: the value in the column that the row's one 1 marks, 0 in a row without."""
+    """[BLOCK_N]: the value in each row's one-hot column, 0 for a row of zeros."""
     return tl.sum(value_NE * chosen_NE, axis=1)
 
 
@@ -41,7 +41,7 @@ def totals(
     count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
     tokens, capacity, column_E, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr,
 ):  # fmt: skip
-    """What is summed over all chunks: tokens per expert, both losses, the first token without a softmax."""
+    """Sums over all chunks: tokens per expert, both losses, the first token without a softmax."""
     live_E = column_E < E
     routed_E = sum_of_chunks(count_ptr, 0, chunks, column_E, E, E_PAD)
     p_sum_E = sum_of_chunks(p_sum_ptr, 0, chunks, column_E, E, E_PAD)

@@ -1,8 +1,8 @@
-"""Slots in probability order: the K most probable tokens of each expert stay, ties by position, without sorting.
+"""Slots in probability order: keep each expert's K most probable tokens, ties by position, without sorting.
 
 Gates lie in [0, 1], so their float32 bits sort like integers below 2^30. Three histograms of ten bits find the
-bits of each expert's K-th largest gate (a radix select); a token stays if its gate is larger, or equal and early
-enough. The histograms are filled by atomic additions of integers, whose result does not depend on their order.
+bits of each expert's K-th largest gate (a radix select); a token is kept if its gate is larger, or equal and early
+enough. The histograms are filled by atomic integer additions, whose result does not depend on their order.
 
 Shapes: N tokens, E experts, K slots per expert, G chunks of tokens.
 """
@@ -40,7 +40,7 @@ def _histogram_kernel(
 def _select_kernel(
     histogram_ptr, prefix_ptr, need_ptr, capacity, DIGIT: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr
 ):
-    """Extend the expert's prefix by the digit in which its K-th largest gate lies; -1: it has not so many."""
+    """Extend the expert's prefix by the digit of its K-th largest gate; -1 if it has fewer than K tokens."""
     expert = tl.program_id(0)
     prefix = 0
     need = capacity
@@ -129,7 +129,7 @@ def assign_slots(
     expert_N: Tensor, gate_N: Tensor, slot_N: Tensor, histogram: Tensor, sums: tuple[Tensor, ...],
     tiles: int, capacity: int, sizes: dict[str, int],
 ) -> None:  # fmt: skip
-    """Write ``slot_N`` and what `totals` sums up, in seven launches. ``sizes``: block sizes and chunk counts."""
+    """Write ``slot_N`` and the sums of `totals` in seven launches. ``sizes``: block sizes and chunk counts."""
     tokens, experts, chunks = expert_N.numel(), sizes["E"], sizes["chunks"]
     prefix_E, need_E = histogram.new_empty(2, experts)
     above_GE, equal_GE = histogram.new_empty(2, chunks, experts)

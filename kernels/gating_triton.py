@@ -1,8 +1,8 @@
 """Top-1 gating in Triton: two launches forward (eight in probability order), one backward.
 
 Tokens are cut into G chunks, one program each. The first launch routes every token and counts the experts
-chosen in its chunk; in the second, each program adds up the counts of the chunks before its own, which gives
-its tokens their places in the experts' queues. Every sum has a fixed order, so the bits are the same every run.
+chosen in its chunk; in the second, each program adds up the counts of the preceding chunks, which gives its tokens
+their positions in the experts' queues. Every sum has a fixed order, so the bits are the same in every run.
 
 Shapes: N tokens, E experts (E_PAD: the next power of two), K slots per expert, G chunks, D model width,
 R routing width (R_PAD likewise).
@@ -21,7 +21,7 @@ from shodh_moe.kernels import gating_select_triton
 from shodh_moe.kernels.backend import dot_precision, launch, settings
 from shodh_moe.kernels.gating_parts_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
-CHUNKS = 256  # at most; a constant, so that the order of the sums does not depend on the device
+CHUNKS = 256  # upper limit; a constant, so that the order of the sums does not depend on the device
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _route_kernel(
     HISTOGRAM: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, COSINE: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, choice and place in the chunk's own queue of each token; sums over the chunk."""
+    """Softmax, choice and position in the chunk's queue of each token; sums over the chunk."""
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     live_E = column_E < E
@@ -125,7 +125,7 @@ def _slot_kernel(
     routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr, tokens, tiles, capacity,
     chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Place in the chunk's queue -> place in the expert's queue -> slot, or -1. The last program adds up."""
+    """Position in the chunk's queue -> position in the expert's queue -> slot, or -1. The last program adds up."""
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     if chunk == chunks:
@@ -169,7 +169,7 @@ def _backward_kernel(
 
 
 class Cosine(NamedTuple):
-    """Inputs of the scores that the routing launch computes itself; all float32 but the tokens."""
+    """Inputs of the scores that the routing launch computes; all float32 except the tokens."""
 
     x_ND: Tensor
     projection_RD: Tensor
@@ -185,9 +185,9 @@ def _tile(padded_experts: int) -> int:
 def forward(
     logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, cosine: Cosine | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Everything `gating` returns, and the index of the first token without a softmax (2^31 - 1: none).
+    """All results of `gating`, and the index of the first token without a softmax (2^31 - 1: none).
 
-    With ``cosine``, ``logits_NE`` (float32) is written, not read; q [N, R] is then the last tensor returned.
+    With ``cosine``, ``logits_NE`` (float32) is written instead of read, and q [N, R] is the last tensor returned.
     """
     logits_NE = logits_NE.contiguous()
     tokens, experts = logits_NE.shape

@@ -5,23 +5,24 @@ the wall of half-way bounce-back exactly between the last fluid and the first so
 incompressible equilibrium (He and Luo 1997); body force (Guo, Zheng, Shi 2002). Lattice units: the cell size, the
 time step and the mean density are 1.
 
-The state is what the collision leaves, as a deviation from rest: f - w. A step first pulls every population from its
-upstream cell, then collides. The collision has added the whole force to the momentum, so the velocity of a state is
-its momentum minus half the force of the step that made it (`velocity`); density and scalar are plain sums.
-A scalar's step uses the velocity at the end of the flow's step of the same number: step the flow, take `velocity`,
-step the scalar.
+The state holds the populations after collision, as deviations from rest: f - w. A step first pulls every population
+from its upstream cell, then collides. The collision adds the whole force to the momentum, so the velocity of a state
+is its momentum minus half the force of the step that made it (`velocity`); density and scalar are plain sums.
+A step of the scalar uses the velocity at the end of the same step of the flow: step the flow, take `velocity`, step
+the scalar.
 
 Eddy viscosity (C delta)^2 |S|, delta = 1 cell, |S| = sqrt(2 S:S), comes from the local stress (Hou, Sterling, Chen,
-Doolen 1996; see `relaxation_time`). There is no damping at walls. With it the odd rate is 1, which puts the third
-moments into equilibrium, as regularised collisions do (Latt and Chopard 2006). The magic parameter would let them
-live for 1 / (16 viscosity) steps, longer than an eddy, and the stress that they leave would be taken for shear: a
-channel flow at viscosity 5e-4 then has 7 to 30 % too little shear, with the rate 1 less than 1 %. The wall's place
-depends on the viscosity a little in turn: it is that of the magic parameter 1.5 (viscosity + eddy viscosity).
+Doolen 1996; see `relaxation_time`), without damping at walls. With an eddy viscosity the odd rate is 1, which puts the
+third moments into equilibrium, as regularised collisions do (Latt and Chopard 2006). With the magic parameter they
+would live for 1 / (16 viscosity) steps, longer than an eddy, and their stress would be mistaken for shear: a channel
+flow at viscosity 5e-4 then has 7 to 30 % too little shear, against less than 1 % with the rate 1. In return the
+position of the wall depends slightly on the viscosity: it is that of the magic parameter
+1.5 (viscosity + eddy viscosity).
 
 The scalar: TRT with the magic parameter 1/4, with which the scheme is stable at any diffusivity wherever its
-equilibrium is not negative (Ginzburg, d'Humieres, Kuzmin 2010), here up to a speed of 1/2. The equilibrium holds the
-squares u_a^2 that D3Q7 can hold: diffusion along an axis does not depend on a flow along it. Across the axes an error
-of -4 u_a u_b D remains in the diffusion tensor, second order in the velocity.
+equilibrium is not negative (Ginzburg, d'Humieres, Kuzmin 2010), here up to a speed of 1/2. The equilibrium contains the
+squares u_a^2, which D3Q7 can represent, so diffusion along an axis does not depend on the flow along it. The
+off-diagonal diffusion has an error of -4 u_a u_b D, second order in the velocity.
 
 Directions come in opposite pairs, (1, 2), (3, 4), ..., after the rest direction 0; the first seven are D3Q7.
 Shapes: Q directions (19 or 7), 3 vector components, X Y Z space. float32 and float64, any device.
@@ -54,15 +55,15 @@ INDEX = {(int(c[0]), int(c[1]), int(c[2])): q for q, c in enumerate(VELOCITIES_Q
 
 
 def relaxation_rates(viscosity: float, smagorinsky: float = 0.0) -> tuple[float, float]:
-    """Even and odd rate of the flow's collision; the even one sets the viscosity, the magic parameter the other.
+    """Even and odd rate of the flow's collision; the viscosity sets the even rate, the magic parameter the odd one.
 
-    With an eddy viscosity the odd rate is 1, and the even one that of a cell without shear.
+    With an eddy viscosity the odd rate is 1, and the even rate is that of a cell without shear.
     """
     return 1 / (3 * viscosity + 0.5), 1.0 if smagorinsky else 1 / (MAGIC / (3 * viscosity) + 0.5)
 
 
 def scalar_rates(diffusivity: float) -> tuple[float, float]:
-    """Even and odd rate of the scalar's collision; the odd one sets the diffusivity, (1 / odd - 1/2) / 4."""
+    """Even and odd rate of the scalar's collision; the odd rate sets the diffusivity, (1 / odd - 1/2) / 4."""
     return 1 / (SCALAR_MAGIC / (4 * diffusivity) + 0.5), 1 / (4 * diffusivity + 0.5)
 
 
@@ -126,7 +127,7 @@ def relaxation_time(
     """The even relaxation time [X, Y, Z] with Smagorinsky's eddy viscosity, from populations before collision.
 
     The second moment of f - f_eq is P_ab = -(2/3) t S_ab - (u_a F_b + F_a u_b) / 2 (Guo, Zheng, Shi 2002, eq. 12 to
-    17), S the rate of strain, t the time sought. With P' the part without the force, |S| = 3 / (2 t) sqrt(2 P':P'),
+    17), S the rate of strain, t the result. With P' the part without the force, |S| = 3 / (2 t) sqrt(2 P':P'),
     and t = t0 + 3 C^2 |S| is a quadratic equation: t = (t0 + sqrt(t0^2 + 18 C^2 sqrt(2 P':P'))) / 2 (Hou et al.
     1996). ``rho_XYZ`` is the density minus 1; ``force`` [3, 1, 1, 1].
     """
@@ -147,7 +148,7 @@ def relaxation_time(
 
 
 def equilibrium(velocity_3XYZ: Tensor, solid_XYZ: Tensor) -> Tensor:
-    """A flow [19, X, Y, Z] of this velocity and of density 1, without stress; zero in solid cells."""
+    """A flow [19, X, Y, Z] with this velocity, density 1 and no stress; zero in solid cells."""
     square = (velocity_3XYZ**2).sum(0)
     out = []
     for q in range(Q):
@@ -157,9 +158,9 @@ def equilibrium(velocity_3XYZ: Tensor, solid_XYZ: Tensor) -> Tensor:
 
 
 def velocity(f_QXYZ: Tensor, force_3: Tensor | Sequence[float], solid_XYZ: Tensor) -> Tensor:
-    """Velocity [3, X, Y, Z] of a state that a step with the force force_3 made; zero in solid cells.
+    """Velocity [3, X, Y, Z] of a state after a step with the force force_3; zero in solid cells.
 
-    A state that no step made (`equilibrium`) or that was made with a held velocity has had no force: pass zeros.
+    Pass a zero force for a state from `equilibrium` or from a step with a held velocity.
     """
     force = torch.as_tensor(force_3, dtype=f_QXYZ.dtype, device=f_QXYZ.device).reshape(3, 1, 1, 1)
     return (_momentum(f_QXYZ) - force / 2).masked_fill(solid_XYZ, 0)
@@ -171,7 +172,7 @@ def density(f_QXYZ: Tensor) -> Tensor:
 
 
 def pressure(f_QXYZ: Tensor) -> Tensor:
-    """Pressure (density - 1) / 3 [X, Y, Z], without the rounding that the 1 brings; 0 in solid cells."""
+    """Pressure (density - 1) / 3 [X, Y, Z], computed without rounding from the 1; 0 in solid cells."""
     return f_QXYZ.sum(0) / 3
 
 
@@ -182,7 +183,7 @@ def scalar_step(
 
     Args:
         g_QXYZ: populations after collision, float32 or float64; their sum is the scalar.
-        velocity_3XYZ: of the flow at the end of this time step.
+        velocity_3XYZ: velocity of the flow at the end of this time step.
         solid_XYZ, lid: as for `step`.
         diffusivity: > 0.
 
@@ -213,12 +214,12 @@ def scalar_equilibrium(scalar_XYZ: Tensor, velocity_3XYZ: Tensor, solid_XYZ: Ten
 
 
 def scalar(g_QXYZ: Tensor) -> Tensor:
-    """The scalar [X, Y, Z] of its populations; 0 in solid cells."""
+    """The scalar [X, Y, Z], the sum of its populations; 0 in solid cells."""
     return g_QXYZ.sum(0)
 
 
 def _pull(f_QXYZ: Tensor, solid_XYZ: Tensor, lid: bool) -> Tensor:
-    """Every population from its upstream cell; from the same cell, opposite direction, where that one is solid."""
+    """Pull every population from its upstream cell, or the opposite one from the same cell if upstream is solid."""
     out = []
     for q in range(f_QXYZ.shape[0]):
         cx, cy, cz = (int(c) for c in VELOCITIES_Q3[q])

@@ -1,12 +1,13 @@
-"""Triton kernels of `kernels.lattice_boltzmann`: pull, bounce back, collide and force in one launch a time step.
+"""Triton kernels of `kernels.lattice_boltzmann`: pull, bounce back, collide and force in one launch per time step.
 
-Populations lie as [19, cells] (a structure of arrays), cells in C order with z contiguous, in two buffers. Neighbouring
-lanes work on neighbouring z, so every read and write of a direction is a run of memory, shifted by whole cells. A step
-in float32 moves 19 reads and 19 writes of 4 bytes and one int32 word, 156 bytes an update.
+Populations are stored as [19, cells] (a structure of arrays), cells in C order with z contiguous, in two buffers.
+Neighbouring lanes work on neighbouring z, so every read and write of a direction is contiguous, shifted by whole cells.
+A float32 update takes 19 reads and 19 writes of 4 bytes and one int32 word, 156 bytes.
 
-The word of a cell (`cell_words`) says all that its place decides: a bit per direction "what streams in met a solid", a
-bit "solid", a bit per face of the box. No neighbour's mask is read and no coordinate computed; where a population comes
-from is a choice between addresses. Solid cells load their word, nothing else, and store nothing: they stay zero.
+The word of a cell (`cell_words`) encodes everything that depends on its position: a bit per direction for a population
+that meets a solid, a bit for a solid cell, a bit per face of the box. No neighbour's mask is read and no coordinate
+computed; the source of a population is selected between addresses. Solid cells load only their word and store nothing,
+so they stay zero.
 
 Shapes: Q directions (19 or 7), N cells, 3 vector components, X Y Z space.
 """
@@ -23,11 +24,11 @@ from torch import Tensor
 from shodh_moe.kernels.backend import launch, settings
 from shodh_moe.kernels.lattice_boltzmann import VELOCITIES_Q3, Q, relaxation_rates
 
-# One cell a thread: what streams in is shifted by odd numbers of cells, so wider loads are not possible.
+# One cell per thread: populations are shifted by odd numbers of cells, so wider loads are not possible.
 BLOCK = {"BLOCK": 128, "num_warps": 4}
-INDEX_LIMIT = 2**31  # from here on indices need 64 bits
+INDEX_LIMIT = 2**31  # from this size on indices need 64 bits
 
-# Bits of a word: 2^(q - 1) for what streams in along direction q >= 1, and these.
+# Bits of a word: 2^(q - 1) for the incoming population of direction q >= 1, and these.
 SOLID = tl.constexpr(2**18)
 X_FIRST, X_LAST = tl.constexpr(2**19), tl.constexpr(2**20)
 Y_FIRST, Y_LAST = tl.constexpr(2**21), tl.constexpr(2**22)
@@ -184,7 +185,7 @@ def flow_kernel(
     odd_rate = tl.load(rates_ptr + 1)
 
     even_force, odd_force = 1.0 - 0.5 * even_rate, 1.0 - 0.5 * odd_rate
-    # What all even parts share, times their weight.
+    # The common factor of all even parts, to be multiplied by their weight.
     e = even_rate * (rho - 1.5 * (u_x * u_x + u_y * u_y + u_z * u_z))
     e -= 3.0 * even_force * (u_x * g_x + u_y * g_y + u_z * g_z)
     tl.store(out_ptr + cell, f0 + (1 / 3) * e - even_rate * f0, mask=fluid)
@@ -278,8 +279,8 @@ def step(
         shape: X, Y, Z.
         force: [3 or more], the force along x, y, z.
         rates_4: `flow_rates`.
-        velocity_3N: with ``held`` the velocity to collide with; without it, where the velocity of the step is written.
-        eddies: Smagorinsky's eddy viscosity.
+        velocity_3N: input with ``held`` (the velocity to collide with); otherwise output for the velocity of the step.
+        eddies: use Smagorinsky's eddy viscosity.
     """
     x, y, z = shape
     block = _block(f_QN, "lattice_boltzmann")
@@ -291,7 +292,7 @@ def step(
         word_N,
         force,
         rates_4,
-        f_QN if velocity_3N is None else velocity_3N,  # any tensor stands in for one that is not touched
+        f_QN if velocity_3N is None else velocity_3N,  # any tensor can replace one that is not accessed
         x,
         y,
         z,
@@ -305,7 +306,7 @@ def step(
 
 
 def flow_rates(viscosity: float, smagorinsky: float, like: Tensor) -> Tensor:
-    """What `step` wants as rates, on the device of ``like`` and in its dtype."""
+    """The argument ``rates_4`` of `step`, with the device and dtype of ``like``."""
     even, odd = relaxation_rates(viscosity)
     return like.new_tensor([even, 1 if smagorinsky else odd, 3 * viscosity + 0.5, 18 * math.sqrt(2) * smagorinsky**2])
 
@@ -320,7 +321,7 @@ def scalar_step(
     *,
     lid: bool,
 ) -> None:
-    """Write the scalar one time step after g_QN [7, N] to out_QN; rates_2 are even and odd. Else as `step`."""
+    """Write the scalar one time step after g_QN [7, N] to out_QN; rates_2 are even and odd. Otherwise like `step`."""
     x, y, z = shape
     block = _block(g_QN, "lattice_boltzmann_scalar")
     launch(

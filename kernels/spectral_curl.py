@@ -1,13 +1,12 @@
 """Curl and divergence on a periodic grid with circulant derivative operators (DESIGN 3.1).
 
-The spectral derivative along one axis is a product with a dense, antisymmetric N x N matrix: at N <= 256 that
-batched matrix product beats Fourier transforms (see benchmarks/). The local operators are stencils.
-Matrices that act along different axes commute, so the divergence of a curl vanishes to rounding, whatever
-they hold; `kernels.differentiation` defines them, and for ``staggered`` where the values sit.
+The spectral derivative along one axis is a product with a dense, antisymmetric N x N matrix: at N <= 256 the batched
+matrix product beats Fourier transforms (benchmarks/spectral_curl.py). The local operators are stencils. Matrices that
+act along different axes commute, so the divergence of a curl vanishes to rounding for any of them;
+`kernels.differentiation` defines them, and the positions of the values for ``staggered``.
 
 float32 and float64 fields give results in their dtype. bfloat16 and float16 fields are computed in float32 and
-give float32: a velocity rounded to bfloat16 would not conserve mass beyond 4e-3. Gradients return in the
-dtype of the input.
+give float32: a velocity rounded to bfloat16 would conserve mass to only 4e-3. Gradients have the dtype of the input.
 
 Shapes: B batch, 3 vector components, X Y Z space.
 """
@@ -46,11 +45,11 @@ def curl(
 
     Args:
         potential_B3XYZ: A, float32, float64, bfloat16 or float16, any strides.
-        mean_B3: Ubar, the constant part that a periodic curl cannot hold; None is zero.
+        mean_B3: Ubar, the constant part, which a periodic curl cannot represent; None is zero.
         operator: one of `OPERATORS`.
         spacing: distance of grid points, the same along the three axes.
-        adjoint: take the transposed map instead. That is the same curl with -D^T for D: itself for the
-            antisymmetric operators, the curl of backward differences for ``staggered``.
+        adjoint: apply the transposed map instead. It is the same curl with -D^T for D: identical for antisymmetric
+            operators, the curl of backward differences for ``staggered``.
 
     Returns:
         float64 for a float64 potential, else float32.
@@ -69,8 +68,8 @@ def curl(
 def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
     """div_D(u) = D_x u_x + D_y u_y + D_z u_z, [B, X, Y, Z], with the same operators as `curl`.
 
-    Dtypes and errors as for `curl`. Measure mass conservation in float64: in float32 rounding alone leaves
-    1e-7 times the velocity over the spacing.
+    Dtypes and errors as for `curl`. Measure mass conservation in float64: in float32 rounding alone gives 1e-7 times
+    the velocity over the spacing.
     """
     _check_field("u_B3XYZ", u_B3XYZ, operator, spacing)
     return _divergence(u_B3XYZ, operator, float(spacing))
@@ -114,7 +113,7 @@ def _check_mean(mean_B3: Tensor, potential_B3XYZ: Tensor) -> None:
         raise ValueError(f"mean_B3 is on {mean_B3.device}; potential_B3XYZ is on {potential_B3XYZ.device}")
 
 
-# The plain form: everything accumulates into one buffer, so nothing is stacked, added or copied afterwards.
+# The torch reference: everything accumulates into one buffer, so nothing is stacked, added or copied afterwards.
 
 
 def _add_derivative(out_XYZ: Tensor, f_XYZ: Tensor, axis: int, sign: int, how: tuple[str, float, bool]) -> None:
@@ -177,13 +176,13 @@ def _divergence_backward_reference(g_BXYZ: Tensor, how: tuple[str, float, bool])
 @torch.library.custom_op("shodh::curl", mutates_args=())
 def _curl(
     potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool
-) -> Tensor:  # its own backward, too: the transposed curl of the gradient
+) -> Tensor:  # also the backward pass: the transposed curl of the gradient
     if use_triton(potential_B3XYZ):
         from shodh_moe.kernels import spectral_curl_triton
 
         return spectral_curl_triton.curl(potential_B3XYZ, mean_B3, operator, spacing, adjoint)
     if operator == "spectral" and potential_B3XYZ.device.type == "cpu" and not use_reference():
-        from shodh_moe.kernels import spectral_curl_cpu  # not sooner: a GPU needs no numba
+        from shodh_moe.kernels import spectral_curl_cpu  # imported here: a GPU does not need numba
 
         if spectral_curl_cpu.fits(potential_B3XYZ):
             return spectral_curl_cpu.curl(potential_B3XYZ.contiguous(), mean_B3, spacing, adjoint)

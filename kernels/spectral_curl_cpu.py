@@ -1,10 +1,10 @@
 """The spectral curl on a CPU: plane by plane in cache, with half the arithmetic of full differentiation matrices.
 
 A plane (y, z at fixed x, or x, z at fixed y) is small enough to stay in cache. As in the Triton kernel, planes of the
-first kind give u_x and one half of u_z, planes of the second kind u_y and the other half. In each, both axes are
-folded into sums and differences of their halves, which turns the circulant matrix [[C0, C1], [C1, C0]] into the
-two blocks C0 + C1 and C0 - C1 of half the size. Planes are shared out to as many threads as torch uses; each is
-computed by one, so the result does not depend on their number.
+first kind give u_x and one half of u_z, planes of the second kind u_y and the other half. In each plane both axes are
+folded into sums and differences of their halves, which turns the circulant matrix [[C0, C1], [C1, C0]] into two blocks
+of half the size, C0 + C1 and C0 - C1. Planes are distributed over as many threads as torch uses; each plane is
+computed by one thread, so the result does not depend on their number.
 
 Shapes: X Y Z space, R rows and C columns of a plane, H half of either.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 from shodh_moe.kernels.compiled import compiled, parallel_loops
 from shodh_moe.kernels.differentiation import cached_matrix
 
-# Shorter axes are done faster by the full matrices of `spectral_curl` (measured at 32; at 64 this form leads).
+# The full matrices of `spectral_curl` are faster for shorter axes (measured at 32; at 64 this form is faster).
 MINIMUM = 64
-PARTS = 8  # a thread, for balance
+PARTS = 8  # per thread, for balance
 
 
 @compiled()
@@ -52,7 +52,7 @@ def _fold(field: Any, fixed: int, rows_are_x: bool, out: Any) -> None:
 
 @compiled()
 def _unfold(folded: Any, field: Any, fixed: int, rows_are_x: bool, sign: Any, mean: Any, accumulate: bool) -> None:
-    """The plane of ``field`` becomes, or with ``accumulate`` grows by, sign * what was folded + mean."""
+    """Unfold: set the plane of ``field`` to sign * unfolded + mean, or add that with ``accumulate``."""
     half_r, half_c = folded.shape[1], folded.shape[2] // 2
     for r in range(half_r):
         near = _line(field, fixed, r, rows_are_x)
@@ -73,7 +73,7 @@ def _unfold(folded: Any, field: Any, fixed: int, rows_are_x: bool, sign: Any, me
 
 @compiled()
 def _add_product(a: Any, b: Any, out: Any, first: int) -> None:
-    """out += a @ b, of ``a`` and ``out`` the columns from ``first`` on; a vector of b serves four rows at once."""
+    """out += a @ b for the columns of ``a`` and ``out`` from ``first`` on; each vector of b serves four rows."""
     inner, columns = b.shape
     rows = out.shape[0]
     for r in range(0, rows - rows % 4, 4):
@@ -140,7 +140,7 @@ def _all_planes(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool
 
 @lru_cache(maxsize=64)
 def _blocks(size: int, spacing: float, dtype: torch.dtype, adjoint: bool, columns: bool) -> np.ndarray:
-    """(C0 + C1, C0 - C1) / 4, [2, H, H]; for columns -D^T. Folding and unfolding two axes makes up the 4."""
+    """(C0 + C1, C0 - C1) / 4, [2, H, H]; for columns of -D^T. Folding and unfolding two axes multiplies by 4."""
     d = cached_matrix(size, "spectral", spacing, torch.float64, torch.device("cpu"), adjoint)
     c0, c1 = d[: size // 2].chunk(2, dim=1)
     both = torch.stack((c0 + c1, c0 - c1)) / 4
@@ -148,7 +148,7 @@ def _blocks(size: int, spacing: float, dtype: torch.dtype, adjoint: bool, column
 
 
 def fits(field: Tensor) -> bool:
-    """Whether `curl` takes this field of a CPU, and is the fastest way."""
+    """Whether `curl` supports this CPU field and is the fastest form."""
     wide = field.dtype in (torch.float32, torch.float64)
     return wide and all(n % 2 == 0 and n >= MINIMUM for n in field.shape[2:])
 
@@ -162,7 +162,7 @@ def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: float, adjoint: bool)
     d_zt = _blocks(a.shape[4], spacing, a_B3XYZ.dtype, adjoint, True)
     parts = PARTS * torch.get_num_threads()
     for b in range(len(a)):
-        for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in this order: the second adds to the first's u_z
+        for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in order: the second adds to the first's u_z
             planes = a.shape[3] if rows_are_x else a.shape[2]
             _all_planes(a[b], u[b], mean[b], d_r, d_zt, rows_are_x, planes, parts)
     return u_B3XYZ

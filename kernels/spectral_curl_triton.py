@@ -1,18 +1,18 @@
 """Triton kernels of the spectral curl and divergence: matrix products over the planes of the grid.
 
-A plane has rows along R (y at fixed x, or x at fixed y) and contiguous columns along z. Where D_R and D_z are the
-differentiation matrices of the two axes, one program makes a tile of
+A plane has rows along R (y at fixed x, or x at fixed y) and contiguous columns along z. With D_R and D_z the
+differentiation matrices of the two axes, one program computes a tile of
 
     out1 = SIGN_1 * (D_R P + SIGN_Q * Q D_z^T) + mean        out2 (+)= SIGN_2 * D_R S + mean
 
-so a curl is two launches, and no intermediate field goes to memory but u_z, which both launches add to:
+so a curl takes two launches, and the only intermediate field in memory is u_z, to which both launches contribute:
 
     planes (y, z):  u_x = D_y A_z - A_y D_z^T + m_x         u_z  = -D_y A_x + m_z
     planes (x, z):  u_y = -(D_x A_z - A_x D_z^T) + m_y      u_z += D_x A_y
 
 float32 products run as tf32x3 on NVIDIA: three tensor core products of the high and low halves of the operands,
-which keeps float32 accuracy (tests/kernels/test_spectral_curl.py shows it). bfloat16 and float16 tiles are widened
-first. Multiples of 16 take the kernel of `kernels.spectral_fold_triton`, which does the same with half the arithmetic.
+which keeps float32 accuracy (tested in tests/kernels/test_spectral_curl.py). bfloat16 and float16 tiles are widened
+first. Multiples of 16 use the kernel of `kernels.spectral_fold_triton`, which needs half the arithmetic.
 
 Shapes: B batch, 3 vector components, X Y Z space, R rows.
 """
@@ -71,7 +71,7 @@ def plane_kernel(
 ) -> None:  # fmt: skip
     """One tile of out1 and of out2; means are [B, 3] and offset to their component."""
     dtype: tl.constexpr = d_r_ptr.dtype.element_ty
-    # Neighbouring programs share a plane, so its tiles are read again from the L2 cache.
+    # Neighbouring programs share a plane, so they reread its tiles from the L2 cache.
     tiles_c = tl.cdiv(columns, BLOCK_C)
     r = (tl.program_id(0) // tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -104,7 +104,7 @@ def plane_kernel(
             acc, d_r_ptr, rows, s_ptr + source, row_stride, rows, columns, rows, r, c, PRECISION, BLOCK_K
         )
         acc *= SIGN_2
-        if ACCUMULATE:  # onto the launch before, which has added the mean
+        if ACCUMULATE:  # adds to the previous launch, which has added the mean
             acc += tl.load(out2_ptr + target, mask=inside, other=0.0)
         elif HAS_MEAN:
             acc += tl.load(mean2_ptr + 3 * batch)
@@ -112,7 +112,7 @@ def plane_kernel(
 
 
 class Product(NamedTuple):
-    """What one launch computes: components P, Q, S of the input, where there are such, with their signs."""
+    """One launch: the components P, Q, S of the input (None if absent) with their signs."""
 
     axis: int  # of the rows: 0 is x, 1 is y
     p: Tensor | None = None
@@ -136,7 +136,7 @@ def _launch(product: Product, spacing: float, adjoint: bool) -> None:
     batch, x, y, z = like.shape
     rows, planes = (x, y) if product.axis == 0 else (y, x)
     row_stride, plane_stride = (y * z, z) if product.axis == 0 else (z, y * z)
-    fold = rows % 16 == 0 and z % 16 == 0  # halves of aligned lines stay aligned; others would spill registers
+    fold = rows % 16 == 0 and z % 16 == 0  # halves of aligned lines are aligned; other sizes would spill registers
     name, defaults = ("spectral_fold", FOLDED) if fold else ("spectral_curl", PLAIN)
     dtype = str(out.dtype).removeprefix("torch.")
     block = settings(name, dtype, defaults[dtype], out.device)
@@ -225,7 +225,7 @@ def divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tensor
         stencil_triton.divergence_backward(g_BXYZ, du_B3XYZ, operator, spacing)
         return du_B3XYZ
     du_x, du_y, du_z = du_B3XYZ.unbind(1)
-    # With D for -D^T, so the signs turn.
+    # D replaces -D^T, so the signs change.
     _launch(Product(1, p=g_BXYZ, out1=du_y, sign_1=-1), spacing, True)
     _launch(Product(0, q=g_BXYZ, s=g_BXYZ, out1=du_z, out2=du_x, sign_1=-1, sign_2=-1), spacing, True)
     return du_B3XYZ

@@ -5,8 +5,8 @@ and the difference of the halves of f,
 
     (D f)_near = D+ f+ + D- f-        (D f)_far = D+ f+ - D- f-        D+ = (C0 + C1) / 2,  D- = (C0 - C1) / 2
 
-takes two products of half size where D f takes four. A program makes four tiles of each output: rows r and
-r + R/2, columns c and c + Z/2.
+needs two products of half size instead of four. A program computes four tiles of each output: rows r and r + R/2,
+columns c and c + Z/2.
 
 Shapes: R rows and Z columns of a plane, H half of either.
 """
@@ -25,7 +25,7 @@ from shodh_moe.kernels.differentiation import cached_matrix
 
 @lru_cache(maxsize=64)
 def folded_matrix(size: int, spacing: float, dtype: torch.dtype, device: torch.device, adjoint: bool) -> Tensor:
-    """(D+, D-) of the spectral operator, [2, H, H], or of -D^T where ``adjoint``."""
+    """(D+, D-) of the spectral operator, [2, H, H], or of -D^T if ``adjoint``."""
     with torch.inference_mode(False):
         d = cached_matrix(size, "spectral", spacing, torch.float64, torch.device("cpu"), adjoint)
         c0, c1 = d[: size // 2].chunk(2, dim=1)
@@ -45,7 +45,7 @@ def _along_columns(
     plus, minus, low_plus, low_minus, f_ptr, d_ptr, down, columns, live, c,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """f D^T: its left and right columns in the rows ``f_ptr``, then those in the rows ``f_ptr + down``."""
+    """f D^T: left and right columns in the rows ``f_ptr``, then those in the rows ``f_ptr + down``."""
     k_row = tl.arange(0, BLOCK_K)[None, :]
     k_column = tl.arange(0, BLOCK_K)[:, None]
     for k in range(0, columns, BLOCK_K):
@@ -110,7 +110,7 @@ def folded_plane_kernel(
     SIGN_1: tl.constexpr, SIGN_Q: tl.constexpr, SIGN_2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """As `plane_kernel`, for even ``rows`` and ``columns`` (fast for multiples of 16)."""
+    """Like `plane_kernel`, for even ``rows`` and ``columns`` (fast for multiples of 16)."""
     dtype: tl.constexpr = d_r_ptr.dtype.element_ty
     rows = rows // 2
     columns = columns // 2
@@ -134,7 +134,7 @@ def folded_plane_kernel(
             left, right, low_left, low_right = _along_columns(
                 zero, zero, zero, zero, q, d_zt_ptr, down, columns, r < rows, c, PRECISION, BLOCK_K
             )
-            # Fold the rows, as the products below need them; folding and unfolding together double.
+            # Fold the rows for the products below; folding and unfolding together double the values.
             left_plus = (left + low_left) * (SIGN_Q * 0.5)
             left_minus = (left - low_left) * (SIGN_Q * 0.5)
             right_plus = (right + low_right) * (SIGN_Q * 0.5)
@@ -151,7 +151,7 @@ def folded_plane_kernel(
         left_plus, left_minus, right_plus, right_minus = _along_rows(
             zero, zero, zero, zero, s_ptr + source, d_r_ptr, row_stride, rows, columns, r, c, PRECISION, BLOCK_K
         )
-        # Where the output accumulates, the launch before has added the mean.
+        # If the output accumulates, the previous launch has added the mean.
         mean = tl.load(mean2_ptr + 3 * batch) if HAS_MEAN and not ACCUMULATE else 0.0
         _store(out2_ptr + target, down, inside, left_plus, left_minus, mean, SIGN_2, ACCUMULATE)
         _store(out2_ptr + target + columns, down, inside, right_plus, right_minus, mean, SIGN_2, ACCUMULATE)

@@ -1,6 +1,6 @@
 """Triton kernels of the local derivative operators: curl, divergence and its transpose, one launch each.
 
-A program makes a tile of lines along z, every output component at once; neighbours come from the caches.
+A program computes a tile of lines along z for all output components; neighbours come from the caches.
 The weights of the operator are data (`weights_ptr[offset + REACH]`), so forward, adjoint and transposed forms
 are the same kernels.
 
@@ -166,13 +166,13 @@ def _launch(
     sign: int,
     **meta: int,
 ) -> None:
-    """Run ``kernel`` over the grid of ``out`` with sign * D, or sign * -D^T where ``adjoint``."""
+    """Run ``kernel`` over the grid of ``out`` with sign * D, or sign * -D^T if ``adjoint``."""
     weights = _weights(operator, spacing, adjoint, sign, out.dtype, out.device)
     offsets = [-o if adjoint else o for o in STENCILS[operator]]
     batch, x, y, z = out.shape[0], *out.shape[-3:]
     default = {"BLOCK": 512, "BLOCK_Z": 128, "num_warps": 4}
     block = settings("stencil", str(out.dtype).removeprefix("torch."), default, out.device)
-    # Short lines share a tile; powers of two, so few variants.
+    # Short lines share a tile; powers of two limit the number of variants.
     block_z = min(block["BLOCK_Z"], triton.next_power_of_2(z))
     block_r = max(block["BLOCK"] // block_z, 1)
     meta |= {"LOW": min(offsets), "HIGH": max(offsets), "CENTRE": 0 in offsets}
@@ -196,7 +196,7 @@ def curl(
     potential_B3XYZ: Tensor, mean_B3: Tensor | None, out_B3XYZ: Tensor, operator: str, spacing: float, adjoint: bool
 ) -> None:
     """out = curl_D(A) + mean; contiguous tensors, the mean in the dtype of out."""
-    mean = out_B3XYZ if mean_B3 is None else mean_B3  # any tensor stands in for a mean that is not read
+    mean = out_B3XYZ if mean_B3 is None else mean_B3  # any tensor can replace a mean that is not read
     _launch(
         curl_kernel, [potential_B3XYZ, mean], out_B3XYZ, operator, spacing, adjoint, 1, HAS_MEAN=mean_B3 is not None
     )

@@ -1,6 +1,6 @@
 """Generate a config's dataset: python launch/generate_data.py --config configs/quickstart.yaml
 
-On many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or parts of it, one a job: --part 0 --of 16
+On many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or one part per job: --part 0 --of 16
 """
 
 import sys

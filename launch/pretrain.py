@@ -1,14 +1,14 @@
-"""Pretraining: one process, or one rank of many, however it is started.
+"""Pretraining, as a single process or as one of many ranks, with any launcher.
 
 python launch/pretrain.py --config C                            one process
 deepspeed --num_gpus 8 launch/pretrain.py --config C            eight ranks of this host
 deepspeed --hostfile H launch/pretrain.py --config C            the hosts of a hostfile
-deepspeed launch/pretrain.py --hostfile H --config C            the same, with every host asked first (docs/cluster.md)
+deepspeed launch/pretrain.py --hostfile H --config C            the same, after probing every host (docs/cluster.md)
 torchrun --nproc-per-node 8 launch/pretrain.py --config C
 srun python launch/pretrain.py --config C                       see launch/slurm/pretrain.sbatch
 mpirun -n 8 python launch/pretrain.py --config C
 
-``--resume`` (auto, or a checkpoint) and settings such as ``training.steps=200`` may follow.
+You can add ``--resume`` (auto, or a checkpoint) and settings such as ``training.steps=200``.
 """
 
 from shodh_moe.base.command import end_rank

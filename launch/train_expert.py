@@ -1,10 +1,10 @@
-"""Training of an expert (a neural operator of a family): one process, or one rank of many, however it is started.
+"""Training of an expert (a neural operator of a family), as a single process or one of many ranks, with any launcher.
 
 python launch/train_expert.py --config C                        one process
 deepspeed --num_gpus 8 launch/train_expert.py --config C        eight ranks of this host
-srun python launch/train_expert.py --config C                   and every other way of launch/pretrain.py
+srun python launch/train_expert.py --config C                   and all other ways of launch/pretrain.py
 
-The data must be there: `shodh expert data --config C` makes them.
+The data must exist: `shodh expert data --config C` generates them.
 """
 
 from shodh_moe.base.command import end_rank

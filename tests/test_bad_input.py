@@ -1,4 +1,4 @@
-"""Wrong data, tokenizers and places: exit code 2, one line on stderr, and nothing half-written."""
+"""Bad data, tokenizers and folders give exit code 2, one line on stderr, and no partial files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 
 from shodh_moe.cli import main
 from shodh_moe.config import TokenizerConfig
-from shodh_moe.data import is_complete
+from shodh_moe.data import generation, is_complete
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer import Tokenizer
 from tests.tiny import CONFIG, config, refused, tree, write_config, write_dataset
@@ -39,7 +39,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(theirs: Path, here: Path) -> Path:
-    """A dataset of someone else's that a test may damage."""
+    """An existing dataset that a test may damage."""
     return Path(shutil.copytree(theirs, here / "theirs"))
 
 
@@ -155,7 +155,7 @@ def test_a_sound_dataset_is_accepted_and_left_alone(dataset: Path, capfd: pytest
 
 
 @pytest.mark.parametrize("damage", [remove, truncate, empty])
-def test_a_damaged_generated_file_is_made_again(here: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_generated_file_is_regenerated(here: Path, damage: Callable[[Path], None]) -> None:
     assert shodh("data", "generate") == 0
     made = next(here.glob("data/tiny-*"))
     before = tree(made)
@@ -170,9 +170,7 @@ def test_a_damaged_generated_file_is_made_again(here: Path, damage: Callable[[Pa
 def test_ctrl_c_while_generating_keeps_the_finished_files(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The function `generate` hides its module.
-    generate = sys.modules["shodh_moe.data.generate"]
-    made, run = [], generate.run
+    made, run = [], generation.simulate_and_write
 
     def stops(job: Any, *arguments: object) -> Path:
         if len(made) == 3:
@@ -181,10 +179,10 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
         return run(job, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "simulation_threads", lambda config, cores: 1)
-        patch.setattr(generate, "run", stops)
+        patch.setattr(generation, "simulation_threads", lambda config, cores: 1)
+        patch.setattr(generation, "simulate_and_write", stops)
         assert shodh("data", "generate") == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: nothing half-written is left")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no partial files are left")
     assert not list(here.rglob("manifest.json"))
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*.hdf5")}
     assert len(before) == 3
@@ -205,9 +203,11 @@ def test_a_tokenizer_of_another_grid(dataset: Path, capfd: pytest.CaptureFixture
     assert tree(dataset.parent) == before
 
 
-def test_a_start_that_is_not_there(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_does_not_exist(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
-    refused(capfd, "run", "--config", "tiny.yaml", "start=nowhere", says=("start: nowhere is no run folder", "or null"))
+    refused(
+        capfd, "run", "--config", "tiny.yaml", "start=nowhere", says=("start: nowhere is not a run folder", "or null")
+    )
     assert tree(here) == before
 
 
@@ -249,7 +249,7 @@ def test_latents_of_a_given_tokenizer_do_not_go_into_its_folder(dataset: Path, t
     assert shodh("tokenizer", "encode", *settings) == 0
     assert tree(tokenizer) == before
     (cached,) = dataset.parent.glob("tokenizers/*/latents/*")
-    # Another tokenizer in the same place: its latents are others.
+    # A different tokenizer in the same place has different latents.
     shutil.rmtree(tokenizer)
     save_tokenizer(tokenizer, [16, 16, 16])
     assert shodh("tokenizer", "encode", *settings) == 0
@@ -266,7 +266,7 @@ def test_a_damaged_latent_cache_is_named(dataset: Path, tokenizer: Path, capfd: 
         refused(capfd, *command, "--config", "tiny.yaml", *settings, says=("valid.hdf5", "delete", "run again"))
 
 
-# Places that cannot be written.
+# Folders that cannot be written.
 
 
 def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -277,10 +277,10 @@ def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest
     error = refused(capfd, "run", "--config", "tiny.yaml", *changed, says=says)
     assert "rollout_steps" not in error
     assert tree(here) == before
-    # The layout, what is logged, and whose kernels run do not change what is learned.
+    # Layout, logging and kernel libraries do not change what is learned.
     layout = {"parallel": {"ep_size": 1, "zero_stage": 2}, "telemetry": {"every": 3}}
     pipeline.claim_run_folder(config(**layout, training={**CONFIG["training"], "keep_last": 5}), write=False)
-    # A key that has come since the run began has its default there.
+    # A key that was added after the run began has its default there.
     stored = yaml.safe_load((here / "runs/tiny/config.yaml").read_text())
     del stored["telemetry"], stored["training"]["precision"]
     (here / "runs/tiny/config.yaml").write_text(yaml.safe_dump(stored))
@@ -290,17 +290,17 @@ def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest
 
 
 @pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
-def test_a_place_under_a_file(here: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
+def test_a_folder_under_a_file(here: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
     (here / "file").write_text("")
     refused(capfd, "run", "--config", "tiny.yaml", f"{key}=file/x", says=("file/x", "a file stands", "another folder"))
     assert set(tree(here)) == {"tiny.yaml", "file"}
 
 
 @pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
-def test_a_place_without_permission(
+def test_a_folder_without_permission(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """As the system answers others than root, who may write anywhere."""
+    """Simulates what users other than root see; root may write anywhere."""
     (here / "locked").mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
     says = ("locked/x", "permission denied; choose another folder")
@@ -346,11 +346,8 @@ def test_a_disk_that_fills_up_while_a_stage_writes(
 
 
 @pytest.mark.parametrize("size", [16, 48])
-def test_a_really_full_disk(dataset: Path, tokenizer: Path, size: int) -> None:
-    """A file system of a few KB in a mount namespace of its own: HDF5 and not Python reports the failure.
-
-    It is full before the first latents, or after some of them.
-    """
+def test_a_full_file_system(dataset: Path, tokenizer: Path, size: int) -> None:
+    """HDF5, not Python, reports that a file system of a few KB is full, before the first latents or after some."""
     (dataset.parent / "small").mkdir()
     mount = f"mount -t tmpfs -o size={size}k none small"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:

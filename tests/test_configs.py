@@ -1,4 +1,4 @@
-"""Every config that comes with the project: it loads, fits the ranks it is for, and its comments say what is so."""
+"""Every config that we ship loads and fits its ranks, and its comments are correct."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _comments(path: Path) -> str:
 
 
 def _world(path: Path) -> int:
-    """The ranks that the comments state; the quickstart states none and has two on a laptop."""
+    """Number of ranks that the comments state; the quickstart states none and uses two on a laptop."""
     stated = re.search(r"^#   ranks +(\d+):", _comments(path), re.MULTILINE)
     return int(stated[1]) if stated else 2
 

@@ -100,11 +100,28 @@ def test_no_two_files_import_each_other() -> None:
     assert circles(package_graph()) == []
 
 
+def script_graph(folder: str) -> dict[str, set[str]]:
+    """Scripts of a folder, by the name under which they import each other, and what each imports."""
+    scripts = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        parts = path.relative_to(ROOT / folder).with_suffix("").parts
+        scripts[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: set(imports(path, scripts, "")) - {name} for name, path in scripts.items()}
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "launch"])
 def test_no_two_scripts_import_each_other(folder: str) -> None:
-    scripts = {path.stem: path for path in (ROOT / folder).rglob("*.py")}
-    graph = {name: set(imports(path, scripts, "")) - {name} for name, path in scripts.items()}
-    assert circles(graph) == []
+    assert circles(script_graph(folder)) == []
+
+
+def test_benchmark_scripts_share_code_through_support_only() -> None:
+    graph = script_graph("benchmarks")
+    assert "support.timing" in graph["gating"]
+    assert "studies.lattice_flows" in graph["studies.lattice_validation"]
+    for name, others in graph.items():
+        folder = name.split(".")[0]
+        allowed = {"support", folder} if folder in ("support", "studies") else {"support"}
+        assert {other.split(".")[0] for other in others} <= allowed, name
 
 
 def test_a_circle_is_found() -> None:

@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts beside it, with REPOSITORY set: their checks, and when a job puts itself back in the queue.
+# Sourced by the batch scripts in this folder, with REPOSITORY set: their checks, and the rules for requeueing.
 
 refuse() {
     echo "error: $1" >&2
     exit 2
 }
 
-# What every script needs. Sets PYTHON, the interpreter.
+# Check the settings of every script, and set PYTHON, the interpreter.
 check_job() {
-    [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: submit the script with sbatch"
+    [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is not a SLURM job: submit the script with sbatch"
     [ -n "${CONFIG:-}" ] || refuse "CONFIG is not set: submit with CONFIG=configs/quickstart.yaml sbatch ..."
     [ -f "$CONFIG" ] || refuse "CONFIG: there is no file $CONFIG in $PWD: give its path from where sbatch is called"
     PYTHON=${PYTHON:-$REPOSITORY/.venv/bin/python}
     command -v "$PYTHON" > /dev/null || refuse "there is no interpreter $PYTHON on $(hostname): run make venv, or set PYTHON"
-    # As of SLURM 22.05 srun does not take this from sbatch by itself.
+    # Since SLURM 22.05 srun does not inherit this from sbatch.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
-# Where the ranks of the next srun meet: at the address by which SLURM knows this node, the job's first, on a port that
-# is free now, below those that systems hand out by themselves.
+# Set the rendezvous of the ranks of the next srun: the address by which SLURM knows this node, the first of the job, and
+# a port that is free now, below the ephemeral ports.
 meet_on_this_node() {
     MASTER_ADDR=$(scontrol --oneliner show node "$SLURMD_NODENAME" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_PORT=$("$PYTHON" -c '
@@ -35,13 +35,13 @@ for port in random.sample(range(20000, 30000), 100):
     export MASTER_ADDR MASTER_PORT
 }
 
-# end_job CODE: end the script with srun's exit code. Work that a signal stopped is put back in the queue first:
-# 75 wrote a checkpoint; 128 + 10 and 128 + 15 ended by SIGUSR1 or SIGTERM itself.
+# end_job CODE: end the script with srun's exit code. If a signal stopped the work, requeue the job first: 75 means that
+# a checkpoint was written; 128 + 10 and 128 + 15 mean that SIGUSR1 or SIGTERM itself ended it.
 end_job() {
     local state restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-100}
     case $1 in 75 | 138 | 143) ;; *) exit "$1" ;; esac
-    # scontrol would bring back a job that scancel ended: that one is COMPLETING by now, and so is one that SLURM
-    # itself puts back.
+    # scontrol would also requeue a job that scancel has ended. Such a job is COMPLETING by now, as is one that SLURM
+    # requeues itself.
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     if [ "$state" != RUNNING ]; then
         echo "stopped by a signal; the job is $state and does not requeue itself"

@@ -1,1 +1,1 @@
-"""Does joint training harm a domain, and does the mixture of experts end it? Runs, measurements and a verdict."""
+"""Does joint training harm a domain, and does a mixture of experts prevent it? Runs, measurements and a verdict."""

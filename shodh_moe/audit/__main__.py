@@ -6,9 +6,9 @@ import sys
 
 import torch
 
+from shodh_moe.audit.arms import find_run
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measure
-from shodh_moe.audit.rates import find_run
 from shodh_moe.base.command import exit_code
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.config.load import load_config_of

@@ -1,21 +1,28 @@
-"""The runs of the audit: one config for each arm, seed and learning rate. All but the arm is the same.
+"""The runs of the audit: one config for each arm, seed and learning rate. Only the arm differs.
 
-``moe`` is the mixture of the audit's base config. ``dense_active`` and ``dense_total`` are dense networks with the
-parameters that a token passes through, and with all of them (both but for the router). ``single`` is ``dense_active``
-on one domain alone, which sees the same samples of it in the same order. ``oracle`` routes by the domain's label,
-``random`` by a router that stays as it was drawn. ``no_shared`` has no shared experts, and as much wider routed ones.
+``moe`` is the mixture of the audit's base config. ``dense_active`` and ``dense_total`` are dense networks with as many
+parameters as one token uses in the mixture, and as many as the mixture has (both without the router). ``single`` is
+``dense_active`` trained on one domain, with the same samples of it in the same order. ``oracle`` routes by the domain's
+label, ``random`` by a router that keeps its initial weights. ``no_shared`` has no shared experts, and routed experts
+that are wider by as much.
+
+Learning rates are chosen in the same way for each arm, on validation data, at seeds used for nothing else. One seed is
+not enough: a high rate that is best at one seed can be unstable at the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from shodh_moe.audit.config import AuditConfig
+from shodh_moe.audit.outcome import validation_score
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, MoEConfig
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.paths import paths_of, tokenizer_seed
+from shodh_moe.config.paths import resolve_paths, tokenizer_seed
 
 SINGLE = "single"
 JOINT = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared")
@@ -31,8 +38,8 @@ class Run:
     """One training run in a set of the audit.
 
     Attributes:
-        experts: routed ones; 0 for dense networks.
-        domains: that it is trained on, sorted.
+        experts: number of routed experts; 0 for dense networks.
+        domains: the domains it is trained on, sorted.
     """
 
     set: str
@@ -43,35 +50,35 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its run folder: runs of two sets that are the same share it."""
+        """Name of the run folder. Equal runs of two sets share it."""
         return self.config.name
 
     @property
     def tuned_as(self) -> str:
-        """Which learning rate it takes."""
+        """The name under which its learning rate is chosen."""
         return tuned_as(self.arm, self.domains)
 
 
 def tuned_as(arm: str, domains: list[str]) -> str:
-    """The name under which a learning rate is chosen: the arm's, for single-domain networks with the domain's."""
+    """The name under which a learning rate is chosen: the arm, with the domain for single-domain networks."""
     return f"{arm}:{domains[0]}" if arm == SINGLE else arm
 
 
 def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
-    """The domains that are mixed in a set, sorted."""
+    """The domains mixed in a set, sorted."""
     return sorted({"main": audit.domains, "hard": audit.hard, "four": audit.all_domains}[set_name])
 
 
 def shared_config(audit: AuditConfig) -> Config:
-    """The base config with the one tokenizer and the latents that all runs share (see `paths_of`), for one rank."""
+    """The base config for one rank, with the tokenizer and latents that all runs share (see `resolve_paths`)."""
     base = audit.base
     return base.model_copy(
         update={
             "name": audit.name,
             "runs": str(audit.folder / "arms"),
-            # Named by its folder, and with a seed of its own, it is the same whatever a run's domains and seed.
+            # A path and a seed of its own make the tokenizer independent of a run's domains and seed.
             "tokenizer": base.tokenizer.model_copy(
-                update={"path": str(paths_of(base).tokenizer), "seed": tokenizer_seed(base)}
+                update={"path": str(resolve_paths(base).tokenizer), "seed": tokenizer_seed(base)}
             ),
             "parallel": base.parallel.model_copy(update={"processes": 1, "ep_size": "auto"}),
         }
@@ -79,7 +86,7 @@ def shared_config(audit: AuditConfig) -> Config:
 
 
 def unseen_config(audit: AuditConfig) -> Config:
-    """The config whose data are the geometry that training has not seen; its latents are those of the one tokenizer."""
+    """The config whose data have geometry unseen in training, encoded by the same tokenizer."""
     config, names = shared_config(audit), [name for name, _ in audit.unseen.items()]
     data = config.data
     return config.model_copy(
@@ -94,7 +101,7 @@ def unseen_config(audit: AuditConfig) -> Config:
 
 
 def arm_moe(moe: MoEConfig, arm: str, experts: int) -> MoEConfig:
-    """The mixture's section of an arm, from that of the base with ``experts`` routed experts."""
+    """The ``moe`` section of an arm, from that of the base config, with ``experts`` routed experts."""
     changes: dict[str, Any] = {
         "moe": {"num_experts": experts},
         "dense_active": {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
@@ -123,15 +130,15 @@ def arm_config(
     """The config of one run, for one rank.
 
     Args:
-        experts: routed experts; None: those of the base config.
-        domain: the one of a ``single`` run.
+        experts: number of routed experts; None for that of the base config.
+        domain: the domain of a ``single`` run.
 
     Returns:
-        a config whose name ends in a hash of all its other settings.
+        a config whose name ends in a hash of its other settings.
     """
     mixed = set_domains(audit, set_name)
     domains = [domain] if domain else mixed
-    # A single-domain network sees what the joint one sees of its domain, no more.
+    # A single-domain network sees as many samples of its domain as the joint one.
     training = {
         "batch_size": audit.base.training.batch_size * len(domains) // len(mixed),
         "learning_rate": learning_rate,
@@ -153,7 +160,7 @@ def run_config(
     training: dict[str, Any],
     start: str | None = None,
 ) -> Config:
-    """A run of the shared config on some domains; its name begins with ``label`` and ends in a hash of all else."""
+    """A run of the shared config on some domains; its name starts with ``label`` and ends in a hash of its settings."""
     config, everyone = shared_config(audit), audit.all_domains
     weights = {name: float(name in domains) for name in everyone} if len(domains) < len(everyone) else None
     config = config.model_copy(
@@ -163,21 +170,21 @@ def run_config(
             "start": start,
             "data": config.data.model_copy(update={"weights": weights}),
             "model": config.model.model_copy(update={"moe": moe}),
-            # A run that diverges ends there, and is shown so.
+            # A run that diverges stops there and is reported as diverged.
             "training": config.training.model_copy(update={"on_nonfinite": "halt", **training}),
         }
     )
     on = "all" if weights is None else "+".join(domains)
     name = f"{label}-{on}-{seed}-{fingerprint(config.model_dump())}"
-    # Copies are not checked: the whole is, once.
+    # `model_copy` does not validate, so the result is validated here.
     return Config.model_validate({**config.model_dump(), "name": name})
 
 
 def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[str, float]) -> Iterator[Run]:
-    """The runs of a set, arm by arm.
+    """Yield the runs of a set, arm by arm.
 
     Args:
-        rates: by `tuned_as`. A single-domain run on a domain that has none takes that of the first main domain.
+        rates: learning rates by `tuned_as`. A single-domain run without one takes that of the first main domain.
     """
     mixed = set_domains(audit, set_name)
     for arm in SET_ARMS[set_name]:
@@ -193,7 +200,7 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
 
 
 def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
-    """Every run that is measured."""
+    """All runs that are measured."""
     runs = list(set_runs(audit, "main", audit.seeds, rates))
     if audit.hard:
         runs += set_runs(audit, "hard", audit.more_seeds, rates)
@@ -203,10 +210,49 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
 
 
 def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, list[Run]]]:
-    """The runs that choose learning rates, by `tuned_as` and rate."""
+    """The runs that learning rates are chosen from, by `tuned_as` and rate."""
     found: dict[str, dict[float, list[Run]]] = {}
     names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] for one in audit.domains}
     for rate in audit.learning_rates:
         for run in set_runs(audit, "main", audit.tuning_seeds, dict.fromkeys(names, rate)):
             found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
     return found
+
+
+def tuning(audit: AuditConfig) -> dict[str, Any]:
+    """Choose the learning rate of each arm.
+
+    Returns:
+        by `tuned_as`: ``learning_rates``; ``valid_latent_mse`` of each, relative to persistence (mean of
+        `validation_score` over ``tuning_seeds``), infinite where a run diverged; ``chosen``, the best rate, or the
+        smallest if all diverged; ``at_edge``, whether a better one might lie outside. A single rate is chosen without
+        a run and has no errors.
+    """
+    rates, found = audit.learning_rates, {}
+    for name, runs in tuning_runs(audit).items():
+        scores = [fmean(validation_score(run.config) for run in runs[rate]) for rate in rates] if len(rates) > 1 else []
+        chosen = rates[scores.index(min(scores))] if scores else rates[0]
+        found[name] = {
+            "learning_rates": rates,
+            "valid_latent_mse": scores,
+            "chosen": chosen,
+            "at_edge": bool(scores) and chosen in (rates[0], rates[-1]),
+        }
+    return found
+
+
+def choose_rates(audit: AuditConfig) -> dict[str, float]:
+    """The chosen learning rate of each arm, by `tuned_as`."""
+    return {name: record["chosen"] for name, record in tuning(audit).items()}
+
+
+def find_run(audit: AuditConfig, name: str) -> Run:
+    """Find a run by name among those with the chosen learning rates.
+
+    Raises:
+        UserError: no run has this name.
+    """
+    for one in all_runs(audit, choose_rates(audit)):
+        if one.name == name:
+            return one
+    raise UserError(f"the audit {audit.folder} has no run {name}: run `shodh audit` with its config")

@@ -1,4 +1,4 @@
-"""The config of the audit: the run that all arms vary, their seeds and learning rates, and what is measured."""
+"""The config of the audit: the base run that all arms vary, seeds, learning rates and measurements."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from shodh_moe.config import Config, Domains
 
 
 class AuditConfig(Section):
-    """Everything that the audit depends on.
+    """All settings of the audit.
 
-    The sets of runs: ``main``, the two main domains with every arm; ``hard``, two that are hard to tell apart;
+    Sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to tell apart;
     ``four``, all domains with several numbers of experts.
     """
 
     name: Name = "audit"
     runs: str = Field("runs", description="folder that holds the audit's folder")
-    seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="of the main set: weights and data order")
-    more_seeds: list[NonNegative] = Field([0, 1, 2], description="of the other sets and of relearning")
+    seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="seeds of the main set, for weights and data order")
+    more_seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
     tuning_seeds: list[NonNegative] = Field(
-        [1000, 1001, 1002], description="of the runs that choose the learning rates, and of no others"
+        [1000, 1001, 1002], description="seeds of the runs that learning rates are chosen from; not used otherwise"
     )
     learning_rates: list[PositiveFloat] = Field(
         [5e-4, 1e-3, 2e-3, 4e-3],
-        description="each arm gets the one that is best on validation data, mean over tuning_seeds",
+        description="each arm uses the best one on validation data, mean over tuning_seeds",
     )
-    domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main ones")
-    third: Name = Field("decaying_turbulence", description="domain that trained networks learn afterwards")
-    hard: list[Name] = Field(["open_channel", "obstacle_wake"], description="two that look alike; []: no such set")
-    experts: list[Positive] = Field([2, 4, 8], description="numbers of experts for all domains; []: no such set")
+    domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main domains")
+    third: Name = Field("decaying_turbulence", description="domain that the trained networks learn afterwards")
+    hard: list[Name] = Field(["open_channel", "obstacle_wake"], description="two similar domains; [] for no such set")
+    experts: list[Positive] = Field(
+        [2, 4, 8], description="numbers of experts of the set with all domains; [] for no such set"
+    )
     relearning_steps: Positive = 300
-    gradient_samples: Positive = Field(16, description="samples of each domain whose gradients are compared")
-    probes: Positive = Field(5, description="checkpoints over the training at which gradients are compared")
-    jobs: Positive | Literal["auto"] = Field("auto", description="runs at once; auto: one a GPU, or one a core")
+    gradient_samples: Positive = Field(16, description="samples per domain for comparing gradients")
+    probes: Positive = Field(5, description="checkpoints during training at which gradients are compared")
+    jobs: Positive | Literal["auto"] = Field("auto", description="concurrent runs; auto: one per GPU, or one per core")
     base: Config = Field(Config(), description="data of all domains, tokenizer, and the mixture of experts")
-    unseen: Domains = Field(Domains(), description="geometry that training has not seen; its test split is measured")
+    unseen: Domains = Field(Domains(), description="geometry unseen in training; its test split is measured")
 
     @property
     def folder(self) -> Path:
@@ -46,7 +48,7 @@ class AuditConfig(Section):
 
     @property
     def all_domains(self) -> list[str]:
-        """Of the data, sorted."""
+        """All domains of the data, sorted."""
         return sorted(name for name, _ in self.base.data.domains.items())
 
     @model_validator(mode="after")
@@ -56,13 +58,13 @@ class AuditConfig(Section):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{key} {values} must be one or more different numbers")
         if self.learning_rates != sorted(self.learning_rates):
-            raise ValueError(f"learning_rates {self.learning_rates} must be in rising order")
+            raise ValueError(f"learning_rates {self.learning_rates} must be in increasing order")
         if self.experts != sorted(set(self.experts)) or min(self.experts, default=2) < 2:
             raise ValueError(f"experts {self.experts} must be different numbers from 2 on, in rising order")
         if more := sorted(set(self.more_seeds) - set(self.seeds)):
-            raise ValueError(f"more_seeds: {more[0]} is not among seeds, whose runs relearning starts from")
+            raise ValueError(f"more_seeds: {more[0]} is not among seeds, and relearning starts from their runs")
         if both := sorted(set(self.tuning_seeds) & set(self.seeds)):
-            raise ValueError(f"tuning_seeds: {both[0]} is among seeds, too: they are for the choice of rates alone")
+            raise ValueError(f"tuning_seeds: {both[0]} is also among seeds: give seeds used only for choosing rates")
         return self
 
     @model_validator(mode="after")
@@ -73,17 +75,17 @@ class AuditConfig(Section):
         for key, names in (("domains", self.domains), ("hard", self.hard), ("third", [self.third])):
             if missing := [name for name in names if name not in self.all_domains]:
                 known = ", ".join(self.all_domains)
-                raise ValueError(f"{key}: base.data.domains has only {known}, no {missing[0]}: correct one of them")
+                raise ValueError(f"{key}: base.data.domains has {known} but not {missing[0]}: correct one of them")
         if self.third in self.domains:
-            raise ValueError(f"third {self.third} is one of the main domains: it has to be new to the networks")
+            raise ValueError(f"third {self.third} is one of the main domains: choose one that is new to the networks")
         if missing := [name for name in self.domains if getattr(self.unseen, name) is None]:
-            raise ValueError(f"unseen has no {missing[0]}: give both main domains geometry that training has not seen")
+            raise ValueError(f"unseen has no {missing[0]}: give both main domains geometry unseen in training")
         for name, domain in self.unseen.items():
             trained = getattr(self.base.data.domains, name)
             if trained is None:
                 raise ValueError(f"unseen.{name}: base.data.domains has no {name}: leave it out (null)")
             if domain.identity() == trained.identity():
-                raise ValueError(f"unseen.{name} is as in base.data.domains: give it another geometry")
+                raise ValueError(f"unseen.{name} is the same as in base.data.domains: give it another geometry")
         return self
 
     @model_validator(mode="after")
@@ -99,7 +101,7 @@ class AuditConfig(Section):
                 raise ValueError(f"base.training.batch_size {batch} is not divisible by {count} domains: change it")
         if moe.num_experts < 2 or not moe.shared_experts or moe.router.kind == "oracle" or moe.router.frozen:
             raise ValueError(
-                "base.model.moe must be the mixture itself, from which the controls are made: num_experts 2 or more, "
+                "base.model.moe must be the mixture that the other arms are derived from: num_experts 2 or more, "
                 "shared_experts 1 or more, and a router that learns"
             )
         return self

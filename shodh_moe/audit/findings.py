@@ -1,4 +1,4 @@
-"""What the audit found beside errors, as rows over seeds: routing, interventions, gradients, plasticity."""
+"""Rows of the audit's summary other than errors: routing, interventions, gradients, plasticity, relearning."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from shodh_moe.audit.collect import Run, Seeds, Sets, arms_of, domains_of, error_of, finished, measured
-from shodh_moe.audit.transfer import Estimate, estimate, relative_difference
+from shodh_moe.audit.results import (
+    Estimate,
+    Run,
+    Seeds,
+    Sets,
+    arms_of,
+    domains_of,
+    error_of,
+    estimate,
+    finished,
+    measured,
+    relative_difference,
+)
 
 INFORMATION = ("domain", "solid_fraction", "speed", "domain_given_solid_fraction", "domain_given_speed")
 CURVES = ("from_checkpoint", "from_scratch")
-LEAST_INFORMATION = 0.01  # nats: with less of it the expert tells nothing of the domain
+LEAST_INFORMATION = 0.01  # nats: below it the expert carries no information on the domain
 
 
 def bifurcated(run: Run) -> bool:
+    """Whether every layer of the run is bifurcated on held-out data."""
     return bool((run.get("routing") or {}).get("bifurcated"))
 
 
@@ -28,7 +40,7 @@ def beyond_mask(run: Run) -> float | None:
 
 
 def _routed(sets: Sets) -> Iterator[tuple[str, str, Seeds]]:
-    """The arms with a router that have a run to tell of."""
+    """The arms with a router and at least one run that did not diverge."""
     for name, arm, seeds in arms_of(sets):
         if any(run.get("routing") for run in finished(seeds).values()):
             yield name, arm, seeds
@@ -40,7 +52,7 @@ def _over_seeds(seeds: Seeds, layers: dict[int, Run], key: str, entry: str) -> E
 
 
 def routing(sets: Sets) -> list[dict[str, Any]]:
-    """A row for each layer."""
+    """Purity, information, load and bifurcation, one row per layer."""
     rows = []
     for name, arm, seeds in _routed(sets):
         first, example = next(iter(finished(seeds).items()))
@@ -63,7 +75,7 @@ def routing(sets: Sets) -> list[dict[str, Any]]:
 
 
 def bifurcation(sets: Sets) -> list[dict[str, Any]]:
-    """By seed: whether all layers are bifurcated in the end on held-out data, and since which step in training."""
+    """Whether all layers are bifurcated on held-out data after training, and since which training step, by seed."""
     return [
         {
             "set": name,
@@ -78,6 +90,7 @@ def bifurcation(sets: Sets) -> list[dict[str, Any]]:
 
 
 def swap(sets: Sets) -> list[dict[str, Any]]:
+    """How much errors grow when domains swap experts, one row per domain."""
     rows = []
     for name, arm, seeds in _routed(sets):
         for domain in domains_of(seeds):
@@ -106,7 +119,7 @@ def swap(sets: Sets) -> list[dict[str, Any]]:
 
 
 def unseen(sets: Sets) -> list[dict[str, Any]]:
-    """Held-out geometry: its error, the same relative to that on the test split, and the routing there."""
+    """Unseen geometry: its error, the growth relative to the test split, and the routing there."""
     rows = []
     for name, arm, seeds in arms_of(sets):
         for domain in domains_of(seeds):
@@ -146,12 +159,12 @@ def unseen(sets: Sets) -> list[dict[str, Any]]:
 
 
 def gradient_group(name: str) -> str:
-    """Experts count together: which of them serves a domain differs between seeds."""
+    """Pool all experts into one group: which of them serves a domain differs between seeds."""
     return "experts" if name.startswith("expert") else name
 
 
 def gradient_means(record: dict[str, Any], kind: str) -> dict[str, float]:
-    """Of one record, by group: the mean of ``cosine`` over pairs of domains, or of ``within`` over domains."""
+    """Means of one record by group: of ``cosine`` over pairs of domains, or of ``within`` over domains."""
     values: dict[str, list[float]] = {}
     for group, one in record["groups"].items():
         found = [value for value in one.get(kind, {}).values() if value is not None]
@@ -160,14 +173,14 @@ def gradient_means(record: dict[str, Any], kind: str) -> dict[str, float]:
 
 
 def _norm_ratio(record: dict[str, Any], group: str) -> float | None:
-    """Larger over smaller gradient norm, geometric mean over pairs of domains."""
+    """Ratio of the larger to the smaller gradient norm, geometric mean over pairs of domains."""
     here = [one["ratio"].values() for name, one in record["groups"].items() if gradient_group(name) == group]
     logs = [abs(math.log(value)) for values in here for value in values if value]
     return math.exp(fmean(logs)) if logs else None
 
 
 def gradients(sets: Sets) -> list[dict[str, Any]]:
-    """By group, at the first, the middle and the last record."""
+    """Gradient cosines by parameter group, at the first, the middle and the last record."""
     rows = []
     for name, arm, seeds in arms_of(sets):
         recorded = {s: run["gradients"] for s, run in finished(seeds).items() if run.get("gradients")}
@@ -195,6 +208,7 @@ def _dormant(group: str, run: Run) -> float | None:
 
 
 def plasticity(sets: Sets) -> list[dict[str, Any]]:
+    """Dormant units and effective rank, one row per arm."""
     rows = []
     for name, arm, seeds in arms_of(sets):
         found = [run["plasticity"] for run in finished(seeds).values() if run.get("plasticity")]
@@ -213,7 +227,7 @@ def plasticity(sets: Sets) -> list[dict[str, Any]]:
 
 
 def relearning(sets: Sets) -> list[dict[str, Any]]:
-    """A further domain learned from the checkpoint and from scratch, in as many steps."""
+    """Errors after learning a further domain from the checkpoint and from scratch, in equally many steps."""
     rows = []
     for name, arms in sets.items():
         relearned = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]
@@ -238,7 +252,7 @@ def relearning(sets: Sets) -> list[dict[str, Any]]:
 
 
 def _reached(one: dict[str, Any]) -> int | None:
-    """The first step at which training from the checkpoint is as good as training from scratch in the end."""
+    """The first step at which training from the checkpoint matches the final error of training from scratch."""
     goal = one["from_scratch"][-1]
     pairs = zip(one["steps"], one["from_checkpoint"], strict=True)
     return next((step for step, e in pairs if goal is not None and e is not None and e <= goal), None)

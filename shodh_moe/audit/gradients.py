@@ -1,7 +1,7 @@
-"""Gradient conflict: do the domains pull the same weights in opposite directions (DESIGN 3.6)?
+"""Gradient conflict: whether domains pull the same weights in opposite directions (DESIGN 3.6).
 
 The cosine between the gradients of two tasks is that of PCGrad (Yu et al., arXiv 2001.06782, section 2): below 0 they
-conflict. Its magnitude similarity is 2 r / (1 + r^2) of the ratio r that is given here.
+conflict. PCGrad's magnitude similarity is 2 r / (1 + r^2), where r is the ratio of the norms reported here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from shodh_moe.audit.windows import all_windows
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import Config
 from shodh_moe.inference.loading import find_source, read_weights
+from shodh_moe.metrics.latents import sample_mse
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples
@@ -26,7 +28,7 @@ Windows = list[tuple[int, int]]
 
 
 def gradients_over_training(run: Path, config: Config, samples: LatentSamples, per_domain: int) -> list[dict[str, Any]]:
-    """`gradient_conflict` at every checkpoint of a run: ``[{"step", "groups"}]``, steps ascending; [] without any.
+    """`gradient_conflict` at every checkpoint of a run: ``[{"step", "groups"}]`` by ascending step; [] without any.
 
     Raises:
         UserError: a checkpoint is damaged.
@@ -44,30 +46,30 @@ def gradients_over_training(run: Path, config: Config, samples: LatentSamples, p
 def gradient_conflict(
     transformer: LatentTransformer, samples: LatentSamples, per_domain: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Compare the domains' gradients of the mean squared prediction error alone, without the router's losses.
+    """Compare the domains' gradients of the mean squared prediction error, without the router's losses.
 
-    A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), spread evenly over
-    them: the same at every call. No token is dropped. The model's mode and ``.grad`` are left as they were.
+    A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), evenly spread and the
+    same at every call. No token is dropped. The model's mode and ``.grad`` do not change.
 
     Args:
-        transformer: all experts in this process.
-        batch_size: samples at a time; the result does not depend on it but for rounding.
+        transformer: the model, with all experts in this process.
+        batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
-        By group of parameters `parameter_group` those of
+        By group of parameters (the ``group`` of their `Marks`; experts one by one, each over all layers):
         ``cosine`` ``{"a|b": float}`` of every pair of domains, in [-1, 1];
         ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
         ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
-        domain's samples, which come from different trajectories where there are several. It tells noise from
-        conflict: two domains with the same gradient but for the noise have a cosine of about ``sqrt(q_a q_b)``,
-        q = 2 w / (1 + w) with w of ``within`` (Spearman and Brown: reliability of the whole from its halves).
-        None where a gradient is zero, as that of an expert without tokens is, or the norm to divide by is.
+        domain's samples, which come from different trajectories if there are several. It separates noise from
+        conflict: two domains whose gradients differ only by noise have a cosine of about ``sqrt(q_a q_b)``, where
+        q = 2 w / (1 + w) and w is ``within`` (Spearman and Brown: reliability of the whole from its halves).
+        A value is None if a gradient is zero, such as that of an expert without tokens.
     """
     windows: list[Windows] = [[] for _ in samples.domains]
     for window in all_windows(samples, per_domain):
         windows[window[0]].append(window)
     training = transformer.training
-    transformer.eval()  # training mode would drop the tokens that find their expert full
+    transformer.eval()  # training mode drops tokens whose expert is full
     try:
         halves = {
             domain: [
@@ -79,7 +81,7 @@ def gradient_conflict(
     finally:
         transformer.train(training)
     groups: dict[str, dict[str, Any]] = {}
-    # Sums over each half's samples, so the whole's mean is their sum over the number of all.
+    # Each half holds the sum over its samples, so the mean is the sum of both over the number of samples.
     for name in halves[samples.domains[0]][0]:
         whole = {
             domain: (first[name] + second[name]) / len(chosen)
@@ -94,43 +96,27 @@ def gradient_conflict(
     return groups
 
 
-def parameter_group(name: str) -> str:
-    """``attention`` (with its norms), ``shared`` (the whole feed-forward of a dense model), ``router``, ``experts`` or
-    ``rest``, of a parameter's name in `LatentTransformer`. The result is by expert, ``expert 0`` and so on, over all
-    layers.
-    """
-    if ".attention." in name or ".attention_norm." in name:
-        return "attention"
-    for group in ("shared", "router", "experts"):
-        if f".moe.{group}." in name:
-            return group
-    return "rest"
-
-
 @torch.enable_grad()
 def _gradient(
     transformer: LatentTransformer, samples: LatentSamples, windows: Windows, batch_size: int
 ) -> dict[str, Tensor]:
-    """Of the sum over windows of the mean squared error, float64 and flat, by group; all zero without a window."""
-    named = dict(transformer.named_parameters())
-    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in named.values()]
+    """Gradient of the summed error over windows, by group of parameters: flat, float64, all zero without a window."""
+    parameters = list(transformer.parameters())
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     device, dtype = transformer.head.weight.device, transformer.head.weight.dtype
     for start in range(0, len(windows), batch_size):
-        history, geometry, target, domain_B = samples.batch(windows[start : start + batch_size])
-        history, geometry, target = (z.to(device, dtype) for z in (history, geometry, target))
-        expert_B = samples.expert_B(domain_B, transformer.config.moe.num_experts).to(device)
-        predicted = transformer(history, geometry, expert_B).latent_BCxyz
-        loss = (predicted - target).square().flatten(1).mean(1).sum()
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        batch = samples.batch(windows[start : start + batch_size]).to(device, dtype)
+        loss = sample_mse(transformer(*batch.inputs).latent_BCxyz, batch.target_BCxyz).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total += gradient
     parts: dict[str, list[Tensor]] = {}
-    for name, total in zip(named, sums, strict=True):
-        group = parameter_group(name)
-        if group == "experts":
+    for parameter, total in zip(parameters, sums, strict=True):
+        group = marks(parameter).group
+        if marks(parameter).sharded:
             for expert, part in enumerate(total):
-                parts.setdefault(f"expert {expert}", []).append(part.flatten())
+                parts.setdefault(f"{group} {expert}", []).append(part.flatten())
         else:
             parts.setdefault(group, []).append(total.flatten())
     return {group: torch.cat(tensors) for group, tensors in parts.items()}
@@ -140,7 +126,7 @@ def _cosine(a: Tensor, b: Tensor) -> float | None:
     norms = float(a.norm()) * float(b.norm())
     if not (math.isfinite(norms) and norms > 0):
         return None
-    # Rounding must not put it outside.
+    # Rounding must not leave [-1, 1].
     return max(-1.0, min(1.0, float(a @ b) / norms))
 
 

@@ -1,4 +1,4 @@
-"""Everything that is measured of one trained run, as one JSON file; nothing of it chooses anything."""
+"""Measure one trained run and write the result as JSON. No choice is based on these measurements."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shodh_moe.audit.arms import SINGLE, Run, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
-from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder, run_records
+from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
 from shodh_moe.audit.speed import local_speeds
@@ -22,15 +21,17 @@ from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.inference.loading import Models, find_source, load_models
-from shodh_moe.inference.rollout import decode, predict_next
+from shodh_moe.inference.one_step import predict_trajectory, predict_windows
+from shodh_moe.inference.rollout import decode
 from shodh_moe.metrics.fields import vrmse
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.records import read_run
 
-MEASURE_VERSION = 1  # raised when the same weights would give other numbers
+MEASURE_VERSION = 1  # increase it when the same weights would give other numbers
 
 
 def result_path(audit: AuditConfig, run: Run) -> Path:
@@ -38,7 +39,7 @@ def result_path(audit: AuditConfig, run: Run) -> Path:
 
 
 def measured(audit: AuditConfig, run: Run) -> bool:
-    """Whether the result is there, of these very weights and settings."""
+    """Whether there is a result for the current weights and settings."""
     try:
         return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
     except (OSError, ValueError, KeyError):
@@ -46,7 +47,7 @@ def measured(audit: AuditConfig, run: Run) -> bool:
 
 
 def measure_key(audit: AuditConfig, run: Run) -> str:
-    """What a result depends on."""
+    """Hash of everything a result depends on."""
     if reason := diverged(run.config):
         return fingerprint(MEASURE_VERSION, reason)
     sha = CheckpointReader(last_checkpoint(run.config)).state["sha256"]
@@ -55,7 +56,7 @@ def measure_key(audit: AuditConfig, run: Run) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a result says of the run itself, whether it diverged or not."""
+    """The part of a result that describes the run, whether it diverged or not."""
     parameters = count_parameters(run.config, 1)
     return {
         "set": run.set,
@@ -72,14 +73,14 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def measure(audit: AuditConfig, run: Run) -> Path:
-    """Measure a run that has ended, and write its result file; the arrays of its pictures beside it.
+    """Measure a run that has ended, and write its result file and, beside it, the arrays of its routing maps.
 
     Raises:
         UserError: a checkpoint, the data or the latents are missing or damaged.
     """
     if diverged(run.config):
         return _write(audit, run, {})
-    config, paths = run.config, paths_of(run.config)
+    config, paths = run.config, resolve_paths(run.config)
     models = load_models(find_source(last_checkpoint(config)))
     transformer, batch, count = models.transformer, config.evaluation.batch_size, audit.gradient_samples
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
@@ -88,13 +89,13 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     )
     samples = LatentSamples(test, config.model.history)
     speeds = local_speeds(config, paths.dataset, "test", test)
-    # Only domains that it was trained on are in `test`: the weights, which name others too, have done their work.
+    # `test` holds only the domains the run was trained on, and the weights name others too.
     plain = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
     routing = heldout_routing(transformer, test, speeds, plain)
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
-        "bifurcation": bifurcation(run_records(run_folder(config), "train")),
+        "bifurcation": bifurcation(read_run(run_folder(config), "train")),
         "swap": swap_growth(transformer, samples, routing, batch),
         "unseen": _unseen(audit, run, models, plain),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
@@ -116,9 +117,9 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
 
 
 def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
-    """None if no domain of the run has unseen geometry."""
+    """Measurements on unseen geometry; None if no domain of the run has any."""
     config = unseen_config(audit)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     if not test:
         return None
@@ -129,10 +130,10 @@ def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict
 def heldout_errors(
     models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, dict[str, float]]:
-    """One-step errors by domain, means over all windows of its test trajectories (DESIGN 3.6), and persistence's.
+    """One-step errors of the model and of persistence by domain, means over all windows of its test trajectories.
 
-    ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of the tokenizer's training data,
-    decoded in float32; ``velocity_vrmse`` (`vrmse`).
+    See DESIGN 3.6. The errors are ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of
+    the tokenizer's training data, decoded in float32; and ``velocity_vrmse`` (`vrmse`).
     """
     listed = list_trajectories(dataset, "test", config.data.grid, config.data.skip_bad)
     records_of = {(record.path.name, record.sample): record for record in listed}
@@ -144,8 +145,7 @@ def heldout_errors(
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size
-        expert_1 = _expert_1(samples, latent.domain, config.model.moe.num_experts)
-        predicted_z, _ = predict_next(models.transformer, z, latent.geometry_Cxyz, expert_1, size)
+        predicted_z, _ = predict_trajectory(models.transformer, samples, latent, size)
         predicted = torch.cat([decode(tokenizer, part, solid, torch.float32) for part in predicted_z.split(size)])
         record = {}
         for end, latents, fields in (("", predicted_z, predicted), ("_persistence", z[h - 1 : -1], true[h - 1 : -1])):
@@ -156,15 +156,11 @@ def heldout_errors(
     return {domain: {key: float(np.mean([r[key] for r in own])) for key in own[0]} for domain, own in rows.items()}
 
 
-def _expert_1(samples: LatentSamples, domain: str, experts: int) -> Tensor:
-    return samples.expert_B(torch.tensor([samples.domains.index(domain)]), experts)
-
-
 @torch.no_grad()
 def routing_maps(
     models: Models, config: Config, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, np.ndarray]:
-    """What a picture of the routing shows: the middle window of each domain's first test trajectory.
+    """Arrays of the routing maps, from the middle window of each domain's first test trajectory.
 
     Returns:
         by ``<domain>/<name>``: ``expert_map`` int32 [L, x, y, z], the tokens' experts, and ``solid_fraction`` float32
@@ -175,10 +171,9 @@ def routing_maps(
     for domain in samples.domains:
         latent = next(one for one in test if one.domain == domain)
         middle = (latent.snapshots - h) // 2
-        z_TCxyz = latent.read(middle, middle + h + 1)
-        expert_1 = _expert_1(samples, domain, config.model.moe.num_experts)
-        _, experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, 1)
+        (found,) = predict_windows(models.transformer, samples, [samples.windows_of(latent)[middle]], 1)
         grid = [size // patch for size in latent.geometry_Cxyz.shape[1:]]
-        arrays[f"{domain}/expert_map"] = torch.stack([layer.view(grid) for layer in experts]).int().numpy()
+        experts = [layer.expert_N.view(grid) for layer in found.routing]
+        arrays[f"{domain}/expert_map"] = torch.stack(experts).int().numpy()
         arrays[f"{domain}/solid_fraction"] = latent.solid_fraction_by_token(patch).float().numpy()
     return arrays

@@ -1,4 +1,4 @@
-"""How a training run ended: whether it is done, whether it diverged, and with which validation error."""
+"""The outcome of a training run: whether it ended, whether it diverged, and its validation error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 from shodh_moe.config import Config
-from shodh_moe.training.records import Record, read_history, records
+from shodh_moe.training.records import read_run
 
-# Times the error of persistence (the last snapshot again) from which on a run counts as diverged.
+# A run counts as diverged if its error exceeds that of persistence (repeating the last snapshot) by this factor.
 DIVERGED_ABOVE = 10.0
 
 
@@ -17,32 +17,26 @@ def run_folder(config: Config) -> Path:
 
 
 def last_checkpoint(config: Config) -> Path:
-    """Where the checkpoint of the last step is, once it is there."""
+    """Path of the last step's checkpoint, whether or not it exists yet."""
     return run_folder(config) / "checkpoints" / str(config.training.steps)
 
 
 def ended(config: Config) -> bool:
-    """Whether there is nothing left to train: the last checkpoint is there, or the run diverged."""
+    """Whether nothing is left to train: the last checkpoint exists, or the run diverged."""
     return (last_checkpoint(config) / "state.json").exists() or diverged(config) is not None
 
 
-def run_records(folder: Path, kind: str) -> list[Record]:
-    """The records of a kind, ``train`` or ``valid``, of a run; [] if it has not begun."""
-    path = folder / "metrics.jsonl"
-    return records(read_history(path), kind) if path.exists() else []
-
-
 def diverged(config: Config) -> str | None:
-    """Why a run counts as diverged and at which step; None if it does not, or has not ended.
+    """Say why and at which step a run diverged; None if it did not, or has not ended.
 
-    It ended at a loss or gradient that was not finite, or its last validation error is not finite or more than
-    `DIVERGED_ABOVE` times that of persistence.
+    A run diverged if it stopped at a loss or gradient that was not finite, or if its last validation error is not
+    finite or more than `DIVERGED_ABOVE` times that of persistence.
     """
     folder = run_folder(config)
     if not (last_checkpoint(config) / "state.json").exists():
         steps = [int(path.stem) for path in (folder / "nonfinite").glob("*.json")]
         return f"a loss or gradient was not finite at step {min(steps)}" if steps else None
-    last = (run_records(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
+    last = (read_run(folder, "valid") or [{"step": config.training.steps, "latent_mse": {"every domain": None}}])[-1]
     for domain, error in last["latent_mse"].items():
         if error is None or not math.isfinite(error):
             return f"the validation error of {domain} was not finite at step {last['step']}"
@@ -53,12 +47,12 @@ def diverged(config: Config) -> str | None:
 
 
 def validation_score(config: Config) -> float:
-    """Last validation latent MSE over that of persistence, mean over the run's domains: each counts alike.
+    """Last validation latent MSE relative to persistence, mean over the run's domains with equal weights.
 
     Infinite for a run that diverged.
     """
     if diverged(config):
         return math.inf
-    last = run_records(run_folder(config), "valid")[-1]
+    last = read_run(run_folder(config), "valid")[-1]
     ratios = [error / last["latent_mse_persistence"][domain] for domain, error in last["latent_mse"].items()]
     return sum(ratios) / len(ratios)

@@ -1,6 +1,6 @@
-"""Pictures of the audit: errors of the arms, load and gradients over training, swapped experts, relearning, routing.
+"""Figures of the audit: errors of the arms, load and gradients over training, swapped experts, relearning, routing.
 
-A seed that diverged has no place on an axis; it is named beside the place of its arm.
+A seed that diverged has no place on an axis; it is named beside its arm.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shodh_moe.audit.collect import Run, by_arm, finished
 from shodh_moe.audit.findings import gradient_group, gradient_means
+from shodh_moe.audit.results import Run, by_arm, finished
 from shodh_moe.audit.tables import SET_TITLES, arm_words
 from shodh_moe.audit.verdict import MARGIN
-from shodh_moe.base.files import atomic_file
-from shodh_moe.report import routing_pictures, style
-from shodh_moe.report.load import Array, RunData
+from shodh_moe.report import style
+from shodh_moe.report.figure import write_figures
+from shodh_moe.report.run import routing
+from shodh_moe.report.run.load import Array, RunData
 
 Summary = dict[str, Any]
 Maps = Mapping[str, Mapping[str, Array]]
@@ -35,19 +36,19 @@ GROUP_COLOURS = {
     "rest": "#64748b",
 }
 LOST = "#b91c1c"
-FAR = 200  # percent, from which an axis is no longer linear
-TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # then
+FAR = 200  # percent: beyond this an axis is no longer linear
+TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # of an axis that is not linear
 
 
 def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None = None) -> list[Path]:
-    """All pictures that there are data for; returns their paths. A picture of the same name without data is removed.
+    """Draw every figure that has data, and return the paths. An old file of a figure without data is removed.
 
     Args:
         results: the result files; see `shodh_moe.audit.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: where the pictures go; is made if missing.
-        maps: by domain, of one run of the mixture: ``expert_map``, the expert of every token, [layers, X, Y, Z], and
-            ``solid_fraction`` of its cells, [X, Y, Z].
+        folder: the figures go here; it is made if missing.
+        maps: for one run of the mixture, by domain: ``expert_map``, the expert of every token, [layers, X, Y, Z], and
+            ``solid_fraction`` of the tokens' cells, [X, Y, Z].
 
     Raises:
         UserError: the folder cannot be written.
@@ -67,29 +68,15 @@ def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None =
     }
     for domain, one in (maps or {}).items():
         pictures[f"routing_map_{domain}"] = _routing_map(domain, one)
-    paths = []
-    for name, figure in pictures.items():
-        path = folder / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-            continue
-        content = style.png(figure)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
-        paths.append(path)
-    return paths
+    return write_figures(pictures, folder)
 
 
 def _colour(arm: str) -> str:
     return ARM_COLOURS.get("moe" if arm.startswith("moe") else arm, OTHER)
 
 
-def _legend_below(figure: Figure, handles: list[Any], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=style.TICK, frameon=False)
-
-
 def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
-    """Relative difference of the latent MSE, a panel for each domain: mean, interval and seeds."""
+    """Draw relative differences of the latent MSE: mean, interval and seeds, one panel per domain."""
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     if not domains:
         return None
@@ -107,7 +94,7 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
         axes.grid(False, axis="y")
     low, high = min(axes.get_xlim()[0] for axes in grid), max(axes.get_xlim()[1] for axes in grid)
     for axes in grid:
-        if high > FAR:  # an arm that is far off must not press the others together
+        if high > FAR:  # an outlying arm must not squeeze the others
             axes.set_xscale("symlog", linthresh=20, linscale=1.5)
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
             axes.set_xticks([], minor=True)
@@ -118,12 +105,12 @@ def _relative(rows: list[dict[str, Any]], title: str) -> Figure | None:
         Line2D([], [], color="0.85", linewidth=8, label=f"margin of {MARGIN:.0%}"),
         Line2D([], [], color=LOST, marker="x", linestyle="", markeredgewidth=2, label="seeds that diverged"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
 def _lost(seeds: Iterable[int | str]) -> str:
-    """``seeds 1, 3 diverged``"""
+    """Format as ``seeds 1, 3 diverged``."""
     named = [str(seed) for seed in seeds]
     return f"seed{'s' if len(named) > 1 else ''} {', '.join(named)} diverged" if named else ""
 
@@ -136,7 +123,7 @@ def _point(axes: Axes, height: int, one: dict[str, Any], colour: str) -> None:
     if one["low"] is not None:
         axes.plot([100 * one["low"], 100 * one["high"]], [height] * 2, color=colour, linewidth=2.2)
     if one["diverged"]:
-        # At the right edge: a place that is on no scale.
+        # At the right edge, off the scale.
         across = axes.get_yaxis_transform()
         axes.plot(0.98, height, "x", color=LOST, markersize=8, markeredgewidth=2, transform=across, clip_on=False)
         look = {"color": LOST, "fontsize": style.TICK - 0.5, "ha": "right"}
@@ -144,14 +131,14 @@ def _point(axes: Axes, height: int, one: dict[str, Any], colour: str) -> None:
 
 
 def _load(results: list[Run]) -> Figure | None:
-    """Share of each domain's tokens at the expert that in the end serves the first domain, over training."""
+    """Draw, over training, each domain's share of tokens at the expert that finally serves the first domain."""
     every = by_arm(results).get("main", {}).get("moe", {})
     seeds = {s: run for s, run in finished(every).items() if (run.get("bifurcation") or {}).get("loads")}
     if not seeds:
         return None
     example = next(iter(seeds.values()))
     domains = example["domains"]
-    layers = routing_pictures.evenly(len(example["bifurcation"]["loads"][-1]["load"]), routing_pictures.MOST_LAYERS)
+    layers = routing.evenly(len(example["bifurcation"]["loads"][-1]["load"]), routing.MOST_LAYERS)
     columns = min(len(layers), 3 if len(layers) > 4 else 2)
     title = f"Mixture: share of tokens at the expert that serves {style.words(domains[0])} in the end"
     figure, grid = style.panels(len(layers), columns, 2.8, title=title)
@@ -174,12 +161,12 @@ def _load(results: list[Run]) -> Figure | None:
     marks.append(Line2D([], [], color="black", marker="|", linestyle="", markersize=9, label="bifurcated from here on"))
     if lost := _lost(seed for seed, run in every.items() if run["diverged"]):
         marks.append(Line2D([], [], color=LOST, marker="x", linestyle="", label=lost))
-    _legend_below(figure, marks, len(marks))
+    style.legend_below(figure, marks, len(marks))
     return figure
 
 
 def _gradients(results: list[Run]) -> Figure | None:
-    """Cosine of gradients by group, mean over seeds: between domains and, dotted, within one."""
+    """Draw cosines of gradients by group, means over seeds: between domains and, dotted, within one."""
     arms = by_arm(results).get("main", {})
     shown = {}
     for arm in ("moe", "dense_active"):
@@ -210,12 +197,12 @@ def _gradients(results: list[Run]) -> Figure | None:
     marks = [Line2D([], [], color=GROUP_COLOURS.get(g, OTHER), linewidth=2.0, label=g) for g in groups]
     marks.append(Line2D([], [], color="0.3", linewidth=2.0, label="between domains"))
     marks.append(Line2D([], [], color="0.3", linewidth=1.2, linestyle=":", label="within one domain"))
-    _legend_below(figure, marks, len(marks))
+    style.legend_below(figure, marks, len(marks))
     return figure
 
 
 def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> tuple[list[int], list[float]]:
-    """Means over seeds; NaN, which is not drawn, where there is no cosine."""
+    """Means over seeds by step; NaN, which is not drawn, where there is no cosine."""
     values: dict[int, list[float]] = {}
     for records in recorded:
         for record in records:
@@ -226,7 +213,7 @@ def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> 
 
 
 def _swap(rows: list[dict[str, Any]]) -> Figure | None:
-    """How many times the error grows, layer by layer and in all of them, in the main domains."""
+    """Draw the growth of the error with swapped experts, per layer and for all layers, in the main domains."""
     here = [row for row in rows if row["set"] == "main" and row["all"]["value"] is not None]
     domains = list(dict.fromkeys(row["domain"] for row in here))
     if not domains:
@@ -242,7 +229,7 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
             for place, one in enumerate([*row["layers"], row["all"]]):
                 if one["value"] is None:
                     continue
-                # From 1 on, where nothing changes: a logarithmic axis has no 0.
+                # Bars start at 1 (no change): a logarithmic axis has no 0.
                 axes.bar(place + offset, one["value"] - 1, 0.92 * width, 1, color=_colour(row["arm"]), alpha=0.75)
                 seeds = list(one["by_seed"].values())
                 axes.plot([place + offset] * len(seeds), seeds, ".", color="black", markersize=4)
@@ -256,12 +243,12 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
         Line2D([], [], color=_colour(arm), linewidth=7, alpha=0.75, label=name)
         for arm, name in zip(arms, names, strict=True)
     ]
-    _legend_below(figure, [*marks, Line2D([], [], color="black", marker=".", linestyle="", label="one seed")], 4)
+    style.legend_below(figure, [*marks, Line2D([], [], color="black", marker=".", linestyle="", label="one seed")], 4)
     return figure
 
 
 def _relearning(results: list[Run]) -> Figure | None:
-    """Validation error of a further domain over steps, from the checkpoint and from scratch."""
+    """Draw the validation error of a further domain over steps, from the checkpoint and from scratch."""
     arms = by_arm(results).get("main", {})
     found = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]
     if not found:
@@ -295,12 +282,12 @@ def _relearning(results: list[Run]) -> Figure | None:
         Line2D([], [], color="0.2", label="from the checkpoint, one seed"),
         Line2D([], [], color="0.45", linestyle="--", label="from scratch, one seed"),
     ]
-    _legend_below(figure, marks, 2)
+    style.legend_below(figure, marks, 2)
     return figure
 
 
 def _routing_map(domain: str, arrays: Mapping[str, Array]) -> Figure | None:
-    """As in the report of a run."""
+    """Draw the routing map as in the report of a run."""
     examples = {f"{domain}/{name}": np.asarray(arrays[name]) for name in ("expert_map", "solid_fraction")}
     run = RunData("", {}, [], [], examples, [domain], "", {})
-    return routing_pictures.routing_map(run, domain)
+    return routing.routing_map(run, domain)

@@ -1,4 +1,4 @@
-"""Plasticity at the end of training: units that do nothing any more, and how many directions the features use."""
+"""Plasticity at the end of training: share of dormant units, and effective rank of the features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shodh_moe.audit.windows import all_windows, predict
+from shodh_moe.audit.windows import all_windows
+from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.model import LatentTransformer, MoE, Routing
 from shodh_moe.model.experts import Experts, FeedForward
 from shodh_moe.tokenizer.latents import LatentSamples
@@ -19,20 +20,20 @@ TAU = 0.025  # of a layer's mean activation (Sokar et al., arXiv 2302.12902)
 
 
 def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: int, batch_size: int) -> dict[str, Any]:
-    """Dormant units and effective rank over ``count`` samples of each domain (all, if it has fewer), spread evenly.
+    """Dormant units and effective rank over ``count`` evenly spread samples per domain (all, if it has fewer).
 
     Args:
-        transformer: in evaluation mode, all experts in this process.
-        samples: held-out ones.
-        batch_size: samples at a time; the result does not depend on it but for rounding.
+        transformer: the model in evaluation mode, with all experts in this process.
+        samples: held-out samples.
+        batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
         ``dormant``: share of `dormant_units` among the hidden units of the SwiGLU networks (silu(gate) * up) over all
         layers, by group: ``shared``, and ``expert 0`` and so on over the tokens that the router sends there. Each
-        network of each block is a layer of its own. An expert without tokens is wholly dormant.
-        ``effective_rank``: `effective_rank` of the token features behind the last norm, which enter the head. Centred:
-        the head has a bias, so the features' mean over tokens is no direction of its use.
-        ``width``: the features' number, the largest rank there can be.
+        network of each block counts as a layer. All units of an expert without tokens are dormant.
+        ``effective_rank``: `effective_rank` of the token features after the last norm, which enter the head. They are
+        centred: the head has a bias, so the mean over tokens is not a direction that the features use.
+        ``width``: number of features, the largest possible rank.
 
     Raises:
         ValueError: the transformer is in training mode.
@@ -62,7 +63,7 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
                 hooks.enter_context(module.down.register_forward_pre_hook(shared_hook(name)))
             elif isinstance(module, MoE):
                 hooks.enter_context(module.register_forward_hook(routed_hook(name)))
-        for _ in predict(transformer, samples, all_windows(samples, count), batch_size):
+        for _ in predict_windows(transformer, samples, all_windows(samples, count), batch_size):
             pass
 
     dormant: dict[str, list[Tensor]] = {}
@@ -76,18 +77,18 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
 
 
 def dormant_units(activation_F: Tensor, tau: float = TAU) -> Tensor:
-    """Which of a layer's units are tau-dormant, bool [F]: E|h_i| <= tau mean_k E|h_k| (Sokar et al., definition 3.1).
+    """Mask of a layer's tau-dormant units, bool [F]: E|h_i| <= tau mean_k E|h_k| (Sokar et al., definition 3.1).
 
-    ``activation_F`` is each unit's mean absolute activation over tokens, or any multiple of it. All are dormant in a
-    layer without any activation.
+    ``activation_F`` is each unit's mean absolute activation over tokens, or any multiple of it. If all activations are
+    zero, all units are dormant.
     """
     return activation_F <= tau * activation_F.mean()
 
 
 def effective_rank(moment_DD: Tensor) -> float:
-    """exp of the entropy of X's singular values over their sum, in [1, D], from ``moment_DD`` = X^T X; 0 for X = 0.
+    """exp of the entropy of X's normalised singular values, in [1, D], from ``moment_DD`` = X^T X; 0 for X = 0.
 
-    Roy and Vetterli, The effective rank, EUSIPCO 2007. Eigenvalues that are rounding of the largest count as zero.
+    Roy and Vetterli, The effective rank, EUSIPCO 2007. Eigenvalues within rounding of the largest count as zero.
     """
     square_D = torch.linalg.eigvalsh(moment_DD.double())
     square_D = square_D[square_D > len(square_D) * torch.finfo(torch.float64).eps * square_D[-1].abs()]
@@ -98,7 +99,7 @@ def effective_rank(moment_DD: Tensor) -> float:
 
 
 class _Moments:
-    """Sums over tokens of the features and of their products, from which the centred second moment follows."""
+    """Sums over tokens of the features and their products, for the centred second moment."""
 
     def __init__(self) -> None:
         self.tokens, self.sum_D, self.moment_DD = 0, torch.zeros(()), torch.zeros(())
@@ -106,7 +107,7 @@ class _Moments:
 
     def add(self, x: Tensor) -> None:
         x_TD = x.flatten(0, -2).double()
-        # The first token as the origin changes nothing, but features that do not vary give exactly zero.
+        # The origin does not affect the result, but with the first token as origin constant features give exactly 0.
         self.origin_D = x_TD[0] if self.origin_D is None else self.origin_D
         x_TD = x_TD - self.origin_D
         self.tokens += len(x_TD)
@@ -118,6 +119,6 @@ class _Moments:
 
 
 def _hidden(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
-    """Hidden units [T, F] of one routed expert, which `Experts` computes without keeping them."""
+    """Hidden units [T, F] of one routed expert, which `Experts` computes but does not keep."""
     gate, up = (x_TD @ experts.gate_up_LDF[expert]).chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -1,7 +1,7 @@
-"""How fast trained networks learn a third domain, against the same networks from scratch.
+"""How fast trained networks learn a third domain, compared with the same networks from scratch.
 
-A network that has lost its plasticity learns the new domain more slowly than one that has never been trained (Dohare
-et al., Nature 632, 2024). Both learn on the third domain alone, with the same samples, steps and learning rate.
+A network that has lost its plasticity learns a new domain more slowly than an untrained one (Dohare et al., Nature 632,
+2024). Both are trained on the third domain alone, with the same samples, steps and learning rate.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from typing import Any
 
 from shodh_moe.audit.arms import JOINT, Run, run_config
 from shodh_moe.audit.config import AuditConfig
-from shodh_moe.audit.outcome import diverged, run_folder, run_records
+from shodh_moe.audit.outcome import diverged, run_folder
 from shodh_moe.config import Config
+from shodh_moe.training.records import read_run
 
-POINTS = 12  # of each curve
+POINTS = 12  # per curve
 
 
 def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
-    """The run that starts from the trained network of ``run``, and the one from scratch."""
+    """The relearning run that starts from the trained network of ``run``, and the one from scratch."""
     training = {
         "steps": audit.relearning_steps,
-        # The share that a domain has in the main set.
+        # As many samples per step as each domain has in the main set.
         "batch_size": audit.base.training.batch_size // 2,
         "learning_rate": run.config.training.learning_rate,
         "validate_every": -(-audit.relearning_steps // POINTS),
@@ -34,13 +35,13 @@ def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
 
 
 def relearns(audit: AuditConfig, run: Run) -> bool:
-    """Whether the third domain is learned after this run: joint arms of the main set, ``more_seeds``."""
+    """Whether this run is followed by relearning: it is in a joint arm of the main set, with one of ``more_seeds``."""
     chosen = run.set == "main" and run.arm in JOINT and run.config.seed in audit.more_seeds
     return chosen and diverged(run.config) is None
 
 
 def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
-    """The ``relearning`` of a result: validation latent MSE of the third domain over steps; None without such runs."""
+    """Validation latent MSE of the third domain over steps, for a result's ``relearning``; None without relearning."""
     if not relearns(audit, run):
         return None
     both = [_curve(run_folder(config), audit.third) for config in pair(audit, run)]
@@ -48,11 +49,11 @@ def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
     return {
         "domain": audit.third,
         "steps": steps,
-        # A run that diverged has no points behind that.
+        # A run that diverged has no points after that.
         "from_checkpoint": [both[0].get(step) for step in steps],
         "from_scratch": [both[1].get(step) for step in steps],
     }
 
 
 def _curve(folder: Path, domain: str) -> dict[int, float | None]:
-    return {record["step"]: record["latent_mse"][domain] for record in run_records(folder, "valid")}
+    return {record["step"]: record["latent_mse"][domain] for record in read_run(folder, "valid")}

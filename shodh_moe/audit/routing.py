@@ -1,4 +1,4 @@
-"""What the routers do on held-out tokens, what their choice knows, and when in training they parted the domains.
+"""Routing of held-out tokens, its information about the domain, and the step at which training split the domains.
 
 Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 """
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from shodh_moe.audit.speed import Speeds
-from shodh_moe.audit.windows import all_windows, latent_errors, predict
+from shodh_moe.audit.windows import all_windows, latent_errors
 from shodh_moe.config import Config
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
+from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.routing import (
     PURITY_THRESHOLD,
     bifurcated,
@@ -35,18 +36,20 @@ MOST_RECORDS = 100
 def heldout_routing(
     transformer: LatentTransformer, trajectories: list[LatentTrajectory], speeds: Speeds | None, config: Config
 ) -> dict[str, Any] | None:
-    """`summarise_routing` over all one-step windows, no token dropped, and in ``mutual_information`` of each layer
-    what the expert tells of the token, in nats: ``domain``, ``solid_fraction``, ``speed`` (mean |u| of the token's
-    cells), and ``domain_given_solid_fraction`` and ``domain_given_speed``, of the domain beyond what these show.
+    """`summarise_routing` over all one-step windows without dropping tokens, plus mutual information.
 
-    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles, over these very
-    tokens of all domains together, of those that hold fluid, and the tokens that are all solid. It is the speed at
-    the newest snapshot of the window: the router sees that and older ones, never the one to predict.
+    ``mutual_information`` of each layer is that of the expert, in nats, with: ``domain``, ``solid_fraction``, ``speed``
+    (mean |u| of the token's cells), and the domain beyond what these two show, ``domain_given_solid_fraction`` and
+    ``domain_given_speed``.
+
+    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles of all tokens that
+    hold fluid, over all domains together, and the tokens that are all solid. It is taken from the newest snapshot of
+    the window: the router sees that one and older ones, never the one to predict.
 
     Args:
-        transformer: in evaluation mode.
-        speeds: `local_speeds` of the trajectories; None leaves what needs them None.
-        config: its history, patch, ``data.weights`` (which domains are used) and ``evaluation.batch_size``.
+        transformer: the model in evaluation mode.
+        speeds: `local_speeds` of the trajectories; None: values that need them are None.
+        config: provides history, patch, ``data.weights`` (the domains to use) and ``evaluation.batch_size``.
 
     Returns:
         None for a dense model.
@@ -61,13 +64,13 @@ def heldout_routing(
         speed = _speed_categories(samples, speeds, solid)
     layers, domains, experts = len(transformer.moe_layers), len(samples.domains), config.model.moe.num_experts
     tables = {name: torch.zeros(layers, c, domains, experts, dtype=torch.float64) for name, c in kinds.items()}
-    for batch in predict(transformer, samples, all_windows(samples), config.evaluation.batch_size):
-        places = [samples.index[domain][index] for domain, index in batch.windows]
+    for found in predict_windows(transformer, samples, all_windows(samples), config.evaluation.batch_size):
+        places = [samples.index[domain][index] for domain, index in found.windows]
         category = {"solid_fraction": torch.stack([solid[number] for number, _ in places]).flatten()}
         if speeds is not None:
             category["speed"] = torch.stack([speed[number][start] for number, start in places]).flatten()
-        domain_N = batch.domain_B.repeat_interleave(solid[0].numel())
-        for layer, routing in enumerate(batch.routing):
+        domain_N = found.batch.domain_B.repeat_interleave(solid[0].numel())
+        for layer, routing in enumerate(found.routing):
             expert_N = routing.expert_N.cpu()
             for name, c in kinds.items():
                 counts = joint_counts(category[name] * domains + domain_N, expert_N, c * domains, experts)
@@ -75,25 +78,26 @@ def heldout_routing(
     counts_LDE = tables["solid_fraction"].sum(1)
     result = summarise_routing([dict(zip(samples.domains, counts_DE, strict=True)) for counts_DE in counts_LDE])
     for layer, record in enumerate(result["layers"]):
-        found = record["mutual_information"]
+        information = record["mutual_information"]
         for name in ("solid_fraction", "speed"):
             counts_CDE = tables[name][layer] if name in tables else None
-            found[name] = None if counts_CDE is None else mutual_information(counts_CDE.sum(1))
-            found[f"domain_given_{name}"] = None if counts_CDE is None else conditional_mutual_information(counts_CDE)
+            information[name] = None if counts_CDE is None else mutual_information(counts_CDE.sum(1))
+            given = None if counts_CDE is None else conditional_mutual_information(counts_CDE)
+            information[f"domain_given_{name}"] = given
     return result
 
 
 def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
-    """Of each token [x, y, z]; the last category is all solid."""
+    """Category of each token's solid fraction [x, y, z]; the last category is all solid."""
     return solid_fraction_category(trajectory.solid_fraction_by_token(patch), SOLID_CATEGORIES)
 
 
 def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:
-    """Of each trajectory [windows, x, y, z], by the window's first snapshot."""
+    """Category of each token's speed: for each trajectory [windows, x, y, z], by the window's first snapshot."""
     newest = [speeds[one.source, one.sample][samples.history - 1 : one.snapshots - 1] for one in samples.trajectories]
     wet = [(category < SOLID_CATEGORIES - 1).expand_as(u) for u, category in zip(newest, solid, strict=True)]
     fluid = torch.cat([u[where] for u, where in zip(newest, wet, strict=True)])
-    # By numpy: torch.quantile refuses more than 16 million values.
+    # numpy, because torch.quantile refuses more than 16 million values.
     edges = torch.from_numpy(np.quantile(fluid.numpy(), [0.25, 0.5, 0.75]).astype(np.float32))
     return [
         torch.where(where, torch.bucketize(u.contiguous(), edges, right=True), SPEED_CATEGORIES - 1)
@@ -102,12 +106,12 @@ def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor
 
 
 def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THRESHOLD) -> dict[str, Any] | None:
-    """When the routers parted the domains for good, from the training records of a run, by step.
+    """Find the step at which the routers split the domains for good, from the training records of a run.
 
     Returns:
-        ``step``: that of the first record from which on every layer is bifurcated (`bifurcated`) to the last record;
-        None if the last is not. ``loads``: at most 100 records, evenly thinned, the last one kept, of ``step`` and
-        ``load`` (by layer, {domain: [E]}). None where no record has a routing (a dense model).
+        ``step``: step of the first record from which every layer stays bifurcated (`bifurcated`) up to the last record;
+        None if the last record is not bifurcated. ``loads``: at most 100 evenly thinned records, including the last
+        one, of ``step`` and ``load`` (by layer, {domain: [E]}). None if no record has a routing (a dense model).
     """
     kept = [
         {"step": record["step"], "load": [layer["load"] for layer in record["routing"]]}
@@ -128,8 +132,9 @@ def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THR
 def unseen(
     transformer: LatentTransformer, trajectories: list[LatentTrajectory], config: Config, speeds: Speeds | None = None
 ) -> dict[str, Any]:
-    """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories in geometries that the model was
-    not trained on. They must be of the same domains, or the oracle router would count them differently.
+    """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories with unseen geometries.
+
+    The trajectories must cover the domains of training, because the oracle router goes by the number of the domain.
     """
     samples = LatentSamples(trajectories, config.model.history, config.data.weights)
     return {

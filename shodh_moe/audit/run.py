@@ -1,4 +1,4 @@
-"""`shodh audit`: data, tuning, runs, relearning, measurements, report. What is there is kept: the command goes on."""
+"""`shodh audit`: data, tuning, runs, relearning, measurements, report. Finished work is kept."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh_moe.audit.arms import Run, all_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.arms import Run, all_runs, choose_rates, shared_config, tuning, tuning_runs, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measured, result_path
 from shodh_moe.audit.outcome import diverged, ended
-from shodh_moe.audit.page import write_page
+from shodh_moe.audit.page import markdown, write_page
 from shodh_moe.audit.pictures import draw
-from shodh_moe.audit.rates import choose_rates, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
-from shodh_moe.audit.summary import markdown, summarise
+from shodh_moe.audit.summary import summarise
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
-from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.config.paths import resolve_paths
+from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
-    """Everything that is not there yet; returns the summary.
+    """Do all work that is not done yet, and return the summary.
 
-    Writes ``summary.json``, ``summary.md``, pictures and ``index.html`` into ``<runs>/<name>/report``; with ``output``
-    a copy of them there too.
+    Writes ``summary.json``, ``summary.md``, figures and ``index.html`` to ``<runs>/<name>/report``, and copies them to
+    ``output`` if given.
 
     Raises:
-        UserError: a setting is wrong, a process failed other than by diverging, or a folder cannot be written.
+        UserError: a setting is invalid, a process failed other than by diverging, or a folder cannot be written.
     """
     require_writable(audit.folder)
     write_text(audit.folder / "config.yaml", yaml.safe_dump(audit.model_dump(), sort_keys=False))
@@ -62,21 +62,24 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def make_latents(audit: AuditConfig) -> None:
-    """The data, the tokenizer, and the latents that all runs share; and those of unseen geometry."""
+    """Make the data, the tokenizer and the latents that all runs share, and those of unseen geometry."""
     base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
-    check(base)
-    pipeline.make_data(base)
-    pipeline.make_tokenizer(base)
-    pipeline.make_latents(shared_config(audit))
-    pipeline.make_data(unseen_config(audit))
-    pipeline.make_latents(unseen_config(audit))
+    paths = resolve_paths(base)
+    check(base, paths)
+    pipeline.make_data(base, paths)
+    pipeline.make_tokenizer(base, paths)
+    shared, unseen = shared_config(audit), unseen_config(audit)
+    pipeline.make_latents(shared, resolve_paths(shared))
+    unseen_paths = resolve_paths(unseen)
+    pipeline.make_data(unseen, unseen_paths)
+    pipeline.make_latents(unseen, unseen_paths)
 
 
 def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
-    """Train those that have not ended. One that diverges has ended, too.
+    """Train the runs that have not ended. A run that diverges has ended.
 
     Raises:
-        UserError: one failed for another reason; the end of its output is told.
+        UserError: a run failed for another reason; the message has the end of its output.
     """
     left = {config.name: config for config in configs if not ended(config)}
     for config in left.values():
@@ -104,13 +107,13 @@ def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> Pr
 
 
 def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
-    """Summarise the results. Raises: UserError: one is missing."""
+    """Summarise the results and write the report. Raises `UserError` if a result is missing."""
     tuned, results = tuning(audit), []
     for one in all_runs(audit, {name: record["chosen"] for name, record in tuned.items()}):
         path = result_path(audit, one)
         if not path.exists():
-            raise UserError(f"{path} is missing: run `shodh audit` with this config to its end")
-        # A run that two sets share is measured once.
+            raise UserError(f"{path} is missing: run `shodh audit` with this config until it finishes")
+        # A run shared by two sets is measured once.
         results.append({**json.loads(path.read_text()), "set": one.set, "relearning": curves(audit, one)})
     costs = [read_cost(path) for path in (audit.folder / "cost").glob("*.json")]
     summary = summarise(results, tuned) | {
@@ -132,7 +135,7 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def _maps(audit: AuditConfig, results: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]] | None:
-    """Of the first run of the mixture that has some, by domain and name."""
+    """The routing maps of the first run of the mixture that has some, by domain and name."""
     for result in results:
         path = audit.folder / "results" / f"{result['run']}.npz"
         if (result["set"], result["arm"], result["diverged"]) == ("main", "moe", None) and path.exists():

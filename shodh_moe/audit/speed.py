@@ -1,4 +1,4 @@
-"""How fast the fluid is at each token, from the data that latents were made of."""
+"""Fluid speed at each token, from the data that the latents were made from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BATCH = 8  # snapshots read at a time
 
 
 def local_speed(record: TrajectoryRecord, patch: int, compression: int = COMPRESSION) -> Tensor:
-    """Mean of |u| over the cells of each token, solid ones too: float32 [T, x, y, z] in the data's units.
+    """Mean of |u| over the cells of each token, including solid cells: float32 [T, x, y, z] in the data's units.
 
-    A token is a cube of ``patch * compression`` cells along each axis, of T snapshots.
+    A token is a cube with ``patch * compression`` cells along each axis; T counts snapshots.
 
     Raises:
         UserError: see `read_snapshots`.
@@ -46,8 +46,8 @@ def local_speeds(config: Config, dataset: Path, split: str, trajectories: Iterab
     for one in trajectories:
         if (one.source, one.sample) not in records:
             raise UserError(
-                f"trajectory {one.sample} of {one.source} has latents, but is not in the {split} split of {dataset}: "
-                "name the dataset that the latents were made from"
+                f"trajectory {one.sample} of {one.source} has latents but is not in the {split} split of {dataset}: "
+                "give the dataset that the latents were made from"
             )
         speeds[one.source, one.sample] = local_speed(records[one.source, one.sample], config.model.patch)
     return speeds

@@ -1,4 +1,4 @@
-"""Means, intervals and verdicts out of the audit's result files (one for each run)."""
+"""Means, intervals and verdicts from the audit's result files (one per run)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,34 @@ from dataclasses import asdict
 from typing import Any
 
 from shodh_moe.audit import findings, verdict
-from shodh_moe.audit.collect import SETS, Run, Seeds, Sets, arms_of, by_arm, domains_of, error_of, measured
-from shodh_moe.audit.sections import markdown
-from shodh_moe.audit.transfer import QUANTITIES, Estimate, estimate, relative_difference
+from shodh_moe.audit.results import (
+    QUANTITIES,
+    SETS,
+    Estimate,
+    Run,
+    Seeds,
+    Sets,
+    arms_of,
+    by_arm,
+    domains_of,
+    error_of,
+    estimate,
+    measured,
+    relative_difference,
+)
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json
 
-__all__ = ["markdown", "summarise"]
-
-AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # what the mixture is compared with
+AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # the mixture is compared with these
 
 
 def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of tables and pictures, ready for JSON.
+    """Compute the numbers of the tables and figures, ready for JSON.
 
     Args:
-        results: what the audit measured, one for each run, in any order. A run that diverged has ``diverged`` set and
-            no measurements; it is counted in all that it should have been part of.
-        tuning: what `shodh_moe.audit.rates.tuning` returns: by arm or ``single:<domain>``.
+        results: the audit's results, one per run, in any order. A run that diverged has ``diverged`` set and no
+            measurements; it counts as diverged in every estimate it belongs to.
+        tuning: what `shodh_moe.audit.arms.tuning` returns, by arm or ``single:<domain>``.
 
     Returns:
         ``verdicts``, ``diverged`` and lists of rows: ``arms``, ``errors``, ``transfer``, ``pairs``, ``routing``,
@@ -31,7 +41,7 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
         and ``arm``. Estimates are `Estimate` as dictionaries, with seeds as text. ``tuning`` as given.
 
     Raises:
-        UserError: no results, or results that do not fit together.
+        UserError: there are no results, or they do not fit together.
     """
     if not results:
         raise UserError("there are no results of the audit to summarise: run `shodh audit` first")
@@ -62,7 +72,7 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(tree: Any) -> Any:
-    """Estimates and verdicts as dictionaries, keys as text."""
+    """Convert estimates and verdicts to dictionaries, and keys to strings."""
     if isinstance(tree, (Estimate, verdict.Verdict)):
         tree = asdict(tree)
     if isinstance(tree, dict):
@@ -100,7 +110,7 @@ def _difference(name: str, arm: str, base: str, domain: str, runs: Seeds, others
 
 
 def _transfer(sets: Sets) -> list[dict[str, Any]]:
-    """Every joint arm against the single-domain models of its set."""
+    """Compare every joint arm with the single-domain models of its set."""
     rows = [
         _difference(name, arm, f"single:{domain}", domain, seeds, sets[name][f"single:{domain}"])
         for name, arm, seeds in arms_of(sets)
@@ -112,7 +122,7 @@ def _transfer(sets: Sets) -> list[dict[str, Any]]:
 
 
 def _pairs(sets: Sets) -> list[dict[str, Any]]:
-    """The mixture against every other joint arm."""
+    """Compare the mixture with every other joint arm."""
     rows = [
         _difference(name, arm, base, domain, seeds, sets[name][base])
         for name, arm, seeds in arms_of(sets)
@@ -125,7 +135,7 @@ def _pairs(sets: Sets) -> list[dict[str, Any]]:
 
 
 def _verdicts(sets: Sets, transfer: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All by latent MSE; the questions beside the main one on the main set."""
+    """Verdicts by latent MSE; questions other than the main one are answered on the main set."""
 
     def of(rows: list[dict[str, Any]], **wanted: str) -> dict[str, Estimate]:
         return {

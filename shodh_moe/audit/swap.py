@@ -1,4 +1,4 @@
-"""An intervention: send the tokens of a domain to the other domain's expert, and see how many times its error grows."""
+"""Expert swap: send a domain's tokens to another domain's expert, and measure by what factor its error grows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Pair = tuple[int, int]
 
 @contextmanager
 def exchanged(transformer: LatentTransformer, pairs: Sequence[Pair | None]) -> Iterator[None]:
-    """Within the block, the two experts of each MoE layer's pair have each other's weights; None leaves a layer alone.
+    """Exchange the weights of two experts in each MoE layer within the block; None leaves a layer unchanged.
 
-    Tokens that chose the one are so worked on by the other, with the gate unchanged. Afterwards, also after an
-    error, every weight is what it was, bit for bit.
+    Tokens that chose one expert of a pair are processed by the other, with the same gate. On exit, even after an
+    error, every weight is restored bit for bit.
     """
     chosen = [(layer.experts, pair) for layer, pair in zip(transformer.moe_layers, pairs, strict=True) if pair]
     done = []
@@ -49,21 +49,21 @@ def swap_growth(
     batch_size: int,
     count: int | None = None,
 ) -> dict[str, dict[str, Any]] | None:
-    """How many times a domain's latent error grows when its tokens go to another domain's expert, gates unchanged.
+    """Factor by which a domain's latent error grows when its tokens go to another domain's expert, gates unchanged.
 
-    In a layer the majority expert of the domain and that of the other exchange their tokens. The other domain is the
-    first, by name, that has another majority expert in this layer; among two domains, simply the other. Layers
-    behind a changed one route by what they then see.
+    In each layer, the majority experts of the domain and of another domain exchange their tokens. The other domain is
+    the first by name whose majority expert in this layer differs; with two domains, it is the other one. Later layers
+    route the changed tokens they receive.
 
     Args:
-        transformer: in evaluation mode, all experts in this process.
+        transformer: the model in evaluation mode, with all experts in this process.
         routing: `heldout_routing` of the same samples, for the majority experts.
-        count: use this many windows of each domain, spread evenly; None: all.
+        count: number of evenly spread windows to use from each domain; None: all.
 
     Returns:
-        ``{domain: {"layers", "all"}}``: latent MSE with the intervention over that without it, by layer (None where
-        all domains have the same majority expert) and in all layers that have another expert (None if there is none).
-        None for a dense model.
+        ``{domain: {"layers", "all"}}``: latent MSE with the swap over that without it. ``layers`` has one value per
+        layer (None if all domains have the same majority expert there); ``all`` is for the swap in all layers at once
+        (None if no layer can be swapped). None for a dense model.
     """
     if not transformer.moe_layers or routing is None:
         return None
@@ -86,6 +86,6 @@ def swap_growth(
 
 
 def _pair(majority: dict[str, int], domain: str) -> Pair | None:
-    """The domain's expert, and that of the first other domain with another one."""
+    """The domain's majority expert, and the first different one of another domain; None if all are the same."""
     own = majority[domain]
     return next(((own, majority[other]) for other in sorted(majority) if majority[other] != own), None)

@@ -1,14 +1,14 @@
-"""The numbers of the audit as tables: the same serve the markdown and the page."""
+"""The tables of the audit, for Markdown and for the page."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from shodh_moe.audit.transfer import QUANTITIES
-from shodh_moe.report import tables as report_tables
+from shodh_moe.audit.results import QUANTITIES
+from shodh_moe.report.run import tables as run_tables
 from shodh_moe.report.style import words
-from shodh_moe.report.tables import Table
+from shodh_moe.report.table import Table, number
 
 Row = dict[str, Any]
 DASH = "-"
@@ -16,7 +16,7 @@ SET_TITLES = {"main": "Main domains", "hard": "Domains that are hard to tell apa
 
 
 def arm_words(name: str) -> str:
-    """``moe_4`` as a person writes it."""
+    """Spell out the name of an arm: ``mixture, 4 experts`` for ``moe_4``."""
     arm, _, rest = name.partition(":")
     if arm == "single":
         return f"{words(rest)} alone"
@@ -34,12 +34,12 @@ def error(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """``+12.3 %``; whole numbers from 1000 % on."""
+    """Format as ``+12.3 %``; without decimals from 1000 % on."""
     return DASH if value is None else f"{100 * value:+.1f} %" if abs(value) < 10 else f"{100 * value:+,.0f} %"
 
 
 def estimate(one: Row, show: Any = error) -> str:
-    """``1.20e-05 [1.10e-05, 1.30e-05]``, and what is missing for an interval in its place."""
+    """Format as ``1.20e-05 [1.10e-05, 1.30e-05]``; without an interval, say why there is none."""
     lost = f"{len(one['diverged'])} of {len(one['diverged']) + len(one['by_seed'])} seeds diverged"
     if one["value"] is None:
         return lost if one["diverged"] else DASH
@@ -57,7 +57,7 @@ def _mean(one: Row, digits: int = 3) -> str:
 
 
 def _by_seed(values: Row) -> str:
-    return ", ".join(report_tables.number(value) for value in values.values()) or DASH
+    return ", ".join(number(value) for value in values.values()) or DASH
 
 
 def _numbers(first: int, last: int) -> frozenset[int]:
@@ -88,7 +88,7 @@ def differences(rows: list[Row]) -> Table:
 
 
 def _quantity(name: str) -> str:
-    return report_tables.QUANTITIES[name]
+    return run_tables.QUANTITIES[name]
 
 
 def errors(rows: list[Row]) -> Table:
@@ -107,10 +107,10 @@ def errors(rows: list[Row]) -> Table:
 def arms(rows: list[Row]) -> Table:
     def cells(row: Row) -> list[str]:
         edge = {True: "yes, the best may lie beyond", False: "no"}.get(row["at_edge"], DASH)
-        counts = [report_tables.number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
+        counts = [number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
         rate = DASH if row["learning_rate"] is None else f"{row['learning_rate']:.3g}"
         seeds = f"{len(row['seeds'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else "")
-        return [*_place(row), *counts, report_tables.number(row["steps"]), rate, edge, seeds]
+        return [*_place(row), *counts, number(row["steps"]), rate, edge, seeds]
 
     head = ("set", "arm", "parameters active", "total", "steps", "learning rate", "at the edge of those tried", "seeds")
     return Table(head, [cells(row) for row in rows], _numbers(2, 5))
@@ -139,7 +139,7 @@ def purity(rows: list[Row]) -> Table:
 
 
 def _least(one: Row) -> str:
-    """Cut, not rounded: 0.9899 must not read as 0.99."""
+    """The smallest value over seeds, truncated rather than rounded: 0.9899 must not read as 0.99."""
     least = min(one["by_seed"].values(), default=math.nan)
     return f"{math.floor(least * 1000) / 1000:.3f}" if math.isfinite(least) else DASH
 
@@ -229,7 +229,7 @@ def plasticity(rows: list[Row]) -> Table:
             *_place(row),
             "; ".join(f"{g} {_share(one['value'])}" for g, one in row["dormant"].items()) or DASH,
             _mean(row["effective_rank"], 1),
-            report_tables.number(row["width"]),
+            number(row["width"]),
         ]
         for row in rows
     ]
@@ -241,7 +241,7 @@ def relearning(rows: list[Row]) -> Table:
         [
             *_place(row),
             words(row["domain"]),
-            report_tables.number(row["steps"]),
+            number(row["steps"]),
             estimate(row["from_checkpoint"]),
             estimate(row["from_scratch"]),
             estimate(row["difference"], percent),

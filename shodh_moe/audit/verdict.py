@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shodh_moe.audit.transfer import MIN_SEEDS, Estimate
+from shodh_moe.audit.results import MIN_SEEDS, Estimate
 
 MARGIN = 0.02
 NOT_SHOWN = "not shown"
@@ -41,24 +41,24 @@ Domains = Mapping[str, Estimate]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``answer``: a fixed phrase of the rules above. ``reason``: why, in words."""
+    """An answer, which is a fixed phrase of the rules above, and the reason for it in words."""
 
     answer: str
     reason: str
 
 
 def above(one: Estimate, bound: float) -> bool:
-    """Whether there is an interval, and it lies wholly above ``bound``."""
+    """Whether there is an interval and it lies entirely above ``bound``."""
     return one.low is not None and one.low > bound
 
 
 def below(one: Estimate, bound: float) -> bool:
-    """Whether there is an interval, and it lies wholly below ``bound``."""
+    """Whether there is an interval and it lies entirely below ``bound``."""
     return one.high is not None and one.high < bound
 
 
 def at_most(one: Estimate, bound: float) -> bool:
-    """Whether there is an interval, and its upper end is at most ``bound``."""
+    """Whether there is an interval and its upper end is at most ``bound``."""
     return one.high is not None and one.high <= bound
 
 
@@ -68,16 +68,16 @@ def harm(transfer: Estimate) -> str:
 
 
 def difference(one: Estimate) -> str:
-    """Of an arm against its base on one domain."""
+    """Compare an arm with its base on one domain."""
     return "better" if below(one, 0.0) else "worse" if above(one, 0.0) else "no difference shown"
 
 
 def ends_negative_transfer(dense: Domains, moe: Domains, against_dense: Domains) -> Verdict:
-    """The main question.
+    """Answer the main question.
 
     Args:
-        dense: negative transfer of the dense model of the same active parameters, by domain.
-        moe: that of the mixture of experts.
+        dense: negative transfer of the dense model with the same active parameters, by domain.
+        moe: negative transfer of the mixture of experts.
         against_dense: relative difference of the mixture to the dense model.
     """
     if not dense or set(dense) != set(moe) or set(dense) != set(against_dense):
@@ -115,7 +115,7 @@ def ends_negative_transfer(dense: Domains, moe: Domains, against_dense: Domains)
 
 
 def compare(differences: Domains) -> Verdict:
-    """One arm against another, over all domains; ``differences`` relative to the other."""
+    """Compare one arm with another over all domains, given the relative differences of their errors."""
     answers = {domain: difference(one) for domain, one in differences.items()}
     better, worse = "better" in answers.values(), "worse" in answers.values()
     answer = "mixed" if better and worse else "better" if better else "worse" if worse else "no difference shown"
@@ -162,7 +162,7 @@ def reads_mask(share: Estimate) -> Verdict:
 
 
 def _uncertain(one: Estimate) -> str:
-    """What stands against an answer."""
+    """Say why an interval does not settle a question."""
     if one.diverged:
         return f"seed {', '.join(map(str, one.diverged))} diverged"
     if one.low is None or one.high is None:
@@ -171,7 +171,7 @@ def _uncertain(one: Estimate) -> str:
 
 
 def interval(one: Estimate) -> str:
-    """``[+1.2 %, +3.4 %]``; empty without one."""
+    """Format the interval as ``[+1.2 %, +3.4 %]``; empty if there is none."""
     return "" if one.low is None or one.high is None else f"[{100 * one.low:+.1f} %, {100 * one.high:+.1f} %]"
 
 

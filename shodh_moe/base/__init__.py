@@ -1,1 +1,1 @@
-"""What every room of the package may use, and what imports none of them: errors, files, progress, arguments."""
+"""Errors, files, progress and command-line arguments: every folder may use this one, and it imports no other."""

@@ -1,4 +1,4 @@
-"""How every command ends: the exit code, and one line for the user or a traceback for us."""
+"""Command-line parsers, and how every command ends: its exit code, and one line for the user or a traceback."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ EXIT_INTERRUPTED = 130
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports wrong arguments as every other wrong input: one line, exit code 2.
+    """Reports wrong arguments like any other wrong input: one line, exit code 2.
 
     Attributes:
-        commands: names of its commands, where one of them is the default.
-        default_command: what is meant where the first argument is no option and none of ``commands``.
+        commands: names of the commands, if one of them is the default.
+        default_command: command to run if the first argument is neither an option nor one of ``commands``.
     """
 
     commands: Container[str] = ()
@@ -40,7 +40,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of everything that reads a config."""
+    """Add the arguments that all commands with a config share."""
     parser.add_argument("--config", required=True, help="config file, e.g. configs/quickstart.yaml")
     parser.add_argument("--name", help="run name; default: the config's")
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
@@ -48,7 +48,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `shodh merge` and of launch/ccm_merge.py."""
+    """Add the arguments of `shodh merge` and launch/ccm_merge.py."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="what to merge: configs/merge/example.yaml")
     parser.add_argument("--output", type=Path, help="the new folder, in place of the config's")
     parser.add_argument(
@@ -66,8 +66,8 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     except UserError as error:
         return _wrong_input(str(error), debug)
     except KeyboardInterrupt:
-        told = "interrupted: nothing half-written is left, the same command goes on or starts anew"
-        print(told, file=sys.stderr, flush=True)
+        message = "interrupted: no partial files are left, the same command resumes or starts over"
+        print(message, file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except OSError as error:
         if reason := disk_trouble(error):
@@ -76,7 +76,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
         return EXIT_FAILED
     except Exception as error:
         if _lost_a_peer(error):
-            # The rank that ended first has said why and its exit code counts: let the launcher stop this one.
+            # The rank that ended first has reported why, and its exit code counts: wait for the launcher to stop us.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
             print("a rank stopped because another ended first: see that one's message", file=sys.stderr, flush=True)
@@ -87,10 +87,10 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
 
 
 def end_rank(main: Callable[[], int]) -> NoReturn:
-    """Run ``main`` and end the process with the exit code that it returns, or raises, there and then.
+    """Run ``main`` and end the process at once with the exit code that it returns or raises.
 
-    A rank may end while its process group and the group's threads live: at the interpreter's own end these have been
-    seen to abort the process, and the launcher then reports the abort instead of the rank's exit code.
+    A rank may end while its process group's threads are alive. They have been seen to abort the process during the
+    interpreter's shutdown, and the launcher then reports the abort instead of the rank's exit code.
     """
     try:
         code = main()
@@ -103,7 +103,7 @@ def end_rank(main: Callable[[], int]) -> NoReturn:
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because the process at the other end is gone."""
+    """Whether a collective failed because the peer process has ended."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(f"Connection {end} by peer" in text for end in ("closed", "reset"))
 
@@ -112,6 +112,6 @@ def _wrong_input(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", 0))
-    # What a library says inside a message may have line breaks.
+    # Messages of libraries may contain line breaks.
     print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -1,4 +1,4 @@
-"""What a run ran on and with, for ``environment.json``."""
+"""The machine and software of a run, for ``environment.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("shodh_moe", "torch", "deepspeed", "triton", "numpy", "numba", "h5py
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, processor, devices, source commit and date; nothing that names the host or its user."""
+    """Describe versions, processor, devices, source commit and date, but not the host's or user's name."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this package runs from, with ``+`` if files changed since; None outside git."""
+    """Return the commit of this package's source, with ``+`` if files have changed since; None outside git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -62,13 +62,13 @@ def _commit() -> str | None:
 
 
 def has_apex(*modules: str) -> bool:
-    """Whether NVIDIA's apex provides its fused optimizers, and these modules too.
+    """Whether NVIDIA's apex is installed with its fused optimizers and the given modules.
 
-    The registry has an unrelated package of that name, so the name alone says nothing.
+    The package registry has an unrelated package of the same name.
     """
     try:
         for name in ("apex.optimizers", *modules):
             import_module(name)
         return hasattr(import_module("apex.optimizers"), "FusedAdam")
-    except Exception:  # the unrelated package fails in ways of its own
+    except Exception:  # the unrelated package fails in its own ways
         return False

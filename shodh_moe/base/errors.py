@@ -1,16 +1,16 @@
-"""The one exception a user may cause, and the exit codes every command shares."""
+"""The exception for wrong input, and the exit codes of all commands."""
 
 from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_REQUEUE = 75  # stopped by a signal, with a checkpoint: start it again (EX_TEMPFAIL of sysexits.h)
+EXIT_REQUEUE = 75  # stopped by a signal after writing a checkpoint: start again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
     """The user's input is wrong: a config, a file, a folder, a disk.
 
-    The message is one line that says what is wrong, where, and what to do. Commands print it without a
-    traceback (unless ``--debug``) and exit with code 2; every other exception is a fault of ours, code 1.
+    The message is one line that says what is wrong, where, and what to do. Commands print it without a traceback
+    (unless ``--debug``) and exit with code 2. Every other exception is a bug in this package, with code 1.
     """

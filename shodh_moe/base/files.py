@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and hashes that tell whether they still are."""
+"""Writing files and folders atomically, hashing them, and explaining disk errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shodh_moe.base.errors import UserError
 
 
 def finite_json(tree: Any) -> Any:
-    """For JSON, which has neither NaN nor infinity: None in their place, in dictionaries and lists too."""
+    """Replace NaN and infinity, which JSON lacks, with None, also inside dictionaries and lists."""
     if isinstance(tree, dict):
         return {key: finite_json(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -28,7 +28,7 @@ def finite_json(tree: Any) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -37,7 +37,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,15 +47,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to; when the block ends well it is synced and renamed.
+    """Yield a temporary path next to ``path``; if the block succeeds, it is synced and renamed to ``path``.
 
-    On any failure the temporary file is removed and ``path`` stays as it was.
+    On any failure the temporary file is removed and ``path`` is unchanged.
 
     Raises:
         UserError: the disk is full, or the folder cannot be made or written to.
     """
-    # The leading dot and the ending keep a leftover of a killed run from being taken for data. A number of the process
-    # would not tell it from one of another host or container that writes the same file.
+    # The leading dot and the suffix keep a leftover of a killed run from being mistaken for data. A process ID would
+    # not be unique among the hosts or containers that write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, older_than_seconds: float = 3600.0) -> None:
-    """Remove temporary files that killed runs left in ``folder``; a fresh one may belong to a run beside this one."""
+    """Remove temporary files of killed runs from ``folder``; a recent one may belong to a run in progress."""
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_seconds:
@@ -81,19 +81,19 @@ def remove_leftovers(folder: Path, older_than_seconds: float = 3600.0) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step. Raises `UserError` as `atomic_file` does."""
+    """Replace a small text file atomically. Raises `UserError` like `atomic_file`."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``target`` when the block ends well, and vanishes otherwise.
+    """Yield a temporary folder that becomes ``target`` if the block succeeds, and is removed otherwise.
 
-    Several processes may do this at once. If ``target`` was not there at the start, the first that ends makes it.
+    Several processes may do this at once. If ``target`` did not exist at the start, the first one to finish creates it.
 
     Args:
-        keep_first: the others make the same, so that one that comes later is content with what is there.
+        keep_first: all processes write the same content, so later ones accept an existing ``target``.
 
     Raises:
         UserError: the disk is full, writing is not permitted, or another process was first.
@@ -133,23 +133,22 @@ def _put(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> Non
             raise
         if not keep_first:
             raise UserError(
-                f"{target} was written by another process meanwhile and stays as that left it: use it, or remove it "
-                "and run again"
+                f"{target} was written by another process meanwhile and is kept: use it, or remove it and run again"
             ) from error
 
 
 def _lock_file(workshop: Path) -> IO[str]:
-    """A file that is locked until it is closed or this process ends, however it ends."""
+    """Open a file that stays locked until it is closed or this process ends."""
     file = open(workshop / "lock.new", "w", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as it is open
     with suppress(OSError):  # a disk without locks
         fcntl.flock(file, fcntl.LOCK_EX)
-        # Under the name that others look for it is never without its lock.
+        # Renamed only now, so that other processes never see it unlocked.
         os.rename(workshop / "lock.new", workshop / "lock")
     return file
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what processes that ended in a `whole_folder` of ``target`` left behind."""
+    """Remove the temporary folders of processes that were killed within `whole_folder` of ``target``."""
     prefix = f".writing-{target.name}-"
     for workshop in target.parent.iterdir():
         if workshop.name.startswith(prefix):
@@ -159,12 +158,12 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a folder that has been synced to ``target``, and remove what stood there.
+    """Rename a synced folder to ``target``, and remove the old ``target``.
 
-    If the process is killed half way, what stood there lies beside it as ``.old-<name>``.
+    If the process is killed half-way, the old folder remains next to it as ``.old-<name>``.
     """
     old = target.with_name(f".old-{target.name}")
-    # Two renames rather than a slow removal first: hardly a moment without the one or the other.
+    # Two renames instead of a slow removal first, so that ``target`` is missing only for a moment.
     shutil.rmtree(old, ignore_errors=True)
     with suppress(FileNotFoundError):
         os.replace(target, old)
@@ -179,10 +178,10 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before any work is done for it.
+    """Refuse a folder that cannot be created or written to, before any work is done for it.
 
     Raises:
-        UserError: a file stands in the way, or the permission is missing.
+        UserError: a file is in the way, or permission is missing.
     """
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -194,7 +193,7 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {disk_trouble(error) or error.strerror}") from error
 
 
-# HDF5 and safetensors report these as exceptions of their own that only the text tells apart.
+# HDF5 and safetensors raise exceptions of their own for these, which only their text distinguishes.
 _TROUBLES = (
     ((errno.ENOSPC, errno.EDQUOT), "no space left on the disk; free some and run the same command again"),
     ((errno.EFBIG,), "the file is too large for this disk or for your limit (ulimit -f); raise it or use another disk"),
@@ -206,7 +205,7 @@ _TROUBLES = (
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What the user can do about an error of writing, or None if it is no such error."""
+    """Explain a write error and what to do about it; None if the error is of another kind."""
     if isinstance(error, UserError):
         return None
     number, text = getattr(error, "errno", None), str(error)
@@ -217,6 +216,6 @@ def disk_trouble(error: BaseException) -> str | None:
 
 
 def require_made(path: Path, command: str) -> None:
-    """Refuse to go on without what an earlier stage makes."""
+    """Refuse to continue without the output of an earlier stage."""
     if not path.exists():
         raise UserError(f"{path} is missing: run `{command}` with this config first")

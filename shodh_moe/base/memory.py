@@ -1,4 +1,4 @@
-"""The C library's allocator: what it keeps and gives back."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process instead of handing it back to the system after every layer.
+    """Keep freed memory in the process instead of returning it to the system after every layer.
 
-    A training step frees and takes the same large tensors again and again; by default glibc maps and unmaps
-    each, and zeroing fresh pages took a third of the tokenizer's step. Does nothing outside glibc.
+    A training step allocates and frees the same large tensors again and again. By default glibc maps and unmaps each
+    of them, and zeroing new pages took a third of the tokenizer's step. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Hand what is freed, and kept by `keep_freed_memory`, back to the system. Does nothing outside glibc."""
+    """Return the freed memory that `keep_freed_memory` keeps to the system. Does nothing without glibc."""
     if sys.platform.startswith("linux"):
         with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

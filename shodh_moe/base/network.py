@@ -7,14 +7,14 @@ import socket
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port of this host that nobody listens on at the moment."""
+    """Return a TCP port of this host that is free at the moment."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
 def port_holder(port: int) -> str:
-    """Who listens on a port of this host, such as ``python, process 4711``; "" if that cannot be found out."""
+    """Return who listens on a port of this host, such as ``python, process 4711``; "" if unknown."""
     import psutil
 
     try:
@@ -29,12 +29,12 @@ def port_holder(port: int) -> str:
 
 
 def interface_towards(host: str) -> str:
-    """The name of this host's network interface from which ``host`` is reached; "" if that cannot be found out."""
+    """Return the name of the network interface through which this host reaches ``host``; "" if unknown."""
     import psutil
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))  # of a datagram socket: nothing is sent
+            probe.connect((host, 9))  # a datagram socket sends nothing here
         except OSError:
             return ""
         own = probe.getsockname()[0]
@@ -43,7 +43,7 @@ def interface_towards(host: str) -> str:
 
 
 def own_networks() -> list[str]:
-    """This host's IPv4 addresses with their networks, such as ``10.0.0.3/24``; not the loopback one."""
+    """Return this host's IPv4 addresses with their networks, such as ``10.0.0.3/24``, without the loopback."""
     import psutil
 
     return [
@@ -55,7 +55,7 @@ def own_networks() -> list[str]:
 
 
 def common_address(networks: list[list[str]]) -> str:
-    """An address of the first rank's host that the hosts of the others have a network in common with."""
+    """Return an address of the first rank's host in a network that all other hosts share."""
     first = [ipaddress.ip_interface(text) for text in networks[0]]
     others = [[ipaddress.ip_interface(text) for text in texts] for texts in networks[1:] if texts != networks[0]]
     for own in first if others else []:

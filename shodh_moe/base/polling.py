@@ -1,4 +1,4 @@
-"""Waiting for something that announces itself nowhere: another process's file or key."""
+"""Polling for a condition that sends no notification, such as another process's file or key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether ``condition`` came true in time. It is asked at once, then less and less often, at most every 0.2 s."""
+    """Return whether ``condition`` became true within ``seconds``. The polling interval grows from 1 ms to 0.2 s."""
     deadline, pause = time.monotonic() + seconds, 0.001
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Progress of long loops: a bar in a terminal, a plain line now and then in a log file."""
+"""Progress of long loops: a bar in a terminal, occasional plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> Iterator[Item]:
-    """Yield from ``iterable`` and report on stderr how far it is and how long it will still take.
+    """Yield from ``iterable`` and report progress and remaining time on stderr.
 
-    A terminal gets a tqdm bar. Anything else (a log, SLURM) gets a line at the end and at most one every 10 seconds
-    before. ``total`` defaults to ``len(iterable)`` where it has one.
+    A terminal gets a tqdm bar. Anything else (a log, SLURM) gets a line at most every 10 seconds, and one at the end.
+    ``total`` defaults to ``len(iterable)`` if it has one.
     """
     if total is None:
         try:
@@ -26,7 +26,7 @@ def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> I
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        # A terminal that does not know its size (0 columns, 0 rows) would get empty lines.
+        # tqdm would print empty lines on a terminal that reports 0 columns and rows.
         size = shutil.get_terminal_size((100, 24))
         yield from tqdm(iterable, desc=desc, total=total, file=sys.stderr, ncols=size.columns, nrows=size.lines)
         return
@@ -45,7 +45,7 @@ def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> I
 
 
 def _rate(each: float) -> str:
-    """How many in the shortest time that has at least one, for ``each`` so many seconds."""
+    """Format a rate per second, minute or hour, whichever gives at least one, from the seconds that ``each`` takes."""
     unit, name = (1, "second") if each <= 1 else (60, "minute") if each <= 60 else (3600, "hour")
     return f"{unit / max(each, 1e-9):.3g} a {name}"
 

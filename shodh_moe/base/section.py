@@ -1,21 +1,117 @@
-"""The base of all sections of a config, and the number types their keys have."""
+"""The base class of all config sections, the types of their keys, and what each key changes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# Becomes part of a folder name, and must not lead out of the folder it is meant for.
+# Becomes part of a folder name and must not lead out of its parent folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_length=100)]
+
+# The artefacts of a run, each made from those before it. A key names the first one whose identity includes the key's
+# value: the dataset, tokenizer or latents folder that is named after it, the model whose weights need it, or the run
+# folder that accepts no other value. A key that changes "nothing" may differ when a run folder is used again.
+Artefact = Literal["data", "tokenizer", "latents", "model", "run", "nothing"]
+ARTEFACTS: tuple[Artefact, ...] = get_args(Artefact)
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values keep their YAML type, nothing changes later."""
+    """Base of all sections: unknown keys are errors, values keep their YAML type, and instances are immutable.
+
+    The sections of a run's config say what their keys change: each key by `setting`, or the class for all of its keys
+    (``class TelemetryConfig(Section, changes="nothing")``), including those of its subclasses.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+    all_change: ClassVar[Artefact | None] = None
+
+    def __init_subclass__(cls, changes: Artefact | None = None, **config: Any) -> None:
+        super().__init_subclass__(**config)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, changes: Artefact | None = None, **config: Any) -> None:
+        super().__pydantic_init_subclass__(**config)
+        if changes is not None:
+            cls.all_change = changes
+
+
+def setting(
+    default: Any, *, changes: Artefact, for_tokenizer: bool = False, description: str | None = None, **field: Any
+) -> Any:
+    """A key of a section: pydantic's ``Field`` that also says what the key changes.
+
+    Args:
+        changes: the first artefact that the key changes.
+        for_tokenizer: the tokenizer's training takes this key of the ``training`` section as well.
+        field: further arguments of ``Field``, such as ``gt``.
+    """
+    extra: JsonDict = {"changes": changes, "for_tokenizer": for_tokenizer}
+    return Field(default, description=description, json_schema_extra=extra, **field)
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds, also of an optional one; None for a plain value."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        # Python 3.10 takes list[int] for a class, which issubclass then refuses.
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def first_changed(kind: type[Section], key: str) -> Artefact:
+    """The first artefact that a dotted key changes; "data", the first of all, for an unknown key.
+
+    A key that holds a section changes what the keys in it change, and a key inside a dictionary what the dictionary
+    changes.
+
+    Raises:
+        TypeError: the key's section does not say what the key changes.
+    """
+    name, _, rest = key.partition(".")
+    field = kind.model_fields.get(name)
+    if field is None:
+        return kind.all_change or ARTEFACTS[0]
+    if section := section_of(field):
+        if rest:
+            return first_changed(section, rest)
+        return min((first_changed(section, inner) for inner in section.model_fields), key=ARTEFACTS.index)
+    own = field.json_schema_extra.get("changes") if isinstance(field.json_schema_extra, dict) else None
+    if (own is None) == (kind.all_change is None):
+        both = "both its section and the key itself say" if own else "neither its section nor the key itself says"
+        raise TypeError(f"{kind.__name__}.{name}: {both} what it changes: use setting(..., changes=...) or the class's")
+    return own or kind.all_change  # type: ignore[return-value]
+
+
+def settings_that_change(section: Section, artefact: Artefact) -> dict[str, Any]:
+    """The part of ``section.model_dump()`` whose keys change that artefact first."""
+    return _select(type(section), section.model_dump(), artefact)
+
+
+def taken_by_tokenizer(section: Section) -> dict[str, Any]:
+    """The keys of a section, with their values, that the tokenizer's training takes as well."""
+    extras = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
+    return {
+        name: getattr(section, name)
+        for name, extra in extras.items()
+        if isinstance(extra, dict) and extra.get("for_tokenizer")
+    }
+
+
+def _select(kind: type[Section], tree: dict[str, Any], artefact: Artefact) -> dict[str, Any]:
+    selected: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = section_of(kind.model_fields[name])
+        if inner and isinstance(value, dict):
+            if part := _select(inner, value, artefact):
+                selected[name] = part
+        elif first_changed(kind, name) == artefact:
+            selected[name] = value
+    return selected

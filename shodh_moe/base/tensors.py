@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file that those may read who may read any other new file.
+    """Write a safetensors file with the default permissions of a new file.
 
-    The library (0.8) would leave it to its owner alone, and a team shares models.
+    The library (0.8) would make it readable only by its owner, but teams share models.
     """
     path.touch()
     mode = path.stat().st_mode

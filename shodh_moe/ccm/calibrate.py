@@ -1,6 +1,6 @@
-"""`shodh merge calibrate`: the factor of the readout ``scale``, and how far the path is straight, from validation data.
+"""`shodh merge calibrate`: fit the factor of the readout ``scale`` and measure how far the path is straight.
 
-Of the family's data only the files of the split ``validation`` are opened.
+Only the family's ``validation`` files are opened.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.ends import finite, load_ends, state_record
-from shodh_moe.ccm.expert import Expert
-from shodh_moe.ccm.readout import FRAMES, GAMMAS, fit_scale
-from shodh_moe.ccm.straightness import TOLERANCE, bend, probes, straight_to
+from shodh_moe.ccm.expert import Expert, load_ends
+from shodh_moe.ccm.readout import BEND_TOLERANCE, FRAMES, GAMMAS, bend, fit_scale, json_number, probes, straight_to
+from shodh_moe.checkpoint.state import load_state
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.manifest import versions
 from shodh_moe.merging.settings import singles
@@ -26,15 +25,15 @@ SPLIT = "validation"
 
 
 def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
-    """Fit gamma for the two experts of a ccm config, print what was found, and return it.
+    """Fit gamma for the two experts of a ccm config, print the result, and return it.
 
     Args:
-        config: of `shodh merge`; its models may be runs too. What it says of the target does not count.
+        config: a config of `shodh merge`; its models may also be run folders. Its target settings are ignored.
         output: a new JSON file for the result.
 
     Raises:
-        UserError: the config is none of ccm with two models or has a sweep, experts or validation data are missing,
-            damaged or do not fit each other, no gamma leaves the rollouts finite, or ``output`` exists.
+        UserError: the config is not a ccm config with two models or has a sweep, experts or validation data are
+            missing, damaged or do not fit each other, rollouts are not finite at any gamma, or ``output`` exists.
     """
     target = load_targets(config, config, {"found": "scale", "value": 0.0})[0]
     if output is not None:
@@ -47,7 +46,7 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     given = max(FRAMES, low.config.network.history)
     if low.config.family.snapshots <= given:
         raise UserError(
-            f"the validation data have {low.config.family.snapshots} snapshots, of which {given} are given: "
+            f"the validation data have {low.config.family.snapshots} snapshots, and the first {given} are given: "
             "train the experts with more family.snapshots"
         )
     fitted = fit_scale(low, high, validation, given)
@@ -56,14 +55,14 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     bends = bend(low, high, probes(validation, low.config.network.history))
     found = {
         "gamma": fitted["gamma"],
-        "errors": {gamma: finite(error) for gamma, error in fitted["errors"].items()},
+        "errors": {gamma: json_number(error) for gamma, error in fitted["errors"].items()},
         "straight": straight_to(bends),
-        "bend": {f"{alpha + 0.0:+.2f}": finite(value) for alpha, value in bends.items()},
+        "bend": {f"{alpha + 0.0:+.2f}": json_number(value) for alpha, value in bends.items()},
         "family": low.config.family.name,
         "split": SPLIT,
         "regimes": [{"coordinate": r.coordinate, "value": r.value, "trajectories": len(r.fields)} for r in validation],
         "given_frames": given,
-        "experts": {"low": state_record(low), "high": state_record(high)},
+        "experts": {"low": _state_record(low), "high": _state_record(high)},
         "versions": versions(),
     }
     if output is not None:
@@ -73,20 +72,18 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def _require_ends(target: Target, low: Expert, high: Expert) -> None:
-    """Refuse experts at the wrong ends, and coordinates of which gamma would mean something else than of s."""
+    """Refuse experts at the wrong ends, and coordinates for which gamma would differ from that of s."""
     for expert, other in ((low, "endpoint_high"), (high, "endpoint_low")):
         if expert.config.splits == [other]:
-            raise UserError(
-                f"{expert.path} was trained on {other} and stands at the other end: exchange the two models"
-            )
+            raise UserError(f"{expert.path} was trained on {other} and belongs at the other end: swap the two models")
     assert target.composition
-    family, power = low.config.family.family(), singles(target.words.parameters.get("power", 1))[0]
+    family, power = low.config.family.family(), singles(target.config.parameters.get("power", 1))[0]
     for ends in target.composition.layout.ends.values():
         as_parameter = all(map(math.isclose, ends, (family.low, family.high))) and power == family.power
         if not as_parameter and (ends != (-1, 1) or power != 1):
             raise UserError(
                 f"{target.output}: gamma is fitted for {family.low:g} and {family.high:g} as the models' coordinates, "
-                f"with `power: {family.power:g}` under parameters: write these"
+                f"with `power: {family.power:g}` under parameters: use these"
             )
 
 
@@ -125,5 +122,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"gamma {gamma:g} is at the end of what was tried: the coordinates say little about these experts")
     lines += ["", "alpha    bend"]
     lines += [f"{alpha}   {math.nan if value is None else value:.3f}" for alpha, value in found["bend"].items()]
-    lines += ["", f"straight (bend at most {TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]
+    lines += ["", f"straight (bend at most {BEND_TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]
     return [*lines, "", "under parameters:", f"gamma: {gamma:g}", f"straight: {found['straight']:g}"]
+
+
+def _state_record(expert: Expert) -> dict[str, Any]:
+    """Identify the checkpoint of an expert by its path and the hash recorded in its ``state.json``."""
+    return {"path": str(expert.path), "state_sha256": load_state(expert.path)["sha256"]}

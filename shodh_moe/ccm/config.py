@@ -1,4 +1,4 @@
-"""The config of an expert: a neural operator trained on regimes of a family, or fine-tuned there from another one."""
+"""The config of an expert: a neural operator trained or fine-tuned on regimes of a family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, Section
+from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, Section, setting
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
 from shodh_moe.config.compare import fingerprint
@@ -18,39 +18,45 @@ Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "inter
 
 
 class FamilyConfig(Section):
-    """Which data: one of the families (shodh_moe/ccm/family.py), generated under ``root`` where it is missing."""
+    """The data: one of the families (shodh_moe/ccm/family.py), generated under ``root`` where files are missing."""
 
-    name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = "reaction_diffusion"
-    root: str = "data"
-    grid: Positive = Field(48, description="cells a side")
-    snapshots: Positive = Field(21, description="stored states of a trajectory")
-    trajectories: dict[Split, Positive] = Field({}, description="of each regime of a split, in place of the family's")
-    seed: NonNegative = 0
+    name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = setting(
+        "reaction_diffusion", changes="data"
+    )
+    root: str = setting("data", changes="nothing", description="folder that holds the generated families")
+    grid: Positive = setting(48, changes="data", description="cells along each side")
+    snapshots: Positive = setting(21, changes="data", description="stored states per trajectory")
+    trajectories: dict[Split, Positive] = setting(
+        {}, changes="data", description="trajectories per regime of a split, in place of the family's number"
+    )
+    seed: NonNegative = setting(0, changes="data")
 
     def family(self) -> Family:
-        """The family at this size."""
+        """The family with this config's sizes, counts and seed."""
         own = FAMILIES[self.name]
         counts = own.trajectories | {str(split): count for split, count in self.trajectories.items()}
         return replace(own, grid=self.grid, snapshots=self.snapshots, trajectories=counts, seed=self.seed)
 
     def folder(self) -> Path:
-        """Where its files are; another size or equation has another folder."""
+        """Folder of the family's files; a different size or equation has a different folder."""
         family = self.family()
         return Path(self.root) / f"ccm-{fingerprint(type(family.settings).__name__, asdict(family))}"
 
 
-class NetworkConfig(Section):
+class NetworkConfig(Section, changes="model"):
     """The neural operator (shodh_moe/operators)."""
 
     kind: Literal["fno", "dpot"] = "fno"
     size: str = Field("tiny", description="one of FNO_SIZES or DPOT_SIZES")
-    history: Positive = Field(1, description="frames that it sees before it predicts the next")
-    coordinates: Coordinates = Field("none", description="how it sees where a cell is: cells, or waves if periodic")
-    padding: Fraction = Field(0.0, description="FNO: zeros beside the domain, as a share of its side")
-    conditioned: bool = Field(False, description="it is told the regime's coordinate s")
+    history: Positive = Field(1, description="frames from which the network predicts the next one")
+    coordinates: Coordinates = Field(
+        "none", description="input channels that tell a cell's position: cells, or waves for a periodic domain"
+    )
+    padding: Fraction = Field(0.0, description="FNO: width of the zero padding, as a share of the domain's side")
+    conditioned: bool = Field(False, description="the regime's coordinate s is an input of the network")
 
     @model_validator(mode="after")
-    def _size(self) -> NetworkConfig:
+    def _check_size(self) -> NetworkConfig:
         sizes = FNO_SIZES if self.kind == "fno" else DPOT_SIZES
         if self.size not in sizes:
             raise ValueError(f"{self.kind} has no size {self.size!r}: choose from {', '.join(sizes)}")
@@ -62,22 +68,30 @@ class NetworkConfig(Section):
 class ExpertConfig(Section):
     """Everything that an expert's run depends on."""
 
-    name: Name = "expert"
-    seed: NonNegative = Field(0, description="initial weights and data order")
-    runs: str = Field("runs", description="folder that holds the run folders")
-    start: str | None = Field(None, description="the anchor: a run or checkpoint to fine-tune from; null: from scratch")
+    name: Name = setting("expert", changes="nothing", description="name of the run folder")
+    seed: NonNegative = setting(0, changes="run", description="seed of initial weights and data order")
+    runs: str = setting("runs", changes="nothing", description="folder that holds the run folders")
+    start: str | None = setting(
+        None, changes="run", description="the anchor, a run or checkpoint to fine-tune; null: train from scratch"
+    )
     family: FamilyConfig = FamilyConfig()
-    splits: list[Split] = Field(["support"], description="splits of the family to train on, their regimes equally")
-    rollout: list[Positive] = Field(
-        [1, 2, 4], description="steps that the loss goes through; the training is divided equally over the entries"
+    splits: list[Split] = setting(
+        ["support"], changes="run", description="splits of the family to train on, with equal shares of their regimes"
+    )
+    rollout: list[Positive] = setting(
+        [1, 2, 4],
+        changes="run",
+        description="numbers of steps that the loss spans; training is divided equally over the entries",
     )
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
-    deepspeed: dict[str, Any] = Field({}, description="merged into the DeepSpeed JSON that this config generates")
+    deepspeed: dict[str, Any] = setting(
+        {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
+    )
 
     @model_validator(mode="after")
-    def _lists(self) -> ExpertConfig:
+    def _check_lists(self) -> ExpertConfig:
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ValueError(f"splits needs one or more different splits, not {self.splits}")
         if not self.rollout:

@@ -27,7 +27,7 @@ from shodh_moe.solvers import DivergedError, trajectory_seed
 from shodh_moe.solvers.planar import PLANAR_VERSION
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes
 
-# Solved together: enough to keep the cost of a call small, few enough to stay in a core's cache.
+# Trajectories solved together: enough to amortise a call, few enough to stay in a core's cache.
 _BATCH = 16
 _ATTRIBUTES = ("coordinate", "value", "dt", "channels")
 
@@ -47,7 +47,7 @@ class Regime:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         fields: [N, T, C, H, W] float32.
@@ -64,10 +64,10 @@ class Trajectories:
 
 
 def regimes(family: Family, folder: Path) -> list[Regime]:
-    """Every regime of a family and where its file is, split by split.
+    """List the regimes of a family with their files, split by split.
 
     Raises:
-        UserError: the family is not sound.
+        UserError: the family is invalid.
     """
     require_sound(family)
     settings = {key: value for key, value in asdict(family).items() if key not in ("coordinates", "trajectories")}
@@ -92,13 +92,13 @@ def regimes(family: Family, folder: Path) -> list[Regime]:
 def generate(
     family: Family, folder: Path, progress: Progress = default_progress, device: str | torch.device = "cpu"
 ) -> Path:
-    """Make the files of ``family`` that are missing, damaged or of another request; returns ``<folder>/<family>``.
+    """Make the files of ``family`` that are missing, damaged or of another request; return ``<folder>/<family>``.
 
     Solved in float64. On a CPU the bits do not depend on the batch or on other regimes; another device agrees to
     rounding. ``progress`` is called as ``progress(iterable, desc, total)`` and must yield the items.
 
     Raises:
-        UserError: the family is not sound, the disk is too small or not writable, or a solution diverged.
+        UserError: the family is invalid, the disk is too small or not writable, or a solution diverged.
     """
     home = Path(folder) / family.name
     wanted = regimes(family, folder)
@@ -113,7 +113,7 @@ def generate(
 
 
 def is_done(regime: Regime) -> bool:
-    """Whether the file is there, whole, and made by the same request."""
+    """Whether the file exists, is complete, and was made by the same request."""
     try:
         with h5py.File(regime.path, "r") as file:
             return _is_of(file, regime)
@@ -122,15 +122,15 @@ def is_done(regime: Regime) -> bool:
 
 
 def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
-    """Trajectories ``start`` to ``stop`` (all) of one file.
+    """Read trajectories ``start`` to ``stop`` (default: all) of one file.
 
     Raises:
-        UserError: the file is missing, not whole, or no file of a family, or holds values that are not finite.
+        UserError: the file is missing, incomplete, not a family's, or holds values that are not finite.
     """
     try:
         with h5py.File(path, "r") as file:
             if not file.attrs.get("complete", False) or any(name not in file.attrs for name in _ATTRIBUTES):
-                raise UserError(f"{path} is no complete file of a family: generate the data again")
+                raise UserError(f"{path} is not a complete file of a family: generate the data again")
             attributes = dict(file.attrs)
             fields = torch.from_numpy(np.asarray(file["tensor"][start:stop], dtype=np.float32))
     except FileNotFoundError as error:
@@ -149,10 +149,10 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
 
 
 def read_split(family: Family, folder: Path, split: str) -> list[Trajectories]:
-    """All regimes of a split, in the order of ``family.coordinates[split]``.
+    """Read all regimes of a split, in the order of ``family.coordinates[split]``.
 
     Raises:
-        UserError: as `read`, or a file was made by another request.
+        UserError: as in `read`, or a file was made by another request.
     """
     found = []
     for regime in regimes(family, folder):
@@ -184,7 +184,7 @@ def _make(family: Family, regime: Regime, device: str | torch.device) -> Path:
 def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.ndarray) -> None:
     file.create_dataset("tensor", data=tensor_NTCHW)
     settings = family.settings
-    # Points of the torus start at its corner; the other two grids are cell centres around the origin.
+    # The torus has grid points from its corner on; the other two grids are cell centres around the origin.
     shift = 0.0 if isinstance(settings, NavierStokes) else 0.5 - family.grid / 2
     axis = (np.arange(family.grid) + shift) * settings.side / family.grid
     file["x-coordinate"] = file["y-coordinate"] = axis.astype(np.float32)

@@ -1,4 +1,4 @@
-"""A trained expert from wherever it is: a run folder, a checkpoint of it, or a merged checkpoint; without DeepSpeed."""
+"""A trained expert: load it from a run folder or checkpoint without DeepSpeed, compare it with others, merge it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
 from shodh_moe.ccm.windows import Scale
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.checkpoint import (
+    CheckpointReader,
+    Damaged,
+    checkpoints_at,
+    find_checkpoint,
+    list_checkpoints,
+    mismatch,
+    resolve_checkpoint,
+)
+from shodh_moe.merging.config import Target
+from shodh_moe.merging.methods import recipe, weighted_sum
+from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
 
@@ -23,9 +34,9 @@ class Expert:
     """A network with the units it works in.
 
     Attributes:
-        path: the checkpoint that it was read from.
-        config: what it was trained with.
-        scale: of its fields.
+        path: the checkpoint it was read from.
+        config: the config it was trained with.
+        scale: mean and standard deviation of its fields.
         network: in evaluation mode.
     """
 
@@ -35,22 +46,22 @@ class Expert:
     network: FNO2d | DPOT2d
 
     def weights(self) -> dict[str, Tensor]:
-        """By parameter name."""
+        """The network's parameters by name."""
         return dict(self.network.named_parameters())
 
     def with_weights(self, weights: dict[str, Tensor]) -> Expert:
-        """Another expert with a network of its own."""
+        """A new expert with its own copy of the network and the given weights."""
         network = copy.deepcopy(self.network)
         network.load_state_dict(weights)
         return Expert(self.path, self.config, self.scale, network)
 
     @torch.no_grad()
     def predict(self, frames_BTCHW: Tensor, steps: int, coordinate: float) -> Tensor:
-        """The ``steps`` frames after the given ones, [B, steps, C, H, W], in physical units and the same precision.
+        """Predict the next ``steps`` frames, [B, steps, C, H, W], in physical units and the dtype of the input.
 
         Args:
-            frames_BTCHW: at least ``network.history`` frames, of which the last are used.
-            coordinate: s of the regime; counts only for a conditioned network.
+            frames_BTCHW: at least ``network.history`` frames in physical units; the last ones are used.
+            coordinate: s of the regime; used only by a conditioned network.
         """
         frames = self.scale.normalise(frames_BTCHW)
         condition = frames.new_full((len(frames),), coordinate) if self.config.network.conditioned else None
@@ -58,7 +69,7 @@ class Expert:
 
 
 def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPOT2d:
-    """A new network of a config for fields of C channels."""
+    """Make a new network for fields of C channels."""
     common: dict[str, Any] = {"history": config.history, "conditions": int(config.conditioned), "seed": seed}
     common["coordinates"] = config.coordinates
     if config.kind == "dpot":
@@ -67,16 +78,16 @@ def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPO
 
 
 def facts_of(scale: Scale, channels: tuple[str, ...], dataset: str) -> dict[str, Any]:
-    """What a checkpoint of an expert keeps beside its weights; ``dataset`` is the name of its family's folder."""
+    """What a checkpoint of an expert stores besides its weights; ``dataset`` is the name of its family's folder."""
     units = {"mean": list(scale.mean), "std": list(scale.std)}
     return {"expert": {"channels": list(channels), **units, "dataset": dataset}}
 
 
 def require_same_dataset(config: ExpertConfig) -> None:
-    """Refuse to go on with a run whose family has been defined anew since.
+    """Refuse to resume a run whose family has been redefined since.
 
     Raises:
-        UserError: the newest checkpoint of the run is of other data than the config names today.
+        UserError: the newest checkpoint of the run was trained on other data than the config names now.
     """
     run = Path(config.runs) / config.name
     if found := find_checkpoint(run / "checkpoints"):
@@ -89,38 +100,40 @@ def require_same_dataset(config: ExpertConfig) -> None:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint at ``path``: itself, or the newest intact one of a run folder.
+    """Return ``path`` if it is a checkpoint, or the newest intact checkpoint of a run folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
-    if (path / "checkpoints").is_dir():
-        if found := find_checkpoint(path / "checkpoints"):
-            return found[0]
+    if checkpoints_at(path) is None:
+        raise UserError(f"{path} is neither a run folder nor a checkpoint: give one of an expert")
+    try:
+        found = resolve_checkpoint(path)
+    except Damaged as reason:
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another checkpoint of its run") from None
+    if found is None:
         raise UserError(f"{path} has no checkpoint yet: train it with `shodh expert train`")
-    if not (path / "state.json").is_file():
-        raise UserError(f"{path} is no run folder and no checkpoint: name one of an expert")
-    if reason := damage(path):
-        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
-    return path
+    return found
 
 
 def described(path: Path) -> tuple[ExpertConfig, Scale]:
-    """Config and scale of a checkpoint. Raises: UserError: it is none of an expert."""
+    """Config and scale of a checkpoint. Raises `UserError` if it is not an expert's."""
     state = CheckpointReader(path).state
     try:
         kept = state["expert"]
         scale = Scale(tuple(map(float, kept["mean"])), tuple(map(float, kept["std"])))
         return ExpertConfig.model_validate(state["config"]), scale
     except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise UserError(f"checkpoint {path} is not one of an expert of this version ({error})") from error
+        raise UserError(
+            f"checkpoint {path} is not a checkpoint of an expert, or of another version ({error})"
+        ) from error
 
 
 def units_of_start(config: ExpertConfig) -> Scale:
-    """The units of the anchor that a config starts from; a run that goes on has them itself, and needs no anchor.
+    """The units of the anchor that a config starts from. A run that resumes has stored them and needs no anchor.
 
     Raises:
-        UserError: there is no usable anchor, or its network or fields are others.
+        UserError: there is no usable anchor, or its network or fields differ.
     """
     assert config.start
     run = Path(config.runs) / config.name
@@ -129,17 +142,17 @@ def units_of_start(config: ExpertConfig) -> Scale:
     path = checkpoint_of(Path(config.start))
     anchor, scale = described(path)
     if anchor.network != config.network:
-        raise UserError(f"start: {path} is of another network than this config's: change the network section")
+        raise UserError(f"start: {path} has another network than this config: change the network section")
     if len(scale.mean) != len(config.family.family().channels):
-        raise UserError(f"start: {path} is of fields with {len(scale.mean)} channels: give an anchor of this family")
+        raise UserError(f"start: {path} has fields with {len(scale.mean)} channels: give an anchor of this family")
     return scale
 
 
 def load_expert(path: Path, device: str | torch.device = "cpu") -> Expert:
-    """The expert at ``path``, a run folder or a checkpoint.
+    """Load the expert at ``path``, a run folder or a checkpoint.
 
     Raises:
-        UserError: there is none, it is damaged, or its weights are not those of its config's network.
+        UserError: there is none, it is damaged, or its weights do not fit its config's network.
     """
     path = checkpoint_of(path)
     config, scale = described(path)
@@ -154,10 +167,66 @@ def load_expert(path: Path, device: str | torch.device = "cpu") -> Expert:
 
 
 def require_same_network(experts: list[Expert]) -> None:
-    """Refuse experts whose weights, or units, do not mean the same. Raises `UserError`."""
+    """Refuse experts of different networks or units. Raises `UserError`."""
     first = experts[0]
     for other in experts[1:]:
         if other.config.network != first.config.network:
-            raise UserError(f"{first.path} and {other.path} are not of the same network: give experts of one anchor")
+            raise UserError(f"{first.path} and {other.path} have different networks: give experts of one anchor")
         if other.scale != first.scale:
-            raise UserError(f"{first.path} and {other.path} have other units of fields: give experts of one anchor")
+            raise UserError(f"{first.path} and {other.path} have different units: give experts of one anchor")
+
+
+def load_ends(target: Target) -> tuple[Expert, Expert]:
+    """Load the low and the high expert of a ccm target with one axis, on a GPU if there is one.
+
+    Raises:
+        UserError: one is not an expert, is damaged, not finite, or conditioned on the coordinate; or their networks,
+            units or families differ; or their weights are the same.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    low, high = (load_expert(Path(path), device) for path in target.models)
+    require_same_network([low, high])
+    if low.config.family.name != high.config.family.name:
+        raise UserError(
+            f"{low.path} belongs to the family {low.config.family.name}, {high.path} to {high.config.family.name}: "
+            "give experts of one family"
+        )
+    if low.config.network.conditioned:
+        raise UserError(
+            f"{low.path} has a network that takes the coordinate as input: give experts of one that does not"
+        )
+    for expert in (low, high):
+        for name, values in expert.weights().items():
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(f"{expert.path}: tensor {name} has NaN or infinity: use another checkpoint of its run")
+    weights = high.weights()
+    if all(torch.equal(values, weights[name]) for name, values in low.weights().items()):
+        raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of both ends")
+    return low, high
+
+
+def compose(low: Expert, high: Expert, alpha: float) -> Expert:
+    """Merge two experts at ``alpha`` on the line: (1 - alpha)/2 low + (1 + alpha)/2 high (DESIGN 3.7)."""
+    inputs, coefficients = (low.weights(), high.weights()), [(1 - alpha) / 2, (1 + alpha) / 2]
+    with torch.no_grad():
+        return low.with_weights({name: weighted_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]})
+
+
+def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: dict[str, Setting]) -> Expert:
+    """Merge by task arithmetic, TIES or DARE, with the parameters of `shodh merge` configs (docs/merging.md)."""
+    inputs, lookup = (
+        [anchor.weights(), *(model.weights() for model in models)],
+        Lookup(parameters, [{} for _ in models]),
+    )
+    with torch.no_grad():
+        return anchor.with_weights({name: _tensor(method, lookup, name, inputs) for name in inputs[0]})
+
+
+def _tensor(method: str, lookup: Lookup, name: str, inputs: list[dict[str, Tensor]]) -> Tensor:
+    tensors = [one[name] for one in inputs]
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    made = recipe(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, None)
+    for number in range(made.passes):
+        made.observe(number, 0, [values.clone() for values in flat])
+        made.end_pass(number)
+    return made.result(0, flat).view(tensors[0].shape)

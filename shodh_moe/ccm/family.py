@@ -1,7 +1,7 @@
 """Families of regimes: one equation, one physical parameter, and its values for training, validation and testing.
 
-A regime's place is its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter, in its root
-or in its logarithm.
+A regime is located by its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter, its square
+root or its logarithm.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def _trajectories() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Family:
-    """One equation whose parameter varies. All quantities are without units; see shodh_moe.solvers.planar.
+    """One equation with a varying parameter. All quantities are dimensionless; see shodh_moe.solvers.planar.
 
     Attributes:
-        name: of the family and its folder.
+        name: name of the family and its folder.
         parameter: ``diffusivity`` (D_u, reaction-diffusion), ``viscosity`` (Navier-Stokes), ``dam_height`` or
             ``gravity`` (shallow water); with gravity dams have the height ``fixed_dam_height``.
         low, high: the parameter at s = -1 and +1.
         scale: s is linear in the parameter (``linear``), its root (``sqrt``) or its logarithm (``log``).
-        settings: of the solver, which tell the equation.
-        grid: cells a side.
-        snapshots: stored states of a trajectory, the initial one among them.
-        interval: time between them.
-        coordinates: the s of each split's regimes.
-        trajectories: of each regime of a split.
-        seed: of all random initial states.
+        settings: settings of the solver; their type selects the equation.
+        grid: cells per side.
+        snapshots: stored states per trajectory, including the initial one.
+        interval: time between snapshots.
+        coordinates: the s of the regimes of each split.
+        trajectories: trajectories per regime of each split.
+        seed: seed of all random initial states.
     """
 
     name: str
@@ -124,7 +124,7 @@ FAMILIES = {
     ),
     "navier_stokes": Family("navier_stokes", "viscosity", 3e-3, 1.1e-2, "linear", NavierStokes(), interval=0.5),
     "shallow_water": Family("shallow_water", "gravity", 0.4, 2.5, "sqrt", ShallowWater(), interval=0.1),
-    # Its parameter is in the state: a network sees how high the dam is, and needs no experts to tell.
+    # Its parameter is visible in the state: a network sees the height of the dam and needs no experts for it.
     "dam_height": Family("dam_height", "dam_height", 1.5, 2.5, "linear", ShallowWater(), interval=0.1),
 }
 
@@ -132,7 +132,7 @@ FAMILIES = {
 def initial_states(
     family: Family, seeds: Sequence[np.random.SeedSequence], value: float, device: str | torch.device = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random initial fields [B, C, H, W] float64 at a value of the parameter, and what `simulate` takes beside them."""
+    """Random initial fields [B, C, H, W] float64 at a value of the parameter, and the parameter [B] of the solver."""
     settings, parameter = family.settings, torch.full((len(seeds),), value, dtype=torch.float64)
     if isinstance(settings, ReactionDiffusion):
         fields = reaction_diffusion.random_initial(seeds, family.grid, settings)
@@ -151,10 +151,10 @@ def initial_states(
 def simulate(
     family: Family, seeds: Sequence[np.random.SeedSequence], value: float, device: str | torch.device = "cpu"
 ) -> torch.Tensor:
-    """One trajectory for each seed at a value of the parameter: [B, T, C, H, W] float64.
+    """Solve one trajectory per seed at a value of the parameter: [B, T, C, H, W] float64.
 
     Raises:
-        UserError, DivergedError: as the solvers do.
+        UserError, DivergedError: raised by the solvers.
     """
     fields, parameter = initial_states(family, seeds, value, device)
     module = SOLVERS[type(family.settings)]
@@ -177,7 +177,7 @@ def require_sound(family: Family) -> None:
         if split not in SPLITS:
             raise UserError(f"{name}: unknown split {split!r}: choose from {', '.join(SPLITS)}")
         if family.trajectories.get(split, 0) < 1:
-            raise UserError(f"{name}: trajectories has no positive number for split {split}")
+            raise UserError(f"{name}: trajectories needs a positive number for split {split}")
         if len({f"{coordinate:+.3f}" for coordinate in coordinates}) < len(coordinates):
             raise UserError(f"{name}: two coordinates of {split} are the same to three decimals")
         for coordinate in coordinates:

@@ -34,7 +34,7 @@ class PDEBenchFile:
         times: [T] float64.
         interval: time between snapshots.
         channels: names of the C channels.
-        config: what the generator was given, as far as the file tells; else empty.
+        config: the generator's settings, if the file has them; else empty.
     """
 
     fields: torch.Tensor
@@ -45,11 +45,11 @@ class PDEBenchFile:
 
 
 def read(path: Path, start: int = 0, stop: int | None = None) -> PDEBenchFile:
-    """Trajectories ``start`` to ``stop`` (all) of a file. Published files are large: give a range.
+    """Read trajectories ``start`` to ``stop`` (default: all) of a file. Published files are large: give a range.
 
     Raises:
         UserError: the file is missing or damaged, its keys or shapes are not those of a layout above, snapshots are
-            not equally far apart, or values are not finite.
+            not evenly spaced, or values are not finite.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""`shodh merge prefix`: an alpha from the first frames of a user's own trajectories, and the merge there."""
+"""`shodh merge prefix`: find alpha from the first frames of a user's trajectories, and merge there."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.ccm import data, pdebench
-from shodh_moe.ccm.ends import finite, load_ends
-from shodh_moe.ccm.expert import Expert
-from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix
+from shodh_moe.ccm.expert import Expert, load_ends
+from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix, json_number
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
-from shodh_moe.merging.inputs import open_source
+from shodh_moe.merging.inputs import open_input
 from shodh_moe.merging.merge import parse_size
 
-TRAJECTORIES = 16  # of the file that are looked at; published files have a thousand, of which each says much the same
+TRAJECTORIES = 16  # read from a file; published files have a thousand, which add little
 
 
 def merge_by_prefix(
@@ -36,24 +35,24 @@ def merge_by_prefix(
     """Merge the two experts of a ccm config at the alpha that predicts the first frames of ``file`` best.
 
     Args:
-        config, output, memory_limit, out_shard_size: as `merge` takes them; the config's alpha or coordinate does not
-            count. The memory limit is for the merge, after the networks are gone.
-        file: trajectories of one regime, a file of a family or of PDEBench.
-        frames: how many frames of it are looked at, K.
+        config, output, memory_limit, out_shard_size: as in `merge`; the config's alpha or coordinate is ignored. The
+            memory limit applies to the merge, after the networks have been freed.
+        file: trajectories of one regime, in a file of a family or of PDEBench.
+        frames: number of frames used, K.
 
     Returns:
         the new folder.
 
     Raises:
-        UserError: as `merge`; also the models are no experts of one network and family, the file is missing, damaged,
-            too short, of other channels or another time step, or no prediction of it is finite.
+        UserError: as in `merge`; or the models are not experts of one network and family; or the file is missing,
+            damaged, too short, has other channels or another time step, or no prediction of it is finite.
     """
     for size in (memory_limit, out_shard_size):
         parse_size(size)
     target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
     require_apart(target)
     for path in target.paths:
-        open_source(path)  # what cannot be merged need not be loaded
+        open_input(path)  # refuse models that cannot be merged before loading networks
     prefix, facts = _fit(*load_ends(target), file, frames)
     print("\n".join(_lines(prefix, file)), flush=True)
     for warning in _warnings(prefix):
@@ -71,10 +70,10 @@ class Input(NamedTuple):
 
 
 def read_input(path: Path) -> Input:
-    """The first trajectories of a file of a family, or of PDEBench.
+    """Read the first trajectories of a file of a family or of PDEBench.
 
     Raises:
-        UserError: it is missing, damaged, neither of them, or has values that are not finite.
+        UserError: the file is missing, damaged, of neither kind, or has values that are not finite.
     """
     remedy = "give a file of a family (`shodh expert data`) or of PDEBench"
     try:
@@ -88,21 +87,21 @@ def read_input(path: Path) -> Input:
     found = kind.read(path, 0, TRAJECTORIES)
     if found.fields.ndim != 5 or not len(found.fields) or found.fields.shape[2] != len(found.channels):
         shape = list(found.fields.shape)
-        raise UserError(f"{path}: tensor has shape {shape} and {len(found.channels)} channels have names: {remedy}")
+        raise UserError(f"{path}: tensor has shape {shape} and names of {len(found.channels)} channels: {remedy}")
     return Input(found.fields, found.interval, found.channels)
 
 
 def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
-    """The prefix of a file, and what the manifest says of it."""
+    """Fit the prefix of a file; also return its record for the manifest."""
     found = read_input(path)
     family, network = low.config.family.family(), low.config.network
     if found.channels != family.channels:
         raise UserError(
-            f"{path} has the channels {', '.join(found.channels)}, and the experts, of {family.name}, "
+            f"{path} has the channels {', '.join(found.channels)}, and the experts of {family.name} have "
             f"{', '.join(family.channels)}: give trajectories of the same equation"
         )
     if found.fields.shape[1] < 2:
-        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer one")
+        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer file")
     every = max(1, round(family.interval / found.interval)) if found.interval > 0 else 0
     if not every or not math.isclose(every * found.interval, family.interval, rel_tol=1e-3):
         raise UserError(
@@ -113,27 +112,27 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
     if fields.shape[1] < frames:
         steps = f" {family.interval:g} apart" if every > 1 else ""
         raise UserError(
-            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer one, or fewer --frames"
+            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer file, or fewer --frames"
         )
     if frames <= network.history:
         raise UserError(f"--frames {frames}: the network sees {network.history}, give at least {network.history + 1}")
     prefix = fit_prefix(low, high, fields[:, :frames], frames)
     if not math.isfinite(prefix.error):
         raise UserError(
-            f"{path}: at no alpha the error of its first {frames} frames is finite: a frame is zero everywhere, or "
-            "values are far from those that the experts were trained on"
+            f"{path}: the error of its first {frames} frames is not finite at any alpha: a frame is zero everywhere, "
+            "or values are far from the training data of the experts"
         )
-    # Four digits: last bits differ between devices and numbers of threads, and the same merge must be known again.
+    # Four digits: the last bits depend on device and number of threads, and a repeated merge must be recognised.
     record = {
         "file": str(path),
         "sha256": sha256(path),
         "trajectories": len(fields),
         "every": every,
         "frames": frames,
-        "error": finite(prefix.error, 4),
-        "sharpness": finite(prefix.sharpness, 4),
+        "error": json_number(prefix.error, 4),
+        "sharpness": json_number(prefix.sharpness, 4),
         "flat": prefix.flat,
-        "bank": {alpha: finite(error, 4) for alpha, error in prefix.bank.items()},
+        "bank": {alpha: json_number(error, 4) for alpha, error in prefix.bank.items()},
     }
     return prefix, record
 
@@ -157,7 +156,7 @@ def _warnings(prefix: Prefix) -> list[str]:
             f"alpha {prefix.alpha:+g} is at the end of the bank, and the best one may lie beyond it: expect less than "
             "between the experts"
         )
-    # At the end the error may well be smaller further out, which is not flat.
+    # At the end of the bank the error may be smaller further out, which is not flat.
     if prefix.flat and not (at_end and prefix.sharpness < -FLAT):
         warnings.append(
             f"the optimum is flat: {_sharpness(prefix)}, less than {FLAT:.0%}, so these frames hardly tell one alpha "

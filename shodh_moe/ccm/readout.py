@@ -1,8 +1,10 @@
-"""Where on the line a regime lies: the readouts coordinate, scale and prefix (DESIGN 3.7).
+"""The line between two experts: where a regime lies on it (readouts, DESIGN 3.7), and how far it is straight.
 
 coordinate   alpha = clip(s)             s of the regime, known
 scale        alpha = clip(gamma s)       gamma chosen once, on validation regimes
 prefix       alpha that predicts the first K frames of the regime best, out of a bank, refined by golden section
+
+CCM extrapolates along a line of weights. Predictions follow it only as far as the network is linear in its weights.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ import torch
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.merging.alpha import REACH
 from shodh_moe.operators import nrmse
 
@@ -26,18 +27,21 @@ BANK = tuple(step / 4 for step in range(-6, 7))  # 13 values
 FRAMES = 4  # K
 FLAT = 0.05  # an optimum whose error rises by less, a step of the bank away, is flat
 GAMMAS = tuple(step / 10 for step in range(4, 17))  # 0.4 ... 1.6
+BEND_ALPHAS = (0.0, 0.5, 1.25, 1.5, 1.75, 2.0)  # asked for on both sides
+BEND_TOLERANCE = 0.25
+PROBES = 8  # trajectories of each regime
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 def clip(alpha: float, reach: float = REACH) -> float:
-    """``alpha`` cut to +-``reach``."""
+    """Clip ``alpha`` to +-``reach``."""
     return min(max(alpha, -reach), reach)
 
 
 def rollout_errors(expert: Expert, fields_NTCHW: Tensor, coordinate: float, given: int, batch: int = 16) -> Tensor:
     """nRMSE of the frames after the first ``given`` ones, predicted from those alone: [N, T - given].
 
-    In physical units, on the network's device, in its precision.
+    Computed in physical units, on the network's device and in its dtype.
     """
     parameter = next(expert.network.parameters())
     found = []
@@ -49,9 +53,10 @@ def rollout_errors(expert: Expert, fields_NTCHW: Tensor, coordinate: float, give
 
 
 def fit_scale(low: Expert, high: Expert, validation: list[Trajectories], given: int = FRAMES) -> dict[str, Any]:
-    """gamma with the smallest mean error over all validation regimes: ``{"gamma": ..., "errors": {gamma: error}}``.
+    """Find the gamma with the smallest mean error over all validation regimes; of equal ones, the nearest to 1.
 
-    Nothing but the given regimes is looked at. Of equal ones the gamma nearest to 1 is taken.
+    Returns:
+        ``{"gamma": ..., "errors": {gamma: error}}``.
     """
     cache: dict[tuple[int, float], float] = {}
 
@@ -72,13 +77,13 @@ def fit_scale(low: Expert, high: Expert, validation: list[Trajectories], given: 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the first frames of a regime say.
+    """The readout of a regime's first frames.
 
     Attributes:
-        alpha: the best one.
+        alpha: the best alpha.
         error: its nRMSE on the frames; infinite where no alpha has a finite one.
-        sharpness: by how much more, relatively, the error is a step of the bank (0.25) away on either side, the
-            smaller of both; below `FLAT` the frames hardly tell one alpha from another.
+        sharpness: relative rise of the error one step of the bank (0.25) away, the smaller of both sides; below `FLAT`
+            the frames hardly tell one alpha from another.
         bank: error by alpha.
         frames: K.
     """
@@ -98,23 +103,25 @@ class Prefix:
 
 
 def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FRAMES) -> Prefix:
-    """The alpha that predicts frames ``history`` to ``frames`` - 1 of the trajectories best from those before.
+    """Find the alpha that best predicts frames ``history`` to ``frames`` - 1 of the trajectories from the earlier ones.
 
     Args:
-        fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are looked at.
+        fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are used.
 
     Raises:
-        UserError: there are fewer frames than that, or too few for the network's history.
+        UserError: there are fewer frames, or too few for the network's history.
     """
     history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
-        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer one")
+        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer prefix")
     if frames <= history:
-        raise UserError(f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more")
+        raise UserError(
+            f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more frames"
+        )
     seen = fields_NTCHW[:, :frames]
 
     def error(alpha: float) -> float:
-        # The coordinate is what is looked for: a network that is told it has no use for a prefix.
+        # The coordinate is unknown here: a network conditioned on it needs no prefix.
         return _finite(rollout_errors(compose(low, high, alpha), seen, 0.0, history).mean())
 
     bank = {alpha: error(alpha) for alpha in BANK}
@@ -123,16 +130,17 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     alpha, smallest = golden_section(error, max(best - step, BANK[0]), min(best + step, BANK[-1]))
     if bank[best] <= smallest:
         alpha, smallest = best, bank[best]
-    # Beyond the bank's end too: an optimum there is not flat because one side is missing.
+    # Also beyond the end of the bank: an optimum there is not flat just because one side is missing.
     beside = min(error(alpha - step), error(alpha + step))
     sharpness = math.inf if smallest == 0 else beside / smallest - 1 if math.isfinite(smallest) else 0.0
     return Prefix(alpha, smallest, sharpness, {f"{key:+.2f}": value for key, value in bank.items()}, frames)
 
 
 def golden_section(error: Callable[[float], float], low: float, high: float, steps: int = 7) -> tuple[float, float]:
-    """(place, value) of the smallest value found in [low, high], for a function with one minimum there.
+    """Minimise a function with one minimum in [low, high]; return the best point and its value.
 
-    Kiefer 1953: each step asks for one value and leaves 61.8 % of the interval.
+    Kiefer 1953: each step evaluates one point and leaves 61.8 % of the interval. `scipy.optimize.golden` has no fixed
+    number of evaluations, and it returns NaN where the function is infinite.
     """
     a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_a, at_b = error(a), error(b)
@@ -149,6 +157,52 @@ def golden_section(error: Callable[[float], float], low: float, high: float, ste
 
 
 def _finite(error: Tensor) -> float:
-    """A rollout that blew up counts as worse than any other."""
+    """Replace NaN by infinity: a rollout that blew up counts as worse than any other."""
     value = float(error)
     return value if torch.isfinite(error) else float("inf")
+
+
+def json_number(value: float, digits: int = 6) -> float | None:
+    """Round to ``digits`` significant digits for JSON; None for infinity and NaN."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def probes(regimes: list[Trajectories], history: int) -> Tensor:
+    """Frames from the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
+    return torch.cat(
+        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
+    )
+
+
+def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:
+    """How far a one-step prediction from the frames leaves the straight line, by alpha.
+
+    With g(alpha) the prediction of the expert at alpha, |g(alpha) - l(alpha)| / (|g(1) - g(-1)| / 2), l the line
+    through g(-1) and g(1). 0: on the line; 1: as far off it as an expert is from the middle. Norms are over all
+    frames.
+
+    Args:
+        frames_NTCHW: the network's ``history`` frames of several states of one or more regimes, physical units.
+    """
+
+    def predicted(alpha: float) -> Tensor:
+        expert = compose(low, high, alpha)
+        return expert.scale.normalise(expert.predict(frames_NTCHW.to(next(expert.network.parameters())), 1, 0.0))
+
+    at_low, at_high = predicted(-1.0), predicted(1.0)
+    half = torch.linalg.vector_norm(at_high - at_low) / 2
+    found = {}
+    for alpha in sorted({sign * size + 0.0 for size in BEND_ALPHAS for sign in (-1.0, 1.0)}):
+        line = (1 - alpha) / 2 * at_low + (1 + alpha) / 2 * at_high
+        found[alpha] = float(torch.linalg.vector_norm(predicted(alpha) - line) / half)
+    return found
+
+
+def straight_to(bends: dict[float, float]) -> float:
+    """The largest |alpha| of `bend` up to which no side leaves the line by more than `BEND_TOLERANCE`; at least 1."""
+    reached = 1.0
+    for size in sorted({abs(alpha) for alpha in bends}):
+        if any(not value <= BEND_TOLERANCE for alpha, value in bends.items() if abs(alpha) == size):
+            break
+        reached = max(reached, size)
+    return reached

@@ -1,4 +1,4 @@
-"""The two stages of an expert's config: its family's data, and its training. What is there already is kept."""
+"""The two stages of an expert's config: the data of its family, and its training. Finished work is skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.folder import claim_run_folder, write_environment
 from shodh_moe.training.deepspeed_config import deepspeed_config
@@ -22,10 +22,10 @@ from shodh_moe.training.optimizer import resolve_optimizer
 
 
 def check(config: ExpertConfig) -> None:
-    """Everything that can be known to be wrong before any work begins.
+    """Check everything about a config that can be checked before any work starts.
 
     Raises:
-        UserError: layout, DeepSpeed section, batch, anchor or run folder do not fit, or a folder cannot be written.
+        UserError: the layout, DeepSpeed section, batch, anchor or run folder do not fit, or a folder cannot be written.
     """
     world = count_ranks(config)
     deepspeed_config(config, world)
@@ -44,7 +44,7 @@ def check(config: ExpertConfig) -> None:
 
 
 def make_data(config: ExpertConfig) -> Path:
-    """Generate the files of the family that are missing or damaged."""
+    """Generate the missing or damaged files of the family and return its folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     family, folder = config.family.family(), config.family.folder()
     if all(data.is_done(regime) for regime in data.regimes(family, folder)):
@@ -57,10 +57,10 @@ def make_data(config: ExpertConfig) -> Path:
 
 
 def train(config: ExpertConfig, resume: str = "auto") -> Path:
-    """Train under the DeepSpeed launcher unless the run has its last checkpoint already; returns the run folder.
+    """Train under the DeepSpeed launcher unless the run already has its last checkpoint; return the run folder.
 
     Raises:
-        TrainingFailed: the launcher came back with an error.
+        TrainingFailed: the launcher exited with an error.
     """
     run = Path(config.runs) / config.name
     found = find_checkpoint(run / "checkpoints")

@@ -1,4 +1,4 @@
-"""Training of an expert by the common trainer: windows of its regimes, the loss of a rollout, validation."""
+"""Train an expert with the common trainer: windows of its regimes, a rollout loss, validation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from shodh_moe.training.trainer import train
 def train_expert(
     config: ExpertConfig, run: Path, resume: str = "auto", stop_file: Path | None = None
 ) -> None:  # fmt: skip
-    """Train to ``training.steps``; arguments and errors as `trainer.train` has them.
+    """Train to ``training.steps``; arguments as in `trainer.train`.
 
     Raises:
-        UserError: also if the data or the anchor is missing, does not fit, or ranks disagree.
+        UserError: as in `trainer.train`; or the data or the anchor is missing or does not fit, or ranks disagree.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed({f"config.{key}": value for key, value in flatten(config.model_dump()).items()})
@@ -38,7 +38,7 @@ def train_expert(
 
 
 class _InEngine:
-    """An engine as `rollout` wants a network; every step is a forward pass of the engine."""
+    """Wrap an engine as the network that `rollout` calls; every step is a forward pass of the engine."""
 
     def __init__(self, engine: Engine, history: int):
         self._engine, self.history = engine, history
@@ -56,7 +56,7 @@ class _ExpertTask:
     def __init__(self, config: ExpertConfig, run: Path):
         family, folder, t = config.family.family(), config.family.folder(), config.training
         regimes = [regime for split in config.splits for regime in read_split(family, folder, split)]
-        # Experts of one anchor work in its units, or their weights could not be merged.
+        # Experts of one anchor use its units, or their weights could not be merged.
         scale = on_rank_0(lambda: units_of_start(config)) if config.start else None
         scale = scale or Scale.of(regimes)
         self._config, self._family, self._scale = config, family, scale
@@ -73,7 +73,7 @@ class _ExpertTask:
         self._unrolled = config.rollout[0]
 
     def check_start(self, state: dict[str, Any]) -> str | None:
-        return None  # `units_of_start` has looked
+        return None  # `units_of_start` has checked it
 
     def begin(self, step: int, logs: bool) -> None:
         lengths = self._config.rollout
@@ -104,7 +104,7 @@ class _ExpertTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """nRMSE of whole rollouts on the validation regimes, in physical units, by s."""
+        """nRMSE of full rollouts on the validation regimes, in physical units, by s."""
         engine, config, history = self.engine, self._config, self._config.network.history
         engine.model.eval()
         rank, world, size = dist.get_rank(), dist.get_world_size(), config.training.batch_size

@@ -1,4 +1,4 @@
-"""Training samples of regimes: short windows of consecutive frames, in the units in which a network works."""
+"""Training samples of regimes: short windows of consecutive frames, in the network's units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Scale:
     """Mean and standard deviation of each channel: networks see (field - mean) / std.
 
     Attributes:
-        mean, std: one number a channel, in the field's units.
+        mean, std: one number per channel, in the field's units.
     """
 
     mean: tuple[float, ...]
@@ -24,7 +24,7 @@ class Scale:
 
     @classmethod
     def of(cls, regimes: list[Trajectories]) -> Scale:
-        """Over all values of the regimes; float64 sums. A channel that never changes has std 1."""
+        """Compute the scale over all values of the regimes, in float64. A constant channel has std 1."""
         over = (0, 1, 3, 4)
         counts = torch.tensor([regime.fields[:, :, 0].numel() for regime in regimes], dtype=torch.float64)
         means = torch.stack([regime.fields.double().mean(over) for regime in regimes])
@@ -36,7 +36,7 @@ class Scale:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def normalise(self, fields_CHW: Tensor) -> Tensor:
-        """[..., C, H, W] of physical values to the network's."""
+        """Convert [..., C, H, W] from physical units to the network's."""
         return (fields_CHW - self._of(self.mean, fields_CHW)) / self._of(self.std, fields_CHW)
 
     def restore(self, fields_CHW: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class Scale:
 class Windows:
     """Windows of ``frames`` consecutive frames of regimes.
 
-    Each coordinate is a domain to the sampler: one that several splits have is no more frequent than the others.
+    Each coordinate is a domain of the sampler: one in several splits is sampled no more often than others.
 
     Attributes:
-        domains: a name for each coordinate.
-        sizes: windows of each.
+        domains: one name per coordinate.
+        sizes: number of windows per coordinate.
     """
 
     def __init__(self, regimes: list[Trajectories], scale: Scale, frames: int):
@@ -70,7 +70,7 @@ class Windows:
         self.sizes = tuple(len(fields) * self._starts for fields in self._fields)
 
     def batch(self, picks: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(domain, index) pairs -> frames [B, frames, C, H, W], coordinate [B], domain [B]."""
+        """Map (domain, index) pairs to frames [B, frames, C, H, W], coordinate [B] and domain [B]."""
         windows = []
         for domain, index in picks:
             trajectory, start = divmod(index, self._starts)
@@ -79,7 +79,7 @@ class Windows:
         return torch.stack(windows), self._coordinates[domain_B], domain_B
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Where a window lies, and whether its values are finite."""
+        """Say where a window lies and whether its values are finite."""
         trajectory, start = divmod(index, self._starts)
         finite = bool(torch.isfinite(self._fields[domain][trajectory, start : start + self.frames]).all())
         return {"domain": self.domains[domain], "trajectory": trajectory, "first_snapshot": start, "finite": finite}

@@ -1,10 +1,11 @@
 """Checkpoints: complete, atomic, portable between layouts, written while training goes on (DESIGN 8).
 
-`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, `CheckpointReader` and `load_model` read
-it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` tells people what one holds.
+`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, and `CheckpointReader` and `load_model`
+read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` prints what a checkpoint holds.
 """
 
-from shodh_moe.checkpoint.fragments import EXPERT_MARK, Fragment, first_element, logical_shape, model_fragments
+from shodh_moe.checkpoint.find import checkpoints_at, resolve_checkpoint
+from shodh_moe.checkpoint.fragments import Fragment, first_element, logical_shape, model_fragments
 from shodh_moe.checkpoint.read import (
     CheckpointReader,
     damage,
@@ -14,13 +15,15 @@ from shodh_moe.checkpoint.read import (
     load_model,
     mismatch,
 )
+from shodh_moe.checkpoint.state import Damaged
 from shodh_moe.checkpoint.write import CheckpointWriter
 
 __all__ = [
-    "EXPERT_MARK",
     "CheckpointReader",
     "CheckpointWriter",
+    "Damaged",
     "Fragment",
+    "checkpoints_at",
     "damage",
     "damages",
     "find_checkpoint",
@@ -30,4 +33,5 @@ __all__ = [
     "logical_shape",
     "mismatch",
     "model_fragments",
+    "resolve_checkpoint",
 ]

@@ -1,8 +1,7 @@
-"""What a rank holds of the logical tensors of a checkpoint.
+"""Fragments: the parts of a checkpoint's logical tensors that one rank holds.
 
-A logical tensor is a parameter (or a moment of its optimizer) as it is without any parallelism: all experts of a
-layer stacked over the global expert axis 0. A rank holds runs of its elements, whatever the expert-parallel size and
-the ZeRO stage are.
+A logical tensor is a parameter (or one of its optimizer moments) as it would be without parallelism: all experts of a
+layer stacked along axis 0. At any expert-parallel size and ZeRO stage, a rank holds runs of consecutive elements.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.parallel import ExpertParallel
-
-EXPERT_MARK = ".experts."  # tensors under this name are stacked [local experts, ...]
 
 
 class Fragment(NamedTuple):
@@ -24,25 +22,25 @@ class Fragment(NamedTuple):
     values: Tensor  # 1-D view of live memory, any device
 
 
-def logical_shape(name: str, local: Tensor, ep: ExpertParallel) -> list[int]:
-    """Shape of the whole tensor of which this rank holds ``local``."""
+def logical_shape(local: Tensor, ep: ExpertParallel) -> list[int]:
+    """Shape of the logical tensor that belongs to ``local``, a parameter (or buffer) on this rank."""
     shape = list(local.shape)
-    return [shape[0] * ep.size, *shape[1:]] if EXPERT_MARK in name and shape else shape
+    return [shape[0] * ep.size, *shape[1:]] if marks(local).sharded else shape
 
 
-def first_element(name: str, local: Tensor, ep: ExpertParallel) -> int:
-    """Where ``local`` begins in the flattened whole tensor."""
-    return ep.rank * local.numel() if EXPERT_MARK in name else 0
+def first_element(local: Tensor, ep: ExpertParallel) -> int:
+    """Index of the first element of ``local`` in the flattened logical tensor."""
+    return ep.rank * local.numel() if marks(local).sharded else 0
 
 
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
-    """Everything of ``model/*`` that this rank holds, and the shapes of the logical tensors.
+    """This rank's fragments of all ``model/*`` tensors, and the shapes of the logical tensors.
 
-    Ranks hold the tensors outside the experts in common: to save, each of them must come from one rank alone.
+    Every rank holds all tensors outside the experts. When saving, each of those must come from only one rank.
     """
     fragments, shapes = [], {}
-    for name, local in model.state_dict().items():
+    for name, local in model.state_dict(keep_vars=True).items():
         key = f"model/{name}"
-        fragments.append(Fragment(key, first_element(name, local, ep), local.detach().view(-1)))
-        shapes[key] = logical_shape(name, local, ep)
+        fragments.append(Fragment(key, first_element(local, ep), local.detach().view(-1)))
+        shapes[key] = logical_shape(local, ep)
     return fragments, shapes

@@ -1,27 +1,28 @@
-"""What a checkpoint holds, as a table for people; and whether it is intact."""
+"""Print what a checkpoint holds, and verify that it is intact."""
 
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.checkpoint.fragments import EXPERT_MARK
-from shodh_moe.checkpoint.read import damages, list_checkpoints
+from shodh_moe.checkpoint.find import checkpoints_at
+from shodh_moe.checkpoint.read import damages
 from shodh_moe.checkpoint.state import Damaged, load_state
 
+# The only place that knows experts by name: `state.json` has no marks.
+EXPERTS = ".experts."
 NOT_RECORDED = "not recorded"
 
 
 def inspect(path: Path) -> str:
-    """A table of one checkpoint; of a run or its ``checkpoints`` folder, the newest.
+    """Describe one checkpoint as a table; for a run or its ``checkpoints`` folder, the newest one.
 
     Raises:
         UserError: there is no checkpoint, or its ``state.json`` cannot be read.
     """
-    path = checkpoints_at(path)[-1]
+    path = _checkpoints(path)[-1]
     try:
         state = load_state(path)
     except Damaged as error:
@@ -41,7 +42,7 @@ def inspect(path: Path) -> str:
         ("parameters", f"{sum(model.values()):,}"),
     ]
     rows += [(f"  {module}", f"{count:,}") for module, count in _by_module(model).items()]
-    experts = sum(count for name, count in model.items() if EXPERT_MARK in name)
+    experts = sum(count for name, count in model.items() if EXPERTS in name)
     rows += [("  of these in routed experts", f"{experts:,}"), ("experts by layer", _experts(shapes))]
     rows.append(("bytes", f"{sum(file['bytes'] for file in state['files'].values()):,}"))
     rows += [(f"  {name}", f"{file['bytes']:,}") for name, file in state["files"].items()]
@@ -53,25 +54,17 @@ def inspect(path: Path) -> str:
 
 
 def verify(path: Path) -> list[str]:
-    """Every damage of a checkpoint, or of all checkpoints of a run or its ``checkpoints`` folder; [] if intact.
+    """List all damage to a checkpoint, or to all checkpoints of a run or its ``checkpoints`` folder; [] if intact.
 
     Raises:
         UserError: there is no checkpoint.
     """
-    return [f"checkpoint {one}: {reason}" for one in checkpoints_at(path) for reason in damages(one)]
+    return [f"checkpoint {one}: {reason}" for one in _checkpoints(path) for reason in damages(one)]
 
 
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint folders that ``path`` means, oldest first: itself, or those of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (path, path / "checkpoints"):
-        if steps := list_checkpoints(folder):
-            return [folder / str(step) for step in steps]
-    if path.is_dir() and ((path / "state.json").exists() or re.fullmatch(r"\d+", path.resolve().name, re.ASCII)):
-        return [path]
+def _checkpoints(path: Path) -> list[Path]:
+    if found := checkpoints_at(path):
+        return found
     raise UserError(f"{path} is no checkpoint and holds none: name a run folder, its checkpoints, or one of them")
 
 
@@ -92,9 +85,9 @@ def _by_module(model: dict[str, int]) -> dict[str, int]:
 
 
 def _experts(shapes: dict[str, list[int]]) -> str:
-    """Number of routed experts of each MoE layer, in the order of the layers."""
+    """Number of routed experts in each MoE layer, in layer order."""
     layers: dict[str, int] = {}
     for name, shape in shapes.items():
-        if name.startswith("model/") and EXPERT_MARK in name and shape:
-            layers.setdefault(name.partition(EXPERT_MARK)[0], shape[0])
+        if name.startswith("model/") and EXPERTS in name and shape:
+            layers.setdefault(name.partition(EXPERTS)[0], shape[0])
     return ", ".join(map(str, layers.values())) or "none"

@@ -1,6 +1,6 @@
-"""One rank's file: its fragments copied to host memory, then written and hashed in one pass.
+"""One rank's file: fragments are copied to host memory, then written and hashed in one pass.
 
-The format is safetensors, written here because the library would need a second pass over the file for its hash.
+The format is safetensors. It is written here because the library would need a second pass over the file to hash it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In the order of the file: wide types first, so that every tensor begins at a multiple of its element size.
+# Order of tensors in the file: wide types first, so that each tensor starts at a multiple of its element size.
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -29,7 +29,7 @@ BLOCK = 4 << 20  # bytes written and hashed at a time
 
 
 class HostCopy:
-    """Copies of 1-D tensors in one buffer of host memory, laid out as in the file; reused for the next ones."""
+    """Copies of 1-D tensors in one reusable buffer of host memory, laid out as in the file."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -38,10 +38,10 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """Copy ``tensors``, which may change as soon as this returns.
+        """Copy ``tensors``; they may change as soon as this returns.
 
         Raises:
-            ValueError: a tensor is not 1-D, or of a type that is not stored.
+            ValueError: a tensor is not 1-D, or its type cannot be stored.
         """
         for key, tensor in tensors.items():
             if tensor.dim() != 1 or tensor.dtype not in DTYPES:
@@ -50,8 +50,8 @@ class HostCopy:
         items = sorted(tensors.items(), key=lambda item: order.index(item[1].dtype))
         self._bytes = sum(tensor.nbytes for _, tensor in items)
         if len(self._buffer) < self._bytes:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            # Not pinned: torch rounds pinned memory up to a power of two, too much where it is most of the host's.
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old buffer before allocating the new one
+            # Not pinned: torch rounds pinned memory up to a power of two, which may exceed the host's memory.
             self._buffer = torch.empty(self._bytes, dtype=torch.uint8)
         header, first = {}, 0
         for key, tensor in items:
@@ -64,7 +64,7 @@ class HostCopy:
         self._header = len(text).to_bytes(8, "little") + text
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write and sync the file; returns its ``bytes`` and ``sha256``. Other threads may run meanwhile."""
+        """Write and sync the file; return its ``bytes`` and ``sha256``. Other threads can run meanwhile."""
         digest = hashlib.sha256(self._header)
         data = self._buffer.numpy().data[: self._bytes]
         with open(path, "wb") as file:

@@ -1,6 +1,6 @@
-"""Finding the newest checkpoint that can be used, and reading any part of it (DESIGN 8).
+"""Find the newest usable checkpoint and read any part of it (DESIGN 8).
 
-Nothing here runs code from a file: JSON and safetensors only.
+Files are JSON and safetensors, so that reading one never runs code from it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is intact and fits, with its ``state.json``; None if there is none at all.
+    """The newest checkpoint that is intact and fits, with its ``state.json``; None if there are no checkpoints.
 
-    One that is refused is named on standard output. All files are read for their hashes: let one rank call it.
+    Prints the name of every checkpoint that it refuses. Reads all files to hash them, so only one rank should call it.
 
     Args:
-        shapes: what the logical tensors must be; without it only damage is looked for.
+        shapes: required shapes of the logical tensors; None: check for damage only.
 
     Raises:
-        UserError: there are checkpoints but none can be used.
+        UserError: there are checkpoints, but none can be used.
     """
     steps = list_checkpoints(folder)
     newest_reason = ""
     for step in reversed(steps):
         path = folder / str(step)
-        # The cheap comparison first.
+        # Compare shapes first: that is cheap.
         reason = (mismatch(path, shapes) if shapes is not None else None) or damage(path)
         if reason is None:
             return path, load_state(path)
@@ -64,13 +64,13 @@ def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) ->
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every byte is as it was written."""
+    """What is wrong with a checkpoint folder; None if every byte is as it was written."""
     found = damages(path)
     return f"{found[0]} (and {len(found) - 1} more)" if len(found) > 1 else found[0] if found else None
 
 
 def damages(path: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint folder."""
+    """List everything that is wrong with a checkpoint folder."""
     try:
         state = load_state(path)
     except Damaged as error:
@@ -123,8 +123,9 @@ def _longer_or_truncated(size: int, record: dict[str, Any]) -> str:
 
 
 def mismatch(path_or_state: Path | dict[str, Any], shapes: dict[str, list[int]]) -> str | None:
-    """How the tensors of a checkpoint differ from ``shapes``: the first few that are missing, extra, or of another
-    shape; None if they fit."""
+    """Describe how the tensors of a checkpoint differ from ``shapes``: the first few that are missing, extra, or of
+    another shape. None if they fit.
+    """
     if isinstance(path_or_state, Path):
         try:
             path_or_state = load_state(path_or_state)
@@ -151,13 +152,13 @@ def _few(names: list[str]) -> str:
 
 
 class CheckpointReader:
-    """Parts of a checkpoint; only what is asked for is read from the disk.
+    """Reads parts of a checkpoint; only what is asked for is read from disk.
 
     Attributes:
         state: the content of ``state.json``.
 
     Raises:
-        UserError: the checkpoint cannot be used. Hashes of the other files are `find_checkpoint`'s to check.
+        UserError: the checkpoint cannot be used. Only `find_checkpoint` checks the hashes of the other files.
     """
 
     def __init__(self, path: Path):
@@ -181,10 +182,10 @@ class CheckpointReader:
         return self._record(name)["shape"]
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Elements ``start`` to ``start + count - 1`` of the flattened logical tensor, [count].
+        """Read elements ``start`` to ``start + count - 1`` of the flattened logical tensor, [count].
 
         Raises:
-            UserError: there is no such tensor, it is shorter, or its file cannot be read.
+            UserError: the tensor does not exist or is shorter, or its file cannot be read.
         """
         record = self._record(name)
         if start < 0 or start + count > math.prod(record["shape"]):
@@ -202,12 +203,12 @@ class CheckpointReader:
         return out
 
     def tensor(self, name: str) -> Tensor:
-        """A whole logical tensor in its shape."""
+        """Read a whole logical tensor in its shape."""
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).view(shape)
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
-        """What that rank gave as its own state; nothing if the checkpoint was made by fewer ranks."""
+        """The own state that a rank saved; {} if the checkpoint was written by fewer ranks."""
         if rank >= self.state["world_size"]:
             return {}
         try:
@@ -218,7 +219,7 @@ class CheckpointReader:
 
     @torch.no_grad()
     def fill(self, fragments: list[Fragment]) -> None:
-        """Copy into the live memory of ``fragments``, as its type and on its device."""
+        """Copy from the checkpoint into the memory of ``fragments``, converting type and device."""
         for name, start, values in fragments:
             values.copy_(self.read(name, start, values.numel()))
 
@@ -243,10 +244,10 @@ class CheckpointReader:
 
 
 def load_model(path: Path, model: nn.Module, ep: ExpertParallel) -> None:
-    """Put the weights of a checkpoint into a model that holds this rank's experts.
+    """Load the weights of a checkpoint into a model that holds this rank's experts.
 
     Raises:
-        UserError: the checkpoint cannot be used, or its tensors are not those of the model.
+        UserError: the checkpoint cannot be used, or its tensors differ from those of the model.
     """
     reader = CheckpointReader(path)
     fragments, shapes = model_fragments(model, ep)

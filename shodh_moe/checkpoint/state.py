@@ -1,9 +1,9 @@
-"""``state.json``: what a checkpoint holds, where, and the hashes that tell whether it still does.
+"""``state.json``: what a checkpoint holds, where each part is, and hashes to verify it.
 
-A checkpoint is a folder with this file and one safetensors file a rank. ``tensors`` has for each logical tensor its
-shape, dtype and pieces ``[rank, first element, count]``: the key of a piece in that rank's file is
-``<name>@<first element>``. ``files`` has the size and SHA-256 of each file, ``sha256`` the hash of everything else in
-``state.json`` itself. Beside these stand the step, the number of ranks, and whatever facts the caller gave.
+A checkpoint is a folder with this file and one safetensors file per rank. ``tensors`` has the shape, dtype and pieces
+``[rank, first element, count]`` of each logical tensor; the key of a piece in that rank's file is
+``<name>@<first element>``. ``files`` has the size and SHA-256 of each file, and ``sha256`` the hash of everything else
+in ``state.json``. It also has the step, the number of ranks, and any facts that the caller gave.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 FORMAT = 2
 STATE = "state.json"
-RANK_STATE = ("rng/", "interval/")  # how keys begin in a rank's file that are no pieces but its own state
+RANK_STATE = ("rng/", "interval/")  # prefixes of keys in a rank's file that hold its own state, not pieces
 
 
 class Damaged(Exception):
-    """Why a checkpoint cannot be used, to follow its name in a sentence."""
+    """A checkpoint cannot be used. The message follows the checkpoint's name in a sentence."""
 
 
 class _TensorRecord(BaseModel):
@@ -45,7 +45,7 @@ class _State(BaseModel, extra="allow"):
     files: dict[str, _FileRecord]
 
 
-# What the caller's facts may not be called.
+# Names that the caller's facts must not have.
 RESERVED = {"format", "sha256", *_State.model_fields}
 
 
@@ -55,12 +55,12 @@ def rank_file(rank: int) -> str:
 
 
 def piece_key(name: str, start: int) -> str:
-    """Name of a fragment in its file."""
+    """Key of a fragment in its file."""
     return f"{name}@{start}"
 
 
 def not_covered(name: str, record: dict[str, Any]) -> str | None:
-    """Which elements of a logical tensor no piece or more than one piece holds; None if each is there once."""
+    """Describe elements of a logical tensor that are in no piece or in several; None if each is in exactly one."""
     total, done = math.prod(record["shape"]), 0
     for _, start, count in sorted(record["pieces"], key=lambda piece: piece[1:]):
         if start < 0 or count <= 0 or start + count > total:
@@ -75,10 +75,10 @@ def not_covered(name: str, record: dict[str, Any]) -> str | None:
 
 
 def join(shapes: dict[str, list[int]], reports: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``tensors`` of a checkpoint, from what each rank has reported: ``pieces`` [start, count] and ``dtypes`` by name.
+    """Build ``tensors`` of ``state.json`` from each rank's report: ``pieces`` [start, count] and ``dtypes`` by name.
 
     Raises:
-        RuntimeError: an element is missing or there twice, or ranks differ about a tensor's type.
+        RuntimeError: an element is missing or saved twice, or ranks disagree on a tensor's type.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
@@ -100,13 +100,13 @@ def join(shapes: dict[str, list[int]], reports: dict[int, dict[str, Any]]) -> di
 
 
 def seal(state: dict[str, Any]) -> str:
-    """The text of ``state.json``, its own hash added."""
-    plain = json.loads(json.dumps(state))  # tuples become lists, keys strings: as they will be read
+    """The text of ``state.json``, including its own hash."""
+    plain = json.loads(json.dumps(state))  # tuples become lists and keys become strings, as a reader will see them
     return json.dumps({**plain, "sha256": _hash(plain)})
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint folder's ``state.json``.
+    """Read and verify the ``state.json`` of a checkpoint folder.
 
     Raises:
         Damaged: it is missing, unreadable, changed, or of another format.
@@ -131,7 +131,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise Damaged(f"{STATE} has a wrong or no entry {where}") from None
-    # Only these names: a path in a foreign file must not lead out of the folder.
+    # Accept only these names: a path in a foreign file must not lead out of the folder.
     if set(state["files"]) != {rank_file(rank) for rank in range(state["world_size"])}:
         raise Damaged(f"{STATE} does not list one file for each of {state['world_size']} ranks")
     return state

@@ -1,15 +1,15 @@
-"""Writing a checkpoint from all ranks, while training goes on (DESIGN 8).
+"""Write a checkpoint from all ranks while training continues (DESIGN 8).
 
-Every rank copies its fragments to host memory and goes back to work; a thread writes them. The threads share only the
-file system, as collectives would get between those of training:
+Every rank copies its fragments to host memory and continues training; a thread writes them. The threads communicate
+only through the file system, because collectives would mix with those of training:
 
-1. Each rank writes its file into ``.writing-<step>-<attempt>-<count>``, then a report of it. A failure is reported too.
-2. When all have reported, rank 0 checks that the pieces make up every tensor, writes ``state.json`` and renames the
-   folder to ``<step>``; or, if anything failed, removes it.
-3. The others see the folder go, and find the new checkpoint in its place or not.
+1. Each rank writes its file into ``.writing-<step>-<attempt>-<count>``, then a report. Failures are reported too.
+2. When all ranks have reported, rank 0 checks that the pieces cover every tensor, writes ``state.json`` and renames the
+   folder to ``<step>``. If anything failed, it removes the folder instead.
+3. The other ranks wait until the folder is gone, then look for the new checkpoint in its place.
 
-So a checkpoint is there whole or not at all, and what a killed run left behind is never taken for a part of it: the
-attempt is another at each start.
+A checkpoint is therefore either complete or absent. Leftovers of a killed run are never mistaken for a part of it,
+because each start has a new attempt.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from shodh_moe.checkpoint.state import (
     seal,
 )
 
-PATIENCE_S = 1800.0  # how long a rank that has done its part waits for the others
+PATIENCE_S = 1800.0  # how long a rank that has written its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
-HEAD_START_S = 5.0  # by which rank 0 tells a failure before the others: its message names the ranks that failed
+HEAD_START_S = 5.0  # other ranks raise this much later than rank 0, whose message names the ranks that failed
 
 
 class _Save(NamedTuple):
-    """One checkpoint in the making; the fragments are in the host copy."""
+    """A checkpoint that is being written; its fragments are in the host copy."""
 
     step: int
     temporary: Path
     final: Path
-    mark: str  # attempt and count: distinguishes it from a save of the same step at any other time
+    mark: str  # attempt and count, different for every save of the same step
     shapes: dict[str, list[int]]
     pieces: dict[str, list[list[int]]]  # tensor -> [start, count] of this rank's fragments
     dtypes: dict[str, str]
@@ -68,9 +68,9 @@ class CheckpointWriter:
 
     Args:
         folder: the run's ``checkpoints``.
-        keep_last: how many of the newest checkpoints stay.
-        keep_every: checkpoints of every so many steps stay too; 0: none.
-        attempt: letters and digits, equal on all ranks and new at each start of the run.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
+        attempt: letters and digits, equal on all ranks and different at each start of the run.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, keep_last: int, keep_every: int, attempt: str):
@@ -93,18 +93,20 @@ class CheckpointWriter:
         rank_state: dict[str, Tensor],
         facts: dict[str, Any],
     ) -> None:
-        """Copy the fragments to host memory, then write in the background; returns when the copy is made.
+        """Copy the fragments to host memory and return; a thread writes them.
 
-        All ranks call it in the same order. It waits for the previous checkpoint first.
+        All ranks call it in the same order. It first waits for the previous checkpoint.
 
         Args:
-            shapes: of every logical tensor. Over all ranks the fragments hold each of their elements once.
-            rank_state: 1-D tensors that are this rank's own, under names such as ``rng/cpu`` (see `RANK_STATE`).
-            facts: whatever is to stand in ``state.json`` beside the tensors; of rank 0 alone. JSON values.
+            step: names the checkpoint.
+            fragments: this rank's; over all ranks they hold each element of every logical tensor once.
+            shapes: shapes of all logical tensors.
+            rank_state: this rank's own state, 1-D tensors with names such as ``rng/cpu`` (see `RANK_STATE`).
+            facts: JSON values to add to ``state.json``; only those of rank 0 are used.
 
         Raises:
             UserError: the previous checkpoint could not be written: disk full, no permission.
-            ValueError: fragments that cannot be stored, facts under a reserved name, rank state under another.
+            ValueError: a fragment cannot be stored, a fact has a reserved name, or rank state has a wrong name.
         """
         self.finish()
         if taken := RESERVED & set(facts):
@@ -125,22 +127,22 @@ class CheckpointWriter:
             pieces.setdefault(name, []).append([start, values.numel()])
             dtypes[name] = str(values.dtype).removeprefix("torch.")
         temporary, final = self._folder / f".writing-{step}-{mark}", self._folder / str(step)
-        facts = json.loads(json.dumps(facts)) if self._rank == 0 else {}  # a copy too
+        facts = json.loads(json.dumps(facts)) if self._rank == 0 else {}  # also a copy
         save = _Save(step, temporary, final, mark, {**shapes}, pieces, dtypes, facts)
-        # A daemon: when training ends in an error, waiting for ranks that are gone must not hold up the exit.
+        # A daemon: when training ends in an error, waiting for dead ranks must not delay the exit.
         self._thread = threading.Thread(target=self._run, args=(save,), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what the background write ran into, if it has ended; never waits."""
+        """Raise the error of the background write if it has ended; never wait."""
         if self._thread is None or not self._thread.is_alive():
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is there, on every rank.
+        """Wait on every rank until the last checkpoint is complete.
 
         Raises:
-            UserError: it could not be written: disk full, no permission, a rank that does not report.
+            UserError: it could not be written: disk full, no permission, or a rank did not report.
         """
         if self._thread is not None:
             self._thread.join()
@@ -169,19 +171,19 @@ class CheckpointWriter:
                 time.sleep(HEAD_START_S)
 
     def _write_own_file(self, save: _Save) -> tuple[dict[str, Any], Exception | None]:
-        """This rank's report: size, hash and pieces of its file; or what went wrong, with the exception."""
+        """Write this rank's file. Returns a report (size, hash and pieces, or the error) and any exception."""
         path = save.temporary / rank_file(self._rank)
         try:
             save.temporary.mkdir(parents=True, exist_ok=True)
             return {"file": self._host.write(path), "pieces": save.pieces, "dtypes": save.dtypes}, None
         except Exception as error:
             with suppress(OSError):
-                path.unlink()  # room for the report
+                path.unlink()  # make room for the report
             reason = disk_trouble(error)
             return {"error": reason or f"{type(error).__name__}: {error}", "user": bool(reason)}, error
 
     def _commit(self, save: _Save, own: dict[str, Any]) -> None:
-        """Rank 0: wait for every report, then make the folder a checkpoint."""
+        """On rank 0: wait for every report, then turn the folder into a checkpoint."""
         reports = {0: own}
 
         def all_reported() -> bool:
@@ -191,7 +193,7 @@ class CheckpointWriter:
                     reports[rank] = json.loads((save.temporary / _report_name(rank)).read_text(encoding="utf-8"))
             return len(reports) == self._world_size
 
-        # Even after a failure: a rank that comes later would make the folder anew.
+        # Wait even after a failure: a late rank would recreate the folder.
         if not wait_until(all_reported, PATIENCE_S):
             late = [rank for rank in range(self._world_size) if rank not in reports]
             raise UserError(
@@ -220,10 +222,10 @@ class CheckpointWriter:
         self._remove_old()
 
     def _await_commit(self, save: _Save, own: dict[str, Any]) -> None:
-        """Other ranks: wait for rank 0's decision."""
+        """On other ranks: wait for rank 0's decision."""
 
         def decided() -> bool:
-            # The listing of a folder is fresh on network disks too, where a single name may be remembered.
+            # Network disks may cache the lookup of a single name, but not the listing of a folder.
             return save.temporary.name not in os.listdir(self._folder)
 
         def committed() -> bool:
@@ -239,13 +241,13 @@ class CheckpointWriter:
             raise UserError(f"cannot write {save.final}: rank 0 gave it up, and its message says why")
 
     def _set_aside_later(self, step: int) -> None:
-        """Rename checkpoints of later steps: this run went on from before them, and must not be continued by them."""
+        """Rename checkpoints of later steps: this run resumed from an earlier step and must not resume from them."""
         for later in list_checkpoints(self._folder):
             if later > step:
                 path, aside = self._folder / str(later), self._folder / f"abandoned-{later}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-                print(f"checkpoint {path} is now {aside.name}: the run went on from an earlier step", flush=True)
+                print(f"checkpoint {path} is now {aside.name}: the run resumed from an earlier step", flush=True)
 
     def _remove_old(self) -> None:
         for old in list_checkpoints(self._folder)[: -self._keep_last]:
@@ -254,7 +256,7 @@ class CheckpointWriter:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first: a half-removed checkpoint must not look like a damaged one, and ranks that wait see it at once.
+    # Rename first: a half-removed checkpoint must not look damaged, and waiting ranks notice it at once.
     going = folder.with_name(f".removing-{folder.name.lstrip('.')}")
     try:
         os.replace(folder, going)
@@ -273,7 +275,7 @@ def _write_report(save: _Save, rank: int, report: dict[str, Any]) -> None:
     path = save.temporary / _report_name(rank)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report), encoding="utf-8")
-    os.replace(part, path)  # rank 0 must never read half of it
+    os.replace(part, path)  # rank 0 must never read a partial report
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -282,7 +284,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _raise_failures(save: _Save, reports: dict[int, dict[str, Any]], world_size: int) -> None:
-    """One error for the ranks that reported one."""
+    """Raise one error for all ranks that reported a failure."""
     failed = sorted(rank for rank, report in reports.items() if "error" in report)
     if failed:
         where = f" ({_ranks(failed)})" if world_size > 1 else ""
@@ -291,7 +293,7 @@ def _raise_failures(save: _Save, reports: dict[int, dict[str, Any]], world_size:
 
 
 def _remove_leftovers(folder: Path, attempt: str) -> None:
-    """Clear what earlier attempts left when they were killed."""
+    """Remove the leftovers of earlier attempts that were killed."""
     remove_leftovers(folder, older_than_seconds=0.0)
     for path in folder.glob(".writing-*"):
         if f"-{attempt}-" not in path.name:

@@ -1,4 +1,4 @@
-"""The ``shodh`` command; a file for each group of commands. What they do is imported when one of them runs."""
+"""The ``shodh`` command, one file per group of commands. A command imports its implementation when it runs."""
 
 from shodh_moe.cli.main import main
 

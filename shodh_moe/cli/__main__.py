@@ -1,4 +1,4 @@
-"""``python -m shodh_moe.cli`` is ``shodh``."""
+"""Run ``shodh`` as ``python -m shodh_moe.cli``."""
 
 import sys
 

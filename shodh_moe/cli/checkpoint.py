@@ -15,9 +15,9 @@ def add_checkpoint(commands: Any) -> None:
     example = "example: shodh checkpoint export runs/trial --output trial_model"
     steps = add_group(commands, "checkpoint", "show, check or export a checkpoint", example)
     for name, text, work in (
-        ("inspect", "show what a checkpoint holds", _inspect),
-        ("verify", "check every byte of a checkpoint, of all checkpoints of a run, or of an exported folder", _verify),
-        ("export", "write one folder with weights, tokenizer, config and model card", _export),
+        ("inspect", "show the contents of a checkpoint", _inspect),
+        ("verify", "check every byte of a checkpoint, a run's checkpoints, or an exported folder", _verify),
+        ("export", "export weights, tokenizer, config and model card to one folder", _export),
     ):
         end = " --output trial_model" if name == "export" else ""
         step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)

@@ -1,4 +1,4 @@
-"""What the groups of commands share: adding a command or a group of them, options, and reading the config."""
+"""Helpers of all command groups: add a command or a group, add shared options, and read the config."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from shodh_moe.base.command import OneLineParser, add_config_arguments
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import resolve_paths
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
 MODEL = "a run folder (its newest intact checkpoint), a checkpoint, or an exported folder"
@@ -17,9 +18,9 @@ Work = Callable[[argparse.Namespace], object]
 
 
 def add_group(commands: Any, name: str, text: str, example: str, default: str | None = None) -> Any:
-    """Add ``shodh <name>``, which has commands of its own; returns what they are added to.
+    """Add ``shodh <name>``, a group of commands, and return the group.
 
-    ``default`` is the command that is meant where the first word after ``<name>`` is none of them.
+    ``default`` is the command that runs if the first word after ``<name>`` is not a command of the group.
     """
     parser = commands.add_parser(name, help=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_subparsers(required=True, metavar="step", parser_class=OneLineParser)
@@ -29,13 +30,13 @@ def add_group(commands: Any, name: str, text: str, example: str, default: str | 
 
 
 def add_command(commands: Any, name: str, text: str, example: str, work: Work) -> argparse.ArgumentParser:
-    """Add a command that calls ``work`` with its options."""
+    """Add a command that calls ``work`` with the parsed options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
         epilog=example,
-        # An example that argparse wraps over two lines could not be copied.
+        # argparse would wrap a long example, which could then not be copied.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(work=work)
@@ -50,40 +51,43 @@ def add_config_command(commands: Any, name: str, text: str, work: Work, full_nam
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Add the option that every command without a config has."""
+    """Add ``--debug`` to a command that reads no config."""
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
 
 
 def add_hostfile(parser: argparse.ArgumentParser) -> None:
-    """Add the option of every command that starts ranks."""
-    parser.add_argument("--hostfile", help="train on these hosts: lines such as `worker-0 slots=8`")
+    """Add ``--hostfile`` to a command that starts ranks."""
+    parser.add_argument("--hostfile", help="file that lists the hosts to train on, in lines such as `worker-0 slots=8`")
 
 
 def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option of every command that loads a trained model."""
-    parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, if it is not where its config says")
+    """Add ``--tokenizer`` to a command that loads a trained model."""
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of the model's tokenizer, if it is not where the model's config says"
+    )
 
 
 def config_of(options: argparse.Namespace) -> Config:
-    """The config that a command line means."""
+    """Read the config with the overrides of a command line."""
     return load_config(options.config, overrides_of(options), options.name)
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:
-    """The settings of a command line, its hostfile among them."""
+    """The overrides of a command line, including its hostfile."""
     hostfile = [f"parallel.hostfile={options.hostfile}"] if getattr(options, "hostfile", None) else []
     overrides: list[str] = options.overrides
     return overrides + hostfile
 
 
 def stage(name: str) -> Callable[[argparse.Namespace], None]:
-    """A command that is one stage of `shodh_moe.runs.pipeline`."""
+    """The work of a command that runs one stage of `shodh_moe.runs.pipeline`."""
 
     def work(options: argparse.Namespace) -> None:
         from shodh_moe.runs import pipeline
 
         config = config_of(options)
-        pipeline.check(config)
-        getattr(pipeline, name)(config)
+        paths = resolve_paths(config)
+        pipeline.check(config, paths)
+        getattr(pipeline, name)(config, paths)
 
     return work

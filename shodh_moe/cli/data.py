@@ -10,36 +10,38 @@ from typing import Any
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
 from shodh_moe.cli.common import EXAMPLE, add_command, add_config_command, add_debug, add_group, stage
 
-DATASET = "a dataset's folder, or one HDF5 file"
+DATASET = "dataset folder or HDF5 file"
 
 
 def add_data(commands: Any) -> None:
-    text = "generate a dataset, import your own, check it or look at it"
+    text = "generate, import, check or inspect a dataset"
     steps = add_group(commands, "data", text, EXAMPLE.format(command="data generate"))
     add_config_command(steps, "generate", "generate the dataset", stage("make_data"), "data generate")
     example = "example: shodh data import configs/import/jhtdb_channel.yaml"
-    text = "bring your own HDF5, NetCDF or npz arrays into our layout (docs/import.md)"
+    text = "convert your own HDF5, NetCDF or npz arrays to our layout (docs/import.md)"
     step = add_command(steps, "import", text, example, _import)
-    step.add_argument("mapping", type=Path, metavar="MAPPING", help="YAML file that says where everything is")
-    step.add_argument("--output", type=Path, metavar="FOLDER", help="of the dataset, in place of the mapping's")
-    step.add_argument("--skip-bad", action="store_true", help="go on without what cannot be read, and list it")
+    step.add_argument("mapping", type=Path, metavar="MAPPING", help="YAML file that describes your arrays")
+    step.add_argument("--output", type=Path, metavar="FOLDER", help="dataset folder, in place of the mapping's")
+    step.add_argument("--skip-bad", action="store_true", help="skip files that cannot be read, and list them")
     add_debug(step)
     example = "example: shodh data check data/quickstart"
-    text = "read everything and list all that is wrong; exit code 2 where training would fail or be misled"
+    text = "read a whole dataset and list its errors; exit code 2 if training would fail or be misled"
     step = add_command(steps, "check", text, example, _check)
     step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
-    step.add_argument("--skip-bad", action="store_true", help="files that cannot be read are listed, but no error")
-    step.add_argument("--json", action="store_true", help="the same as JSON")
+    step.add_argument(
+        "--skip-bad", action="store_true", help="list files that cannot be read, but do not count them as errors"
+    )
+    step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
     example = "example: shodh data info data/quickstart"
-    step = add_command(steps, "info", "show what a dataset or a file holds", example, _info)
+    step = add_command(steps, "info", "show the contents of a dataset or a file", example, _info)
     step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
-    step.add_argument("--json", action="store_true", help="the same as JSON")
+    step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
     example = "example: shodh data preview data/quickstart --output pictures"
-    step = add_command(steps, "preview", "write slices through the flow as PNG pictures", example, _preview)
+    step = add_command(steps, "preview", "write slices of the flow as PNG pictures", example, _preview)
     step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
-    step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the pictures")
+    step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
     add_debug(step)
 
 
@@ -51,9 +53,9 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from shodh_moe.data.findings import audit
+    from shodh_moe.data.check import check_files
 
-    report = audit(options.path, skip_bad=options.skip_bad)
+    report = check_files(options.path, skip_bad=options.skip_bad)
     print(json.dumps(report.as_json(), indent=2) if options.json else report.text())
     return EXIT_USER_ERROR if report.errors else EXIT_DONE
 

@@ -10,18 +10,20 @@ from shodh_moe.cli.common import add_command, add_debug
 
 
 def add_doctor(commands: Any) -> None:
-    text = "say whether a training can run here, or on the hosts of a hostfile, and what to do where not"
+    text = "check whether training can run here or on the hosts of a hostfile, and suggest fixes"
     example = "example: shodh doctor --hostfile hostfile --shared runs"
     parser = add_command(commands, "doctor", text, example, _doctor)
-    parser.set_defaults(needs_torch=False)  # it says what is wrong with a torch that cannot be imported
-    parser.add_argument("--hostfile", type=Path, help="look at these hosts too: lines such as `worker-0 slots=8`")
+    parser.set_defaults(needs_torch=False)  # it diagnoses a torch that cannot be imported
+    parser.add_argument(
+        "--hostfile", type=Path, help="file that lists hosts to check too, in lines such as `worker-0 slots=8`"
+    )
     parser.add_argument(
         "--shared",
         action="append",
         metavar="FOLDER",
-        help="of runs, data or tokenizers, the same on every host; may be repeated; default: the working folder",
+        help="folder of runs, data or tokenizers that all hosts share; may be repeated; default: the working folder",
     )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_debug(parser)
 
 

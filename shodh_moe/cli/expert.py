@@ -16,14 +16,14 @@ def add_expert(commands: Any) -> None:
     steps = add_group(commands, "expert", text, example.format(step="train"))
     for name, text in (
         ("data", "generate the regimes of the config's family"),
-        ("train", "train an anchor, or fine-tune an expert from one; makes the data where they are missing"),
+        ("train", "train an anchor, or fine-tune an expert from one; generates missing data first"),
     ):
         step = add_command(steps, name, text, example.format(step=name), _expert)
         add_config_arguments(step)
         step.set_defaults(step=name)
         if name == "train":
             add_hostfile(step)
-            step.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the newest one")
+            step.add_argument("--resume", default="auto", help="checkpoint to resume from; default: the newest one")
 
 
 def _expert(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``shodh merge CONFIG``, which is ``shodh merge run CONFIG``, and ``shodh merge calibrate|prefix``."""
+"""``shodh merge CONFIG`` (short for ``shodh merge run CONFIG``) and ``shodh merge calibrate|prefix``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from shodh_moe.cli.common import add_command, add_debug, add_group
 
 
 def add_merge(commands: Any) -> None:
-    text = "merge models along a physical axis, or by other methods; reads and writes in bounded memory"
-    more = "where to merge: shodh merge calibrate --help, shodh merge prefix --help"
+    text = "merge models along a physical axis or by other methods, in bounded memory"
+    more = "to choose where to merge: shodh merge calibrate --help, shodh merge prefix --help"
     example = "example: shodh merge configs/merge/example.yaml"
     steps = add_group(commands, "merge", text, f"{example}\n{more}", default="run")
     run = add_command(steps, "run", text, f"{example}\n{more}", _merge)
     add_merge_arguments(run)
     add_debug(run)
-    text = "fit gamma for two experts of a ccm config on validation data alone, and see how far their path is straight"
+    text = "fit gamma for two experts of a ccm config on validation data, and measure how straight their path is"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
     calibrate = add_command(steps, "calibrate", text, example, _calibrate)
-    calibrate.add_argument("config", type=Path, metavar="CONFIG", help="a ccm config of two experts")
-    calibrate.add_argument("--output", type=Path, metavar="FILE", help="a new JSON file for the result")
+    calibrate.add_argument("config", type=Path, metavar="CONFIG", help="ccm config of two experts")
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="new JSON file for the result")
     add_debug(calibrate)
-    text = "merge two experts where they predict the first frames of your own trajectories best"
+    text = "merge two experts at the point that best predicts the first frames of your own trajectories"
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
     prefix = add_command(steps, "prefix", text, example, _prefix)
     add_merge_arguments(prefix)
-    about = "trajectories of one regime: as a family, or PDEBench's"
+    about = "trajectories of one regime, in the format of a family or of PDEBench"
     prefix.add_argument("--input", type=Path, required=True, metavar="FILE", help=about)
-    prefix.add_argument("--frames", type=int, default=4, metavar="K", help="that are looked at; default: %(default)s")
+    prefix.add_argument("--frames", type=int, default=4, metavar="K", help="observed frames; default: %(default)s")
     add_debug(prefix)
 
 

@@ -15,10 +15,14 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help=MODEL)
     parser.add_argument("--input", type=Path, required=True, help="HDF5 file in the_well's schema")
     parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
-    parser.add_argument("--output", type=Path, required=True, help="the new file; ParaView's gets the ending .vtkhdf")
-    parser.add_argument("--start", type=int, default=0, help="first snapshot that the model sees; default: %(default)s")
-    parser.add_argument("--sample", type=int, help="which trajectory of the file, from 0; default: all")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the stored fields")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="new HDF5 file; the file for ParaView gets the suffix .vtkhdf"
+    )
+    parser.add_argument("--start", type=int, default=0, help="first input snapshot; default: %(default)s")
+    parser.add_argument("--sample", type=int, help="index of a trajectory in the file, from 0; default: all")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float64"], default="float32", help="precision of the stored fields"
+    )
     parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     add_tokenizer_option(parser)

@@ -1,4 +1,4 @@
-"""``shodh run|pretrain|evaluate|report|plan``: the main job, or one of its stages."""
+"""``shodh run|pretrain|evaluate|report|plan``: the main job or one of its stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.cli.common import MODEL, add_config_command, add_hostfile, add_tokenizer_option, config_of, stage
+from shodh_moe.config.paths import resolve_paths
 
 
 def add_run(commands: Any) -> None:
-    text = "the main job: every stage that is not up to date, then the report"
+    text = "run every stage that is not up to date, then write the report"
     add_hostfile(add_config_command(commands, "run", text, _run))
 
 
@@ -19,14 +20,14 @@ def add_pretrain(commands: Any) -> None:
     text = "pretrain the latent transformer under the DeepSpeed launcher"
     parser = add_config_command(commands, "pretrain", text, _pretrain)
     add_hostfile(parser)
-    parser.add_argument("--resume", default="auto", help="a checkpoint to go on from; default: the run's newest one")
+    parser.add_argument("--resume", default="auto", help="checkpoint to resume from; default: the run's newest one")
 
 
 def add_evaluate(commands: Any) -> None:
     text = "measure the newest checkpoint, or another model, on held-out trajectories"
     parser = add_config_command(commands, "evaluate", text, _evaluate)
     parser.add_argument("--checkpoint", type=Path, help=f"{MODEL}, in place of the config's run")
-    parser.add_argument("--output", type=Path, help="folder for the results; needed with --checkpoint")
+    parser.add_argument("--output", type=Path, help="folder for the results; required with --checkpoint")
     add_tokenizer_option(parser)
 
 
@@ -35,16 +36,16 @@ def add_report(commands: Any) -> None:
 
 
 def add_plan(commands: Any) -> None:
-    text = "show parameters, memory of a GPU, steps and disk of a config; needs no GPU and starts nothing"
+    text = "show a config's parameters, GPU memory, steps and disk space; needs no GPU and starts nothing"
     add_world(add_config_command(commands, "plan", text, _plan))
 
 
 def add_world(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world", type=int, help="ranks; default: those of this host")
+    parser.add_argument("--world", type=int, help="number of ranks; default: those of this host")
 
 
 def world_of(options: argparse.Namespace) -> int | None:
-    """The ranks of ``--world``; None without it. Raises `UserError` for fewer than one."""
+    """The value of ``--world``, None if not given. Raises `UserError` if it is below 1."""
     world: int | None = options.world
     if world is not None and world < 1:
         raise UserError(f"--world {world}: give the number of ranks, at least 1")
@@ -56,23 +57,26 @@ def _run(options: argparse.Namespace) -> None:
     from shodh_moe.runs import pipeline
 
     config = config_of(options)
-    metrics = pipeline.run_all(config)
+    paths = resolve_paths(config)
+    metrics = pipeline.run_all(config, paths)
     print(summary_table(metrics))
-    print(f"report: {pipeline.paths_of(config).run / 'report' / 'index.html'}")
+    print(f"report: {paths.run / 'report' / 'index.html'}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
     from shodh_moe.runs import pipeline
 
     config = config_of(options)
-    pipeline.check(config)
-    pipeline.pretrain(config, options.resume)
+    paths = resolve_paths(config)
+    pipeline.check(config, paths)
+    pipeline.pretrain(config, paths, options.resume)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.checkpoint) != bool(options.output) or (options.tokenizer and not options.checkpoint):
         raise UserError(
-            "--checkpoint and --output belong together (and --tokenizer to them): a run's own results go to its folder"
+            "--checkpoint and --output belong together, and --tokenizer needs both: a run's own results go to "
+            "its folder"
         )
     if not options.checkpoint:
         stage("evaluate")(options)
@@ -86,7 +90,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from shodh_moe.launching.hosts import count_ranks
+    from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.plan import plan
 
     config = config_of(options)

@@ -13,20 +13,22 @@ SPLITS = ("train", "valid", "test")
 
 
 def add_tokenizer(commands: Any) -> None:
-    text = "train the tokenizer, encode a dataset with it, measure it, decode latents"
+    text = "train a tokenizer, encode a dataset, evaluate the tokenizer, or decode latents"
     steps = add_group(commands, "tokenizer", text, EXAMPLE.format(command="tokenizer train"))
     train = add_config_command(steps, "train", "train the tokenizer", stage("make_tokenizer"), "tokenizer train")
     add_hostfile(train)
     add_config_command(steps, "encode", "cache the latents of the dataset", stage("make_latents"), "tokenizer encode")
-    text = "measure reconstructions of a split, by default the test split"
+    text = "measure the reconstructions of a split, the test split by default"
     evaluate = add_config_command(steps, "evaluate", text, _evaluate, "tokenizer evaluate")
     evaluate.add_argument("--split", choices=SPLITS, default="test")
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="JSON; default: evaluation.json of the tokenizer")
-    text = "write the flows that cached latents stand for, in the layout of a dataset"
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file; default: evaluation.json in the tokenizer's folder"
+    )
+    text = "decode cached latents to flows in the layout of a dataset"
     decode = add_config_command(steps, "decode", text, _decode, "tokenizer decode")
     decode.add_argument("--split", choices=SPLITS, default="test")
-    decode.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    decode.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the fields")
+    decode.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+    decode.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="precision of the fields")
     text = "show parameters and memory of the tokenizer's training; starts nothing"
     add_world(add_config_command(steps, "plan", text, _plan, "tokenizer plan"))
 
@@ -44,7 +46,7 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from shodh_moe.launching.hosts import count_ranks
+    from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.tokenizer_plan import tokenizer_plan
 
     config = config_of(options)

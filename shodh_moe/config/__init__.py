@@ -1,22 +1,10 @@
-"""The configuration: its schema, reading it from YAML and overrides, comparing two, and the folders that it names."""
+"""The config of a run: its sections, reading it from YAML, comparing two configs, and the folders it names."""
 
-from shodh_moe.config.schema import (
-    COMPRESSION,
-    MAX_EXPERTS,
-    MAX_ROUTING_WIDTH,
-    Config,
-    DataConfig,
-    Domains,
-    EvaluationConfig,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    RouterConfig,
-    RunConfig,
-    TelemetryConfig,
-    TokenizerConfig,
-    TrainingConfig,
-)
+from shodh_moe.config.data import DataConfig, Domains
+from shodh_moe.config.model import MAX_EXPERTS, MAX_ROUTING_WIDTH, ModelConfig, MoEConfig, RouterConfig
+from shodh_moe.config.run import Config, RunConfig
+from shodh_moe.config.tokenizer import COMPRESSION, TokenizerConfig
+from shodh_moe.config.training import EvaluationConfig, ParallelConfig, TelemetryConfig, TrainingConfig
 
 __all__ = [
     "COMPRESSION",

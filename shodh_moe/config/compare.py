@@ -1,4 +1,4 @@
-"""Telling two configs apart: the keys that differ, and a fingerprint of settings."""
+"""Compare two configs key by key, and fingerprint settings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import hashlib
 import json
 from typing import Any
 
+from shodh_moe.base.section import first_changed
+from shodh_moe.config import ModelConfig
+
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
+    """Turn nested dictionaries into one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -25,22 +28,9 @@ def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key, missing) != flat_b.get(key, missing))
 
 
-# Model settings that neither shape the weights nor change a prediction, in which no token is dropped.
-_FREE_OF_MODEL = {
-    "moe.dropless",
-    "moe.capacity_factor",
-    "moe.min_capacity",
-    "moe.drop_order",
-    "moe.router.frozen",
-    "moe.router.temperature",
-    "moe.router.balance_weight",
-    "moe.router.z_weight",
-}
-
-
 def differing_model_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Keys of two ``model`` sections whose values make the same weights another model."""
-    return [key for key in differing_keys(a, b) if key not in _FREE_OF_MODEL]
+    """Differing keys of two ``model`` sections that make the same weights a different model."""
+    return [key for key in differing_keys(a, b) if first_changed(ModelConfig, key) not in ("run", "nothing")]
 
 
 def fingerprint(*parts: Any) -> str:

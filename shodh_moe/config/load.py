@@ -1,24 +1,24 @@
-"""Reading a config file and overrides into a `Config`."""
+"""Read a YAML file and overrides into a config."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.section import Section
+from shodh_moe.base.section import Section, section_of
 from shodh_moe.config import Config
 
 Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML alone reads ``1e-3`` as a string."""
+    """Reads ``1e-3`` as a number, as YAML 1.2 does; PyYAML's own loaders read a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -29,19 +29,19 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
-    """The ``key: value`` lines of a file; an empty one has none. ``remedy``: what to do where it cannot be opened.
+    """Read a YAML mapping; an empty file gives {}. ``remedy`` ends the message for a file that cannot be opened.
 
     Raises:
-        UserError: it is missing, no text, no YAML, or no mapping.
+        UserError: the file is missing, or is not a mapping in YAML in UTF-8.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file in UTF-8: give a YAML config") from None
+        raise UserError(f"{path} is not a text file in UTF-8: give a YAML config") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
@@ -49,18 +49,18 @@ def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Config:
-    """The config of a latent transformer's run; see `load_config_of`."""
+    """Read the config of a latent transformer's run; see `load_config_of`."""
     return load_config_of(Config, path, overrides, name)
 
 
 def load_config_of(
     kind: type[Kind], path: Path | str, overrides: list[str] | None = None, name: str | None = None
 ) -> Kind:
-    """Read a YAML config of that kind and apply ``key.sub=value`` overrides, then the run's name.
+    """Read a YAML config of class ``kind`` and apply ``key.sub=value`` overrides, then the run's name.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, an override has no ``=``, a key is unknown
-            (the nearest valid one is named), or a value has the wrong type or range.
+        UserError: the file is missing or not a YAML mapping, an override has no ``=``, a key is unknown (the message
+            names the nearest valid key), or a value has the wrong type or range.
     """
     path = Path(path)
     tree = read_yaml(path)
@@ -73,7 +73,7 @@ def load_config_of(
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
-            raise UserError(f"override {override!r}: {text!r} is no valid YAML value") from None
+            raise UserError(f"override {override!r}: {text!r} is not a valid YAML value") from None
         _set(tree, key, value)
         written_in[key] = f"override {override!r}"
     if name is not None:
@@ -95,9 +95,9 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, kind: type[Section], path: Path, written_in: dict[str, str]) -> str:
-    """The first mistake as one line: key, place, remedy."""
+    """Describe the first mistake in one line: where it was written, the key, and the remedy."""
     mistakes = error.errors()
-    # A misspelt key that has to be there makes two mistakes; the spelling is the one to name.
+    # A misspelt required key is both unknown and missing; report the spelling.
     first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])
     valid = _keys(kind)
     key = _written_key(first["loc"], valid)
@@ -110,7 +110,7 @@ def _explain(error: ValidationError, kind: type[Section], path: Path, written_in
         return f"{source}: key {key!r} is missing: add it"
     if first["type"] == "value_error":
         return f"{source}: {key or 'config'}: {first['msg'].removeprefix('Value error, ')}"
-    # A key that takes either of several types has a mistake for each of them.
+    # A key that accepts several types has one mistake per type.
     wanted = [_wanted(one) for one in mistakes if _written_key(one["loc"], valid) == key]
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -119,19 +119,19 @@ def _explain(error: ValidationError, kind: type[Section], path: Path, written_in
 
 def _wanted(mistake: Any) -> str:
     if mistake["type"] == "string_pattern_mismatch":
-        return "a name of letters, digits and _ . + = - that does not start with a sign"
+        return "a name of letters, digits and _ . + = - that starts with a letter, digit or _"
     if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "a section of `key: value` lines"
     return str(mistake["msg"]).removeprefix("Input should be ").removeprefix("String should have ")
 
 
 def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
-    """The key as the user wrote it: pydantic appends which type of a union it tried."""
+    """The key as the user wrote it, without the union member that pydantic appends."""
     parts: list[str] = []
     for part in location:
         prefix = ".".join(parts)
         leaf = prefix in valid and not any(key.startswith(f"{prefix}.") for key in valid)
-        # Below a leaf only positions in a list are the user's.
+        # Below a leaf, only list positions come from the user.
         if leaf and not isinstance(part, int):
             break
         parts.append(str(part))
@@ -139,7 +139,7 @@ def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
 
 
 def _source(key: str, file: str, written_in: dict[str, str]) -> str:
-    """The override that sets ``key``, or a part of it, or a section around it; otherwise the file."""
+    """The override that sets ``key``, a part of it or a section around it; without one, the file."""
     for written, text in reversed(written_in.items()):
         if f"{key}.".startswith(f"{written}.") or f"{written}.".startswith(f"{key}."):
             return text
@@ -147,7 +147,7 @@ def _source(key: str, file: str, written_in: dict[str, str]) -> str:
 
 
 def _nearest(key: str, valid: list[str]) -> str | None:
-    """Prefer a sibling of nearly the same name; otherwise any key that reads alike."""
+    """The most similar valid key: a sibling if possible, otherwise a key with the same last part, otherwise any."""
     parent = key.rpartition(".")[0]
     siblings = [k for k in valid if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
@@ -156,13 +156,11 @@ def _nearest(key: str, valid: list[str]) -> str | None:
     return near[0] if near else None
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a config model."""
+def _keys(kind: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of a config, including those that hold a section."""
     keys = []
-    for name, field in model.model_fields.items():
+    for name, field in kind.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            # Python 3.10 takes list[int] for a class, which issubclass then refuses.
-            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys.extend(_keys(kind, f"{prefix}{name}."))
+        if inner := section_of(field):
+            keys.extend(_keys(inner, f"{prefix}{name}."))
     return keys

@@ -1,13 +1,13 @@
-"""Where a config's artefacts are. What others can reuse is named after a hash of all that it depends on.
+"""The folders of a config's artefacts. Reusable artefacts are named after a hash of everything they depend on.
 
     <data.root>/<data.name>-<hash>/            generated dataset, in the_well's schema
-    <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json, and what its training keeps
-    <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset; also of a tokenizer at tokenizer.path,
+    <tokenizer.root>/<data.name>-<hash>/       tokenizer.safetensors, tokenizer.json, and records of its training
+    <tokenizer.root>/<...>/latents/<dataset>/  cached latents of one dataset; also for a tokenizer at tokenizer.path,
                                                which may be shared and read-only
     <runs>/<name>/                             run folder (DESIGN 5)
 
-A changed data or tokenizer setting therefore makes new artefacts beside the old ones, and an unchanged one
-finds what is there.
+A changed data or tokenizer setting therefore makes new artefacts beside the old ones, and unchanged settings find the
+existing artefacts. Each key of a config says which artefact it changes (see `shodh_moe.base.section`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.section import settings_that_change
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 
-# Raised when the code makes other files from the same config.
+# Raise these when the code makes different files from the same config.
 DATA_VERSION = 1
 TOKENIZER_VERSION = 2
 LATENTS_VERSION = 2
-# Settings of the data section that change no field of a dataset.
-FREE_OF_DATA = {"name", "path", "root", "compression", "device", "skip_bad", "weights"}
-# Settings of the tokenizer section that change no trained tokenizer.
-FREE_OF_TOKENIZER = {
-    *("path", "root", "seed", "log_every", "checkpoint_every", "activation_checkpointing"),
-    *("latent_copies", "latent_symmetries"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,14 @@ class Paths:
     run: Path
 
 
-def paths_of(config: Config) -> Paths:
-    """Folders of this config; none need exist, except a dataset or tokenizer that the config names.
+def resolve_paths(config: Config) -> Paths:
+    """Find the folders of a config.
+
+    Only a dataset or tokenizer that the config names must exist. This lists the files of ``data.path``, so a command
+    calls it once and passes the result on.
 
     Raises:
-        UserError: ``data.path`` or ``tokenizer.path`` is no folder.
+        UserError: ``data.path`` or ``tokenizer.path`` is not a folder.
     """
     data = config.data
     if data.path:
@@ -55,28 +52,29 @@ def paths_of(config: Config) -> Paths:
         files = sorted(path for path in found if path.is_file() and path.name[0] != ".")
         data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
     else:
-        data_id = fingerprint(DATA_VERSION, data.model_dump(exclude=FREE_OF_DATA))
+        data_id = fingerprint(DATA_VERSION, settings_that_change(data, "data"))
         dataset = Path(data.root) / f"{data.name}-{data_id}"
     seed = tokenizer_seed(config)
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
         meta = tokenizer / "tokenizer.json"
-        # By its content: a tokenizer trained anew in the same place has other latents.
+        # Identified by its contents: a tokenizer retrained in the same place has different latents.
         tokenizer_id = fingerprint(meta.read_text(encoding="utf-8", errors="replace") if meta.is_file() else "")
         cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     else:
-        settings = config.tokenizer.model_dump(exclude=FREE_OF_TOKENIZER)
-        if data.weights:
-            settings["weights"] = data.weights
+        settings = settings_that_change(config.tokenizer, "tokenizer")
+        del settings["seed"]  # `seed` replaces it
+        # Left out while unset, which keeps the folder names from before these keys existed.
+        settings |= {key: value for key, value in settings_that_change(data, "tokenizer").items() if value}
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, seed)
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
-    copies = [config.tokenizer.latent_copies, config.tokenizer.latent_symmetries]
+    copies = list(settings_that_change(config.tokenizer, "latents").values())
     latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, seed)}"
     return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
 
 
 def tokenizer_seed(config: Config) -> int:
-    """Of the tokenizer's weights and batches, and of the symmetries of latent copies."""
+    """The seed of the tokenizer's weights and batches, and of the symmetries of latent copies."""
     return config.seed if config.tokenizer.seed is None else config.tokenizer.seed
 
 

@@ -1,7 +1,6 @@
-"""Flow data: generate it, store it in the_well's HDF5 schema, read it back with checks, index it for training."""
+"""Generate flow data, store it in the_well's HDF5 schema, read it with checks, and sample it for training."""
 
-from shodh_moe.data.check import check_dataset
-from shodh_moe.data.generate import generate, is_complete
+from shodh_moe.data.generation import generate, is_complete
 from shodh_moe.data.listing import SPLITS, domain_names, list_trajectories
 from shodh_moe.data.loader import Snapshots, mixed_batches, read_batches
 from shodh_moe.data.reading import (
@@ -13,6 +12,7 @@ from shodh_moe.data.reading import (
     read_trajectory,
 )
 from shodh_moe.data.stats import FieldStats, compute_stats, write_stats
+from shodh_moe.data.trainable import require_trainable
 from shodh_moe.data.well import write_trajectory
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Snapshots",
     "Trajectory",
     "TrajectoryRecord",
-    "check_dataset",
     "compute_stats",
     "domain_names",
     "generate",
@@ -33,6 +32,7 @@ __all__ = [
     "read_provenance",
     "read_snapshots",
     "read_trajectory",
+    "require_trainable",
     "write_stats",
     "write_trajectory",
 ]

@@ -1,7 +1,7 @@
-"""Read snapshots at the places of a file where their bytes lie, without the HDF5 library and its lock.
+"""Read snapshots directly from their byte offsets in a file, without the HDF5 library and its lock.
 
-The library reads one thing at a time in a whole process, and its result still has to be reordered: here threads read
-side by side, and what comes in is reordered and checked while it is in the processor's cache.
+The library serialises all reads of a process, and its result still has to be reordered. Here threads read in parallel,
+and values are reordered and checked while they are in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import LARGEST, TrajectoryRecord
 from shodh_moe.kernels.compiled import compiled
 
-# Values read at a time, a multiple of 3: what comes in is still in the processor's cache when it is reordered.
+# Values read at a time, a multiple of 3; few enough to stay in the processor's cache until they are reordered.
 _BLOCK = 3 * 2**16
-# Without their sign, the bits of float32 values are ordered as their sizes are; infinity and NaN come last.
+# Without the sign, float32 bit patterns sort like magnitudes; infinity and NaN come last.
 _SIZE = np.uint32(0x7FFFFFFF)
 _TOO_LARGE = np.float32(LARGEST).view(np.uint32)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the native float32 values of a trajectory lie in its file: piece by piece, each without a gap.
+    """Byte offsets of a trajectory's native float32 values in its file, as contiguous pieces.
 
     Attributes:
-        stamp: of the file when this was found out; another one means that this no longer holds.
-        velocity_TP: byte offsets of the pieces [T, P] of each snapshot's velocity, [X, Y, Z, 3] in all.
-        pressure_TP: of its pressure, [X, Y, Z] in all.
+        stamp: identifies the version of the file that these offsets belong to.
+        velocity_TP: byte offsets [T, P] of the P pieces of each snapshot's velocity [X, Y, Z, 3].
+        pressure_TP: byte offsets [T, P] of the P pieces of each snapshot's pressure [X, Y, Z].
     """
 
     stamp: tuple[int, ...]
@@ -42,9 +42,10 @@ class Places:
 
 
 def find_places(record: TrajectoryRecord) -> Places | None:
-    """Where a trajectory lies in its file; None where only the library can tell or read it.
+    """Find the byte offsets of a trajectory; None if only the HDF5 library can read it.
 
-    That is: compressed, checksummed or of another number format, never written, or stored elsewhere.
+    That is the case for values that are compressed, checksummed, in another number format, never written, or stored in
+    another file.
 
     Raises:
         UserError: the file is damaged.
@@ -54,7 +55,7 @@ def find_places(record: TrajectoryRecord) -> Places | None:
     except OSError:
         return None
     with opened(record.path) as file:
-        # Offsets in a file count from the end of the block that a user may put before it.
+        # A user block would shift all offsets.
         if file.userblock_size:
             return None
         shape = (record.n_snapshots, *record.grid)
@@ -68,8 +69,8 @@ def find_places(record: TrajectoryRecord) -> Places | None:
 def read_places(path: Path, places: Places, snapshot: int, out_4XYZ: NDArray[np.float32]) -> bool:
     """Read velocity and pressure of a snapshot into a contiguous array.
 
-    Returns whether it worked and all values are sound, as `reading.require_sound` has it. If not, what ``out_4XYZ``
-    holds is worthless.
+    Returns whether reading succeeded and all values pass the check of `reading.require_sound`. Otherwise the content
+    of ``out_4XYZ`` is undefined.
     """
     bits_4N = out_4XYZ.reshape(4, -1).view(np.uint32)
     try:
@@ -84,12 +85,12 @@ def read_places(path: Path, places: Places, snapshot: int, out_4XYZ: NDArray[np.
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """Differs between two files of the same name, and after a file was changed."""
+    """A value that changes whenever the file is replaced or modified."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _pieces(file: h5py.File, name: str, sample: int, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """Byte offsets [T, P] of the values of one sample, of shape [T, X, ...]; None if they are not there as they are."""
+    """Byte offsets [T, P] of one sample's values, shape [T, X, ...]; None unless they are stored unfiltered."""
     dataset, snapshots, cells = file[name], shape[0], shape[1:]
     plain = dataset.dtype == np.dtype("=f4") and not dataset.id.get_create_plist().get_nfilters()
     if not plain or dataset.shape[1:] != shape:
@@ -137,7 +138,7 @@ def _read_scalars(file: FileIO, offsets_P: NDArray[np.int64], out_N: NDArray[np.
 
 
 def _filled(file: FileIO, values: NDArray[np.uint32]) -> bool:
-    """Fill ``values`` with what comes next; False at the end of the file."""
+    """Fill ``values`` with the next bytes of the file; False at its end."""
     left = values.data.cast("B")
     while left:
         count = file.readinto(left)
@@ -149,7 +150,7 @@ def _filled(file: FileIO, values: NDArray[np.uint32]) -> bool:
 
 @compiled()
 def _split(values_M: NDArray[np.uint32], out_3N: NDArray[np.uint32], start: int) -> np.uint32:
-    """Vectors one after another become three components from ``start`` on; returns the size bits of the largest."""
+    """Split interleaved vectors into three components from ``start`` on; returns the largest magnitude's bits."""
     count = values_M.size // 3
     x, y, z = out_3N[0, start : start + count], out_3N[1, start : start + count], out_3N[2, start : start + count]
     worst = np.uint32(0)
@@ -170,7 +171,7 @@ def _largest(values_M: NDArray[np.uint32]) -> np.uint32:
 
 @compiled()
 def unpack_bits(bits_M: NDArray[np.uint8], out_N: NDArray[np.float32]) -> None:
-    """What `numpy.packbits` packed, as zeros and ones."""
+    """Unpack the result of `numpy.packbits` to zeros and ones."""
     whole = out_N.size // 8
     for i in range(whole):
         for k in range(8):

@@ -1,4 +1,4 @@
-"""What generating a dataset will take, told before it begins: hours on these cores, bytes on the disk."""
+"""Estimate the time and disk space of data generation before it starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from shodh_moe.solvers.flow import FlowSetup
 from shodh_moe.solvers.seeds import trajectory_seed
 from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
-_SHORT = 3e8  # cell updates that take a minute at most: not worth a measurement
-_SECONDS = 0.4  # of measurement
+_SHORT = 3e8  # cell updates; fewer take a minute at most and are not worth a measurement
+_SECONDS = 0.4  # length of the measurement
 _EXAMPLE_SIZE = 64
 
 
 def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots: int) -> int:
-    """Time steps that the solver makes for one trajectory, those before the first snapshot included."""
+    """Number of solver time steps for one trajectory, including those before the first snapshot."""
     steps = domain.spinup_steps + (snapshots - 1) * domain.steps_per_snapshot
     if setup.velocity_3XYZ is not None:
         steps += settling(tuple(grid), setup.lid)[0] + STRESS_STEPS
@@ -34,7 +34,7 @@ def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots:
 
 
 def cell_updates(jobs: Sequence[PlannedTrajectory], config: DataConfig) -> float:
-    """Updates of fluid cells that ``jobs`` need, from the first flow of each domain."""
+    """Number of fluid-cell updates that ``jobs`` need, estimated from the first flow of each domain."""
     cells = float(np.prod(config.grid))
     of_domain: dict[str, float] = {}
     for job in jobs:
@@ -46,26 +46,26 @@ def cell_updates(jobs: Sequence[PlannedTrajectory], config: DataConfig) -> float
 
 
 def _example(job: PlannedTrajectory, config: DataConfig) -> FlowSetup:
-    """The set-up of a flow like those of ``job``, in a box of at most 64^3: a larger one would take long."""
+    """Set up a flow like that of ``job`` in a box of at most 64^3, as a larger one would take long."""
     rng = np.random.default_rng(trajectory_seed(config.seed, job.domain, job.trajectory))
     nx, ny, nz = (min(size, _EXAMPLE_SIZE) for size in config.grid)
     try:
         return job.config.setup((nx, ny, nz), rng)
-    except ValueError:  # what does not fit into the smaller box may fit into the real one
+    except ValueError:  # a geometry may fit only into the full-size box
         return FlowSetup(solid_XYZ=np.zeros((1, 1, 1), dtype=bool), lid=False, length=1.0)
 
 
 def worth_measuring(jobs: Sequence[PlannedTrajectory], config: DataConfig, devices: Sequence[str]) -> bool:
-    """Whether `update_rate` is to be asked: not for the work of a minute, and it knows no GPU."""
+    """Whether to call `update_rate`: only for more than a minute of work, and only on CPUs."""
     cells = float(np.prod(config.grid))
     stored = sum(config.snapshots * job.config.steps_per_snapshot for job in jobs) * cells
     return stored > _SHORT and set(devices) == {"cpu"}
 
 
 def update_rate(config: DataConfig, flows: int, cores: int) -> float:
-    """Cell updates a second of this process with so many flows at a time, measured in about a second.
+    """Measure for about a second how many cells this process updates per second with ``flows`` flows at a time.
 
-    On a box of at most 64^3, or 48^3 for each of several flows: larger ones are a little slower a cell.
+    Uses a box of at most 64^3, or 48^3 for each of several flows; larger boxes are a little slower per cell.
     """
     import numba
 
@@ -77,7 +77,7 @@ def update_rate(config: DataConfig, flows: int, cores: int) -> float:
 
     def measured(_: int) -> float:
         solver = LatticeBoltzmann(np.zeros(shape, dtype=bool), 0.02, parallel=flows == 1 and cores > 1)
-        solver.run(none_3)  # loads the kernel and touches the memory
+        solver.run(none_3)  # load the kernel and touch the memory
         steps, began = 0, time.perf_counter()
         while (passed := time.perf_counter() - began) < _SECONDS:
             solver.run(none_3)
@@ -88,7 +88,7 @@ def update_rate(config: DataConfig, flows: int, cores: int) -> float:
         return sum(pool.map(measured, range(flows)))
 
 
-def told(
+def format_estimate(
     jobs: Sequence[PlannedTrajectory],
     of: int,
     config: DataConfig,
@@ -97,14 +97,14 @@ def told(
     rate: float | None,
     where: str,
 ) -> str:
-    """The estimate as a line.
+    """Format the estimate as one line.
 
     Args:
-        jobs: those to be made now.
-        of: trajectories of the whole dataset, finished ones and other parts included.
-        flows: simulated at a time, by all processes.
-        rate: cell updates a second of all of them; None if it was not measured.
-        where: what the hours are for, such as ``on these 2 cores``.
+        jobs: the trajectories to generate now.
+        of: number of trajectories in the whole dataset, including finished ones and other parts.
+        flows: number of flows simulated at the same time by all processes.
+        rate: cell updates per second of all processes; None if not measured.
+        where: the hardware of the estimate, such as ``on these 2 cores``.
     """
     count = len(jobs)
     number = f"{count:,}" if count == of else f"{count:,} of {of:,}"
@@ -112,11 +112,11 @@ def told(
     grid = f"{sizes[0]}^3" if len(set(sizes)) == 1 else "x".join(sizes)
     updates = cell_updates(jobs, config)
     if rate:
-        # With fewer flows left than there is room for, some cores wait.
+        # Some cores are idle in the last round.
         rounds = -(-count // flows) * flows / max(count, 1)
         hours = f"about {_duration(updates / rate * rounds)} {where}"
     else:
-        hours = f"a minute or so {where}" if updates <= _SHORT else f"{where}: the progress tells how long"
+        hours = f"a minute or so {where}" if updates <= _SHORT else f"{where}: the progress will show how long"
     room = f"{_size(needed_bytes(count, config))} ({_size(free_bytes(folder))} free)"
     return f"{number} trajectories, {count * config.snapshots:,} snapshots of {grid}: {hours}, {room}"
 

@@ -1,4 +1,4 @@
-"""New HDF5 files whose failing writes are exceptions, and not a crash at the end of the process."""
+"""Write new HDF5 files so that a failed write raises an exception instead of crashing the process at exit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import h5py
 
 
 class _Sink:
-    """A file for HDF5's writes that remembers the first failure instead of reporting it.
+    """A file object for HDF5 that records the first write error instead of reporting it.
 
-    HDF5 (seen with 1.14) cannot close a file that it could not write: it prints, tries again when the process
-    ends, and crashes there. So it never hears of a full disk; what follows the failure is dropped.
+    HDF5 (seen with 1.14) cannot close a file after a failed write: it prints messages, tries again when the process
+    ends, and crashes. So errors are hidden from it, and all writes after the first error are dropped.
     """
 
     def __init__(self, path: Path):
@@ -44,17 +44,17 @@ class _Sink:
 
 @contextmanager
 def new_hdf5(path: Path) -> Iterator[h5py.File]:
-    """A new file, on the disk when the block ends well.
+    """Create an HDF5 file, which is complete when the block succeeds.
 
     Raises:
-        OSError: it could not be written. What is there then is worthless, and its owner removes it.
+        OSError: the file could not be written. The caller must remove the incomplete file.
     """
     sink = _Sink(path)
     try:
         with h5py.File(sink, "w") as file:
             yield file
     except Exception:
-        # Reading back what was dropped may fail inside HDF5; the disk is the reason.
+        # HDF5 may fail to read what was dropped; the write error is the actual cause.
         if sink.error:
             raise sink.error from None
         raise

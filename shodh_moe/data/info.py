@@ -1,4 +1,4 @@
-"""What a dataset's folder or a file holds, as numbers and as a table."""
+"""Summarise a dataset's folder or a file, as JSON values and as a table: ``shodh data info``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shodh_moe.data.listing import files_of
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
 
-_MOST_LOOKED_AT = 16  # snapshots of a domain in a split whose values are read
+_MOST_READ = 16  # snapshots per domain and split whose values are read
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Everything that `table` shows, as JSON values: one entry for each domain of each split.
+    """Everything that `table` shows, as JSON values, with one entry for each domain of each split.
 
-    Ranges are those of at most 16 snapshots of an entry, evenly chosen.
+    Value ranges are computed from at most 16 evenly spaced snapshots per entry.
 
     Raises:
-        UserError: there is no file, or none can be read.
+        UserError: there is no file, or no file can be read.
     """
     path = Path(path)
     groups: dict[tuple[str, str], list[TrajectoryRecord]] = {}
@@ -74,7 +74,7 @@ def _entry(split: str, domain: str, records: list[TrajectoryRecord]) -> dict[str
 
 
 def _fields(path: Path) -> list[dict[str, Any]]:
-    """Name, type, chunks and compression of every field of a file."""
+    """Name, type, shape, chunks and compression of every field in a file."""
     with opened(path) as file:
         return [
             {
@@ -92,7 +92,7 @@ def _fields(path: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(files: list[Path]) -> dict[str, list[float]]:
-    """[smallest, largest] of each constant of the flows, such as reynolds and mach."""
+    """[smallest, largest] value of each constant of the flows, such as reynolds and mach."""
     found: dict[str, list[float]] = {}
     for path in files:
         with opened(path) as file:
@@ -103,9 +103,9 @@ def _scalars(files: list[Path]) -> dict[str, list[float]]:
 
 
 def _ranges(records: list[TrajectoryRecord]) -> dict[str, dict[str, float]]:
-    """min, rms and max of the speed and of the pressure in the fluid, and the solid share of the volume."""
+    """min, rms and max of speed and pressure in the fluid, and the solid fraction of the volume."""
     every = [(record, snapshot) for record in records for snapshot in range(record.n_snapshots)]
-    chosen = [every[n] for n in np.unique(np.linspace(0, len(every) - 1, _MOST_LOOKED_AT).round().astype(int))]
+    chosen = [every[n] for n in np.unique(np.linspace(0, len(every) - 1, _MOST_READ).round().astype(int))]
     speeds, pressures, solids = [], [], []
     for record, snapshot in chosen:
         fields_T4XYZ, solid_1XYZ = read_snapshots(record, snapshot, snapshot + 1)
@@ -131,7 +131,7 @@ def _joined(ranges: list[tuple[float, float, float]]) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """`describe` as text."""
+    """The result of `describe` as text."""
     lines = [
         f"{found['path']}: {found['trajectories']:,} trajectories, {found['snapshots']:,} snapshots, "
         f"{_size(found['bytes'])}" + ("" if found["statistics"] is not False else "; no stats.yaml")
@@ -159,7 +159,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _about(domain: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Where a domain's data are from and how they are stored."""
+    """Provenance and storage of a domain's data."""
     first = entries[0]
     sides = ", ".join(axis for axis, periodic in zip("xyz", first["periodic"], strict=True) if periodic)
     names = dict.fromkeys(name for one in entries for name in one["scalars"])
@@ -189,7 +189,7 @@ def _same(steps: list[float]) -> bool:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Align the first two columns left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

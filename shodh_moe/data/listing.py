@@ -1,4 +1,4 @@
-"""What a dataset folder holds: its splits, trajectories and domains."""
+"""List the splits, trajectories and domains of a dataset folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _read: set[tuple[object, ...]] = set()
 def list_trajectories(
     folder: Path | str, split: str, grid: Sequence[int] | None = None, skip_bad: bool = False
 ) -> list[TrajectoryRecord]:
-    """The trajectories under ``<folder>/data/<split>``, in the order of their file names.
+    """List the trajectories under ``<folder>/data/<split>`` in the order of their file names.
 
     Args:
-        grid: what all of them must have; None: that of the first.
-        skip_bad: leave bad files out instead, and say on stderr which and why. Where the split is at most
-            ``READ_BYTES``, files with bad values are left out as well; otherwise those stop whoever reads them.
+        grid: required grid; None: the grid of the first file.
+        skip_bad: skip bad files, and print which and why on stderr. Files with bad values are skipped too if the split
+            has at most ``READ_BYTES``; in larger splits, reading such a file raises an error later.
 
     Raises:
         UserError: the folder is missing or has no HDF5 file, a file is unreadable or lies outside the folder, or the
@@ -57,10 +57,10 @@ def list_trajectories(
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:
-    """The HDF5 files of each split of a dataset's folder; of one file, a split without a name.
+    """The HDF5 files of each split of a dataset's folder; a single file is a split with an empty name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no HDF5 file.
     """
     if path.is_file():
         return {"": [path]}
@@ -78,11 +78,13 @@ def _hdf5_files(root: Path) -> list[Path]:
 def _require_inside(path: Path, folder: Path) -> None:
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()):
-        raise UserError(f"{path} is a symbolic link out of {folder}, to {target}: copy the file itself there")
+        raise UserError(
+            f"{path} is a symbolic link to {target}, outside {folder}: copy the file itself into the folder"
+        )
 
 
 def _bad_values(records: Sequence[TrajectoryRecord]) -> str:
-    """Why a file's values cannot be used; "" if they can. Read once in a process."""
+    """The reason why a file's values cannot be used, or "". Each file is read once per process."""
     try:
         for record in records:
             status = record.path.stat()
@@ -96,5 +98,5 @@ def _bad_values(records: Sequence[TrajectoryRecord]) -> str:
 
 
 def domain_names(records: Sequence[TrajectoryRecord]) -> list[str]:
-    """The domains that occur, in alphabetical order: their position is the domain index."""
+    """The domains of ``records`` in alphabetical order; a domain's position is its index."""
     return sorted({record.domain for record in records})

@@ -1,7 +1,7 @@
-"""The snapshots of a dataset, one at a time straight from its files, and batches of them read ahead.
+"""Read single snapshots of a dataset directly from its files, and prefetch batches of them.
 
-What is in a batch is decided before it is read, by whoever asks for it: its order does not depend on the number of
-workers, and a training goes on at any step by asking from there on. Nothing is kept but the solid masks.
+The caller decides the content of each batch before it is read. So the order does not depend on the number of workers,
+and training can resume at any step. Only solid masks are cached.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from shodh_moe.data.listing import domain_names
 from shodh_moe.data.reading import TrajectoryRecord, read_snapshots
 from shodh_moe.data.sampler import DomainSampler
 
-# Masks are kept as bits: at 128^3 this holds those of two thousand trajectories.
+# Masks are stored as bits: this is enough for two thousand trajectories of 128^3.
 MASK_BUDGET_BYTES = 2**29
-# Threads; one alone reads 128^3 snapshots at about the speed of memory, so a few do for any disk.
+# Threads. One reads 128^3 snapshots at about memory speed, so a few are enough for any disk.
 WORKERS = min(os.cpu_count() or 1, 4)
 
 
 class Snapshots:
-    """Every snapshot of some trajectories, in their order; fields float32 [5, X, Y, Z] = velocity, pressure, solid.
+    """All snapshots of the given trajectories in order; float32 [5, X, Y, Z] = velocity, pressure, solid.
 
-    Safe to use from several threads. Files are open only while they are read.
+    Thread-safe. Files are open only while they are read.
 
     Args:
-        records: from `list_trajectories`, all of one grid.
-        domains: the names that domain indices count; those of ``records`` in alphabetical order by default.
+        records: from `list_trajectories`, all with the same grid.
+        domains: names in the order of their domain indices; default: those of ``records`` in alphabetical order.
 
     Raises:
         UserError: a domain is not in ``domains``.
@@ -64,7 +64,7 @@ class Snapshots:
         return self.records[self._find(index)[0]]
 
     def of_domain(self, domain: int) -> list[int]:
-        """The indices of all snapshots of a domain."""
+        """Indices of all snapshots of a domain."""
         return [int(index) for index in self._of_domain[domain]]
 
     @property
@@ -73,7 +73,7 @@ class Snapshots:
         return tuple(len(indices) for indices in self._of_domain)
 
     def indices(self, samples: Iterable[tuple[int, int]]) -> list[int]:
-        """The indices of (domain, index within the domain) pairs, as a `DomainSampler` draws them."""
+        """Indices of the (domain, index within the domain) pairs that a `DomainSampler` draws."""
         return [int(self._of_domain[domain][within]) for domain, within in samples]
 
     def labels(self, indices: Sequence[int]) -> Tensor:
@@ -81,22 +81,22 @@ class Snapshots:
         return torch.from_numpy(self._domain[list(indices)])
 
     def read(self, index: int, out_5XYZ: NDArray[np.float32]) -> None:
-        """One snapshot into a contiguous array.
+        """Read one snapshot into a contiguous array.
 
         Raises:
-            UserError: the file is missing, damaged or changed its shape, or a value is not finite.
+            UserError: the file is missing or damaged, its shape has changed, or a value is not finite.
         """
         number, snapshot = self._find(index)
         record, mask = self.records[number], self._masks.get(number)
         if number not in self._places:
             self._places[number] = find_places(record)
         places = self._places[number]
-        # The first snapshot is read by the library, which gives the mask and finds out what is wrong with the file.
+        # The HDF5 library reads the first snapshot: it gives the mask and detects a damaged file.
         if mask is not None and places is not None:
             if read_places(record.path, places, snapshot, out_5XYZ[:4]):
                 unpack_bits(mask, out_5XYZ[4].reshape(-1))
                 return
-            # The file was changed since, or is bad.
+            # The file has changed or is bad.
             self._places[number] = find_places(record)
         fields_T4XYZ, solid_1XYZ = read_snapshots(record, snapshot, snapshot + 1)
         out_5XYZ[:4], out_5XYZ[4:] = fields_T4XYZ[0], solid_1XYZ
@@ -104,7 +104,7 @@ class Snapshots:
             self._masks.put(number, solid_1XYZ[0])
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Some snapshots, [B, 5, X, Y, Z]. Raises `UserError` as `read` does."""
+        """Read several snapshots, [B, 5, X, Y, Z]. Raises `UserError` like `read`."""
         (batch_B5XYZ,) = read_batches(self, [indices])
         return batch_B5XYZ
 
@@ -116,7 +116,7 @@ class Snapshots:
 
 
 class _Masks:
-    """The solid masks that were used last, a bit a cell, as many as fit into the budget."""
+    """The most recently used solid masks, one bit per cell, up to the memory budget."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
@@ -129,7 +129,7 @@ class _Masks:
             return self._kept.get(number)
 
     def put(self, number: int, mask_XYZ: NDArray[np.float32]) -> None:
-        """Keep a mask. One with values other than 0 and 1 is not kept, and the library reads it each time."""
+        """Store a mask. A mask with values other than 0 and 1 is not stored; the HDF5 library rereads it each time."""
         solid_XYZ = mask_XYZ == 1
         with self._lock:
             self._kept.pop(number, None)
@@ -142,14 +142,14 @@ class _Masks:
 def read_batches(
     snapshots: Snapshots, batches: Iterable[Sequence[int]], workers: int = 0, ahead: int = 2, pin: bool = False
 ) -> Iterator[Tensor]:
-    """The snapshots whose indices each of ``batches`` lists, [B, 5, X, Y, Z], in that order.
+    """Yield one batch [B, 5, X, Y, Z] for each list of indices in ``batches``, in order.
 
-    ``workers`` threads read up to ``ahead`` batches in advance; with 0 each is read when it is asked for.
-    ``batches`` may be endless, and decides alone what comes when. ``pin`` puts them into page-locked memory, from
-    which a GPU copies without waiting (``.to(device, non_blocking=True)``).
+    ``workers`` threads read up to ``ahead`` batches in advance; with 0, each batch is read on request. ``batches`` may
+    be endless. ``pin`` uses page-locked memory, from which a GPU copies asynchronously
+    (``.to(device, non_blocking=True)``).
 
     Raises:
-        UserError: as `Snapshots.read`, when the batch's turn comes.
+        UserError: like `Snapshots.read`, when the batch is yielded.
     """
     shape = (5, *snapshots.records[0].grid)
     if not workers:
@@ -182,5 +182,5 @@ def _finished(waiting: deque[tuple[Tensor, list[Future[None]]]]) -> Tensor:
 
 
 def mixed_batches(sampler: DomainSampler, snapshots: Snapshots, rank: int = 0, start: int = 0) -> Iterator[list[int]]:
-    """The indices of this rank's micro-batches from step ``start`` on, without end: all domains in each of them."""
+    """Endless indices of this rank's micro-batches from step ``start`` on; each contains all domains."""
     return (snapshots.indices(sampler.batch(step, rank)) for step in count(start))

@@ -1,4 +1,4 @@
-"""Open HDF5 files that someone else made: each is looked through by another process first."""
+"""Open untrusted HDF5 files: a separate process inspects each file first."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ import h5py
 from shodh_moe.base.errors import UserError
 
 CPU_SECONDS = 10  # a sound file takes milliseconds
-WALL_SECONDS = 120.0  # a slow file system is no damage
+WALL_SECONDS = 120.0  # generous: a slow file system does not mean a damaged file
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _lock = threading.Lock()
-_process: tuple[int, subprocess.Popen[bytes]] | None = None  # and whose child it is: a fork needs its own
+_process: tuple[int, subprocess.Popen[bytes]] | None = None  # (parent's process id, process): a fork needs its own
 _sound: dict[tuple[object, ...], dict[str, Any]] = {}
 
 
 def inspected(path: Path) -> dict[str, Any]:
-    """What the inspection found in a file that is safe to open: see `shodh_moe.inspection.__main__.inspect`.
+    """Inspect a file and return what `shodh_moe.inspection.__main__.inspect` found; the file is then safe to open.
 
-    A file is inspected once in a process, and again when it has changed.
+    Each process inspects a file once, and again after the file has changed.
 
     Raises:
-        UserError: the file is missing, empty, truncated, locked, damaged, not HDF5, leads to other files, or has
-            objects of absurd number or size.
+        UserError: the file is missing, empty, truncated, locked, damaged, not HDF5, refers to other files, or has
+            too many or too large objects.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path or generate the data again")
@@ -56,10 +56,10 @@ def inspected(path: Path) -> dict[str, Any]:
 
 
 def flow_of(path: Path) -> dict[str, Any]:
-    """The description of a file's trajectories, `shodh_moe.inspection.flow.describe`.
+    """Describe a file's trajectories with `shodh_moe.inspection.flow.describe`.
 
     Raises:
-        UserError: as `inspected`, and for a file that holds no flow trajectory in the_well's schema.
+        UserError: like `inspected`, and if the file has no flow trajectory in the_well's schema.
     """
     found = inspected(path)
     if "no_flow" in found:
@@ -69,10 +69,10 @@ def flow_of(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """The file, open for reading.
+    """Open a file for reading, after inspection.
 
     Raises:
-        UserError: as `inspected`; and what HDF5 reports in the block.
+        UserError: like `inspected`, or HDF5 reports an error within the block.
     """
     inspected(path)
     try:
@@ -85,13 +85,13 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _sentence(path: Path, what: str) -> str:
-    """``what`` begins with a verb, or with the object in the file that it is about."""
+    """Complete the message ``what``, which begins with a verb or with the name of an object in the file."""
     joined = f"{path} {what}" if what.split()[0] in ("is", "has", "holds") else f"{path}: {what}"
     return joined if ": " in what or "; " in what else f"{joined}: copy or generate it again"
 
 
 def _has_signature(path: Path, size: int) -> bool:
-    """HDF5 looks for it at 0, 512, 1024, 2048, ..."""
+    """Look for the HDF5 signature at bytes 0, 512, 1024, 2048, ... as the library does."""
     try:
         with open(path, "rb") as file:
             at = 0
@@ -106,7 +106,7 @@ def _has_signature(path: Path, size: int) -> bool:
 
 
 def _ask(path: Path) -> dict[str, Any]:
-    """The other process's answer about a file, or what became of it meanwhile."""
+    """Ask the inspection process about a file; if it crashes or hangs, the file is refused."""
     global _process
     with _lock:
         if _process is None or _process[0] != os.getpid() or _process[1].poll() is not None:
@@ -118,19 +118,19 @@ def _ask(path: Path) -> dict[str, Any]:
             process.stdin.flush()
             answer = _line(process)
         except BaseException:
-            # Its answer would be taken for that of the next file.
+            # A late answer would be mistaken for the next file's.
             _stop()
             raise
         if answer:
             return json.loads(answer)
         code = _stop(patience=0.0 if answer is None else 1.0)
     if code == -signal.SIGXCPU or answer is None:
-        return {"refused": "is damaged (HDF5 does not come to an end with it)"}
+        return {"refused": "is damaged (HDF5 does not finish reading it)"}
     return {"refused": f"is damaged (HDF5 crashes on it, exit code {code})"}
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes | None:
-    """A line of its stdout; b"" if it ended, None if it takes too long."""
+    """Read one line of the process's stdout; b"" if it ended, None if it takes too long."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -159,7 +159,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 @atexit.register
 def _stop(patience: float = 1.0) -> int | None:
-    """End the other process; returns its exit code. It ends by itself where this one is killed."""
+    """End the inspection process and return its exit code. If this process is killed, it ends by itself."""
     global _process
     if _process is None or _process[0] != os.getpid():
         return None

@@ -1,4 +1,4 @@
-"""The trajectories of a generated dataset as work items, each of its own: which are wanted, and which still missing."""
+"""The trajectories that a config asks for, as independent jobs, and which of them are still missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shodh_moe.solvers.domains import Domain
 
 @dataclass(frozen=True)
 class PlannedTrajectory:
-    """One trajectory to be made: which one, where it goes and the request that identifies it."""
+    """One trajectory to generate: its path, its flow, and the request that identifies its content."""
 
     path: Path
     domain: str
@@ -29,8 +29,8 @@ class PlannedTrajectory:
     request: dict[str, Any]
 
 
-def plan(config: DataConfig, folder: Path) -> list[PlannedTrajectory]:
-    """Every trajectory that ``config`` asks for, domains interleaved."""
+def planned_trajectories(config: DataConfig, folder: Path) -> list[PlannedTrajectory]:
+    """Every trajectory that ``config`` asks for, with the domains interleaved."""
     jobs = []
     for split in SPLITS:
         domains = config.domains.items()
@@ -45,7 +45,7 @@ def plan(config: DataConfig, folder: Path) -> list[PlannedTrajectory]:
 
 
 def _request(config: DataConfig, domain: Domain, trajectory: int) -> dict[str, Any]:
-    # All that the bits of a trajectory depend on; how many others there are is not part of it.
+    # Everything that a trajectory's bits depend on. The number of trajectories is not part of it.
     return {
         "solver_version": SOLVER_VERSION,
         "name": config.name,
@@ -58,28 +58,29 @@ def _request(config: DataConfig, domain: Domain, trajectory: int) -> dict[str, A
 
 
 def is_done(job: PlannedTrajectory) -> bool:
-    """Whether the file is there, whole by its header, and made by the same request."""
+    """Whether the file exists, is complete by its header, and was made by the same request."""
     if not job.path.exists():
         return False
     try:
         return read_provenance(job.path).get("request") == job.request
     except UserError:
-        # Damaged: make it again.
+        # A damaged file is regenerated.
         return False
 
 
 def unfinished(
     config: DataConfig, folder: Path, part: int = 0, of: int = 1, begin: bool = True
 ) -> list[PlannedTrajectory]:
-    """What is missing or damaged in part ``part`` (from 0) of ``of`` equal parts of the dataset.
+    """Missing or damaged trajectories in part ``part`` (from 0) of ``of`` equal parts of the dataset.
 
-    ``begin``: it is about to be made, so leftovers of killed runs are removed and the disk must have the room.
+    Args:
+        begin: generation is about to start: remove leftovers of killed runs and require enough disk space.
 
     Raises:
-        UserError: the config asks for nothing, the folder holds other data, or what all parts still lack does not fit
-            on the disk.
+        UserError: the config names no domain, the folder holds other data, or the missing trajectories of all parts
+            do not fit on the disk.
     """
-    jobs = plan(config, folder)
+    jobs = planned_trajectories(config, folder)
     if not jobs:
         raise UserError("data.domains names no domain: keep at least one")
     _require_same_fields(config)
@@ -89,16 +90,16 @@ def unfinished(
         for split in SPLITS:
             remove_leftovers(folder / "data" / split)
         require_space(folder, len(left), config)
-    # Neighbours in the list are of different domains: a run of them is as much work as any other.
+    # Domains are interleaved, so contiguous parts of the list are about equal work.
     mine = {job.path for job in jobs[part * len(jobs) // of : (part + 1) * len(jobs) // of]}
     return [job for job in left if job.path in mine]
 
 
 def missing(jobs: list[PlannedTrajectory]) -> list[PlannedTrajectory]:
-    """Those whose file is not there or not whole."""
+    """Jobs whose file does not exist or is incomplete."""
     for folder in {job.path.parent for job in jobs}:
         with suppress(OSError):
-            os.listdir(folder)  # network disks remember for a while that a single name was not there
+            os.listdir(folder)  # refreshes a network disk's cache, which may still say that a file is absent
     return [job for job in jobs if not is_done(job)]
 
 
@@ -115,7 +116,7 @@ def _require_no_others(folder: Path, wanted: set[Path]) -> None:
 
 
 def _require_same_fields(config: DataConfig) -> None:
-    """The loader of the_well wants the same fields in all files of a folder, and so do the statistics."""
+    """The_well's loader and the statistics need the same fields in every file of a folder."""
     scalar = {name: domain.scalar is not None for name, domain in config.domains.items()}
     if len(set(scalar.values())) > 1:
         without = next(name for name, has_one in scalar.items() if not has_one)
@@ -126,7 +127,7 @@ def _require_same_fields(config: DataConfig) -> None:
 
 
 def require_space(folder: Path, count: int, config: DataConfig) -> None:
-    """Refuse to begin ``count`` trajectories that do not fit on the disk. Raises `UserError`."""
+    """Raise `UserError` if ``count`` trajectories do not fit on the disk."""
     needed, free = needed_bytes(count, config), free_bytes(folder)
     if count and needed > free:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Slices through the flow as PNG pictures: one for each trajectory, and an overview of a folder."""
+"""Draw slices through the flow as PNG pictures: one per trajectory, and an overview of a folder."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from shodh_moe.data.listing import files_of
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
 
 DPI = 130
-_MOST_PER_DOMAIN = 2  # trajectories of a domain in a split that get a picture of their own
+_MOST_PER_DOMAIN = 2  # trajectories drawn per domain and split
 _SOLID = "0.55"
 _AXES = "xyz"
 _LONGEST_UNIT = 28
-# Half transparent at neither end: solids are drawn over it.
+# Without the darkest ends of the colour map.
 _SIGNED = LinearSegmentedColormap.from_list("signed", [colormaps["RdBu_r"](x) for x in np.linspace(0.04, 0.96, 64)])
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A quantity that is drawn: its name, unit and colours."""
+    """A quantity to draw; ``signed`` ones get a diverging colour map."""
 
     name: str
     unit: str
@@ -51,10 +51,10 @@ class _Frame:
 
 
 def preview(path: Path, folder: Path) -> list[Path]:
-    """Write ``<folder>/<split>_<file>.png`` and, of a dataset's folder, ``<folder>/overview.png``; returns the paths.
+    """Write ``<folder>/<split>_<file>.png`` and, for a dataset's folder, ``<folder>/overview.png``; returns the paths.
 
-    A picture of a trajectory shows speed, pressure and vorticity of its first, middle and last snapshot in the three
-    middle planes. Of a folder, up to two trajectories of each domain and split are drawn.
+    Each picture shows speed, pressure and vorticity of a trajectory's first, middle and last snapshot in the three
+    middle planes. For a folder, up to two trajectories of each domain and split are drawn.
 
     Raises:
         UserError: there is no file, a file cannot be read, or the folder cannot be written.
@@ -82,13 +82,12 @@ def preview(path: Path, folder: Path) -> list[Path]:
 
 
 def _trajectory(record: TrajectoryRecord) -> Figure:
-    """Rows: a quantity in each of three planes. Columns: three snapshots."""
+    """Three planes (rows) of up to three snapshots (columns), for each quantity."""
     kinds = _kinds(record)
     snapshots = sorted({0, record.n_snapshots // 2, record.n_snapshots - 1})
     frames = [_frame(record, snapshot) for snapshot in snapshots]
     sides = [_sides(record.grid, axis) for axis in (2, 1, 0)]
     heights = [record.grid[up] / record.grid[across] for across, up in sides]
-    # Each panel is as wide as the longest axis allows; three quantities side by side, three snapshots each.
     width = 1.55
     columns = len(kinds) * len(frames)
     figure = Figure(
@@ -120,7 +119,7 @@ def _trajectory(record: TrajectoryRecord) -> Figure:
 
 
 def _overview(firsts: list[tuple[str, TrajectoryRecord]], name: str) -> Figure:
-    """A row for each domain of each split: the last snapshot of its first trajectory in the plane across y."""
+    """One row per domain and split: the last snapshot of its first trajectory in the middle plane normal to y."""
     ratio = max(record.grid[_sides(record.grid, 1)[1]] / record.grid[_sides(record.grid, 1)[0]] for _, record in firsts)
     figure = Figure(figsize=(9.5, len(firsts) * (2.0 * ratio + 0.7) + 0.5), dpi=DPI, layout="constrained")
     figure.suptitle(f"{name}: last snapshot of a trajectory of each domain and split", fontsize=11, fontweight="bold")
@@ -139,7 +138,7 @@ def _overview(firsts: list[tuple[str, TrajectoryRecord]], name: str) -> Figure:
 
 
 def _label(bar: Colorbar, name: str, unit: str) -> None:
-    """Name the bar; a power of ten that all numbers share goes into the unit."""
+    """Label the colour bar; a common power of ten is moved into the unit."""
     high = max(abs(bar.vmin), abs(bar.vmax))
     power = math.floor(math.log10(high)) if high > 0 else 0
     power = 0 if -2 < power < 3 else power
@@ -153,7 +152,7 @@ def _label(bar: Colorbar, name: str, unit: str) -> None:
 
 
 def _draw(axes: Axes, values_XYZ: NDArray[np.float32], axis: int, kind: _Kind, low: float, high: float) -> Any:
-    """The middle plane across ``axis``; solids are grey and hatched."""
+    """Draw the middle plane normal to ``axis``; solids are grey and hatched."""
     plane = np.take(values_XYZ, values_XYZ.shape[axis] // 2, axis)
     if (sides := _sides(values_XYZ.shape, axis)) != tuple(sorted(sides)):
         plane = plane.T
@@ -181,7 +180,7 @@ def _frame(record: TrajectoryRecord, snapshot: int) -> _Frame:
 
 
 def _kinds(record: TrajectoryRecord) -> list[_Kind]:
-    """Speed, pressure and vorticity, with the units that the file states."""
+    """Speed, pressure and vorticity, with the units stated in the file."""
     stated = read_provenance(record.path)
     lattice = record.units.startswith("lattice")
     length, time = (str(stated.get(f"unit_{name}", "")) for name in ("length", "time"))
@@ -192,7 +191,7 @@ def _kinds(record: TrajectoryRecord) -> list[_Kind]:
 
 
 def _limits(values: list[NDArray[np.float32]], kind: _Kind) -> tuple[float, float]:
-    """Of the colours: around the median for signed quantities, from 0 otherwise; a few outliers do not count."""
+    """Colour limits, ignoring a few outliers: symmetric about the median for signed quantities, else from 0."""
     every = np.concatenate([one[np.isfinite(one)].ravel() for one in values])
     if not every.size:
         return 0.0, 1.0
@@ -211,7 +210,7 @@ def _time(record: TrajectoryRecord, snapshot: int) -> str:
 
 
 def _sides(grid: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """The axes that go to the right and up in the plane across ``axis``: a long one to the right, or the first."""
+    """The horizontal and the vertical axis of the plane normal to ``axis``; a clearly longer axis is horizontal."""
     first, second = (one for one in range(3) if one != axis)
     return (first, second) if grid[second] <= 1.25 * grid[first] else (second, first)
 

@@ -1,4 +1,4 @@
-"""A file that was just written, read again and compared with what it should hold, before it gets its name."""
+"""Read a new file back and compare it with the simulation, before the file gets its final name."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from shodh_moe.data.reading import open_trajectories, read_provenance, read_snap
 from shodh_moe.data.storage import CONCENTRATION
 from shodh_moe.solvers import Simulation
 
-_BLOCK_BYTES = 2**26  # read at a time
-AGAIN = "run the same command again; if this comes again, look at the disk and the memory"
+_BLOCK_BYTES = 2**26  # bytes read at a time
+AGAIN = "run the same command again; if the error recurs, check the disk and the memory"
 
 
 def require_as_written(file: Path, simulation: Simulation, name: Path) -> None:
-    """Read ``file`` with our own reader, a few snapshots at a time, and compare every value with ``simulation``.
+    """Read ``file`` with the project's own reader, a few snapshots at a time, and compare all values.
 
-    What the system still keeps in memory comes from there: this finds what was written wrongly or not at all, at the
-    cost of reading, and not what a disk loses later.
+    The data may come from the page cache: this detects wrong or missing writes, but not later failures of the disk.
 
     Args:
-        name: where the file will be, for messages.
+        name: final path of the file, for messages.
 
     Raises:
-        UserError: it cannot be read, does not follow the schema, or holds other values; or a value of the flow is not
-            finite.
+        UserError: the file cannot be read, does not follow the schema or has other values, or a value is not finite.
     """
     try:
         records = open_trajectories(file, simulation.solid_XYZ.shape)
         if len(records) != 1 or records[0].n_snapshots != len(simulation.time_T):
-            raise UserError("it does not hold one trajectory of all snapshots")
+            raise UserError("it does not contain exactly one trajectory with all snapshots")
         if not read_provenance(file).get("complete"):
             raise UserError("it is not marked as complete")
         at_a_time = max(1, _BLOCK_BYTES * records[0].n_snapshots // records[0].nbytes)
@@ -49,13 +47,13 @@ def require_as_written(file: Path, simulation: Simulation, name: Path) -> None:
                     stored_XYZ = stored[f"t0_fields/{CONCENTRATION}"][0, t]
                     _require_same(CONCENTRATION, stored_XYZ[None], simulation.scalar_TXYZ[t : t + 1], t)
     except (UserError, OSError, KeyError) as error:
-        raise UserError(f"{name} is not as it should be when read back ({error}): {AGAIN}") from error
+        raise UserError(f"{name} is not correct when read back ({error}): {AGAIN}") from error
 
 
 def _require_same(
     field: str, stored_T: NDArray[np.generic], wanted_T: NDArray[np.generic], first: int | None = None
 ) -> None:
-    """Compare along the first axis; ``first`` is the number of its first snapshot, None for what has no time."""
+    """Compare along the first axis. ``first``: index of the first snapshot; None for a field without time."""
     for n, (stored, wanted) in enumerate(zip(stored_T, wanted_T, strict=True)):
         what = field if first is None else f"{field} of snapshot {first + n}"
         if not np.isfinite(stored).all():

@@ -1,4 +1,4 @@
-"""Read trajectories from the_well's HDF5 schema, ours and others', and refuse what is wrong with them by name."""
+"""Read and validate trajectories in the_well's HDF5 schema, written by this project or by others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shodh_moe.data.opening import flow_of, opened
 from shodh_moe.data.unpacking import read_gzip
 from shodh_moe.inspection.structure import why_unreadable
 
-# Squares of larger values overflow float32. Values whose bytes were swapped exceed it in every fourth cell.
+# Squares of larger values overflow float32. With swapped bytes, every fourth value exceeds this.
 LARGEST = 1e18
 
 
@@ -26,14 +26,14 @@ class TrajectoryRecord:
     Attributes:
         path: the HDF5 file.
         sample: which trajectory of the file (0 in the files we write).
-        domain: our domain name; for other files the_well's dataset_name.
-        n_snapshots: stored snapshots T.
+        domain: this project's domain name, or the_well's dataset_name for other files.
+        n_snapshots: number of stored snapshots T.
         grid: (X, Y, Z).
-        periodic: along which axes the flow repeats itself, from the file's boundary conditions.
-        forced: something drives the flow along x; also where the file does not tell.
-        spacing: between cells along x, y, z, in the file's units; None if the file does not tell.
-        interval: time between snapshots, in the file's units; None if the file does not tell.
-        units: what the file says of them; "" if nothing.
+        periodic: whether each axis is periodic, from the file's boundary conditions.
+        forced: the flow is driven along x; True if the file does not say.
+        spacing: distance between cells along x, y, z in the file's units; None if unknown.
+        interval: time between snapshots in the file's units; None if unknown.
+        units: the units as stated in the file; "" if not stated.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class TrajectoryRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the fields of all snapshots as float32 [5, X, Y, Z]."""
+        """Size of all snapshots as float32 [5, X, Y, Z]."""
         return 4 * 5 * self.n_snapshots * int(np.prod(self.grid))
 
 
@@ -58,7 +58,7 @@ class Trajectory:
     """The fields of one trajectory, float32 and unnormalised.
 
     Attributes:
-        record: where it came from.
+        record: the trajectory that was read.
         velocity_T3XYZ: [T, 3, X, Y, Z].
         pressure_T1XYZ: [T, 1, X, Y, Z].
         solid_1XYZ: [1, X, Y, Z], 1 in solid voxels, 0 in fluid.
@@ -71,14 +71,13 @@ class Trajectory:
 
 
 def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> list[TrajectoryRecord]:
-    """The trajectories of a file, from its header: no field is read.
+    """List the trajectories of a file from its header, without reading any field.
 
     Raises:
         UserError: the file is missing, empty, truncated, locked, damaged or not HDF5; links or refers to other
-            files; has an attribute, dataset or chunk of absurd size; lacks velocity or pressure; holds values of
-            another type than expected, shapes that do not fit together, coordinates or times whose steps are not
-            positive and equal, a filter that is not installed, values that were never written, or a grid other
-            than ``grid``.
+            files; has an attribute, dataset or chunk of excessive size; lacks velocity or pressure; has values of
+            an unexpected type, inconsistent shapes, coordinates or times with unequal or non-positive steps, a filter
+            that is not installed, values that were never written, or a grid other than ``grid``.
     """
     path = Path(path)
     flow = flow_of(path)
@@ -106,11 +105,11 @@ def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> 
 def read_snapshots(
     record: TrajectoryRecord, start: int = 0, stop: int | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Snapshots start..stop of one trajectory: (fields_T4XYZ = velocity, pressure; solid_1XYZ), float32.
+    """Read snapshots start..stop of one trajectory: (fields_T4XYZ = velocity, pressure; solid_1XYZ), float32.
 
     Raises:
-        UserError: a chunk is damaged or has a wrong checksum, or a value is not finite or absurd (names the field and
-            the snapshot).
+        UserError: a chunk is damaged or has a wrong checksum, or a value is not finite or too large (names the field
+            and the snapshot).
     """
     stop = record.n_snapshots if stop is None else stop
     fields_T4XYZ = np.empty((stop - start, 4, *record.grid), dtype=np.float32)
@@ -124,7 +123,7 @@ def read_snapshots(
 
 
 def read_trajectory(record: TrajectoryRecord | Path | str, grid: tuple[int, ...] | None = None) -> Trajectory:
-    """Read a whole trajectory (the first of a file, if given a path) and check every value.
+    """Read a whole trajectory (the first in the file, if given a path) and check every value.
 
     Raises:
         UserError: see `open_trajectories` and `read_snapshots`.
@@ -136,7 +135,7 @@ def read_trajectory(record: TrajectoryRecord | Path | str, grid: tuple[int, ...]
 
 
 def read_provenance(path: Path | str) -> dict[str, object]:
-    """The provenance attributes of a file we wrote, JSON values decoded; {} if it has none or is not complete."""
+    """The provenance attributes of a file, JSON values decoded; {} if it has none or is incomplete."""
     with opened(Path(path)) as file:
         if "provenance" not in file or not file["provenance"].attrs.get("complete", False):
             return {}
@@ -159,7 +158,7 @@ def _read(file: h5py.File, name: str, record: TrajectoryRecord, start: int, stop
         values_T = _values(dataset, record.sample, start, stop)
     except OSError as error:
         raise UserError(f"{record.path}: {_unreadable(dataset, name, record.sample, start, stop, error)}") from error
-    with np.errstate(over="ignore"):  # of float64: infinity is refused
+    with np.errstate(over="ignore"):  # too large float64 values become infinity, which is refused
         return np.asarray(values_T, dtype=np.float32)
 
 
@@ -170,7 +169,7 @@ def _values(dataset: h5py.Dataset, sample: int, start: int, stop: int) -> NDArra
 
 
 def _unreadable(dataset: h5py.Dataset, name: str, sample: int, start: int, stop: int, error: OSError) -> str:
-    """Which snapshot cannot be read, and why as far as HDF5 tells."""
+    """Name the unreadable snapshot, and the reason if HDF5 reports one."""
     for snapshot in range(start, stop):
         try:
             _values(dataset, sample, snapshot, snapshot + 1)
@@ -201,12 +200,12 @@ def _read_solid(file: h5py.File, record: TrajectoryRecord) -> NDArray[np.float32
 
 
 def require_sound(record: TrajectoryRecord, field: str, values_T: NDArray[np.float32], start: int) -> None:
-    """Check that values [T, ...], snapshots from ``start`` on, are finite and of a size that flow has.
+    """Check that values [T, ...] of snapshots from ``start`` on are finite and below `LARGEST`.
 
     Raises:
-        UserError: names the field and the first snapshot that is bad.
+        UserError: a value fails the check; names the field and the first bad snapshot.
     """
-    # NaN passes through both, and no temporary array is made.
+    # max and min propagate NaN and need no temporary array.
     if values_T.max(initial=0) < LARGEST and values_T.min(initial=0) > -LARGEST:
         return
     for snapshot, values in enumerate(values_T, start):

@@ -1,7 +1,7 @@
-"""Which samples a rank sees at a step: a pure function of seed, step and rank, so resuming needs no state.
+"""Choose each rank's samples at each step: a pure function of seed, step and rank, so resuming needs no state.
 
-Every micro-batch holds every domain, in equal numbers or in those that the weights give: a rank with one domain alone
-would overflow one expert (DESIGN 3.5).
+Every micro-batch contains every domain, in equal or in weighted numbers: a rank with a single domain would overflow
+one expert (DESIGN 3.5).
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ def _order(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DomainSampler:
-    """Draws ``batch_size`` samples a rank and step from all domains, each domain epoch by epoch.
+    """Draw ``batch_size`` samples per rank and step from all domains, epoch by epoch in each domain.
 
-    ``domain_sizes`` are the numbers of samples per domain. Within a domain the global order depends on
-    (seed, stream) alone, so the same samples come in the same steps whatever the number of ranks, as long as
-    the global batch is the same and divides by domain in the same way.
+    Within a domain the global order depends only on (seed, stream). So for any number of ranks the same samples come
+    in the same steps, as long as the global batch is the same and is divided among the domains in the same way.
 
-    ``weights`` say how the micro-batch divides among the domains (see `shares`); None: equally. ``streams`` are the
-    numbers of the domains' random streams; None: 0, 1, ...: a domain has the same order whatever others are left out.
+    Args:
+        domain_sizes: number of samples in each domain.
+        weights: how the micro-batch is divided among the domains (see `shares`); None: equally.
+        streams: number of each domain's random stream, so that a domain keeps its order if others are left out;
+            None: 0, 1, ...
 
     Raises:
-        UserError: the micro-batch cannot be divided so.
+        UserError: the micro-batch cannot be divided as asked.
     """
 
     domain_sizes: tuple[int, ...]
@@ -48,7 +50,7 @@ class DomainSampler:
 
     @cached_property
     def shares(self) -> tuple[int, ...]:
-        """Samples of each domain in every micro-batch; they sum to ``batch_size``."""
+        """Number of samples of each domain in every micro-batch; they sum to ``batch_size``."""
         if self.weights is not None:
             return shares(self.batch_size, self.weights)
         if self.batch_size % len(self.domain_sizes):
@@ -59,7 +61,7 @@ class DomainSampler:
         return (self.batch_size // len(self.domain_sizes),) * len(self.domain_sizes)
 
     def batch(self, step: int, rank: int) -> list[tuple[int, int]]:
-        """(domain, index within the domain) of each sample of this rank in this micro-batch (``step``, from 0)."""
+        """(domain, index within the domain) of each sample in this rank's micro-batch ``step`` (from 0)."""
         samples = []
         streams = self.streams or range(len(self.domain_sizes))
         for domain, (size, share) in enumerate(zip(self.domain_sizes, self.shares, strict=True)):
@@ -71,38 +73,38 @@ class DomainSampler:
 
 
 def shares(batch_size: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """``batch_size`` divided in proportion to ``weights`` by largest remainder; the first of equals gets more.
+    """Divide ``batch_size`` in proportion to ``weights`` by largest remainder; ties go to the first domain.
 
-    A domain with a positive weight gets one sample at least, one with weight 0 none.
+    A domain with a positive weight gets at least one sample, a domain with weight 0 none.
 
     Raises:
         UserError: a weight is negative or not finite, all are zero, or there are more domains than samples.
     """
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise UserError(f"data.weights must be numbers from 0 on, one at least above 0, not {list(weights)}")
+        raise UserError(f"data.weights must be numbers >= 0, at least one of them > 0, not {list(weights)}")
     used = [n for n, weight in enumerate(weights) if weight > 0]
     if len(used) > batch_size:
         raise UserError(
             f"training.batch_size {batch_size} is less than the {len(used)} domains with a weight above 0: "
-            "every micro-batch holds each of them; raise it, or set data.weights of some to 0"
+            "every micro-batch contains each of them; raise batch_size, or set some data.weights to 0"
         )
-    largest = max(weights)  # divided by first: the sum of huge weights is still a number
+    largest = max(weights)  # normalise first: the sum of huge weights would overflow
     total = sum(weight / largest for weight in weights)
     exact = {n: batch_size * (weights[n] / largest) / total for n in used}
     counts = {n: max(math.floor(exact[n]), 1) for n in used}
     while (left := batch_size - sum(counts.values())) != 0:
         step = 1 if left > 0 else -1
-        # Where it moves a count nearest to what was asked for; a domain keeps its only sample.
+        # Change the count that is farthest from its exact share, but keep at least one sample.
         movable = [n for n in used if counts[n] + step >= 1]
         counts[max(movable, key=lambda n: (step * (exact[n] - counts[n]), -n))] += step
     return tuple(counts.get(n, 0) for n in range(len(weights)))
 
 
 def domain_weights(weights: Mapping[str, float] | None, domains: Sequence[str]) -> tuple[float, ...] | None:
-    """``data.weights`` in the order of ``domains``, 1 for a domain that it leaves out; None if it is not given.
+    """``data.weights`` in the order of ``domains``, 1 for domains not listed; None if no weights are given.
 
     Raises:
-        UserError: a weight is for a domain that the dataset does not have.
+        UserError: a weight names a domain that the dataset does not have, or all weights are 0.
     """
     if not weights:
         return None

@@ -1,4 +1,4 @@
-"""the_well's rules for a file: what its own checker and loader want, beyond what training here needs."""
+"""Check a file against the rules of the_well's own checker and loader, beyond what training here needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KINDS = ("WALL", "OPEN", "PERIODIC")
 
 
 def schema_findings(file: h5py.File) -> Iterator[tuple[str, str]]:
-    """(dataset or attribute, what was found and expected) for each rule that a file breaks."""
+    """Yield (dataset or attribute, what was found and expected) for each rule that the file breaks."""
     for name in _ROOT:
         if name not in file.attrs:
             yield name, "the root has no such attribute"

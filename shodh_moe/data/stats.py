@@ -19,14 +19,14 @@ from shodh_moe.data.reading import Trajectory, TrajectoryRecord, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
 
 STATS_FILE = "stats.yaml"
-_BLOCK_BYTES = 2**26  # of a trajectory, read at a time
+_BLOCK_BYTES = 2**26  # bytes of a trajectory read at a time
 
 Fields = dict[str, NDArray[np.floating]]  # [C, X, Y, Z] of one snapshot
 Sums = tuple[NDArray[np.float64], NDArray[np.float64], int]
 
 
 class Moments:
-    """Running mean and mean square per channel, in float64: the same for the same order of updates."""
+    """Running mean and mean square per channel in float64; the same order of updates gives the same bits."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,18 +34,18 @@ class Moments:
         self.square_C: NDArray[np.float64] = np.zeros(1)
 
     def add(self, values_TCXYZ: NDArray[np.floating]) -> None:
-        """Take in values [T, C, X, Y, Z]."""
+        """Add values [T, C, X, Y, Z]."""
         for values_CXYZ in values_TCXYZ:
             self.add_sums(*_sums(values_CXYZ))
 
     def add_sums(self, sum_C: NDArray[np.float64], square_C: NDArray[np.float64], count: int) -> None:
-        """Take in ``count`` cells, whose values and squares add up to these [C]."""
+        """Add ``count`` cells, given the sums of their values and of their squares [C]."""
         self.sum_C = self.sum_C + sum_C
         self.square_C = self.square_C + square_C
         self.count += count
 
     def numbers(self) -> dict[str, list[float] | float]:
-        """mean, std and rms; a list per component for vectors, a number for scalars. Zero if nothing was added."""
+        """mean, std and rms: lists of components for vectors, numbers for scalars; zero if nothing was added."""
         mean_C = self.sum_C / max(self.count, 1)
         square_C = self.square_C / max(self.count, 1)
         std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
@@ -59,10 +59,10 @@ def _sums(values_CXYZ: NDArray[np.floating]) -> Sums:
 
 
 def compute_stats(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, Any]]:
-    """mean, std, rms of velocity, pressure and solid, and of the change between snapshots (``_delta``).
+    """mean, std and rms of velocity, pressure, solid, and of the change between snapshots (``_delta``).
 
-    Over all cells, solid ones included, of the given trajectories: the training split, nothing else. With the
-    concentration, where every file has one.
+    They cover all cells, including solid ones, of the given trajectories, which should be the training split. The
+    concentration is included if every file has one.
     """
     return combined(_trajectory_sums(_in_memory(trajectory)) for trajectory in trajectories)
 
@@ -72,15 +72,15 @@ def stats_of_files(
     threads: int,
     progress: Callable[..., Iterable[Any]] = lambda sums, desc, total: sums,
 ) -> dict[str, dict[str, Any]]:
-    """What `compute_stats` gives for these, to the last bit, from files read by ``threads`` side by side.
+    """Compute the same statistics as `compute_stats`, to the last bit, from files read by several threads.
 
-    A thread holds 64 MB of a trajectory, or two snapshots. ``progress`` is called as that of `generate`.
+    Each thread holds 64 MB of a trajectory, or two snapshots. ``progress`` is called as in `generate`.
 
     Raises:
         UserError: a file is damaged, or a value is not finite.
     """
     with ThreadPoolExecutor(threads) as pool:
-        # In the order of the files whichever ends first: the sums are added up in the same order.
+        # map keeps the order of the files, so sums are always added in the same order.
         sums = pool.map(lambda record: _trajectory_sums(_from_file(record)), records)
         return combined(progress(sums, "statistics", len(records)))
 
@@ -108,14 +108,14 @@ def _from_file(record: TrajectoryRecord) -> Iterator[Fields]:
 
 
 class TrajectorySums:
-    """The sums of every snapshot of one trajectory, and of its change from the one before (``_delta``)."""
+    """Sums over each snapshot of one trajectory, and over its change from the previous one (``_delta``)."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[Sums]] = {}
         self._last: Fields = {}
 
     def add(self, fields: Fields) -> None:
-        """Take in the next snapshot; the first one with ``solid``. An empty one breaks the sequence."""
+        """Add the next snapshot; the first one includes ``solid``. An empty one stands for a missing snapshot."""
         for name, values_CXYZ in fields.items():
             self.found.setdefault(name, []).append(_sums(values_CXYZ))
             if name in self._last and name != "solid":
@@ -131,7 +131,7 @@ def _trajectory_sums(snapshots: Iterable[Fields]) -> TrajectorySums:
 
 
 def combined(trajectories: Iterable[TrajectorySums]) -> dict[str, dict[str, Any]]:
-    """The content of stats.yaml from the sums of all trajectories of the training split, in their order."""
+    """The content of stats.yaml, from the sums of all training trajectories in order."""
     names = ("velocity", "pressure", "solid", CONCENTRATION)
     fields = {name: Moments() for name in names}
     deltas = {name: Moments() for name in names if name != "solid"}
@@ -153,7 +153,7 @@ def combined(trajectories: Iterable[TrajectorySums]) -> dict[str, dict[str, Any]
 
 
 def read_concentration(record: TrajectoryRecord, start: int = 0, stop: int | None = None) -> NDArray[np.float32] | None:
-    """The passive scalar of snapshots start..stop of ours [T, 1, X, Y, Z]; None if the file has none.
+    """Read the passive scalar of snapshots start..stop [T, 1, X, Y, Z]; None if the file has none.
 
     Raises:
         UserError: the file is damaged.
@@ -166,14 +166,14 @@ def read_concentration(record: TrajectoryRecord, start: int = 0, stop: int | Non
 
 
 def write_stats(folder: Path, stats: dict[str, dict[str, Any]]) -> None:
-    """Write ``<folder>/stats.yaml``, complete or not at all."""
+    """Write ``<folder>/stats.yaml`` atomically."""
     with atomic_file(folder / STATS_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(stats, sort_keys=False), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class FieldStats:
-    """What normalisation needs: root mean squares over the training split, in the data's units."""
+    """Root mean squares over the training split in the data's units, for normalisation."""
 
     velocity_rms: float
     pressure_rms: float
@@ -182,7 +182,7 @@ class FieldStats:
 
     @classmethod
     def load(cls, folder: Path | str) -> FieldStats:
-        """From ``<folder>/stats.yaml``. The velocity's rms is over its three components.
+        """Read ``<folder>/stats.yaml``. The velocity's rms is over its three components.
 
         Raises:
             UserError: the file is missing, is not YAML, or lacks a number.
@@ -193,7 +193,7 @@ class FieldStats:
             numbers = [_rms(stats[key][name]) for key in ("rms", "rms_delta") for name in ("velocity", "pressure")]
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: generate the data again, or compute its statistics") from error
-        # Some wrong text of theirs (a timestamp, deep nesting) the parser answers with faults of its own.
+        # On some invalid input (a timestamp, deep nesting) the parser fails with various exceptions.
         except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} lacks the rms of velocity and pressure ({error!r}): generate it again") from error
         except RecursionError as error:
@@ -204,9 +204,9 @@ class FieldStats:
 
 
 def _rms(value: object) -> float:
-    """Of a number, or over a vector's components."""
+    """rms of a number, or over a vector's components."""
     values = value if isinstance(value, list) else [value]
-    # By hand: of a list that contains itself, which YAML can write, numpy makes an array without end.
+    # Checked here because YAML can express a list that contains itself, which numpy would expand forever.
     if not values or not all(isinstance(one, (int, float, str)) for one in values):
         raise TypeError("not a number or a list of numbers")
     with np.errstate(over="ignore"):

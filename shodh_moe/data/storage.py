@@ -1,4 +1,4 @@
-"""How the fields of our HDF5 files are laid out, and whether the disk has room. Measured by benchmarks/storage.py."""
+"""Storage layout of fields in our HDF5 files (measured by benchmarks/studies/storage.py), and disk space."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 from shodh_moe.config import DataConfig
 
 CONCENTRATION = "concentration"  # the passive scalar's name among the fields
-# Of the size without compression; what room a dataset needs is reckoned with it, so rather too much.
+# Compressed size relative to the uncompressed one, rounded up, for estimates of disk space.
 SIZE_SHARE = {None: 1.0, "lzf": 0.95, "gzip": 0.9}
 _FILTERS: dict[str, dict[str, Any]] = {
-    # The bytes of neighbouring numbers that are alike stand together: without it hardly anything is saved.
+    # Without shuffling the bytes, compression saves hardly anything.
     "lzf": {"shuffle": True, "compression": "lzf"},
     "gzip": {"shuffle": True, "compression": "gzip", "compression_opts": 1},
 }
-_HEADERS = 2**17  # bytes of a file that are no fields
-_LARGEST_CHUNK = 2**22  # bytes: what is unpacked stays in the processor's cache
+_HEADERS = 2**17  # bytes per file besides the fields
+_LARGEST_CHUNK = 2**22  # bytes; an unpacked chunk stays in the processor's cache
 
 
 def layout(shape: tuple[int, ...], leading: int, compression: str | None = None) -> dict[str, Any]:
     """Arguments of `h5py.Group.create_dataset` for a float32 field.
 
-    One block without a filter, which is read where it lies; compressed, a chunk a snapshot or a slab of one, as
-    training reads snapshots, with a checksum that costs little beside the rest.
+    Without compression the field is one unfiltered block that can be read in place. With compression, each chunk is one
+    snapshot or a slab of one, as training reads single snapshots, with a checksum at little extra cost.
 
     Args:
-        shape: of the whole field.
-        leading: axes before those of space: trajectories, and time if the field varies with it.
+        shape: shape of the whole field.
+        leading: number of axes before the three of space: trajectories, and time if the field varies with it.
 
     Raises:
-        KeyError: there is no such compression.
+        KeyError: unknown compression.
     """
     if compression is None:
         return {}
@@ -43,17 +43,17 @@ def layout(shape: tuple[int, ...], leading: int, compression: str | None = None)
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk on which ``folder`` is, or will be."""
+    """Free bytes on the disk of ``folder``, which need not exist yet."""
     return shutil.disk_usage(existing_parent(folder)).free
 
 
 def existing_parent(folder: Path) -> Path:
-    """``folder`` or the nearest one above it that exists."""
+    """``folder`` or its nearest existing parent."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def needed_bytes(count: int, config: DataConfig) -> int:
-    """Room on the disk for ``count`` trajectories and their statistics."""
+    """Disk space for ``count`` trajectories and their statistics."""
     scalar = any(getattr(domain, "scalar", None) is not None for _, domain in config.domains.items())
     cells = int(np.prod(config.grid))
     # Velocity, pressure and concentration per snapshot, the mask once, float32.

@@ -1,4 +1,4 @@
-"""dataset.yaml: what a generated dataset holds, its Mach and Reynolds numbers and its units, for people to read."""
+"""Write dataset.yaml: a readable summary of a generated dataset, its Mach and Reynolds numbers, and its units."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONVERSION = {
 
 
 def summarise(folder: Path, config: DataConfig, files: Sequence[tuple[str, Path]]) -> list[str]:
-    """Write ``<folder>/dataset.yaml`` from the provenance of ``files`` (domain, path); returns a table, line by line.
+    """Write ``<folder>/dataset.yaml`` from the provenance of ``files`` (domain, path); returns the lines of a table.
 
     Raises:
         UserError: a file is damaged, or the folder cannot be written.
@@ -70,7 +70,7 @@ def summarise(folder: Path, config: DataConfig, files: Sequence[tuple[str, Path]
 
 
 def _range(parameters: Sequence[Any], key: str) -> float | list[float]:
-    """[smallest, largest], or the one value of all."""
+    """[smallest, largest] value, or the value if all are equal."""
     values = [float(one[key]) for one in parameters]
     return [min(values), max(values)] if min(values) < max(values) else values[0]
 

@@ -1,7 +1,7 @@
 """Symmetries of a flow in its box: each maps a solution to another solution of the same equations.
 
-They are shifts along periodic axes and elements of the 48 of the cube: mirror images and exchanges of axes, which
-together make its turns too. Which ones a flow has follows from its walls and from what drives it.
+They are shifts along periodic axes and elements of the cube's 48 symmetries: reflections and exchanges of axes, which
+together also give the rotations. A flow's walls and its driving force determine which of them it has.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from shodh_moe.data.reading import TrajectoryRecord
 
 Axes = tuple[int, int, int]
 Flags = tuple[bool, bool, bool]
-# The exchange of y and z comes first, the identity last: what is drawn with a given seed depends on it.
+# The order matters: random draws with a given seed depend on it.
 _ORDERS: tuple[Axes, ...] = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0), (0, 1, 2))
 
 
 @dataclass(frozen=True)
 class Symmetry:
-    """A shift [cells] along x, y, z, then mirror images across them, then another order of the axes.
+    """A cyclic shift, then reflections, then a permutation of the axes.
 
     Attributes:
-        shift: by how many cells everything moves along each axis, around its end.
-        mirror: which axes turn round.
-        order: what becomes x, y and z: axis ``order[i]`` becomes axis ``i``.
+        shift: cyclic shift along x, y, z [cells].
+        mirror: which axes are reversed.
+        order: axis ``order[i]`` becomes axis ``i``.
     """
 
     shift: Axes = (0, 0, 0)
@@ -38,14 +38,14 @@ class Symmetry:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, grid: Axes, periodic: Flags, forced: bool = True) -> Symmetry:
-        """A random symmetry that keeps every wall where it is; if the flow is ``forced``, it keeps the direction x too.
+        """Draw a random symmetry that keeps every wall in place and, if the flow is ``forced``, the direction x.
 
-        Only periodic axes are shifted, mirrored or exchanged, and exchanged only with those of the same size: a bed
-        stays at the bottom, and a lid at the top.
+        Only periodic axes are shifted, mirrored or exchanged, and only axes of equal size are exchanged: a bed stays at
+        the bottom and a lid at the top.
         """
         shift = [int(rng.integers(size)) if wraps else 0 for size, wraps in zip(grid, periodic, strict=True)]
         coins = rng.random(3)
-        # The last draw, so that forced flows get the same symmetries as if there were no others.
+        # Drawn last, so that forced flows do not depend on it.
         mirror_x = not forced and periodic[0] and bool(rng.random() < 0.5)
         orders = [order for order in _ORDERS if _may_exchange(order, grid, periodic, forced)]
         return cls(
@@ -56,15 +56,12 @@ class Symmetry:
 
     @classmethod
     def draw_for(cls, rng: np.random.Generator, record: TrajectoryRecord, which: str = "all") -> Symmetry:
-        """A random symmetry of a trajectory. What does not say that nothing drives it counts as driven along x.
-
-        ``which``: ``shifts`` alone, elements of the ``cube`` alone, or ``all``: both at once.
-        """
+        """Draw a random symmetry of a trajectory. ``which``: only ``shifts``, only the ``cube``'s, or ``all``."""
         drawn = cls.draw(rng, record.grid, record.periodic, record.forced)
         return {"all": drawn, "shifts": cls(drawn.shift), "cube": cls(mirror=drawn.mirror, order=drawn.order)}[which]
 
     def apply(self, fields_B5XYZ: Tensor) -> Tensor:
-        """Transform velocity (components turned along), pressure and solid mask, [B, 5, X, Y, Z]; on any device."""
+        """Transform velocity (including its components), pressure and solid mask, [B, 5, X, Y, Z], on any device."""
         fields = torch.roll(fields_B5XYZ, self.shift, dims=(2, 3, 4)) if any(self.shift) else fields_B5XYZ
         if any(self.mirror):
             fields = fields.flip([2 + axis for axis in range(3) if self.mirror[axis]])
@@ -76,14 +73,14 @@ class Symmetry:
 
 
 def apply_each(symmetries: Sequence[Symmetry], fields_B5XYZ: Tensor) -> Tensor:
-    """Each sample of a batch under a symmetry of its own."""
+    """Apply to each sample of a batch its own symmetry."""
     return torch.cat([symmetry.apply(one[None]) for symmetry, one in zip(symmetries, fields_B5XYZ, strict=True)])
 
 
 def draw_copies(seed: list[int], record: TrajectoryRecord, copies: int, which: str = "all") -> list[Symmetry]:
-    """The identity and then random symmetries of a trajectory, all different: ``copies``, or as many as there are.
+    """The identity and random symmetries of a trajectory, all different: at most ``copies`` in all.
 
-    ``which`` as in `Symmetry.draw_for`. Of ``cube`` there are those in `allowed`.
+    ``which`` as in `Symmetry.draw_for`; with ``cube`` they are drawn from `allowed`.
     """
     if which == "cube":
         others = [one for one in allowed(record.grid, record.periodic, record.forced) if one != Symmetry()]
@@ -94,7 +91,7 @@ def draw_copies(seed: list[int], record: TrajectoryRecord, copies: int, which: s
 
 
 def allowed(grid: Axes, periodic: Flags, forced: bool = True) -> list[Symmetry]:
-    """All that `Symmetry.draw` can draw, without the shifts: between 1 and 48, a group."""
+    """All symmetries without a shift that `Symmetry.draw` can return: a group of 1 to 48 elements."""
     turnable = [axis for axis in range(3) if periodic[axis] and not (forced and axis == 0)]
     return [
         Symmetry(mirror=(0 in mirrored, 1 in mirrored, 2 in mirrored), order=order)

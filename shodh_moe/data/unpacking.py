@@ -1,7 +1,7 @@
-"""Read chunks compressed with gzip past HDF5's filters.
+"""Read gzip-compressed chunks without HDF5's filters.
 
-HDF5 (seen with 2.0) does not compare what a chunk unpacks to with the chunk's size, and copies from beyond its memory
-where that is less: the process crashes.
+HDF5 (seen with 2.0) does not check a chunk's unpacked size. If the data are too short, it copies from beyond its
+buffer and the process crashes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _GZIP, _SHUFFLE, _CHECKSUM = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h
 
 
 def filters_of(dataset: h5py.Dataset) -> list[int]:
-    """The numbers of a dataset's filters, in the order in which they were applied."""
+    """Codes of a dataset's filters, in the order in which they were applied."""
     properties = dataset.id.get_create_plist()
     return [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
 
 
 def read_gzip(dataset: h5py.Dataset, first: tuple[int, ...], stop: tuple[int, ...]) -> NDArray[Any]:
-    """The values [first, stop) of the leading axes and all of the others, in the dataset's own type.
+    """Read the range [first, stop) of the leading axes and all of the other axes, in the dataset's own type.
 
     Raises:
         OSError: a chunk is missing, its checksum is wrong, or it does not unpack to its size.
@@ -41,7 +41,7 @@ def read_gzip(dataset: h5py.Dataset, first: tuple[int, ...], stop: tuple[int, ..
         mask, raw = dataset.id.read_direct_chunk(corner)
         applied = [code for bit, code in enumerate(filters) if not mask >> bit & 1]
         values = np.frombuffer(_unpacked(raw, applied, math.prod(chunks), dataset.dtype.itemsize), dtype=dataset.dtype)
-        # What this chunk and the wanted part have in common, as seen from each.
+        # The overlap of this chunk and the requested range, in the coordinates of each.
         common = [(max(a, c), min(b, c + n)) for a, b, c, n in zip(first, stop, corner, chunks, strict=True)]
         here = tuple(slice(low - a, high - a) for (low, high), a in zip(common, first, strict=True))
         there = tuple(slice(low - c, high - c) for (low, high), c in zip(common, corner, strict=True))
@@ -58,7 +58,7 @@ def _unpacked(raw: bytes, filters: list[int], count: int, itemsize: int) -> byte
         elif code == _GZIP:
             inflate = zlib.decompressobj()
             try:
-                # Four more: a checksum that was made before.
+                # Four more bytes for a checksum that was applied before compression.
                 raw = inflate.decompress(raw, count * itemsize + 4)
             except zlib.error as error:
                 raise OSError(f"filter deflate: {error}") from error
@@ -74,7 +74,7 @@ def _unpacked(raw: bytes, filters: list[int], count: int, itemsize: int) -> byte
 
 
 def fletcher32(data_N: NDArray[np.uint8]) -> int:
-    """HDF5's checksum of bytes."""
+    """HDF5's Fletcher-32 checksum."""
     return int(_fletcher32(data_N))
 
 
@@ -84,7 +84,7 @@ def _fletcher32(data_N: NDArray[np.uint8]) -> int:
     for i in range(0, data_N.size - 1, 2):
         first += (np.uint64(data_N[i]) << np.uint64(8)) | np.uint64(data_N[i + 1])
         second += first
-        if i & 0x1FE == 0x1FE:  # before the second sum overflows, and seldom
+        if i & 0x1FE == 0x1FE:  # rarely, but before the second sum overflows
             first = (first & np.uint64(0xFFFF)) + (first >> np.uint64(16))
             second = (second & np.uint64(0xFFFF)) + (second >> np.uint64(16))
             second = (second & np.uint64(0xFFFF)) + (second >> np.uint64(16))

@@ -1,4 +1,4 @@
-"""Write trajectories in the_well's HDF5 schema: simulated ones, one a file, and others' predicted or decoded."""
+"""Write trajectories in the_well's HDF5 schema: simulated ones (one per file), predicted and decoded ones."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def write_trajectory(
     provenance: dict[str, Any],
     compression: str | None = None,
 ) -> None:
-    """Write one trajectory to ``path``; a file of that name is always complete, and was read back and compared.
+    """Write one trajectory to ``path``, read it back and compare; a file at ``path`` is always complete.
 
     Args:
-        provenance: numbers, text and booleans (anything else is stored as JSON) that become the attributes of the
-            group of that name, after which ``complete`` is set.
-        compression: of the fields, ``lzf``, ``gzip`` or None.
+        provenance: attributes of the group ``provenance``: numbers, text and booleans; other values are stored as
+            JSON. ``complete`` is set last.
+        compression: ``lzf``, ``gzip`` or None.
 
     Raises:
-        UserError: the file cannot be written (disk full, no permission), or is not what was written when read back.
+        UserError: the file cannot be written (disk full, no permission), or differs when read back.
     """
     with atomic_file(path) as temporary:
         with new_hdf5(temporary) as file:
@@ -67,18 +67,17 @@ def new_prediction(
     label: str = "prediction",
     faces: bool = False,
 ) -> Iterator[h5py.File]:
-    """A file of predicted or decoded snapshots; when the block ends well it is complete and at ``path``, else nowhere.
+    """Create a file of predicted or decoded snapshots; it appears at ``path`` only if the block succeeds.
 
-    Scalars, axes, boundary conditions and the solid mask are those of the input; what the input says to vary with
-    time is left out. The block fills ``t1_fields/velocity`` [B, N, X, Y, Z, 3] and ``t0_fields/pressure``
-    [B, N, X, Y, Z].
+    Scalars, axes, boundary conditions and the solid mask are copied from the input, except those that vary with time.
+    The block fills ``t1_fields/velocity`` [B, N, X, Y, Z, 3] and ``t0_fields/pressure`` [B, N, X, Y, Z].
 
     Args:
-        records: the B trajectories that are continued or decoded, all of one file.
-        time: of the new snapshots, [N] or [B, N].
-        dtype: of velocity and pressure, ``float32`` or ``float64``.
-        label: what the snapshots are, for the provenance.
-        faces: with ``t1_fields/velocity_face``, like the velocity, but on the lower faces of the voxels.
+        records: the B trajectories to continue or decode, all from one file.
+        time: times of the new snapshots, [N] or [B, N].
+        dtype: dtype of velocity and pressure, ``float32`` or ``float64``.
+        label: kind of snapshots, for the provenance.
+        faces: also create ``t1_fields/velocity_face``, the velocity on the lower faces of the voxels.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission).
@@ -135,7 +134,7 @@ def _copy_dimensions(given: h5py.File, file: h5py.File, time: NDArray[np.float32
 
 
 def axis_names(file: h5py.File) -> list[str]:
-    """The names of the three axes of space, x, y, z if the file does not tell."""
+    """Names of the three spatial axes; x, y, z if the file does not name them."""
     names = file["dimensions"].attrs.get("spatial_dims", ()) if "dimensions" in file else ()
     return [str(name) for name in names] if len(names) == 3 else list(_AXES)
 
@@ -148,7 +147,7 @@ def _copied_group(given: h5py.File, file: h5py.File, name: str) -> h5py.Group:
 
 
 def _copy(item: h5py.HLObject, parent: h5py.Group, name: str, samples: list[int], by_sample: bool = False) -> None:
-    """Copy a group or dataset with its attributes; of one that varies by trajectory only ``samples``."""
+    """Copy a group or dataset with its attributes; if it varies by trajectory, only the trajectories ``samples``."""
     by_sample = bool(item.attrs.get("sample_varying", by_sample))
     if isinstance(item, h5py.Group):
         made = parent.create_group(name)
@@ -162,7 +161,7 @@ def _copy(item: h5py.HLObject, parent: h5py.Group, name: str, samples: list[int]
 
 
 def _attributes(item: h5py.HLObject) -> dict[str, Any]:
-    """Attributes that can be written again: numbers, flags and text; not the references that other writers add."""
+    """Attributes that can be copied: numbers, booleans and text, but not references."""
     found: dict[str, Any] = {}
     for key, value in item.attrs.items():
         if isinstance(value, np.ndarray) and value.dtype == object:

@@ -1,9 +1,10 @@
-"""``shodh doctor``: whether a training can run here and on the hosts of a hostfile, and what to do where not.
+"""``shodh doctor``: checks whether a training can run on this host and the hosts of a hostfile, and names remedies.
 
-``probe.py`` and ``there.py`` are scripts of the standard library that look at this host and at others; ``here.py`` and
-``hosts.py`` run them; ``software.py``, ``machine.py`` and ``cluster.py`` turn what they found into lines of a table.
+``local_script.py`` and ``remote_script.py`` are standalone scripts that inspect this host and other hosts.
+``gather_local.py`` and ``gather_remote.py`` run them. ``software.py``, ``machine.py`` and ``cluster.py`` turn the
+results into lines of a table, and ``diagnose.py`` is the command.
 """
 
-from shodh_moe.doctor.command import doctor
+from shodh_moe.doctor.diagnose import doctor
 
 __all__ = ["doctor"]

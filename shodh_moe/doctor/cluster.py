@@ -1,6 +1,6 @@
-"""Lines about the hosts of a hostfile: pure functions of what hosts.py found.
+"""Lines about the hosts of a hostfile: pure functions of the results of gather_remote.py.
 
-A line names only the hosts that differ, so that a table of a hundred hosts stays short; a silent host has its own.
+A line names only the hosts that differ, so the table stays short for a hundred hosts. A silent host gets its own line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from shodh_moe.doctor.table import Line
-from shodh_moe.launching.hosts import Host
+from shodh_moe.launching.hostfile import Host
 
 Found = dict[str, Any]
 HERE = "this host"
@@ -27,7 +27,7 @@ SSH_REMEDIES = (
 
 
 def answer_lines(facts: dict[str, Found]) -> list[Line]:
-    """One for each silent host, and one for the others."""
+    """Return one line per silent host, and one line for all others."""
     lines = []
     for name, found in facts.items():
         if "error" in found:
@@ -47,7 +47,7 @@ def answer_lines(facts: dict[str, Found]) -> list[Line]:
 
 
 def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[Line]:
-    """Of the hosts that answered, of which there is at least one, beside this host's own facts."""
+    """Compare the hosts that answered, at least one, with each other and with this host."""
     everyone = {**facts, HERE: own}
     packages = own["versions"]
     lines = [
@@ -97,7 +97,7 @@ def equal_line(what: str, values: dict[str, str], remedy: str) -> Line:
 
 
 def some(names: list[str]) -> str:
-    """The names, or the first ones of many."""
+    """List the names, or the first few of many."""
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
 
 
@@ -116,7 +116,7 @@ def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
         if host.slots < found[key]
     ]
     if over:
-        # Ranks can share a core, slowly, but not a GPU.
+        # Ranks can share a core, though slowly, but not a GPU.
         return Line("error" if with_gpus else "warning", "slots", some(over), "lower these slots in the hostfile")
     if under and with_gpus:
         return Line("warning", "slots", some(under), "raise these slots in the hostfile, or leave the GPUs idle")
@@ -126,10 +126,10 @@ def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
 
 
 def compiler_line(facts: dict[str, Found]) -> Line:
-    """In the environment that ssh gives, which is also that of the ranks."""
+    """Check the compilers in the environment of an ssh session, which the ranks share."""
     lacking = {name: [tool for tool, has in found["tools"].items() if not has] for name, found in facts.items()}
-    told = [f"no {' and no '.join(tools)} on {name}" for name, tools in lacking.items() if tools]
-    if not told:
+    missing = [f"no {' and no '.join(tools)} on {name}" for name, tools in lacking.items() if tools]
+    if not missing:
         return Line("ok", "compilers", "a C++ compiler and ninja on every host")
     only_ninja_on_gpus = all(
         tools in ([], ["ninja"]) and (not tools or facts[name]["gpus"]) for name, tools in lacking.items()
@@ -137,8 +137,8 @@ def compiler_line(facts: dict[str, Found]) -> Line:
     return Line(
         "warning" if only_ninja_on_gpus else "error",
         "compilers",
-        f"{some(told)}, on the PATH that ssh gives",
-        "apt-get install g++ ninja-build there, or the like: DeepSpeed and Triton compile at the first start",
+        f"{some(missing)}, on the PATH of an ssh session",
+        "apt-get install g++ ninja-build there, or similar: DeepSpeed and Triton compile at the first start",
     )
 
 
@@ -151,7 +151,7 @@ def clocks_line(facts: dict[str, Found]) -> Line:
         for name, found in facts.items()
         if abs(found["clock"]) > 2
     ]
-    # munge, and with it SLURM, refuses what is five minutes off.
+    # munge, and with it SLURM, refuses clocks that are five minutes off.
     return Line(
         "error" if off > 300 else "warning",
         "clocks",
@@ -166,30 +166,30 @@ def keepalive_line(facts: dict[str, Found]) -> Line:
         return Line(
             "warning",
             "ssh keepalive",
-            f"off for {some(never)}: a host that drops off would be waited for without end",
+            f"off for {some(never)}: the job would wait forever for a host that disappears",
             "put `ServerAliveInterval 15` under `Host *` in ~/.ssh/config",
         )
     if any(found["keepalive"] is None for found in facts.values()):
-        return Line("ok", "ssh keepalive", "unknown: this ssh does not tell its options")
+        return Line("ok", "ssh keepalive", "unknown: this ssh does not show its options")
     longest = max(found["keepalive"] for found in facts.values())
     return Line("ok", "ssh keepalive", f"ServerAliveInterval {longest}")
 
 
 def between_lines(facts: dict[str, Found], checks: dict[str, Found], folders: list[str]) -> list[Line]:
-    """Of the second round: who fell silent in it, ports, shared folders."""
+    """Return the lines of the second round: hosts that fell silent, ports, shared folders."""
     silent = [
-        Line("error", f"host {name}", f"fell silent: {told['error']}", f"try: ssh {name} true")
-        for name, told in checks.items()
-        if "error" in told
+        Line("error", f"host {name}", f"fell silent: {found['error']}", f"try: ssh {name} true")
+        for name, found in checks.items()
+        if "error" in found
     ]
-    checks = {name: told for name, told in checks.items() if "error" not in told}
+    checks = {name: found for name, found in checks.items() if "error" not in found}
     return [
         *silent,
         *([port_line(facts, checks)] if len(facts) > 1 else []),
         *(
             shared_line(folder, checks)
             for folder in folders
-            if any(folder in told["folders"] for told in checks.values())
+            if any(folder in found["folders"] for found in checks.values())
         ),
     ]
 
@@ -198,10 +198,10 @@ def port_line(facts: dict[str, Found], checks: dict[str, Found]) -> Line:
     first = next(iter(facts))
     port, addresses = facts[first]["port"], facts[first]["addresses"][:4]
     if not addresses:
-        return Line("error", "ports", f"{first} has no IPv4 address but its loopback", "see `ip addr` there")
+        return Line("error", "ports", f"{first} has no IPv4 address except loopback", "see `ip addr` there")
     others = [name for name in checks if name != first]
     if first not in checks or not others:
-        return Line("error", "ports", "not tried: too few hosts answer", "see the lines above")
+        return Line("error", "ports", "not tested: too few hosts answer", "see the lines above")
     if checks[first]["listened"]:
         remedy = "run shodh doctor again: another program may have taken it"
         return Line("warning", "ports", f"{first} could not listen on port {port}: {checks[first]['listened']}", remedy)
@@ -221,26 +221,26 @@ def port_line(facts: dict[str, Found], checks: dict[str, Found]) -> Line:
         return Line(
             "warning",
             "ports",
-            f"{value}, but not at {addresses[0]}, which deepspeed takes",
+            f"{value}, but not at {addresses[0]}, which deepspeed uses",
             f"export MASTER_ADDR={open_to_all[0]}; with deepspeed by hand: --master_addr {open_to_all[0]}",
         )
     return Line("ok", "ports", value)
 
 
 def shared_line(folder: str, checks: dict[str, Found]) -> Line:
-    told = {name: found["folders"][folder] for name, found in checks.items()}
+    results = {name: found["folders"][folder] for name, found in checks.items()}
     wrong: dict[str, list[str]] = defaultdict(list)
-    for name, found in told.items():
+    for name, found in results.items():
         if found["error"]:
             wrong[found["error"]].append(name)
     what = f"shared {folder}"
     if wrong:
         value = "; ".join(f"on {some(names)} it {error}" for error, names in wrong.items())
         return Line(
-            "error", what, value, "mount it at the same place, writable, on every host, or name another: --shared"
+            "error", what, value, "mount it at the same path, writable, on every host, or choose another: --shared"
         )
-    least = min(told, key=lambda name: told[name]["free"])
-    value = f"seen and written by every host, {told[least]['free'] / GIB:.0f} GiB free"
-    if told[least]["free"] < 10 * GIB:
+    least = min(results, key=lambda name: results[name]["free"])
+    value = f"seen and written by every host, {results[least]['free'] / GIB:.0f} GiB free"
+    if results[least]["free"] < 10 * GIB:
         return Line("warning", what, f"{value} on {least}", "free space there, or choose another folder")
     return Line("ok", what, value)

@@ -1,4 +1,4 @@
-"""Lines about the machine and its folders: pure functions of what here.py found."""
+"""Lines about the machine and its folders: pure functions of the results of gather_local.py."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def ssh_line(found: Found, needed: bool) -> Line:
     if found["ssh"]:
         return Line("ok", "ssh", found["ssh"].splitlines()[0].split(",")[0])
     if needed:
-        return Line("error", "ssh", "not on the PATH", "apt-get install openssh-client, or the like")
-    return Line("ok", "ssh", "not on the PATH: needed with a hostfile alone")
+        return Line("error", "ssh", "not on the PATH", "apt-get install openssh-client, or similar")
+    return Line("ok", "ssh", "not on the PATH: only needed with a hostfile")
 
 
 def pdsh_line(found: Found, needed: bool) -> Line:
@@ -40,9 +40,9 @@ def pdsh_line(found: Found, needed: bool) -> Line:
     if not said:
         if needed:
             return Line(
-                "error", "pdsh", "not on the PATH", "apt-get install pdsh, or the like; or deepspeed --launcher openmpi"
+                "error", "pdsh", "not on the PATH", "apt-get install pdsh, or similar; or deepspeed --launcher openmpi"
             )
-        return Line("ok", "pdsh", "not on the PATH: needed with a hostfile alone")
+        return Line("ok", "pdsh", "not on the PATH: only needed with a hostfile")
     modules = re.search(r"rcmd modules: ([\w,]+)", said)
     if modules and "ssh" not in modules[1].split(","):
         return Line(
@@ -57,14 +57,14 @@ def pdsh_line(found: Found, needed: bool) -> Line:
 def slurm_line(found: Found) -> Line:
     said = found["slurm"]
     if said is None:
-        return Line("ok", "slurm", "no client: needed for sbatch and srun alone")
+        return Line("ok", "slurm", "no client: only needed for sbatch and srun")
     if re.search(r"is UP", said):
         return Line("ok", "slurm", said.splitlines()[0])
     return Line(
         "warning",
         "slurm",
         f"client, but no controller: {said.splitlines()[0] if said else 'no answer'}",
-        "on a cluster ask its administrator; elsewhere it does not matter",
+        "on a cluster, ask its administrator; elsewhere this does not matter",
     )
 
 
@@ -76,7 +76,7 @@ def memory_line(found: Found) -> Line:
         value = f"{total / GIB:.1f} GiB, {free / GIB:.1f} of it free, {cores} cores"
         # Two ranks of the quickstart with torch and DeepSpeed loaded take about 2 GiB.
         if free < 4 * GIB:
-            remedy = "end what else runs, or ask for a larger machine or job (sbatch --mem)"
+            remedy = "end other programs, or use a larger machine or job (sbatch --mem)"
             return Line("error" if free < GIB else "warning", "memory", value, remedy)
     return Line("ok", "memory", value)
 
@@ -84,7 +84,7 @@ def memory_line(found: Found) -> Line:
 def shm_line(found: Found) -> Line:
     size = found["shm"]
     if size is None:
-        return Line("warning", "/dev/shm", "not there", "mount it: ranks of one host exchange tokens through it")
+        return Line("warning", "/dev/shm", "does not exist", "mount it: ranks of one host exchange tokens through it")
     value = f"{size / GIB:.1f} GiB"
     if size < GIB:
         return Line(
@@ -136,16 +136,16 @@ def folder_line(name: str, folder: Found) -> Line:
             "error",
             what,
             f"cannot be written: {folder['refused']}",
-            "choose another folder, free space, or ask for the right to write",
+            "choose another folder, free some space, or get write permission",
         )
-    value = f"{'' if folder['exists'] else 'will be made; '}{folder['type']}, {folder['free'] / GIB:.0f} GiB free"
+    value = f"{'' if folder['exists'] else 'will be created; '}{folder['type']}, {folder['free'] / GIB:.0f} GiB free"
     if folder["type"] in NETWORK:
-        value += ", a network file system: fine, other hosts can see it"
+        value += ", a network file system, which other hosts can see"
     if folder["free"] < 10 * GIB:
         value = value.replace(f"{folder['free'] / GIB:.0f} GiB", f"{folder['free'] / GIB:.1f} GiB")
-        remedy = "free space, or choose another folder: a checkpoint takes twelve to sixteen bytes a parameter"
+        remedy = "free space, or choose another folder: a checkpoint takes twelve to sixteen bytes per parameter"
         return Line("error" if folder["free"] < GIB / 4 else "warning", what, value, remedy)
     if folder["type"] in ("tmpfs", "ramfs", "overlay"):
         gone = "the container" if folder["type"] == "overlay" else "a restart"
-        return Line("warning", what, f"{value}: gone with {gone}", "use a folder on a disk or a mounted volume")
+        return Line("warning", what, f"{value}: lost with {gone}", "use a folder on a disk or a mounted volume")
     return Line("ok", what, value)

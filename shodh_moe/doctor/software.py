@@ -1,4 +1,4 @@
-"""Lines about Python, its packages and what they need: pure functions of what here.py found."""
+"""Lines about Python, packages and their requirements: pure functions of the results of gather_local.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def software_lines(found: Found) -> list[Line]:
 
 
 def number(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparison: 2.13.0+cpu is (2, 13, 0)."""
+    """Parse the leading numbers of a version for comparison: 2.13.0+cpu gives (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
 
@@ -37,7 +37,7 @@ def number(version: str) -> tuple[int, ...]:
 def code_line(found: Found) -> Line:
     facts = found["facts"]
     if "error" in facts:
-        return Line("error", "shodh_moe", facts["error"], "run this Python alone and mend what it says")
+        return Line("error", "shodh_moe", facts["error"], "start this Python by hand and fix what it reports")
     version, code = facts["versions"]["shodh_moe"], facts["code"]
     if "none" in (version, code):
         return Line("error", "shodh_moe", "not installed", "pip install -e . in the source tree, or make venv")
@@ -59,7 +59,7 @@ def python_line(found: Found) -> Line:
 
 
 def packages_line(found: Found) -> Line:
-    """Everything that setup.py asks for; torch and deepspeed are looked at again where they are imported."""
+    """Check all requirements of setup.py. torch and deepspeed are also imported, see their own lines."""
     bad = []
     for text in found["requires"]:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:>=\s*([\d.]+))?", text)
@@ -72,7 +72,7 @@ def packages_line(found: Found) -> Line:
     if bad:
         wanted = " ".join(f"'{text}'" for text in found["requires"] if re.match(r"[\w.-]+", text)[0] in dict(bad))  # type: ignore[index]
         return Line("error", "packages", ", ".join(text for _, text in bad), f"pip install {wanted}")
-    return Line("ok", "packages", f"all {len(found['requires'])} required ones, none too old")
+    return Line("ok", "packages", f"all {len(found['requires'])} required packages, none too old")
 
 
 def torch_line(found: Found) -> Line:
@@ -125,7 +125,7 @@ def cuda_line(found: Found) -> Line:
             "warning",
             "cuda",
             f"different GPUs: {', '.join(sorted({device['name'] for device in devices}))}",
-            "the slowest sets the pace: leave the others out with CUDA_VISIBLE_DEVICES",
+            "the slowest GPU sets the pace: exclude it with CUDA_VISIBLE_DEVICES",
         )
     if cards and len(devices) != len(cards):
         if visible is not None:
@@ -182,14 +182,14 @@ def apex_line(found: Found) -> Line:
         return Line(
             "warning",
             "apex",
-            "what is installed is not NVIDIA's usable apex; the package registry's apex is an unrelated project",
-            "pip uninstall apex; the Dockerfile shows how NVIDIA's is built; without it torch's kernels serve",
+            "the installed apex is not a usable NVIDIA apex; the package registry's apex is an unrelated project",
+            "pip uninstall apex; the Dockerfile shows how to build NVIDIA's; without it torch's kernels are used",
         )
-    return Line("ok", "apex", "NVIDIA's" if apex == "nvidia" else "not installed: torch's fused AdamW and norm serve")
+    return Line("ok", "apex", "NVIDIA's" if apex == "nvidia" else "not installed: torch's AdamW and norm are used")
 
 
 def compiler_line(found: Found) -> Line:
-    """DeepSpeed compiles its shared-memory operation when ranks start on CPUs; Triton compiles on GPUs."""
+    """Check the compilers: DeepSpeed compiles its optimizers when they are first used, Triton its kernels on GPUs."""
     missing = [
         name
         for name, there in (
@@ -201,24 +201,24 @@ def compiler_line(found: Found) -> Line:
     ]
     if not missing:
         return Line("ok", "compiler", f"{found['compiler'].splitlines()[0]}; ninja {found['ninja'].splitlines()[0]}")
-    # A GPU training needs ninja for DeepSpeed's own optimizers alone.
+    # On GPUs, only DeepSpeed's own optimizers need ninja.
     serious = missing != ["ninja"] or not found["torch"].get("devices")
     return Line(
         "error" if serious else "warning",
         "compiler",
         f"no {', no '.join(missing)}: DeepSpeed and Triton compile at the first start",
-        "apt-get install g++ ninja-build python3-dev, or the like; ninja of a virtual environment needs it on the PATH",
+        "apt-get install g++ ninja-build python3-dev, or similar; a virtual environment's ninja must be on the PATH",
     )
 
 
 def mpi_line(found: Found) -> Line:
-    """Only launches with mpirun need it, so nothing here is an error."""
+    """Check MPI. Only mpirun launches need it, so there are no errors here."""
     ours, theirs = found.get("mpi4py"), found["mpirun"]
     if not ours and not theirs:
-        return Line("ok", "mpi", "none: needed for launches with mpirun alone")
+        return Line("ok", "mpi", "none: only needed to launch with mpirun")
     if not ours:
         return Line(
-            "warning", "mpi", f"{theirs['path']}, but no mpi4py", "pip install 'mpi4py>=4' for launches with mpirun"
+            "warning", "mpi", f"{theirs['path']}, but no mpi4py", "pip install 'mpi4py>=4' to launch with mpirun"
         )
     if "error" in ours:
         return Line(
@@ -231,20 +231,20 @@ def mpi_line(found: Found) -> Line:
     value = f"mpi4py {ours['mpi4py']} with {' '.join(library)}"
     if not theirs:
         return Line("warning", "mpi", f"{value}, but no mpirun", "load or install that MPI's mpirun")
-    # MPICH and its kin (Intel, MVAPICH) share one binary interface.
+    # MPICH and its derivatives (Intel, MVAPICH) share one binary interface.
     same = library[0] == runner[0] or "Open MPI" not in (library[0], runner[0])
     if not same or (library[0] == runner[0] and number(library[1])[:1] != number(runner[1])[:1]):
         return Line(
             "warning",
             "mpi",
-            f"{value}, but {theirs['path']} is {' '.join(runner)}: each rank would believe to be alone",
-            "put that MPI's mpirun first on the PATH, or build mpi4py anew: pip install --no-binary mpi4py mpi4py",
+            f"{value}, but {theirs['path']} is {' '.join(runner)}: each rank would run as a single process",
+            "put that MPI's mpirun first on the PATH, or rebuild mpi4py: pip install --no-binary mpi4py mpi4py",
         )
     return Line("ok", "mpi", f"{value}, {theirs['path']} {runner[1]}")
 
 
 def implementation(text: str) -> tuple[str, str]:
-    """Name and version of an MPI, from what its library or its mpirun says."""
+    """Parse name and version of an MPI from the output of its library or mpirun."""
     for word, name in OF_MPI.items():
         if word in text:
             match = re.search(r"(?:Version\s*:?|v|\))\s*(\d[\d.]*)", text[text.index(word) :])
@@ -262,5 +262,5 @@ def hdf5_line(found: Found) -> Line:
             "error", "hdf5", hdf5["locking"], "export HDF5_USE_FILE_LOCKING=FALSE: this file system has no locks"
         )
     build = "parallel" if hdf5["parallel"] else "serial"
-    told = "file locking works" if locking is None else f"HDF5_USE_FILE_LOCKING={locking}"
-    return Line("ok", "hdf5", f"h5py {hdf5['h5py']}, HDF5 {hdf5['hdf5']}, {build}, {told}")
+    lock_status = "file locking works" if locking is None else f"HDF5_USE_FILE_LOCKING={locking}"
+    return Line("ok", "hdf5", f"h5py {hdf5['h5py']}, HDF5 {hdf5['hdf5']}, {build}, {lock_status}")

@@ -1,4 +1,4 @@
-"""The lines that ``shodh doctor`` prints, as a table for people or JSON for programs."""
+"""The output of ``shodh doctor``: a table for people or JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 @dataclass(frozen=True)
 class Line:
-    """One check: an error means that a training cannot run; a remedy belongs to every status but ok."""
+    """The result of one check. An error means that a training cannot run. Every status except ok has a remedy."""
 
     status: Status
     what: str
@@ -22,23 +22,23 @@ class Line:
 
 
 def as_text(lines: list[Line], width: int = 120, colours: bool = False) -> str:
-    """Aligned columns status, what, value; the remedy below its value."""
+    """Format aligned columns of status, what and value, with each remedy below its value."""
     first, second = max(map(len, COLOURS)) + 2, max((len(line.what) for line in lines), default=0) + 2
     rows = []
     for line in lines:
-        told = textwrap.wrap(" ".join(line.value.split()), max(width - first - second, 40)) or [""]
-        if line.remedy:  # in one piece: a command broken over lines could not be copied
-            told.append(f"-> {line.remedy}")
+        text = textwrap.wrap(" ".join(line.value.split()), max(width - first - second, 40)) or [""]
+        if line.remedy:  # not wrapped, so that commands can be copied
+            text.append(f"-> {line.remedy}")
         status = line.status.ljust(first)
         rows.append(
-            (f"{COLOURS[line.status]}{status}\033[0m" if colours else status) + line.what.ljust(second) + told[0]
+            (f"{COLOURS[line.status]}{status}\033[0m" if colours else status) + line.what.ljust(second) + text[0]
         )
-        rows += [" " * (first + second) + more for more in told[1:]]
+        rows += [" " * (first + second) + more for more in text[1:]]
     return "\n".join([*rows, "", summary(lines)])
 
 
 def summary(lines: list[Line]) -> str:
-    """Such as ``1 error, 2 warnings``."""
+    """Count the problems, such as ``1 error, 2 warnings``."""
     parts = []
     for status in ("error", "warning"):
         if count := sum(line.status == status for line in lines):

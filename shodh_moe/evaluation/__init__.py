@@ -1,1 +1,1 @@
-"""Measurements on held-out trajectories, and the report that shows them."""
+"""Evaluate a model on held-out trajectories."""

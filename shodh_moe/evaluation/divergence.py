@@ -1,4 +1,4 @@
-"""How divergence-free velocities are: always with operator, precision and norm (DESIGN 3.1)."""
+"""Divergence of velocities, always reported with operator, precision and norm (DESIGN 3.1)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NORM = "h * rms(div u) / rms(u); rms over all voxels and samples, h = 1 cell"
 
 
 def differentiated(u_B3XYZ: Tensor, operator: str) -> Tensor:
-    """A velocity at the voxels' centres where ``operator`` differentiates it: averaged to faces for ``staggered``.
+    """Move a velocity from voxel centres to where ``operator`` differentiates it: to the faces for ``staggered``.
 
-    The faces of solid voxels get the mean of their two voxels like all others. So the ``staggered`` divergence is that
-    of ``central2``, up to rounding: (u[j+1] + u[j]) / 2 - (u[j] + u[j-1]) / 2 = (u[j+1] - u[j-1]) / 2.
+    Every face, also of solid voxels, gets the mean of its two voxels. The ``staggered`` divergence then equals that of
+    ``central2``, up to rounding: (u[j+1] + u[j]) / 2 - (u[j] + u[j-1]) / 2 = (u[j+1] - u[j-1]) / 2.
     """
     return to_faces(u_B3XYZ) if operator == "staggered" else u_B3XYZ
 
@@ -26,11 +26,11 @@ def differentiated(u_B3XYZ: Tensor, operator: str) -> Tensor:
 def divergence_table(
     conserved: dict[torch.dtype, Tensor], data: dict[str, Tensor], operator: str
 ) -> list[dict[str, Any]]:
-    """One row for each precision in which the velocity was conserved, then one for the data of each domain.
+    """One row per dtype of the conserved velocity, then one per domain for its data.
 
     Args:
-        conserved: that of the predictions (`Flow`), [B, 3, X, Y, Z], cells per step, by dtype; for ``staggered`` on
-            faces.
+        conserved: conserved velocity of the predictions (`Flow`) by dtype, [B, 3, X, Y, Z], cells per step; on faces
+            for ``staggered``.
         data: true velocities by domain at the voxels' centres, float64.
         operator: the derivative operator of the decoder.
     """

@@ -1,8 +1,8 @@
 """Evaluation of a pretrained model on the held-out test trajectories: metrics.json and the report's arrays.
 
-It runs in one process and reads the checkpoint of any expert-parallel layout. Predictions drop no token;
-the routing section alone is measured on mixed batches with the capacity of training, so that
-``dropped_fraction`` is what training would drop on held-out data.
+Runs in one process and reads checkpoints of any expert-parallel layout. Predictions drop no tokens. Only the routing
+section uses mixed batches with the capacity of training, so that ``dropped_fraction`` is what training would drop on
+held-out data.
 """
 
 from __future__ import annotations
@@ -19,46 +19,48 @@ from torch import Tensor
 from shodh_moe.base.files import write_text
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
-from shodh_moe.inference.loading import Models, find_source, load_models, training_records
-from shodh_moe.inference.rollout import decode, decode_both, predict_next, rollout
+from shodh_moe.inference.loading import Models, find_source, load_models
+from shodh_moe.inference.one_step import predict_trajectory
+from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
+from shodh_moe.model import Context
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
 
 
-def evaluate(config: Config, run: Path, dataset: Path, tokenizer_folder: Path, latents: Path) -> dict[str, Any]:
-    """Measure the newest checkpoint of ``run``; write ``metrics.json`` and ``evaluation.npz`` there.
+def evaluate(config: Config, paths: Paths) -> dict[str, Any]:
+    """Measure the newest checkpoint of a run; write ``metrics.json`` and ``evaluation.npz`` to its folder.
 
     Raises:
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
-    models = load_models(find_source(run, tokenizer_folder), config.model)
-    return measure(config, models, dataset, latents, run, training_records(run))
+    models = load_models(find_source(paths.run, paths.tokenizer), config.model)
+    return measure(config, models, paths, paths.run, read_run(paths.run, "train"))
 
 
 @torch.no_grad()
 def measure(
-    config: Config, models: Models, dataset: Path, latents: Path, folder: Path, history: list[dict[str, Any]]
+    config: Config, models: Models, paths: Paths, folder: Path, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
 
-    ``history`` holds the training records, from which speed and memory come; [] leaves those null.
+    ``history`` are the training records, for throughput and memory; with [] those are null.
     """
-    made_with = paths_of(config).tokenizer
     train, test = (
-        LatentSamples(load_latents(latents, split, made_with), config.model.history, config.data.weights)
+        LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
         for split in ("train", "test")
     )
     domains = test.domains
     listing = config.data.grid, config.data.skip_bad
-    records = {(r.path.name, r.sample): r for r in list_trajectories(dataset, "test", *listing)}
+    records = {(r.path.name, r.sample): r for r in list_trajectories(paths.dataset, "test", *listing)}
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}
@@ -66,12 +68,11 @@ def measure(
     simulated = {}
     for domain in domains:
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test.trajectories if z.domain == domain]
-        expert_1 = test.expert_B(torch.tensor([domains.index(domain)]), config.model.moe.num_experts)
-        mean_fields = _mean_fields(dataset, domain, *listing)
+        mean_fields = _mean_fields(paths.dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
         errors = []
         for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
-            one_step = _OneStep(models, config, latent, truth, expert_1)
+            one_step = _OneStep(models, config, test, latent, truth)
             errors.append(one_step.errors(mean_latent, mean_fields))
             if number == 0:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
@@ -81,7 +82,7 @@ def measure(
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        free_running = _rollouts(models, config, pairs, expert_1)
+        free_running = _rollouts(models, config, pairs, test.context(domain))
         results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
@@ -114,13 +115,15 @@ def measure(
 
 
 class _OneStep:
-    """Predictions of every snapshot of one test trajectory from the true snapshots before it.
+    """One-step predictions of every snapshot of a test trajectory from the true snapshots before it.
 
     Shapes: T predicted snapshots; fields are [T, 4, X, Y, Z] (velocity, pressure) in the data's units, the
-    velocity decoded in float64, with the one whose divergence vanishes beside it in ``conserved`` [T, 3, X, Y, Z].
+    velocity decoded in float64. ``conserved`` [T, 3, X, Y, Z] is the velocity whose divergence vanishes.
     """
 
-    def __init__(self, models: Models, config: Config, latent: LatentTrajectory, truth: Trajectory, expert_1: Tensor):
+    def __init__(
+        self, models: Models, config: Config, samples: LatentSamples, latent: LatentTrajectory, truth: Trajectory
+    ):
         h = config.model.history
         self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
@@ -129,7 +132,7 @@ class _OneStep:
         z_TCxyz = latent.read()
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
         size = config.evaluation.batch_size
-        self.z, self.experts = predict_next(models.transformer, z_TCxyz, latent.geometry_Cxyz, expert_1, size)
+        self.z, self.experts = predict_trajectory(models.transformer, samples, latent, size)
         decoded = [decode_both(models.tokenizer, part, self.solid) for part in self.z.split(size)]
         self.predicted, self.conserved = (torch.cat(parts) for parts in zip(*decoded, strict=True))
 
@@ -168,7 +171,7 @@ class _OneStep:
         }
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """What the report draws of the middle prediction."""
+        """The arrays of the middle prediction that the report draws."""
         middle = len(self.true) // 2
         reconstruction = decode(self.tokenizer, self.z_true[middle : middle + 1], self.solid)[0]
         k, spectrum = energy_spectrum(self.true[middle, :3])
@@ -191,15 +194,15 @@ class _OneStep:
 
 
 def _rollouts(
-    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], expert_1: Tensor
+    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
-    """Velocity nRMSE of free-running predictions from each trajectory's start, beside persistence's."""
+    """Velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
     steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
     errors = torch.zeros(len(pairs), steps)
     still = torch.zeros(len(pairs), steps)
     for row, (latent, truth) in enumerate(pairs):
-        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], expert_1)
+        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
@@ -217,7 +220,7 @@ def _rollouts(
 def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -> dict[str, Any]:
     """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
 
-    A dense model has no layers to tell of.
+    The result of a dense model has no layers.
     """
     experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
     if not layers:
@@ -229,9 +232,9 @@ def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -
         layer.drop_in_eval = True
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
-        history, geometry, _, domain_B = samples.batch(picks)
-        routing = models.transformer(history, geometry, samples.expert_B(domain_B, experts)).routing
-        counts.add(routing, domain_B)
+        batch = samples.batch(picks)
+        routing = models.transformer(*batch.inputs).routing
+        counts.add(routing, batch.domain_B)
         picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
         solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)

@@ -1,7 +1,7 @@
-"""Evaluation of a tokenizer: how well it gives back the snapshots of a split, and at what cost.
+"""Evaluation of a tokenizer: how well it reconstructs the snapshots of a split, and at what cost.
 
-Snapshots are read, encoded and decoded a batch at a time and compared one by one in float64; nothing but their scores
-is kept. A direct decoder is measured a second time with its velocity projected: made free of divergence afterwards.
+Snapshots are read, encoded and decoded in batches and compared one by one in float64; only their scores are kept. A
+direct decoder is also measured with its velocity projected, that is, made free of divergence afterwards.
 
 Shapes: B batch, X Y Z space, N snapshots.
 """
@@ -23,7 +23,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, require_made, require_writable, write_text
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import FieldStats, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.stats import STATS_FILE
@@ -36,18 +36,18 @@ from shodh_moe.tokenizer.batches import on_device
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
 from shodh_moe.tokenizer.tokenizer import Flow, require_fit, tokenizer_sha256
 
-# Of a domain's snapshots, evenly spread: metrics of more change little.
+# Snapshots measured per domain, evenly spread; more would change the metrics little.
 MOST = 32
 # Walls and operator of the projections of a direct decoder's velocity. (Exact walls of central4 take too long.)
 PROJECTIONS = (*(("none", operator) for operator in OPERATORS), ("exact", "staggered"), ("exact", "central2"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# Numbers of one snapshot, or rows of them: means, or sums that `_summary` knows how to combine.
+# Numbers of one snapshot, or rows of them: means, or sums that `_summary` combines.
 Scores = dict[str, Tensor]
 
 
 @torch.no_grad()
 def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -> dict[str, Any]:
-    """Measure the config's tokenizer on a split of its dataset; write JSON, print a table, return the JSON's content.
+    """Measure the config's tokenizer on a split of its dataset, write JSON, print a table, and return the JSON content.
 
     Per domain, over at most `MOST` snapshots: errors of velocity and pressure as `evaluation.metrics` defines them
     (means over snapshots; ``_mse`` over the training rms of the field), spectral bands, divergence under every operator
@@ -60,14 +60,14 @@ def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -
 
     Args:
         split: ``train``, ``valid`` or ``test``.
-        output: the JSON file; None: ``evaluation.json`` in the tokenizer's folder.
+        output: the JSON file; None for ``evaluation.json`` in the tokenizer's folder.
 
     Raises:
         UserError: tokenizer or dataset are missing, damaged or of different grids, or the file cannot be written.
     """
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config)
+    require_fit(tokenizer, config, paths)
     target = _target(paths.tokenizer, output)
     require_made(paths.dataset / STATS_FILE, "shodh data generate")
     other_data = _trained_on_other_data(tokenizer, FieldStats.load(paths.dataset))
@@ -120,7 +120,7 @@ def _target(folder: Path, output: Path | None) -> Path:
 
 
 def _trained_on_other_data(tokenizer: Tokenizer, stats: FieldStats) -> bool:
-    """Whether its statistics, which travel with it, are not those of the dataset (up to their rounding to float32)."""
+    """Whether the statistics stored in the tokenizer differ from the dataset's by more than rounding to float32."""
     pairs = ((tokenizer.velocity_rms, stats.velocity_rms), (tokenizer.pressure_rms, stats.pressure_rms))
     return any(abs(float(own) - theirs) > 1e-6 * theirs for own, theirs in pairs)
 
@@ -128,7 +128,7 @@ def _trained_on_other_data(tokenizer: Tokenizer, stats: FieldStats) -> bool:
 def _measure_domain(
     tokenizer: Tokenizer, snapshots: Snapshots, domain: int, batch_size: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """The scores of a domain: of the decoder under "", of a direct one's projections under ``walls/operator``."""
+    """The scores of a domain: of the decoder under "", of a direct decoder's projections under ``walls/operator``."""
     picks = spread(snapshots.of_domain(domain), MOST)
     parts = [picks[first : first + batch_size] for first in range(0, len(picks), batch_size)]
     rms = float(tokenizer.velocity_rms), float(tokenizer.pressure_rms)
@@ -147,7 +147,7 @@ def _measure_domain(
             continue
         for walls, operator in PROJECTIONS:
             name = f"{walls}/{operator}"
-            # With the velocity first, as what is timed is counted.
+            # The velocity comes first: `_timed` divides by the length of the first argument.
             single = _timed(times[name, "project"], _project, flow.velocity_B3XYZ, flow, solid_B1XYZ, operator, walls)
             for i in range(len(z)):
                 one = _one(flow, i)
@@ -166,21 +166,21 @@ def _measure_domain(
 
 
 def spread(items: list[int], most: int) -> list[int]:
-    """All of them, or ``most`` evenly spread ones, the first and the last included."""
+    """Return all items, or ``most`` evenly spread ones including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
-    """``run(*arguments)``; its milliseconds by sample, of which the first argument has len, are added to ``times``."""
+    """Call ``run(*arguments)``, and append its milliseconds per sample of the first argument to ``times``."""
 
     def wait() -> None:
         if arguments[0].is_cuda:
             torch.cuda.synchronize()
 
     if not times:
-        run(*arguments)  # to warm up: choice of algorithms, compilation, memory
+        run(*arguments)  # warm up: choice of algorithms, compilation, memory
     wait()
     began = time.perf_counter()
     result = run(*arguments)
@@ -190,7 +190,7 @@ def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _project(w_B3XYZ: Tensor, flow: Flow, solid_B1XYZ: Tensor, operator: str, walls: str) -> Flow:
-    """``flow`` with the velocity w made free of divergence."""
+    """Replace the velocity of ``flow`` by w, projected to be free of divergence."""
     conserved = conserved_velocity(w_B3XYZ, solid_B1XYZ, operator, walls)
     return Flow(at_centres(conserved, operator), flow.pressure_B1XYZ, conserved)
 
@@ -200,7 +200,7 @@ def _one(flow: Flow, index: int) -> Flow:
 
 
 def _score(decoded: dict[str, Flow], own: str, fields_15XYZ: Tensor, rms: tuple[float, float]) -> Scores:
-    """One snapshot: ``decoded`` in float32 and float64, conserving with the operator ``own``, against the truth."""
+    """Score one snapshot, decoded in both dtypes and conserving with the operator ``own``, against the truth."""
     exact, true_15XYZ = decoded["float64"], fields_15XYZ.double()
     solid_1XYZ = true_15XYZ[:, 4] > 0.5
     found: Scores = {}
@@ -221,14 +221,14 @@ def _score(decoded: dict[str, Flow], own: str, fields_15XYZ: Tensor, rms: tuple[
 
 
 def _summary(rows: list[Scores]) -> dict[str, Any]:
-    """The scores of a domain from those of its snapshots."""
+    """Combine the scores of a domain's snapshots."""
     all_N = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     means = ("velocity_vrmse", "pressure_vrmse", "velocity_nrmse", "velocity_mse", "pressure_mse")
     total, count, peak, square = all_N["solid"].unbind(1)
     speed, solid = float(square.mean().sqrt()), None
     if count.sum() > 0:
         values = float((total.sum() / count.sum()).sqrt()), float(peak.max().sqrt())
-        # A flow at rest has no speed to compare with, and none in its solids.
+        # A flow at rest has no reference speed, and no speed in its solids.
         relative = [value / speed if speed > 0 else 0.0 for value in values]
         solid = {"rms_relative": relative[0], "max_relative": relative[1], "max": values[1]}
     return {
@@ -243,7 +243,7 @@ def _summary(rows: list[Scores]) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """A line for each domain, and for each projection of it; divergences under the operator that is conserved."""
+    """One line per domain and projection, with divergences under the conserving operator."""
     settings = result["settings"]
     own = settings["operator"]
     name = "direct" if settings["decoder"] == "direct" else f"{settings['walls']}/{own}"

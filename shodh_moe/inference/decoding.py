@@ -1,4 +1,4 @@
-"""Cached latents back to flow fields, as a dataset in the_well's schema.
+"""Decode cached latents to flow fields, as a dataset in the_well's schema.
 
 Shapes: B snapshots, C latent channels, x y z latent grid, X Y Z space.
 """
@@ -20,7 +20,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, require_writable, whole_folder
 from shodh_moe.base.progress import progress
 from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.storage import free_bytes
@@ -31,29 +31,29 @@ from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.latents import LatentTrajectory, load_latents
 from shodh_moe.tokenizer.tokenizer import require_fit, tokenizer_sha256
 
-VOXELS = 2**21  # decoded at a time: one snapshot of 128^3
+VOXELS = 2**21  # voxels to decode at a time: one snapshot of 128^3
 
 
 @torch.no_grad()
 def decode_latents(config: Config, split: str, output: Path, dtype: str = "float32") -> None:
-    """Decode the cached latents of a split to ``output/data/<split>``, a file for each of the dataset's.
+    """Decode the cached latents of a split to ``output/data/<split>``, one file for each file of the dataset.
 
-    Of each trajectory only the copy that no symmetry moved is decoded. With the operator ``staggered`` the files have
-    the velocity on the faces as ``velocity_face`` too: its divergence is the one that vanishes. Prints a line a file.
+    Only the untransformed copy of each trajectory is decoded. With the operator ``staggered`` the files also hold
+    ``velocity_face``, the velocity on the faces, whose divergence vanishes. Prints one line per file.
 
     Args:
-        dtype: ``float32`` or ``float64``: the velocity is made free of divergence and stored in it.
+        dtype: ``float32`` or ``float64``, in which the velocity is made divergence-free and stored.
 
     Raises:
-        UserError: ``output`` exists or cannot be written, there is no tokenizer or no latents, or these are damaged,
-            of another tokenizer or of other data; or a field is not finite. Nothing is written then.
+        UserError: ``output`` exists or cannot be written, there is no tokenizer or no latents, these are damaged or
+            belong to another tokenizer or other data, or a field is not finite. Nothing is written in these cases.
     """
     if output.exists():
         raise UserError(f"--output {output} exists: give a new folder, or remove it")
     require_writable(output.parent)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config)
+    require_fit(tokenizer, config, paths)
     require_made(paths.latents, "shodh tokenizer encode")
     latents = [one for one in load_latents(paths.latents, split, paths.tokenizer) if not one.copy]
     listed = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)
@@ -87,7 +87,7 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
 def _by_file(
     latents: list[LatentTrajectory], records: dict[tuple[str, int], TrajectoryRecord], dataset: Path
 ) -> dict[str, list[tuple[TrajectoryRecord, LatentTrajectory]]]:
-    """The trajectories of each file, in its order. Raises: UserError: the dataset does not have one of them."""
+    """The trajectories of each file, in order. Raises: UserError: the dataset lacks one of them."""
     pairs = defaultdict(list)
     for one in sorted(latents, key=lambda latent: (latent.source, latent.sample)):
         record = records.get((one.source, one.sample))
@@ -104,7 +104,7 @@ def _by_file(
 def _fill(
     file: h5py.File, pairs: list[tuple[TrajectoryRecord, LatentTrajectory]], tokenizer: Tokenizer, dtype: str
 ) -> float:
-    """Decode the trajectories into a new file; returns h rms(div u) / rms(u) of all of it, as stored, h = 1 cell."""
+    """Decode trajectories into a new file; return h rms(div u) / rms(u) of the stored velocity, h = 1 cell."""
     moments: list[Tensor] = []
     operator = tokenizer.config.operator
     for row, (record, latent) in enumerate(pairs):
@@ -132,7 +132,7 @@ def _fill(
 
 
 def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:
-    """The solid mask [1, 1, X, Y, Z]. Raises: UserError: it is not the one that was encoded."""
+    """The solid mask [1, 1, X, Y, Z]. Raises: UserError: another mask was encoded."""
     solid_11XYZ = torch.from_numpy(read_snapshots(record, 0, 1)[1])[None]
     if not torch.allclose(F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0], latent.solid_fraction_xyz, atol=1e-5):
         raise UserError(
@@ -143,7 +143,7 @@ def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:
 
 
 def _time(records: list[TrajectoryRecord]) -> NDArray[np.float32]:
-    """Of the snapshots, [T] or [B, T]; their numbers where the file does not tell."""
+    """Times of the snapshots, [T] or [B, T]; snapshot numbers if the file has no times."""
     with opened(records[0].path) as file:
         if "dimensions/time" not in file:
             return np.arange(records[0].n_snapshots, dtype=np.float32)

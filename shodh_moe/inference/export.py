@@ -1,11 +1,11 @@
-"""Export: everything that evaluation and prediction need of a run, in one folder that stands for itself.
+"""Export a run to one self-contained folder with everything that evaluation and prediction need.
 
 model.safetensors     all weights by parameter name, experts stacked over the global expert axis
 tokenizer/            tokenizer.safetensors, tokenizer.json
-config.yaml           the config of the run
-metrics.json          the evaluation of these weights, if there is one
-README.md             the model card
-export.json           format, step, grids, versions and the SHA-256 of every other file
+config.yaml           config of the run
+metrics.json          evaluation of these weights, if there is one
+README.md             model card
+export.json           format, step, grids, versions, and SHA-256 of every other file except the card
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shodh_moe.inference.model_card import model_card
 
 
 def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
-    """Write the model of a checkpoint or run folder to the new folder ``output``; returns it.
+    """Write the model of a checkpoint or run folder to the new folder ``output``, and return that folder.
 
     Raises:
         UserError: there is no intact checkpoint or no tokenizer, ``output`` exists, or it cannot be written.
@@ -67,7 +67,7 @@ def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
 
 
 def _metrics(source: ModelSource, weights_sha256: str) -> dict[str, Any] | None:
-    """The run's metrics, if they were measured on these very weights."""
+    """The run's metrics, if they were measured on exactly these weights."""
     try:
         metrics = json.loads((source.run / "metrics.json").read_text()) if source.run else {}
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""A trained model from wherever it is: a run folder, a checkpoint of it, or an exported folder; without DeepSpeed.
+"""Loading a trained model from a run folder, a checkpoint or an exported folder, without DeepSpeed.
 
-Every file is checked by its hash before it is used, and weights are checked against the architecture they go into.
+Every file's hash is checked before use, and weights are checked against the architecture that they are loaded into.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,31 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, list_checkpoints, mismatch
+from shodh_moe.checkpoint import CheckpointReader, Damaged, checkpoints_at, mismatch, resolve_checkpoint
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
-from shodh_moe.training.records import Record, read_history, records
+from shodh_moe.training.records import METRICS
 
 EXPORT_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A trained model on the disk, checked but not loaded.
+    """A trained model on disk, checked but not loaded.
 
     Attributes:
-        path: the checkpoint's folder, or the exported one.
-        exported: which of the two.
-        state: step, config and world_size.
-        config: what it was trained with.
-        run: the run folder of a checkpoint that still lies in one.
-        tokenizer: a folder in place of the tokenizer that belongs to it.
+        path: folder of the checkpoint or of the exported model.
+        exported: whether it is an exported model.
+        state: step, config, world_size and other facts about the training.
+        config: config that it was trained with.
+        run: run folder of a checkpoint, if it still lies in one.
+        tokenizer: folder of a tokenizer to use instead of the one in the config.
     """
 
     path: Path
@@ -52,11 +53,16 @@ class ModelSource:
     run: Path | None = None
     tokenizer: Path | None = None
 
+    @cached_property
+    def paths(self) -> Paths:
+        """The folders of ``config``, resolved once. Raises: UserError: its ``data.path`` or tokenizer is gone."""
+        return resolve_paths(self.config)
+
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer is. Raises: UserError: it is not where the config says."""
+        """Return the tokenizer's folder. Raises UserError if it is not where the config says."""
         if self.exported:
             return self.path / "tokenizer"
-        folder = self.tokenizer or paths_of(self.config).tokenizer
+        folder = self.tokenizer or self.paths.tokenizer
         if not folder.is_dir():
             raise UserError(
                 f"the tokenizer of {self.path} is not at {folder}: run the command in the folder in which the model "
@@ -67,7 +73,7 @@ class ModelSource:
 
 @dataclass
 class Models:
-    """The two networks of a trained model, every expert in this process, in evaluation mode."""
+    """The two networks of a trained model with all experts in this process, in evaluation mode."""
 
     tokenizer: Tokenizer
     transformer: LatentTransformer
@@ -78,10 +84,10 @@ class Models:
 
 
 def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
-    """The model at ``path``: an exported folder, a checkpoint, or a run folder (its newest intact checkpoint).
+    """Find the model at ``path``: an exported folder, a checkpoint, or a run folder (its newest intact checkpoint).
 
     Raises:
-        UserError: there is none, it is damaged (names the file), or its config cannot be read.
+        UserError: there is no model, it is damaged (names the file), or its config cannot be read.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: give a run folder, a checkpoint or an exported model")
@@ -92,26 +98,23 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
             raise UserError(f"{damages[0]}: export the model again or copy it again")
         described = json.loads((path / "export.json").read_text(encoding="utf-8"))
         return ModelSource(path, True, described, load_config(path / "config.yaml"))
-    for folder in (path, path / "checkpoints"):
-        if list_checkpoints(folder) and (found := find_checkpoint(folder)):
-            path = found[0]
-            break
-    else:
-        if not (path / "state.json").exists():
-            raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
-        if reason := damage(path):
-            raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run")
+    if not checkpoints_at(path):
+        raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
+    try:
+        path = resolve_checkpoint(path) or path
+    except Damaged as reason:
+        raise UserError(f"checkpoint {path} is refused: {reason}; use another one of its run") from None
     state = CheckpointReader(path).state
     run = path.resolve().parent.parent
     try:
         config = Config.model_validate(state["config"])
     except (KeyError, ValidationError) as error:
         raise UserError(f"checkpoint {path} has no config that this version understands: {error}") from error
-    return ModelSource(path, False, state, config, run if (run / "metrics.jsonl").exists() else None, tokenizer)
+    return ModelSource(path, False, state, config, run if (run / METRICS).exists() else None, tokenizer)
 
 
 def verify_export(path: Path) -> list[str]:
-    """What is wrong with an exported folder, one line a damage; [] if nothing is."""
+    """Return one line per damage of an exported folder; [] if it is intact."""
     try:
         described = json.loads((path / "export.json").read_text(encoding="utf-8"))
         number, hashes = described["format"], dict(described["sha256"])
@@ -132,7 +135,10 @@ def verify_export(path: Path) -> list[str]:
 
 
 def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models:
-    """Tokenizer and transformer, the latter built as ``model`` says if given, else as it was trained.
+    """Load tokenizer and transformer.
+
+    Args:
+        model: settings of the transformer; default: those that it was trained with.
 
     Raises:
         UserError: the weights belong to another architecture (names tensors and both shapes, or settings).
@@ -152,13 +158,13 @@ def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models
     transformer.load_state_dict(weights)
     step, world_size = source.state["step"], source.state["world_size"]
     ep_size = source.state.get("ep_size", 1)
-    # Of the weights as they are used: stored in another precision, they are the same model once exported.
+    # Hash the weights as loaded, because an export may store the same model in another precision.
     digest = weights_sha256(transformer.state_dict())
     return Models(tokenizer, transformer.eval(), step, world_size, ep_size, digest)
 
 
 def read_weights(source: ModelSource) -> dict[str, Tensor]:
-    """All weights by parameter name, experts stacked over the global expert axis."""
+    """Read all weights by parameter name, with experts stacked over the global expert axis."""
     if source.exported:
         return load_file(source.path / "model.safetensors")
     reader = CheckpointReader(source.path)
@@ -167,7 +173,7 @@ def read_weights(source: ModelSource) -> dict[str, Tensor]:
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """One hash of names, types, shapes and bytes: the same for a checkpoint and what was exported from it."""
+    """Hash names, types, shapes and bytes. A checkpoint and its export have the same hash."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name]
@@ -184,7 +190,7 @@ def _require_same_shapes(path: Path, transformer: LatentTransformer, weights: di
 
 
 def _require_same_settings(source: ModelSource, model: ModelConfig) -> None:
-    """Shapes do not show everything, such as the floor of the routers' temperature."""
+    """Refuse settings that shapes do not show, such as the minimum of the routers' temperature."""
     theirs, ours = source.config.model.model_dump(), model.model_dump()
     if differing := differing_model_keys(theirs, ours):
         flat_theirs, flat_ours = flatten(theirs), flatten(ours)
@@ -193,8 +199,3 @@ def _require_same_settings(source: ModelSource, model: ModelConfig) -> None:
             f"the weights of {source.path} were trained with another model: {', '.join(named)}: "
             "use the config that the model was trained with"
         )
-
-
-def training_records(run: Path | None) -> list[Record]:
-    """The records of kind ``train`` of a run; [] without a run."""
-    return records(read_history(run / "metrics.jsonl"), "train") if run else []

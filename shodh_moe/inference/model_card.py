@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, how it came about, how good it is, what it must not be used for."""
+"""The model card of an exported model: architecture, training, data, errors and limits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.parameters import marks
 from shodh_moe.config import Config, TokenizerConfig
-from shodh_moe.config.paths import paths_of
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
 from shodh_moe.inference.loading import Models, ModelSource
 
-# Rows of the table of errors: title, then the keys of the model, persistence, the mean predictor, the tokenizer alone.
+# Rows of the error table: title, then the metrics keys of model, persistence, mean predictor and tokenizer alone.
 ERRORS = (
     ("latent MSE", "latent_mse", "latent_mse_persistence", "latent_mse_mean", ""),
     (
@@ -35,7 +35,7 @@ def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | No
     """The text of README.md, Markdown."""
     parts = [
         _what(source, models),
-        _data(source.config),
+        _data(source),
         _training(source.config, models),
         _measured(metrics),
         _limits(source.config, models),
@@ -45,13 +45,13 @@ def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | No
 
 
 def _wrapped(block: str) -> str:
-    """Prose at an even width; headings, tables, lists and code as they are."""
+    """Wrap prose; leave headings, tables, lists and code unchanged."""
     return block if block[0] in "#|- " else textwrap.fill(" ".join(block.split()), 100)
 
 
 def _what(source: ModelSource, models: Models) -> str:
     parameters = sum(p.numel() for p in models.transformer.parameters())
-    experts = sum(p.numel() for n, p in models.transformer.named_parameters() if ".experts." in n)
+    experts = sum(p.numel() for p in models.transformer.parameters() if marks(p).sharded)
     model, grid = source.config.model, models.tokenizer.grid
     return f"""# {source.config.name}
 
@@ -68,14 +68,14 @@ mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
 | training step of these weights | {models.step} |
 | weights (SHA-256 over all tensors) | {models.weights_sha256} |
 
-Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; who publishes
-them states their licence here."""
+Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; state their
+licence here before publishing them."""
 
 
 def _conserved(tokenizer: TokenizerConfig) -> str:
     if tokenizer.decoder == "direct":
-        return "Nothing makes the decoded velocity free of divergence."
-    where = ", on the faces of the cells, of which it is the mean" if tokenizer.operator == "staggered" else ""
+        return "The decoded velocity is not constrained to be free of divergence."
+    where = ", on the faces of the cells, whose mean it is" if tokenizer.operator == "staggered" else ""
     return f"""The decoded velocity is divergence-free to rounding for the
 {tokenizer.operator} operator on the periodic box{where}."""
 
@@ -84,20 +84,20 @@ def _walls(tokenizer: TokenizerConfig) -> str:
     zero = tokenizer.decoder == "direct" or tokenizer.walls != "none"
     walls = f"Velocity in solid voxels is {'exactly zero' if zero else 'small but not exactly zero'}."
     if tokenizer.decoder == "direct":
-        return f"{walls} Divergence is zero for no operator."
+        return f"{walls} Divergence is not zero for any operator."
     return f"""{walls} Divergence is zero for the {tokenizer.operator}
-  operator; another one sees its own difference. In float32 files it is at rounding of float32."""
+  operator only. In float32 files it is zero to float32 rounding."""
 
 
-def _data(config: Config) -> str:
-    data = config.data
+def _data(source: ModelSource) -> str:
+    data = source.config.data
     if data.path:
-        kind = f"An existing dataset, `{Path(data.path).name}`; its origin, units and licence are those of its makers."
+        kind = f"An existing dataset, `{Path(data.path).name}`; its makers state its origin, units and licence."
     else:
         kind = (
             f"Synthetic: simulated by shodh_moe's own lattice-Boltzmann solver (D3Q19), seed {data.seed}, "
             f"{data.snapshots} snapshots a trajectory. Lattice units: cell size, time step and mean density are 1; "
-            "speeds are in cells per time step. No measured flow is part of it."
+            "speeds are in cells per time step. It contains no measured flow."
         )
     lines = ["## Data", "", f"{kind} Grid {_by(data.grid)}. Splits are by trajectory."]
     if not data.path:
@@ -107,21 +107,25 @@ def _data(config: Config) -> str:
             settings = domain.model_dump(exclude={"trajectories"})
             text = ", ".join(f"{key} {value}" for key, value in settings.items())
             lines.append(f"| {name} | {counts.train}, {counts.valid}, {counts.test} | {text} |")
-    ranges = _ranges(config)
+    ranges = _ranges(source)
     if ranges:
         lines += ["", "Parameters of the training trajectories, smallest to largest:", ""]
         lines += ["| domain | training trajectories | parameters |", "|---|---|---|", *ranges]
     else:
-        lines += ["", "The dataset was not at hand when this card was written: ranges in its files are not listed."]
+        lines += [
+            "",
+            "The dataset was not available when this card was written, so its ranges are not listed.",
+        ]
     return "\n".join(lines)
 
 
-def _ranges(config: Config) -> list[str]:
-    """A table row a domain with the range of every scalar in the training files; [] without the files."""
+def _ranges(source: ModelSource) -> list[str]:
+    """One table row per domain with the range of every scalar in the training files; [] without the files."""
     values: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     with contextlib.suppress(UserError, OSError):
-        for record in list_trajectories(paths_of(config).dataset, SPLITS[0], config.data.grid, config.data.skip_bad):
+        data = source.config.data
+        for record in list_trajectories(source.paths.dataset, SPLITS[0], data.grid, data.skip_bad):
             counts[record.domain] = counts.get(record.domain, 0) + 1
             found = values.setdefault(record.domain, {})
             with opened(record.path) as file:
@@ -142,15 +146,15 @@ def _training(config: Config, models: Models) -> str:
 {models.step} of {t.steps} steps, {samples} samples each, under the DeepSpeed engine; ranks: {models.world_size},
 expert-parallel size: {models.ep_size}, seed {config.seed}. AdamW, learning rate {t.learning_rate:g} after
 {t.warmup_steps} steps of warm-up, weight decay {t.weight_decay:g}, gradients clipped at {t.grad_clip:g}, precision
-{t.precision}. Loss: mean squared error of the next normalised latent, plus balance and z losses of the routers. One
-step ahead only: the model was not trained on its own predictions."""
+{t.precision}. Loss: mean squared error of the next normalised latent, plus balance and z losses of the routers. The
+model was trained one step ahead only, not on its own predictions."""
 
 
 def _measured(metrics: dict[str, Any] | None) -> str:
     if not metrics:
         return """## Measured
 
-These weights have not been evaluated: there is no metrics.json for them. Nothing is known about their quality. Run
+These weights have not been evaluated: there is no metrics.json for them, and their quality is unknown. Run
 `shodh evaluate` before relying on any prediction."""
     domains, divergence = metrics["domains"], metrics["divergence"]
     rows = [
@@ -169,7 +173,7 @@ These weights have not been evaluated: there is no metrics.json for them. Nothin
     return f"""## Measured
 
 One snapshot ahead on held-out test trajectories, from true snapshots. Latents normalised per channel, fields divided by
-their training rms. Persistence repeats the last snapshot; the mean predictor answers the domain's training mean,
+their training rms. Persistence repeats the last snapshot; the mean predictor returns the domain's training mean,
 voxel by voxel; the tokenizer alone encodes and decodes the true snapshot.
 
 | domain | quantity | model | persistence | mean predictor | tokenizer alone |
@@ -178,7 +182,7 @@ voxel by voxel; the tokenizer alone encodes and decodes the true snapshot.
 
 {verdict}
 
-Free-running, own predictions fed back: relative velocity error (nRMSE) after so many snapshots, persistence in
+Free-running, with predictions fed back: relative velocity error (nRMSE) by number of snapshots, persistence in
 brackets.
 
 {_rollouts(domains)}
@@ -211,12 +215,12 @@ def _limits(config: Config, models: Models) -> str:
 
 - One grid: {_by(models.tokenizer.grid)} cubic cells. Other sizes are refused.
 - One time step: {time_step}.
-  Data at another step give wrong dynamics.
-- The flows and parameter ranges under Data. Anything else is extrapolation, and the model gives no sign of it.
-- Free-running errors grow: each prediction is made from the one before. Check a rollout against true snapshots of the
-  same kind of flow before using its length.
-- Fine detail is lost in the tokenizer; the smallest scales are predicted worst, and seams between its patches of 8
-  cells show as errors grow.
+  Data with another time step give wrong dynamics.
+- Only the flows and parameter ranges under Data. Anything else is extrapolation, and the model gives no sign of it.
+- Free-running errors grow, because each prediction is made from the one before. Check a rollout of the length you need
+  against true snapshots of the same kind of flow.
+- The tokenizer loses fine detail; the smallest scales are predicted worst, and seams between its patches of 8 cells
+  become visible as errors grow.
 - {_walls(models.tokenizer.config)}
 - No claim is made that the model obeys any other law (momentum, energy), that it holds for measured flows, that the
   routing of tokens reflects physics, or that one model is better than one per domain. It must not be used for safety or
@@ -229,9 +233,10 @@ def _use(models: Models) -> str:
     shodh predict --checkpoint FOLDER --input flow.hdf5 --steps 10 --output prediction.hdf5
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
-FOLDER is this one; the files are checked against `export.json` first. `flow.hdf5` holds at least
+FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
 {models.transformer.config.history} snapshots of velocity and pressure on {_by(models.tokenizer.grid)} cells in
-the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config."""
+the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
+`shodh_moe.inference.load_model(FOLDER)` and `forecast`."""
 
 
 def _number(value: float | None) -> str:

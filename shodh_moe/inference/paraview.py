@@ -1,7 +1,7 @@
 """Predicted snapshots as VTKHDF, which ParaView opens without a plug-in and VTK reads with `vtkHDFReader`.
 
 VTK stores the x axis fastest, this project the z axis: arrays go in as [Z, Y, X], vector components in the order
-x, y, z. Values are points at the cell centres, so that contours, streamlines and volumes need no conversion.
+x, y, z. Values are point data at the cell centres, so contours, streamlines and volumes need no conversion.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shodh_moe.base.files import atomic_file
 from shodh_moe.data.hdf5 import new_hdf5
 
-# Image data that change with time came with version 2.0; later versions add nothing that is needed here.
+# Version 2.0 introduced time-dependent image data; later versions add nothing needed here.
 VERSION = (2, 0)
 
 
@@ -25,12 +25,12 @@ VERSION = (2, 0)
 def new_vtkhdf(
     path: Path, time_N: NDArray[np.float32], solid_XYZ: NDArray[np.float32], origin: list[float], spacing: list[float]
 ) -> Iterator[h5py.File]:
-    """A file for N snapshots, to be filled with `put`; when the block ends well it is complete, otherwise not there.
+    """Create a file for N snapshots, to be filled with `put`. The file appears only if the block succeeds.
 
     Args:
-        time_N: the times that ParaView shows.
+        time_N: times that ParaView shows.
         solid_XYZ: 1 in solid voxels, stored once for all times.
-        origin: coordinates x, y, z of the first cell's centre.
+        origin: x, y, z of the first cell's centre.
         spacing: distance of neighbouring cell centres along x, y, z.
 
     Raises:
@@ -40,7 +40,7 @@ def new_vtkhdf(
     with atomic_file(path) as temporary, new_hdf5(temporary) as file:
         root = file.create_group("VTKHDF")
         root.attrs["Version"] = np.array(VERSION, dtype=np.int64)
-        # VTK wants a string of fixed length here, not h5py's usual kind.
+        # VTK needs a string of fixed length here; h5py writes variable length by default.
         root.attrs.create("Type", b"ImageData", dtype=h5py.string_dtype("ascii", len("ImageData")))
         root.attrs["WholeExtent"] = np.array([[0, size - 1] for size in solid_XYZ.shape], dtype=np.int64).ravel()
         root.attrs["Origin"] = np.array(origin, dtype=np.float64)

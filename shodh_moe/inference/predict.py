@@ -1,6 +1,6 @@
-"""Prediction of a user's own flow: rollout from given snapshots, written in the_well's schema and for ParaView.
+"""Continue a user's own flow from given snapshots, and write it in the_well's schema and for ParaView.
 
-Shapes: B trajectories, H given snapshots, N predicted ones, C latent channels, x y z latent grid, X Y Z space.
+Shapes: B trajectories, H given snapshots, N predicted ones, X Y Z space.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shodh_moe.base.progress import progress
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.well import FACES, axis_names, new_prediction
+from shodh_moe.inference.forecasting import continue_flow
 from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
 from shodh_moe.inference.paraview import new_vtkhdf, put
-from shodh_moe.inference.rollout import decode_both, rollout
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
-UNEVEN = 1e-3  # largest relative difference of time steps or grid spacings that count as equal
+UNEVEN = 1e-3  # time steps or grid spacings with a smaller relative difference count as equal
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Request:
 
     Attributes:
         input: an HDF5 file in the_well's schema.
-        output: the new one; the ParaView files get its name.
-        steps: N, the number of predicted snapshots.
-        start: the first of the H snapshots that the model sees.
-        sample: one trajectory of the file; None for all.
-        dtype: of the stored velocity and pressure; the velocity is made divergence-free in float64 either way.
+        output: the new file; the ParaView files get its name.
+        steps: number of snapshots to predict, N.
+        start: index of the first of the H snapshots that the model sees.
+        sample: index of one trajectory of the file; None for all.
+        dtype: dtype of the stored fields; the velocity is made divergence-free in float64 either way.
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
     """
@@ -60,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Times and places of the input: ``time`` [T] or [B, T]; centre of the first cell, distance of cells."""
+    """Times of the input [T] or [B, T], their step, the centre of the first cell, and the cell spacing."""
 
     time: NDArray[np.float64]
     time_step: float
@@ -70,7 +70,7 @@ class _Axes:
 
 @dataclass
 class _Scores:
-    """Errors by predicted snapshot, one list entry a trajectory, and the largest divergence of all snapshots."""
+    """Errors by predicted snapshot, one list entry per trajectory, and the largest divergence of all snapshots."""
 
     errors: dict[int, list[list[float]]] = field(default_factory=dict)
     decoded: float = 0.0
@@ -78,14 +78,14 @@ class _Scores:
 
 
 def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
-    """Roll out every asked-for trajectory of ``request.input`` and write the prediction; print how good it is.
+    """Roll out the requested trajectories of ``request.input``, write the prediction, and print its errors.
 
-    Where the input has the true snapshots too, errors are printed beside those of persistence. For the operator
-    ``staggered`` the file also holds ``t1_fields/velocity_face``, on the lower faces of the voxels, whose divergence
-    vanishes; ``velocity`` is its mean at their centres.
+    If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator
+    ``staggered`` the file also holds ``t1_fields/velocity_face`` on the lower faces of the voxels, whose divergence
+    vanishes; ``velocity`` is its mean at the voxel centres.
 
     Raises:
-        UserError: request, input or model are wrong, or the prediction is no longer finite. Nothing is written then.
+        UserError: request, input or model are wrong, or the prediction is not finite. Nothing is written then.
     """
     records = _checked_records(request)
     axes = _checked_axes(request.input, records[0].n_snapshots)
@@ -93,7 +93,7 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     models = load_models(source)
     _require_fit(request, records[0], models, source, axes)
     after = request.start + models.transformer.config.history
-    # From the input's own times, so that these do not drift: only the predicted ones are counted on.
+    # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
     first = axes.time[..., after - 1 : after]
     time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
@@ -122,24 +122,18 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
 def _snapshots(
     models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
 ) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
-    """Trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; ``scores`` grows along."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, transformer = models.tokenizer.to(device), models.transformer.to(device)
-    after = request.start + transformer.config.history
+    """Yield trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; extend ``scores``."""
+    after = request.start + models.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
-        solid_1XYZ = solid_1XYZ.to(device)
-        z_HCxyz = torch.cat([tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
-        latents = rollout(transformer, z_HCxyz[None], tokenizer.encode_geometry(solid_1XYZ[None]))
-        for step, z_BCxyz in zip(range(request.steps), latents, strict=False):
-            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(tokenizer, z_BCxyz, solid_1XYZ))
+        flow = continue_flow(models, fields_H4XYZ, solid_1XYZ)
+        for step, (exact_4XYZ, conserved_3XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
                     "too far from the training data; ask for fewer --steps"
                 )
-            dtype, operator = getattr(torch, request.dtype), tokenizer.config.operator
+            dtype, operator = getattr(torch, request.dtype), models.tokenizer.config.operator
             stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
             scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
             scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
@@ -156,7 +150,7 @@ def _divergence(u_3XYZ: Tensor, operator: str) -> float:
 
 
 def _checked_records(request: Request) -> list[TrajectoryRecord]:
-    """The trajectories to continue; all that can be wrong with the request without a model."""
+    """The trajectories to continue. Raises: UserError: the request is wrong in a way that needs no model to see."""
     if request.steps < 1:
         raise UserError(f"--steps {request.steps}: predict at least 1 snapshot")
     if request.start < 0:
@@ -178,7 +172,7 @@ def _checked_records(request: Request) -> list[TrajectoryRecord]:
 
 
 def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]:
-    """The ParaView files, one a trajectory."""
+    """Paths of the ParaView files, one per trajectory."""
     if not request.paraview:
         return []
     if len(records) == 1:
@@ -187,7 +181,7 @@ def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]
 
 
 def _checked_axes(path: Path, snapshots: int) -> _Axes:
-    """Time and coordinates of the file. Raises: UserError: they are missing, or not evenly spaced."""
+    """Times and coordinates of the file. Raises: UserError: they are missing or not evenly spaced."""
     with opened(path) as file:
         if "dimensions/time" not in file:
             raise UserError(f"{path} has no dimensions/time: the model needs the times of the snapshots; add them")
@@ -215,7 +209,7 @@ def _checked_axes(path: Path, snapshots: int) -> _Axes:
 
 
 def _even_step(values: NDArray[np.float64]) -> float:
-    """The distance of neighbours along the last axis, 0 if they are not evenly spaced and ascending."""
+    """The step along the last axis; 0 if the values are not ascending and evenly spaced."""
     steps = np.diff(values, axis=-1)
     if steps.size == 0 or not np.isfinite(values).all():
         return 0.0
@@ -264,7 +258,7 @@ def _provenance(source: ModelSource, models: Models, request: Request) -> dict[s
 
 
 def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
-    """Files, errors and divergence on standard output."""
+    """Print files, errors and divergence."""
     if scores.errors:
         print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
         print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}")

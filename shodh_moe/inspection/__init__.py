@@ -1,5 +1,5 @@
-"""Look through HDF5 files in a process of its own: HDF5 crashes, hangs and asks for any memory on damaged ones.
+"""Inspect HDF5 files in a separate process, because HDF5 may crash, hang or use up all memory on damaged files.
 
-`shodh_moe.data.opening` starts ``python -m shodh_moe.inspection`` and asks it about every file before its own process
-opens it. What is imported here is h5py and numpy alone, so that the process is up in a tenth of a second.
+`shodh_moe.data.opening` starts ``python -m shodh_moe.inspection`` and asks it about every file before opening the file
+in its own process. This package imports only h5py and numpy, so that the process starts in a tenth of a second.
 """

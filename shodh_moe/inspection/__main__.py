@@ -1,4 +1,4 @@
-"""Answer questions about files: {"path": P} on stdin, a line of JSON on stdout, until stdin ends."""
+"""Read requests {"path": P} from stdin, one per line, and answer each with a line of JSON until stdin ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEMORY_BYTES = 2 * 2**30
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """{"flow": what `describe` finds}; {"no_flow": why not} for a sound file of another kind; {"refused": why}."""
+    """{"flow": result of `describe`}, {"no_flow": reason} for a sound file of another kind, or {"refused": reason}."""
     try:
         with h5py.File(path, "r") as file:
             check_structure(file)
@@ -39,7 +39,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    # Only the limit of the machine lies above these; what is not known on a system is left alone.
+    # Lower the soft limits; skip any that this system does not support.
     cpu_seconds = int(sys.argv[1])
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,4 +1,4 @@
-"""What a flow trajectory in the_well's schema has to hold, read from its header."""
+"""Validate and describe the flow trajectories of a file in the_well's schema, from its header."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from shodh_moe.base.errors import UserError
 from shodh_moe.inspection.structure import check_written, why_unreadable
 
-UNIFORM = 1e-3  # of a step: how far steps of space and time may differ
+UNIFORM = 1e-3  # largest relative deviation of a step in space or time
 AGAIN = "convert the file again"
 
 
 def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
-    """The file's trajectories: JSON values, the same for all of them but ``intervals``.
+    """Describe the file's trajectories as JSON values; all but ``intervals`` are common to all trajectories.
 
     Returns:
-        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), forced, spacing (x, y, z; None if the
-        file does not tell), intervals (time between snapshots, one for each trajectory, or None), units (text).
+        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), forced, spacing (x, y, z, or None if
+        unknown), intervals (time between snapshots of each trajectory, or None), units (text).
 
     Raises:
         UserError: see `shodh_moe.data.reading.open_trajectories`.
@@ -86,14 +86,14 @@ def _try_reading(name: str, dataset: h5py.Dataset) -> None:
 
 
 def _axes(file: h5py.File) -> list[str]:
-    """The names of the three axes of space; [] where the file does not tell."""
+    """Names of the three spatial axes; [] if the file does not name them."""
     names = file["dimensions"].attrs.get("spatial_dims", []) if "dimensions" in file else []
     names = [_text(name) for name in np.atleast_1d(names)]
     return names if len(names) == 3 else []
 
 
 def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
-    """Axes with a PERIODIC boundary condition; none where the file says nothing."""
+    """Whether each axis has a PERIODIC boundary condition; False if the file does not say."""
     groups = file["boundary_conditions"].values() if isinstance(file.get("boundary_conditions"), h5py.Group) else ()
     wraps = {
         _text(axis)
@@ -112,8 +112,8 @@ def _spacing(file: h5py.File, axes: list[str], grid: list[int]) -> list[float] |
     stated = [len(coordinates.get(axis, range(cells))) for axis, cells in zip(axes, grid, strict=False)]
     if axes and stated != grid:
         raise UserError(
-            f"velocity and pressure have grid {grid}, but dimensions/{', '.join(axes)} that of {stated}: expected one "
-            "grid in a file; resample it or convert it again"
+            f"velocity and pressure have grid {grid}, but dimensions/{', '.join(axes)} have {stated}: expected one "
+            "grid per file; resample it or convert it again"
         )
     steps = [step for axis, values in coordinates.items() for step in _step(f"dimensions/{axis}", values, "spacing")]
     return steps if len(steps) == 3 else None
@@ -132,7 +132,7 @@ def _intervals(file: h5py.File, samples: int, n_snapshots: int) -> list[float] |
 
 
 def _step(name: str, values: NDArray[np.float64], what: str) -> list[float]:
-    """The one step between the values, or [] for one value."""
+    """[step] between the evenly spaced values, or [] for a single value."""
     if not np.isfinite(values).all():
         raise UserError(f"{name} has values that are not finite: {AGAIN}")
     if len(values) < 2:
@@ -142,7 +142,7 @@ def _step(name: str, values: NDArray[np.float64], what: str) -> list[float]:
     at = int(np.argmin(steps))
     if steps[at] <= 0 or not math.isfinite(step):
         raise UserError(f"{name} has {what} {steps[at]:g} after value {at}, expected a positive one: {AGAIN}")
-    # The values are float32 for the most part: far from zero they are rounded.
+    # Values are usually float32 and so rounded, the more the farther from zero.
     at = int(np.argmax(abs(steps - step)))
     if abs(steps[at] - step) > UNIFORM * step + 4 * np.finfo(np.float32).eps * abs(values).max():
         raise UserError(

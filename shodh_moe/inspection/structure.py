@@ -1,4 +1,4 @@
-"""What holds of every HDF5 file that is opened: it is a tree, whole, of sane sizes, and leads nowhere else."""
+"""Check that an HDF5 file is a complete tree of objects of sane size, without references to other files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import h5py
 from shodh_moe.base.errors import UserError
 
 ATTRIBUTE_BYTES = 64 * 2**10
-ATTRIBUTES = 1024  # of one object
+ATTRIBUTES = 1024  # per object
 OBJECTS = 10_000
 CHUNK_BYTES = 2**29
 FIELDS = ("t0_fields/", "t1_fields/", "t2_fields/")
 LZF = 32000
-# Others are not there everywhere, or are known to crash on damaged data.
+# Other filters are not available everywhere, or are known to crash on damaged data.
 FILTERS = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, LZF)
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 64 * 2**10
-# deflate makes at most 1,032 bytes of one; lzf less.
+# deflate expands data at most 1,032 times, lzf less.
 EXPANSION = 1100
 
 
 def check_structure(file: h5py.File) -> None:
-    """Walk over every object of the file and read every attribute, and every small dataset that is no field.
+    """Visit every object in the file; read every attribute, and every small dataset that is not a field.
 
     Raises:
-        UserError: a link, dataset or attribute of a kind or size that is refused; the message says which.
-        Exception: whatever h5py raises on a damaged file.
+        UserError: a link, dataset or attribute has a refused kind or size; the message names it.
+        Exception: any error of h5py on a damaged file.
     """
     size = file.id.get_filesize()
     _check_attributes("the root group", file)
@@ -48,12 +48,12 @@ def check_structure(file: h5py.File) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's text for the end of a message."""
+    """An exception's text on one line, to end a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def why_unreadable(dataset: h5py.Dataset, error: OSError) -> str:
-    """What is wrong with values that HDF5 could not read, as far as it tells."""
+    """Explain an HDF5 read error as far as HDF5 reports a reason."""
     if "filter" not in str(error):
         return f"HDF5 reports: {one_line(error)}"
     parts = ["checksum"] * dataset.fletcher32 + ["compressed data"] * (dataset.compression is not None)
@@ -61,7 +61,7 @@ def why_unreadable(dataset: h5py.Dataset, error: OSError) -> str:
 
 
 def _objects(file: h5py.File) -> Iterator[tuple[str, h5py.HLObject]]:
-    """Every group and dataset below the root, each group once."""
+    """Yield (name, object) for every group and dataset below the root, each group once."""
     groups = [("", file)]
     seen = {h5py.h5o.get_info(file.id).addr}
     while groups:
@@ -95,7 +95,7 @@ def _check_attributes(name: str, item: h5py.HLObject) -> None:
         number_of_values = attribute.get_space().get_simple_extent_npoints()
         _require_small(name, attribute.name, number_of_values * attribute.get_type().get_size())
     for key, value in item.attrs.items():
-        # Text of variable length lies elsewhere; its size shows once it is read.
+        # Variable-length text is stored elsewhere; its size is known only after reading.
         texts = [value] if isinstance(value, (str, bytes)) else getattr(value, "flat", ())
         _require_small(name, key, sum(len(text) for text in texts if isinstance(text, (str, bytes))))
 
@@ -107,7 +107,7 @@ def _require_small(name: str, key: str | bytes, size: int) -> None:
 
 
 def _check_storage(name: str, dataset: h5py.Dataset, file_size: int) -> None:
-    """The values are in this file, and no more of them are claimed than it can hold."""
+    """Check that the values are in this file, and that it is large enough to contain them."""
     properties = dataset.id.get_create_plist()
     if properties.get_layout() == h5py.h5d.VIRTUAL:
         raise UserError(f"dataset {name} is virtual, its values are in other files: expected the data itself")
@@ -134,11 +134,11 @@ def _chunk_bytes(dataset: h5py.Dataset) -> int:
 
 
 def check_written(name: str, dataset: h5py.Dataset) -> None:
-    """Every value of the dataset is stored, in a form that this HDF5 can read.
+    """Check that every value of the dataset is stored in a form that this HDF5 library can read.
 
     Raises:
-        UserError: another filter than gzip, lzf, shuffle and fletcher32 is needed, or chunks are missing, lie outside
-            the file or are of a wrong size.
+        UserError: the dataset uses a filter other than gzip, lzf, shuffle and fletcher32, or chunks are missing, lie
+            outside the file or have a wrong size.
     """
     properties = dataset.id.get_create_plist()
     codes = []
@@ -150,7 +150,7 @@ def check_written(name: str, dataset: h5py.Dataset) -> None:
                 f"{name} is compressed with filter {code} ({title}): expected gzip, lzf, shuffle or fletcher32"
             )
         codes.append(code)
-        # lzf makes as much room as is written here.
+        # lzf allocates its output buffer from this parameter.
         if code == LZF and (len(values) < 3 or values[2] != _chunk_bytes(dataset)):
             raise UserError(f"{name} has parameters {values} of its filter lzf that do not fit its chunks")
     if dataset.chunks is None:
@@ -165,7 +165,7 @@ def check_written(name: str, dataset: h5py.Dataset) -> None:
         if chunk.byte_offset is None or chunk.byte_offset + chunk.size > file_size:
             raise UserError(f"{name}: the chunk at {chunk.chunk_offset} lies outside the file, expected it within")
         applied = [code for bit, code in enumerate(codes) if not chunk.filter_mask >> bit & 1]
-        # HDF5 reads as much as a chunk should have, whatever is said to be stored: beyond its memory if that is less.
+        # HDF5 reads a full chunk whatever the stored size says, and so beyond its buffer if that is smaller.
         wanted = chunk_bytes + CHECKSUM_BYTES * applied.count(h5py.h5z.FILTER_FLETCHER32)
         keeps_size = all(code in (h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_SHUFFLE) for code in applied)
         if chunk.size != wanted if keeps_size else chunk.size == 0:

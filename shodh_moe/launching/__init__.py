@@ -1,1 +1,1 @@
-"""Starting ranks and other processes, here and on other hosts, and ending them in good order."""
+"""Start ranks and other processes on this host and others, and end them cleanly."""

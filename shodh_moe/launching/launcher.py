@@ -1,8 +1,8 @@
-"""Starting the ranks of a run with DeepSpeed's launcher: on this host, or over ssh on those of a hostfile.
+"""Starting the ranks of a run with DeepSpeed's launcher, on this host or over ssh on the hosts of a hostfile.
 
-DeepSpeed's multi-host launch builds one line for a remote shell in which little is quoted, forwards few variables, does
-not ask whether a host is there, and ends every DeepSpeed job on a host when it is interrupted. So everything that gets
-into that line is checked, variables travel in a file, hosts are asked first, and ranks are ended by the `sentinel`.
+DeepSpeed's multi-host launch builds a command line for a remote shell with little quoting, forwards few variables, does
+not check whether a host answers, and kills every DeepSpeed job on a host when it is interrupted. Therefore we check
+everything in that line, pass variables in a file, probe the hosts first, and let the `sentinel` end ranks.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ import torch
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.network import free_port
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.hosts import Host, count_ranks, read_hostfile
+from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.remote import SSH
 from shodh_moe.launching.sentinel import KILL, STOP
-from shodh_moe.launching.stopping import on_stop_signals
+from shodh_moe.launching.ssh import SSH
+from shodh_moe.launching.stop_signals import on_stop_signals
 
-REACH_S = 10.0  # by which every host must have answered
-END_S = 20.0  # that ranks get to go away after an interruption
-# pdsh runs one ssh for each host. A host that drops off must not hold it up for the two hours of TCP's own patience.
+REACH_S = 10.0  # time limit for every host to answer
+END_S = 20.0  # time limit for ranks to end after an interruption
+# pdsh runs one ssh per host. Without these options a host that disappears would block it for the two hours that TCP
+# waits by default.
 SSH_OPTIONS = [*SSH[1:], "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
 FORWARDED = ("SHODH_", "DS_", "GLOO_", "NCCL_", "TORCH_", "OMP_", "MKL_", "CUDA_DEVICE_MAX", "TRITON_", "HDF5_", "FI_")
-# What DeepSpeed itself exports to the hosts, between double quotes where there are odd characters.
+# Prefixes of the variables that DeepSpeed exports to the hosts by itself, in double quotes if they need any.
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
-# Neither a shell nor pdsh, which replaces %h and the like, reads anything into these; or these, between double quotes.
+# Text that neither a shell nor pdsh, which replaces %h and the like, interprets: as it is, and in double quotes.
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 _QUOTABLE = re.compile(r"[^\"$`\\%\n]*")
 
 
 class TrainingFailed(Exception):
-    """The launcher came back with an error that it has already printed, and with a rank's exit code.
+    """The launcher returned a rank's error code; the error has already been printed.
 
     Attributes:
-        exit_code: what our own process shall end with: a code that has a meaning stays, every other is 1.
+        exit_code: exit code for our own process: codes with a meaning are kept, all others become 1.
     """
 
     def __init__(self, code: int):
@@ -55,9 +56,10 @@ class TrainingFailed(Exception):
 def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
 
-    ``module`` is the program of each rank.
+    SIGTERM and SIGUSR1 make the ranks write a checkpoint and end. A second signal, or Ctrl-C, ends them at once.
 
-    SIGTERM and SIGUSR1 have the ranks write a checkpoint and end, a second one or Ctrl-C ends them at once.
+    Args:
+        module: module that each rank runs.
 
     Raises:
         UserError: the hostfile or a host cannot be used.
@@ -84,9 +86,9 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
         try:
             code = launcher.wait()
         except BaseException:
-            # Checkpoints are whole at any moment, so the ranks need no farewell.
+            # Checkpoints are complete at any moment, so the ranks may be killed.
             if config.parallel.hostfile:
-                stop_file.write_text(KILL)  # stays, for ranks that are still starting
+                stop_file.write_text(KILL)  # the file is kept for ranks that are still starting
             else:
                 os.killpg(launcher.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -98,12 +100,12 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     return code
 
 
-# Quiet: the launcher's own errors only repeat the exit code of a rank that has said what is wrong.
+# The launcher's own errors only repeat the exit code of a rank that has already reported the reason.
 _DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical"]
 
 
 def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
-    # Some clusters have a /job/hostfile, which DeepSpeed would take by itself.
+    # Some clusters have a /job/hostfile, which DeepSpeed would use by default.
     command = [sys.executable, *_DEEPSPEED, "--hostfile", os.devnull, "--num_gpus", str(world)]
     command += ["--master_port", str(free_port())]
     defaults = {
@@ -124,7 +126,7 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
     ):
         _require_plain(what, text)
     if not shutil.which("pdsh"):
-        raise UserError("no pdsh on this host's PATH, with which DeepSpeed starts ranks on others: install it")
+        raise UserError("no pdsh on this host's PATH, which DeepSpeed needs to start ranks on other hosts: install it")
     address, port = _meeting_point(hosts)
     command = [sys.executable, *_DEEPSPEED, "--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
     command += ["--master_addr", address, "--master_port", port]
@@ -137,13 +139,13 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
 def _require_plain(what: str, text: str) -> None:
     if not _PLAIN.fullmatch(text):
         raise UserError(
-            f"{what} is {text!r}, and DeepSpeed's launcher hands it to a shell on every host as it is: "
-            "use letters, digits and . _ - / + = : , @ alone"
+            f"{what} is {text!r}, and DeepSpeed's launcher passes it to a shell on every host unquoted: "
+            "use only letters, digits and . _ - / + = : , @"
         )
 
 
 def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
-    """Address and port for rank 0, after every host has shown that it is there and has this Python."""
+    """Return address and port of rank 0, after every host has answered and has this Python version."""
     facts = probe_hosts([host.name for host in hosts], REACH_S)
     here = ".".join(map(str, sys.version_info[:3]))
     wrong = []
@@ -156,7 +158,7 @@ def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"hosts cannot be used: {'; '.join(wrong[:3])}{more}: see `shodh doctor --hostfile`")
     first = facts[hosts[0].name]
-    # Bridges of container engines have the same address on every host.
+    # The bridge of a container engine has the same address on every host.
     others = {a for host in hosts[1:] for a in facts[host.name]["addresses"]}
     address = os.environ.get("MASTER_ADDR") or next((a for a in first["addresses"] if a not in others), "127.0.0.1")
     port = os.environ.get("MASTER_PORT") or str(first["port"])
@@ -166,7 +168,7 @@ def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
 
 
 def _write_variables(path: Path) -> Path:
-    """The variables that the ranks on all hosts get, in the file that DeepSpeed reads for this: ours and the user's."""
+    """Write the variables for the ranks on all hosts, ours and the user's, to the file that DeepSpeed reads."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(FORWARDED) and k != "DS_ENV_FILE"]
     for given in {Path.home() / name, Path.cwd() / name}:

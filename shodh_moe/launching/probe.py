@@ -1,7 +1,7 @@
-"""What one host is like, in a fraction of a second: run here, or its source sent to other hosts.
+"""Facts about a host, collected in a fraction of a second; runs here, or as a script that is sent to other hosts.
 
-The standard library alone is used up to ``facts``, since this file runs as it stands on a host where nothing else may
-be in order. ``python probe.py`` prints the facts as one line of JSON.
+`facts` uses only the standard library, because the host that runs this file may have nothing else installed.
+``python probe.py`` prints the facts as one line of JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ PACKAGES = ("torch", "deepspeed", "shodh_moe", "triton", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """What must fit between the hosts of a job.
+    """Collect what must match between the hosts of a job.
 
-    python, executable, hostname: text. addresses: IPv4 without loopback, in the system's order. port: a TCP port that
-    is free now. time: seconds since 1970. versions: by package, "none" where it is not installed. code: hash of
-    shodh_moe's source, "none" without. cores: that this process may use. gpus: NVIDIA devices. tools: whether a C++
-    compiler and ninja, with which DeepSpeed compiles, are on the PATH.
+    Returns:
+        python, executable, hostname: text. addresses: IPv4 addresses except loopback, in the system's order. port: a
+        TCP port that is free now. time: seconds since 1970. versions: by package, "none" if not installed. code: hash
+        of shodh_moe's source, "none" if not installed. cores: number of cores that this process may use. gpus: number
+        of NVIDIA devices. tools: whether a C++ compiler and ninja, which DeepSpeed compiles with, are on the PATH.
     """
     return {
         "python": platform.python_version(),
@@ -57,9 +58,9 @@ def _version(name: str) -> str:
 
 
 def _code() -> str:
-    """The same for the same source, wherever and however it is installed."""
+    """Hash the source, independently of where and how it is installed."""
     files: dict[str, Path] = {}
-    for package in ("shodh_moe", "shodh_moe.kernels"):  # which may stand in a folder of its own
+    for package in ("shodh_moe", "shodh_moe.kernels"):  # may lie in a separate folder
         try:
             found = importlib.util.find_spec(package)
         except ImportError:
@@ -80,7 +81,7 @@ def _free_port() -> int:
 
 
 def _addresses() -> list[str]:
-    """Of the interfaces that are up; Linux only, elsewhere none."""
+    """Return the addresses of the interfaces that are up. Linux only; [] elsewhere."""
     try:
         import fcntl
     except ImportError:
@@ -108,14 +109,14 @@ def _gpus() -> int:
 
 
 def probe_hosts(hosts: list[str], timeout_seconds: float = 10.0) -> dict[str, dict[str, Any]]:
-    """The facts of every host, asked over ssh, all at once.
+    """Collect the facts of all hosts over ssh, in parallel.
 
-    Each has two more: ``seconds`` that it took to answer, and ``clock``, the seconds by which its clock is at least
-    ahead of this one's (negative: behind; 0 where the time of the answer leaves it open). A host that does not answer
-    has ``error`` alone, one line.
+    Each host gets two more entries: ``seconds``, its response time, and ``clock``, the minimum number of seconds by
+    which its clock is ahead of this host's (negative if behind, 0 if the response time leaves it open). A host that
+    does not answer has only ``error``, one line.
     """
-    # Here: a host to which this file is sent need not have the package.
-    from shodh_moe.launching.remote import run_on_hosts
+    # Imported here, because a host to which this file is sent may lack the package.
+    from shodh_moe.launching.ssh import run_on_hosts
 
     source = Path(__file__).read_text(encoding="utf-8")
 
@@ -126,11 +127,11 @@ def probe_hosts(hosts: list[str], timeout_seconds: float = 10.0) -> dict[str, di
         if answer.error:
             return {"error": answer.error}
         try:
-            told = json.loads(answer.output.splitlines()[-1])
-            earliest, latest = told["time"] - received, told["time"] - sent
+            found = json.loads(answer.output.splitlines()[-1])
+            earliest, latest = found["time"] - received, found["time"] - sent
         except (ValueError, IndexError, KeyError, TypeError):
-            return {"error": f"its answer is not the expected one: {answer.output[-200:]!r}"}
-        return told | {"seconds": received - sent, "clock": max(earliest, min(latest, 0.0))}
+            return {"error": f"unexpected answer: {answer.output[-200:]!r}"}
+        return found | {"seconds": received - sent, "clock": max(earliest, min(latest, 0.0))}
 
     if not hosts:
         return {}
@@ -139,5 +140,5 @@ def probe_hosts(hosts: list[str], timeout_seconds: float = 10.0) -> dict[str, di
 
 
 if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if entry]  # the working folder counts for nothing in a training either
+    sys.path[:] = [entry for entry in sys.path if entry]  # a training ignores the working folder too
     print(json.dumps(facts()))

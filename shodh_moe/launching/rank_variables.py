@@ -1,7 +1,7 @@
-"""Which rank this process is: every launcher says it in its own words, and the rest of the code reads torch's.
+"""The rank of this process: each launcher sets its own variables, which are translated to those of torch.
 
 ========================  =====================================================================
-started with              read
+started with              source
 ========================  =====================================================================
 ``deepspeed``, torchrun   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set already
 ``mpirun``                the communicator of mpi4py; its first rank picks address and port
@@ -22,24 +22,24 @@ from shodh_moe.base.network import common_address, free_port, own_networks
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PORTS = range(20000, 30000)  # below those that systems hand out by themselves
+_PORTS = range(20000, 30000)  # below the ephemeral ports of common systems
 
 
 def set_rank_variables() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT unless a launcher has.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT unless the launcher has.
 
     Raises:
-        UserError: a launcher started this process without a variable that it should have set.
+        UserError: the launcher did not set a variable that it should have set.
     """
     if "RANK" in os.environ:
-        local = os.environ.get("LOCAL_SIZE")  # DeepSpeed's word
+        local = os.environ.get("LOCAL_SIZE")  # DeepSpeed's name for it
         if local:
             os.environ.setdefault("LOCAL_WORLD_SIZE", local)
         return
     if under_mpirun():
-        found = _of_mpi()
+        found = _mpi_variables()
     elif in_slurm_step():
-        found = _of_slurm()
+        found = _slurm_variables()
     else:
         found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -50,14 +50,14 @@ def set_rank_variables() -> None:
             os.environ[name] = str(value)
 
 
-def forget_launcher() -> None:
-    """Unset what DeepSpeed's launcher told this rank, which is to start a job of its own."""
+def unset_rank_variables() -> None:
+    """Unset the variables of DeepSpeed's launcher, so that this rank can start a job of its own."""
     for name in (*_RANK_VARIABLES, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
         os.environ.pop(name, None)
 
 
-def require_hostfile_of_launcher() -> None:
-    """Refuse what DeepSpeed's launcher lets pass with a warning: without its hostfile it trains on this host alone.
+def require_launcher_hostfile() -> None:
+    """Refuse a missing hostfile of DeepSpeed's launcher, which only warns and then trains on this host alone.
 
     Raises:
         UserError: ``deepspeed --hostfile`` was given a file that does not exist.
@@ -72,7 +72,7 @@ def require_hostfile_of_launcher() -> None:
         if not any("deepspeed" in Path(word).name for word in words[:3]):
             continue
         for option, value in zip(words, [*words[1:], ""], strict=True):
-            if option.endswith(".py") and "deepspeed" not in option:  # the script: what follows is not the launcher's
+            if option.endswith(".py") and "deepspeed" not in option:  # the script, which gets the other arguments
                 break
             name, equals, joined = option.partition("=")
             if name in ("--hostfile", "-H") and not os.path.isfile(joined if equals else value):
@@ -82,7 +82,7 @@ def require_hostfile_of_launcher() -> None:
                 )
 
 
-def _of_mpi() -> dict[str, str | int]:
+def _mpi_variables() -> dict[str, str | int]:
     world = mpi_world()
     from mpi4py import MPI
 
@@ -91,12 +91,12 @@ def _of_mpi() -> dict[str, str | int]:
     meet = (common_address(networks), free_port("")) if networks else None
     address, port = world.bcast(meet, root=0)
     found = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local.rank, "LOCAL_WORLD_SIZE": local.size}
-    # MPI has done its part; mpirun takes a rank that ends without this for one that has crashed.
+    # MPI is no longer needed. Without this, mpirun would treat a rank that ends as crashed.
     MPI.Finalize()
     return found | {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
-def _of_slurm() -> dict[str, str | int]:
+def _slurm_variables() -> dict[str, str | int]:
     found: dict[str, str | int] = {
         "RANK": _slurm("SLURM_PROCID"),
         "WORLD_SIZE": _slurm("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
@@ -104,34 +104,34 @@ def _of_slurm() -> dict[str, str | int]:
     }
     found["LOCAL_WORLD_SIZE"] = _tasks_here()
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if devices and devices.count(",") < int(found["LOCAL_RANK"]):  # --gpus-per-task shows each task its own only
+    if devices and devices.count(",") < int(found["LOCAL_RANK"]):  # with --gpus-per-task each task sees only its own
         found["LOCAL_RANK"] = int(found["LOCAL_RANK"]) % (devices.count(",") + 1)
     if "MASTER_ADDR" not in os.environ:
         found["MASTER_ADDR"] = first_host(_text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
-    # Every rank can work it out without asking another; the sbatch scripts pick one that is free instead.
+    # Every rank can compute this port without communication. The sbatch scripts choose a free port instead.
     found["MASTER_PORT"] = _PORTS[_slurm("SLURM_JOB_ID", "SLURM_JOBID") % len(_PORTS)]
     return found
 
 
 def first_host(nodelist: str) -> str:
-    """The first of SLURM's list, such as ``gpu[003-007,12],login1``."""
+    """Return the first host of a SLURM node list such as ``gpu[003-007,12],login1``."""
     try:
         done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30)
         if done.returncode == 0 and done.stdout.split():
             return done.stdout.split()[0]
     except (OSError, subprocess.TimeoutExpired):
-        pass  # a container often has SLURM's variables without its commands
+        pass  # containers often have SLURM's variables without its commands
     name = re.match(r"[^,\[]+(\[[^\]]*\][^,\[]*)*", nodelist)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name[0]) if name else nodelist
 
 
 def _tasks_here() -> int:
-    """How many tasks of the step this node has; SLURM_STEP_TASKS_PER_NODE is such as ``2(x3),1``."""
+    """Return the step's number of tasks on this node, from SLURM_STEP_TASKS_PER_NODE such as ``2(x3),1``."""
     counts: list[int] = []
     for part in _text("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE").split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
-            raise UserError(f"SLURM's tasks per node are {part!r}, which is no number: start with srun")
+            raise UserError(f"SLURM's tasks per node are {part!r}, which is not a number: start with srun")
         counts += [int(match[1])] * int(match[2] or 1)
     node = _slurm("SLURM_NODEID")
     return counts[min(node, len(counts) - 1)]

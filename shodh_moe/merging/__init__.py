@@ -1,6 +1,6 @@
-"""Merging checkpoints offline: CCM along a physical axis, and the common methods beside it (DESIGN 3.7).
+"""Merge checkpoints offline, with CCM along a physical axis or with common methods (DESIGN 3.7; docs/merging.md).
 
-`merge` makes the outputs of one config file. Inputs and outputs are streamed in slices of tensors, so models of any
+`merge` writes the outputs of one config file. Inputs and outputs are streamed in slices of tensors, so models of any
 size fit into a fixed amount of memory.
 """
 

@@ -1,4 +1,4 @@
-"""Where a ccm target lies: one alpha an axis, given, from a coordinate, or from a readout outside (DESIGN 3.7)."""
+"""Find alpha on each axis of a ccm target: given, from a coordinate, or from an external readout (DESIGN 3.7)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.merging.axes import Layout, Point, alpha_at, find_layout, in_order
 from shodh_moe.merging.settings import Lookup, Setting, Single
 
-REACH = 1.5  # |alpha| of the ends of the bank that CCM was published with
+REACH = 1.5  # largest |alpha| in the bank of the CCM paper
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The experts' layout, and a target's alpha on each of its axes (a number, or filters)."""
+    """The experts' layout, and the target's alpha on each axis (a number, or filters)."""
 
     layout: Layout
     alphas: Mapping[str, Setting]
 
     def coefficients(self, tensor: str) -> list[float]:
-        """Of the base and of ``layout.models``, for one tensor.
+        """Coefficients of the base and of ``layout.models`` for one tensor.
 
         Raises:
-            UserError: no filter says what alpha is for this tensor.
+            UserError: no filter gives alpha for this tensor.
         """
         alphas = [Lookup({"alpha": self.alphas[axis]}, []).value("alpha", tensor) for axis in self.layout.axes]
         return self.layout.coefficients(alphas)
@@ -39,34 +39,34 @@ def compose(
     where: str,
     found: dict[str, Any] | None = None,
 ) -> tuple[Composition, dict[str, Any], list[str]]:
-    """The target of a ccm merge, what the manifest says of its alpha, and warnings.
+    """Compose a ccm target; returns it with the manifest's record of alpha, and warnings.
 
     Args:
         shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``power`` and ``clip``.
         own: parameters of each model, by its path.
         base: whether there is a base model.
-        found: an alpha that was chosen outside, under ``value``; it is all that the manifest says.
+        found: record of an alpha from an external readout, with its ``value``; the manifest stores it unchanged.
 
     Raises:
-        UserError: neither or both of alpha and coordinate are given, the models form no layout, an axis is missing,
-            unknown or has a value that it cannot have.
+        UserError: neither or both of alpha and coordinate are given, the models do not form a layout, or an axis is
+            missing, unknown or has an invalid value.
     """
     layout = _layout(own, where)
     if layout.kind == "star" and not base:
-        raise UserError(f"{where}: the models are a star, whose middle is base_model: name it")
+        raise UserError(f"{where}: the models form a star, which needs base_model as its centre: add it")
     clip = _numbers(shared, "clip", layout, REACH, where)
     straight = _numbers(shared, "straight", layout, math.inf, where)
     for key, limits in (("clip", clip), ("straight", straight)):
         if negative := [limit for limit in limits.values() if limit < 0]:
-            raise UserError(f"{where}: {key} is the largest |alpha|, not {negative[0]:g}")
+            raise UserError(f"{where}: {key} is a largest |alpha| and cannot be {negative[0]:g}")
     alphas: Mapping[str, Single]
     warnings: list[str] = []
     if found:
         if len(layout.axes) > 1:
-            raise UserError(f"{where}: the readout {found['found']} finds one alpha, and there are {_all(layout)}")
+            raise UserError(f"{where}: the readout {found['found']} finds one alpha, but there are {_all(layout)}")
         alphas, record = {layout.axes[0]: float(found["value"])}, found
     elif ("alpha" in shared) == ("coordinate" in shared):
-        raise UserError(f"{where}: ccm needs either alpha or coordinate under parameters")
+        raise UserError(f"{where}: ccm needs exactly one of alpha and coordinate under parameters")
     elif "alpha" in shared:
         alphas = _by_axis(shared, "alpha", layout, where)
         values = {axis: None if isinstance(alpha, list) else alpha for axis, alpha in alphas.items()}
@@ -74,16 +74,16 @@ def compose(
     else:
         alphas, record, warnings = _from_coordinate(shared, layout, clip, where)
     if found or "alpha" in shared:
-        # Nothing is cut, and where the path was measured, what is known of it counts.
+        # A given alpha is not clipped, and a measured straight range takes precedence over clip.
         warnings = [
-            f"{_of(axis)}alpha {value:g} is outside +-{clip[axis]:g}: the line between the experts may not be straight "
-            "there"
+            f"{_of(axis)}alpha {value:g} is outside +-{clip[axis]:g}, where the path between the experts may not be "
+            "straight"
             for axis, value in _values(alphas)
             if straight[axis] == math.inf and abs(value) > clip[axis]
         ]
     warnings += [
-        f"{_of(axis)}alpha {value:g} is beyond +-{straight[axis]:g}, up to which the path was measured to be straight: "
-        "expect less than on it"
+        f"{_of(axis)}alpha {value:g} is beyond +-{straight[axis]:g}, the range in which the path was measured to be "
+        "straight: expect lower accuracy"
         for axis, value in _values(alphas)
         if abs(value) > straight[axis]
     ]
@@ -94,7 +94,9 @@ def _from_coordinate(
     shared: dict[str, Setting], layout: Layout, clip: dict[str, float], where: str
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     if not layout.ends:
-        raise UserError(f"{where}: a coordinate needs those of the models: add `coordinate` to each one's parameters")
+        raise UserError(
+            f"{where}: a target coordinate needs the models' coordinates: add `coordinate` to each model's parameters"
+        )
     wanted = {axis: _number(value) for axis, value in _by_axis(shared, "coordinate", layout, where).items()}
     gamma = _numbers(shared, "gamma", layout, 1.0, where)
     power = _numbers(shared, "power", layout, 1.0, where)
@@ -108,14 +110,14 @@ def _from_coordinate(
                 f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `power: {power[axis]:g}` it must be "
                 "positive"
             )
-        if abs(power[axis]) > 8:  # beyond, float64 overflows at coordinates that are in use
-            raise UserError(f"{where}: power {power[axis]:g} is not from -8 to 8")
+        if abs(power[axis]) > 8:  # larger powers of common coordinates overflow float64
+            raise UserError(f"{where}: power {power[axis]:g} is outside the range -8 to 8")
         unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, power[axis])
         alphas[axis] = min(max(unclipped[axis], -clip[axis]), clip[axis])
         if alphas[axis] != unclipped[axis]:
             warnings.append(
                 f"{axis or 'coordinate'} {wanted[axis]:g} is far outside {low:g} to {high:g}: alpha "
-                f"{unclipped[axis]:g} is cut to {alphas[axis]:g}"
+                f"{unclipped[axis]:g} is clipped to {alphas[axis]:g}"
             )
     ends = {end: {axis: layout.ends[axis][i] for axis in layout.axes} for i, end in enumerate(("low", "high"))}
     facts: dict[str, dict[str, Any]] = {
@@ -133,14 +135,14 @@ def _from_coordinate(
 
 
 def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:
-    """Raises: UserError: only some models have a coordinate, or their coordinates form no layout."""
+    """Raises: UserError: only some models have a coordinate, or the coordinates do not form a layout."""
     without = [model for model in own if "coordinate" not in own[model]]
     if len(without) == len(own):
         return in_order(without, where)
     if without:
         other = next(model for model in own if model not in without)
         raise UserError(
-            f"{where}: {other} has a coordinate and {without[0]} has none: give one to all models of ccm, or to none"
+            f"{where}: {other} has a coordinate and {without[0]} has none: give all models of ccm a coordinate, or none"
         )
     points: dict[str, Point] = {}
     for model, settings in own.items():
@@ -155,25 +157,25 @@ def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:
 def _by_axis(
     shared: dict[str, Setting], key: str, layout: Layout, where: str, default: Single | None = None
 ) -> dict[str, Single]:
-    """A parameter's value on each axis; what a mapping leaves out is ``default``, or must not be left out.
+    """A parameter's value on each axis; axes missing from a mapping get ``default``, which None forbids.
 
     Raises:
-        UserError: the mapping has another axis, or lacks one; one number is given where each axis needs its own.
+        UserError: the mapping has an unknown axis or lacks one, or one number is given but each axis needs its own.
     """
     setting = shared[key] if default is None else shared.get(key, default)
     if not isinstance(setting, dict):
         if default is None and len(layout.axes) > 1:
-            raise UserError(f"{where}: {key} is one value, and there are {_all(layout)}: give one to each")
+            raise UserError(f"{where}: {key} is one value, but there are {_all(layout)}: give one value per axis")
         return dict.fromkeys(layout.axes, setting)
     for axis in setting:
         if layout.axes == ("",):
             raise UserError(
-                f"{where}: {key} names the axis {axis!r}, and the models do not: give each model its coordinate by axis"
+                f"{where}: {key} names the axis {axis!r}, but the models do not: give each model its coordinate by axis"
             )
         if axis not in layout.axes:
             near = difflib.get_close_matches(axis, layout.axes, n=1)
             known = f"the nearest is {near[0]!r}" if near else f"there are {_all(layout)}"
-            raise UserError(f"{where}: {key} names the axis {axis!r}, which the models have not; {known}")
+            raise UserError(f"{where}: {key} names the axis {axis!r}, which the models do not have; {known}")
     if default is None and (missing := [axis for axis in layout.axes if axis not in setting]):
         raise UserError(f"{where}: {key} of the target has no value for the axis {missing[0]!r}: add it")
     return {axis: setting[axis] if default is None else setting.get(axis, default) for axis in layout.axes}
@@ -189,7 +191,7 @@ def _number(value: Single) -> float:
 
 
 def _values(alphas: Mapping[str, Single]) -> list[tuple[str, float]]:
-    """All alphas, those of filters too."""
+    """All (axis, alpha) pairs, including the values of filters."""
     return [
         (axis, float(one))
         for axis, alpha in alphas.items()
@@ -198,7 +200,7 @@ def _values(alphas: Mapping[str, Single]) -> list[tuple[str, float]]:
 
 
 def _record(layout: Layout, found: str, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For the manifest: each fact by axis, or alone where the axis has no name."""
+    """The manifest's record: each fact by axis, or a single value if the axis has no name."""
     if layout.axes == ("",):
         return {"found": found, **{key: values[""] for key, values in facts.items()}}
     return {"found": found, "layout": layout.kind, **facts}

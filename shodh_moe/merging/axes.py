@@ -1,7 +1,7 @@
-"""Where ccm's experts lie along physical axes: points, the layout that they form, each model's coefficient.
+"""Arrange ccm's experts along physical axes: find the layout of their points, and each model's coefficient.
 
-Three layouts are known. Of one axis, a ``line``: two models, at its ends. Of n axes, ``corners``: 2^n models at all
-corners of a box, or a ``star``: 2 n models, each at an end of one axis and in the middle of all others.
+There are three layouts. With one axis, a ``line``: two models at its ends. With n axes, ``corners``: 2^n models at all
+corners of a box; or a ``star``: 2 n models, each at an end of one axis and in the middle of all others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Layout:
     """A layout of models.
 
     Attributes:
-        models: their paths, in an order that does not depend on that of the file (but for a line without coordinates).
-        axes: names, sorted; one empty name where the coordinates are plain numbers.
+        models: paths, in an order that does not depend on the config's, except for a line without coordinates.
+        axes: sorted names; one empty name if the coordinates are plain numbers.
         ends: lowest and highest coordinate of each axis; empty without coordinates.
-        places: of each model, for each axis: -1 at its low end, 1 at its high end, 0 in the middle.
+        places: each model's position on each axis: -1 at its low end, 1 at its high end, 0 in the middle.
     """
 
     kind: Literal["line", "corners", "star"]
@@ -35,28 +35,28 @@ class Layout:
     places: tuple[tuple[int, ...], ...]
 
     def coefficients(self, alphas: list[float]) -> list[float]:
-        """Of the base and of the models, for one alpha an axis (CCM, arXiv 2605.14546, and its like in n dimensions).
+        """Coefficients of base and models for one alpha per axis (CCM, arXiv 2605.14546, extended to n axes).
 
-        line and corners: theta = sum over models of prod_k (1 + s_k alpha_k)/2 theta_s, s their places; the base
-        cancels. Where every alpha is -1 or 1 one coefficient is 1 and all others are 0: that expert, bit for bit.
+        line and corners: theta = sum over models of prod_k (1 + s_k alpha_k)/2 theta_s, s the model's place; the base
+        cancels. If every alpha is -1 or 1, one coefficient is 1 and all others are 0: that expert, bit for bit.
 
         star: theta = theta_0 + sum_k (shared_k + alpha_k direction_k) with shared_k = (d_low,k + d_high,k)/2,
-        direction_k = (d_high,k - d_low,k)/2, d = theta - theta_0; so the base has 1 - n.
+        direction_k = (d_high,k - d_low,k)/2, d = theta - theta_0; so the base's coefficient is 1 - n.
         """
         base = 1.0 - len(self.axes) if self.kind == "star" else 0.0
         factors = [[(1 + s * a) / 2 for s, a in zip(place, alphas, strict=True) if s] for place in self.places]
         return [base, *(math.prod(one) for one in factors)]
 
     def role(self, model: str) -> str:
-        """What a model is, in words: ``low``, or ``gravity=low, viscosity=high``."""
+        """A model's position in words: ``low``, or ``gravity=low, viscosity=high``."""
         ends = [(axis, s) for axis, s in zip(self.axes, self.places[self.models.index(model)], strict=True) if s]
         return ", ".join((f"{axis}=" if axis else "") + ("low" if s < 0 else "high") for axis, s in ends)
 
 
 def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> float:
-    """2 (x - x_mid)/(x_high - x_low), x the coordinate to this ``power``, or its logarithm if that is 0.
+    """2 (x - x_mid)/(x_high - x_low), where x is the coordinate to this ``power``, or its logarithm for power 0.
 
-    Exactly -1 and 1 at the ends. With any power but 1 coordinates are positive.
+    Exactly -1 and 1 at the ends. For any power except 1, coordinates must be positive.
     """
     if power != 1:
         low, high, coordinate = (math.log(value) if power == 0 else value**power for value in (low, high, coordinate))
@@ -64,24 +64,24 @@ def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> fl
 
 
 def in_order(models: list[str], where: str) -> Layout:
-    """The line of two models without coordinates: low, high.
+    """The line of two models without coordinates, in the order low, high.
 
     Raises:
-        UserError: they are not two.
+        UserError: there are not exactly two models.
     """
     if len(models) != 2:
         raise UserError(
-            f"{where}: ccm combines 2 models beside base_model, low and high, and models has {len(models)}; "
+            f"{where}: ccm combines 2 models besides base_model, low and high, but models has {len(models)}; "
             "for several axes give each model its coordinate by axis"
         )
     return Layout("line", tuple(models), ("",), {}, ((-1,), (1,)))
 
 
 def find_layout(points: dict[str, Point], where: str) -> Layout:
-    """The layout that models' points form; ``points`` by the models' paths, each by axis.
+    """Find the layout of the models' points; ``points`` maps paths to coordinates by axis.
 
     Raises:
-        UserError: models name different axes, lie at one point, or form no layout.
+        UserError: models name different axes, share a point, or do not form a layout.
     """
     models = list(points)
     axes = tuple(sorted(points[models[0]]))
@@ -149,12 +149,12 @@ def _star(points: dict[str, Point], values: dict[str, list[float]], where: str) 
 
 
 def written(point: Point) -> str:
-    """A point as a user would recognise it: ``gravity=9.8, viscosity=0.001``, or ``3``."""
+    """A point as written in the config: ``gravity=9.8, viscosity=0.001``, or ``3``."""
     return ", ".join(f"{axis}={point[axis]:g}" if axis else f"{point[axis]:g}" for axis in sorted(point))
 
 
 def _listed(axis: str, points: dict[str, Point]) -> str:
-    """Which models have which value on an axis."""
+    """List the models with each value on an axis."""
     by_value: dict[float, list[str]] = {}
     for model, point in points.items():
         by_value.setdefault(point[axis], []).append(model)

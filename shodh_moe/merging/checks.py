@@ -1,4 +1,4 @@
-"""What must hold of the inputs and the outputs before the first byte is written."""
+"""Check inputs and outputs before the first byte is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shodh_moe.merging.settings import Conditional
 
 
 def require_same_tensors(reference: InputModel, other: InputModel) -> None:
-    """Raises: UserError: tensors are missing, extra, of another shape or type; names the first, and its file."""
+    """Raises: UserError: tensors are missing, extra, or differ in shape or dtype; names the first, and its file."""
     ours, theirs = reference.tensors, other.tensors
     if missing := [name for name in ours if name not in theirs]:
         raise UserError(
@@ -43,13 +43,13 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def require_same_architecture(sources: list[InputModel]) -> None:
-    """Checkpoints of this project: shapes do not show everything.
+def require_same_architecture(models: list[InputModel]) -> None:
+    """Check that checkpoints of this project have the same model, as equal shapes do not prove it.
 
     Raises:
-        UserError: settings of the model, or the tokenizers, differ.
+        UserError: model settings or tokenizers differ.
     """
-    checkpoints = [source for source in sources if source.state]
+    checkpoints = [model for model in models if model.state]
     for other in checkpoints[1:]:
         first = checkpoints[0]
         a, b = (one.state.get("config", {}).get("model", {}) for one in (first, other))
@@ -62,19 +62,21 @@ def require_same_architecture(sources: list[InputModel]) -> None:
 
 
 def require_matches(conditions: list[Conditional], names: list[str]) -> None:
-    """Raises: UserError: a filter fits no tensor, so it is misspelt."""
+    """Raises: UserError: a filter matches no tensor, so it is probably misspelt."""
     for condition in conditions:
         if condition.written and not any(condition.fits(name) for name in names):
-            raise UserError(f"{condition.written} fits none of the {len(names)} tensors, such as {names[0]}")
+            raise UserError(f"{condition.written} matches none of the {len(names)} tensors, such as {names[0]}")
 
 
 def require_apart(target: Target) -> None:
-    """Raises: UserError: the output would touch an input."""
+    """Raises: UserError: the output and an input contain one another."""
     output = target.output.resolve()
     for path in target.paths:
         given = Path(path).resolve()
         if output == given or output in given.parents or given in output.parents:
-            raise UserError(f"the output {target.output} and the input {path} lie in one another: name another output")
+            raise UserError(
+                f"the output {target.output} and the input {path} contain one another: choose another output"
+            )
 
 
 def require_space(outputs: dict[Path, list[OutputFile]]) -> None:
@@ -92,6 +94,6 @@ def require_space(outputs: dict[Path, list[OutputFile]]) -> None:
         free = shutil.disk_usage(places[device]).free
         if size > free:
             raise UserError(
-                f"{size / 1e9:.2f} GB are to be written and {places[device]} has {free / 1e9:.2f} GB free: "
+                f"the outputs need {size / 1e9:.2f} GB but {places[device]} has {free / 1e9:.2f} GB free: "
                 "free some, or choose another disk"
             )

@@ -1,4 +1,4 @@
-"""How far the experts are from the model they should come from."""
+"""Measure the distance of the experts from their base model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shodh_moe.merging.methods import block_sums
 
 
 class Drift:
-    """Inner products of one tensor's theta_0 and d_i = theta_i - theta_0, over slices."""
+    """Inner products of theta_0 and d_i = theta_i - theta_0 of one tensor, accumulated over slices."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[float]] = {}
 
     def add(self, inputs: list[Tensor]) -> None:
-        """A slice of the base and of the models."""
+        """Add a slice of the base and of the models."""
         base, *models = inputs
         vectors = [one - base for one in models]
         self._add("base", base, base)
@@ -31,12 +31,12 @@ class Drift:
         self._parts.setdefault(key, []).extend(block_sums(a * b))
 
     def sums(self) -> dict[str, float]:
-        """By ``base`` or the numbers of two models."""
+        """Sums by ``base``, or by the indices of two models."""
         return {key: math.fsum(parts) for key, parts in self._parts.items()}
 
 
 def summary(sums: list[dict[str, float]], models: list[str]) -> dict[str, Any]:
-    """Of all tensors: |d_i| / |theta_0| by model, and of two models the cosine of d_0 and d_1."""
+    """Over all tensors: |d_i| / |theta_0| of each model and, for two models, the cosine of d_0 and d_1."""
     keys = {key for one in sums for key in one}
     total = {key: math.fsum(one.get(key, 0.0) for one in sums) for key in keys}
     base = math.sqrt(total.get("base", 0.0))
@@ -49,10 +49,10 @@ def summary(sums: list[dict[str, float]], models: list[str]) -> dict[str, Any]:
 
 
 def require_near(found: dict[str, Any], base: str, limit: float) -> None:
-    """Raises: UserError: an expert is so far from the base that it cannot have been trained from it."""
+    """Raises: UserError: an expert is too far from the base to have been trained from it."""
     for path, distance in found["relative_distance_from_base"].items():
         if distance > limit:
             raise UserError(
-                f"{path} is {distance:.3g} times the norm of {base} away from it: it was not trained from it; "
-                "name the right one, or raise the parameter distance_limit if you know better"
+                f"{path} is {distance:.3g} times the norm of {base} away from it, so it was not trained from it: "
+                "name the right base_model, or raise the parameter distance_limit if you are sure"
             )

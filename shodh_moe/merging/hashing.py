@@ -1,4 +1,4 @@
-"""SHA-256 of a file whose bytes pass by anyway, so that it is not read twice."""
+"""SHA-256 of a file while it is streamed, so that it need not be read twice."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 import os
 from typing import Any
 
-BLOCK = 4 << 20  # bytes read at a time where the stream left some out
+BLOCK = 4 << 20  # bytes read at a time to fill gaps in the stream
 
 
 class FileHash:
-    """The hash of one file, fed with what is read from it or written to it.
+    """The hash of one file, updated with the bytes that are read from it or written to it.
 
-    Bytes that come in ascending order are hashed as they come, gaps (headers, tensors that nobody asked for) are read
-    from the file. Where the order is known not to be ascending, all is left to `finish`.
+    Bytes in ascending order are hashed as they arrive; gaps (headers, unused tensors) are read from the file. If the
+    order is not ascending, `finish` reads the whole file.
     """
 
     def __init__(self, descriptor: int, ascending: bool = True):
@@ -23,7 +23,7 @@ class FileHash:
         self._done = 0  # bytes
 
     def feed(self, offset: int, data: Any) -> None:
-        """``data`` (a buffer of bytes) lies at ``offset``; a second pass over the same bytes adds nothing."""
+        """Add ``data``, a buffer of the bytes at ``offset``; bytes that were hashed before are ignored."""
         if not self._ascending or offset + len(data) <= self._done:
             return
         self._read_to(offset)

@@ -1,6 +1,6 @@
-"""The inputs of a merge: where the bytes of every tensor lie, whatever kind of file they are in.
+"""The inputs of a merge: find the byte ranges of every tensor, in any supported file format.
 
-Files are opened, checked and described here; nothing of a tensor is read. Nothing that is loaded can run code.
+This module opens, checks and describes files without reading tensor data. Loading never runs code from a file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.checkpoint import CheckpointReader, damage
+from shodh_moe.checkpoint import CheckpointReader, checkpoints_at, damage
 from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
 from shodh_moe.merging.safetensors_file import CODES, Damaged, read_header
 
 INDEX = "model.safetensors.index.json"
-MODEL = "model/"  # how a checkpoint's names of weights begin
+MODEL = "model/"  # prefix of the names of weights in a checkpoint
 
 
 class Extent(NamedTuple):
@@ -29,13 +29,13 @@ class Extent(NamedTuple):
 
     start: int  # first element, in the flattened tensor
     length: int
-    file: int  # which of the source's files
+    file: int  # index into the model's files
     offset: int  # bytes from the start of the file
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in its files."""
+    """A tensor and its location in the files."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,11 +55,11 @@ class InputModel:
     """One input.
 
     Attributes:
-        path: as the config names it.
+        path: the path given in the config.
         kind: "safetensors", "pt" or "checkpoint".
-        files: those that hold tensors.
-        tensors: by name, in the order of the files; of a checkpoint ``model/*`` alone, without that prefix, by name.
-        sha256: of each file, where it is known and checked already (a checkpoint's ``state.json`` has them).
+        files: the files that contain tensors.
+        tensors: by name, in the order of the files; for a checkpoint only ``model/*`` without this prefix, sorted.
+        sha256: hash of each file if already known and checked (from a checkpoint's ``state.json``).
         state: a checkpoint's ``state.json``.
     """
 
@@ -71,17 +71,17 @@ class InputModel:
     state: dict[str, Any] = field(default_factory=dict)
 
     def file_of(self, name: str) -> Path:
-        """The file in which a tensor, or its first element, lies."""
+        """The file that contains the first element of a tensor."""
         extents = self.tensors[name].extents
         return self.files[extents[0].file] if extents else Path(self.path)
 
 
-def open_source(path: str) -> InputModel:
-    """Describe a safetensors file, a folder of such (one, or several with an index), a state dict of torch, an exported
-    model, or a checkpoint of this project.
+def open_input(path: str) -> InputModel:
+    """Describe a safetensors file, a folder with one (or several and an index), a torch state dict, an exported model,
+    or a checkpoint of this project.
 
     Raises:
-        UserError: there is none, a file is missing or damaged (named), or it is a pickle of something else.
+        UserError: the input does not exist, a file is missing or damaged (names it), or a pickle has other content.
     """
     where = Path(path)
     try:
@@ -97,13 +97,15 @@ def open_source(path: str) -> InputModel:
         raise UserError(f"{error}: copy or make it again") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
-    raise UserError(f"there is no {path}: give a safetensors file, a folder with one, a .pt state dict or a checkpoint")
+    raise UserError(
+        f"{path} does not exist: give a safetensors file, a folder with one, a .pt state dict or a checkpoint"
+    )
 
 
-def verify_checkpoint(source: InputModel) -> None:
-    """Hash the files of a checkpoint. Raises: UserError: a byte is not as it was written."""
-    if source.kind == "checkpoint" and (reason := damage(Path(source.path))):
-        raise UserError(f"checkpoint {source.path} is refused: {reason}; use another one of its run")
+def verify_checkpoint(model: InputModel) -> None:
+    """Verify the hashes of a checkpoint's files. Raises: UserError: a file has changed."""
+    if model.kind == "checkpoint" and (reason := damage(Path(model.path))):
+        raise UserError(f"checkpoint {model.path} is refused: {reason}; use another one of its run")
 
 
 def _safetensors(path: str, files: list[Path]) -> InputModel:
@@ -112,7 +114,9 @@ def _safetensors(path: str, files: list[Path]) -> InputModel:
         header = read_header(file)
         for name, (dtype, shape, offset) in header.items():
             if name in tensors:
-                raise UserError(f"{file}: tensor {name} is in another file of {path} too: one of them is left over")
+                raise UserError(
+                    f"{file}: tensor {name} is also in another file of {path}: remove the file that is left over"
+                )
             count = math.prod(shape)
             tensors[name] = Stored(dtype, shape, (Extent(0, count, number, offset),) if count else ())
     return InputModel(path, "safetensors", files, tensors)
@@ -126,14 +130,14 @@ def _indexed(path: str, folder: Path) -> InputModel:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{folder / INDEX} is damaged") from None
     if outside:
-        raise UserError(f"{folder / INDEX} names {outside}, which is not in its folder: it is refused")
+        raise UserError(f"{folder / INDEX} is refused: it names {outside}, outside its folder")
     if missing := next((name for name in names if not (folder / name).is_file()), None):
-        raise UserError(f"{folder / missing} is missing, which {INDEX} names: copy the model again")
-    source = _safetensors(path, [folder / name for name in names])
-    if differing := sorted(source.tensors.keys() ^ where.keys()):
-        there = "misses" if differing[0] in source.tensors else "names"
+        raise UserError(f"{folder / missing} is named in {INDEX} but missing: copy the model again")
+    model = _safetensors(path, [folder / name for name in names])
+    if differing := sorted(model.tensors.keys() ^ where.keys()):
+        there = "misses" if differing[0] in model.tensors else "names"
         raise UserError(f"{folder / INDEX} {there} tensor {differing[0]}, unlike its files: make it again")
-    return source
+    return model
 
 
 def _only_file(path: str, folder: Path) -> InputModel:
@@ -146,31 +150,31 @@ def _only_file(path: str, folder: Path) -> InputModel:
     pickles = sorted(file for ending in ("pt", "pth", "bin") for file in folder.glob(f"*.{ending}"))
     if len(pickles) == 1:
         return _pt(path, pickles[0])
-    if (folder / "checkpoints").is_dir():
+    if checkpoints_at(folder) not in (None, [folder]):
         raise UserError(f"{path} is a run: name one of its checkpoints, such as {path}/checkpoints/STEP")
     raise UserError(f"{path} holds no model: name a safetensors file, a .pt state dict or a checkpoint")
 
 
 def _pt(path: str, file: Path) -> InputModel:
-    """A plain state dict. Its tensors are mapped to learn where they lie; no page of them is touched."""
+    """Describe a plain state dict. Its tensors are memory-mapped to find their offsets, but not read."""
     remedy = "save it again as torch.save(model.state_dict(), FILE), or as safetensors"
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{file} holds other things than tensors, and their code is not run: {remedy}") from None
+        raise UserError(f"{file} contains objects other than tensors, which are not loaded: {remedy}") from None
     except (RuntimeError, EOFError, ValueError) as error:
         text = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is damaged, or of an old format of torch ({text}): {remedy}") from None
+        raise UserError(f"{file} is damaged, or in an old torch format ({text}): {remedy}") from None
     if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{file} holds a {type(tensors).__name__} without tensors and not a state dict: {remedy}")
+        raise UserError(f"{file} contains a {type(tensors).__name__} without tensors, not a state dict: {remedy}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_sparse:
             what = type(tensor).__name__
-            raise UserError(f"{file} is no plain state dict: {name!r} is a {what} and not a dense tensor: {remedy}")
+            raise UserError(f"{file} is not a plain state dict: {name!r} is a {what}, not a dense tensor: {remedy}")
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            raise UserError(f"{file}: tensor {name} is a view with gaps or of another order: {remedy}")
+            raise UserError(f"{file}: tensor {name} is not contiguous: {remedy}")
         if tensor.dtype not in CODES and tensor.dtype != torch.complex128:
-            raise UserError(f"{file}: tensor {name} is of type {tensor.dtype}, which cannot be merged")
+            raise UserError(f"{file}: tensor {name} has dtype {tensor.dtype}, which cannot be merged")
     start = _mapped_at(file, tensors)
     stored = {}
     for name, tensor in tensors.items():
@@ -180,12 +184,12 @@ def _pt(path: str, file: Path) -> InputModel:
 
 
 def _mapped_at(file: Path, tensors: dict[str, torch.Tensor]) -> int:
-    """Address of the file's first byte, from where its storages lie in it and in memory, which must agree."""
+    """Address of the mapped file's first byte, from the positions of its storages in the file and in memory."""
     records = []
     with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
         for record in archive.infolist():
             if "/data/" in record.filename and record.file_size:
-                # The lengths in the local header, not those of the directory, say where its data begin.
+                # The data follow the local header, whose lengths may differ from those in the directory.
                 raw.seek(record.header_offset + 26)
                 lengths = raw.read(4)
                 name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
@@ -198,7 +202,7 @@ def _mapped_at(file: Path, tensors: dict[str, torch.Tensor]) -> int:
     if not addresses:
         return 0
     if len(starts) != 1 or not sizes_agree:
-        raise UserError(f"{file} is not laid out as torch.save does it: save it again as safetensors")
+        raise UserError(f"{file} does not have the layout of torch.save: save it again as safetensors")
     return starts.pop()
 
 

@@ -1,4 +1,4 @@
-"""The files of an output: which tensor goes where, decided before the first byte is written."""
+"""Assign the tensors of an output to files, before the first byte is written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shodh_moe.merging.inputs import INDEX, MODEL
 from shodh_moe.merging.safetensors_file import make_header
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # the type of a complex tensor's parts
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # dtype of a complex tensor's parts
 WIDER = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file, which is written from its beginning to its end."""
+    """One output file, written sequentially."""
 
     name: str
     format: str
@@ -31,16 +31,16 @@ class OutputFile:
 
     @property
     def payload(self) -> int:
-        """Bytes of its tensors."""
+        """Size of its tensors in bytes."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
     def begin(self, path: Path) -> dict[str, int]:
-        """Make the file, without the tensors' bytes; returns where those of each begin."""
+        """Create the file without the tensors' data; returns the byte offset of each tensor."""
         if self.format == "pt":
             return _begin_pt(path, self.tensors)
         stored = self.tensors
         if self.format == "checkpoint":
-            # There a tensor is flat, and its key says where it begins in the whole one.
+            # Checkpoints store flat pieces of tensors, whose keys give the first element.
             stored = {piece_key(MODEL + k, 0): (dtype, (math.prod(shape),)) for k, (dtype, shape) in stored.items()}
         beginning, places, _ = make_header(stored, {"format": "pt"})
         path.write_bytes(beginning)
@@ -48,16 +48,18 @@ class OutputFile:
 
 
 def plan_files(tensors: Described, format: str, shard_bytes: int) -> list[OutputFile]:
-    """Share out ``tensors`` to files of at most ``shard_bytes`` (a larger tensor has one to itself), in their order.
+    """Distribute ``tensors`` in order over files of at most ``shard_bytes``; a larger tensor gets its own file.
 
     Raises:
-        UserError: the format cannot hold one of the types.
+        UserError: the format does not support one of the dtypes.
     """
     if format == "checkpoint":
         for name, (dtype, _) in tensors.items():
             if dtype not in CHECKPOINT_DTYPES:
-                raise UserError(f"a checkpoint cannot hold tensor {name} of type {dtype}: write `format: safetensors`")
-    if format == "pt":  # torch reads one file
+                raise UserError(
+                    f"a checkpoint cannot store tensor {name} of dtype {dtype}: write `format: safetensors`"
+                )
+    if format == "pt":  # torch.load needs a single file
         return [OutputFile("model.pt", format, tensors)]
     groups: list[Described] = [{}]
     size = 0
@@ -78,7 +80,7 @@ def _name(format: str, number: int, count: int) -> str:
 
 
 def index_of(files: list[OutputFile]) -> dict[str, str]:
-    """Small files that say in which file a tensor lies, by their names."""
+    """Index files {name: content} that map each tensor to its file; {} if there is only one file."""
     if len(files) == 1 or files[0].format != "safetensors":
         return {}
     where = {name: file.name for file in files for name in file.tensors}
@@ -86,17 +88,17 @@ def index_of(files: list[OutputFile]) -> dict[str, str]:
     return {INDEX: json.dumps(index, indent=2) + "\n"}
 
 
-def output_dtype(stored: torch.dtype, words: str | None) -> torch.dtype:
-    """The type in which a tensor of type ``stored`` is written. A complex one has no half precision: it stays."""
-    if words is None or not (stored.is_floating_point or stored.is_complex):
+def output_dtype(stored: torch.dtype, wanted_name: str | None) -> torch.dtype:
+    """Output dtype of a tensor with dtype ``stored``. Complex tensors keep theirs if half precision is asked for."""
+    if wanted_name is None or not (stored.is_floating_point or stored.is_complex):
         return stored
-    wanted: torch.dtype = getattr(torch, words)
+    wanted: torch.dtype = getattr(torch, wanted_name)
     return WIDER.get(wanted, stored) if stored.is_complex else wanted
 
 
 def _begin_pt(path: Path, tensors: Described) -> dict[str, int]:
-    """A state dict as `torch.save` writes it, the tensors' bytes left out (holes)."""
-    # Memory that is reserved and never touched.
+    """Write a state dict like `torch.save`, but with holes in place of the tensors' data."""
+    # This memory is reserved but never touched.
     empty = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}
     with torch.serialization.skip_data():
         torch.save(empty, path)

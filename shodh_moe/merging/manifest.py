@@ -1,4 +1,4 @@
-"""What an output was made of, and with what: ``merge.json``, and a checkpoint's ``state.json``."""
+"""Describe how an output was made: ``merge.json``, and ``state.json`` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def drift_of(target: Target, written: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Distances between base and experts, of all files' records; {} where there is no base to compare with."""
+    """Distances between base and experts from the records of all files; {} without a base."""
     sums = [fact["drift"] for record in written.values() for fact in record["facts"].values() if "drift" in fact]
     return summary(sums, target.models) if sums else {}
 
@@ -38,12 +38,12 @@ def texts(
     """The small files of an output, by name.
 
     Args:
-        written: size, hash and facts of every file of tensors.
-        inputs: of every input, by its path, size and hash of its files.
-        reference: the checkpoint that a merged checkpoint takes its config from.
+        written: size, hash and facts of every file with tensors.
+        inputs: size and hash of each input's files, by the input's path.
+        reference: the checkpoint whose config a merged checkpoint inherits.
     """
     notes = [
-        f"{name} (not of floats) is taken from {fact['taken_from']}; it is another in {', '.join(fact['differs_in'])}"
+        f"{name} (not floating point) is taken from {fact['taken_from']}; it differs in {', '.join(fact['differs_in'])}"
         for record in written.values()
         for name, fact in record["facts"].items()
         if "taken_from" in fact
@@ -52,7 +52,7 @@ def texts(
     manifest = {
         "format": MANIFEST_FORMAT,
         "plan": plan,
-        "merge": target.words.model_dump(exclude_none=True, exclude_defaults=True),
+        "merge": target.config.model_dump(exclude_none=True, exclude_defaults=True),
         **({"alpha": target.alpha} if target.alpha else {}),
         "inputs": {path: {"role": _role(target, path), "files": inputs[path]} for path in target.paths},
         **drift_of(target, written),
@@ -73,7 +73,7 @@ def _role(target: Target, path: str) -> str:
 
 
 def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: InputModel) -> str:
-    """A checkpoint of weights alone, at the step and with the config of ``reference``: to evaluate, predict, export."""
+    """state.json of a checkpoint with weights only, and the step and config of ``reference``, for inference."""
     tensors = {}
     for rank, file in enumerate(files):
         for name, (dtype, shape) in file.tensors.items():

@@ -1,4 +1,4 @@
-"""`shodh merge`: one or many models from one config, offline, in bounded memory, resumable."""
+"""`shodh merge`: merge models offline, in bounded memory; one config may have many outputs; resumable."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from shodh_moe.base.files import disk_trouble
 from shodh_moe.base.memory import give_back_freed_memory
 from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
-from shodh_moe.merging.inputs import InputModel, open_source, verify_checkpoint
+from shodh_moe.merging.inputs import InputModel, open_input, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
 from shodh_moe.merging.stream import MergeJob, Stream, slice_length
 
-AT_ONCE = 16  # outputs made in one go over the inputs
-RESERVE = 64 << 20  # bytes for what libraries load later, blocks to hash, small tables
+AT_ONCE = 16  # outputs made in one pass over the inputs
+RESERVE = 64 << 20  # bytes for libraries loaded later, hashing, and small tables
 UNITS = {
     "": 1,
     "KB": 10**3,
@@ -40,16 +40,16 @@ UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 512MiB, 5GB or 1000000. Raises: UserError: it is none."""
+    """Parse a size such as 512MiB, 5GB or 1000000 to bytes. Raises: UserError: it is not a size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = UNITS.get(match[2].upper()) if match else None
     if not match or unit is None:
-        raise UserError(f"{text!r} is no size: write it as 512MiB, 1GiB or 5GB")
+        raise UserError(f"{text!r} is not a size: write it as 512MiB, 1GiB or 5GB")
     return int(float(match[1]) * unit)
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now, without what is only kept for later."""
+    """Resident memory of this process in bytes, after returning freed memory to the system."""
     give_back_freed_memory()
     return int(psutil.Process().memory_info().rss)
 
@@ -63,26 +63,26 @@ def merge(
     size: int = 1,
     found: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Make the outputs that a config asks for; returns their folders.
+    """Write the outputs of a config; returns their folders.
 
     Args:
-        config: YAML with mergekit's words (docs/merging.md).
-        output: the new folder, in place of the config's ``output``; with a sweep the folder of all outputs.
-        memory_limit: what the whole process may take, libraries included.
+        config: YAML file in mergekit's format (docs/merging.md).
+        output: new folder that overrides the config's ``output``; with a sweep, the folder of all outputs.
+        memory_limit: memory limit of the whole process, including libraries.
         out_shard_size: largest size of a file.
-        rank, size: several processes with the same config share its outputs: this one makes number ``rank``,
-            ``rank + size``, ... They exchange nothing.
-        found: for ccm of one axis, an alpha that a readout chose, and how, in place of the parameters ``alpha`` and
-            ``coordinate``: ``{"found": "prefix", "value": 0.85, ...}``, of values that JSON has; the manifest keeps it.
+        rank, size: processes with the same config share its outputs: this one makes number ``rank``,
+            ``rank + size``, ... They do not communicate.
+        found: for ccm with one axis, an alpha from an external readout that replaces the parameters ``alpha`` and
+            ``coordinate``: ``{"found": "prefix", "value": 0.85, ...}``, JSON values that the manifest stores.
 
     Raises:
-        UserError: something about the config, an input, the output's place, the disk or the memory limit is wrong.
-            Inputs are never written to, and no output is there in part.
+        UserError: the config, an input, the output folder, the disk or the memory limit is not suitable. Inputs are
+            never modified, and no output is left incomplete.
     """
     limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
     targets = load_targets(config, output, found)
-    sources = {path: open_source(path) for path in sorted({path for target in targets for path in target.paths})}
-    plans = [_Plan(target, sources, shard_bytes) for target in targets]
+    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
+    plans = [_Plan(target, models, shard_bytes) for target in targets]
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
         if rank == 0:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -91,58 +91,58 @@ def merge(
     left = [plan for plan in mine if not plan.made]
     for plan in mine:
         if plan.made:
-            print(f"[merge] {plan.target.output} is there already", flush=True)
+            print(f"[merge] {plan.target.output} exists already", flush=True)
     for path in sorted({path for plan in left for path in plan.target.paths}):
-        verify_checkpoint(sources[path])
+        verify_checkpoint(models[path])
     for group in _groups(left):
-        _run(group, sources, limit)
+        _run(group, models, limit)
     return [plan.target.output for plan in mine]
 
 
 class _Plan:
-    """One output, checked and laid out.
+    """One output, after all checks, with its tensors assigned to files.
 
     Attributes:
-        order: the tensors as they are written; ``described``: with their types and shapes.
-        identity: hash of all that the output's bytes depend on.
-        made: the output is there, by this very plan.
+        order: names of the tensors in the order of writing; ``described``: with their dtypes and shapes.
+        identity: hash of everything that the output's bytes depend on.
+        made: whether the output exists and was made by the same plan.
     """
 
-    def __init__(self, target: Target, sources: dict[str, InputModel], shard_bytes: int):
+    def __init__(self, target: Target, models: dict[str, InputModel], shard_bytes: int):
         self.target = target
         checks.require_apart(target)
-        self.sources = [sources[path] for path in target.paths]
-        reference = self.sources[0]
-        for other in self.sources[1:]:
+        self.inputs = [models[path] for path in target.paths]
+        reference = self.inputs[0]
+        for other in self.inputs[1:]:
             checks.require_same_tensors(reference, other)
-        checks.require_same_architecture(self.sources)
-        self.lookup = Lookup(target.words.parameters, target.settings)
+        checks.require_same_architecture(self.inputs)
+        self.lookup = Lookup(target.config.parameters, target.settings)
         checks.require_matches(self.lookup.conditions(), list(reference.tensors))
-        self.checkpoint = next((source for source in self.sources if source.state), None)
-        format = target.words.format or ("checkpoint" if reference.kind == "checkpoint" else "safetensors")
+        self.checkpoint = next((model for model in self.inputs if model.state), None)
+        format = target.config.format or ("checkpoint" if reference.kind == "checkpoint" else "safetensors")
         if format == "checkpoint" and self.checkpoint is None:
-            raise UserError(f"{target.output}: format checkpoint needs a checkpoint among the inputs, for its config")
-        words = target.words.out_dtype or target.words.dtype
-        written: Described = {k: (output_dtype(one.dtype, words), one.shape) for k, one in reference.tensors.items()}
-        # The widest types first, so that every tensor is aligned; otherwise the order in which the reference is read.
+            raise UserError(
+                f"{target.output}: format checkpoint needs a checkpoint among the inputs, to copy its config"
+            )
+        dtype = target.config.out_dtype or target.config.dtype
+        written: Described = {k: (output_dtype(one.dtype, dtype), one.shape) for k, one in reference.tensors.items()}
+        # Widest dtypes first, so that every tensor is aligned; otherwise in the reference's order.
         self.order = sorted(written, key=lambda name: -written[name][0].itemsize)
         self.described = [(name, reference.tensors[name].dtype, reference.tensors[name].shape) for name in self.order]
         self.files: list[OutputFile] = plan_files({k: written[k] for k in self.order}, format, shard_bytes)
-        self.identity = _identity(target, self.sources, self.files)
+        self.identity = _identity(target, self.inputs, self.files)
         self.made = _made(target.output, self.identity)
 
 
-def _identity(target: Target, sources: list[InputModel], files: list[OutputFile]) -> str:
-    stats = [
-        (source.path, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]) for source in sources
-    ]
+def _identity(target: Target, models: list[InputModel], files: list[OutputFile]) -> str:
+    stats = [(model.path, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.files]) for model in models]
     layout = [(file.name, list(file.tensors)) for file in files]
-    parts = [target.words.model_dump(), target.alpha, target.models, stats, layout, manifest.versions()]
+    parts = [target.config.model_dump(), target.alpha, target.models, stats, layout, manifest.versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _made(output: Path, identity: str) -> bool:
-    """Raises: UserError: something else stands there."""
+    """Whether the output was made by the same plan. Raises: UserError: the folder has other content."""
     if not output.exists():
         return False
     try:
@@ -150,11 +150,11 @@ def _made(output: Path, identity: str) -> bool:
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{output} exists and is not this merge of these inputs: remove it, or choose another output")
+    raise UserError(f"{output} exists but is not this merge of these inputs: remove it, or choose another output")
 
 
 def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
-    """Outputs to be made in one go: of the same tensors in the same order, and not too many."""
+    """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order."""
     groups: list[list[_Plan]] = []
     for plan in plans:
         alike = [group for group in groups if len(group) < AT_ONCE and group[0].described == plan.described]
@@ -165,14 +165,14 @@ def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
     return groups
 
 
-def _run(plans: list[_Plan], sources: dict[str, InputModel], limit: int) -> None:
-    """Make some outputs in one go."""
+def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
+    """Make several outputs in one pass over the inputs."""
     paths = sorted({path for plan in plans for path in plan.target.paths})
-    order, reference = plans[0].order, plans[0].sources[0]
+    order, reference = plans[0].order, plans[0].inputs[0]
     with ExitStack() as stack:
         readers = {}
         for path in paths:
-            readers[path] = InputReader(sources[path], order)
+            readers[path] = InputReader(models[path], order)
             stack.callback(readers[path].close)
         free = limit - resident() - RESERVE
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
@@ -186,16 +186,14 @@ def _run(plans: list[_Plan], sources: dict[str, InputModel], limit: int) -> None
             for plan, job in zip(plans, jobs, strict=True):
                 _finish(plan, job, inputs)
         except UserError as error:
-            # Trouble with a disk passes, and the next try goes on. What is wrong in the inputs stays wrong.
+            # After a disk error the next try can resume; after any other error the work is useless.
             if not isinstance(error.__cause__, OSError):
                 for job in jobs:
                     job.output.discard()
             raise
         except OSError as error:
             if reason := disk_trouble(error):
-                raise UserError(
-                    f"cannot write {plans[0].target.output}: {reason}; files that are complete stay"
-                ) from error
+                raise UserError(f"cannot write {plans[0].target.output}: {reason}; complete files are kept") from error
             raise
         finally:
             for job in jobs:

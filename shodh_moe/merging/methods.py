@@ -1,44 +1,43 @@
-"""The formulas, for one tensor that comes in slices.
+"""The merge methods, applied to one tensor in slices.
 
-Each recipe sees the whole tensor ``passes`` times first (for what depends on all of its elements), then makes the
-result slice by slice. Slices are 1-D tensors of float32 or float64; a complex tensor comes as its real and
-imaginary parts, which are separate parameters here. A result does not depend on how a tensor was cut: sums over it
-are of fixed blocks, added exactly.
+Each recipe first observes the whole tensor ``passes`` times (for quantities that depend on all elements), then
+computes the result slice by slice. Slices are 1-D tensors of float32 or float64; real and imaginary parts of a complex
+tensor are separate elements. The result does not depend on the slicing: sums are over fixed blocks and added exactly.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shodh_moe.merging.alpha import Composition
-from shodh_moe.merging.settings import Lookup
+from shodh_moe.merging.settings import BY_AXIS, Lookup, Method
 from shodh_moe.merging.sparsify import KthLargest, kept_at_random
 
-BLOCK = 32768  # elements of a partial sum; below the size from which torch shares a sum between threads
-COLINEAR = 0.9995  # mergekit's: from this cosine on slerp is a straight line
+BLOCK = 32768  # elements of a partial sum; too few for torch to split a sum among threads
+COLINEAR = 0.9995  # above this cosine slerp is linear, as in mergekit
 
 
 class Recipe(Protocol):
-    """How one tensor of one output is made."""
+    """How to compute one tensor of one output."""
 
     passes: int
 
     def observe(self, number: int, start: int, inputs: list[Tensor]) -> None:
-        """One slice of pass ``number``; ``inputs`` are the base (if there is one) and the models, ``start`` is its
-        first element."""
+        """Observe the slice from element ``start`` on in pass ``number``; ``inputs``: base (if any) and models."""
 
     def end_pass(self, number: int) -> None: ...
 
     def result(self, start: int, inputs: list[Tensor]) -> Tensor:
-        """The merged slice: a new tensor."""
+        """Compute the merged slice as a new tensor."""
 
 
 class Sum:
-    """sum_i c_i x_i: `linear` and `ccm`. An input of coefficient 0 does not count; 1 copies bit for bit."""
+    """sum_i c_i x_i, for `linear` and `ccm`. Inputs with coefficient 0 are ignored; 1 copies bit for bit."""
 
     passes = 0
 
@@ -59,16 +58,16 @@ def weighted_sum(coefficients: list[float], inputs: list[Tensor]) -> Tensor:
     for coefficient, values in zip(coefficients, inputs, strict=True):
         if coefficient == 0:
             continue
-        # Products and sums apart: a fused operation would round otherwise at the end of a slice.
+        # No fused multiply-add: its rounding would differ at the end of a slice.
         term = values.clone() if coefficient == 1 else values * coefficient
         total = term if total is None else total.add_(term)
     return torch.zeros_like(inputs[0]) if total is None else total
 
 
 def linear(weights: list[float], normalize: bool, base: bool) -> Sum:
-    """sum_i w_i x_i, over sum_i w_i if normalized (model soups, arXiv 2203.05482; mergekit's `linear`)."""
+    """sum_i w_i x_i, divided by sum_i w_i if normalized (model soups, arXiv 2203.05482; mergekit's `linear`)."""
     total = math.fsum(weights) if normalize else 1.0
-    # As mergekit's task vectors do: what cannot be normalized is not.
+    # A sum near zero is not used to normalize, as in mergekit's task vectors.
     total = total if abs(total) > 1e-8 else 1.0
     return Sum([*([0.0] if base else []), *(weight / total for weight in weights)])
 
@@ -76,8 +75,8 @@ def linear(weights: list[float], normalize: bool, base: bool) -> Sum:
 class Slerp:
     """Spherical linear interpolation from the base x_0 to the model x_1 (Shoemake, SIGGRAPH 1985; mergekit's `slerp`).
 
-    sin((1-t) phi)/sin(phi) x_0 + sin(t phi)/sin(phi) x_1, phi the angle between the tensors as vectors; nearly
-    colinear ones (|cos| > 0.9995) and zero vectors are interpolated linearly. t = 0 and 1 give them bit for bit.
+    sin((1-t) phi)/sin(phi) x_0 + sin(t phi)/sin(phi) x_1, phi the angle between the tensors as vectors. Nearly
+    colinear and zero vectors (|cos| > 0.9995) are interpolated linearly. t = 0 and 1 copy x_0 and x_1 bit for bit.
     """
 
     passes = 1
@@ -94,7 +93,7 @@ class Slerp:
 
     def end_pass(self, number: int) -> None:
         aa, bb, ab = (math.fsum(sums) for sums in self._sums)
-        # Norms below 1e-8 are no directions (mergekit's limit too).
+        # A vector with norm below 1e-8 has no direction (same limit as mergekit).
         cosine = ab / math.sqrt(aa) / math.sqrt(bb) if min(aa, bb) > 1e-16 else 1.0
         if abs(cosine) <= COLINEAR and self._t not in (0, 1):
             angle = math.acos(cosine)
@@ -106,22 +105,22 @@ class Slerp:
 
 
 class TaskVectors:
-    """theta_0 + lambda sum_i w_i d_i with d_i = x_i - theta_0, and what is left out of the d_i before.
+    """theta_0 + lambda sum_i w_i d_i with d_i = x_i - theta_0, after sparsifying the d_i.
 
-    task_arithmetic: nothing (arXiv 2212.04089).
-    ties: of each d_i the share ``density`` of largest |d| stays (all that are equal to the smallest of these too); then
-        for each element those w_i d_i stay whose sign is that of their sum (zero counts as +); ``normalize`` (the
-        default) divides by the sum of the w_i that stay (arXiv 2306.01708, in mergekit's weighted form).
-    dare, dare_linear: each element of d_i stays with probability ``density`` and is divided by it (arXiv 2311.03099).
-    dare_ties: so too, then the signs as in ties.
+    task_arithmetic: no sparsification (arXiv 2212.04089).
+    ties: keep the share ``density`` of elements with the largest |d| in each d_i, including ties; then keep for each
+        element those w_i d_i with the sign of their sum (zero counts as +); ``normalize`` (the default) divides by
+        the sum of the kept w_i (arXiv 2306.01708, in mergekit's weighted form).
+    dare, dare_linear: keep each element of d_i with probability ``density`` and divide it by that (arXiv 2311.03099).
+    dare_ties: like dare, then select by sign as in ties.
 
-    A model of weight 0 counts for nothing; without any, or with lambda = 0, the base comes out bit for bit.
+    Models with weight 0 are ignored; without any others, or with lambda = 0, the base is copied bit for bit.
 
     Args:
         method: one of the names above.
-        name: of the tensor; it enters the random numbers.
-        numel: its elements (of a complex tensor twice as many).
-        models: how many there are beside the base.
+        name: name of the tensor, which seeds its random numbers.
+        numel: number of real elements (twice that of a complex tensor).
+        models: number of models besides the base.
     """
 
     def __init__(self, method: str, lookup: Lookup, name: str, numel: int, models: int, dtype: torch.dtype):
@@ -172,7 +171,7 @@ class TaskVectors:
         return mixed.add_(base)
 
     def _vector(self, i: int, start: int, delta: Tensor) -> Tensor:
-        """w_i d_i, thinned out."""
+        """w_i d_i, sparsified."""
         density = self._densities[i]
         if i in self._limits:
             delta *= delta.abs() >= self._limits[i].value
@@ -185,7 +184,7 @@ class TaskVectors:
 
 
 def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Their sum, a new tensor."""
+    """The sum of tensors as a new tensor."""
     total = tensors[0].clone()
     for tensor in tensors[1:]:
         total += tensor
@@ -193,8 +192,72 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
 
 
 def block_sums(values: Tensor) -> list[float]:
-    """Sums of consecutive blocks, in float64: the same wherever slices begin, if they begin at multiples of a block."""
+    """Sums of consecutive blocks in float64; independent of the slicing if slices begin at multiples of a block."""
     return [float(block.sum(dtype=torch.float64)) for block in values.split(BLOCK)]
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """One tensor to merge.
+
+    Attributes:
+        method: name of the method, a key of `METHODS`.
+        lookup: its parameters.
+        name: name of the tensor.
+        numel: number of its elements; twice as many for a complex tensor.
+        models: number of models beside the base.
+        base: whether there is a base.
+        dtype: what the merge is computed in.
+        composition: coefficients of the base and the models, for ccm.
+    """
+
+    method: str
+    lookup: Lookup
+    name: str
+    numel: int
+    models: int
+    base: bool
+    dtype: torch.dtype
+    composition: Composition | None
+
+
+def ccm_recipe(merge: TensorMerge) -> Recipe:
+    """Composition along a physical axis (arXiv 2605.14546; DESIGN 3.7)."""
+    assert merge.composition
+    return Sum(merge.composition.coefficients(merge.name)[0 if merge.base else 1 :])
+
+
+def linear_recipe(merge: TensorMerge) -> Recipe:
+    weights = [merge.lookup.value("weight", merge.name, None, i) for i in range(merge.models)]
+    return linear(weights, bool(merge.lookup.value("normalize", merge.name, True)), merge.base)
+
+
+def slerp_recipe(merge: TensorMerge) -> Recipe:
+    return Slerp(merge.lookup.value("t", merge.name))
+
+
+def task_vector_recipe(merge: TensorMerge) -> Recipe:
+    return TaskVectors(merge.method, merge.lookup, merge.name, merge.numel, merge.models, merge.dtype)
+
+
+_TASK = ("lambda", "normalize", "weight")
+_SPARSE = (*_TASK, "density")
+_OWN = ("weight", "density")
+# int8_mask saves memory in mergekit and changes no number.
+_TIES = Method(task_vector_recipe, 0, True, True, False, _SPARSE, ("int8_mask", "distance_limit"), _OWN)
+_DARE = Method(task_vector_recipe, 0, True, True, False, _SPARSE, ("int8_mask", "seed", "distance_limit"), _OWN)
+# To add a method, write a function from `TensorMerge` to `Recipe` and add a line here.
+METHODS = {
+    # The coordinates of the models determine how many of them ccm combines.
+    "ccm": Method(ccm_recipe, 0, False, True, True, ("alpha",), (*BY_AXIS[1:], "distance_limit"), ("coordinate",)),
+    "linear": Method(linear_recipe, 0, False, False, False, ("weight", "normalize"), (), ("weight",)),
+    "task_arithmetic": Method(task_vector_recipe, 0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
+    "ties": _TIES,
+    "dare": _DARE,
+    "slerp": Method(slerp_recipe, 1, True, True, True, ("t",), (), ()),
+    "dare_linear": _DARE,
+    "dare_ties": _DARE,
+}
 
 
 def recipe(
@@ -207,18 +270,5 @@ def recipe(
     dtype: torch.dtype,
     composition: Composition | None,
 ) -> Recipe:
-    """How ``method`` makes the tensor ``name`` of ``numel`` real numbers, computed in ``dtype``.
-
-    Args:
-        models: how many there are beside the base.
-        base: whether there is a base.
-        composition: for ccm.
-    """
-    if composition:
-        return Sum(composition.coefficients(name)[0 if base else 1 :])
-    if method == "linear":
-        weights = [lookup.value("weight", name, None, i) for i in range(models)]
-        return linear(weights, bool(lookup.value("normalize", name, True)), base)
-    if method == "slerp":
-        return Slerp(lookup.value("t", name))
-    return TaskVectors(method, lookup, name, numel, models, dtype)
+    """How ``method`` merges one tensor; the other arguments are those of `TensorMerge`."""
+    return METHODS[method].recipe(TensorMerge(method, lookup, name, numel, models, base, dtype, composition))

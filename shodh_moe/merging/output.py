@@ -1,7 +1,7 @@
-"""An output while it is written: whole or absent in the end, and resumable file by file.
+"""Write an output atomically, and resumably file by file.
 
-Beside the output's place lies ``.merging-<name>/`` with ``plan.json`` (what is being made), ``content/`` (what
-becomes the output) and ``records/`` (one JSON for each file that is complete and synced).
+Work in progress is in ``.merging-<name>/`` next to the output: ``plan.json`` (identifies the merge), ``content/``
+(becomes the output) and ``records/`` (one JSON file for each file that is complete and synced).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from shodh_moe.merging.layout import OutputFile
 
 
 def unfinished(folder: Path) -> Path:
-    """Where an output lies while it is being made."""
+    """Working folder of an output that is being made."""
     return folder.with_name(f".merging-{folder.name}")
 
 
 class Output:
-    """The files of one output. `write` is to be called in the order of the files and of the tensors in them.
+    """The files of one output. Call `write` in the order of the files and of the tensors in them.
 
     Args:
-        folder: the output; must not exist.
-        files: what goes into it.
-        plan: hash of all that the bytes depend on. An unfinished output of another plan is thrown away.
+        folder: the output, which must not exist.
+        files: the files to write.
+        plan: hash of everything that the bytes depend on. An unfinished output of another plan is deleted.
 
     Raises:
         UserError: another process is making this output.
@@ -43,16 +43,16 @@ class Output:
         self._content, self._records = self._work / "content", self._work / "records"
         self._work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._work)
-        told = self._work / "plan.json"
-        if not told.exists() or json.loads(told.read_text())["plan"] != plan:
+        plan_file = self._work / "plan.json"
+        if not plan_file.exists() or json.loads(plan_file.read_text())["plan"] != plan:
             if self._records.exists():
                 print(
-                    f"[merge] {folder}: what an earlier merge left is of other inputs or words; it begins anew",
+                    f"[merge] {folder}: an unfinished merge has other inputs or another config; starting over",
                     flush=True,
                 )
             shutil.rmtree(self._content, ignore_errors=True)
             shutil.rmtree(self._records, ignore_errors=True)
-            write_text(told, json.dumps({"plan": plan}))
+            write_text(plan_file, json.dumps({"plan": plan}))
         self._content.mkdir(exist_ok=True)
         self._records.mkdir(exist_ok=True)
         self.done = {file.name: record for file in files if (record := self._record(file))}
@@ -60,19 +60,19 @@ class Output:
         self._open: OutputFile | None = None
         self._facts: dict[str, Any] = {}
         self._syncs: list[Future[None]] = []
-        # One thread writes in order, one hashes what that one writes, one waits for the disk.
+        # One thread writes in order, one hashes the written bytes, one waits for the disk.
         self._writer, self._hasher, self._syncer = (ThreadPoolExecutor(1) for _ in range(3))
 
     def has(self, tensor: str) -> bool:
-        """Whether the file of this tensor was complete when this process began with it."""
+        """Whether the file of this tensor is already complete."""
         return self._file_of[tensor].name in self.done
 
     def add_fact(self, tensor: str, fact: Any) -> None:
-        """Keep a JSON value about a tensor with its file's record. Call it before the tensor's last `write`."""
+        """Store a JSON value about a tensor in its file's record. Call it before the tensor's last `write`."""
         self._facts[tensor] = fact
 
     def write(self, tensor: str, offset: int, data: memoryview) -> Future[None]:
-        """Begin to write bytes of a tensor, ``offset`` counted from its first; ``data`` must stay until it is done."""
+        """Write bytes of a tensor asynchronously, from byte ``offset`` on; keep ``data`` unchanged until it is done."""
         return self._writer.submit(self._write, tensor, offset, data)
 
     def _write(self, tensor: str, offset: int, data: memoryview) -> None:
@@ -102,7 +102,7 @@ class Output:
         facts = {name: self._facts.pop(name) for name in file.tensors if name in self._facts}
         record = {"bytes": os.fstat(self._descriptor).st_size, "sha256": digest, "facts": facts}
         self._open = None
-        # Once a file and in its own thread: syncing while the file is being written made writing four times slower.
+        # Sync each file once, in a separate thread: syncing during writing made it four times slower.
         self._syncs.append(self._syncer.submit(self._keep, file, self._descriptor, record))
 
     def _keep(self, file: OutputFile, descriptor: int, record: dict[str, Any]) -> None:
@@ -122,9 +122,9 @@ class Output:
         return record if size == record["bytes"] else None
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Wait for all that is being written; returns bytes, hash and facts of every file."""
+        """Wait for all writes; returns size, hash and facts of every file."""
         for file in self.files:
-            if file.payload == 0:  # nothing of it was written
+            if file.payload == 0:  # no `write` has created it
                 self._writer.submit(self._empty, file).result()
         self._writer.submit(lambda: None).result()
         for one in self._syncs:
@@ -136,24 +136,24 @@ class Output:
         self._complete(file)
 
     def publish(self, texts: dict[str, str]) -> None:
-        """Add small text files, by name, and put the output in its place."""
+        """Add text files {name: content} and move the output to its final place."""
         for name, text in texts.items():
             write_text(self._content / name, text)
         sync(self._content)
         if self.folder.exists():
-            raise UserError(f"{self.folder} was made by someone else meanwhile: remove it, or choose another output")
+            raise UserError(f"{self.folder} was created by another process: remove it, or choose another output")
         os.rename(self._content, self.folder)
         sync(self.folder.parent)
         self.close()
         shutil.rmtree(self._work, ignore_errors=True)
 
     def discard(self) -> None:
-        """Leave nothing of it: what was asked for was wrong."""
+        """Delete all work in progress."""
         self.close()
         shutil.rmtree(self._work, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop; files that are complete stay for the next try."""
+        """Stop writing; complete files are kept for the next try."""
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
         self._syncer.shutdown()
@@ -170,6 +170,6 @@ def _lock(folder: Path) -> Any:
     except BlockingIOError as error:
         file.close()
         raise UserError(f"another process is writing {folder}: wait for it, or choose another output") from error
-    except OSError:  # a disk without locks
+    except OSError:  # the file system does not support locks
         return file
     return file

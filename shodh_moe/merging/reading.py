@@ -1,4 +1,4 @@
-"""Reading slices of an input in order, into given memory, hashing its files on the way."""
+"""Read slices of an input in order into given buffers, and hash its files along the way."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from shodh_moe.merging.inputs import InputModel
 
 
 class InputReader:
-    """An input opened for one merge. Used by one thread at a time.
+    """An input opened for one merge. Not thread-safe.
 
     Args:
-        source: the input.
-        order: names of the tensors, as they will be read.
+        model: the input.
+        order: names of the tensors in the order of reading.
     """
 
-    def __init__(self, source: InputModel, order: list[str]):
-        self.source = source
-        self._descriptors = [os.open(file, os.O_RDONLY) for file in source.files]
+    def __init__(self, model: InputModel, order: list[str]):
+        self.model = model
+        self._descriptors = [os.open(file, os.O_RDONLY) for file in model.files]
         self._sizes = [os.fstat(descriptor).st_size for descriptor in self._descriptors]
         self._hashes: list[FileHash] = []
-        if not source.sha256:
-            last = [0] * len(source.files)
-            ascending = [True] * len(source.files)
+        if not model.sha256:
+            last = [0] * len(model.files)
+            ascending = [True] * len(model.files)
             for name in order:
-                for extent in source.tensors[name].extents:
+                for extent in model.tensors[name].extents:
                     ascending[extent.file] &= extent.offset >= last[extent.file]
                     last[extent.file] = extent.offset
             self._hashes = [FileHash(one, up) for one, up in zip(self._descriptors, ascending, strict=True)]
 
     def read(self, name: str, start: int, out: memoryview) -> None:
-        """Fill ``out`` (bytes) with a tensor from its element ``start`` on.
+        """Fill ``out`` (bytes) with elements of a tensor from ``start`` on.
 
         Raises:
-            UserError: the file has become shorter, or the disk gives an error.
+            UserError: the file has become shorter, or cannot be read.
         """
-        stored = self.source.tensors[name]
+        stored = self.model.tensors[name]
         item = stored.dtype.itemsize
         end = start + len(out) // item
         first = max(bisect_right(stored.extents, start, key=lambda extent: extent.start) - 1, 0)
@@ -59,18 +59,18 @@ class InputReader:
             try:
                 count = os.preadv(self._descriptors[file], [out[done:]], offset + done)
             except OSError as error:
-                raise UserError(f"cannot read {self.source.files[file]}: {error.strerror}") from error
+                raise UserError(f"cannot read {self.model.files[file]}: {error.strerror}") from error
             if not count:
                 raise UserError(
-                    f"{self.source.files[file]} has become shorter while it was read: keep inputs as they are"
+                    f"{self.model.files[file]} became shorter while it was read: do not change inputs during a merge"
                 )
             done += count
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every file, by its name. What the stream has not passed is read now."""
+        """Size and SHA-256 of every file by name; reads the parts that were not streamed."""
         hashes = [one.finish() for one in self._hashes]
-        found = hashes or [self.source.sha256[file.name] for file in self.source.files]
-        records = zip(self.source.files, self._sizes, found, strict=True)
+        found = hashes or [self.model.sha256[file.name] for file in self.model.files]
+        records = zip(self.model.files, self._sizes, found, strict=True)
         return {file.name: {"bytes": size, "sha256": digest} for file, size, digest in records}
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Headers of safetensors files, read and made here: the library maps whole files and cannot write one in parts.
+"""Read and write headers of safetensors files; the library maps whole files and cannot write a file in parts.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's length, a JSON header with
-dtype, shape and byte range of every tensor, then their bytes. It knows complex64 and not complex128: such a tensor
-is stored as float64 [..., 2] (real, imaginary), and the entry ``complex128`` of ``__metadata__`` names it.
+dtype, shape and byte range of every tensor, then their data. It has no complex128: such a tensor is stored as float64
+[..., 2] (real, imaginary) and named in the entry ``complex128`` of ``__metadata__``.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ COMPLEX128 = "complex128"
 
 
 class Damaged(Exception):
-    """What is wrong with a file, with its name."""
+    """A damaged file; the message names the file and the problem."""
 
 
 def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Type, shape and first byte in the file of every tensor, in the order of the file.
+    """Dtype, shape and byte offset of every tensor, in the order of the file.
 
     Raises:
-        Damaged: the file is no safetensors file, truncated, or longer than its header says.
-        OSError: it cannot be read.
+        Damaged: the file is not a safetensors file, is truncated, or is longer than its header says.
+        OSError: the file cannot be read.
     """
     size = file.stat().st_size
     with open(file, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise Damaged(f"{file} is truncated, or no safetensors file")
+            raise Damaged(f"{file} is truncated, or not a safetensors file")
         try:
             header = json.loads(raw.read(length))
             paired = json.loads(header.pop("__metadata__", {}).get(COMPLEX128, "[]"))
@@ -58,7 +58,7 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
             for first, name, entry in found:
                 code, shape, last = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]
                 if code not in TYPES:
-                    raise Damaged(f"{file}: tensor {name} is of type {code}, which cannot be merged")
+                    raise Damaged(f"{file}: tensor {name} has dtype {code}, which cannot be merged")
                 dtype = TYPES[code]
                 if first != end or last - first != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
                     raise Damaged(f"{file} is damaged: the header's entry of tensor {name} is wrong")
@@ -69,15 +69,15 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
             raise Damaged(f"{file} is damaged: its header cannot be read") from None
     if size != 8 + length + end:
-        told = "truncated" if size < 8 + length + end else "longer than its header says"
-        raise Damaged(f"{file} is {told}: it has {size} bytes and not {8 + length + end}")
+        problem = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise Damaged(f"{file} is {problem}: it has {size} bytes instead of {8 + length + end}")
     return tensors
 
 
 def make_header(
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
-    """The beginning of a file that holds ``tensors`` in this order, the first byte of each, and the file's size."""
+    """The start of a file with ``tensors`` in this order, the byte offset of each tensor, and the file's size."""
     header: dict[str, object] = {}
     paired = [name for name, (dtype, _) in tensors.items() if dtype == torch.complex128]
     header["__metadata__"] = {**metadata, **({COMPLEX128: json.dumps(paired)} if paired else {})}

@@ -1,10 +1,11 @@
-"""Parameters of a merge: which each method takes, and their value for one tensor."""
+"""Parameters of a merge: those that each method accepts, and their values for one tensor."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -13,11 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from shodh_moe.base.errors import UserError
 
 Number = float | bool
-DISTANCE_LIMIT = 1.0  # |theta - theta_0| / |theta_0|: an unrelated network of the same size is at about sqrt(2)
+DISTANCE_LIMIT = 1.0  # |theta - theta_0| / |theta_0|: about sqrt(2) for an unrelated network of the same size
 
 
 class Conditional(BaseModel):
-    """A value for the tensors whose names hold ``filter``, or match ``regex`` anywhere; for all others without both."""
+    """A value for tensors whose names contain ``filter`` or match ``regex``; without both, for all other tensors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -28,16 +29,16 @@ class Conditional(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> Conditional:
         if self.filter is not None and self.regex is not None:
-            raise ValueError(f"filter {self.filter!r} and regex {self.regex!r} stand in one entry: choose one of them")
+            raise ValueError(f"filter {self.filter!r} and regex {self.regex!r} are in one entry: choose one of them")
         try:
             re.compile(self.regex or "")
         except re.error as error:
-            raise ValueError(f"regex {self.regex!r} is no regular expression ({error})") from None
+            raise ValueError(f"regex {self.regex!r} is not a regular expression ({error})") from None
         return self
 
     @property
     def written(self) -> str | None:
-        """The condition as a user would recognise it."""
+        """The condition as written in the config; None if it matches every tensor."""
         if self.regex is not None:
             return f"regex {self.regex!r}"
         return None if self.filter in (None, "*") else f"filter {self.filter!r}"
@@ -49,7 +50,7 @@ class Conditional(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    """One clear message in place of one for each type that a setting may have."""
+    """Validate a setting with one clear message, in place of pydantic's one per allowed type."""
     if isinstance(value, dict):
         return {axis: _single(one) for axis, one in value.items()}
     return _single(value)
@@ -59,7 +60,7 @@ def _single(value: Any) -> Any:
     if isinstance(value, list) and not all(isinstance(one, (dict, Conditional)) for one in value):
         raise ValueError(
             "a list of numbers is mergekit's gradient over the layers of a language model, which this command does not "
-            "know: use filters for single tensors, and `sweep` for several outputs"
+            "support: use filters for single tensors, and `sweep` for several outputs"
         )
     if not isinstance(value, (int, float, list)):
         raise ValueError(
@@ -73,22 +74,24 @@ def _single(value: Any) -> Any:
 
 Single = bool | float | list[Conditional]
 Setting = Annotated[Single | dict[str, Single], BeforeValidator(_plain)]
-BY_AXIS = ("alpha", "coordinate", "gamma", "power", "clip", "straight")  # may be a mapping by the names of axes
+BY_AXIS = ("alpha", "coordinate", "gamma", "power", "clip", "straight")  # may be mappings from the names of axes
 
 
 class Method(NamedTuple):
-    """What a method takes.
+    """Requirements and parameters of a merge method.
 
     Attributes:
-        models: how many models it combines, the base not counted where it is dropped; 0: any number.
-        needs_base: it cannot do without ``base_model``.
-        drops_base: the base may stand among the models too, and is not combined as one of them.
+        recipe: function from a `TensorMerge` to the `Recipe` of that tensor (methods.py).
+        models: number of models to combine, without a dropped base; 0: any number.
+        needs_base: ``base_model`` is required.
+        drops_base: ``base_model`` may also be listed among the models, but is not combined as one of them.
         ordered: the order of models has a meaning.
-        shared: parameters for all models, with filters.
-        single: parameters for all models that are one number.
-        own: parameters that a model may have for itself.
+        shared: parameters for all models, which may have filters.
+        single: parameters for all models, which are a single number.
+        own: parameters of a single model.
     """
 
+    recipe: Callable[[Any], Any]
     models: int
     needs_base: bool
     drops_base: bool
@@ -98,31 +101,15 @@ class Method(NamedTuple):
     own: tuple[str, ...]
 
 
-_TASK = ("lambda", "normalize", "weight")
-_SPARSE = (*_TASK, "density")
-METHODS = {
-    # How many models ccm combines depends on their coordinates.
-    "ccm": Method(0, False, True, True, ("alpha",), (*BY_AXIS[1:], "distance_limit"), ("coordinate",)),
-    "linear": Method(0, False, False, False, ("weight", "normalize"), (), ("weight",)),
-    "task_arithmetic": Method(0, True, True, False, _TASK, ("distance_limit",), ("weight",)),
-    # int8_mask is about mergekit's memory and changes no number.
-    "ties": Method(0, True, True, False, _SPARSE, ("int8_mask", "distance_limit"), ("weight", "density")),
-    "dare": Method(0, True, True, False, _SPARSE, ("int8_mask", "seed", "distance_limit"), ("weight", "density")),
-    "slerp": Method(1, True, True, True, ("t",), (), ()),
-}
-METHODS["dare_linear"] = METHODS["dare"]
-METHODS["dare_ties"] = METHODS["dare"]
-
-
 @dataclass(frozen=True)
 class Lookup:
-    """Parameters of one target by tensor: a model's own come before those for all."""
+    """Look up one target's parameters for a tensor; a model's own parameters override the shared ones."""
 
     shared: dict[str, Setting]
     own: list[dict[str, Setting]]
 
     def value(self, key: str, tensor: str, default: Number | None = None, model: int | None = None) -> float:
-        """Raises: UserError: nothing says what it is for this tensor, and there is no default."""
+        """A parameter's value for a tensor. Raises: UserError: no value applies, and there is no default."""
         for settings in ([] if model is None else [self.own[model]]) + [self.shared]:
             if (found := _evaluate(settings.get(key), tensor)) is not None:
                 return float(found)
@@ -136,7 +123,7 @@ class Lookup:
 
 
 def singles(setting: Setting) -> list[Single]:
-    """The values of a mapping by axis; a setting that is no mapping stands alone."""
+    """The values of a mapping by axis; a list with the setting itself if it is not a mapping."""
     return list(setting.values()) if isinstance(setting, dict) else [setting]
 
 
@@ -147,19 +134,20 @@ def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
     return setting
 
 
-def check_settings(method: str, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str) -> None:
-    """Raises: UserError: a parameter that the method does not take, or a value it cannot have."""
-    takes = METHODS[method]
-    for settings, valid in [(shared, (*takes.shared, *takes.single)), *((one, takes.own) for one in own)]:
+def check_settings(
+    name: str, method: Method, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str
+) -> None:
+    """Raises: UserError: a parameter that the method ``name`` does not take, or a value it cannot have."""
+    for settings, valid in [(shared, (*method.shared, *method.single)), *((one, method.own) for one in own)]:
         for key, setting in settings.items():
             if key not in valid:
                 near = difflib.get_close_matches(key, valid, n=1)
                 there = "for a model" if settings is not shared else "for all models"
                 known = f"the nearest is {near[0]!r}" if near else f"it takes {', '.join(valid) or 'none'}"
-                raise UserError(f"{where}: {method} takes no parameter {key!r} {there}; {known}")
+                raise UserError(f"{where}: {name} takes no parameter {key!r} {there}; {known}")
             if isinstance(setting, dict) and key not in BY_AXIS:
                 raise UserError(f"{where}: parameter {key} takes no values by axis: give one number")
-            if key in (*takes.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
+            if key in (*method.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
                 raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
             if key == "density":
                 values = [one.value for one in setting] if isinstance(setting, list) else singles(setting)

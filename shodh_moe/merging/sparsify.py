@@ -1,4 +1,4 @@
-"""Which elements of a task vector stay: the largest ones, or some at random; found slice by slice."""
+"""Select the elements of a task vector to keep, the largest ones or random ones, slice by slice."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# By computing type: the integers of the same width, and by how far their bits are shifted in each pass.
+# For each dtype: the integer dtype of the same width, and the shift of its bits in each pass.
 PASSES = {torch.float32: (torch.int32, (16, 0)), torch.float64: (torch.int64, (48, 32, 16, 0))}
 BINS = 1 << 16
 
 
 class KthLargest:
-    """The ``k``-th largest magnitude of a tensor, exactly, without holding the tensor.
+    """Find the exact ``k``-th largest magnitude of a tensor without holding the tensor in memory.
 
-    Magnitudes are ordered as their bits read as integers are. Each pass counts the next 16 bits of those that agree
-    with what is known so far: two passes for float32, four for float64.
+    Magnitudes sort like their bits as integers (radix select). Each pass makes a histogram of the next 16 bits of the
+    elements that match the bits known so far: two passes for float32, four for float64.
     """
 
     def __init__(self, k: int, dtype: torch.dtype):
@@ -29,7 +29,7 @@ class KthLargest:
         self.value = 0.0
 
     def observe(self, number: int, values: Tensor) -> None:
-        """A slice of pass ``number``."""
+        """Add a slice in pass ``number``. Overwrites ``values`` with their magnitudes."""
         bits = values.abs_().view(self._integers).numpy()
         shift = self._shifts[number]
         if number:
@@ -47,12 +47,12 @@ class KthLargest:
 
 
 def kept_at_random(density: float, seed: int, name: str, model: int, start: int, count: int) -> Tensor:
-    """Which of the elements ``start``, ``start + 1``, ... of a tensor stay: bool, [count].
+    """Random mask of the elements to keep among ``start``, ``start + 1``, ... of a tensor: bool [count].
 
-    Each element has its own random number, given by the seed, the tensor's name, the model's number and the element's
-    place (Philox counts), whatever slice it comes in. ``start`` must be a multiple of 4.
+    Each element's random number depends on the seed, the tensor's name, the model's index and the element's position
+    (the Philox counter), but not on the slicing. ``start`` must be a multiple of 4.
     """
     digest = hashlib.sha256(f"{seed}/{model}/{name}".encode()).digest()
-    # Philox makes four numbers a count. Its raw stream is the same in every version of numpy.
+    # Philox yields four numbers per count. Its raw stream is the same in every version of numpy.
     stream = np.random.Philox(key=int.from_bytes(digest[:16], "little")).advance(start // 4)
     return torch.from_numpy(stream.random_raw(count) < np.uint64(min(int(density * 2.0**64), 2**64 - 1)))

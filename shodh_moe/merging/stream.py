@@ -1,6 +1,6 @@
-"""The stream: slices of all inputs are read ahead, combined, and written behind, in a fixed amount of memory.
+"""Stream slices of all inputs: read ahead, combine, and write behind, in a fixed amount of memory.
 
-Every input has a thread that reads and hashes, every output one that writes and hashes; this thread computes.
+Each input has a thread that reads and hashes, each output has threads that write and hash; the caller computes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import Lookup
 
-AHEAD, BEHIND = 3, 2  # slices in memory of each input, and of each output
-LARGEST_SLICE = 1 << 20  # real numbers; longer ones leave the caches and are no faster
+AHEAD, BEHIND = 3, 2  # slices in memory per input, and per output
+LARGEST_SLICE = 1 << 20  # real numbers; longer slices do not fit into caches and are not faster
 
 
 @dataclass
 class MergeJob:
-    """One output of the stream."""
+    """One output of a stream."""
 
     target: Target
     output: Output
@@ -40,7 +40,7 @@ class MergeJob:
 
 
 class Work:
-    """One tensor on its way through the stream."""
+    """One tensor in the stream, and the recipe of each output for it."""
 
     def __init__(self, name: str, stored: Stored, jobs: list[MergeJob]):
         self.name, self.stored, self.jobs = name, stored, jobs
@@ -60,7 +60,7 @@ class Work:
         return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, composition)
 
     def _written(self, job: MergeJob) -> torch.dtype:
-        dtype = output_dtype(self.stored.dtype, job.target.words.out_dtype or job.target.words.dtype)
+        dtype = output_dtype(self.stored.dtype, job.target.config.out_dtype or job.target.config.dtype)
         return REAL.get(dtype, dtype)
 
 
@@ -68,22 +68,22 @@ class Step(NamedTuple):
     """One slice of one pass over a tensor."""
 
     work: Work
-    number: int  # of the pass; the last one makes the result
+    number: int  # index of the pass; the last pass computes the result
     start: int  # first real number
     length: int
 
 
 def slice_length(bytes_free: int, readers: list[InputReader], combined: list[int]) -> int:
-    """Real numbers in a slice, so that all buffers fit; ``combined`` has the number of inputs of each output.
+    """Largest slice, in real numbers, for which all buffers fit; ``combined``: number of inputs of each output.
 
     Raises:
-        UserError: not even the shortest slice fits.
+        UserError: the memory limit is too small for the shortest slice.
     """
-    types = {stored.dtype for reader in readers for stored in reader.source.tensors.values()}
+    types = {stored.dtype for reader in readers for stored in reader.model.tensors.values()}
     stored = max(REAL.get(dtype, dtype).itemsize for dtype in types)
     computed = 8 if stored == 8 else 4
     inputs = len(readers) * (AHEAD * stored + computed)
-    # Of methods with task vectors: one vector, its mask and its masked copy a model, and a few sums.
+    # Task vectors need a vector, a mask and a masked copy per model, and a few sums.
     bytes_each = inputs + len(combined) * BEHIND * 8 + (3 * max(combined) + 6) * computed + 24
     length = min(bytes_free // bytes_each, LARGEST_SLICE) // BLOCK * BLOCK
     if length < BLOCK:
@@ -93,7 +93,7 @@ def slice_length(bytes_free: int, readers: list[InputReader], combined: list[int
 
 
 class Stream:
-    """Makes all jobs' outputs in one go over the inputs."""
+    """Makes the outputs of all jobs in one pass over the inputs."""
 
     def __init__(self, readers: dict[str, InputReader], jobs: list[MergeJob], length: int):
         self._readers, self._jobs, self._length = readers, jobs, length
@@ -104,9 +104,9 @@ class Stream:
         self._writes: dict[int, deque[Future[None]]] = {id(job): deque() for job in jobs}
 
     def run(self, order: list[str], tensors: dict[str, Stored]) -> None:
-        """Merge the tensors ``order``, in this order; ``tensors`` describes them."""
+        """Merge the tensors named in ``order``, in this order; ``tensors`` describes them."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the other cores hash
+        torch.set_num_threads(1)  # leave the other cores to hashing
         queue: deque[tuple[Step, dict[str, Future[Tensor]]]] = deque()
         try:
             for number, step in enumerate(self._steps(order, tensors)):
@@ -136,7 +136,7 @@ class Stream:
                     yield Step(work, number, start, min(self._length, work.numel - start))
 
     def _read(self, path: str, step: Step, slot: int) -> Tensor:
-        """A slice as it is stored, 1-D."""
+        """Read a slice in its stored dtype, 1-D."""
         work = step.work
         buffer = self._in[path][slot][: step.length * work.real.itemsize]
         parts = work.stored.dtype.itemsize // work.real.itemsize
@@ -178,7 +178,7 @@ class Stream:
             self._write(job, step, result, dtype)
 
     def _copy(self, step: Step, stored: dict[str, Tensor]) -> None:
-        """Integers and booleans cannot be averaged: the first input's are taken."""
+        """Copy integers and booleans from the first input, as they cannot be averaged."""
         work = step.work
         for job, unequal in zip(work.jobs, work.unequal, strict=True):
             first, *others = job.target.paths
@@ -197,23 +197,23 @@ class Stream:
         writes.append(job.output.write(step.work.name, step.start * dtype.itemsize, buffer.data))
 
     def _require_finite(self, step: Step, path: str, values: Tensor) -> None:
-        # A sum is fast, and finite only if all are; large values alone may make it overflow.
+        # A finite sum proves that all values are finite. If it overflows, check each value.
         if math.isfinite(values.sum()) or bool(values.isfinite().all()):
             return
-        work, source = step.work, self._readers[path].source
+        work, model = step.work, self._readers[path].model
         parts = work.stored.dtype.itemsize // work.real.itemsize
         place = (step.start + int((~values.isfinite()).nonzero()[0])) // parts
         index = [int(i) for i in np.unravel_index(place, work.stored.shape)] if work.stored.shape else []
         raise UserError(
-            f"{source.file_of(work.name)}: tensor {work.name} has NaN or infinity, first at {index}: "
-            "merge weights that are finite"
+            f"{model.file_of(work.name)}: tensor {work.name} has NaN or infinity, first at {index}: "
+            "merge only finite weights"
         )
 
 
 def _require_fits(values: Tensor, dtype: torch.dtype, name: str, target: Target) -> None:
     largest = torch.finfo(dtype).max
     low, high = values.aminmax()
-    if not (-largest <= low and high <= largest):  # not so for NaN either
+    if not (-largest <= low and high <= largest):  # also true for NaN
         raise UserError(
             f"{target.output}: the merged tensor {name} is too large for {str(dtype).removeprefix('torch.')}: "
             "choose another dtype, or smaller coefficients"

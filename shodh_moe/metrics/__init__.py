@@ -1,1 +1,1 @@
-"""Formulas of what is measured: errors, spectra and divergence of fields, and numbers of a routing."""
+"""Formulas for errors, spectra and divergence of fields, and for routing statistics."""

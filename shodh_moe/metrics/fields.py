@@ -41,11 +41,10 @@ def vrmse(pred: Tensor, true: Tensor, *, per_component: bool = False, eps: float
     number: errors and variances of its components add up before the ratio, and a component that hardly
     varies cannot dominate. Returns [...].
 
-    ``per_component=True`` returns [..., C], each component over its own variance, which is what the_well's
-    package computes (``the_well.benchmark.metrics.VRMSE``, channel by channel). Two details remain ours: the
-    variance divides by the number of cells, n, not n - 1, so that the mean predictor scores exactly 1, and
-    ``eps`` is far below the_well's 1e-7, which was chosen for fields of order one: a pressure fluctuation in
-    lattice units has a variance near 1e-8.
+    ``per_component=True`` returns [..., C], each component over its own variance, as the_well's package computes it
+    (``the_well.benchmark.metrics.VRMSE``, channel by channel). Two details differ: the variance divides by the number
+    of cells n rather than n - 1, so that the mean predictor scores exactly 1; and ``eps`` is far below the_well's 1e-7,
+    which suits fields of order one, because a pressure fluctuation in lattice units has a variance near 1e-8.
     """
     pred, true = _pair(pred, true)
     dims = SPACE if per_component else FIELD
@@ -116,10 +115,10 @@ def band_errors(pred: Tensor, true: Tensor, bands: int = 3, *, eps: float = 1e-3
 
         error_b = sum_{k in b} |p_hat_k - t_hat_k|^2 / sum_{k in b} |t_hat_k|^2
 
-    0 is perfect, 1 is what predicting nothing in that band scores; phases count, so a field with the right
-    spectrum in the wrong place scores about 2. The bands are `band_edges`; the lowest holds the mean. This is the
-    normalised spectral error of the_well's package with the components of a vector taken together. (A ratio of
-    the two spectra alone, as other papers use it, does not see phases and is not comparable.)
+    0 is perfect, and predicting zero in a band scores 1. Phases count: a field with the right spectrum in the wrong
+    place scores about 2. The bands are `band_edges`; the lowest includes the mean. This is the normalised spectral
+    error of the_well's package with the components of a vector taken together. (The ratio of the two spectra, which
+    other papers use, ignores phases and is not comparable.)
     """
     pred, true = _pair(pred, true)
     shape = true.shape[-3:]
@@ -133,15 +132,15 @@ def divergence_report(div: Tensor, u: Tensor, spacing: float) -> dict[str, float
 
         rms_relative = spacing * rms(div) / rms(u)     (dimensionless)
 
-    ``div``: [..., X, Y, Z], the divergence of ``u``: [..., 3, X, Y, Z] taken with the operator under test (the
-    caller reports which, and in what dtype: the number means nothing without them). rms(u) is that of the speed,
-    sqrt(mean |u|^2) with the three components added. Norms run over everything that is passed in.
+    ``div``: [..., X, Y, Z], the divergence of ``u`` [..., 3, X, Y, Z] by the operator under test. The caller must
+    report the operator and the dtype: the number means nothing without them. rms(u) is that of the speed,
+    sqrt(mean |u|^2) with the three components added. Means and maxima run over the whole input.
     """
     return pooled_divergence(divergence_moments(div, u)[None], spacing)
 
 
 def divergence_moments(div: Tensor, u: Tensor) -> Tensor:
-    """What `pooled_divergence` needs of one snapshot: mean div^2, mean |u|^2, max |div|: [3], float64."""
+    """Moments of one snapshot for `pooled_divergence`: mean div^2, mean |u|^2, max |div|: [3], float64."""
     div, u = div.double(), u.double()
     if u.ndim < 4 or u.shape[-4] != 3 or div.shape != u.shape[:-4] + u.shape[-3:]:
         raise ValueError(f"divergence {tuple(div.shape)} does not belong to a velocity {tuple(u.shape)}")
@@ -149,7 +148,7 @@ def divergence_moments(div: Tensor, u: Tensor) -> Tensor:
 
 
 def pooled_divergence(moments_N3: Tensor, spacing: float) -> dict[str, float]:
-    """`divergence_report` of N snapshots of one size together, from the `divergence_moments` of each."""
+    """`divergence_report` of N snapshots of equal size, from the `divergence_moments` of each."""
     rms, speed = moments_N3[:, 0].mean().sqrt(), moments_N3[:, 1].mean().sqrt()
     relative = float(spacing * rms / speed) if speed > 0 else (0.0 if rms == 0 else math.inf)
     return {"rms_relative": relative, "rms": float(rms), "max": float(moments_N3[:, 2].max())}

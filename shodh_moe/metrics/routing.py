@@ -1,6 +1,6 @@
-"""What the routers did on held-out data, from counts of tokens per layer, domain and expert.
+"""Routing metrics on held-out data, from counts of tokens per layer, domain and expert.
 
-Counts are those of the router's choice, before any token is dropped for want of capacity.
+Counts are of the routers' choices, before any token is dropped for lack of capacity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PURITY_THRESHOLD = 0.99
 
 
 def load_shares(counts_E: Tensor | Sequence[float]) -> list[float]:
-    """Share of a domain's tokens at each expert, ``counts_E / sum``; all zero where there were no tokens."""
+    """Share of a domain's tokens at each expert, ``counts_E / sum``; all zero if there are no tokens."""
     counts = torch.as_tensor(counts_E, dtype=torch.float64)
     total = counts.sum()
     return (counts / total if total > 0 else counts).tolist()
@@ -27,16 +27,16 @@ def purity(counts_E: Tensor | Sequence[float]) -> float:
 
 
 def majority_expert(counts_E: Tensor | Sequence[float]) -> int:
-    """The expert that gets most of a domain's tokens; the lowest number wins a tie."""
+    """The expert with most of a domain's tokens; the lowest number wins a tie."""
     shares = load_shares(counts_E)
     return shares.index(max(shares))
 
 
 def bifurcated(counts: Mapping[str, Tensor | Sequence[float]], threshold: float = PURITY_THRESHOLD) -> bool:
-    """Has one layer given each domain an expert of its own? ``counts``: {domain: [E]}.
+    """Whether a layer gives each domain its own expert. ``counts``: {domain: [E]}.
 
-    True when no two domains share a majority expert and every purity is at least ``threshold`` (the number is
-    ours). One domain alone has nothing to split from: False.
+    True if no two domains share a majority expert and every purity is at least ``threshold`` (the value is ours).
+    False for a single domain.
     """
     majorities = {majority_expert(counts_E) for counts_E in counts.values()}
     pure = all(purity(counts_E) >= threshold for counts_E in counts.values())
@@ -48,8 +48,8 @@ def mutual_information(counts_DE: Tensor | Sequence[Sequence[float]]) -> float:
 
         I = sum_de p_de ln( p_de / (p_d p_e) ),   0 <= I <= min(ln D, ln E)
 
-    0: the expert tells nothing about the category. The categories may be domains, or bins of the local solid
-    fraction. It is the plug-in estimate: with few tokens it is biased upwards by about (D-1)(E-1)/(2 N).
+    It is 0 if the expert is independent of the category. Categories may be domains, or bins of the local solid
+    fraction. This is the plug-in estimate: with N tokens it is biased upwards by about (D-1)(E-1)/(2 N).
     """
     counts = torch.as_tensor(counts_DE, dtype=torch.float64)
     if counts.ndim != 2:
@@ -68,9 +68,9 @@ def conditional_mutual_information(counts_CDE: Tensor | Sequence[Sequence[Sequen
 
         I(E; D | C) = sum_c p_c I(E; D | C = c),   0 <= I <= min(ln D, ln E)
 
-    (Cover and Thomas, Elements of Information Theory, 2.5.) With the local solid fraction as the category it is what
-    the expert tells of the domain beyond what the mask shows: 0 where experts follow the mask alone. The plug-in
-    estimate is biased upwards by about C (D-1)(E-1)/(2 N).
+    (Cover and Thomas, Elements of Information Theory, 2.5.) With the local solid fraction as the category, it is the
+    information about the domain beyond what the mask shows: 0 if experts follow the mask only. The plug-in estimate is
+    biased upwards by about C (D-1)(E-1)/(2 N).
     """
     counts = torch.as_tensor(counts_CDE, dtype=torch.float64)
     if counts.ndim != 3:
@@ -95,10 +95,10 @@ def joint_counts(category_N: Tensor, expert_N: Tensor, categories: int, experts:
 
 
 def solid_fraction_category(solid_fraction_N: Tensor, categories: int = 4) -> Tensor:
-    """Category of each token, 0 to ``categories`` - 1, by the share of its cells that is solid (ours).
+    """Category of each token, 0 to ``categories`` - 1, by the share of its cells that are solid (ours).
 
-    The first is all fluid, the last all solid, and those between split the open interval (0, 1) evenly: with 4,
-    the two in the middle are less than half solid and half solid or more.
+    The first category is all fluid and the last all solid; the others split the open interval (0, 1) evenly. With 4
+    categories, the two in the middle are "less than half solid" and "at least half solid".
     """
     if categories < 3:
         raise ValueError(f"solid fractions need at least 3 categories (fluid, mixed, solid), not {categories}")
@@ -108,7 +108,7 @@ def solid_fraction_category(solid_fraction_N: Tensor, categories: int = 4) -> Te
 
 
 def router_entropy(probabilities_NE: Tensor) -> float:
-    """Mean over tokens of -sum_e p_e ln p_e in nats: 0 for a certain router, ln E for one that cannot tell."""
+    """Mean over tokens of -sum_e p_e ln p_e in nats: 0 for a certain router, ln E for an undecided one."""
     p = probabilities_NE.double()
     return float(-torch.special.xlogy(p, p).sum(-1).mean())
 
@@ -120,7 +120,7 @@ def summarise_routing(
 ) -> dict[str, Any]:
     """The ``routing`` section of metrics.json from ``counts[layer][domain][expert]``.
 
-    The top-level ``bifurcated`` says whether EVERY layer is; ``mutual_information.domain`` is in nats.
+    The top-level ``bifurcated`` is true if every layer is bifurcated; ``mutual_information.domain`` is in nats.
     """
     layers = []
     for number, layer in enumerate(counts):

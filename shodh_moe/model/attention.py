@@ -1,6 +1,6 @@
 """Self-attention over latent tokens with QK-norm and 3D axial rotary positions (DESIGN 3.4).
 
-Shapes: B batch, S tokens of a sample, H heads, D model width, W head width.
+Shapes: B batch, S tokens per sample, H heads, D model width, W head width, P = W / 2 pairs of features.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from shodh_moe.model.norm import make_norm
 
 
 def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
-    """Rotation angles [S, W / 2]: a third of the pairs turn with each axis, pairs left over stay still.
+    """Rotation angles [S, W / 2]: each axis rotates a third of the pairs, and the remaining pairs do not rotate.
 
-    Rotary positions (RoFormer, arXiv 2104.09864) per axis. The base is small because a latent axis has at
-    most some tens of positions. Tokens are ordered as the flattened grid, last axis fastest.
+    Rotary positions (RoFormer, arXiv 2104.09864) per axis. The base is small because a latent axis has at most a few
+    dozen positions. Tokens are ordered like the flattened grid, last axis fastest.
     """
     pairs = head_width // 2 // 3
     frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
@@ -27,7 +27,7 @@ def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tenso
 
 
 def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+W/2}) by its token's angle, in float32 at least."""
+    """Rotate each pair (x_i, x_{i+W/2}) by its token's angle, in float32 or wider."""
     x_BHSW = x_BHSW.to(torch.promote_types(x_BHSW.dtype, torch.float32))
     cos, sin = angles_SP.cos().to(x_BHSW.dtype), angles_SP.sin().to(x_BHSW.dtype)
     a, b = x_BHSW.chunk(2, dim=-1)
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         b, s, d = x_BSD.shape
         q, k, v = self.qkv(x_BSD).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        # Under autocast the products are narrow, but lengths and positions are not; a fused norm wants one dtype.
+        # Autocast narrows the products only. Norms and rotations stay wide; a fused norm needs input and weight alike.
         wide = self.q_norm.weight.dtype
         q, k = rotate(self.q_norm(q.to(wide)), self.angles_SP), rotate(self.k_norm(k.to(wide)), self.angles_SP)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)

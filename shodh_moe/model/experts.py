@@ -1,7 +1,7 @@
-"""The feed-forward networks of a mixture of experts: shared ones and the routed ones a rank holds.
+"""The networks of a mixture of experts: shared experts, and the routed experts that a rank holds.
 
-Shapes: L local experts, T rows an expert gets, G ranks they come from, R rows of all experts, D model width, F hidden
-width (2 F where gate and up lie side by side).
+Shapes: L local experts, T rows per expert, G ranks that send them, R rows of all experts, D model width, F hidden
+width (2 F where gate and up are concatenated).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from shodh_moe.base.parameters import mark_all
+from shodh_moe.config import MoEConfig
 
 
 class FeedForward(nn.Module):
@@ -28,8 +31,15 @@ class FeedForward(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def shared_experts(dim: int, config: MoEConfig) -> nn.ModuleList:
+    """The networks of a block that every token passes through."""
+    shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
+    mark_all(shared, group="shared")
+    return shared
+
+
 def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
-    """The sum of what all of them make of ``x``; None if there are none."""
+    """Sum of all the experts' outputs for ``x``; None if there are no experts."""
     total = None
     for expert in experts:
         total = expert(x) if total is None else total + expert(x)
@@ -39,31 +49,32 @@ def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
 class Experts(nn.Module):
     """L SwiGLU experts as stacked weights.
 
-    Each expert's initial weights come from its own random stream (seed, layer, global index), so the same
-    expert starts equal on whatever rank it lives.
+    Each expert draws its initial weights from its own random stream (seed, layer, global index), so they do not depend
+    on the rank that holds it.
     """
 
     def __init__(self, dim: int, hidden: int, global_indices: range, seed: int, layer: int):
         super().__init__()
         self.gate_up_LDF = nn.Parameter(torch.empty(len(global_indices), dim, 2 * hidden))
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))
+        mark_all(self, sharded=True, group="expert")
         for local, expert in enumerate(global_indices):
             stream = int(np.random.SeedSequence([seed, layer, expert]).generate_state(1, np.uint64)[0] >> 1)
             generator = torch.Generator().manual_seed(stream)
             for weight in (self.gate_up_LDF, self.down_LFD):
-                bound = weight.shape[1] ** -0.5  # what nn.Linear uses
+                bound = weight.shape[1] ** -0.5  # as in nn.Linear
                 weight.data[local].uniform_(-bound, bound, generator=generator)
 
     def forward(self, x_LTD: Tensor, filled_LG: Tensor | None = None) -> Tensor:
-        """[L, T, D], in autocast's dtype under autocast.
+        """Outputs [L, T, D], in autocast's dtype under autocast.
 
         Args:
-            x_LTD: T rows for each expert: blocks of T / G rows from each of G ranks.
-            filled_LG: how many rows at the start of each block hold a token; the others are zero, so that a CPU
-                leaves them out. None: all may.
+            x_LTD: T rows for each expert, in blocks of T / G rows from each of G ranks.
+            filled_LG: number of rows at the start of each block that hold a token. The others are zero, and a CPU
+                skips them. None: every row may hold a token.
         """
-        x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
-        # On a GPU, to know the counts here would mean to wait for the device.
+        x_LTD, gate_up_LDF, down_LFD = to_autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+        # On a GPU, reading the counts would wait for the device.
         if x_LTD.is_cuda:
             gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
             return torch.bmm(F.silu(gate) * up, down_LFD)
@@ -77,9 +88,9 @@ class Experts(nn.Module):
         return _SwiGLU.apply(x_LTD.flatten(0, 1), gate_up_LDF, down_LFD, spans).view(x_LTD.shape)
 
     def grouped(self, x_RD: Tensor, count_L: Tensor) -> Tensor:
-        """As `forward`, for rows sorted by expert: the first ``count_L[0]`` for expert 0, and so on. [R, D]."""
-        x_RD, gate_up_LDF, down_LFD = _autocast(x_RD, self.gate_up_LDF, self.down_LFD)
-        # Torch's grouped product (2.10 on) has a kernel for bfloat16 on GPUs, of rows that are multiples of 16 bytes.
+        """Outputs [R, D] for rows sorted by expert: the first ``count_L[0]`` belong to expert 0, and so on."""
+        x_RD, gate_up_LDF, down_LFD = to_autocast(x_RD, self.gate_up_LDF, self.down_LFD)
+        # Torch's grouped product (since 2.10) has a GPU kernel for bfloat16 rows that are multiples of 16 bytes.
         fits = all(size % 8 == 0 for size in (*gate_up_LDF.shape[1:], *down_LFD.shape[1:]))
         if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
             end_L = count_L.cumsum(0, dtype=torch.int32)
@@ -100,8 +111,11 @@ class Span(NamedTuple):
     end: int
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where it is on: it knows neither grouped products nor functions of our own."""
+def to_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Cast tensors to autocast's dtype if it is on; float64 stays float64.
+
+    Autocast does this by itself for torch's products, but not for grouped products and custom functions.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)
@@ -109,11 +123,11 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Rows through the expert of their span; rows of no span give zero.
+    """Pass each row through the expert of its span; rows outside every span give zero.
 
-    One expert after the other, so that what lies between its two products is still in the cache; results go where
-    they belong without a copy (autograd's own backward pass would join slices of every weight's gradient), and
-    the backward pass makes the product of gate and up again rather than keep it.
+    Experts run one after the other, so that the hidden rows between an expert's two products are still in the cache.
+    Results are written in place, without copies (autograd's own backward pass would concatenate slices of every
+    weight's gradient). The backward pass recomputes the product of gate and up instead of storing it.
     """
 
     @staticmethod
@@ -146,7 +160,7 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(dproduct, activation, out=dup)
             product = activation.mul_(up)
             torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dgate)
-            add = int(expert in seen)  # zero for the first span of an expert: what was in memory is overwritten
+            add = int(expert in seen)  # the first span of an expert overwrites uninitialised memory
             seen.add(expert)
             ddown_LFD[expert].addmm_(product.t(), dy, beta=add)
             dgate_up_LDF[expert].addmm_(x.t(), dhidden, beta=add)
@@ -159,6 +173,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _zero_between(spans: list[Span], rows_RD: Tensor) -> None:
+    """Set the rows outside all spans to zero."""
     done = 0
     for _, begin, end in spans:
         rows_RD[done:begin].zero_()

@@ -1,87 +1,68 @@
 """Sparse mixture of experts, sharded over an expert-parallel group (DESIGN 3.4, 3.5, 7).
 
-Shapes: N local tokens, D model width, E experts, L local experts, K slots an expert and rank, G ranks, R rows that
-the ranks of the group send here.
+Shapes: N local tokens, D model width, E experts, L local experts, K slots per expert and rank, G ranks, R rows that
+the ranks of the group send to this one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import mark
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
-from shodh_moe.model.experts import Experts, FeedForward, add_up
-from shodh_moe.model.router import Router
+from shodh_moe.model.experts import Experts, add_up, shared_experts, to_autocast
+from shodh_moe.model.routers import ONE_SAMPLE, Context, Slots, make_router
+from shodh_moe.model.routing import Routing, routing_of
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 
 
-class Routing(NamedTuple):
-    """What one MoE layer did with its N tokens; the two losses carry gradients, the rest does not (`Gating`)."""
-
-    balance_loss: Tensor
-    z_loss: Tensor
-    expert_N: Tensor
-    kept_N: Tensor  # bool, whether the token found a slot at its expert
-    entropy_N: Tensor
-    gate_N: Tensor
-    logsumexp_N: Tensor
-
-
 class MoE(nn.Module):
-    """y = sum_j Shared_j(h) + p_e * Expert_e(h), e the router's choice.
+    """y = sum_j Shared_j(h) + p_e * Expert_e(h), where e is the router's choice and p_e its probability.
 
-    In capacity mode, while training, each expert takes at most ``capacity_factor * N / E`` tokens of each rank, and
-    the others pass through the shared experts alone. In dropless mode, and outside training always, experts take
-    every token that chose them. The shared experts work while the tokens are on their way to the routed ones.
+    In capacity mode, during training, each expert takes at most ``capacity_factor * N / E`` tokens from each rank; the
+    remaining tokens pass through the shared experts only. In dropless mode, and always outside training, experts take
+    every token that chose them. The shared experts run while the tokens travel to the routed experts.
     """
 
     def __init__(self, dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int):
         super().__init__()
         self.config, self.ep, self.layer = config, ep, layer
-        self.router = Router(dim, config.num_experts, config.router)
-        self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
+        self.router = make_router(config.router, dim, config.num_experts)
+        for parameter in self.router.parameters():
+            mark(parameter, group="router")
+        self.shared = shared_experts(dim, config)
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
-        self.drop_in_eval = False  # evaluation switches this on to report what the training capacity would drop
+        self.drop_in_eval = False  # evaluation turns this on to count what the training capacity would drop
 
-    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """``expert_N`` is for the oracle router (`Router.forward`)."""
+    def forward(self, x_ND: Tensor, context: Context = ONE_SAMPLE) -> tuple[Tensor, Routing]:
+        """See `FeedForwardBlock`."""
         c = self.config
         tokens = x_ND.shape[0]
-        # A rank that raised alone would leave the others waiting for it in the exchange.
+        # If one rank raised alone, the others would wait for it in the exchange forever.
         check_finite = not self.training and self.ep.size == 1
-        rows_ND = _as_products(x_ND)  # narrow before they travel: half the bytes
+        (rows_ND,) = to_autocast(x_ND)  # narrow before they travel: half the bytes
         if not c.dropless and (self.training or self.drop_in_eval):
             capacity = expert_capacity(tokens, c.num_experts, c.capacity_factor, c.min_capacity)
             self.ep.check_same_tokens(tokens, capacity, x_ND.device)
-            gating = self.router(x_ND, capacity, c.drop_order, check_finite, expert_N)
+            gating = self.router(x_ND, context, Slots(capacity, c.drop_order, check_finite))
             y_ND = self._with_capacity(rows_ND, gating, capacity)
         else:
-            gating = self.router(x_ND, tokens, c.drop_order, check_finite, expert_N)
+            gating = self.router(x_ND, context, Slots(tokens, c.drop_order, check_finite))
             y_ND = self._dropless(rows_ND, gating)
-        routing = Routing(
-            balance_loss=gating.balance_loss,
-            z_loss=gating.z_loss,
-            expert_N=gating.expert_N,
-            kept_N=gating.slot_N >= 0,
-            entropy_N=gating.entropy_N,
-            gate_N=gating.gate_N.detach(),
-            logsumexp_N=gating.logsumexp_N,
-        )
-        return y_ND.to(x_ND.dtype), routing
+        return y_ND.to(x_ND.dtype), routing_of(gating)
 
     def _with_capacity(self, x_ND: Tensor, gating: Gating, capacity: int) -> Tensor:
-        """Every rank sends every expert ``capacity`` slots, filled or not."""
+        """Send ``capacity`` slots to every expert, filled or not."""
         experts, width = self.config.num_experts, x_ND.shape[1]
         slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, capacity)
         blocks_GLKD = slots_EKD.view(self.ep.size, -1, capacity, width)
-        on_the_way = start_all_to_all(blocks_GLKD, self.ep, layer=self.layer, direction="dispatch")
+        in_flight = start_all_to_all(blocks_GLKD, self.ep, layer=self.layer, direction="dispatch")
         shared_ND = add_up(self.shared, x_ND)
-        # A CPU can leave out the slots without a token; on a GPU to know them would mean to wait for the device.
+        # A CPU can skip slots without a token; on a GPU, reading the counts would wait for the device.
         filled_LG = self.ep.exchange_counts(gating.kept_E, self.layer).T if x_ND.device.type == "cpu" else None
-        local_LTD = on_the_way.wait().transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
+        local_LTD = in_flight.wait().transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
         done_LTD = self.experts(local_LTD, filled_LG)
         back_GLKD = done_LTD.view(-1, self.ep.size, capacity, width).transpose(0, 1)
         back_GLKD = all_to_all(back_GLKD, self.ep, layer=self.layer, direction="combine")
@@ -89,39 +70,19 @@ class MoE(nn.Module):
         return combine(slots_EKD, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
 
     def _dropless(self, x_ND: Tensor, gating: Gating) -> Tensor:
-        """Every rank sends every expert just the tokens that chose it."""
+        """Send every expert only the tokens that chose it."""
         rows_ND = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, None)
         if self.ep.size == 1:
             shared_ND, rows_ND = add_up(self.shared, x_ND), self.experts.grouped(rows_ND, gating.kept_E)
             return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
         received_GL = self.ep.exchange_counts(gating.kept_E, self.layer)
         send, receive = gating.kept_E.view(self.ep.size, -1).sum(1).tolist(), received_GL.sum(1).tolist()
-        on_the_way = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")
+        in_flight = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")
         shared_ND = add_up(self.shared, x_ND)
-        # What arrives is sorted by rank, then by expert; the experts want it by expert, then by rank.
+        # Rows arrive sorted by rank, then by expert; the experts need them sorted by expert, then by rank.
         local_L = torch.arange(received_GL.shape[1], device=x_ND.device)
         expert_R = torch.repeat_interleave(local_L.repeat(self.ep.size), received_GL.flatten())
         order_R = torch.argsort(expert_R, stable=True)
-        done_RD = self.experts.grouped(on_the_way.wait()[order_R], received_GL.sum(0))
+        done_RD = self.experts.grouped(in_flight.wait()[order_R], received_GL.sum(0))
         rows_ND = all_to_all(done_RD[torch.argsort(order_R)], self.ep, receive, send, self.layer, "combine")
         return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
-
-
-class Dense(nn.Module):
-    """A block without routed experts: y = sum_j Shared_j(h), a SwiGLU network of the hidden widths together."""
-
-    def __init__(self, dim: int, config: MoEConfig):
-        super().__init__()
-        self.shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
-
-    def forward(self, x_ND: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, None]:
-        y_ND = add_up(self.shared, x_ND)
-        assert y_ND is not None  # the config has one at least
-        return y_ND.to(x_ND.dtype), None
-
-
-def _as_products(x_ND: Tensor) -> Tensor:
-    """The tokens in the dtype that the experts' products have: autocast's where it is on (it leaves float64 alone)."""
-    device = x_ND.device.type
-    narrow = torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64
-    return x_ND.to(torch.get_autocast_dtype(device)) if narrow else x_ND

@@ -1,4 +1,4 @@
-"""RMS norm (arXiv 1910.07467) by two back ends of one formula and one parameter name: a checkpoint fits either."""
+"""RMS norm (arXiv 1910.07467) from torch or apex: same formula and parameter name, so checkpoints fit both."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 from shodh_moe.base.environment import has_apex
 from shodh_moe.base.errors import UserError
 
-# What torch.nn.RMSNorm takes for float32 by itself. Apex has another default, and torch one for each dtype.
+# The default of torch.nn.RMSNorm for float32. Apex has a different default, and torch's depends on the dtype.
 EPS = torch.finfo(torch.float32).eps
 
 
 def make_norm(dim: int, backend: str) -> nn.Module:
-    """RMS norm over the last axis of ``dim`` features, with one learned scale each, named ``weight``.
+    """RMS norm over the last axis of ``dim`` features, with one learned scale per feature, named ``weight``.
 
     Args:
         dim: width of the last axis.
-        backend: ``torch`` or ``apex``, as `available_norm` gives it.
+        backend: ``torch`` or ``apex``, as returned by `available_norm`.
     """
     if backend == "apex":
         from apex.normalization import FusedRMSNorm
@@ -27,14 +27,14 @@ def make_norm(dim: int, backend: str) -> nn.Module:
 
 
 def available_norm(choice: str, device_type: str) -> str:
-    """The back end that ``training.norm`` means on this device: ``torch`` or ``apex``.
+    """Resolve ``training.norm`` on this device to ``torch`` or ``apex``.
 
     Args:
         choice: ``auto``, ``torch`` or ``apex``.
         device_type: ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: apex is asked for and cannot be used.
+        UserError: the choice is apex and it cannot be used.
     """
     if choice == "apex":
         if not _has_fused_norm():
@@ -46,12 +46,12 @@ def available_norm(choice: str, device_type: str) -> str:
             raise UserError("training.norm apex needs an NVIDIA GPU: set it to auto, or run with DS_ACCELERATOR=cuda")
     if choice != "auto":
         return choice
-    # Torch has had a fused CUDA kernel since 2.9 (pull request 153666: about 9x the composite it replaces), which
-    # follows autocast and needs nothing built. Only an older torch gains from apex.
+    # Since 2.9 torch has a fused CUDA kernel (pull request 153666: about 9x faster than the composite it replaces),
+    # which follows autocast and needs no build. Only an older torch gains from apex.
     fused = hasattr(torch.ops.aten, "_fused_rms_norm")
     return "apex" if device_type == "cuda" and not fused and _has_fused_norm() else "torch"
 
 
 def _has_fused_norm() -> bool:
-    """A build of apex without its CUDA extensions lacks the kernel."""
+    """Whether apex has its fused norm; a build without the CUDA extensions does not."""
     return has_apex("apex.normalization", "fused_layer_norm_cuda")

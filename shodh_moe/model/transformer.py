@@ -1,6 +1,6 @@
-"""The latent transformer: the last H latents and the geometry latent in, the next latent out (DESIGN 3.3, 3.4).
+"""The latent transformer predicts the next latent from the last H latents and the geometry latent (DESIGN 3.3, 3.4).
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens of a sample, D model width.
+Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, D model width.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.parameters import mark_all
 from shodh_moe.config import ModelConfig
 from shodh_moe.model.attention import Attention
-from shodh_moe.model.moe import Dense, MoE, Routing
+from shodh_moe.model.feed_forward import make_feed_forward
+from shodh_moe.model.moe import MoE
 from shodh_moe.model.norm import make_norm
+from shodh_moe.model.routers import Context
+from shodh_moe.model.routing import Routing
 from shodh_moe.parallel import ExpertParallel
 
 
 class Prediction(NamedTuple):
-    """The next latent [B, C, x, y, z], and the routing of every layer's B * S tokens (sample by sample).
+    """The next latent [B, C, x, y, z], and each layer's routing of the B * S tokens (sample by sample).
 
-    A dense model has no routing.
+    The routing of a dense model is [].
     """
 
     latent_BCxyz: Tensor
@@ -30,33 +34,34 @@ class Prediction(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm mixture of experts, or a dense network where there are none to route to."""
+    """Pre-norm attention, then a pre-norm feed-forward block."""
 
     def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
         self.attention = Attention(config.dim, config.heads, grid, norm)
-        moe = config.moe
-        self.moe = MoE(config.dim, moe, ep, seed, layer) if moe.num_experts else Dense(config.dim, moe)
+        for module in (self.attention_norm, self.attention):
+            mark_all(module, group="attention")
+        self.moe = make_feed_forward(config.dim, config.moe, ep, seed, layer)
 
-    def forward(self, x_BSD: Tensor, expert_N: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), expert_N)
+        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
         return x_BSD + y_ND.view_as(x_BSD), routing
 
 
 class LatentTransformer(nn.Module):
-    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), f zero before training.
+    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), where f is zero before training.
 
     Args:
         config: sizes.
         latent_channels: C.
         latent_grid: sizes x, y, z.
-        seed: fixes the initial weights, whatever the expert-parallel size.
+        seed: determines the initial weights, at every expert-parallel size.
         ep: which experts this rank holds.
         norm: ``torch`` or ``apex`` (`available_norm`).
-        activation_checkpointing: keep only each block's input while training; the backward pass computes the
-            block, its exchanges between ranks too, once more.
+        activation_checkpointing: store only each block's input during training; the backward pass recomputes the
+            block, including its exchanges between ranks.
 
     Raises:
         UserError: ``model.patch`` does not divide the grid.
@@ -91,20 +96,26 @@ class LatentTransformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, expert_B: Tensor | None = None) -> Prediction:
-        """``expert_B``, int64, is the expert of each sample's domain, for the oracle router alone."""
+    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None) -> Prediction:
+        """Predict the next latents.
+
+        Args:
+            history_BHCxyz: the last H latents, the newest last.
+            geometry_BCxyz: the geometry latents.
+            context: what is known of the B samples; None: nothing.
+        """
+        context = context or Context(len(history_BHCxyz))
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
-        # What the blocks add to stays as wide as the latents under autocast.
+        # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(patchify(x_BCxyz, self.config.patch)).to(history_BHCxyz.dtype)
-        expert_N = None if expert_B is None else expert_B.repeat_interleave(x_BSD.shape[1])
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # The state of the random numbers need not be kept: nothing in a block draws any.
+            # No need to preserve the random state: blocks draw no random numbers.
             x_BSD, layer_routing = (
-                checkpoint(block, x_BSD, expert_N, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
                 if recompute
-                else block(x_BSD, expert_N)
+                else block(x_BSD, context)
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
@@ -114,7 +125,7 @@ class LatentTransformer(nn.Module):
 
 
 def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
-    """Cubes of ``patch``^3 latents become tokens: [B, S, C patch^3], last grid axis fastest."""
+    """Turn cubes of ``patch``^3 latents into tokens [B, S, C patch^3], last grid axis fastest."""
     b, c, nx, ny, nz = x_BCxyz.shape
     p = patch
     x = x_BCxyz.reshape(b, c, nx // p, p, ny // p, p, nz // p, p)
@@ -122,7 +133,7 @@ def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(x_BSC: Tensor, patch: int, shape: torch.Size) -> Tensor:
-    """Inverse of `patchify`; ``shape`` is the latent's [B, C, x, y, z]."""
+    """Inverse of `patchify`; ``shape`` is that of the latents, [B, C, x, y, z]."""
     b, c, nx, ny, nz = shape
     p = patch
     x = x_BSC.view(b, nx // p, ny // p, nz // p, c, p, p, p)

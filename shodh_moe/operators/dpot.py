@@ -34,7 +34,7 @@ from shodh_moe.operators.spectral import from_modes, to_modes
 
 @dataclass(frozen=True)
 class DPOTSize:
-    """``heads``: blocks of the matrices that mix channels; ``patch``: cells on a side; ``head_width``: of the head."""
+    """``heads``: diagonal blocks of the channel mixing; ``patch``: cells per side; ``head_width``: of the head."""
 
     width: int
     patch: int
@@ -51,8 +51,8 @@ DPOT_SIZES = {"tiny": DPOTSize(128, patch=4), "large": DPOTSize(512, patch=8)}
 class FourierAttention(nn.Module):
     """The same two-layer network for every wave number, block-diagonal over the channels.
 
-    Weights are real with a last axis (real, imaginary), as those of the FNO; GELU is on each part. Always in float32
-    or float64, under autocast too.
+    Weights are real with a last axis (real, imaginary), as in the FNO; GELU acts on each part. Computes in float32 or
+    float64, also under autocast.
     """
 
     def __init__(self, width: int, heads: int, modes: int):
@@ -92,18 +92,17 @@ class Block(nn.Module):
 
 
 class DPOT2d(nn.Module):
-    """The next frame of a field: the last frame plus what the network says. Called as `FNO2d` is.
+    """Predict the next frame of a field as the last frame plus the network's output. Called like `FNO2d`.
 
     Before training it predicts that nothing changes. Fields should be normalised to order one.
 
     Args:
         size: one of `DPOT_SIZES`.
         channels: C of a frame.
-        history: T, the number of frames that it sees.
-        conditions: number of physical parameters that it is told, 0 for none.
-        coordinates: how it sees where a cell is, see `layers.with_coordinates`; for walls and forces that vary in
-            space.
-        seed: of the initial weights.
+        history: T, the number of input frames.
+        conditions: number of physical parameters given as input, 0 for none.
+        coordinates: how positions are given, see `layers.with_coordinates`; for walls and forces that vary in space.
+        seed: seed of the initial weights.
     """
 
     def __init__(
@@ -131,15 +130,15 @@ class DPOT2d(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, history_BTCHW: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The next frame, [B, C, H, W], from T frames, the newest last.
+        """Predict the next frame, [B, C, H, W], from T frames, the newest last.
 
         Args:
             history_BTCHW: real [B, T, C, H, W].
             condition: parameters, [B] or [B, conditions], scaled to order one.
 
         Raises:
-            UserError: H or W is no multiple of the patch.
-            ValueError: ``condition`` is there and the network has none, or the other way round.
+            UserError: H or W is not a multiple of the patch.
+            ValueError: ``condition`` is given and the network takes none, or the other way round.
         """
         b, t, _, height, width = history_BTCHW.shape
         p = self.size.patch

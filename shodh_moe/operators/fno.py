@@ -46,17 +46,17 @@ FNO_SIZES = {
 
 
 class SpectralConv(nn.Module):
-    """A matrix of its own for every kept wave number.
+    """A separate matrix for every kept wave number.
 
     The complex weights are a real tensor with a last axis (real, imaginary): optimizers, gradient reduction and file
-    formats see real numbers alone. Always in float32 or float64, under autocast too.
+    formats see only real numbers. Computes in float32 or float64, also under autocast.
     """
 
     def __init__(self, width: int, modes: int):
         super().__init__()
         self.modes = modes
-        # As small as Li et al.'s. Weights that keep the power of a field, width ** -0.5, are learned from far worse: on
-        # a small reaction-diffusion set 300 steps left four times the rollout error.
+        # As small as Li et al.'s. Weights that keep the power of a field, width ** -0.5, train far worse: on a small
+        # reaction-diffusion set the rollout error after 300 steps was four times as large.
         self.weight = nn.Parameter(torch.randn(2 * modes, modes, width, width, 2) / width**2)
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
@@ -69,22 +69,21 @@ class SpectralConv(nn.Module):
 
 
 class FNO2d(nn.Module):
-    """The next frame of a field: the last frame plus what the network says.
+    """Predict the next frame of a field as the last frame plus the network's output.
 
     Without ``coordinates`` and ``padding`` the network commutes with shifts of a periodic domain; the same weights
-    serve every grid that has the kept wave numbers. Before training it predicts that nothing changes.
-    Fields should be normalised to order one. Depends on nothing random but ``seed``.
+    work on every grid that has the kept wave numbers. Before training it predicts that nothing changes.
+    Fields should be normalised to order one. ``seed`` is the only source of randomness.
 
     Args:
         size: one of `FNO_SIZES`.
         channels: C of a frame.
-        history: T, the number of frames that it sees.
-        conditions: number of physical parameters that it is told, 0 for none.
-        coordinates: how it sees where a cell is, see `layers.with_coordinates`; for walls and forces that vary in
-            space.
-        padding: share of each side that is added as zeros behind it and cut off at the end; for domains that are
+        history: T, the number of input frames.
+        conditions: number of physical parameters given as input, 0 for none.
+        coordinates: how positions are given, see `layers.with_coordinates`; for walls and forces that vary in space.
+        padding: zeros appended to each axis, as a share of its length, and cut off at the end; for domains that are
             not periodic.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class FNO2d(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, history_BTCHW: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The next frame, [B, C, H, W], from T frames, the newest last.
+        """Predict the next frame, [B, C, H, W], from T frames, the newest last.
 
         Args:
             history_BTCHW: real [B, T, C, H, W].
@@ -121,7 +120,7 @@ class FNO2d(nn.Module):
 
         Raises:
             UserError: the grid (with its padding) has fewer than 2 * modes points on a side.
-            ValueError: ``condition`` is there and the network has none, or the other way round.
+            ValueError: ``condition`` is given and the network takes none, or the other way round.
         """
         h, w = history_BTCHW.shape[-2:]
         x = history_BTCHW.flatten(1, 2).movedim(1, -1).to(self.lift.weight.dtype)

@@ -1,4 +1,4 @@
-"""What both operators share: the random stream of initial weights, coordinates, the influence of parameters."""
+"""Parts shared by both operators: seeded initial weights, coordinates, modulation by parameters."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 @contextmanager
 def initial_weights(seed: int) -> Iterator[None]:
-    """Weights made inside depend on ``seed`` alone; the global random state is as before afterwards."""
+    """Make weights created inside depend on ``seed`` alone; the global random state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 Coordinates = Literal["none", "cells", "waves"]
-COORDINATES: dict[Coordinates, int] = {"none": 0, "cells": 2, "waves": 8}  # channels that they add
+COORDINATES: dict[Coordinates, int] = {"none": 0, "cells": 2, "waves": 8}  # number of channels added
 
 
 def with_coordinates(x_BHWC: Tensor, kind: Coordinates) -> Tensor:
-    """Append what tells where a cell is.
+    """Append channels with the position of each cell.
 
-    ``cells``: the places of the cell centres, y = (i + 1/2) / H and x = (j + 1/2) / W.
+    ``cells``: the cell centres, y = (i + 1/2) / H and x = (j + 1/2) / W.
     ``waves``: sine and cosine of 2 pi times y, x, y + x and y - x, for periodic domains. From ``cells``, which jump at
     the domain's edge, an FNO did not learn a force sin(2 pi (x + y)) within 4,000 steps for most seeds; from these it
     did within a few hundred.

@@ -1,4 +1,4 @@
-"""Where experts live and how tokens reach them: expert-parallel groups and their all-to-all."""
+"""Expert parallelism: which rank holds which experts, and the all-to-all that sends tokens to them."""
 
 from shodh_moe.parallel.expert_parallel import Exchange, ExpertParallel, all_to_all, start_all_to_all
 

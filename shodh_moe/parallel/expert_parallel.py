@@ -1,4 +1,4 @@
-"""The expert-parallel (EP) group of a rank, and the all-to-all inside it that autograd can go through.
+"""The expert-parallel (EP) group of a rank, and a differentiable all-to-all within it.
 
 Shapes: G ranks in the group, E experts, L local experts.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 
-Splits = list[int] | None  # rows for each rank of the group; None: equal blocks
-Direction = Literal["dispatch", "combine"]  # of the forward pass; its backward pass counts with it
+Splits = list[int] | None  # number of rows for each rank of the group; None: equal blocks
+Direction = Literal["dispatch", "combine"]  # in the forward pass; the backward pass is counted under the same name
 Mark = float | torch.cuda.Event
 
 
 @dataclass
 class Exchange:
-    """One all-to-all that was recorded. ``marks``: its start, the start of the wait for it, the end of that wait."""
+    """Record of one all-to-all. ``marks``: its start, the start of the wait for it, and the end of that wait."""
 
     layer: int
     direction: Direction
@@ -30,17 +30,20 @@ class Exchange:
     marks: list[Mark]
 
     def times_ms(self) -> tuple[float, float]:
-        """From start to the end of the wait, and the wait alone. On a GPU this waits for the exchange to be over."""
+        """Milliseconds from start to end, and of the wait alone. On a GPU this waits for the exchange to finish."""
         start, waiting, end = self.marks
         return _elapsed_ms(start, end), _elapsed_ms(waiting, end)
 
 
 @dataclass
 class ExpertParallel:
-    """Which share of the experts this rank holds. ``group`` is set once the process groups exist.
+    """The share of the experts that this rank holds.
 
-    ``exchanges``: set it to an empty list to have every all-to-all recorded there, to None (nothing is timed or
-    counted) to end that.
+    Attributes:
+        size: number of ranks that share the experts.
+        rank: this rank's number among them.
+        group: their process group; set once process groups exist.
+        exchanges: if it is a list, every all-to-all appends its record; None: nothing is timed or counted.
     """
 
     size: int = 1
@@ -50,25 +53,33 @@ class ExpertParallel:
     _agreed: set[tuple[int, int]] = field(default_factory=set, repr=False, compare=False)
 
     def local_experts(self, num_experts: int) -> range:
-        """Global indices of this rank's experts: consecutive blocks, rank by rank."""
+        """Global indices of this rank's experts; ranks hold consecutive blocks."""
         local = num_experts // self.size
         return range(self.rank * local, (self.rank + 1) * local)
 
     def exchange_counts(self, count_E: Tensor, layer: int = 0) -> Tensor:
-        """How many rows each rank of the group sends to each expert here, [G, L], from one's own counts by expert."""
+        """Exchange the ranks' counts of rows per expert.
+
+        Args:
+            count_E: number of rows that this rank sends to each expert, int64.
+            layer: number of the layer, for the record.
+
+        Returns:
+            number of rows that each rank of the group sends to each of this rank's experts, [G, L].
+        """
         count_GL = count_E.view(self.size, -1)
         if self.size == 1:
             return count_GL
         return _Running(count_GL.contiguous(), _Plan(self, None, None, layer, "dispatch")).wait()
 
     def check_same_tokens(self, tokens: int, capacity: int, device: torch.device) -> None:
-        """Raise on every rank of the group unless all have as many tokens, and slots per expert, as this one.
+        """Raise on every rank of the group unless all have the same number of tokens and of slots per expert.
 
-        Blocks of an all-to-all with equal splits would not fit otherwise. The ranks compare when they meet two
-        numbers they have not compared yet, so a change must come on all ranks in the same call to be seen.
+        An all-to-all with equal splits needs equal blocks. Ranks compare only pairs of numbers that are new to them,
+        so a change is noticed only if it happens on all ranks in the same call.
 
         Raises:
-            UserError: names the ranks and their numbers, alike on all ranks.
+            UserError: names the ranks and their numbers; the same message on all ranks.
         """
         if self.size == 1 or (tokens, capacity) in self._agreed:
             return
@@ -97,7 +108,7 @@ class ExpertParallel:
 
 
 class _Plan(NamedTuple):
-    """What goes where in one all-to-all."""
+    """Splits of one all-to-all, and how to record it."""
 
     ep: ExpertParallel
     send: Splits
@@ -106,7 +117,7 @@ class _Plan(NamedTuple):
     direction: Direction
 
     def sent_bytes(self, x: Tensor) -> int:
-        """Bytes of ``x`` that leave this rank."""
+        """Number of bytes of ``x`` that go to other ranks."""
         rows = x.shape[0] if self.send is None else sum(self.send)
         staying = rows // self.ep.size if self.send is None else self.send[self.ep.rank]
         return (rows - staying) * x.shape[1:].numel() * x.itemsize
@@ -137,7 +148,7 @@ class _Running:
 
 
 def _mark(x: Tensor) -> Mark:
-    """Now, in the order of the work on the device of ``x``: on a GPU an event, so that nobody waits for it."""
+    """The current time on the device of ``x``: on a GPU an event in its stream, which nothing has to wait for."""
     if not x.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -161,7 +172,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # What came goes back: the exchange with its splits swapped is its transpose.
+        # The transpose of an exchange is the exchange with swapped splits.
         plan = ctx.plan._replace(send=ctx.plan.receive, receive=ctx.plan.send)
         running: list[_Running] = []
         grad = _AllToAll.apply(grad.contiguous(), plan, running)
@@ -170,10 +181,11 @@ class _AllToAll(torch.autograd.Function):
 
 
 class InFlight:
-    """An exchange that has begun. Work that needs neither tensor may go on before `wait`."""
+    """An exchange that has started. Work that needs neither tensor can run before `wait`."""
 
     def __init__(self, sent: Tensor, received: Tensor, running: _Running | None):
-        self._sent, self._received, self._running = sent, received, running  # the sent rows must live until the end
+        self._sent = sent  # must stay alive until the exchange ends
+        self._received, self._running = received, running
 
     def wait(self) -> Tensor:
         """The rows received, in the order of the ranks that sent them."""
@@ -190,13 +202,13 @@ def start_all_to_all(
     layer: int = 0,
     direction: Direction = "dispatch",
 ) -> InFlight:
-    """Begin to send the g-th block of the first axis to rank g of the EP group; autograd can go through.
+    """Start sending the g-th block of the first axis to rank g of the EP group; differentiable.
 
     Args:
-        x: the blocks one after the other; every rank passes the same shape if the splits are None.
-        send: rows of each block.
-        receive: rows that come from each rank.
-        layer, direction: under what to record it, see `ExpertParallel.exchanges`.
+        x: concatenated blocks; every rank passes the same shape if the splits are None.
+        send: number of rows in each block.
+        receive: number of rows that each rank sends to this one.
+        layer, direction: how to record it, see `ExpertParallel.exchanges`.
     """
     if ep.size == 1:
         return InFlight(x, x, None)
@@ -214,5 +226,5 @@ def all_to_all(
     layer: int = 0,
     direction: Direction = "combine",
 ) -> Tensor:
-    """`start_all_to_all` and its end."""
+    """`start_all_to_all`, and wait for the result."""
     return start_all_to_all(x, ep, send, receive, layer, direction).wait()

@@ -1,7 +1,7 @@
-"""How ranks meet: before a process group exists they compare what they start with, and refuse to go on if it differs.
+"""Rendezvous: ranks compare their settings before the process group exists, and stop if they differ.
 
-Every rank writes its facts as JSON into the launcher's key-value store. The first rank compares them and writes the
-verdict, which every rank then reads: all go on, or all fail with the same message.
+Every rank writes its facts as JSON to the launcher's key-value store. Rank 0 compares them and writes a verdict that
+every rank reads: either all continue, or all fail with the same message.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from shodh_moe.base.polling import wait_until
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "
-_ANSWER_SECONDS = 10.0  # that a rank waits for another one that is certainly there
+_ANSWER_SECONDS = 10.0  # how long a rank waits for another one that has certainly started
 _LAUNCH = "start all ranks with one launcher command, or give every host the same WORLD_SIZE and its own ranks"
-_joins = itertools.count()  # a second group in one process must not read the facts of the first
+_joins = itertools.count()  # a second group in the same process must not read the facts of the first
 
 
 def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
-    """Compare the ranks' facts and their libraries' versions, then make torch.distributed's default process group.
+    """Compare the ranks' facts and library versions, then create torch.distributed's default process group.
 
-    The launcher's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (LOCAL_RANK on GPUs) say who takes part.
-    Does nothing if the process group exists already.
+    Reads the launcher's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (and LOCAL_RANK on GPUs). Does nothing
+    if the process group already exists.
 
     Args:
         backend: ``gloo`` or ``nccl``.
-        facts: what must be equal on every rank, JSON-like values by name.
-        timeout_seconds: that ranks may start apart.
+        facts: JSON-like values by name that must be equal on every rank.
+        timeout_seconds: how long to wait for ranks that start later.
 
     Raises:
-        UserError: ranks differ, a rank is missing, started twice or does not belong; on every rank that is there.
+        UserError: ranks differ, or a rank is missing, started twice or out of range; raised on every running rank.
     """
     if dist.is_initialized():
         return
     rank, world = _number("RANK"), _number(WORLD)
     try:
-        # A store that waits for WORLD_SIZE ranks by itself could not say which one is missing, so it is told of one.
+        # World size 1: a store that waits for WORLD_SIZE ranks by itself cannot say which one is missing.
         store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=timeout_seconds)))
     except (dist.DistError, ValueError) as error:
         raise UserError(_unreachable(rank, world, timeout_seconds, error)) from None
@@ -63,19 +63,19 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     except dist.DistError as error:
         raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
     store.set_timeout(dist.default_pg_timeout)
-    # Otherwise gloo takes the address of this host's own name, which on many systems is the loopback.
+    # By default gloo uses the address of the host's own name, which on many systems is the loopback.
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # Bound to its device as DeepSpeed binds it: NCCL then connects now, and subgroups share the connection.
+    # Bind the group to its device as DeepSpeed does: NCCL then connects now, and subgroups share the connection.
     device = torch.device("cuda", _number("LOCAL_RANK")) if backend == "nccl" and world > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device)
 
 
 def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeout_seconds: float) -> None:
-    """Return once ``world`` ranks are there with equal facts; every rank calls it, at most once a store.
+    """Return once ``world`` ranks have arrived with equal facts. Every rank calls it, at most once per store.
 
     Raises:
-        UserError: as `join`.
+        UserError: as in `join`.
     """
     own = {"rank": rank, "facts": {WORLD: world} | json.loads(json.dumps(facts, default=str))}
     number = store.add("arrivals", 1)
@@ -85,7 +85,7 @@ def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeo
         arrivals = _gather(store, deadline)
         message = _difference(arrivals, timeout_seconds)
         store.set("verdict", json.dumps({"message": message, "arrivals": len(arrivals)}))
-        if message:  # this process may host the store: the others must have read the verdict before it ends
+        if message:  # this process may host the store, so it must not end before the others have read the verdict
             wait_until(lambda: store.add("read", 0) >= len(arrivals) - 1, _ANSWER_SECONDS)
             raise UserError(message)
         return
@@ -93,14 +93,14 @@ def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeo
         raise UserError(_difference(_read(store), timeout_seconds) or _absent({0}, world, timeout_seconds))
     verdict = json.loads(store.get("verdict"))
     store.add("read", 1)
-    if not verdict["message"] and number > verdict["arrivals"]:  # the others have started without this rank
+    if not verdict["message"] and number > verdict["arrivals"]:  # the others started without this rank
         verdict["message"] = _difference(_read(store), timeout_seconds)
     if verdict["message"]:
         raise UserError(verdict["message"])
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries whose parts on different ranks talk to each other."""
+    """Versions of Python and of the libraries that communicate between ranks."""
     found = {"python": platform.python_version()}
     for name in ("torch", "deepspeed", "shodh_moe"):
         try:
@@ -114,7 +114,7 @@ Arrival = dict[str, Any]  # rank: int, facts: dict[str, Any]
 
 
 def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
-    """Every arrival up to the last rank, or up to the deadline, or until ranks turn out to be of different worlds."""
+    """Collect arrivals until all ranks are here, the deadline passes, or two ranks have different world sizes."""
 
     def complete() -> bool:
         arrivals = _read(store)
@@ -123,7 +123,7 @@ def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
 
     wait_until(complete, deadline - time.monotonic())
     arrivals = _read(store)
-    if len({a["facts"][WORLD] for a in arrivals}) > 1:  # whom to wait for is unknown; most start within a second
+    if len({a["facts"][WORLD] for a in arrivals}) > 1:  # how many will come is unknown; most start in a second
         time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         arrivals = _read(store)
     return arrivals
@@ -134,11 +134,11 @@ def _read(store: dist.Store) -> list[Arrival]:
 
 
 def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:
-    """What is wrong with those who came, as one line; nothing if all is well."""
+    """One line that says what is wrong with the arrivals; empty if nothing is."""
     worlds = {a["facts"][WORLD] for a in arrivals}
     differing = [key for key in _keys(arrivals) if len({_value(a, key) for a in arrivals}) > 1]
     ranks = [a["rank"] for a in arrivals]
-    # Ranks of different worlds differ in much else: it follows from that.
+    # With different world sizes, the other checks would only report consequences.
     if WORLD not in differing:
         twice = {rank for rank in ranks if ranks.count(rank) > 1}
         if twice:
@@ -163,7 +163,7 @@ def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:
 
 
 def _keys(arrivals: list[Arrival]) -> list[str]:
-    """Of the facts of all, in the order in which they were given."""
+    """Names of all facts, in the order in which they were given."""
     return list(dict.fromkeys(key for arrival in arrivals for key in arrival["facts"]))
 
 
@@ -203,7 +203,7 @@ def _number(variable: str) -> int:
 
 
 def _ranks(ranks: set[int]) -> str:
-    """``rank 3``, ``ranks 0-2, 5``."""
+    """Format ranks as ``rank 3`` or ``ranks 0-2, 5``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:

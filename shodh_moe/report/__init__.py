@@ -1,12 +1,12 @@
-"""The report of a run: reads its run folder, writes one self-contained page and the pictures beside it.
+"""Tables, figures and self-contained HTML pages, and the report of a run made from them.
 
-Files: `load` reads, `fields`, `routing_pictures` and `curves` draw, `tables` and `page` hold numbers and words, `html`
-assembles.
+`table`, `figure` and `page` are the kit that the run's report (`run/`), the audit and the CCM benchmark share; `style`
+has the colours and matplotlib helpers.
 """
 
 from __future__ import annotations
 
-from shodh_moe.report.html import write_report
-from shodh_moe.report.tables import summary_table
+from shodh_moe.report.run.page import write_report
+from shodh_moe.report.run.tables import summary_table
 
 __all__ = ["summary_table", "write_report"]

@@ -1,112 +1,135 @@
-"""The skeleton of the page: one file, no script, no font or picture from anywhere else."""
+"""Sections of text, tables and figures, rendered as one self-contained HTML page or as Markdown."""
 
 from __future__ import annotations
 
-from string import Template
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { margin: 0 auto; max-width: 1080px; padding: 24px 28px 60px; background: #fff; color: #1f2937;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-h1 { font-size: 28px; margin: 0 0 4px; }
-h2 { font-size: 21px; margin: 44px 0 10px; padding-bottom: 4px; border-bottom: 1px solid #d1d5db; }
-h3 { font-size: 17px; margin: 26px 0 8px; }
-p { margin: 8px 0; max-width: 88ch; }
-p.sub, p.none { color: #6b7280; }
-nav { margin: 14px 0; font-size: 15px; }
-nav a { color: #1d4ed8; margin-right: 16px; text-decoration: none; }
-.verdict { border-left: 5px solid #9ca3af; background: #f3f4f6; padding: 10px 16px; margin: 16px 0; }
-.verdict.good { border-color: #15803d; background: #f0fdf4; }
-.verdict.bad { border-color: #b91c1c; background: #fef2f2; }
-.verdict p { margin: 2px 0; }
-figure { margin: 16px 0 26px; break-inside: avoid; }
-figure img { display: block; width: 100%; height: auto; border: 1px solid #e5e7eb; border-radius: 4px; }
-figcaption { margin-top: 8px; font-size: 15px; max-width: 92ch; color: #374151; }
-.wide { overflow-x: auto; margin: 12px 0; }
-table { border-collapse: collapse; font-size: 14.5px; }
-th { text-align: left; background: #f3f4f6; font-weight: 600; vertical-align: bottom; }
-th, td { padding: 5px 12px; border-bottom: 1px solid #e5e7eb; overflow-wrap: break-word; }
-td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-td.yes { color: #15803d; font-weight: 600; }
-td.no { color: #b91c1c; font-weight: 600; }
-pre { background: #f9fafb; border: 1px solid #e5e7eb; border-radius: 4px; padding: 12px 14px; overflow-x: auto;
-      font-size: 13.5px; line-height: 1.4; }
-code { font-size: 0.93em; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; }
-               nav { display: none; } pre { white-space: pre-wrap; } }
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-INTRODUCTION = """Where the two papers behind this software give no formula, the definition is ours and is marked
-(ours). Compare a number with a paper's only with both definitions side by side."""
+from shodh_moe.base.files import write_text
+from shodh_moe.report.figure import Figure
+from shodh_moe.report.table import Table
 
-SUMMARY = """Lower is better in every row. <b>Persistence</b> answers "nothing changes"; the <b>mean</b> predictor
-answers the average of the training split every time. A model that does not beat both adds nothing to them.
-<b>Tokenizer alone</b> is the error that compressing and decompressing the true field already makes. Latent MSE:
-mean squared error of the normalised latents (per channel, training split). Physical MSE: the same of the decoded
-fields divided by their training rms. VRMSE: root mean square error over the spatial standard deviation, so that 1
-is what a spatial mean scores; the three components of the velocity count together (ours: the package of The Well
-scores each component by itself). nRMSE: relative L2 error. All cells count, solid ones too; values are averaged
-over snapshots and trajectories. The task (next-snapshot latent, residual prediction) is ours."""
 
-FIELDS = """One held-out example, predicted one snapshot ahead and decoded. True and predicted share one colour
-scale; the error (predicted minus true) has its own, white where they agree. Hatched cells are solid; what the
-fields hold there is not drawn. Speeds are in lattice units, cells per time step."""
+@dataclass(frozen=True)
+class Text:
+    """A paragraph. ``**bold**`` and `` `code` `` are the only markup."""
 
-SPECTRA = """Kinetic energy per mass by length scale: small k (left) are large eddies, large k are details. A
-prediction below the black line at large k is too smooth; the tokenizer's line says how much of that was lost before
-the transformer saw it. Energy is summed over shells of |k| and adds up to half the mean square velocity; beyond the
-vertical line only the corners of the wave-number cube contribute. The box is treated as periodic, so walls and
-solids add a tail at large k."""
+    text: str
 
-BANDS = """Power of the error over power of the truth in three bands of wave number, equally wide in log k (The
-Well's bins, components of the velocity taken together; the lowest band holds the mean flow). 0 is perfect, 1 is
-what predicting nothing in that band scores."""
 
-ROLLOUT = """The model's own predictions are fed back as input. nRMSE is the L2 norm of the velocity's error over
-that of the true velocity. Useful as long as it stays below the dotted line, which keeps the last seen snapshot for
-ever. Shading, where drawn, runs from the lowest to the highest trajectory. The rollout protocol is ours."""
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a section."""
 
-LOAD = """Each bar is one layer; its colours are the shares of the domain's tokens that the router sent to each
-expert, before any is dropped. If the domains' bars have different single colours, the layer has given each domain
-its own expert."""
+    text: str
 
-ROUTING_TABLE = """Purity: share of a domain's tokens at its majority expert. A layer is <b>bifurcated</b> when the
-domains' majority experts all differ and every purity is at least 0.99 (ours). Dropped share: tokens that found
-their expert full and passed only through the shared experts and the residual. Router entropy: mean over tokens of
--sum p ln p; 0 is a certain router."""
 
-INFORMATION = """How much the chosen expert tells about where the token came from: 0 is nothing; with two domains of
-equal size the most it can tell about the domain is ln 2 = 0.693 nats. A value with the solid fraction as high as
-with the domain means the router may only be reading the mask (ours)."""
+@dataclass(frozen=True)
+class Note:
+    """A paragraph in grey, such as one that says what was not measured."""
 
-ROUTING_MAP = """The middle plane of the token grid of one example: colour is the expert chosen (white: token
-dropped, where that was recorded), beside the share of each token's cells that is solid. Patches that follow the
-solid show a router that reads geometry; one colour everywhere, another in each domain, shows one that reads the
-domain."""
+    text: str
 
-LOSSES = """Logarithmic axes. Training: the total and its parts. Held-out data: latent MSE of each domain with its
-persistence baseline dotted in the same colour; the solid line must fall below it. Tokenizer: errors of its
-reconstruction of normalised fields, if its training was recorded."""
 
-LOAD_STEPS = """Top: share of each domain's tokens per expert as training goes on (with more than four experts, the
-share at the busiest one). Bottom: share of tokens dropped for want of capacity. A split between the domains shows
-as lines that part and stay apart; a dropped share that does not fade suggests a capacity factor too small for the
-mix of domains in a batch."""
+@dataclass(frozen=True)
+class Box:
+    """Highlighted paragraphs.
 
-DIVERGENCE = """How much fluid the predicted velocity creates or destroys. The number depends on the derivative
-operator and the arithmetic, so both stand beside it: with the operator of a Helmholtz decoder it is rounding error by
-construction; any other operator adds the difference between the two, and a direct decoder conserves none. The staggered
-operator takes it of velocities on the faces of the cells, of which those at the centres are means. True fields are not
-free of it either: lattice Boltzmann flow is weakly compressible. h is the grid spacing in cells; rms(u) is that of the
-speed."""
+    Attributes:
+        lines: formatted as `Text`.
+        mood: ``good`` for green, ``bad`` for red, empty for grey.
+    """
+
+    lines: Sequence[str]
+    mood: str = ""
+
+
+@dataclass(frozen=True)
+class Preformatted:
+    """Text shown as it is, in a fixed-width font.
+
+    Attributes:
+        text: as the page shows it.
+        markdown: the same for Markdown; a code block of ``text`` if empty.
+    """
+
+    text: str
+    markdown: str = ""
+
+
+Block = Text | Heading | Note | Box | Preformatted | Table | Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of a page, with its blocks in reading order. Tables without rows are left out."""
+
+    title: str
+    blocks: Sequence[Block] = ()
+
+    @property
+    def anchor(self) -> str:
+        """The id that links within the page lead to."""
+        return re.sub(r"\W+", "-", self.title.lower())
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its title, sections, a subtitle in grey, and the browser's title if it is another one."""
+
+    title: str
+    sections: Sequence[Section]
+    subtitle: str = ""
+    browser_title: str = ""
+
+    def html(self) -> str:
+        """The page as one HTML file without scripts or links to other files; all text is escaped."""
+        return _ENVIRONMENT.get_template("page.html.j2").render(page=self)
+
+    def write(self, path: Path) -> Path:
+        """Write `html` to ``path`` and return it. Raises `UserError` if the folder cannot be written."""
+        write_text(path, self.html())
+        return path
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The sections as GitHub Markdown, without figures."""
+    parts: list[str] = []
+    for section in sections:
+        parts.append(f"## {section.title}")
+        for block in section.blocks:
+            if isinstance(block, Text | Note):
+                parts.append(block.text)
+            elif isinstance(block, Heading):
+                parts.append(f"### {block.text}")
+            elif isinstance(block, Box):
+                parts += block.lines
+            elif isinstance(block, Preformatted):
+                parts.append(block.markdown or f"```\n{block.text}\n```")
+            elif isinstance(block, Table) and block.rows:
+                parts.append(block.markdown())
+    return "\n\n".join(parts) + "\n"
+
+
+def formatted(text: str) -> Markup:
+    """Escape ``text``, and turn its ``**bold**`` and `` `code` `` into HTML."""
+    pattern = r"`(?P<code>.+?)`|\*\*(?P<bold>.+?)\*\*"
+    escaped = str(Markup.escape(text))
+    return Markup(
+        re.sub(pattern, lambda m: f"<code>{m['code']}</code>" if m["code"] else f"<b>{m['bold']}</b>", escaped)
+    )
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("shodh_moe.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"formatted": formatted, "kind": lambda block: type(block).__name__}

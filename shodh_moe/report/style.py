@@ -1,4 +1,4 @@
-"""Looks shared by all pictures. Only matplotlib's objects are used: no pyplot, nothing global changes."""
+"""Colours and matplotlib helpers shared by all figures. No pyplot: nothing global changes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -27,7 +29,7 @@ LINESTYLES = ("-", "--", "-.", ":")
 
 
 def words(name: str) -> str:
-    """``open_channel`` as a person writes it."""
+    """Replace underscores by spaces: ``open channel``."""
     return name.replace("_", " ")
 
 
@@ -36,9 +38,9 @@ def domain_colour(index: int) -> str:
 
 
 def expert_colours(experts: int) -> tuple[ListedColormap, BoundaryNorm]:
-    """One colour for each expert, easy to tell apart up to 10 and in an even ramp beyond."""
+    """One colour per expert: easy to tell apart for up to 10 experts, an even ramp for more."""
     if experts <= 10:
-        # The first two must be far apart in brightness too: most runs have two experts, and some are printed grey.
+        # The first two also differ in brightness: most runs have two experts, and some reports are printed in grey.
         order = (
             "#1e3a8a",
             "#f59e0b",
@@ -65,9 +67,9 @@ def expert_colour(expert: int, experts: int) -> tuple[float, ...]:
 def panels(
     count: int, columns: int, height: float, *, title: str = "", images: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, ``columns`` a row and ``height`` inches each; spare places stay blank.
+    """Make a figure of ``count`` panels, ``columns`` per row, each ``height`` inches high; spare places stay blank.
 
-    ``images``: the panels keep their aspect, so the space this leaves between them is taken out.
+    ``images``: the panels keep their aspect ratio, and the space that this leaves between them is removed.
     """
     columns = max(1, min(columns, count))
     rows = math.ceil(count / columns)
@@ -85,6 +87,7 @@ def panels(
 
 
 def label(axes: Axes, title: str, x: str, y: str, *, grid: bool = True) -> None:
+    """Set the title and the axis labels in the common font sizes, and draw a light grid."""
     axes.set_title(title, fontsize=TITLE)
     axes.set_xlabel(x, fontsize=LABEL)
     axes.set_ylabel(y, fontsize=LABEL)
@@ -95,13 +98,29 @@ def label(axes: Axes, title: str, x: str, y: str, *, grid: bool = True) -> None:
 
 
 def legend(axes: Axes, **options: object) -> None:
-    """A legend if anything is named."""
+    """Add a legend if any artist has a label."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=TICK, framealpha=0.9, **options)
 
 
+def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
+    """One legend below all panels, which are too narrow to hold it. Each handle carries its label."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False)
+
+
+def colour_bar(
+    figure: Figure, image: object, axes: Axes | Sequence[Axes], name: str = "", **options: object
+) -> Colorbar:
+    """Draw the colour scale of an image beside its axes; ``options`` are those of `Figure.colorbar`."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    if name:
+        bar.set_label(name, fontsize=TICK)
+    bar.ax.tick_params(labelsize=TICK)
+    return bar
+
+
 def log_y(axes: Axes) -> None:
-    """Logarithmic y axis, where the lines have anything positive to show on it."""
+    """Make the y axis logarithmic if the lines have positive values."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()] or [np.zeros(0)])
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size:
@@ -111,14 +130,14 @@ def log_y(axes: Axes) -> None:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10 written out: the usual ticks of a logarithmic axis overlap or are too few below three decades."""
+    """Put plain ticks at 1, 2, 5, 10: default logarithmic ticks overlap or are too few below three decades."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def png(figure: Figure) -> bytes:
-    """The picture, cut to what is drawn: panels of fixed aspect leave blank strips above and below."""
+    """Render as PNG, cropped to the drawing: panels of fixed aspect ratio leave blank strips above and below."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)

@@ -1,1 +1,1 @@
-"""Runs from start to end: the stages of the main job, checks, plans, the run folder, and the programs of ranks."""
+"""Run the stages of the main job: their checks and plans, the run folder, and the programs that ranks execute."""

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any work begins, and whose a run folder is."""
+"""Check a config before any work starts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
-from shodh_moe.checkpoint import list_checkpoints
+from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
 from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels.backend import describe
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
 from shodh_moe.runs.folder import claim_run_folder
 from shodh_moe.tokenizer import load_tokenizer
@@ -22,12 +22,12 @@ from shodh_moe.training.deepspeed_config import deepspeed_config, expert_paralle
 from shodh_moe.training.optimizer import resolve_optimizer
 
 
-def check(config: Config) -> None:
-    """Everything that can be known to be wrong before any work begins.
+def check(config: Config, paths: Paths) -> None:
+    """Check everything about a config that can be checked before any work starts.
 
     Raises:
-        UserError: parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, or a folder
-            cannot be written.
+        UserError: the parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, or a
+            folder cannot be written.
     """
     world = count_ranks(config)
     expert_parallel_size(config, world)
@@ -44,13 +44,12 @@ def check(config: Config) -> None:
     if not config.data.path:
         _check_generated(config)
     if config.tokenizer.path:
-        require_fit(load_tokenizer(paths_of(config).tokenizer), config)
+        require_fit(load_tokenizer(paths.tokenizer), config, paths)
     claim_run_folder(config, write=False)
-    paths = paths_of(config)
-    if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a run that goes on needs its start no more
+    if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a resumed run no longer needs its start
         start = Path(config.start)
-        if not (start / "checkpoints").is_dir() and not (start / "state.json").is_file():
-            raise UserError(f"start: {start} is no run folder and no checkpoint: give one of the same network, or null")
+        if checkpoints_at(start) is None:
+            raise UserError(f"start: {start} is not a run folder or checkpoint: give one of the same network, or null")
     require_writable(paths.run)
     for made in (paths.dataset, paths.tokenizer, paths.latents):
         if not made.exists():
@@ -60,12 +59,12 @@ def check(config: Config) -> None:
 def _check_kernels() -> None:
     try:
         describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, RuntimeError) as error:  # SHODH_KERNELS asks for what is not there
+    except (ValueError, RuntimeError) as error:  # SHODH_KERNELS names a back end that is not available
         raise UserError(str(error)) from error
 
 
 def _check_generated(config: Config) -> None:
-    """Sizes that a dataset has only once it is there, but that the config of a generated one tells."""
+    """Check the sizes of a dataset that is not generated yet, as its config gives them."""
     domains = sorted(name for name, _ in config.data.domains.items())
     if not domains:
         raise UserError("data.domains names no domain: keep at least one")

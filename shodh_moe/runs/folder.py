@@ -1,10 +1,11 @@
-"""The run folder: whose it is, and what is put there before training begins."""
+"""The run folder: which config it belongs to, and the files written to it before training starts."""
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import yaml
 from pydantic import ValidationError
@@ -12,26 +13,20 @@ from pydantic import ValidationError
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
+from shodh_moe.base.section import Section, first_changed
 from shodh_moe.config import Config, RunConfig
 from shodh_moe.config.compare import differing_keys, flatten
-from shodh_moe.config.paths import paths_of
-
-# Settings that do not change what is learned: a run folder accepts others, and goes on, measures or reports again.
-# Its checkpoints fit every layout; what a run does with one of these is told when it starts.
-FREE_SECTIONS = ("evaluation.", "parallel.", "telemetry.", "deepspeed.", "family.root", "runs", "name")
-FREE_DATA = ("data.compression", "data.device", "data.skip_bad")
-FREE_TRAINING = [
-    *("optimizer", "norm", "activation_checkpointing", "on_nonfinite", "stall_seconds"),
-    *("checkpoint_every", "keep_last", "keep_every", "log_every", "validate_every"),
-]
-FREE = FREE_SECTIONS + FREE_DATA + tuple(f"training.{key}" for key in FREE_TRAINING)
+from shodh_moe.config.paths import Paths
 
 
 def claim_run_folder(config: RunConfig, write: bool = True) -> None:
-    """Make the run folder, or make sure that an existing one belongs to this config.
+    """Create the run folder, or check that an existing one belongs to this config.
+
+    Keys that change "nothing" (see `shodh_moe.base.section`) may differ: the run resumes, or is measured or reported
+    again. With ``write`` the folder's config.yaml is updated; without it nothing is written.
 
     Raises:
-        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+        UserError: the folder belongs to another config (the message names the differing keys), or cannot be written.
     """
     run = Path(config.runs) / config.name
     stored_path = run / "config.yaml"
@@ -44,9 +39,10 @@ def claim_run_folder(config: RunConfig, write: bool = True) -> None:
             stored = None
         if not isinstance(stored, dict):
             raise UserError(f"{stored_path} is damaged: choose another name (NAME=... or --name) or remove {run}")
-        with suppress(ValidationError):  # a key that has come since has its default there
+        with suppress(ValidationError):  # keys added since the run began get their defaults
             stored = type(config).model_validate(stored).model_dump()
-        differing = [key for key in differing_keys(stored, mine) if not key.startswith(FREE)]
+        kind = cast(type[Section], type(config))
+        differing = [key for key in differing_keys(stored, mine) if first_changed(kind, key) != "nothing"]
         if differing:
             theirs, ours = flatten(stored), flatten(mine)
             named = [f"{key} ({theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here)" for key in differing]
@@ -58,9 +54,8 @@ def claim_run_folder(config: RunConfig, write: bool = True) -> None:
         write_text(stored_path, yaml.safe_dump(mine, sort_keys=False))
 
 
-def open_run_folder(config: Config) -> None:
-    """Claim the run folder and put there what a report needs beside the training, whoever starts the ranks."""
-    paths = paths_of(config)
+def open_run_folder(config: Config, paths: Paths) -> None:
+    """Claim the run folder and write the files that a report needs besides the training's records."""
     claim_run_folder(config)
     write_environment(paths.run)
     tokenizer_log = paths.tokenizer / "metrics.jsonl"
@@ -69,10 +64,10 @@ def open_run_folder(config: Config) -> None:
 
 
 def open_tokenizer_folder(config: Config, folder: Path) -> None:
-    """Make the folder in which a tokenizer is trained; its name tells that it belongs to ``config``.
+    """Create the folder in which a tokenizer is trained. Its name already ties it to the config.
 
     Args:
-        config: from `tokenizer_run`.
+        config: the tokenizer's own config, from `tokenizer_run`.
     """
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     if not (folder / "config.yaml").exists() or (folder / "config.yaml").read_text(encoding="utf-8") != text:
@@ -81,5 +76,5 @@ def open_tokenizer_folder(config: Config, folder: Path) -> None:
 
 
 def write_environment(run: Path) -> None:
-    """Tell in the run folder what machine and versions it is trained with."""
+    """Write environment.json, which describes the machine and the software versions of a run."""
     write_text(run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Generating a dataset with one process, with several that need not know of each other, or with MPI.
+"""Generate a dataset with one process, with several independent processes, or with MPI.
 
-``mpirun`` shares the trajectories out over its ranks; ``--part I --of N`` makes one part of them, for job arrays; so
-does ``srun`` with several tasks. Whoever finds all of them there at the end writes the statistics.
+``mpirun`` shares the trajectories among its ranks. ``--part I --of N`` generates one part of them, for job arrays;
+``srun`` with several tasks does the same. The process that finds all trajectories complete writes the statistics.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
@@ -21,13 +22,21 @@ from shodh_moe.base.polling import wait_until
 from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
-from shodh_moe.data.estimate import told, update_rate, worth_measuring
-from shodh_moe.data.generate import estimate, flow_devices, make, on_devices, on_free_device, own_cores, run
-from shodh_moe.data.planned import PlannedTrajectory, missing, plan, require_space, unfinished
-from shodh_moe.data.sharing import place_of_rank, share_out
+from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.data.estimate import format_estimate, update_rate, worth_measuring
+from shodh_moe.data.generation import (
+    devices_phrase,
+    estimate,
+    flow_devices,
+    on_free_device,
+    own_cores,
+    simulate_all,
+    simulate_and_write,
+)
+from shodh_moe.data.mpi_jobs import cores_of_rank, share_jobs
+from shodh_moe.data.planned import PlannedTrajectory, missing, planned_trajectories, require_space, unfinished
 from shodh_moe.launching.mpi import in_slurm_step, mpi_rank, mpi_size, mpi_world
-from shodh_moe.launching.stopping import SIGNALS
+from shodh_moe.launching.stop_signals import SIGNALS
 from shodh_moe.runs import pipeline
 
 _VISIBLE_S = 60.0  # how long a network disk may take to show a file to other hosts
@@ -43,14 +52,18 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(
         prog="generate_data.py",
-        description="Generate the dataset of a config: what is missing, then its statistics.",
+        description="Generate the missing trajectories of a config's dataset, then its statistics.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
-    parser.add_argument("--part", type=int, help="make this part of the trajectories only, from 0; needs --of")
+    parser.add_argument(
+        "--part", type=int, help="generate only this part of the trajectories, counted from 0; needs --of"
+    )
     parser.add_argument("--of", type=int, help="the number of parts")
-    parser.add_argument("--estimate", action="store_true", help="say what it would take, and make nothing")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the estimated time and disk space, and generate nothing"
+    )
     options = parser.parse_intermixed_args(arguments)
     world: Any = None
 
@@ -67,16 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     with _ended_by_signals():
         code = exit_code(work, options.debug)
     if world and code:
-        # The others wait for this rank, and would for ever.
+        # The other ranks would wait for this one forever.
         world.Abort(code)
     return code
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within the block the signals of schedulers end the process at once with `EXIT_REQUEUE`.
+    """Within the block, a scheduler's signal ends the process at once with `EXIT_REQUEUE`.
 
-    Also while the main thread computes, which keeps Python's own handlers waiting for as long.
+    A thread waits for the signals, as Python's own handlers do not run while the main thread is in compiled code.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -85,7 +98,9 @@ def _ended_by_signals() -> Iterator[None]:
         while number := os.read(reading, 1):
             if number[0] in SIGNALS:
                 if mpi_rank() == 0:
-                    print("stopped by a signal: the same command goes on from the trajectories there are", flush=True)
+                    print(
+                        "stopped by a signal: run the same command to resume from the finished trajectories", flush=True
+                    )
                 os._exit(EXIT_REQUEUE)
 
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -104,7 +119,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _part(options: argparse.Namespace) -> tuple[int, int]:
-    """The part asked for, as (part, of); (0, 1) is everything."""
+    """The requested part as (part, of); (0, 1) means everything."""
     part, of = options.part, options.of
     if (part is None) != (of is None):
         raise UserError("--part and --of belong together: --part 0 --of 4 makes the first quarter")
@@ -117,104 +132,111 @@ def _part(options: argparse.Namespace) -> tuple[int, int]:
     return 0, 1
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _config(options: argparse.Namespace) -> tuple[Config, Paths]:
+    """Read and check the config; returns its folders with it."""
     config = load_config(options.config, options.overrides, options.name)
-    pipeline.check(config)
-    return config
+    paths = resolve_paths(config)
+    pipeline.check(config, paths)
+    return config, paths
 
 
 def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
-    config = _config(options)
+    config, paths = _config(options)
     if options.estimate:
-        _estimate_only(config, part, of)
+        _estimate_only(config, paths.dataset, part, of)
         return
     if of == 1:
         if "SLURM_ARRAY_TASK_ID" in os.environ:
-            # Not taken for a part: the tasks of an array may as well have a config each.
-            print("note: one task of a job array makes every trajectory; --part and --of would share them", flush=True)
-        pipeline.make_data(config)
+            # Do not infer a part: the tasks of an array may use different configs.
+            print(
+                "note: this task of a job array generates every trajectory; use --part and --of to share them",
+                flush=True,
+            )
+        pipeline.make_data(config, paths)
         return
-    jobs = _jobs(config, part, of)
-    print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to make", flush=True)
+    jobs = _jobs(config, paths.dataset, part, of)
+    print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to generate", flush=True)
     if jobs:
-        dataset = paths_of(config).dataset
-        print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
-    make(jobs, config.data, local_rank=_task_of_host())
-    _finish(config)
+        print(f"[data] {estimate(jobs, config.data, paths.dataset, own_cores(), _task_of_host())}", flush=True)
+    simulate_all(jobs, config.data, local_rank=_task_of_host())
+    _finish(config, paths)
 
 
 def _task_of_host() -> int | None:
-    """Which of several tasks of ``srun`` on this host this is; None where there is one."""
+    """Number of this ``srun`` task on its host; None if there is only one task."""
     several = in_slurm_step() and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     return int(os.environ.get("SLURM_LOCALID", "0")) if several else None
 
 
-def _estimate_only(config: Config, part: int, of: int) -> None:
-    """What is still to be made, whether or not the disk has room; a disk that has none is refused after it."""
+def _estimate_only(config: Config, dataset: Path, part: int, of: int) -> None:
+    """Print the estimate for the missing trajectories; then raise `UserError` if the disk is too small."""
     if config.data.path:
-        raise UserError("--estimate is for data that are generated, and data.path names a folder: set it to null")
-    dataset = paths_of(config).dataset
+        raise UserError("--estimate is for generated data, but data.path names an existing folder: set it to null")
     jobs = unfinished(config.data, dataset, part, of, begin=False)
     if not jobs:
-        print("[data] nothing is left to be made", flush=True)
+        print("[data] nothing is left to generate", flush=True)
         return
     print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
     require_space(dataset, len(jobs), config.data)
 
 
 def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: int) -> None:
-    """Rank 0 alone reads the config and looks at the folder, so that what is wrong is told once."""
-    found: tuple[Config, list[PlannedTrajectory]] | None = None
+    """Generate with MPI. Only rank 0 reads the config and the folder, so that errors are reported once."""
+    found: tuple[Config, Paths, list[PlannedTrajectory]] | None = None
     if world.rank == 0:
         if options.estimate:
             raise UserError("--estimate is for one process: leave out mpirun")
-        config = _config(options)
-        flow_devices(config.data, 1, 0)  # a GPU that is asked for and not there is told once
-        found = config, _jobs(config, part, of)
-        print(f"[data] {world.size} ranks, {len(found[1])} trajectories to make", flush=True)
-    config, jobs = world.bcast(found)
-    cores, number = place_of_rank(world)
+        config, paths = _config(options)
+        flow_devices(config.data, 1, 0)  # report a missing GPU once
+        found = config, paths, _jobs(config, paths.dataset, part, of)
+        print(f"[data] {world.size} ranks, {len(found[2])} trajectories to generate", flush=True)
+    config, paths, jobs = world.bcast(found)
+    cores, number = cores_of_rank(world)
     devices = flow_devices(config.data, cores, number)
     if jobs:
-        _tell_estimate(world, jobs, config, devices, cores)
-        work = on_free_device(lambda job, device: run(jobs[job], config.data, cores, device), devices)
-        ends = share_out(world, work, len(jobs), len(devices))
+        _print_estimate(world, jobs, config, paths.dataset, devices, cores)
+        work = on_free_device(lambda job, device: simulate_and_write(jobs[job], config.data, cores, device), devices)
+        ends = share_jobs(world, work, len(jobs), len(devices))
         for _ in progress(ends, "simulating", len(jobs)) if world.rank == 0 else ends:
             pass
     if world.rank == 0:
         if not wait_until(lambda: not missing(jobs), _VISIBLE_S):
             unseen = missing(jobs)
             raise UserError(
-                f"{len(unseen)} of the files that other ranks wrote are not to be seen here ({unseen[0].path}, ...): "
+                f"{len(unseen)} files written by other ranks are not visible here ({unseen[0].path}, ...): "
                 "put data.root on a disk that all hosts share"
             )
-        _finish(config)
+        _finish(config, paths)
 
 
-def _tell_estimate(world: Any, jobs: list[PlannedTrajectory], config: Config, devices: list[str], cores: int) -> None:
-    """Print the estimate; all ranks measure at the same time, as they will work at the same time (collective)."""
-    # Ranks of a host without GPUs know nothing of the GPUs of another: all measure, or none.
+def _print_estimate(
+    world: Any, jobs: list[PlannedTrajectory], config: Config, dataset: Path, devices: list[str], cores: int
+) -> None:
+    """Print the estimate. All ranks measure at the same time, as they will also work together (collective)."""
+    # Hosts may differ in their GPUs: either all ranks measure or none.
     everywhere = all(world.allgather(worth_measuring(jobs, config.data, devices)))
     rates = world.gather(update_rate(config.data, len(devices), cores) if everywhere else 0.0)
     flows, all_cores, gpus = (world.gather(n) for n in (len(devices), cores, int(devices[0] != "cpu")))
     if world.rank == 0:
-        dataset, where = paths_of(config).dataset, on_devices(sum(gpus), sum(all_cores))
-        all_jobs = len(plan(config.data, dataset))
-        print(f"[data] {told(jobs, all_jobs, config.data, dataset, sum(flows), sum(rates), where)}", flush=True)
+        where = devices_phrase(sum(gpus), sum(all_cores))
+        all_jobs = len(planned_trajectories(config.data, dataset))
+        print(
+            f"[data] {format_estimate(jobs, all_jobs, config.data, dataset, sum(flows), sum(rates), where)}", flush=True
+        )
 
 
-def _jobs(config: Config, part: int, of: int) -> list[PlannedTrajectory]:
-    return [] if config.data.path else unfinished(config.data, paths_of(config).dataset, part, of)
+def _jobs(config: Config, dataset: Path, part: int, of: int) -> list[PlannedTrajectory]:
+    return [] if config.data.path else unfinished(config.data, dataset, part, of)
 
 
-def _finish(config: Config) -> None:
-    """Statistics and manifest, once every trajectory is there. Several that do it at once write the same."""
-    everything = [] if config.data.path else plan(config.data, paths_of(config).dataset)
+def _finish(config: Config, paths: Paths) -> None:
+    """Write statistics and manifest once all trajectories exist. Concurrent processes write identical files."""
+    everything = [] if config.data.path else planned_trajectories(config.data, paths.dataset)
     if left := missing(everything):
         print(
-            f"[data] {len(left)} of {len(everything)} trajectories are still missing: the part that ends last writes "
-            "the statistics, and the same command makes what a killed part left",
+            f"[data] {len(left)} of {len(everything)} trajectories are still missing: the part that finishes last "
+            "writes the statistics; to finish a killed part, run its command again",
             flush=True,
         )
         return
-    pipeline.make_data(config)
+    pipeline.make_data(config, paths)

@@ -1,4 +1,4 @@
-"""`launch/ccm_merge.py`: several processes share the outputs of one config."""
+"""`launch/ccm_merge.py`: several processes share the outputs of one merge config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shodh_moe.merging.merge import merge
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One process; returns the largest exit code of all processes where MPI connects them."""
+    """Run one process; with MPI, returns the largest exit code of all processes."""
     parser = OneLineParser(
         prog="ccm_merge.py",
         description="Merge models: the outputs of a sweep are shared among the processes.",
@@ -31,19 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
         nonlocal communicator
         communicator, rank, size = process_place()
         if size > 1:
-            os.environ["RANK"] = str(rank)  # messages name it
+            os.environ["RANK"] = str(rank)  # for error messages
         merge(options.config, options.output, options.memory_limit, options.out_shard_size, rank, size)
 
     code = exit_code(work, options.debug)
     if communicator is None:
         return code
-    # Each ends its own outputs first: mpirun kills the others as soon as one process ends with an error.
+    # Wait until all processes have finished: mpirun kills the others as soon as one fails.
     codes = communicator.allgather(code)
     return EXIT_USER_ERROR if max(codes) == EXIT_USER_ERROR else max(codes)
 
 
 def process_place() -> tuple[Any, int, int]:
-    """MPI's communicator (None without mpirun), this process's number, and how many there are.
+    """MPI communicator (None without mpirun), rank of this process, and number of processes.
 
     Raises:
         UserError: mpirun started this process and mpi4py is missing.

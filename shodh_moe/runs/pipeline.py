@@ -1,6 +1,6 @@
 """The main job, stage by stage: data, tokenizer, latents, pretraining, evaluation, report.
 
-A stage whose inputs and settings are unchanged is skipped, one that was interrupted goes on where it was.
+A stage whose inputs and settings are unchanged is skipped, and an interrupted stage resumes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from shodh_moe.base.files import require_made, whole_folder, write_text
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.paths import Paths, paths_of, tokenizer_seed
+from shodh_moe.config.paths import Paths, tokenizer_seed
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.launching.hosts import count_ranks
+from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder, open_tokenizer_folder
@@ -29,34 +29,30 @@ from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
-def run_all(config: Config) -> dict[str, Any]:
-    """Every stage in order; returns metrics.json's content."""
-    check(config)
-    if not _has_tokenizer(config, paths_of(config)):
-        tokenizer_run(config, count_ranks(config))
+def run_all(config: Config, paths: Paths) -> dict[str, Any]:
+    """Run every stage in order and return the content of metrics.json."""
+    check(config, paths)
+    if not _has_tokenizer(config, paths):
+        tokenizer_run(config, count_ranks(config))  # raises where the tokenizer's config is wrong
     for stage in (make_data, make_tokenizer, make_latents, pretrain):
-        stage(config)
-    metrics = evaluate(config)
-    report(config)
+        stage(config, paths)
+    metrics = evaluate(config, paths)
+    report(config, paths)
     return metrics
 
 
-def make_data(config: Config) -> Path:
-    """Generate the dataset unless it is there; one that the config names is checked instead.
-
-    A generated file that is missing or damaged is made again.
-    """
-    from shodh_moe.data import check_dataset, generate, is_complete
+def make_data(config: Config, paths: Paths) -> Path:
+    """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead."""
+    from shodh_moe.data import generate, is_complete, require_trainable
     from shodh_moe.data.listing import READ_BYTES
 
-    paths = paths_of(config)
     dataset = paths.dataset
     manifest = dataset / "manifest.json"
     if config.data.path:
-        # Latents are named after the dataset's files: once they are there, every value has been read.
+        # Latents are named after the dataset's files: if they exist, every value has been read before.
         budget = 0 if paths.latents.exists() else READ_BYTES
         history, batch, data = config.model.history, config.training.batch_size, config.data
-        check_dataset(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
         return _say("data", f"unchanged, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
@@ -66,16 +62,15 @@ def make_data(config: Config) -> Path:
     return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
 
 
-def make_tokenizer(config: Config) -> Path:
-    """Train the tokenizer under the DeepSpeed launcher unless it is there or the config names one that fits the data.
+def make_tokenizer(config: Config, paths: Paths) -> Path:
+    """Train the tokenizer under the DeepSpeed launcher, unless it exists or the config names one that fits the data.
 
     Raises:
-        TrainingFailed: the launcher came back with an error.
+        TrainingFailed: the launcher exited with an error.
     """
-    paths = paths_of(config)
     if _has_tokenizer(config, paths):
         tokenizer = load_tokenizer(paths.tokenizer)
-        require_fit(tokenizer, config)
+        require_fit(tokenizer, config, paths)
         return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
     run = tokenizer_run(config, count_ranks(config))
@@ -92,9 +87,8 @@ def _has_tokenizer(config: Config, paths: Paths) -> bool:
     return bool(config.tokenizer.path) or (paths.tokenizer / "tokenizer.json").exists()
 
 
-def make_latents(config: Config) -> Path:
+def make_latents(config: Config, paths: Paths) -> Path:
     """Encode the dataset unless its latents are cached."""
-    paths = paths_of(config)
     if paths.latents.exists():
         _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
@@ -109,26 +103,28 @@ def make_latents(config: Config) -> Path:
 
 
 def _check_latents(config: Config, paths: Paths) -> None:
-    """What every rank would find out for itself, told once and before the ranks start."""
+    """Report once, before the ranks start, any error in the latents that every rank would find."""
     for split in ("train", "valid", "test"):
         latents = load_latents(paths.latents, split, paths.tokenizer)
         samples = LatentSamples(latents, config.model.history, config.data.weights)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
 
 
-def pretrain(config: Config, resume: str = "auto") -> Path:
-    """Train under the DeepSpeed launcher unless the run has its last checkpoint already.
+def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
+    """Train under the DeepSpeed launcher unless the run already has its last checkpoint.
 
-    ``resume`` is ``auto``, the run's newest intact checkpoint, or the folder of a checkpoint to go on from.
+    ``resume`` is ``auto``, which takes the run's newest intact checkpoint, or the folder of the checkpoint to resume.
+
+    Raises:
+        TrainingFailed: the launcher exited with an error.
     """
-    paths = paths_of(config)
     require_made(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
     claim_run_folder(config, write=False)
     found = find_checkpoint(paths.run / "checkpoints")
     if resume == "auto" and found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
-    open_run_folder(config)
+    open_run_folder(config, paths)
     began = time.perf_counter()
     if code := launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank"):
         raise TrainingFailed(code)
@@ -138,11 +134,10 @@ def pretrain(config: Config, resume: str = "auto") -> Path:
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 
-def evaluate(config: Config) -> dict[str, Any]:
-    """Measure the newest checkpoint on the test split unless that has been done with these settings."""
+def evaluate(config: Config, paths: Paths) -> dict[str, Any]:
+    """Measure the newest checkpoint on the test split unless it has been measured with these settings."""
     from shodh_moe.evaluation.evaluate import evaluate as measure
 
-    paths = paths_of(config)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None:
         raise UserError(f"{paths.run / 'checkpoints'} holds no checkpoint: run `shodh pretrain` first")
@@ -152,19 +147,19 @@ def evaluate(config: Config) -> dict[str, Any]:
         _say("evaluate", f"unchanged, {metrics_path}", None)
         return json.loads(metrics_path.read_text())
     claim_run_folder(config)
-    _stamp(paths.run, "evaluate", "")  # until the new measurement is whole
+    _stamp(paths.run, "evaluate", "")  # until the new measurement is complete
     began = time.perf_counter()
-    metrics = measure(config, paths.run, paths.dataset, paths.tokenizer, paths.latents)
+    metrics = measure(config, paths)
     _stamp(paths.run, "evaluate", key)
     _say("evaluate", f"{metrics_path} in {time.perf_counter() - began:.0f} s", None)
     return metrics
 
 
-def report(config: Config) -> Path:
-    """Write the report unless it shows the present metrics already."""
+def report(config: Config, paths: Paths) -> Path:
+    """Write the report unless it already shows the current metrics."""
     from shodh_moe.report import write_report
 
-    run = paths_of(config).run
+    run = paths.run
     page, key = run / "report" / "index.html", _stamp(run, "evaluate")
     if page.exists() and key and _stamp(run, "report") == key:
         return _say("report", f"unchanged, {page}", page)
@@ -176,12 +171,12 @@ def report(config: Config) -> Path:
 
 
 def device() -> str:
-    """``cuda`` where torch can use it."""
+    """``cuda`` if torch can use it, otherwise ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _stamp(run: Path, stage: str, key: str | None = None) -> str | None:
-    """Read, or with ``key`` write, what a stage of a run was last made from; "" if that is not known."""
+    """Read, or with ``key`` write, the fingerprint of the inputs that a stage last ran with; None if it never ran."""
     path = run / "stages.json"
     try:
         stamps = json.loads(path.read_text())

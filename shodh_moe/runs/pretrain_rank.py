@@ -7,7 +7,7 @@ import argparse
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.files import require_made
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder
 from shodh_moe.runs.rank import is_first, prepare, rank_main
 
@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     require_made(paths.latents, "shodh tokenizer encode")
     if is_first():
-        open_run_folder(config)
+        open_run_folder(config, paths)
     else:
         claim_run_folder(config, write=False)
 

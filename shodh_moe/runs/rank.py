@@ -1,4 +1,4 @@
-"""One rank's program: its arguments, device and threads, whatever is trained."""
+"""The program that each rank runs for any kind of training: its arguments, device and threads."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.base.memory import keep_freed_memory
-from shodh_moe.launching.rank_variables import forget_launcher, require_hostfile_of_launcher, set_rank_variables
+from shodh_moe.launching.rank_variables import require_launcher_hostfile, set_rank_variables, unset_rank_variables
 
 
 def rank_main(description: str, work: Callable[[argparse.Namespace], None], arguments: list[str] | None = None) -> int:
     """Parse the command line, call ``work`` with the options, and return the exit code.
 
-    ``work`` is called with RANK, WORLD_SIZE and the like set, and calls `prepare` before it trains.
+    RANK, WORLD_SIZE and the like are set before ``work``, which must call `prepare` before it trains.
     """
     parser = OneLineParser(description=description)
     add_config_arguments(parser)
     parser.add_argument("--resume", default="auto", help="auto (the run's newest intact checkpoint) or a checkpoint")
-    parser.add_argument("--stop-file", type=Path, help="by which the launching process asks for an end")
+    parser.add_argument("--stop-file", type=Path, help="file in which the launching process asks the ranks to stop")
     parser.add_argument("--local_rank", help="set by some launchers; the environment decides")
     options = parser.parse_args(arguments)
 
@@ -32,35 +32,35 @@ def rank_main(description: str, work: Callable[[argparse.Namespace], None], argu
 
 
 def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]], int]) -> int:
-    """What a script in launch/ does, however its process was started.
+    """Run a script of launch/, however its process was started, and return the exit code.
 
     Args:
-        command: the `shodh` command with these arguments, which starts ranks on the hosts of a hostfile.
-        train: one rank's program.
+        command: runs the `shodh` command with the given arguments, which starts ranks on the hosts of a hostfile.
+        train: program of one rank.
     """
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hostfile")
     parser.add_argument("--local_rank")
     options, rest = parser.parse_known_args()
-    # DeepSpeed's launcher takes only what stands before the script: here it has started ranks on one host alone.
+    # DeepSpeed's launcher only reads options before the script. Here it has started ranks on one host only.
     if options.hostfile and int(os.environ.get("CROSS_SIZE", 1)) == 1:
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if "CROSS_SIZE" in os.environ:
-            forget_launcher()
+            unset_rank_variables()
         return command(["--hostfile", options.hostfile, *rest]) if first else 0
-    return exit_code(require_hostfile_of_launcher) or train(rest)
+    return exit_code(require_launcher_hostfile) or train(rest)
 
 
 def prepare() -> None:
-    """Choose threads and accelerator of this process, before anything of DeepSpeed is imported."""
+    """Choose the threads and accelerator of this process. Must run before DeepSpeed is imported."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use all cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, which alone writes in the run folder before training begins."""
+    """Whether this is rank 0, the only one that writes to the run folder before training starts."""
     return int(os.environ.get("RANK", 0)) == 0

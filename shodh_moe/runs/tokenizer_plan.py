@@ -4,8 +4,8 @@ Activations are counted on the real module: one micro-batch goes forward and bac
 and no memory, and `LiveBytes` counts those that are alive. What operations need for themselves is estimated: of a
 convolution a copy of what goes in and comes out (libraries lay channels out in blocks), of a Fourier transform the
 same, of `walls.project` the fields of its solver. Left out, as in `plan`: the CUDA context, NCCL's buffers, what the
-allocator cannot use. benchmarks/tokenizer_memory.py holds the numbers against real steps on a CPU; none has been held
-against a GPU.
+allocator cannot use. benchmarks/studies/tokenizer_memory.py compares the numbers with
+real steps on a CPU; nothing has been compared with a GPU.
 
 All sizes are in bytes.
 """

@@ -8,7 +8,7 @@ import os
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.files import require_made
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import open_tokenizer_folder
 from shodh_moe.runs.rank import is_first, prepare, rank_main
 from shodh_moe.tokenizer import load_tokenizer
@@ -22,11 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     finished = (paths.tokenizer / "tokenizer.json").exists() and options.resume == "auto"
     if finished or config.tokenizer.path:
         if is_first():
-            require_fit(load_tokenizer(paths.tokenizer), config)
+            require_fit(load_tokenizer(paths.tokenizer), config, paths)
             print(f"[tokenizer] unchanged, {paths.tokenizer}", flush=True)
         return
     require_made(paths.dataset / "stats.yaml", "shodh data generate")

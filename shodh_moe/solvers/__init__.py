@@ -1,7 +1,7 @@
-"""Flow solvers that make the training data: a lattice Boltzmann method and the domains simulated with it.
+"""Flow solvers that generate the training data: a lattice Boltzmann method and the domains simulated with it.
 
-Everything is in lattice units (cell size, time step and mean density are 1) and deterministic: the same config,
-seed and trajectory number give the same bits, whatever the number of threads or of other trajectories.
+Everything is in lattice units (cell size, time step and mean density are 1) and deterministic: the same config, seed
+and trajectory number give the same bits for any number of threads and of other trajectories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
     from shodh_moe.solvers.simulation import Simulation, simulate
 
-# Raise it whenever the same config and seed no longer give the same flow: old files are then made again.
+# Increment when the same config and seed no longer give the same flow, so that old files are regenerated.
 SOLVER_VERSION = 1
 
 __all__ = [
@@ -37,7 +37,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # A config only names domains: numba, which takes a second to load, is for those who simulate.
+    # Imported on demand: a config only names domains, and numba takes a second to load.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

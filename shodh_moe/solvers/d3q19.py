@@ -1,7 +1,7 @@
-"""The table that says where each population of the D3Q19 lattice comes from.
+"""Gather table: the source of each population of the D3Q19 lattice.
 
-The velocity set itself is that of `kernels.lattice_boltzmann`. Its first seven directions are the D3Q7 set, so the
-first seven rows of the table serve the scalar.
+The velocity set is that of `kernels.lattice_boltzmann`. Its first seven directions are the D3Q7 set, so the first seven
+rows of the table serve the scalar.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["OPPOSITE_Q", "SOUND_SPEED", "VELOCITIES_Q3", "WEIGHTS_Q", "Q", "gath
 
 
 def gather_table(solid_XYZ: NDArray[np.bool_], lid: bool) -> NDArray[np.uint32]:
-    """Where each population of each fluid cell is pulled from: [19, n_fluid] flat indices into [19, n_fluid].
+    """Source of each population of each fluid cell: [19, n_fluid] flat indices into [19, n_fluid].
 
     Fluid cells are numbered in C order. A population whose upstream cell is solid comes from the same cell,
     opposite direction (half-way bounce-back: the wall lies half a cell away). With ``lid`` the top z face reflects

@@ -1,7 +1,7 @@
 """Random eddies around solids: the curl of a random potential that fades to zero at the walls.
 
-So they are divergence-free and at rest in solids. ``lid`` says how z ends: with walls (mirrored), or periodic as x and
-y are.
+They are divergence-free and at rest in solids. With ``lid`` z ends at walls (mirrored); otherwise it is periodic like x
+and y.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ _FOURTH_ORDER = np.array([1, -8, 0, 8, -1]) / 12
 
 
 def wall_distance(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
-    """Distance [X, Y, Z] in cells from each cell centre to the nearest solid centre, up to eight cells across a
-    periodic face; infinite without solids."""
+    """Distance [X, Y, Z] in cells from each cell centre to the nearest solid centre.
+
+    Solids up to eight cells across a periodic face count. Infinite without solids.
+    """
     from scipy import ndimage
 
     if not solid_XYZ.any():
@@ -34,12 +36,12 @@ def wall_distance(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
 
 
 def wall_fade(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
-    """From 0 in solids and beside them to 1 away from them [X, Y, Z]."""
+    """Factor [X, Y, Z] that rises from 0 in and next to solids to 1 away from them."""
     return smooth_step((wall_distance(solid_XYZ, lid) - 1) / FADE)
 
 
 def eddies(fade_XYZ: FloatArray, width: float, lid: bool, rng: np.random.Generator) -> FloatArray:
-    """Random velocity [3, X, Y, Z] of any size whose eddies are about six ``width`` (in cells) across."""
+    """Random velocity [3, X, Y, Z], not scaled, with eddies of about six ``width`` (in cells) across."""
     from scipy import ndimage
 
     mode = ("wrap", "wrap", "reflect" if lid else "wrap")
@@ -54,7 +56,7 @@ def eddies(fade_XYZ: FloatArray, width: float, lid: bool, rng: np.random.Generat
 
 
 def scaled(velocity_3XYZ: FloatArray, fluid_XYZ: NDArray[np.bool_], speed: float) -> FloatArray:
-    """The same flow with rms ``speed`` over the fluid."""
+    """The flow scaled to rms ``speed`` over the fluid."""
     rms = np.sqrt((velocity_3XYZ[:, fluid_XYZ] ** 2).sum(0).mean())
     return np.asarray(velocity_3XYZ * (speed / max(rms, 1e-30)))
 
@@ -62,7 +64,7 @@ def scaled(velocity_3XYZ: FloatArray, fluid_XYZ: NDArray[np.bool_], speed: float
 def curl(a_3XYZ: FloatArray, lid: bool) -> FloatArray:
     """Fourth-order central curl.
 
-    The order matters: what divergence a coarser curl leaves on the lattice would turn into sound at once.
+    The order matters: a lower order would leave a divergence on the lattice, which turns into sound at once.
     """
     from scipy import ndimage
 

@@ -1,4 +1,4 @@
-"""Exact and published solutions that the 3D solver is held against, in the solver's lattice units.
+"""Exact and published solutions to validate the 3D solver, in the solver's lattice units.
 
 z is the distance from the bed in cells: the first fluid cell above a solid layer has its centre at 1/2.
 """
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Drag of a sphere in a simple cubic array over Stokes' drag 6 pi mu a U, by the share of the volume that is solid; U is
-# the mean over the whole volume. Zick and Homsy, J. Fluid Mech. 115 (1982) 13, table 2. The last: spheres touch.
+# Drag of a sphere in a simple cubic array over Stokes' drag 6 pi mu a U, by solid fraction; U is the mean over the
+# whole volume. Zick and Homsy, J. Fluid Mech. 115 (1982) 13, table 2. At the last fraction the spheres touch.
 ZICK_HOMSY = {0.027: 2.008, 0.064: 2.810, 0.125: 4.292, 0.216: 7.442, 0.343: 15.4, 0.45: 28.1, 0.5236: 42.1}
 
 
 def poiseuille(z_Z: Array, gap: float, force: float, viscosity: float) -> Array:
-    """Steady velocity [Z] between plates ``gap`` apart; of a film of depth h with a gap of 2 h."""
+    """Steady velocity [Z] between plates ``gap`` apart; a film of depth h has a gap of 2 h."""
     return force / (2 * viscosity) * z_Z * (gap - z_Z)
 
 
 def startup(z_Z: Array, time_T: Array, gap: float, force: float, viscosity: float, terms: int = 200) -> Array:
-    """Velocity [T, Z] between plates, at rest until the force sets in at time 0 (Batchelor 1967, section 4.3)."""
+    """Velocity [T, Z] between plates, at rest until the force starts at time 0 (Batchelor 1967, section 4.3)."""
     n_N = 2 * np.arange(terms) + 1
     waves_NZ = np.sin(n_N[:, None] * np.pi * z_Z / gap) / n_N[:, None] ** 3
     decay_TN = np.exp(-viscosity * (n_N * np.pi / gap) ** 2 * time_T[:, None])
@@ -33,7 +33,7 @@ def startup(z_Z: Array, time_T: Array, gap: float, force: float, viscosity: floa
 def oscillating_film(z_Z: Array, time_T: Array, depth: float, force: float, viscosity: float, omega: float) -> Array:
     """Velocity [T, Z] of a film under a free-slip lid, long driven by the force ``force cos(omega t)``.
 
-    Seen from the bed this is Stokes' second problem at finite depth (the bed swings, the far fluid rests).
+    Relative to the bed this is Stokes' second problem at finite depth (the bed oscillates, the far fluid is at rest).
     """
     kappa = np.sqrt(1j * omega / viscosity)
     shape_Z = 1 - np.cosh(kappa * (depth - z_Z)) / np.cosh(kappa * depth)
@@ -44,8 +44,9 @@ def oscillating_film(z_Z: Array, time_T: Array, depth: float, force: float, visc
 def channel_friction(width_over_depth: float, terms: int = 200) -> float:
     """Darcy's f times Re of a laminar open channel with side walls, Re = U R / nu by the hydraulic radius R.
 
-    24 for an infinitely wide one (Nusselt's film). The channel is the lower half of a duct of width w and height 2 h,
-    whose Fanning friction factor times Reynolds number this is (Shah and London 1978: 14.22708 for w = 2 h).
+    It is 24 for an infinitely wide channel (Nusselt's film). The channel is the lower half of a duct of width w and
+    height 2 h, and this is the duct's Fanning friction factor times Reynolds number (Shah and London 1978: 14.22708 for
+    w = 2 h).
     """
     w, n_N = width_over_depth, 2 * np.arange(terms) + 1
     # Mean velocity over depth^2 force / viscosity, from the Fourier series over the depth.
@@ -55,7 +56,7 @@ def channel_friction(width_over_depth: float, terms: int = 200) -> float:
 
 
 def taylor_green(n: int, speed: float) -> Array:
-    """Vortices [3, n, n, 1] one box of n cells across; they decay as exp(-2 viscosity k^2 t), k = 2 pi / n."""
+    """Vortices [3, n, n, 1] with a period of n cells; they decay as exp(-2 viscosity k^2 t), k = 2 pi / n."""
     x, y, z = np.meshgrid(*[2 * math.pi * np.arange(size) / n for size in (n, n, 1)], indexing="ij")
     return speed * np.stack([np.sin(x) * np.cos(y), -np.cos(x) * np.sin(y), 0 * z])
 
@@ -63,12 +64,12 @@ def taylor_green(n: int, speed: float) -> Array:
 def beltrami(n: int, speed: float) -> Array:
     """The ABC flow [3, n, n, n] with A = B = C: a solution in three dimensions that decays as exp(-viscosity k^2 t).
 
-    Its vorticity is k times its velocity, so all that advection does is balanced by the pressure (Dombre et al. 1986).
+    Its vorticity is k times its velocity, so the pressure balances advection (Dombre et al. 1986).
     """
     x, y, z = np.meshgrid(*[2 * math.pi * np.arange(n) / n] * 3, indexing="ij")
     return speed * np.stack([np.sin(z) + np.cos(y), np.sin(x) + np.cos(z), np.sin(y) + np.cos(x)])
 
 
 def sphere_radius(fraction: float) -> float:
-    """Radius of the sphere that fills ``fraction`` of a cube, over the cube's side."""
+    """Radius over cube side of the sphere that fills ``fraction`` of the cube."""
     return float((3 * fraction / (4 * math.pi)) ** (1 / 3))

@@ -1,4 +1,4 @@
-"""What a domain hands to the solver, and the pulsed drives that domains share."""
+"""The description of a flow that a domain passes to the solver, and pulsed drives that domains share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Drive = Callable[[FloatArray], FloatArray]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is wanted, and where to begin.
+    """The target of a force calibration and its starting point.
 
     Attributes:
         speed: mean streamwise speed of the fluid.
-        max_speed: the largest speed allowed anywhere: with a narrow throat the mean then stays smaller.
+        max_speed: the largest speed allowed anywhere; it limits the mean in geometries with narrow throats.
         guess: body force along x to try first.
         steps: time steps in which the flow comes near its steady state.
-        force: from the size that is found, the force against the time step.
+        force: makes the force as a function of time from the calibrated size.
     """
 
     speed: float
@@ -35,19 +35,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class FlowSetup:
-    """One trajectory before its first time step, in lattice units.
+    """Description of one trajectory before its first time step, in lattice units.
 
     Attributes:
         solid_XYZ: bool, True in solid voxels.
         lid: free-slip lid on the top z face.
         length: the length in the Reynolds number, in cells.
         velocity_3XYZ: initial velocity, None for rest.
-        force: body force against the time step; None: none.
-        calibration: a body force whose size has to be found first, instead of ``force``; None: none.
-        mean_velocity: mean velocity of the fluid against the time step, which a uniform force is to hold; None: it
-            is as the flow makes it.
+        force: body force as a function of the time step; None for no force.
+        calibration: calibrates a body force, instead of ``force``; None for no calibration.
+        mean_velocity: mean velocity of the fluid as a function of the time step, held by a uniform force; None to
+            leave it free.
         reynolds_speed: the speed in the Reynolds number: ``mean`` along x, or ``rms`` of one velocity component.
-        parameters: what was drawn at random, for the provenance.
+        parameters: the values drawn at random, for the provenance.
     """
 
     solid_XYZ: NDArray[np.bool_]
@@ -65,7 +65,7 @@ class FlowSetup:
 class Pulse:
     """A sum of two sinusoids: sum_i amplitude_i sin(2 pi t / period_i + phase_i).
 
-    Two periods without a common multiple leave no moment at which the drive stands still for long.
+    Two periods without a common multiple keep the drive from standing still for long.
     """
 
     amplitude_2: FloatArray
@@ -74,7 +74,7 @@ class Pulse:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, amplitude: float, period: float) -> Pulse:
-        """Amplitudes that add up to between 0.5 and 1 times ``amplitude``, periods around ``period`` and its 0.55."""
+        """Draw amplitudes with a sum of 0.5 to 1 times ``amplitude``, and periods near 1 and 0.55 times ``period``."""
         share = rng.uniform(0.5, 0.75)
         total = amplitude * rng.uniform(0.5, 1.0)
         return cls(
@@ -97,7 +97,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Turn:
-    """A vector of fixed length that turns in a plane: it never stands still, so neither does what it drives."""
+    """A vector of fixed length that rotates in a plane; it never stands still, so neither does the flow it drives."""
 
     amplitude: float
     period: float
@@ -105,7 +105,7 @@ class Turn:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, amplitude: float, period: float) -> Turn:
-        """Length 0.7 to 1 times ``amplitude``, period around ``period``, either sense."""
+        """Draw a length of 0.7 to 1 times ``amplitude``, a period around ``period``, and the sense of rotation."""
         sense = 1 if rng.random() < 0.5 else -1
         return cls(
             amplitude * rng.uniform(0.7, 1.0), sense * period * rng.uniform(0.8, 1.25), rng.uniform(0, 2 * np.pi)

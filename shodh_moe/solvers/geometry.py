@@ -1,4 +1,4 @@
-"""Random periodic solids and what keeps them usable: exact porosity, connected pores, flow paths along x."""
+"""Random periodic solids with exact porosity, connected pores and flow paths along x."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_sphere(distance_XYZ: FloatGrid, centre_3: NDArray[np.float64], radius: f
 
 
 def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rng: np.random.Generator) -> FloatGrid:
-    """Smooth field, low inside a random pack of overlapping spheres of about ``radius`` cells, periodic.
+    """Smooth periodic field that is low inside a random pack of overlapping spheres of about ``radius`` cells.
 
     Spheres are added until they fill 1 - porosity; a light blur rounds the cusps where two of them meet.
     """
@@ -36,7 +36,7 @@ def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rn
 
 
 def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Generator) -> FloatGrid:
-    """Periodic Gaussian-filtered noise whose blobs have about the thickness of spheres of radius ``length``."""
+    """Periodic Gaussian-filtered noise with blobs about as thick as spheres of radius ``length``."""
     from scipy import ndimage
 
     return ndimage.gaussian_filter(rng.standard_normal(shape), 0.6 * length, mode="wrap")
@@ -55,7 +55,7 @@ def fractures(
     grid = np.meshgrid(*[(np.arange(size) + 0.5) / size for size in shape], indexing="ij", sparse=True)
     solid_XYZ = np.ones(shape, dtype=bool)
     for number in range(count):
-        # A plane closes on itself in a periodic box if it has a whole number of periods along each axis.
+        # A plane is periodic in the box if it has a whole number of periods along each axis.
         waves_3 = rng.integers(-1, 2, 3)
         if number == 0:
             waves_3[0] = 0
@@ -93,9 +93,9 @@ def connected_pores(solid_XYZ: BoolGrid) -> NDArray[np.int64]:
 
 
 def percolating(solid_XYZ: BoolGrid) -> BoolGrid | None:
-    """The mask with every pore that cannot carry flow along x filled in; None if no pore can.
+    """Fill every pore that cannot carry flow along x. Returns the mask, or None if no pore can carry flow.
 
-    A pore carries flow if it joins a cell of the first x layer to the same cell of the last one within the box.
+    A pore carries flow if it connects a cell of the first x layer to the same cell of the last layer within the box.
     """
     from scipy import ndimage
 

@@ -1,7 +1,7 @@
 """The numba kernel of the lattice Boltzmann solver: gather, collide, force, one pass over the fluid cells.
 
-Cells are worked on in fixed blocks that fit the first-level cache, and no cell depends on another of the same time
-step: the result has the same bits for any number of threads.
+Cells are processed in fixed blocks that fit the first-level cache, and no cell depends on another cell of the same time
+step, so the result has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from shodh_moe.kernels.compiled import compiled
 
 BLOCK = 128
-# What becomes of the velocity: see `advance_serial`.
+# Treatment of the velocity, see `advance_serial`.
 FREE, HOLD, KEEP = 0, 1, 2
 
 
@@ -26,7 +26,7 @@ def _collide(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, gz, omega_eve
     for k in range(BLOCK):
         square = ux[k] * ux[k] + uy[k] * uy[k] + uz[k] * uz[k]
         power = ux[k] * gx + uy[k] * gy + uz[k] * gz
-        # From here on rho is what all even parts share, times their weight.
+        # From here on rho is the common factor of all even parts, to be multiplied by their weight.
         rho[k] = omega_even * (rho[k] - real(1.5) * square) - real(3.0) * even_force * power
     w = weight_Q[0]
     for k in range(BLOCK):
@@ -71,7 +71,7 @@ def _collide_with_eddies(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, g
     square_time = (time + half) * (time + half)
     for k in range(BLOCK):
         third = rho[k] / real(3.0)
-        # Out of the moments: equilibrium and force.
+        # Remove equilibrium and force from the moments.
         pxx = xx[k] - third - ux[k] * ux[k] + ux[k] * gx
         pyy = yy[k] - third - uy[k] * uy[k] + uy[k] * gy
         pzz = zz[k] - third - uz[k] * uz[k] + uz[k] * gz
@@ -80,7 +80,7 @@ def _collide_with_eddies(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, g
         pyz = yz[k] - uy[k] * uz[k] + half * (uy[k] * gz + uz[k] * gy)
         norm = np.sqrt(pxx * pxx + pyy * pyy + pzz * pzz + real(2.0) * (pxy * pxy + pxz * pxz + pyz * pyz))
         more = scale * norm
-        # The quadratic equation without the difference of nearly equal numbers: small viscosities need it.
+        # Solve the quadratic equation without a difference of nearly equal numbers, as small viscosities require.
         local = time + half * more / (np.sqrt(square_time + more) + time + half)
         even_rate[k] = one / (local + half)
     for k in range(BLOCK):
@@ -110,13 +110,13 @@ def _collide_with_eddies(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, g
 
 @compiled()
 def _advance_block(block, n_fluid, f_old, f_new, table, velocity_Q3, weight_Q, force_3, velocity_3N, mode, rates):  # type: ignore[no-untyped-def]
-    """One time step of the fluid cells ``block * BLOCK`` and following, from f_old into f_new, both [19 * n_fluid]."""
+    """One time step of the fluid cells from ``block * BLOCK`` on, from f_old into f_new, both [19 * n_fluid]."""
     real = f_old.dtype.type
     half = real(0.5)
     gx, gy, gz = force_3[0], force_3[1], force_3[2]
     low = np.uint64(block * BLOCK)
     n = min(BLOCK, n_fluid - block * BLOCK)
-    # Everything the cells of this block need, one first-level cache full.
+    # Everything that the cells of this block need fits the first-level cache.
     tile = np.zeros((19 * BLOCK,), f_old.dtype)
     rho = np.zeros(BLOCK, f_old.dtype)
     ux = np.zeros(BLOCK, f_old.dtype)

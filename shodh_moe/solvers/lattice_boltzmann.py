@@ -29,11 +29,12 @@ class LatticeBoltzmann:
         viscosity: kinematic, > 0, lattice units.
         lid: the top z face is a free-slip lid; the bottom layer solid_XYZ[:, :, 0] must then be solid.
             Without a lid all three axes are periodic.
-        parallel: step with all of numba's threads; worth it from about 64^3 on. The bits do not depend on it.
+        parallel: step with all of numba's threads; faster from about 64^3 on. The bits do not depend on it.
         dtype: float32 or float64, of the populations. They are stored as deviations from rest, so that float32
             resolves small speeds.
         smagorinsky: constant C of the eddy viscosity C^2 |S| (lattice units), 0 for none; 0.1 to 0.2 is usual.
-        diffusivity: of a scalar that the flow carries, lattice units; None for no scalar. It is 0 until `set_scalar`.
+        diffusivity: diffusivity of a scalar carried by the flow, lattice units; None for no scalar. The scalar is 0
+            until `set_scalar`.
 
     Raises:
         ValueError: a mask that is not 3D or has no fluid, a viscosity or diffusivity <= 0, a constant < 0, a lid
@@ -156,7 +157,7 @@ class LatticeBoltzmann:
         mode: int,
         rates: tuple[float, float] | None = None,
     ) -> None:
-        """Advance one step a row, with other ``rates`` than those of viscosity and eddy viscosity where given."""
+        """Advance one step per row of forces; ``rates`` replace those of viscosity and eddy viscosity if given."""
         force_T3 = np.ascontiguousarray(force_T3, dtype=self.dtype).reshape(-1, 3)
         if not len(force_T3):
             return

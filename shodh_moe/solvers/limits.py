@@ -1,4 +1,4 @@
-"""What the lattice Boltzmann solvers accept, and when a flow of theirs has failed; the same on every device."""
+"""Valid inputs of the lattice Boltzmann solvers, and the check for a failed flow; the same on every device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DivergedError(ArithmeticError):
 def checked_mask(
     solid_XYZ: ArrayLike, viscosity: float, lid: bool, smagorinsky: float, diffusivity: float | None
 ) -> NDArray[np.bool_]:
-    """The mask as an array, once everything that a flow is made of is found right.
+    """Check the inputs of a flow and return the mask as an array.
 
     Raises:
         ValueError: a mask that is not 3D or has no fluid, a viscosity or diffusivity <= 0, a constant < 0, a lid
@@ -38,7 +38,7 @@ def checked_mask(
 
 
 def require_slow(name: str, speed: float) -> None:
-    """Refuse a largest ``speed`` of the flow ``name`` that is not finite or above 0.3. Raises `DivergedError`."""
+    """Raise `DivergedError` if the maximum ``speed`` of the flow ``name`` is not finite or above 0.3."""
     if not math.isfinite(speed):
         raise DivergedError(f"{name}: the solver diverged (non-finite velocity)")
     if speed > MAX_SPEED:

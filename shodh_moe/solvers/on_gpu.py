@@ -1,6 +1,6 @@
 """The lattice Boltzmann solver on a GPU: `LatticeBoltzmann` with Triton's kernels on a dense grid.
 
-A time step at 64^3 takes a GPU about as long as Python takes to launch it, so long runs replay a CUDA graph of
+At 64^3 a time step takes about as long on a GPU as its launch in Python, so long runs replay a CUDA graph of
 `GRAPH_STEPS` steps. Without a GPU the kernels run in Triton's interpreter, for tests.
 """
 
@@ -20,13 +20,13 @@ from shodh_moe.kernels import lattice_boltzmann as reference
 from shodh_moe.solvers.limits import checked_mask, require_slow
 from shodh_moe.solvers.settling import STRESS_STEPS, settling
 
-GRAPH_STEPS = 32  # even, so that a graph ends in the buffer it began with
+GRAPH_STEPS = 32  # even, so that a graph ends in the buffer that it started from
 
 
 class LatticeBoltzmannGPU:
     """One flow at rest with unit density, ready to be stepped; arguments and methods of `LatticeBoltzmann`.
 
-    Solid cells lie in memory as fluid ones do: (2 * 19 * 4 + 5) bytes a cell in float32.
+    Solid cells take as much memory as fluid cells: (2 * 19 * 4 + 5) bytes per cell in float32.
 
     Args:
         solid_XYZ: bool, True in solid voxels (no slip). At least one cell must be fluid.
@@ -35,11 +35,12 @@ class LatticeBoltzmannGPU:
             Without a lid all three axes are periodic.
         dtype: float32 or float64, of the populations.
         smagorinsky: constant of the eddy viscosity in cells, 0 for none; 0.1 to 0.2 is usual.
-        diffusivity: of a scalar that the flow carries, lattice units; None for no scalar. It is 0 until `set_scalar`.
+        diffusivity: diffusivity of a scalar carried by the flow, lattice units; None for no scalar. The scalar is 0
+            until `set_scalar`.
         device: a GPU, or ``cpu`` under Triton's interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
-        ValueError: what `LatticeBoltzmann` refuses.
+        ValueError: as for `LatticeBoltzmann`.
         UserError: no Triton, or the device cannot be used.
     """
 
@@ -65,7 +66,7 @@ class LatticeBoltzmannGPU:
         self._shape = (solid_XYZ.shape[0], solid_XYZ.shape[1], solid_XYZ.shape[2])
         self._solid = torch.from_numpy(solid_XYZ.copy()).to(self.device)
         self._word_N = self._kernels.cell_words(self._solid, lid)
-        # A tensor a buffer, not halves of one: Triton compiles other code for a tensor that begins off 16 bytes.
+        # Two tensors, not halves of one: Triton compiles different code for a tensor that is not aligned to 16 bytes.
         self._f = [self._zeros(reference.Q), self._zeros(reference.Q)]
         self._current = 0
         self._last_force_3 = np.zeros(3, self.dtype)
@@ -84,11 +85,11 @@ class LatticeBoltzmannGPU:
         force_T3 = np.asarray(force_T3, dtype=self.dtype).reshape(-1, 3)
         if not len(force_T3):
             return
-        # Four numbers a row: rows of 16 bytes or more are all aligned alike.
+        # Four numbers per row, so that all rows have the same alignment to 16 bytes.
         force_T4 = self._tensor(np.pad(force_T3, ((0, 0), (0, 1))))
         total, done = len(force_T4), 0
         while done < total:
-            # Something has to run before it can be recorded: kernels are compiled at their first launch.
+            # Run once before recording, since kernels are compiled at their first launch.
             ready = uses_graphs(self.device) and (self._graph is not None or done > 0)
             if ready and self._current == 0 and total - done >= GRAPH_STEPS:
                 self._replay(force_T4[done : done + GRAPH_STEPS])
@@ -167,7 +168,7 @@ class LatticeBoltzmannGPU:
     def _flow_step(
         self, force_4: Tensor, rates_4: Tensor, velocity_3N: Tensor | None, eddies: bool, held: bool = False
     ) -> None:
-        """The flow alone, from its current buffer into the other one."""
+        """Step only the flow, from its current buffer into the other one."""
         switches = {"lid": self.lid, "eddies": eddies, "held": held}
         f_QN, out_QN = self._f[self._current], self._f[1 - self._current]
         self._kernels.step(f_QN, out_QN, self._word_N, self._shape, force_4, rates_4, velocity_3N, **switches)
@@ -188,7 +189,7 @@ class LatticeBoltzmannGPU:
         self._current = then
 
     def _replay(self, force_T4: Tensor) -> None:
-        """`GRAPH_STEPS` steps as one graph, recorded the first time; their forces lie where the graph reads them."""
+        """Run `GRAPH_STEPS` steps as one graph, recorded at the first call; forces are read from a fixed buffer."""
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device), torch.cuda.graph(graph):
@@ -199,12 +200,12 @@ class LatticeBoltzmannGPU:
         self._graph.replay()
 
     def _hold(self, velocity_3N: Tensor, steps: int, rates_4: Tensor, eddies: bool) -> None:
-        """Step the flow without force, its velocity held; the scalar waits."""
+        """Step the flow without force and with its velocity held; the scalar is not stepped."""
         force_4 = rates_4.new_zeros(4)
         for _ in range(steps):
             self._flow_step(force_4, rates_4, velocity_3N, eddies, held=True)
             self._current = 1 - self._current
-        if self._g and steps % 2:  # the graph knows the scalar's buffers by place: they cannot be exchanged
+        if self._g and steps % 2:  # the graph refers to the scalar's buffers by address, so they cannot be swapped
             self._g[self._current].copy_(self._g[1 - self._current])
 
 
@@ -213,7 +214,7 @@ def uses_graphs(device: torch.device) -> bool:
 
 
 def _kernels(device: torch.device) -> ModuleType:
-    """The Triton kernels, where they can run on ``device``."""
+    """Import the Triton kernels. Raises UserError if they cannot run on ``device``."""
     if importlib.util.find_spec("triton") is None:
         raise UserError("the GPU solver needs Triton, which is not installed: pip install 'shodh_moe[triton]'")
     if device.type == "cuda" and not torch.cuda.is_available():

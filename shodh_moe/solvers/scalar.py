@@ -1,7 +1,7 @@
 """The scalar that a flow carries: advection and diffusion on the D3Q7 lattice, numba, one pass over the fluid cells.
 
-`kernels.lattice_boltzmann.scalar_step` defines the step; there stands why the relaxation is what it is. Blocks and
-bits as in `solvers.kernel`.
+`kernels.lattice_boltzmann.scalar_step` defines the step and explains the choice of the relaxation. Blocks and
+reproducibility are as in `solvers.kernel`.
 """
 
 from __future__ import annotations

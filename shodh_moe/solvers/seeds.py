@@ -1,4 +1,4 @@
-"""Random streams: one per trajectory, the same whatever else is generated, in whatever order."""
+"""Random streams: one per trajectory, independent of other trajectories and of the order of generation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-# Splits number their trajectories from far apart bases, so that a longer training split does not move the others.
+# Splits number their trajectories from distant bases, so that a longer training split does not change the others.
 SPLIT_BASE = {"train": 0, "valid": 1_000_000, "test": 2_000_000}
 
 

@@ -1,18 +1,18 @@
-"""How long a flow that starts from a given velocity takes to find its own pressure."""
+"""Steps in which a flow that starts from a given velocity develops its pressure."""
 
 from __future__ import annotations
 
 import math
 
-STRESS_STEPS = 100  # of the second stage, in which the stresses settle at their own rate
+STRESS_STEPS = 100  # length of the second stage, in which the stresses settle at their own rate
 
 
 def settling(shape: tuple[int, ...], lid: bool) -> tuple[int, float]:
     """Time steps and odd rate of the first stage, in which the velocity is held and the density settles.
 
-    With the velocity held, density obeys a damped wave equation whose damping is the odd rate. This one is critical
-    for the longest wave of the box: all waves die out together, in a time of the box's size. The slower the rate, the
-    less it matters what divergence the given velocity has on the lattice.
+    With the velocity held, density obeys a wave equation damped by the odd rate. The chosen rate is critical for the
+    longest wave of the box, so all waves die out together, in a time proportional to the box. The slower the rate, the
+    smaller the effect of the given velocity's divergence on the lattice.
     """
     nx, ny, nz = shape
     longest = max(nx, ny, 2 * nz if lid else nz)

@@ -1,4 +1,4 @@
-"""Run one trajectory of one domain and keep its snapshots."""
+"""Simulate one trajectory of one domain and collect its snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
 from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.seeds import trajectory_seed
 
-# Time steps between two measurements of a mean velocity that is held; over the first time it comes back by 1 - 1/e.
+# Time steps between two measurements of a held mean velocity; a deviation decays by 1 - 1/e over the first of these.
 _HOLD_EVERY = 10
 _HOLD_TIME = 100.0
 _HOLD_MEMORY = 500.0
@@ -35,8 +35,8 @@ class Simulation:
         solid_XYZ: bool [X, Y, Z], True in solid voxels.
         lid: the top z face is a free-slip lid, the bottom a wall; otherwise everything is periodic.
         time_T: time step of each snapshot [T].
-        parameters: what defines the trajectory, numbers and words (Reynolds and Mach number included).
-        forced: a body force drives the flow, along x and perhaps other ways.
+        parameters: values that define the trajectory, numbers and words (Reynolds and Mach number included).
+        forced: a body force drives the flow, along x and possibly other directions.
         scalar_TXYZ: passive concentration [T, X, Y, Z], zero in solid voxels; None without one.
     """
 
@@ -62,8 +62,8 @@ def simulate(
 ) -> Simulation:
     """Simulate trajectory number ``trajectory`` of ``domain``: the same bits for the same arguments.
 
-    ``parallel`` lets the solver use all cores for this one flow: worth it on large grids only, same bits. On ``cuda``
-    rounding differs, and the flow with it slowly.
+    ``parallel`` lets the solver use all cores for this flow, which pays only on large grids and gives the same bits. On
+    ``cuda`` rounding differs, so flows slowly diverge from those of a CPU.
 
     Raises:
         UserError: the flow diverged or no geometry can be made at these parameters; names the trajectory.
@@ -79,7 +79,7 @@ def simulate(
             setup = replace(setup, force=drive, calibration=None, parameters=parameters)
         solver = _solver(config, setup, parallel, device)
         if config.scalar:
-            # Drawn last: a flow is the same with and without it.
+            # Drawn last, so that a flow is the same with and without it.
             solver.set_scalar(config.scalar.initial(setup.solid_XYZ, rng))
         return _run(name, config, setup, solver, snapshots)
     except DivergedError as error:
@@ -133,7 +133,7 @@ def _run(name: str, config: Domain, setup: FlowSetup, solver: Any, snapshots: in
 
 
 class _Drive:
-    """The body force of a trajectory: a given one, or what holds a given mean velocity of the fluid."""
+    """The body force of a trajectory: given, or controlled to hold a given mean velocity of the fluid."""
 
     def __init__(self, setup: FlowSetup) -> None:
         self._setup = setup
@@ -152,7 +152,7 @@ class _Drive:
 
     def _hold(self, solver: Any, time_T: NDArray[np.float64]) -> None:
         assert self._setup.mean_velocity is not None
-        # The wanted change of the mean, a share of what is missing, and the drag as it is known so far.
+        # The prescribed change of the mean, a share of its deviation, and the drag estimated so far.
         target_T3 = self._setup.mean_velocity(np.append(time_T, time_T[-1] + 1))
         mean_3 = solver.velocity()[:, self._fluid_XYZ].mean(1, dtype=np.float64)
         missing_3 = (target_T3[0] - mean_3) / _HOLD_TIME
@@ -165,7 +165,7 @@ def _parameters(config: Domain, setup: FlowSetup, velocity_T3XYZ: NDArray[np.flo
     mean_speed = float(velocity_T3XYZ[:, 0, fluid_XYZ].mean(dtype=np.float64))
     square_TXYZ = (velocity_T3XYZ**2).sum(1)
     max_speed = float(np.sqrt(square_TXYZ.max()))
-    # Of one component, over all snapshots.
+    # Root mean square of one component over all snapshots.
     rms_speed = float(np.sqrt(square_TXYZ[:, fluid_XYZ].mean(dtype=np.float64) / 3))
     speed = rms_speed if setup.reynolds_speed == "rms" else abs(mean_speed)
     return {

@@ -1,4 +1,4 @@
-"""The tokenizer: an autoencoder between flow fields and latents whose velocity is exactly divergence-free."""
+"""The tokenizer: an autoencoder between flow fields and latents; its decoded velocity is exactly divergence-free."""
 
 from shodh_moe.tokenizer.tokenizer import Flow, Tokenizer, load_tokenizer
 

@@ -1,7 +1,7 @@
 """Convolutional encoder and decoder, 8x smaller per axis (DESIGN 3.2).
 
-Shapes: B batch, C channels, X Y Z space. All convolutions wrap around: the flows live on a torus, and
-where a domain is not periodic its own solid voxels or lid separate the two sides.
+Shapes: B batch, C channels, X Y Z space. All convolutions are periodic: the flows live on a torus, and the solid voxels
+or the lid of a domain that is not periodic separate its two sides.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def depth_to_space(x_BCXYZ: Tensor, factor: int = 2) -> Tensor:
 
 
 class _Wrap(torch.autograd.Function):
-    """One voxel of the other side around the box. The backward pass of torch's own circular padding makes six copies
-    of it; here it is one, and adds the sides where they came from."""
+    """Pad the box by one voxel of the opposite side.
+
+    The backward pass of torch's circular padding makes six copies of the box; this one makes a single copy and adds the
+    gradient of the padding to the voxels that it came from.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,8 +67,11 @@ class WrappingConv(nn.Conv3d):
 
 
 class Norm(nn.GroupNorm):
-    """Groups of channels, statistics in float32. Under autocast too it gives the dtype that it gets: by itself a GPU
-    would make float32 of what a convolution then rounds to bfloat16, and keep twice as much."""
+    """Group normalisation with statistics in float32.
+
+    Returns the dtype of the input, also under autocast, where torch would return float32 on a GPU: the next convolution
+    would round that to bfloat16, and autograd would keep twice the memory.
+    """
 
     def __init__(self, channels: int):
         super().__init__(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
@@ -76,15 +82,15 @@ class Norm(nn.GroupNorm):
 
 
 def _recomputed(on: bool, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``stage(*inputs)``; where ``on`` autograd keeps the inputs alone, and the backward pass computes it once more."""
+    """``stage(*inputs)``; if ``on``, autograd keeps only the inputs and the backward pass recomputes the stage."""
     if on and torch.is_grad_enabled():
-        # The state of the random numbers need not be kept: nothing in a stage draws any.
+        # The random state need not be kept, since a stage draws no random numbers.
         return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
     return stage(*inputs)
 
 
 def _silence(layer: nn.Conv3d) -> None:
-    """Make a layer's output zero until it has learned something."""
+    """Set a layer's weights to zero, so that its output is zero before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -106,12 +112,12 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """Normalised fields [B, 5, X, Y, Z] (velocity, pressure, solid) to latents [B, C, X/8, Y/8, Z/8].
 
-    The latent is a linear projection of each 8^3 patch of velocity and pressure plus a convolutional
-    correction that also sees the neighbours and the walls, zero before training (ours: the projection starts
-    as the patches' principal components, and minutes of training go into what lies beyond them).
+    The latent is a linear projection of each 8^3 patch of velocity and pressure, plus a convolutional correction that
+    also sees the neighbours and the walls and is zero before training. (Our choice: the projection starts as the
+    patches' principal components, so that training only has to learn the correction.)
 
     Attributes:
-        checkpointing: keep only each stage's input while training; the backward pass computes the stage once more.
+        checkpointing: keep only each stage's input in training; the backward pass recomputes the stage.
     """
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
@@ -146,9 +152,9 @@ def _down(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Latents and the known geometry to a raw velocity and a pressure, both zero in solid voxels.
 
-    The solid mask is an input of every simulation, so each stage sees it at its own resolution (ours):
-    the latents need not spend channels on where the walls are. The mirror image of `Encoder`: linear patches
-    plus a convolutional correction that is zero before training.
+    The solid mask is an input of every simulation, so each stage sees it at its own resolution and the latents need no
+    channels for the walls (our choice). Mirrors `Encoder`: linear patches plus a convolutional correction that is zero
+    before training.
 
     Attributes:
         checkpointing: as for `Encoder`.
@@ -166,7 +172,7 @@ class Decoder(nn.Module):
             self.geometry.append(nn.Conv3d(8 ** (level + 1), width, 1))
             self.blocks.append(nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))))
             self.up.append(nn.Conv3d(width, 8 * finer, 1))
-        # Features times the mask give the last layer a say in what happens next to a wall.
+        # Features times the mask let the last layer treat voxels next to a wall differently.
         self.head = WrappingConv(2 * self.FINE + 1, 4)
         _silence(self.head)
         self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)

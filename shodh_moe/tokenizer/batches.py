@@ -1,4 +1,4 @@
-"""Batches of snapshots for the tokenizer: which ones a step trains on, each under a symmetry of its flow."""
+"""Batches of snapshots for the tokenizer: the snapshots of a step, each under a random symmetry of its flow."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.data.symmetry import Symmetry, apply_each
 
-# Which snapshots, and the symmetry that each is seen under.
+# Indices of snapshots, and the symmetry applied to each.
 Draw = tuple[list[int], list[Symmetry]]
 
 
 def draw(train: Snapshots, sampler: DomainSampler | None, batch_size: int, seed: int, step: int) -> Draw:
-    """The batch of a step: any snapshots or, given a sampler, those that it mixes; each under a random symmetry.
+    """Draw the batch of a step, uniformly or with a sampler; each snapshot gets a random symmetry.
 
-    A dataset with fewer snapshots than a batch gives some of them twice.
+    If the dataset has fewer snapshots than a batch, some are repeated.
     """
-    rng = np.random.default_rng([seed, step])  # by step, so that resuming continues the same order
+    rng = np.random.default_rng([seed, step])  # seeded by step, so that a resumed training continues the same order
     if sampler is None:
         picks = [int(i) for i in rng.choice(len(train), size=batch_size, replace=len(train) < batch_size)]
     else:
@@ -39,7 +39,7 @@ def share(batch: Draw, rank: int, ranks: int) -> Draw:
 def drawn_batches(
     snapshots: Snapshots, draws: Iterable[Draw], device: torch.device | str
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The snapshots of each draw and, under their symmetries, [B, 5, X, Y, Z] on ``device``; read ahead."""
+    """Yield each draw's snapshots under their symmetries, [B, 5, X, Y, Z] on ``device``, read ahead."""
     here, ahead = itertools.tee(draws)
     read = on_device(snapshots, (picks for picks, _ in ahead), device)
     for (picks, symmetries), fields in zip(here, read, strict=True):
@@ -47,7 +47,7 @@ def drawn_batches(
 
 
 def on_device(snapshots: Snapshots, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
-    """Batches of snapshots as they are, [B, 5, X, Y, Z] on ``device``; read ahead."""
+    """Yield batches of unchanged snapshots, [B, 5, X, Y, Z] on ``device``, read ahead."""
     gpu = torch.device(device).type == "cuda"
     for fields in read_batches(snapshots, batches, WORKERS, pin=gpu):
         yield fields.to(device, non_blocking=gpu)

@@ -1,4 +1,4 @@
-"""A raw velocity made divergence-free: the Helmholtz decoder's last step (DESIGN 3.1).
+"""Make a raw velocity divergence-free: the last step of the Helmholtz decoder (DESIGN 3.1).
 
 Shapes: B batch, 3 components, X Y Z space, periodic.
 """
@@ -17,7 +17,7 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
     """A with curl_D(A) the divergence-free, zero-mean part of u: A = (-Laplace_D)^-1 curl_D^T(u), [B, 3, X, Y, Z].
 
     With D^T the transposed derivative, curl_D curl_D^T = -Laplace_D on divergence-free fields, where
-    -Laplace_D = D_x D_x^T + D_y D_y^T + D_z D_z^T, and no other part of u returns. A is in the Coulomb gauge: its
+    -Laplace_D = D_x D_x^T + D_y D_y^T + D_z D_z^T, and the other parts of u vanish. A is in the Coulomb gauge: its
     divergence taken with D^T is zero, which for the antisymmetric operators is div_D(A) = 0.
     Modes where every D vanishes (the mean; for even sizes and antisymmetric operators the Nyquist modes) have no
     potential.
@@ -29,17 +29,17 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
 
 
 def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, walls: str) -> Tensor:
-    """A velocity near w for which div_D is zero, [B, 3, X, Y, Z]; for ``staggered`` on the lower faces of the voxels.
+    """A velocity close to w with div_D(u) = 0, [B, 3, X, Y, Z]; for ``staggered`` on the lower faces of the voxels.
 
     Args:
-        w_B3XYZ: at the voxels' centres, zero in solids; float32 or float64, which is the result's dtype.
+        w_B3XYZ: velocity at voxel centres, zero in solids; float32 or float64, which is the result's dtype.
         solid_B1XYZ: 1 in solid voxels, 0 elsewhere; any dtype.
         operator: one of `kernels.differentiation.OPERATORS`; with walls a local one.
         walls: ``none``: u = curl_D(A) + Ubar with the potential and the mean of w; small in solids, not zero.
-            ``ramp``: u = curl_D(ramp (A - A0)) + carrier; zero in solids. The carrier is a constant wherever there may
-            be flow, with the mean of w, made free of divergence; nothing else passes through throats. A0 is the mean
-            of A where the ramp rises: a constant has no curl, but ramped up within a few cells it would be a jet.
-            ``exact``: the nearest there is (`walls.project`).
+            ``ramp``: u = curl_D(ramp (A - A0)) + carrier; zero in solids. The carrier is the mean of w in all fluid
+            voxels, made divergence-free; it is the only flow through throats. A0 is the mean of A where the ramp
+            rises: the curl of a constant is zero, but a constant ramped up within a few cells would make a jet.
+            ``exact``: the nearest such velocity (`walls.project`).
     """
     flows_B3XYZ = may_flow(solid_B1XYZ, operator)
     if operator == "staggered":
@@ -59,11 +59,11 @@ def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, wall
 
 
 def at_centres(u_B3XYZ: Tensor, operator: str) -> Tensor:
-    """A `conserved_velocity` where the data are, at the voxels' centres."""
+    """A `conserved_velocity` interpolated to voxel centres, where the data are."""
     return to_centres(u_B3XYZ) if operator == "staggered" else u_B3XYZ
 
 
 def _on_faces(w_B3XYZ: Tensor, mask_B3XYZ: Tensor) -> Tensor:
-    """w from centres to faces, so that `to_centres` gives it back up to fourth order."""
+    """w interpolated from centres to faces, so that `to_centres` restores it up to fourth order."""
     faces_B3XYZ = mask_B3XYZ * to_faces(w_B3XYZ)
     return faces_B3XYZ + mask_B3XYZ * to_faces(w_B3XYZ - to_centres(faces_B3XYZ))

@@ -1,4 +1,4 @@
-"""The inverse of the Laplacian that belongs to a derivative operator, on the periodic box without solids."""
+"""The inverse Laplacian of a derivative operator, on the periodic box without solids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shodh_moe.kernels import differentiation_matrix
 def inverse_laplacian(shape: tuple[int, int, int], operator: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 / |k_D|^2 for every mode of a real transform, [X, Y, Z // 2 + 1], in ``dtype``; 0 where k_D = 0.
 
-    Computed in float64. Kept for the next call: never write to it.
+    Computed in float64. Cached: never write to it.
     """
     with torch.inference_mode(False), torch.no_grad():
         k_x, k_y, k_z = (

@@ -1,13 +1,14 @@
 """Latents of a whole dataset, encoded once and cached, so that pretraining never runs the encoder.
 
-A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``; each has one group per trajectory with
+A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``. Each has one group per trajectory with
 ``z`` [T, C, x, y, z] and ``geometry`` [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z]
-(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (the data file), ``sample``
-(which trajectory of that file), ``copy`` (0: as it is) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
+(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of
+the trajectory in that file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``,
+``order``.
 
-The attributes of the file say what the latents were made from: ``tokenizer_sha256`` (of all its weights and
-statistics), ``tokenizer`` (its folder), ``dataset`` (folder), ``stats_sha256`` (of the dataset's statistics),
-``grid`` (of the fields), ``latent_channels``, ``copies``, ``symmetries`` and ``seed``.
+The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
+``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
+fields), ``latent_channels``, ``copies``, ``symmetries`` and ``seed``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import torch
@@ -33,9 +34,10 @@ from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.data.symmetry import Symmetry, draw_copies
+from shodh_moe.model import Context
 from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
 
-# Snapshots encoded at a time.
+# Number of snapshots to encode at a time.
 BATCH = 8
 
 
@@ -44,7 +46,7 @@ class LatentTrajectory:
     """One trajectory in latent space. The latents stay on disk until they are read.
 
     Attributes:
-        copy: 0 for the trajectory as it is, otherwise the number of a copy under a symmetry.
+        copy: 0 for the trajectory itself, otherwise the number of its copy under a symmetry.
     """
 
     domain: str
@@ -60,11 +62,15 @@ class LatentTrajectory:
         return self.z.shape[0]
 
     def solid_fraction_by_token(self, patch: int) -> Tensor:
-        """Of the cells of each token: [x / patch, y / patch, z / patch]."""
+        """Share of each token's cells that are solid, [x / patch, y / patch, z / patch]."""
         return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Latents of snapshots start..stop, float32 [T, C, x, y, z]. Raises: UserError: the file is damaged there."""
+        """Latents of snapshots ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
+
+        Raises:
+            UserError: the file is damaged.
+        """
         with _readable(Path(self.z.file.filename)):
             return torch.from_numpy(self.z[start:stop])
 
@@ -81,16 +87,16 @@ def encode_dataset(
     symmetries: str = "all",
     tokenizer_folder: Path | None = None,
 ) -> None:
-    """Encode every trajectory of every split into ``folder`` (which should be a temporary one).
+    """Encode every trajectory of every split into ``folder`` (which should be temporary).
 
-    Each training trajectory is encoded up to ``copies`` times: as it is, and under different symmetries of its flow.
-    Shifts by other than whole latent cells give latents that the first copy does not have. Only a few batches of
+    Each training trajectory is encoded up to ``copies`` times: unchanged, and under different symmetries of its flow.
+    Shifts by a fraction of a latent cell give latents that the first copy does not have. Only a few batches of
     snapshots are in memory at a time.
 
     Args:
-        symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow that has fewer gets fewer copies.
-        tokenizer_folder: where ``tokenizer`` was read from. Without it the cache does not say whose latents it holds,
-            and `load_latents` refuses it where a tokenizer is named.
+        symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow with fewer symmetries gets fewer copies.
+        tokenizer_folder: the folder from which ``tokenizer`` was read. Without it the cache does not record its
+            tokenizer, and `load_latents` refuses it whenever a tokenizer is named.
 
     Raises:
         UserError: bad data, or latents that are not finite (names the trajectory).
@@ -150,19 +156,19 @@ def _new_group(
     copy: int,
     symmetry: Symmetry,
 ) -> None:
-    """The group of a trajectory, all but its latents."""
+    """Create the group of a trajectory with everything except the values of its latents."""
     group = file.create_group(name)
     group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample, copy=copy)
     group.attrs.update(shift=symmetry.shift, mirror=symmetry.mirror, order=symmetry.order)
     shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
-    # One block: with checksums by chunk, reading takes 16 times as long, and training waits for it.
+    # One block: reading chunks with checksums takes 16 times as long, and training waits for it.
     group.create_dataset("z", shape, "float32")
     group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
     group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
 
 
 def trajectory_fields(trajectory: Trajectory) -> Tensor:
-    """A data trajectory as encoder input, float32 [T, 5, X, Y, Z]: velocity, pressure, solid mask."""
+    """Convert a data trajectory to encoder input, float32 [T, 5, X, Y, Z]: velocity, pressure, solid mask."""
     velocity, pressure, solid = (
         torch.from_numpy(array)
         for array in (trajectory.velocity_T3XYZ, trajectory.pressure_T1XYZ, trajectory.solid_1XYZ)
@@ -171,15 +177,15 @@ def trajectory_fields(trajectory: Trajectory) -> Tensor:
 
 
 def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> list[LatentTrajectory]:
-    """Every cached trajectory of a split, in the order of their names. The file stays open.
+    """Open every cached trajectory of a split, ordered by name. The file stays open.
 
     Args:
-        tokenizer: the folder of the tokenizer whose latents they have to be; None, or a folder from which the tokenizer
-            was removed: those of any.
+        tokenizer: folder of the tokenizer that must have made the latents. If it is None or no longer holds a
+            tokenizer, latents of any tokenizer are accepted.
 
     Raises:
-        UserError: the cache is missing, damaged or of another tokenizer (by its hash, channels or grid), a trajectory
-            has no snapshots or other shapes than the first, or a geometry is not finite.
+        UserError: the cache is missing, damaged or of another tokenizer (by hash, channels or grid), a trajectory has
+            no snapshots or other shapes than the first one, or a geometry is not finite.
     """
     path = folder / f"{split}.hdf5"
     with _readable(path):
@@ -221,7 +227,7 @@ def _trajectory(group: h5py.Group) -> LatentTrajectory:
 def _require_made_with(
     tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, again: str
 ) -> None:
-    """Refuse latents with another hash or shape than those of the tokenizer in a folder, if there is one."""
+    """Raise if the folder holds a tokenizer, and the latents' hash or shape differs from that tokenizer's."""
     (digest, folder), described = made_with, tokenizer / "tokenizer.json"
     try:
         meta = json.loads(described.read_text(encoding="utf-8"))
@@ -245,27 +251,56 @@ def _size(shape: tuple[int, ...]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What HDF5 reports in the block, as an error that the user can mend."""
+    """Turn HDF5's errors in the block into a `UserError` that says what to do."""
     try:
         yield
-    # By h5py, of the wrong kind of object (a group in place of a dataset) too.
+    # h5py raises several of these for an object of the wrong kind (a group instead of a dataset).
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read latents {path} ({reason}): delete {path.parent} and run again") from error
+
+
+class Batch(NamedTuple):
+    """Samples for one call of the transformer. Shapes: B samples, H history, C channels, x y z latent grid.
+
+    Attributes:
+        history_BHCxyz: the H latents before the target, the newest last.
+        geometry_BCxyz: the geometry latents.
+        target_BCxyz: the latents to predict.
+        domain_B: int64, number of each sample's domain in `LatentSamples.domains`.
+    """
+
+    history_BHCxyz: Tensor
+    geometry_BCxyz: Tensor
+    target_BCxyz: Tensor
+    domain_B: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Context]:
+        """The arguments of `LatentTransformer.forward`."""
+        return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The samples on a device, with floating-point tensors in ``dtype`` (None: as they are)."""
+        return Batch(*(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in self))
 
 
 class LatentSamples:
     """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain.
 
     Args:
-        weights: ``data.weights``; a domain with weight 0 is left out.
+        trajectories: latent trajectories of one split.
+        history: H.
+        weights: ``data.weights``; domains with weight 0 are left out.
 
     Attributes:
-        domains: those that are used, by name.
-        weights, streams: of them, for `DomainSampler`. A stream is the domain's place among all domains.
+        domains: sorted names of the domains in use.
+        trajectories: those of the domains in use.
+        index: for each domain, (trajectory number, first snapshot) of each sample.
+        weights, streams: of the domains in use, for `DomainSampler`. A stream is a domain's place among all domains.
 
     Raises:
-        UserError: a weight is for an unknown domain, or a domain has no trajectory that is long enough.
+        UserError: a weight is for an unknown domain, or no trajectory of a domain is long enough.
     """
 
     def __init__(self, trajectories: list[LatentTrajectory], history: int, weights: dict[str, float] | None = None):
@@ -286,11 +321,11 @@ class LatentSamples:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Samples per domain."""
+        """Number of samples per domain."""
         return tuple(len(samples) for samples in self.index)
 
-    def batch(self, samples: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(domain, index) pairs -> history [B, H, C, x, y, z], geometry, target [B, C, x, y, z], domain [B]."""
+    def batch(self, samples: list[tuple[int, int]]) -> Batch:
+        """Read the samples of these (domain, index) pairs."""
         history, geometry, target = [], [], []
         for domain, within in samples:
             number, start = self.index[domain][within]
@@ -300,14 +335,20 @@ class LatentSamples:
             geometry.append(trajectory.geometry_Cxyz)
             target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
-        return torch.stack(history), torch.stack(geometry), torch.stack(target), labels
+        return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
 
-    def expert_B(self, domain_B: Tensor, experts: int) -> Tensor:
-        """The expert that each sample's domain has under the oracle router."""
-        return domain_B % max(experts, 1)
+    def context(self, domain: str) -> Context:
+        """What routers may know of one sample of a domain."""
+        return Context(1, torch.tensor([self.domains.index(domain)]))
+
+    def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
+        """(domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
+        number = next(number for number, one in enumerate(self.trajectories) if one is trajectory)
+        domain = self.domains.index(trajectory.domain)
+        return [(domain, n) for n, (owner, _) in enumerate(self.index[domain]) if owner == number]
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Where a sample lies, and whether its values are finite."""
+        """Locate a sample (domain, file, trajectory, first snapshot), and check whether its values are finite."""
         number, start = self.index[domain][index]
         trajectory = self.trajectories[number]
         return {

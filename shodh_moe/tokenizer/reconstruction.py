@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on: how far fields that went through it are from what they were.
+"""The training objective of a tokenizer: errors of reconstructed fields.
 
 Shapes: B batch, X Y Z space.
 """
@@ -13,7 +13,7 @@ from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
 class Reconstruction(nn.Module):
-    """A tokenizer's errors on fields, through encoder and decoder."""
+    """Errors of a tokenizer on fields that pass through its encoder and decoder."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -23,8 +23,10 @@ class Reconstruction(nn.Module):
             self.names.append("divergence_mse")
 
     def forward(self, fields_B5XYZ: Tensor) -> Tensor:
-        """By `names`, mean squared over each sample's voxels and components, [names, B]: the errors of velocity and
-        pressure over their training rms, and cell width times divergence of that velocity under the config's operator.
+        """Mean squares over each sample's voxels and components, [names, B], in the order of `names`.
+
+        They are the errors of velocity and pressure over their training rms, and cell width times divergence of that
+        velocity under the config's operator.
         """
         tokenizer = self.tokenizer
         normalised = tokenizer.normalise(fields_B5XYZ)

@@ -1,4 +1,4 @@
-"""Where the training of a tokenizer starts: principal components of the patches of its training data."""
+"""Initialise a tokenizer with principal components of the patches of its training data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shodh_moe.tokenizer.batches import drawn_batches
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 SAMPLES = 512
-# What the start sets, by its name in the tokenizer's state; the scales of the fields must be there before.
+# Names in the tokenizer's state that the initialisation sets; the scales of the fields must be set before.
 SCALES = ("velocity_rms", "pressure_rms")
 STARTED = ("encoder.project.weight", "decoder.patches.weight", "geometry_mean_P", "geometry_basis_CP")
 
@@ -33,8 +33,8 @@ def start_from_principal_components(
 ) -> None:
     """Set the linear parts of encoder and decoder, and the geometry latent's basis, from training patches.
 
-    Principal components without centring, so that a field at rest has the latent zero; at most `SAMPLES`
-    randomly shifted snapshots are looked at, which the ranks share.
+    The principal components are not centred, so that a field at rest has the latent zero. They are computed from at
+    most `SAMPLES` randomly shifted snapshots, which are divided among the ranks.
 
     Args:
         reduce: replaces float64 sums on the tokenizer's device by those over all ranks.
@@ -59,16 +59,16 @@ def start_from_principal_components(
     tokenizer.encoder.project.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     tokenizer.decoder.patches.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     vectors, values = _leading(solid - torch.outer(mean, mean), channels)
-    present = values > 1e-6 * values[0].clamp(min=1.0)  # rounding is no component: the mask is 0 or 1
+    present = values > 1e-6 * values[0].clamp(min=1.0)  # discards mere rounding: the mask is 0 or 1
     scaled = torch.where(present[:, None], vectors / values.clamp(min=1e-12).sqrt()[:, None], 0.0)
     tokenizer.geometry_mean_P.copy_(mean)
     tokenizer.geometry_basis_CP[: len(scaled)].copy_(scaled)
 
 
 def _leading(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` leading eigenvectors as rows, signs fixed by their largest entry, and their eigenvalues."""
+    """The ``count`` leading eigenvectors as rows, with signs fixed by their largest entries, and their eigenvalues."""
     size = len(covariance)
-    # Only the leading ones: several times faster than torch.linalg.eigh, which computes all.
+    # Several times faster than torch.linalg.eigh, which computes all eigenvectors.
     values, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(size - count, 0), size - 1])
     rows = torch.from_numpy(vectors.T[::-1].copy())
     sign = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()

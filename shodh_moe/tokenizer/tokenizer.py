@@ -1,4 +1,4 @@
-"""The tokenizer: flow fields to normalised latents, and back to an exactly divergence-free velocity.
+"""The tokenizer: encode flow fields to normalised latents, and decode to an exactly divergence-free velocity.
 
 Shapes: B batch, C latent channels, X Y Z space (x y z latent grid, 8x coarser).
 """
@@ -17,24 +17,24 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file, sha256, write_text
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import COMPRESSION, Config, TokenizerConfig
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import Paths
 from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
 from shodh_moe.tokenizer.walls import to_faces
 
-FIELDS = ("velocity", "pressure", "solid")  # what a tokenizer reads
+FIELDS = ("velocity", "pressure", "solid")  # input fields of a tokenizer
 
 
 class Flow(NamedTuple):
     """Decoded fields in the units of the data. The velocities may have a wider dtype than the pressure.
 
     Attributes:
-        velocity_B3XYZ: at the voxels' centres, where the data are.
-        pressure_B1XYZ: there as well.
-        conserved_B3XYZ: the velocity whose divergence vanishes: with the operator ``staggered`` that on the lower
-            faces of the voxels, of which ``velocity`` is the mean; otherwise ``velocity`` itself. A direct decoder has
-            it at the same places, and its divergence does not vanish.
+        velocity_B3XYZ: velocity at voxel centres, where the data are.
+        pressure_B1XYZ: pressure at voxel centres.
+        conserved_B3XYZ: the divergence-free velocity: with the operator ``staggered`` on the lower faces of the voxels,
+            with ``velocity`` as its mean; otherwise ``velocity`` itself. A direct decoder has it at the same positions,
+            but its divergence does not vanish.
     """
 
     velocity_B3XYZ: Tensor
@@ -45,9 +45,9 @@ class Flow(NamedTuple):
 class Tokenizer(nn.Module):
     """Autoencoder with a Helmholtz decoder (DESIGN 3.1), and all its statistics.
 
-    The decoder's layers give a raw velocity; `conserved_velocity` makes it free of divergence, and with
-    ``tokenizer.walls`` zero in solids. So the linear patches can start from what the data say about velocities, and no
-    layer has to learn to undo a curl, whose gain grows with the wave number (ours; see docs/tokenizer.md).
+    The decoder's layers give a raw velocity; `conserved_velocity` makes it divergence-free, and with
+    ``tokenizer.walls`` zero in solids. Thus the linear patches can start from principal components of velocities, and
+    no layer has to learn to invert a curl, whose gain grows with the wave number (our choice; see docs/tokenizer.md).
 
     One velocity scale and one pressure scale (rms over every domain of the training split) normalise the
     fields; latents are normalised per channel. All statistics are buffers and travel with the weights.
@@ -115,7 +115,7 @@ class Tokenizer(nn.Module):
         """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights).
 
         Raises:
-            UserError: no space or no permission; then neither file is new.
+            UserError: no space or no permission; both old files are then unchanged.
         """
         with atomic_file(folder / "tokenizer.safetensors") as temporary:
             save_tensors(self.state_dict(), temporary)
@@ -129,7 +129,7 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read a tokenizer that `Tokenizer.save` wrote.
+    """Load a tokenizer saved by `Tokenizer.save`.
 
     Raises:
         UserError: it is missing or damaged, or was trained on other fields.
@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tokenizer_sha256(folder: Path) -> str | None:
-    """Hash of a tokenizer's weights as it was saved; None if there is none."""
+    """Hash of a saved tokenizer's weights; None if there is no tokenizer."""
     try:
         return str(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError):
@@ -169,10 +169,10 @@ def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]
 
 
-def require_fit(tokenizer: Tokenizer, config: Config) -> None:
-    """Refuse a tokenizer of another grid than the data's (its fields are checked when it is loaded)."""
+def require_fit(tokenizer: Tokenizer, config: Config, paths: Paths) -> None:
+    """Raise UserError if the tokenizer's grid is not the data's (its fields are checked when it is loaded)."""
     if tokenizer.grid != config.data.grid:
         raise UserError(
-            f"tokenizer {paths_of(config).tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
+            f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
             f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
         )

@@ -1,27 +1,27 @@
-r"""Velocities that are free of divergence and vanish in solid voxels, both exactly.
+r"""Velocities that are exactly divergence-free and exactly zero in solid voxels.
 
-Every local derivative D makes two linear conditions on a velocity: ``div_D(u) = 0`` everywhere, and ``u = 0`` in
-solid voxels. `project` gives the field nearest to a wanted one, w, that meets both:
+With a local derivative D these are two linear conditions on a velocity: ``div_D(u) = 0`` everywhere, and ``u = 0`` in
+solid voxels. `project` returns the field nearest to a given w that satisfies both:
 
     u = m (w - D^T phi),      D m D^T phi = D m w,
 
-with m the mask of the components that may flow. It is the orthogonal projection, so it is its own adjoint: the
-backward pass is `project` again. Through-flow needs no part of its own: constant flows, the flux through every throat
-of a porous solid and every eddy are all in the space that is projected on. (A potential that vanishes at the walls has
-none of the first two: by Stokes' theorem the flux through a throat is its circulation around the throat.)
+with m the mask of the components that may flow. The projection is orthogonal and so its own adjoint: the backward pass
+is `project` again. Through-flow needs no extra term: constant flows, the flux through every throat of a porous solid
+and every eddy are all in the projection's range. (A potential that vanishes at the walls represents neither constant
+flows nor throats: by Stokes' theorem the flux through a throat is the potential's circulation around it.)
 
 phi is found by conjugate gradients, preconditioned with the Laplacian of the box without solids (by FFT). They run in
-float32 for float64 fields too, where each round takes five digits off the float64 divergence: a third of the time for a
-tenth more iterations. For ``staggered`` and ``central2`` every velocity is in two of the conditions, so D m D^T is the
-Laplacian of a graph: at 128^3 about 30 iterations in float32, 80 in three rounds to the rounding of float64. For
-``central4`` it is in four, and the conditions at a wall nearly depend on each other, the more the farther the next wall
-is: hundreds of iterations do not suffice. But central4 = central2 T, T = (-1, 8, -1)/6 along the axis, so
-u_x = T_y T_z v_x (and cyclic) makes of every velocity v that central2 conserves one that central4 conserves. It
-vanishes in solids where v vanishes in their transverse neighbours too: walls grow by a voxel there, and the flow in
-narrow pores with them.
+float32 for float64 fields too, where each round reduces the float64 divergence by five digits: this takes a third of
+the time for a tenth more iterations. For ``staggered`` and ``central2`` every velocity occurs in two conditions, so
+D m D^T is the Laplacian of a graph: at 128^3 it takes about 30 iterations in float32, and 80 in three rounds to reach
+the rounding of float64. For ``central4`` it occurs in four, and the conditions at a wall are nearly dependent, the more
+so the farther away the next wall is: hundreds of iterations do not suffice. But central4 = central2 T, with
+T = (-1, 8, -1)/6 along the axis, so u_x = T_y T_z v_x (and cyclic) turns every velocity v conserved by central2 into
+one conserved by central4. It vanishes in solids if v also vanishes in their transverse neighbours: walls grow by a
+voxel there, which narrows the flow in small pores.
 
-``staggered`` is the marker-and-cell grid: each component on the lower faces of the voxels, walls on their faces, where
-half-way bounce-back has them. `to_faces` and `to_centres` go between faces and the voxels' centres, where data are.
+``staggered`` is the marker-and-cell grid: each component on the lower faces of the voxels, and walls on faces, as with
+half-way bounce-back. `to_faces` and `to_centres` convert between faces and voxel centres, where the data are.
 
 Shapes: B batch, 3 components, X Y Z space, periodic.
 """
@@ -40,10 +40,10 @@ from shodh_moe.kernels import divergence, divergence_adjoint
 from shodh_moe.kernels.differentiation import STENCILS
 from shodh_moe.tokenizer.laplacian import inverse_laplacian
 
-# Of h rms(div u) / rms(u), h = 1 cell, rms(u) over space of |u|.
+# Tolerance of h rms(div u) / rms(u), with h = 1 cell and rms(u) of |u| over space.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-# What conjugate gradients in float32 take off a residual before rounding leads them astray; rounds of them; iterations
-# a round. Beds and porous media need 2 or 3 rounds of 30, random voxels at the percolation threshold 4 of 900.
+# Residual reduction per round of float32 conjugate gradients, limited by rounding; rounds; iterations per round. Beds
+# and porous media need 2 or 3 rounds of 30, random voxels at the percolation threshold 4 of 900.
 REDUCTION = 1e-5
 ROUNDS = 8
 MAX_ITERATIONS = 1000
@@ -52,20 +52,20 @@ _T = (-1 / 6, 8 / 6)  # beside the middle, in the middle
 
 
 def to_faces(u_B3XYZ: Tensor) -> Tensor:
-    """Each component on the lower face of its voxel: the mean of the two voxels that meet there."""
+    """Interpolate each component to the lower face of its voxel: the mean of the two adjacent voxels."""
     return _by_component(u_B3XYZ, lambda u, axis: (u + u.roll(1, axis)) / 2)
 
 
 def to_centres(u_B3XYZ: Tensor) -> Tensor:
-    """Each component at the centre of its voxel: the mean of its two faces, zero in a voxel whose faces have none."""
+    """Interpolate each component to the centre of its voxel: the mean of its two faces, zero in solids."""
     return _by_component(u_B3XYZ, lambda u, axis: (u + u.roll(-1, axis)) / 2)
 
 
 def may_flow(solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """Mask [B, 3, X, Y, Z], bool, of what need not vanish: fluid voxels; for ``staggered`` faces between two of them.
+    """Mask [B, 3, X, Y, Z], bool, of components that may be nonzero: fluid voxels, or faces between two of them.
 
-    A voxel is fluid where ``solid`` is 0. For ``central4`` it is the mask of v above: fluid voxels with transverse
-    neighbours that are all fluid.
+    A voxel is fluid where ``solid`` is 0; ``staggered`` has faces. For ``central4`` it is the mask of v above: fluid
+    voxels with only fluid transverse neighbours.
     """
     fluid = (solid_B1XYZ == 0).expand(-1, 3, -1, -1, -1)
     if operator == "staggered":
@@ -78,9 +78,8 @@ def may_flow(solid_B1XYZ: Tensor, operator: str) -> Tensor:
 def project(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str) -> Tensor:
     """The velocity nearest to w with div_D(u) = 0 that is zero in solid voxels, [B, 3, X, Y, Z].
 
-    For ``staggered`` w and u are on faces (`to_faces`). For ``central4`` it is v that is the nearest, to
-    (T_y T_z)^-1 w_x and cyclic. What w has in solids does not count; a NaN or an infinity elsewhere makes its sample
-    NaN.
+    For ``staggered`` w and u are on faces (`to_faces`). For ``central4`` v is nearest to (T_y T_z)^-1 w_x and cyclic.
+    Values of w in solids are ignored; a NaN or an infinity elsewhere makes its sample NaN.
 
     Args:
         w_B3XYZ: float32 or float64: the precision of the result and, by `TOLERANCE`, of its divergence.
@@ -88,22 +87,22 @@ def project(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str) -> Tensor:
         operator: ``central2``, ``central4`` or ``staggered``.
 
     Warns:
-        RuntimeWarning: once, if the divergence stays above `TOLERANCE`; says how far.
+        RuntimeWarning: once, with the divergence, if it stays above `TOLERANCE`.
     """
     mask = may_flow(solid_B1XYZ, operator)
     if operator != "central4":
         return _projected(w_B3XYZ, mask, operator)
-    # T^-1 looks along lines: solids must not show.
+    # T^-1 acts along whole lines, so values in solids must be cleared first.
     w_B3XYZ = torch.where(solid_B1XYZ == 0, w_B3XYZ, 0.0)
     return _t(_projected(_t_inverse(w_B3XYZ), mask, "central2"))
 
 
 def ramp(solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """Factor of a vector potential whose curl is then zero in solid voxels, [B, 1 or 3, X, Y, Z] (DESIGN 3.1).
+    """Factor for a vector potential that makes its curl zero in solid voxels, [B, 1 or 3, X, Y, Z] (DESIGN 3.1).
 
-    0 where the curl of a solid voxel looks, 1 from `RAMP` voxels farther on, a cubic with no slope at its ends between.
-    Distances are the largest of the three coordinates'. For ``staggered`` the potential is on edges, the velocity on
-    faces: an edge is as far as the nearest of its four voxels.
+    It is 0 within reach of a solid voxel's curl, 1 from `RAMP` voxels farther on, and a cubic with zero slope at both
+    ends in between. A distance is the largest of the three coordinates' distances. For ``staggered`` the potential is
+    on edges and the velocity on faces; an edge has the distance of the nearest of its four voxels.
 
     Args:
         solid_B1XYZ: 1 in solid voxels, 0 elsewhere; float32 or float64, which is the result's dtype.
@@ -123,8 +122,8 @@ def ramp(solid_B1XYZ: Tensor, operator: str) -> Tensor:
 def _projected(w_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> Tensor:
     """m (w - D^T phi); its own adjoint."""
     w_B3XYZ = torch.where(mask_B3XYZ, w_B3XYZ, 0.0)
-    # Gradients may be so small that their squares are zero in float32. And a sample that is not finite becomes NaN
-    # here, for which no comparison below asks to go on.
+    # Gradients may be so small that their squares are zero in float32. A sample that is not finite becomes NaN here,
+    # and every comparison below then ends its iterations.
     scale = w_B3XYZ.abs().amax((1, 2, 3, 4), keepdim=True)
     u_B3XYZ = (w_B3XYZ / torch.where(scale == 0, 1.0, scale)).contiguous()
     _remove_divergence(u_B3XYZ, mask_B3XYZ, operator)
@@ -149,9 +148,9 @@ _projected.register_autograd(_projected_grad, setup_context=_projected_context)
 
 
 def _remove_divergence(u_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> None:
-    """u -= m D^T phi; u is zero where the mask is, and its largest component about 1."""
-    # Where nothing can flow, each round leaves 1e-5 of what it found: from here on it is nothing. (Where something can,
-    # what rounding left of a large u is made free of divergence like everything else.)
+    """u -= m D^T phi, for u that is zero where the mask is and has a largest component of about 1."""
+    # Where nothing can flow, each round leaves 1e-5 of the velocity; below this level it counts as zero. (Where
+    # something can flow, the rounding of a large u is made divergence-free like the rest.)
     nothing_B = torch.finfo(u_B3XYZ.dtype).eps ** 2 * _rms(u_B3XYZ)
     flows_B3XYZ = mask_B3XYZ.float()
     for rounds_left in reversed(range(ROUNDS + 1)):
@@ -173,7 +172,7 @@ def _remove_divergence(u_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> No
 
 
 def _solve(r_BXYZ: Tensor, mask_B3XYZ: Tensor, operator: str, aim_B: Tensor) -> Tensor:
-    """phi with D m D^T phi = r up to a residual of rms ``aim_B``, float32. r is of rms 1, or 0 in samples to leave."""
+    """phi with D m D^T phi = r up to a residual of rms ``aim_B``, float32. r has rms 1, or 0 for samples to skip."""
     shape = (r_BXYZ.shape[1], r_BXYZ.shape[2], r_BXYZ.shape[3])
     inverse_xyz = inverse_laplacian(shape, operator, r_BXYZ.dtype, r_BXYZ.device)
 
@@ -186,7 +185,7 @@ def _solve(r_BXYZ: Tensor, mask_B3XYZ: Tensor, operator: str, aim_B: Tensor) -> 
     open_B = rz_B > 0
     for _ in range(MAX_ITERATIONS):
         product_BXYZ = divergence(divergence_adjoint(direction_BXYZ, operator).mul_(mask_B3XYZ), operator)
-        # A sample that is done stands still.
+        # A converged sample no longer changes.
         step_B = _ratio(rz_B, _dot(direction_BXYZ, product_BXYZ)) * open_B
         phi_BXYZ.addcmul_(_spatial(step_B), direction_BXYZ)
         r_BXYZ.addcmul_(_spatial(step_B), product_BXYZ, value=-1)
@@ -212,17 +211,17 @@ def _warn(reached: float, operator: str, dtype: torch.dtype) -> None:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 where b is 0: a sample that needs no further step takes none."""
+    """a / b, or 0 where b is 0, so that a converged sample takes no step."""
     return torch.where(b > 0, a / b, 0.0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """[B]. A sum, not a matrix product, which may round its factors to TF32."""
+    """Scalar product per sample, [B]; a sum, because a matrix product may round its factors to TF32."""
     return (a * b).flatten(1).sum(1)
 
 
 def _rms(x: Tensor) -> Tensor:
-    """Root of the mean over space of the sum over components, [B]; of [B, X, Y, Z] or [B, 3, X, Y, Z]."""
+    """Root mean square over space of the magnitude, [B]; of [B, X, Y, Z] or [B, 3, X, Y, Z]."""
     return (_dot(x, x) / x.shape[-3:].numel()).sqrt()
 
 
@@ -231,7 +230,7 @@ def _spatial(x_B: Tensor) -> Tensor:
 
 
 def _beside(solid_BXYZ: Tensor, own: int) -> Tensor:
-    """True in solid voxels and in their neighbours, diagonal ones too, along the two axes that are not ``own``."""
+    """True in solid voxels and their neighbours, diagonals included, along the two axes other than ``own``."""
     for axis in {1, 2, 3} - {own}:
         solid_BXYZ = solid_BXYZ | solid_BXYZ.roll(1, axis) | solid_BXYZ.roll(-1, axis)
     return solid_BXYZ
@@ -245,7 +244,7 @@ def _on_edges(solid_BXYZ: Tensor, own: int) -> Tensor:
 
 
 def _t(u_B3XYZ: Tensor) -> Tensor:
-    """T along the two axes that are not the component's own."""
+    """T along the two axes other than the component's own."""
     side, middle = _T
 
     def along_others(u_BXYZ: Tensor, own: int) -> Tensor:
@@ -273,5 +272,5 @@ def _t_inverse(u_B3XYZ: Tensor) -> Tensor:
 
 
 def _by_component(u_B3XYZ: Tensor, what: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Each component, and its axis in [B, X, Y, Z], through ``what``."""
+    """Apply ``what`` to each component and its axis in [B, X, Y, Z]."""
     return torch.stack([what(u, axis) for axis, u in zip((1, 2, 3), u_B3XYZ.unbind(1), strict=True)], 1)

@@ -1,1 +1,1 @@
-"""Pretraining under DeepSpeed: sampler, engine, telemetry, checkpoints and the training script itself."""
+"""Train under DeepSpeed: engine, optimizer, telemetry, resuming and the training loop."""

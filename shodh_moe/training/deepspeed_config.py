@@ -1,4 +1,4 @@
-"""What of a run the DeepSpeed launcher and engine are told; read before any process starts."""
+"""DeepSpeed's settings for a run, which are also checked before any process starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shodh_moe.config import Config, RunConfig
 
 
 def expert_parallel_size(config: Config, world_size: int) -> int:
-    """``parallel.ep_size``, ``auto`` resolved to the most that divides both the world and the experts.
+    """Return ``parallel.ep_size``; ``auto`` is the greatest common divisor of the world size and number of experts.
 
     Raises:
         UserError: ep_size does not divide the world size or the number of experts.
@@ -20,7 +20,7 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
         return math.gcd(world_size, experts) if experts else 1
     if ep > 1 and not experts:
         raise UserError(
-            f"parallel.ep_size {ep}: model.moe.num_experts is 0, there is none to share out: set it to auto"
+            f"parallel.ep_size {ep}: model.moe.num_experts is 0, so there are no experts to distribute: set it to auto"
         )
     if experts % ep:
         raise UserError(
@@ -34,11 +34,11 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of this config; the ``deepspeed`` section is merged in last.
+    """Return the DeepSpeed JSON of a config; the ``deepspeed`` section is merged in last.
 
     Raises:
-        UserError: the section asks for what the checkpoints of this version cannot hold, or sets a key
-            that another section owns.
+        UserError: the section asks for something that checkpoints cannot hold, or sets a key that another section
+            owns.
     """
     owned = {"train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"}
     if clash := sorted(owned & config.deepspeed.keys()):
@@ -49,7 +49,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     zero = _section(config, "zero_optimization")
     if refused := sorted(zero.keys() - _ZERO_SETTINGS):
         instead = (
-            "set parallel.zero_stage instead" if refused[0] == "stage" else "checkpoints and clipping cannot do it"
+            "set parallel.zero_stage instead" if refused[0] == "stage" else "checkpoints and clipping do not support it"
         )
         raise UserError(f"deepspeed.zero_optimization.{refused[0]}: {instead}")
     stage = config.parallel.zero_stage
@@ -70,5 +70,5 @@ _ZERO_SETTINGS = {"reduce_bucket_size", "allgather_bucket_size", "overlap_comm",
 def _section(config: RunConfig, key: str) -> dict[str, Any]:
     section = config.deepspeed.get(key, {})
     if not isinstance(section, dict):
-        raise UserError(f"deepspeed.{key} must hold `key: value` settings, not {section!r}")
+        raise UserError(f"deepspeed.{key} must contain `key: value` settings, not {section!r}")
     return section

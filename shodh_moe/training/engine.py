@@ -1,9 +1,9 @@
-"""The DeepSpeed engine around a network, with experts or not: process groups, optimizer, gradients, clipping.
+"""The DeepSpeed engine around a network, with or without experts: process groups, optimizer, gradients, clipping.
 
-DeepSpeed owns initialisation, gradient averaging over the right group of each parameter, the sharding of ZeRO, and
-the step. Three parts are ours: it recognises only its own MoE class (see `_ExpertParallelMarker`); its global norm
-counts only the experts of the local rank without ZeRO, and averages their norms with it (DeepSpeed issues 8475,
-8613), so `Engine.step` clips; and it keeps float32 where the model is float64 (see `_in_float64`).
+DeepSpeed initialises the parameters, averages each gradient over the right group, shards with ZeRO and makes the step.
+We replace three parts. DeepSpeed recognises only its own MoE class (see `_ExpertParallelMarker`). Its global norm
+counts only the local rank's experts without ZeRO, and averages their norms with it (DeepSpeed issues 8475, 8613), so
+`Engine.step` clips. It keeps a float64 model in float32 (see `_in_float64`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.rank_variables import set_rank_variables
@@ -47,11 +49,11 @@ from shodh_moe.training.shards import (
 
 
 class _ExpertParallelMarker(DeepSpeedMoE):
-    """What makes DeepSpeed treat our expert parameters as experts.
+    """Makes DeepSpeed treat our expert parameters as experts.
 
-    The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every
-    module that has it, before it broadcasts parameters. This parameter-free child is both, so that the model
-    itself stays free of DeepSpeed.
+    The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every module that
+    has it, before it broadcasts parameters. This module without parameters provides both, so the model itself does not
+    depend on DeepSpeed.
     """
 
     def __init__(self, num_experts: int, ep: ExpertParallel):
@@ -77,13 +79,13 @@ class _TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was.
+    """The result of one optimizer step.
 
     Attributes:
-        norm: L2 norm of all gradients before clipping, each parameter counted once.
-        shared_norm: that of everything but the routed experts.
-        expert_norms_LE: that of each routed expert, float64 [layers, E].
-        applied: False if a loss or gradient was not finite; then weights and optimizer are as before.
+        norm: L2 norm of all gradients before clipping, with each parameter counted once.
+        shared_norm: L2 norm of all gradients except those of the routed experts.
+        expert_norms_LE: L2 norm of each routed expert's gradients, float64 [layers, E].
+        applied: False if a loss or gradient was not finite; weights and optimizer are then unchanged.
         stop: whether any rank wants to stop.
     """
 
@@ -99,11 +101,11 @@ class Engine:
 
     Attributes:
         model: the network.
-        moe_layers: its layers with experts, those of this rank.
+        moe_layers: the network's MoE layers, each holding this rank's experts.
         ep: the rank's expert-parallel group.
         optimizer: AdamW over DeepSpeed's parameter groups.
-        optimizer_name, norm: whose optimizer and RMS norm kernels are used.
-        device, dtype: what batches must have.
+        optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
+        device, dtype: device and type that batches must have.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
@@ -114,8 +116,8 @@ class Engine:
         self._float64, self._bfloat16 = t.precision == "float64", t.precision == "bfloat16"
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
-        for layer in self.moe_layers:
-            for parameter in layer.experts.parameters():
+        for parameter in model.parameters():
+            if marks(parameter).sharded:  # DeepSpeed's own marks say the same
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
@@ -124,7 +126,8 @@ class Engine:
         parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
-        with _in_float64(bool(config.parallel.zero_stage)) if self._float64 else nullcontext():
+        self._sharded = bool(config.parallel.zero_stage)
+        with self._deepspeed_precision():
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=deepspeed_config(config, world)
             )
@@ -138,7 +141,7 @@ class Engine:
             self._communicate_float64()
         if self._zero:
             self._shards = shards_of_zero(self.model, self._zero)
-            # DeepSpeed's own way to leave a step out; that one must be left out is known before it looks.
+            # DeepSpeed's own way to skip a step. We decide before it checks.
             self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
         else:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
@@ -148,40 +151,45 @@ class Engine:
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
     def __call__(self, *inputs: Any) -> Any:
-        """The network's forward pass in the precision of ``training.precision``."""
+        """Run the network's forward pass in the precision of ``training.precision``."""
         with self.autocast():
             return self._engine(*inputs)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of ``training.precision`` for calls of ``model`` itself."""
+        """Return a context in which calls of ``model`` itself use ``training.precision``."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
-        """Backward; after the last micro-batch of a step reduce gradients, clip by the global norm, update.
+        """Run the backward pass; after a step's last micro-batch, reduce gradients, clip by the global norm, update.
 
-        Parameters that have an ``lr_scale`` are updated with that times the learning rate.
+        The gradients are those of the mean loss over the step's micro-batches. The learning rate of a parameter is
+        ``learning_rate`` times the ``lr_scale`` of its `Marks`.
 
-        ``stop`` tells the other ranks that this one wants to stop. Returns None while gradients accumulate. They are
-        those of the mean loss of the step's micro-batches.
+        Args:
+            stop: tells the other ranks that this one wants to stop.
+
+        Returns:
+            None while gradients accumulate.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         last = self._engine.is_gradient_accumulation_boundary()
         self._bad_losses += ~loss.detach().isfinite()
-        self._engine.backward(loss)
-        step = self._clipped(stop) if last else None
-        if step is not None and not step.applied and not self._zero:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        self._engine.step()
+        with self._deepspeed_precision():
+            self._engine.backward(loss)
+            step = self._clipped(stop) if last else None
+            if step is not None and not step.applied and not self._zero:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            self._engine.step()
         return step
 
     def _clipped(self, stop: bool) -> Step:
-        """Scale the gradients down to the clipping norm, and tell their norms."""
+        """Scale the gradients down to the clipping norm and return their norms."""
         gradients = self._gradients()
         layers, experts = len(self.moe_layers), self._experts
         squares = squared_norms(gradients, self._layer_of, layers, experts, self.ep)
-        # One small exchange tells every rank the norms, whether any rank's loss was not finite, and who wants to stop.
+        # One small reduction gives every rank the norms, the count of bad losses, and the count of stop requests.
         table = torch.cat([squares, self._bad_losses[None], self._bad_losses.new_tensor([float(stop)])])
         self._bad_losses.zero_()
         dist.all_reduce(table)
@@ -195,7 +203,7 @@ class Engine:
         return Step(norm, float(norms[-1]), norms[:-1].view(layers, experts), not self._skip, stops)
 
     def _gradients(self) -> list[tuple[Shard, Tensor]]:
-        """The reduced gradient of every shard that has one, flat."""
+        """Return the reduced, flat gradient of every shard that has one."""
         found = []
         for shard in self._shards:
             gradient = shard.parameter.grad
@@ -208,30 +216,33 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates made so far; steps that were left out do not count."""
+        """Number of optimizer updates so far, without skipped steps."""
         return updates(self.optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank saves: over all ranks every element of weights and moments once."""
+        """Return what this rank saves. Over all ranks, every element of weights and moments occurs once."""
         return fragments(self._shards, self.optimizer, self.ep, all_held=False)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Logical shapes of all that a checkpoint holds."""
+        """Return the logical shapes of all tensors in a checkpoint."""
         return logical_shapes(self.model, self.ep)
 
     def load(self, reader: CheckpointReader) -> None:
-        """Weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
+        """Load weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
         reader.fill(fragments(self._shards, self.optimizer, self.ep, all_held=True))
         set_updates(self.optimizer, reader.state["updates"])
         if self._zero:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Weights alone; optimizer state stays that of a fresh start."""
+        """Load the weights only; the optimizer state stays as for a new run."""
         held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
         reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
         if self._zero:
             self._zero.update_lp_params()
+
+    def _deepspeed_precision(self) -> AbstractContextManager[None]:
+        return _in_float64(self._sharded) if self._float64 else nullcontext()
 
     def _communicate_float64(self) -> None:
         self._engine.communication_data_type = torch.float64
@@ -242,25 +253,41 @@ class Engine:
 
 @contextmanager
 def _in_float64(zero: bool) -> Iterator[None]:
-    """Let DeepSpeed take a float64 model as one: by itself it would keep master weights and gradients in float32."""
-    f64, accelerator = torch.float64, get_accelerator()
-    accelerator.supported_dtypes = lambda: [torch.float32, torch.bfloat16, torch.float16, f64]
-    kept = DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights
-    if zero:
-        DeepSpeedEngine.get_data_types = lambda self: (f64, f64)
-        ZeROOptimizer._configure_master_weights = lambda self, **settings: f64
+    """Let DeepSpeed treat a float64 model as such within the block, which changes nothing outside it.
+
+    By itself DeepSpeed refuses to reduce float64 gradients, and ZeRO keeps master weights and gradients in float32. It
+    asks for the supported types at every reduction, not only while it initializes.
+    """
+    f64 = torch.float64
+    with ExitStack() as changes:
+        types = [torch.float32, torch.bfloat16, torch.float16, f64]
+        changes.enter_context(_replaced(get_accelerator(), "supported_dtypes", lambda: types))
+        if zero:
+            changes.enter_context(_replaced(DeepSpeedEngine, "get_data_types", lambda self: (f64, f64)))
+            changes.enter_context(_replaced(ZeROOptimizer, "_configure_master_weights", lambda self, **settings: f64))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of a class or object for the time of the block."""
+    own = vars(owner).get(name)  # None: inherited, or of the object's class
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        DeepSpeedEngine.get_data_types, ZeROOptimizer._configure_master_weights = kept
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, prototypes and the temperature do not. A group for each learning rate."""
+    """One group for each combination of weight decay and learning rate scale among the parameters' marks."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        kind = "decay" if parameter.dim() >= 2 and "prototypes" not in name else "no_decay"
-        members.setdefault((kind, getattr(parameter, "lr_scale", 1.0)), []).append(parameter)
+    for parameter in module.parameters():
+        kind = "decay" if marks(parameter).decay else "no_decay"
+        members.setdefault((kind, marks(parameter).lr_scale), []).append(parameter)
     return [
         {
             "name": kind if scale == 1 else f"{kind} at {scale}",
@@ -272,26 +299,59 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-START_SECONDS = 300.0  # that ranks may arrive apart: a shared disk can be slow to import from
+START_SECONDS = 300.0  # maximum time between the first and last rank's start: imports from a shared disk can be slow
 
 
 def init_distributed(facts: dict[str, Any] | None = None) -> None:
     """Join the process group that the launcher's variables describe (a single process makes its own).
 
+    For the rest of the process this silences torch's deprecation warning about ``all_gather_into_tensor``, which ZeRO
+    would cause at every step.
+
     Args:
-        facts: what must be equal on every rank, by name.
+        facts: values that must be equal on every rank, by name.
 
     Raises:
         UserError: ranks differ in their facts, world size or library versions, or one is missing.
     """
     set_rank_variables()
-    # DeepSpeed would compile a shared-memory operation that serves inference alone: a minute or two at the first
-    # start, and no start at all without a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
-    if backend == "nccl":  # also what is exchanged before there is an engine lies on this rank's own GPU
+    if backend == "nccl":  # before there is an engine, ranks exchange tensors on their own GPUs too
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     join(backend, facts or {}, START_SECONDS)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed's ZeRO calls a function that torch renames: nothing that a user could mend.
+    with _without_shared_memory_operation():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed calls a function that torch has renamed, which users cannot change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+
+
+@contextmanager
+def _without_shared_memory_operation() -> Iterator[None]:
+    """Keep DeepSpeed from compiling its shared-memory operation, which only inference uses.
+
+    It would take a minute or two at the first start, which would fail without a C++ compiler. DeepSpeed looks the
+    operation up only while it initializes its communication.
+    """
+    operations, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
+    compatible = operations.get(name)
+    operations[name] = False
+    try:
+        yield
+    finally:
+        operations[name] = compatible
+
+
+def leave_process_group(failed: bool = False) -> None:
+    """Destroy the process groups of this process, and those that DeepSpeed remembers.
+
+    Args:
+        failed: this rank ends with an error. NCCL, which may wait for a collective that the others never join, is
+            aborted.
+    """
+    if failed and dist.get_backend() == "nccl":
+        _abort_process_group()
+        groups._release_process_group_references(group=None)
+    elif deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What TensorBoard reads, written at once: its own writers do it in a thread, where a full disk goes unnoticed."""
+"""TensorBoard event files, written synchronously: its own writers use a thread, where a full disk goes unnoticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shodh_moe.base.files import disk_trouble
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add ``data`` to the end of a file; if that fails the file stays as it was.
+    """Append ``data`` to a file. If that fails, the file is unchanged.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -43,10 +43,11 @@ class EventFile:
     """A new event file in a folder.
 
     Args:
-        purge_step: TensorBoard forgets what earlier files of the folder say of this step and later ones; 0: nothing.
+        purge_step: makes TensorBoard discard what earlier files in the folder hold for this and later steps; 0 keeps
+            everything.
 
     Raises:
-        UserError: here and at `add`, if the disk is full or not writable.
+        UserError: here and in `add`, if the disk is full or not writable.
     """
 
     def __init__(self, folder: Path, purge_step: int = 0):
@@ -56,7 +57,7 @@ class EventFile:
             if reason := disk_trouble(error):
                 raise UserError(f"cannot write {folder}: {reason}") from error
             raise
-        # TensorBoard reads the files in the order of their names.
+        # TensorBoard reads the files in name order.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / f"{name}.{len(list(folder.iterdir()))}"
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -65,7 +66,7 @@ class EventFile:
             self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def add(self, summary: Summary, step: int) -> None:
-        """The scalars or images of a step."""
+        """Write the scalars or images of one step."""
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write(self, event: Event) -> None:

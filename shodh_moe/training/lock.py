@@ -1,4 +1,4 @@
-"""One training at a time in a run folder."""
+"""A lock that allows one training at a time in a run folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from shodh_moe.base.files import disk_trouble
 
 
 def lock_run(run: Path) -> IO[str]:
-    """Keep other trainings out of a run folder until the file is closed or this process ends, however it ends.
+    """Keep other trainings out of a run folder until the returned file is closed or this process ends.
 
-    The system gives the lock back, so a killed run leaves none behind. On network disks it holds between hosts where
-    they support flock, as NFS 4 and Lustre (mounted with flock) do.
+    The system releases the lock of a killed process. On network disks it holds between hosts if they support flock, as
+    NFS 4 and Lustre (mounted with flock) do.
 
     Raises:
-        UserError: another process holds it; says which, and since when.
+        UserError: another process holds the lock (the message says which, and since when), or the file cannot be
+            written.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
@@ -36,7 +37,9 @@ def lock_run(run: Path) -> IO[str]:
             "choose another name (NAME=... or --name)"
         ) from None
     except OSError as error:  # a disk without locks
-        print(f"warning: {run} cannot be locked ({error.strerror}): see that no second training uses it", flush=True)
+        print(
+            f"warning: {run} cannot be locked ({error.strerror}): make sure that no second training uses it", flush=True
+        )
         return file
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
@@ -44,5 +47,6 @@ def lock_run(run: Path) -> IO[str]:
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
         file.flush()
     except OSError as error:
+        file.close()
         raise UserError(f"cannot write {run / '.lock'}: {disk_trouble(error) or error.strerror}") from error
     return file

@@ -1,30 +1,34 @@
-"""``metrics.jsonl`` and TensorBoard, written by rank 0 (docs/telemetry.md)."""
+"""Writing ``metrics.jsonl`` and TensorBoard events on rank 0 (docs/telemetry.md)."""
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import image as image_summary
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.training.event_file import EventFile, append
+from shodh_moe.training.records import METRICS, Record, read_run
 
-COLUMNS = 256  # of a load map at most
-RECORDS_PER_MAP = 20  # the maps are drawn after so many records of the routing, and at the end
-MOST_EXPERTS = 16  # that get a scalar each; of more, the smallest and the largest number are shown beside the map
-MAP_HEIGHT = 128  # pixels at least
-# Colours of a map at no load, at an even share 1 / E, and far beyond.
+COLUMNS = 256  # maximum width of a load map
+RECORDS_PER_MAP = 20  # maps are drawn after this many routing records, and at the end
+MOST_EXPERTS = 16  # up to this many get a scalar each; for more, only the smallest and the largest value are shown
+MAP_HEIGHT = 128  # minimum height of a map in pixels
+# Map colours at no load, at an even share 1 / E, and at a much larger load.
 STARVED, EVEN, BUSY = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 
 
 class LoadMaps:
-    """The load of the experts over time, a map of experts by time for each layer and domain.
+    """Load of the experts over time: one experts-by-time map per layer and domain.
 
-    When there are `COLUMNS` columns, neighbours are merged: each then stands for twice the records.
+    At `COLUMNS` columns, neighbours are merged, so that each column covers twice as many records.
     """
 
     def __init__(self) -> None:
@@ -46,14 +50,15 @@ class LoadMaps:
             self._records_per_column *= 2
 
     def images(self) -> dict[str, np.ndarray]:
-        """Red-green-blue pictures, uint8 [height, width, 3], by ``layer_<number>/<domain>``: expert 0 on top, time to
-        the right; white is an even share, blue less, red more.
+        """Return RGB images, uint8 [height, width, 3], by ``layer_<number>/<domain>``.
+
+        Expert 0 is at the top and time runs to the right. White is an even share, blue is less, red is more.
         """
         if not self.columns:
             return {}
         load_LDET = np.stack(self.columns, axis=-1)
         experts = load_LDET.shape[2]
-        # 0 without load, 1/2 at the even share, towards 1 beyond: as telling for 64 experts as for 2.
+        # 0 at no load, 1/2 at the even share, approaching 1 above it, for any number of experts.
         level = load_LDET * experts / (1 + load_LDET * experts)
         rgb = np.stack([np.interp(level, (0, 0.5, 1), ends) for ends in zip(STARVED, EVEN, BUSY, strict=True)], axis=-1)
         rgb = rgb.round().astype(np.uint8).repeat(max(MAP_HEIGHT // experts, 4), axis=2).repeat(2, axis=3)
@@ -65,36 +70,36 @@ class LoadMaps:
 
 
 class Log:
-    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard; on resume forgets what came after ``step``.
+    """Appends records to ``metrics.jsonl`` and scalars to TensorBoard. A context manager that closes itself.
+
+    Args:
+        step: the step that the run resumes from; later records are removed.
 
     Raises:
-        UserError: here and at every write, if the disk is full or not writable. Neither file gets half a record.
+        UserError: here and at every write, if the disk is full or not writable. No file is left with half a record.
     """
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
-        # In one step: on a full disk the records of a resumed run must not be lost.
-        write_text(self.path, "".join(kept))
+        self.path, self.closed = folder / METRICS, False
+        kept = [record for record in read_run(folder) if record["step"] <= step] if step else []
+        # Written as a whole: on a full disk the records of a resumed run must not be lost.
+        write_text(self.path, "".join(map(_line, kept)))
         self._events = EventFile(folder / "tensorboard", purge_step=step + 1 if step else 0)
         self._maps, self._records, self._step = LoadMaps(), 0, step
-        for record in map(json.loads, kept):
+        for record in kept:
             if record.get("routing"):
                 self._maps.add(record["routing"])
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with open(self.path) as file:
-            # A killed run may leave half a line at the end.
-            return [line for line in file if line.endswith("}\n")]
-
     def write(self, record: dict[str, Any]) -> None:
-        """One record with ``step`` and ``kind``; its numbers become scalars ``<kind>/<key>``, its routing
-        ``routing_.../layer_<number>...``. Numbers that are not finite become null: JSON has none.
+        """Write one record with ``step`` and ``kind``.
+
+        Its numbers become scalars ``<kind>/<key>``, its routing ``routing_.../layer_<number>...``. Numbers that are not
+        finite become null, because JSON cannot represent them.
         """
+        if self.closed:
+            raise ValueError(f"the log {self.path} is closed")
         record = finite_json(record)
-        append(self.path, (json.dumps(record, allow_nan=False) + "\n").encode())
+        append(self.path, _line(record).encode())
         kind, routing = record["kind"], record.get("routing") or []
         scalars: dict[str, float] = {}
         for key, value in record.items():
@@ -102,7 +107,7 @@ class Log:
                 _flatten(f"{kind}/{key}", value, scalars)
         for layer in routing:
             _flatten_layer(layer, scalars)
-        # One event for all: a call of add_scalar for each would cost ten times as much.
+        # One event for all scalars: one add_scalar call each would cost ten times as much.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._events.add(Summary(value=values), record["step"])
         if routing:
@@ -116,12 +121,27 @@ class Log:
             self._events.add(image_summary(f"routing_load_map/{name}", image, dataformats="HWC"), self._step)
 
     def close(self) -> None:
-        if self._records % RECORDS_PER_MAP:
-            self._draw()
+        """Draw the load maps a last time. `write` is refused from here on."""
+        if not self.closed:
+            self.closed = True
+            if self._records % RECORDS_PER_MAP:
+                self._draw()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # After an error, such as a full disk, a second one of the same kind must not hide it.
+        with suppress(UserError) if error else nullcontext():
+            self.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _flatten(tag: str, value: Any, scalars: dict[str, float]) -> None:
-    """Numbers below ``value``; a list has one for each expert."""
+    """Collect the numbers inside ``value``. A list has one entry per expert."""
     if isinstance(value, float):
         scalars[tag] = value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What to do about a loss or gradient that is not finite: say where it came from, and stop or go on without it."""
+"""Handle a loss or gradient that is not finite: report where it came from, then stop or skip the step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shodh_moe.base.files import write_text
 from shodh_moe.model import Routing
 from shodh_moe.training.telemetry import first_nonfinite
 
-MAX_SKIPPED = 10  # in a row; a network that is itself broken gives no finite step any more
+MAX_SKIPPED = 10  # in a row; after that the network itself must be broken
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one call of the model was: its samples as (domain, index), its losses, and what its routers did."""
+    """One call of the model: its samples as (domain, index), its losses, and its routing."""
 
     picks: list[tuple[int, int]]
     domain_B: Tensor
@@ -31,20 +31,20 @@ class MicroBatch:
 
 
 class Samples(Protocol):
-    """Where micro-batches come from."""
+    """The source of micro-batches."""
 
     domains: list[str]
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Where a sample lies, for a report: file, trajectory, first snapshot, whether its values are finite."""
+        """Locate a sample for a report: file, trajectory, first snapshot, and whether its values are finite."""
 
 
 class NonFinite:
-    """Follows ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
+    """Applies ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
 
     def __init__(self, policy: str, run: Path, samples: Samples, remedy: str = "training.learning_rate"):
         self.policy, self.run, self.samples = policy, run, samples
-        self.remedy = remedy  # the key of the learning rate, which is often too high
+        self.remedy = remedy  # config key of the learning rate, which is often too high
         self._in_a_row = 0
 
     def all_well(self) -> None:
@@ -52,9 +52,9 @@ class NonFinite:
         self._in_a_row = 0
 
     def handle(self, step: int, batches: list[MicroBatch]) -> None:
-        """After a step that was not applied: save who saw what, then raise or tell (collective).
+        """Call after a step that was not applied: save a report, then raise or print a warning (collective).
 
-        ``nonfinite/<step>.json`` in the run folder holds, by rank, the losses and the samples of every micro-batch
+        ``nonfinite/<step>.json`` in the run folder holds, for each rank, the losses and samples of every micro-batch
         (domain, data file, trajectory, first snapshot), and the first layer and domain with broken logits.
 
         Raises:
@@ -68,13 +68,13 @@ class NonFinite:
         self._in_a_row += 1
         where = "; ".join(_where(rank, report) for rank, report in enumerate(reports) if report["broken"])
         where = where or "every loss is finite, only gradients are not"
-        told = f"step {step} has a loss or gradient that is not finite ({where}); its samples are in {path}"
+        message = f"step {step} has a loss or gradient that is not finite ({where}); its samples are in {path}"
         if self.policy == "halt":
-            raise UserError(f"{told}: look at those samples, lower {self.remedy}, or set training.on_nonfinite=skip")
+            raise UserError(f"{message}: look at those samples, lower {self.remedy}, or set training.on_nonfinite=skip")
         if self._in_a_row >= MAX_SKIPPED:
-            raise UserError(f"{told}; {MAX_SKIPPED} steps in a row were skipped: lower {self.remedy}")
+            raise UserError(f"{message}; {MAX_SKIPPED} steps in a row were skipped: lower {self.remedy}")
         if dist.get_rank() == 0:
-            print(f"warning: {told}; the step is skipped", flush=True)
+            print(f"warning: {message}; the step is skipped", flush=True)
 
     def _report(self, batches: list[MicroBatch]) -> dict[str, Any]:
         records, broken = [], None

@@ -1,6 +1,6 @@
-"""AdamW from whoever has the fastest kernel: PyTorch, DeepSpeed, or NVIDIA's apex.
+"""AdamW from PyTorch, DeepSpeed or NVIDIA's apex.
 
-All three compute the same update, so a run may change between them at a checkpoint.
+All three compute the same update, so a run may switch between them at a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from shodh_moe.base.environment import has_apex
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import TrainingConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # the same names in all three
+MOMENTS = ("exp_avg", "exp_avg_sq")  # all three use these names
 
 
 def resolve_optimizer(config: TrainingConfig) -> str:
-    """Whose AdamW ``training.optimizer`` means.
+    """Return the library whose AdamW ``training.optimizer`` selects: torch, deepspeed or apex.
 
     Raises:
-        UserError: it is not there, or cannot do ``training.precision``.
+        UserError: it is not installed, or does not support ``training.precision``.
     """
-    # ``auto`` is PyTorch's fused kernel on every device: one pass over each tensor, as apex's and DeepSpeed's, but
-    # without a compiler at the first start and without a loop over parameters (docs/benchmarks.md has the times).
+    # ``auto`` is PyTorch's fused kernel on every device. Like apex's and DeepSpeed's, it reads each tensor only once,
+    # but it needs no compiler at the first start and no loop over parameters (docs/benchmarks.md has the times).
     choice = "torch" if config.optimizer == "auto" else config.optimizer
     if choice != "torch" and config.precision == "float64":
         raise UserError(f"training.optimizer {choice} has no float64 kernel: set it to torch or auto")
@@ -37,10 +37,10 @@ def resolve_optimizer(config: TrainingConfig) -> str:
 
 
 def make_optimizer(choice: str, groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, its state not made yet.
+    """Make an AdamW over parameter groups; `make_state` makes its state.
 
     Args:
-        choice: what `resolve_optimizer` returned.
+        choice: the result of `resolve_optimizer`.
 
     Raises:
         UserError: DeepSpeed cannot compile its kernel here.
@@ -59,7 +59,7 @@ def make_optimizer(choice: str, groups: list[dict[str, Any]], config: TrainingCo
         if torch.cuda.is_available():
             return DeepSpeedFusedAdam(groups, adam_w_mode=True, **settings)
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    except Exception as error:  # a missing compiler shows in many ways
+    except Exception as error:  # a missing compiler causes many kinds of errors
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(
             f"training.optimizer deepspeed: its kernel cannot be compiled here ({reason}); set it to auto"
@@ -67,7 +67,7 @@ def make_optimizer(choice: str, groups: list[dict[str, Any]], config: TrainingCo
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that the first step would: then it can be saved and loaded at any time."""
+    """Create the state that the first step would create, so that it can be saved and loaded at any time."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -77,13 +77,13 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates have been made."""
+    """Return the number of updates made so far."""
     group = optimizer.param_groups[0]
     return int(group.get("step", 0) if _is_apex(optimizer) else optimizer.state[group["params"][0]]["step"])
 
 
 def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Set what `updates` returns, where each of the three keeps it."""
+    """Set the number that `updates` returns, wherever the optimizer keeps it."""
     for group in optimizer.param_groups:
         if _is_apex(optimizer):
             group["step"] = count

@@ -1,7 +1,7 @@
 """Pretraining of the latent mixture-of-experts transformer: its batches, losses, telemetry and validation.
 
-Started by ``launch/pretrain.py`` under the DeepSpeed launcher, or by any launcher that sets RANK,
-LOCAL_RANK and WORLD_SIZE; with none it is one process. The loop itself is in `trainer`.
+``launch/pretrain.py`` starts it under the DeepSpeed launcher; any launcher that sets RANK, LOCAL_RANK and WORLD_SIZE
+works, and without one it is a single process. The training loop is in `trainer`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
+from shodh_moe.metrics.latents import mse_beside_persistence, sample_mse
 from shodh_moe.model import LatentTransformer, Prediction
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
@@ -35,12 +36,13 @@ ROUTING = "interval/routing/"
 
 
 def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> tuple[dict[str, Tensor], Tensor]:
-    """Latent MSE plus the weighted balance and z losses, means over layers; and the MSE of each sample.
+    """Latent MSE plus the weighted balance and z losses, each a mean over layers.
 
-    Returns the three parts and their sum, ``loss``, by name; and float [B].
+    Returns:
+        the three parts and their sum ``loss``, by name; and the MSE of each sample, [B], without gradient.
     """
     layers, router = prediction.routing, config.model.moe.router
-    error_B = (prediction.latent_BCxyz - target_BCxyz).square().flatten(1).mean(1)
+    error_B = sample_mse(prediction.latent_BCxyz, target_BCxyz)
     prediction_loss = error_B.mean()
     # A dense model has no routers.
     balance, z = (
@@ -59,10 +61,11 @@ def pretrain(
     tokenizer: Path | None = None,
     stop_file: Path | None = None,
 ) -> None:
-    """Train to ``training.steps``; arguments and errors as `trainer.train` has them.
+    """Train to ``training.steps``. See `trainer.train` for the other arguments and errors.
 
     Args:
-        tokenizer: folder of the tokenizer that made the latents; checkpoints keep its hash. None: not known.
+        latents: folder of the latent cache.
+        tokenizer: folder of the tokenizer that made the latents; checkpoints record its hash. None: unknown.
 
     Raises:
         UserError: also if ranks disagree.
@@ -79,7 +82,7 @@ def pretrain(
 
 
 def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) -> Engine:
-    """The transformer of a config with this rank's experts, in its engine (collective)."""
+    """Build the engine around the config's transformer with this rank's experts (collective)."""
     size = expert_parallel_size(config, dist.get_world_size())
     ep = ExpertParallel(size, dist.get_rank() % size)
     norm = available_norm(config.training.norm, get_accelerator().device_name())
@@ -91,7 +94,7 @@ def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) 
 
 
 class _LatentTask:
-    """`trainer.Task` of the latent transformer: what its routers, experts and exchanges do is counted on the way."""
+    """`trainer.Task` of the latent transformer; also counts what its routers, experts and exchanges do."""
 
     name = "pretrain"
 
@@ -111,12 +114,12 @@ class _LatentTask:
         self._layers = self.engine.moe_layers
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)
-        self._told = 0  # the step of the last record of the routers
+        self._recorded = 0  # step of the last routing record
         self._warnings = Warnings(config.telemetry)
         self._nonfinite = NonFinite(config.training.on_nonfinite, run, samples)
         self._batches: list[MicroBatch] = []
         self._exchanges: list[Exchange] = []
-        self._tells = False
+        self._records = False
         self.tokens = _tokens(config, list(grid))
 
     def check_start(self, state: dict[str, Any]) -> str | None:
@@ -128,18 +131,17 @@ class _LatentTask:
 
     def begin(self, step: int, logs: bool) -> None:
         last = step == self._config.training.steps
-        self._tells = bool(self._layers) and logs and (step - self._told >= self._config.telemetry.every or last)
+        self._records = bool(self._layers) and logs and (step - self._recorded >= self._config.telemetry.every or last)
         self._batches, self._exchanges = [], []
-        self.engine.ep.exchanges = self._exchanges if self._tells else None
+        self.engine.ep.exchanges = self._exchanges if self._records else None
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
-        history, geometry, target, domain_B = _to(self.engine, *self._samples.batch(picks))
-        expert_B = self._samples.expert_B(domain_B, self._config.model.moe.num_experts)
-        prediction = self.engine(history, geometry, expert_B)
-        losses, error_B = total_loss(prediction, target, self._config)
+        batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
+        prediction = self.engine(*batch.inputs)
+        losses, error_B = total_loss(prediction, batch.target_BCxyz, self._config)
         kept = {key: value.detach() for key, value in losses.items()}
-        self._batches.append(MicroBatch(picks, domain_B, error_B, kept, prediction.routing))
+        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
         return losses
 
     def end(self, step: int, applied: bool) -> None:
@@ -152,10 +154,10 @@ class _LatentTask:
             self._counts.add(batch.routing, batch.domain_B)
 
     def record(self, step: int, result: Step) -> dict[str, Any]:
-        if not self._tells:
+        if not self._records:
             return {}
         routing = layer_records(self._counts, self._layers, self._exchanges, result.expert_norms_LE)
-        self._told = step
+        self._recorded = step
         self._counts.clear()
         if dist.get_rank() == 0:
             for line in self._warnings.check(step, routing):
@@ -169,26 +171,26 @@ class _LatentTask:
         if not self._layers:
             return {}
         counts = {"table": self._counts.table_LDM.flatten(), "largest": self._counts.largest_L}
-        return {ROUTING + name: value for name, value in (counts | {"told": torch.tensor([self._told])}).items()}
+        return {ROUTING + name: value for name, value in (counts | {"told": torch.tensor([self._recorded])}).items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         mine = {name.removeprefix(ROUTING): value for name, value in state.items() if name.startswith(ROUTING)}
         if mine and mine["table"].numel() == self._counts.table_LDM.numel():
             self._counts.table_LDM.copy_(mine["table"].view_as(self._counts.table_LDM))
             self._counts.largest_L.copy_(mine["largest"])
-            self._told = int(mine["told"])
+            self._recorded = int(mine["told"])
 
     def finish(self, go_on: Callable[[], bool]) -> bool:
         return True
 
 
 def _tokens(config: Config, grid: list[int]) -> int:
-    """Of a micro-batch on a rank."""
+    """Number of tokens in one rank's micro-batch."""
     return config.training.batch_size * math.prod(grid) // config.model.patch**3
 
 
 def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:
-    """What all ranks must start with alike, or the exchanges between them would hang or mix up tokens."""
+    """Facts that must be equal on all ranks, or the exchanges between them would hang or mix up tokens."""
     shape = list(train.trajectories[0].z.shape[1:])
     tokens = _tokens(config, shape[1:])
     moe = config.model.moe
@@ -206,23 +208,21 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
 
 @torch.no_grad()
 def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, dict[str, float]]:
-    """Latent MSE and persistence's by domain over the whole validation split, shared out over the ranks."""
+    """Latent MSE of the model and of persistence, by domain, over the whole validation split (collective)."""
     rank, world, size = dist.get_rank(), dist.get_world_size(), config.evaluation.batch_size
     engine.model.eval()
     totals = torch.zeros(len(valid.domains), 3, dtype=torch.float64, device=engine.device)
     everything = [(domain, i) for domain, count in enumerate(valid.sizes) for i in range(count)]
-    # Every rank makes the same number of calls: the all-to-all inside waits for all of them.
+    # Every rank makes the same number of calls, because the all-to-all inside waits for all ranks.
     for first in range(0, len(everything), size * world):
         mine = everything[first + rank * size : first + (rank + 1) * size]
-        history, geometry, target, domain_B = _to(engine, *valid.batch(mine or everything[:1]))
+        batch = valid.batch(mine or everything[:1]).to(engine.device, engine.dtype)
         with engine.autocast():
-            expert_B = valid.expert_B(domain_B, config.model.moe.num_experts)
-            predicted = engine.model(history, geometry, expert_B).latent_BCxyz
-        error = (predicted - target).square().flatten(1).mean(1)
-        change = (history[:, -1] - target).square().flatten(1).mean(1)
+            predicted = engine.model(*batch.inputs).latent_BCxyz
+        errors_B2 = mse_beside_persistence(predicted, batch.history_BHCxyz, batch.target_BCxyz)
         if mine:
-            rows = torch.stack([error, change, torch.ones_like(error)], dim=1).double()
-            totals.index_add_(0, domain_B, rows)
+            rows = torch.cat([errors_B2, torch.ones_like(errors_B2[:, :1])], dim=1).double()
+            totals.index_add_(0, batch.domain_B, rows)
     dist.all_reduce(totals)
     engine.model.train()
     means = (totals[:, :2] / totals[:, 2:]).tolist()
@@ -230,11 +230,3 @@ def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, 
         "latent_mse": {domain: row[0] for domain, row in zip(valid.domains, means, strict=True)},
         "latent_mse_persistence": {domain: row[1] for domain, row in zip(valid.domains, means, strict=True)},
     }
-
-
-def _to(engine: Engine, *tensors: Tensor) -> list[Tensor]:
-    """On the engine's device, floating-point ones in its dtype."""
-    return [
-        tensor.to(engine.device, engine.dtype if tensor.is_floating_point() else None, non_blocking=True)
-        for tensor in tensors
-    ]

@@ -1,4 +1,4 @@
-"""The records that a training appended to its ``metrics.jsonl`` (docs/telemetry.md)."""
+"""Reading the records that a training appended to its ``metrics.jsonl`` (docs/telemetry.md)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 
+METRICS = "metrics.jsonl"  # in a run folder, and in that of a tokenizer
 Record = dict[str, Any]
 
 
 def read_history(path: Path) -> list[Record]:
-    """All records in the order of the file; half a last line, which a killed run leaves, is not one.
+    """Read all records in file order. A truncated last line, which a killed run leaves behind, is ignored.
 
     Raises:
         UserError: another line is not JSON (names the line).
@@ -29,11 +30,22 @@ def read_history(path: Path) -> list[Record]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is not JSON ({error}): mend or remove that line") from error
+            raise UserError(f"{path} line {number} is not JSON ({error}): repair or remove that line") from error
     return found
 
 
+def read_run(run: Path, kind: str = "") -> list[Record]:
+    """Read a run's records as `read_history` does; [] if it has none yet.
+
+    Args:
+        kind: ``train`` or ``valid`` selects the records of that kind, as `records` does.
+    """
+    path = run / METRICS
+    history = read_history(path) if path.exists() else []
+    return records(history, kind) if kind else history
+
+
 def records(history: Iterable[Record], kind: str) -> list[Record]:
-    """The records of one kind by step; where a resumed run wrote a step twice, the later one counts."""
+    """Select the records of one kind, by step. Of a step that a resumed run repeated, the later record counts."""
     by_step = {record["step"]: record for record in history if record.get("kind") == kind and "step" in record}
     return [by_step[step] for step in sorted(by_step)]

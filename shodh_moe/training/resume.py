@@ -1,4 +1,4 @@
-"""Where a run goes on: rank 0 chooses and checks the checkpoint, every rank reads its own part of it."""
+"""Resuming a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
-from shodh_moe.checkpoint import CheckpointReader, damage, find_checkpoint, mismatch
+from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpoint, mismatch, resolve_checkpoint
 from shodh_moe.training.engine import Engine
 
 
 def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Load weights, optimizer and, at the same number of ranks, random state (collective).
+    """Load weights, optimizer and, if the number of ranks is the same, random state (collective).
 
     Args:
-        resume: ``auto``, the newest intact checkpoint of the folder if there is one; or a checkpoint folder.
+        resume: ``auto`` for the newest intact checkpoint of the folder, if there is one; or a checkpoint folder.
 
     Returns:
-        {path, step, world_size, start} of the checkpoint, or None for a start from scratch; and what else this rank
-        left in it, nothing at another number of ranks.
+        {path, step, world_size, start} of the checkpoint, or None to start from scratch; and this rank's own state in
+        it, which is empty if the number of ranks has changed.
 
     Raises:
-        UserError: on rank 0, if there are checkpoints but none that is intact and fits; the others end quietly.
+        UserError: on rank 0, if there are checkpoints but none is intact and fits; the other ranks exit silently.
     """
     shapes = engine.shapes()
     state: dict[str, Tensor] = {}
@@ -41,7 +41,7 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
 
 
 class Starts(Protocol):
-    """The part of `trainer.Task` that `weights_from` needs."""
+    """The part of `trainer.Task` that `weights_from` uses."""
 
     engine: Engine
 
@@ -49,16 +49,17 @@ class Starts(Protocol):
 
 
 def weights_from(path: Path, task: Starts) -> dict[str, Any]:
-    """Load the weights of another run to begin a new one from (collective).
+    """Load the weights of another run as the start of a new one (collective).
 
     Args:
-        path: a run folder (its newest intact checkpoint) or a checkpoint, of any layout; a merged one too.
+        path: a run folder (its newest intact checkpoint is used) or a checkpoint of any layout, including a merged one.
 
     Returns:
         {path, step, sha256 of its state}.
 
     Raises:
-        UserError: on rank 0, if there is none, or its tensors are not those of this network; the others end quietly.
+        UserError: on rank 0, if there is no checkpoint or its tensors do not fit this network; the other ranks exit
+            silently.
     """
     found: dict[str, Any] = on_rank_0(lambda: _find_weights(path, task))
     task.engine.load_weights(CheckpointReader(Path(found["path"])))
@@ -68,14 +69,13 @@ def weights_from(path: Path, task: Starts) -> dict[str, Any]:
 def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
     shapes = {name: shape for name, shape in task.engine.shapes().items() if name.startswith("model/")}
     remedy = "start: give a run folder or a checkpoint of the same network"
-    if (path / "checkpoints").is_dir():
-        found = find_checkpoint(path / "checkpoints")
-        if found is None:
-            raise UserError(f"{path} has no checkpoint to start from; {remedy}")
-        path = found[0]
-    elif reason := damage(path):
-        raise UserError(f"cannot start from {path}: {reason}; {remedy}")
-    state = CheckpointReader(path).state
+    try:
+        found = resolve_checkpoint(path)
+    except Damaged as error:
+        raise UserError(f"cannot start from {path}: {error}; {remedy}") from None
+    if found is None:
+        raise UserError(f"{path} has no checkpoint to start from; {remedy}")
+    path, state = found, CheckpointReader(found).state
     weights = {name: record for name, record in state["tensors"].items() if name.startswith("model/")}
     if reason := mismatch({"tensors": weights}, shapes) or task.check_start(state):
         raise UserError(f"cannot start from {path}: {reason}; {remedy}")
@@ -83,7 +83,7 @@ def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
 
 
 def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
-    """Where to go on, as {path, step, world_size, start}; None: from scratch."""
+    """Return {path, step, world_size, start} of the checkpoint to resume from, None to start from scratch."""
     if resume == "auto":
         found = find_checkpoint(checkpoints, shapes)
         return {"path": str(found[0]), **_pick(found[1])} if found else None
@@ -97,30 +97,35 @@ def _pick(state: dict[str, Any]) -> dict[str, Any]:
     return {key: state.get(key) for key in ("step", "world_size", "start")}
 
 
-def on_rank_0(work: Callable[[], Any], tell: bool = True) -> Any:
-    """The result of ``work``, done by rank 0 alone; if it raises there, the other ranks end too.
+def on_rank_0(work: Callable[[], Any], share: bool = True) -> Any:
+    """Call ``work`` on rank 0 alone and return its result on every rank (collective).
 
-    With ``tell`` False the others get None in place of a result that cannot travel.
+    Args:
+        share: False if the result cannot be pickled; the other ranks then get None.
+
+    Raises:
+        Exception: on rank 0, whatever ``work`` raised.
+        SystemExit: on the other ranks, if it raised.
     """
-    told: list[Any] = [None, True]
+    message: list[Any] = [None, True]  # the result, and whether there is one
     error: Exception | None = None
     result: Any = None
     if dist.get_rank() == 0:
         try:
             result = work()
-            told[0] = result if tell else None
+            message[0] = result if share else None
         except Exception as raised:
-            error, told[1] = raised, False
-    dist.broadcast_object_list(told, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
+            error, message[1] = raised, False
+    dist.broadcast_object_list(message, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
     if error:
         raise error
-    if not told[1]:
-        raise SystemExit(EXIT_USER_ERROR)  # quietly: rank 0 says why
-    return result if dist.get_rank() == 0 else told[0]
+    if not message[1]:
+        raise SystemExit(EXIT_USER_ERROR)  # silently: rank 0 reports the reason
+    return result if dist.get_rank() == 0 else message[0]
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of this rank's generators, for a checkpoint."""
+    """Return the state of this rank's random generators, for a checkpoint."""
     states = {"rng/cpu": torch.get_rng_state()}
     return states | ({"rng/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

@@ -1,8 +1,8 @@
-"""Which elements of the model and of the optimizer's state this rank holds, whatever the ZeRO stage.
+"""Shards: the elements of the model and the optimizer's state that this rank holds, at every ZeRO stage.
 
-Without ZeRO a rank updates whole parameters; with it, a stretch of each parameter group laid end to end. Either way
-what it holds of one parameter are consecutive elements, and so they are in the logical tensor, whose first axis
-counts all experts.
+Without ZeRO a rank updates whole parameters; with ZeRO it updates a contiguous part of each flattened parameter group.
+In both cases it holds consecutive elements of a parameter. They are also consecutive in the logical tensor, whose
+first axis counts all experts.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import Fragment, first_element, logical_shape
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.optimizer import MOMENTS
-
-
-def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether the parameter belongs to the experts of this rank alone (DeepSpeed's own mark)."""
-    return not getattr(parameter, "allreduce", True)
 
 
 @dataclass(frozen=True)
@@ -29,13 +25,13 @@ class Shard:
 
     Attributes:
         name: the parameter's name in the model.
-        parameter: it, on this rank: of experts the local ones.
+        parameter: the parameter on this rank; for experts, the local ones.
         group: index of its parameter group, where ZeRO keeps the gradients.
         start: first element in the flattened local parameter.
-        master: what the optimizer updates: the parameter itself, or ZeRO's part of the flattened group.
+        master: the tensor that the optimizer updates: the parameter itself, or ZeRO's part of the flattened group.
         offset: first element in the flattened ``master``.
         count: number of elements.
-        owned: whether this rank, of all that hold the same elements, saves and counts them.
+        owned: whether this rank saves and counts the elements; exactly one of the ranks that hold them does.
     """
 
     name: str
@@ -48,21 +44,21 @@ class Shard:
     owned: bool
 
     def of(self, flat: Tensor) -> Tensor:
-        """The shard's part of a tensor shaped as ``master``."""
+        """The shard's part of a tensor with the shape of ``master``."""
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
 def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParallel) -> list[Shard]:
-    """Every parameter whole. Ranks with the same elements own them in turn, so that all write alike much."""
+    """One shard per whole parameter. Ranks that hold the same elements take turns to own them, to share the writing."""
     found = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        replicas, replica = (world // ep.size, rank // ep.size) if is_expert(parameter) else (world, rank)
+        replicas, replica = (world // ep.size, rank // ep.size) if marks(parameter).sharded else (world, rank)
         found.append(Shard(name, parameter, 0, 0, parameter, 0, parameter.numel(), index % replicas == replica))
     return found
 
 
 def shards_of_zero(model: nn.Module, zero: Any) -> list[Shard]:
-    """The stretches of DeepSpeed's ZeRO 1 and 2 optimizer: no two ranks hold the same elements."""
+    """This rank's shards in DeepSpeed's ZeRO 1 and 2 optimizer; no two ranks hold the same elements."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for group, parameters in enumerate(zero.bit16_groups):
@@ -77,11 +73,15 @@ def shards_of_zero(model: nn.Module, zero: Any) -> list[Shard]:
 def fragments(
     shards: list[Shard], optimizer: torch.optim.Optimizer, ep: ExpertParallel, all_held: bool
 ) -> list[Fragment]:
-    """Weights and moments of the shards as parts of logical tensors: the owned ones to save, all to load."""
+    """Weights and moments of the shards as parts of logical tensors.
+
+    Args:
+        all_held: include shards that another rank owns; needed to load, not to save.
+    """
     found = []
     for shard in shards:
         if all_held or shard.owned:
-            start = first_element(shard.name, shard.parameter, ep) + shard.start
+            start = first_element(shard.parameter, ep) + shard.start
             found.append(Fragment(f"model/{shard.name}", start, shard.of(shard.master)))
             for key in MOMENTS:
                 values = shard.of(optimizer.state[shard.master][key])
@@ -90,10 +90,10 @@ def fragments(
 
 
 def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]:
-    """Shapes of all logical tensors of a checkpoint of this model."""
+    """Shapes of all logical tensors in a checkpoint of this model."""
     shapes = {}
     for name, parameter in model.named_parameters():
-        shape = logical_shape(name, parameter, ep)
+        shape = logical_shape(parameter, ep)
         shapes.update({f"{kind}/{name}": shape for kind in ("model", *MOMENTS)})
     return shapes
 
@@ -101,14 +101,14 @@ def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]
 def squared_norms(
     gradients: list[tuple[Shard, Tensor]], layer_of: dict[str, int], layers: int, experts: int, ep: ExpertParallel
 ) -> Tensor:
-    """Squared L2 norms of this rank's owned gradients: their sum over all ranks counts every element once.
+    """Squared L2 norms of the gradients this rank owns. Their sum over all ranks counts every element once.
 
     Args:
-        gradients: flat gradients by shard.
-        layer_of: MoE layer of each expert parameter, by name.
+        gradients: shards and their flat gradients.
+        layer_of: MoE layer of each expert parameter, by parameter name.
 
     Returns:
-        float64 [layers * E + 1]: each layer's experts, then everything else.
+        float64 [layers * E + 1]: each expert of each layer, then everything else.
     """
     device = gradients[0][1].device if gradients else torch.device("cpu")
     table = torch.zeros(layers * experts + 1, dtype=torch.float64, device=device)

@@ -1,6 +1,6 @@
-"""What the routers, experts and exchanges did: sums kept on the device, and one record per layer from them.
+"""Telemetry of routers, experts and exchanges: sums are kept on the device and turned into one record per layer.
 
-Shapes: L layers, B samples, S tokens of a sample, N = B S tokens, D domains, E experts.
+Shapes: L layers, B samples, S tokens per sample, N = B S tokens, D domains, E experts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from shodh_moe.config import TelemetryConfig
 from shodh_moe.model import MoE, Routing
 from shodh_moe.parallel import Exchange
 
-SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns behind the experts'
+SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns after those of the experts
 DIRECTIONS = ("dispatch", "combine")
 
 
 class RoutingCounts:
-    """Sums over steps and ranks of what the routers did; adding to them never waits for the device.
+    """Sums over steps and ranks of the routers' decisions; adding to them never waits for the device.
 
-    ``table_LDM`` holds, per layer and domain, the tokens of each expert and the sums behind `SUMS`:
-    M = E + 3 columns. ``largest_L`` is the largest logit any token had.
+    Attributes:
+        table_LDM: for each layer and domain, the number of tokens of each expert and the sums for `SUMS`, M = E + 3
+            columns, float64.
+        largest_L: each layer's largest logit of any token, float64.
     """
 
     def __init__(self, layers: int, domains: list[str], experts: int, device: torch.device | str = "cpu"):
@@ -35,7 +37,7 @@ class RoutingCounts:
     def add(self, routing: list[Routing], domain_B: Tensor) -> None:
         """Count one forward pass over B samples; every layer routes the same tokens, sample by sample.
 
-        Tokens whose logits are not finite add nothing to the sums behind `SUMS`; a dense model has nothing to count.
+        Tokens whose logits are not finite add nothing to the sums for `SUMS`. A dense model has nothing to count.
         """
         if not routing:
             return
@@ -50,13 +52,13 @@ class RoutingCounts:
         sums_LVB = values.nan_to_num_(0).view(layers, len(SUMS), len(domain_B), -1).sum(-1, dtype=table.dtype)
         table[:, :, self.experts :].index_add_(1, domain_B, sums_LVB.transpose(1, 2))
 
-        # The expert chosen has the largest logit, and the logarithm of its probability is that less the logsumexp.
+        # The chosen expert has the largest logit: the logarithm of its probability plus the logsumexp.
         largest_LN = torch.stack([r.logsumexp_N + r.gate_N.log() for r in routing]).nan_to_num_(-torch.inf)
         torch.maximum(self.largest_L, largest_LN.amax(1), out=self.largest_L)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One record a layer (collective): ``load``, ``dropped_fraction``, ``entropy`` and ``mean_gate`` by domain,
-        ``load_all``, the load over all domains, and ``largest_logit``.
+        """One record per layer (collective): ``load``, ``dropped_fraction``, ``entropy`` and ``mean_gate`` by domain,
+        the load over all domains ``load_all``, and ``largest_logit``.
         """
         table_LDM = _over_ranks(self.table_LDM).cpu()
         largest = _over_ranks(self.largest_L, dist.ReduceOp.MAX).tolist()
@@ -75,6 +77,7 @@ class RoutingCounts:
         return layers
 
     def clear(self) -> None:
+        """Start the sums again at zero."""
         self.table_LDM.zero_()
         self.largest_L.fill_(-torch.inf)
 
@@ -82,12 +85,12 @@ class RoutingCounts:
 def layer_records(
     counts: RoutingCounts, layers: list[MoE], exchanges: list[Exchange], expert_norms_LE: Tensor | None
 ) -> list[dict[str, Any]]:
-    """`RoutingCounts.summary`, and of each layer ``temperature``, ``expert_grad_norm`` and ``all_to_all`` (collective).
+    """`RoutingCounts.summary` with each layer's ``temperature``, ``expert_grad_norm`` and ``all_to_all`` (collective).
 
     Args:
-        layers: the MoE layers of the model, in order; a linear router has the temperature None.
-        exchanges: those of one step (`ExpertParallel.exchanges`).
-        expert_norms_LE: gradient norm of every expert, the same on every rank; None: no ``expert_grad_norm``.
+        layers: the model's MoE layers in order; the temperature of a router without one is None.
+        exchanges: records of one step (`ExpertParallel.exchanges`).
+        expert_norms_LE: gradient norm of every expert, equal on all ranks; None: no ``expert_grad_norm``.
     """
     records, traffic = counts.summary(), _traffic(len(layers), exchanges, counts.table_LDM.device)
     for layer, record in enumerate(records):
@@ -100,7 +103,7 @@ def layer_records(
 
 
 def _traffic(layers: int, exchanges: list[Exchange], device: torch.device) -> list[dict[str, Any]]:
-    """Of each layer the sums ``ms``, ``wait_ms`` and ``bytes``, means over ranks; in all and by direction."""
+    """Each layer's sums ``ms``, ``wait_ms`` and ``bytes``, averaged over ranks, in total and by direction."""
     sums = torch.zeros(layers, len(DIRECTIONS), 3, dtype=torch.float64)
     for exchange in exchanges:
         numbers = torch.tensor([*exchange.times_ms(), exchange.sent_bytes], dtype=torch.float64)
@@ -124,8 +127,8 @@ def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]) -> tuple[int, str] | None:
-    """The first layer that has router logits without a softmax (NaN or infinite), and the domain of the first such
-    token there; None if all are finite. Waits for the device.
+    """The first layer with router logits that have no softmax (NaN or infinite), and the domain of the first such
+    token; None if all logits are finite. Waits for the device.
     """
     for layer, record in enumerate(routing):
         broken_B = ~record.logsumexp_N.isfinite().view(len(domain_B), -1).all(dim=1)
@@ -135,14 +138,14 @@ def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]
 
 
 class Warnings:
-    """Says once that an expert starves or that a domain loses tokens, and again after it was over and came back."""
+    """Warns once when an expert starves or a domain loses tokens, and again if the condition ends and returns."""
 
     def __init__(self, config: TelemetryConfig):
         self.config = config
         self._said: set[tuple[str, int, int | str]] = set()
 
     def check(self, step: int, layers: list[dict[str, Any]]) -> list[str]:
-        """New warnings from one step's records of the layers (`RoutingCounts.summary`), a line a layer and kind."""
+        """New warnings from one step's layer records (`RoutingCounts.summary`), one line per layer and kind."""
         c, lines = self.config, []
         now: set[tuple[str, int, int | str]] = set()
         for record in layers:

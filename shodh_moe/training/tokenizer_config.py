@@ -1,30 +1,28 @@
-"""The run that trains a config's tokenizer, as the trainer and the launcher want one."""
+"""The config of the run that trains a config's tokenizer, in the form that the trainer and the launcher take."""
 
 from __future__ import annotations
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.section import taken_by_tokenizer
 from shodh_moe.config import Config, TrainingConfig
 from shodh_moe.config.paths import tokenizer_seed
 from shodh_moe.training.deepspeed_config import deepspeed_config
 
-# What the tokenizer's training takes from the training section: nothing that changes what is learned.
-SHARED = ("optimizer", "on_nonfinite", "stall_seconds")
-
 
 def tokenizer_run(config: Config, world: int) -> Config:
-    """The config of the tokenizer's training on ``world`` ranks.
+    """Make the config of the tokenizer's training on ``world`` ranks.
 
-    Its training section follows from the tokenizer section, and what is not the tokenizer's is as by default: two runs
-    with the same tokenizer have the same. Applied to its own result it changes nothing.
+    Its training section is derived from the tokenizer section, and sections that do not concern the tokenizer have
+    their defaults, so that two runs with the same tokenizer get the same config. Idempotent.
 
     Raises:
-        UserError: the batch cannot be shared out, or the DeepSpeed section does not fit.
+        UserError: the batch cannot be divided among the ranks, or the DeepSpeed section does not fit.
     """
     c = config.tokenizer
     if c.batch_size % world:
         raise UserError(
-            f"tokenizer.batch_size {c.batch_size} cannot be shared out over {world} ranks: make it a multiple of "
-            f"{world}, or train the tokenizer on fewer (parallel.processes, or a hostfile of its own)"
+            f"tokenizer.batch_size {c.batch_size} cannot be divided among {world} ranks: make it a multiple of "
+            f"{world}, or train the tokenizer on fewer ranks (parallel.processes, or another hostfile)"
         )
     training = TrainingConfig(
         steps=c.steps,
@@ -39,7 +37,7 @@ def tokenizer_run(config: Config, world: int) -> Config:
         validate_every=c.checkpoint_every,
         keep_last=1,
         log_every=c.log_every,
-        **{key: getattr(config.training, key) for key in SHARED},
+        **taken_by_tokenizer(config.training),
     )
     run = Config(
         name="tokenizer",
@@ -47,7 +45,7 @@ def tokenizer_run(config: Config, world: int) -> Config:
         data=config.data,
         tokenizer=c.model_copy(update={"seed": None}),
         training=training,
-        parallel=config.parallel.model_copy(update={"ep_size": 1}),  # it has no experts
+        parallel=config.parallel.model_copy(update={"ep_size": 1}),  # the tokenizer has no experts
         deepspeed=config.deepspeed,
     )
     deepspeed_config(run, world)

@@ -1,6 +1,6 @@
-"""Training of the tokenizer by the common trainer, data-parallel: its batches, losses, validation and statistics.
+"""The tokenizer's training task, data-parallel: its batches, losses, validation and statistics.
 
-The ranks share out every batch, so that the tokenizer is the same, but for rounding, whatever their number.
+The ranks split every batch, so the tokenizer does not depend on their number, except for rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file
+from shodh_moe.base.parameters import mark
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import Config
 from shodh_moe.config.compare import flatten
@@ -36,18 +37,20 @@ from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.resume import on_rank_0
 from shodh_moe.training.trainer import train
 
-VALID_SAMPLES = 64  # of each domain
+VALID_SAMPLES = 64  # per domain
 
 
 def train_tokenizer(
     config: Config, dataset: Path, folder: Path, resume: str = "auto", stop_file: Path | None = None
 ) -> None:
-    """Train to ``tokenizer.steps``; the folder gets what a run folder has, and at the end ``tokenizer.safetensors`` and
-    ``tokenizer.json``. Arguments and errors as `trainer.train` has them.
+    """Train to ``tokenizer.steps``.
+
+    The folder gets the contents of a run folder, and at the end ``tokenizer.safetensors`` and ``tokenizer.json``. For
+    other arguments and errors see `trainer.train`.
 
     Args:
         config: from `tokenizer_run`.
-        folder: the tokenizer's; all ranks see it.
+        folder: folder of the tokenizer, visible to all ranks.
 
     Raises:
         UserError: also if the data cannot be used, or ranks disagree.
@@ -61,7 +64,7 @@ def train_tokenizer(
 
 
 def _look_at_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
-    """The trajectories to train on and to validate with, and what mixes their domains."""
+    """Return the trajectories for training and for validation, and the sampler that mixes their domains."""
     data = config.data
     found = [list_trajectories(dataset, split, data.grid, data.skip_bad) for split in ("train", "valid")]
     samples = Snapshots(found[0])
@@ -71,12 +74,12 @@ def _look_at_data(config: Config, dataset: Path) -> tuple[list[list[Any]], Domai
 
 
 def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder: Path) -> Tokenizer:
-    """The tokenizer before its first step, equal on all ranks, on this rank's device (collective).
+    """Return the tokenizer before its first step, equal on all ranks, on this rank's device (collective).
 
-    What it takes from the data is kept in ``start.safetensors``: checkpoints have the parameters alone.
+    What it derives from the data is kept in ``start.safetensors``, because checkpoints hold only parameters.
 
     Raises:
-        UserError: on rank 0, if that file is damaged or the dataset has no statistics; the others end quietly.
+        UserError: on rank 0, if that file is damaged or the dataset has no statistics; the other ranks exit silently.
     """
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer(config.tokenizer, config.data.grid)
@@ -92,7 +95,7 @@ def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         start_from_principal_components(tokenizer, samples, config.seed, rank, ranks, dist.all_reduce)
         on_rank_0(lambda: _write_start(path, start))
-    for tensor in start.values():  # one rank's, to the last bit
+    for tensor in start.values():  # bitwise equal on all ranks
         dist.broadcast(tensor, 0)
     return tokenizer
 
@@ -115,18 +118,20 @@ def _write_start(path: Path, start: dict[str, Tensor]) -> None:
 
 
 def set_learning_rate_scales(tokenizer: nn.Module) -> None:
-    """Each weight at 16 / sqrt(fan-in) of the learning rate: Adam moves every entry alike, and the more inputs a layer
-    sums, the further the same step moves its output."""
+    """Scale each weight's learning rate by 16 / sqrt(fan-in).
+
+    Adam moves every entry by the same amount, so the same step moves a layer's output further the more inputs it sums.
+    """
     for parameter in tokenizer.parameters():
         if parameter.dim() > 1:
-            parameter.lr_scale = 16 / parameter[0].numel() ** 0.5  # type: ignore[attr-defined]
+            mark(parameter, lr_scale=16 / parameter[0].numel() ** 0.5)
 
 
 class _Samples(Snapshots):
-    """Snapshots that reports can name."""
+    """Snapshots that can be described in reports."""
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Where a snapshot lies, given its index among all of them."""
+        """Describe where a snapshot lies, given its index among all snapshots."""
         number, snapshot = self._find(index)
         record = self.records[number]
         fields = self.batch([index])
@@ -140,7 +145,7 @@ class _Samples(Snapshots):
 
 
 class _TokenizerTask:
-    """`trainer.Task` of the tokenizer."""
+    """The tokenizer's `trainer.Task`."""
 
     name = "train tokenizer"
 
@@ -165,7 +170,7 @@ class _TokenizerTask:
         self._seen: list[MicroBatch] = []
 
     def check_start(self, state: dict[str, Any]) -> str | None:
-        return None  # a tokenizer starts from its data alone
+        return None  # a tokenizer never starts from other weights
 
     def begin(self, step: int, logs: bool) -> None:
         self._seen = []
@@ -188,7 +193,7 @@ class _TokenizerTask:
         return losses
 
     def _batches_from(self, step: int) -> Iterator[tuple[list[int], Tensor]]:
-        """This rank's part of the batches of the steps that are left."""
+        """Yield this rank's part of the batches of the remaining steps."""
         c, seed, rank, ranks = self._config.tokenizer, self._config.seed, dist.get_rank(), dist.get_world_size()
         draws = (draw(self._samples, self._sampler, c.batch_size, seed, number) for number in range(step, c.steps))
         parts = (share(whole, rank, ranks) for whole in draws)
@@ -205,7 +210,7 @@ class _TokenizerTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Reconstruction errors by domain over at most `VALID_SAMPLES` evenly spread snapshots each."""
+        """Return reconstruction errors by domain, over about `VALID_SAMPLES` evenly spread snapshots each."""
         engine, valid, names = self.engine, self._valid, self._errors.names
         sums = torch.zeros(len(valid.domains), len(names) + 1, dtype=torch.float64, device=engine.device)
         parts = []
@@ -229,14 +234,14 @@ class _TokenizerTask:
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
     def finish(self, go_on: Callable[[], bool]) -> bool:
-        """Set the statistics of the latents and save the tokenizer, which tells that it is trained."""
+        """Set the statistics of the latents and save the tokenizer, which marks it as trained."""
         if not set_latent_statistics(self._tokenizer, self._samples, self.tokens, go_on):
             return False
         on_rank_0(self._save)
         return True
 
     def _save(self) -> None:
-        # Of its own memory: ZeRO keeps the parameters in a common buffer.
+        # A copy with its own memory: ZeRO keeps the parameters in a common buffer.
         tokenizer = Tokenizer(self._config.tokenizer, self._config.data.grid)
         tokenizer.load_state_dict(self._tokenizer.state_dict())
         tokenizer.save(self._folder)
@@ -244,9 +249,10 @@ class _TokenizerTask:
 
 @torch.no_grad()
 def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, go_on: Callable[[], bool]) -> bool:
-    """Per-channel mean and standard deviation of the raw latents of all samples, float64 sums (collective).
+    """Set the per-channel mean and standard deviation of the raw latents of all samples (collective).
 
-    In float32, as `encode_dataset` makes them. False if ``go_on``, which is called after every batch, has said so.
+    The latents are float32, as `encode_dataset` makes them, and the sums float64. ``go_on`` is called after every
+    batch; returns False as soon as it does.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels, device = tokenizer.config.latent_channels, tokenizer.velocity_rms.device
@@ -254,7 +260,7 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
     parts = _parts(range(len(samples)), batch)
     batches = on_device(samples, parts[rank::ranks], device)
     for _ in range(0, len(parts), ranks):
-        for fields in islice(batches, 1):  # the last round may leave a rank without one
+        for fields in islice(batches, 1):  # in the last round a rank may have no batch
             z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
             sums += torch.cat([z.sum(1), z.square().sum(1), sums.new_tensor([z.shape[1]])])
         if not go_on():
@@ -267,5 +273,5 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
 
 
 def _parts(picks: Any, size: int) -> list[list[int]]:
-    """Consecutive parts of at most ``size``."""
+    """Split into consecutive parts of at most ``size``."""
     return [list(picks[first : first + size]) for first in range(0, len(picks), size)]

@@ -1,6 +1,6 @@
-"""The training loop that every rank runs, whatever is trained: steps, records, checkpoints, signals, and going on.
+"""The training loop that every rank runs: optimizer steps, records, checkpoints, stop signals and resuming.
 
-What is trained is a `Task`: it has the engine with the network, and knows its batches and losses.
+What is trained is a `Task`. It owns the engine with the network, and knows its batches and losses.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -25,24 +27,25 @@ from shodh_moe.base.progress import progress
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter
 from shodh_moe.config import RunConfig, TrainingConfig
 from shodh_moe.kernels.backend import describe
-from shodh_moe.launching.stopping import stop_request
+from shodh_moe.launching.stop_signals import stop_request
+from shodh_moe.launching.watchdog import Watchdog, watched
 from shodh_moe.parallel.rendezvous import versions
-from shodh_moe.training.engine import Engine, Step
+from shodh_moe.training.engine import Engine, Step, leave_process_group
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
 from shodh_moe.training.resume import on_rank_0, random_state, start_from, weights_from
-from shodh_moe.training.watchdog import watched
 
 
 class Task(Protocol):
-    """One rank's part of what is trained. All ranks call everything in the same order.
+    """One rank's part of a training. All ranks call all methods in the same order.
 
     Attributes:
-        engine: with the network.
-        name: of the progress bar.
-        tokens: of a micro-batch on this rank, for the speed that records tell; a network without tokens counts samples.
-        facts: what a checkpoint keeps beside what the trainer does.
+        engine: holds the network.
+        name: label of the progress bar.
+        tokens: number of tokens in one rank's micro-batch, from which records compute the speed. A network without
+            tokens counts samples.
+        facts: entries that checkpoints keep in addition to the trainer's own.
     """
 
     engine: Engine
@@ -51,33 +54,36 @@ class Task(Protocol):
     facts: dict[str, Any]
 
     def check_start(self, state: dict[str, Any]) -> str | None:
-        """Why the weights of another run, with this ``state.json``, would mean something else here; None if not."""
+        """Return why the weights of another run, given its ``state.json``, would mean something else here, or None."""
 
     def begin(self, step: int, logs: bool) -> None:
-        """Before the micro-batches of the step that ends as ``step``; ``logs``: a record will be written of it."""
+        """Prepare for the micro-batches of the step that ends as ``step``; ``logs`` says whether it gets a record."""
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
-        """Forward pass of the micro-batch of that number, counted over the whole run; 0-d, ``loss`` is minimised."""
+        """Run the forward pass of one micro-batch, numbered over the whole run.
+
+        Returns 0-d losses by name; the one called ``loss`` is minimised.
+        """
 
     def end(self, step: int, applied: bool) -> None:
-        """After the step; one that was not applied had a loss or gradient that is not finite. Raises to stop."""
+        """Finish a step. It was not applied if a loss or gradient was not finite. May raise to stop the training."""
 
     def record(self, step: int, result: Step) -> dict[str, Any]:
-        """What a train record has beside losses, norms and speed (collective)."""
+        """Return entries for a train record besides losses, norms and speed (collective)."""
 
     def validate(self) -> dict[str, Any]:
-        """What a validation record has (collective)."""
+        """Return the entries of a validation record (collective)."""
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank sums up over steps, 1-D by name, for a checkpoint."""
+        """Return what this rank accumulates over steps, 1-D tensors by name, for a checkpoint."""
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state`; one that does not fit, or lacks something, leaves everything as it is."""
+        """Restore a `state`. One that does not fit, or is incomplete, changes nothing."""
 
     def finish(self, go_on: Callable[[], bool]) -> bool:
-        """After the last step, also where a run that goes on had none left (collective).
+        """Do the work after the last step, also in a resumed run with no steps left (collective).
 
-        Long work calls ``go_on`` now and then, on all ranks alike; where that says False, it returns False at once.
+        Long work calls ``go_on`` now and then, equally on all ranks, and returns False as soon as it returns False.
         """
 
 
@@ -91,135 +97,209 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_file: Path | None = None) -> None:
-    """Train to ``training.steps``.
+    """Train to ``training.steps``, then leave the process group that `init_distributed` joined.
+
+    However the training ends, the log is closed, the watchdog stopped, the run folder unlocked and the process group
+    left, so that the same process can start another training.
 
     Args:
-        resume: ``auto`` goes on from the newest intact checkpoint of the run folder, if there is one; a checkpoint
-            folder goes on from that one.
-        stop_file: by which the launching process asks for an end (`sentinel`).
+        resume: ``auto`` resumes from the newest intact checkpoint of the run folder, if there is one; a checkpoint
+            folder resumes from that one.
+        stop_file: file in which the launching process asks the ranks to stop (see `sentinel`).
 
     Raises:
-        UserError: nothing fits to resume from, a step was not finite under the policy ``halt``, or another process
-            trains in the run folder.
+        UserError: no checkpoint fits, a step was not finite under the policy ``halt``, or another process trains in
+            the run folder.
         SystemExit: with `EXIT_REQUEUE`, after SIGTERM or SIGUSR1 and a checkpoint.
     """
-    t, engine = config.training, task.engine
-    rank, world = dist.get_rank(), dist.get_world_size()
-    lock = on_rank_0(lambda: lock_run(run), tell=False)
-    attempt = on_rank_0(lambda: uuid.uuid4().hex)  # tells this start of the run from all others
-    guards = ExitStack()
-    asked = guards.enter_context(stop_request())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    watchdog = guards.enter_context(watched(run, rank, local_rank, attempt, t.stall_seconds, stop_file))
+    rank, local_rank = dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0))
+    with ExitStack() as resources:
+        resources.push(_leave_process_group)
+        on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
+        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # tells this start of the run from all others
+        stop_requests = resources.enter_context(stop_request())
+        stall_seconds = config.training.stall_seconds
+        watchdog = resources.enter_context(watched(run, rank, local_rank, attempt, stall_seconds, stop_file))
 
-    checkpoints = run / "checkpoints"
-    found, state = start_from(checkpoints, resume, engine)
+        start = _restore(task, config, run / "checkpoints", resume)
+        writer = _checkpoint_writer(run / "checkpoints", config.training, attempt)
+        log = resources.enter_context(Log(run, start.step)) if rank == 0 else None
+        if rank == 0:
+            _announce(task, config, start)
+        step, stopped = _Loop(task, config, start, writer, log, watchdog, stop_requests).run()
+        dist.barrier()
+    if stopped:
+        if rank == 0:
+            print(f"stopped by a signal after step {step}: the same command resumes from there", flush=True)
+        raise SystemExit(EXIT_REQUEUE)
+
+
+def _leave_process_group(
+    kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+) -> None:
+    with suppress(Exception) if error else nullcontext():  # a second error must not hide the first
+        leave_process_group(failed=error is not None)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a training starts.
+
+    Attributes:
+        step: number of steps already made.
+        checkpoint: {path, step, world_size, start} of the checkpoint that it resumes from, None for a new run.
+        origin: {path, step, sha256} of the weights that the run began with, None if it began from scratch.
+        interval: sums since the last train record.
+    """
+
+    step: int
+    checkpoint: dict[str, Any] | None
+    origin: dict[str, Any] | None
+    interval: Interval
+
+
+def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> _Start:
+    """Load the checkpoint to resume from, or the weights that ``start`` names (collective)."""
+    found, state = start_from(checkpoints, resume, task.engine)
     origin = found["start"] if found else weights_from(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)
-    start = found["step"] if found else 0
-    writer = CheckpointWriter(checkpoints, rank, world, t.keep_last, t.keep_every, attempt)
-    log = Log(run, start) if rank == 0 else None
-    if rank == 0:
-        where = f"from step {start} of {found['path']}" if found else "from scratch"
-        where = f"with the weights of {origin['path']}" if origin and not found else where
-        layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}, {t.precision}"
-        print(f"{task.name} {where}: {layout}, device {engine.device}", flush=True)
-        print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
-        if found and found["world_size"] != world:
-            before = CheckpointReader(Path(found["path"])).state["config"]["training"]["batch_size"]
-            changes = before * found["world_size"] != t.batch_size * world
-            batch = ": the global batch changes with them" if changes else ""
-            print(f"the checkpoint was made by {found['world_size']} ranks, now {world}{batch}", flush=True)
+    return _Start(found["step"] if found else 0, found, origin, interval)
 
-    def go_on() -> bool:
-        watchdog.alive()
-        stops = torch.tensor(float(bool(asked)), device=engine.device)
+
+def _checkpoint_writer(checkpoints: Path, t: TrainingConfig, attempt: str) -> CheckpointWriter:
+    return CheckpointWriter(checkpoints, dist.get_rank(), dist.get_world_size(), t.keep_last, t.keep_every, attempt)
+
+
+def _announce(task: Task, config: RunConfig, start: _Start) -> None:
+    """Print where the run starts, its layout, its kernels, and what changed since the checkpoint."""
+    engine, world, found = task.engine, dist.get_world_size(), start.checkpoint
+    if found:
+        where = f"from step {start.step} of {found['path']}"
+    elif start.origin:
+        where = f"with the weights of {start.origin['path']}"
+    else:
+        where = "from scratch"
+    layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}, {config.training.precision}"
+    print(f"{task.name} {where}: {layout}, device {engine.device}", flush=True)
+    print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
+    if found and found["world_size"] != world:
+        before = CheckpointReader(Path(found["path"])).state["config"]["training"]["batch_size"]
+        changes = before * found["world_size"] != config.training.batch_size * world
+        batch = ": the global batch changes with them" if changes else ""
+        print(f"the checkpoint was made by {found['world_size']} ranks, now {world}{batch}", flush=True)
+
+
+@dataclass
+class _Loop:
+    """The steps of one training, from ``start`` to the last one or to a stop signal."""
+
+    task: Task
+    config: RunConfig
+    start: _Start
+    writer: CheckpointWriter
+    log: Log | None  # on rank 0
+    watchdog: Watchdog
+    stop_requests: list[bool]
+
+    def run(self) -> tuple[int, bool]:
+        """Train, then finish the task. Returns the last step made, and whether a signal stopped the run."""
+        t, done, stopped = self.config.training, self.start.step, False
+        steps = range(done, t.steps)
+        self.watchdog.alive()
+        for step in progress(steps, self.task.name, len(steps)) if self.log else steps:
+            done = step + 1
+            result = self._step(step)
+            if self._due(done, t.log_every) and self.start.interval.times:
+                self._write_train_record(done, result)
+            if self._due(done, t.validate_every):
+                self._write({"kind": "valid", "step": done, **self.task.validate()})
+            self.writer.check()
+            self.watchdog.alive()
+            stopped = result.stop and done < t.steps
+            if self._due(done, t.checkpoint_every) or stopped:
+                self._save(done)
+            if stopped:
+                break
+        self.writer.finish()
+        return done, stopped or not self.task.finish(self._go_on)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.training.steps
+
+    def _step(self, step: int) -> Step:
+        """Make one optimizer step from ``training.accumulation`` micro-batches."""
+        began = time.perf_counter()
+        t, task, interval, done = self.config.training, self.task, self.start.interval, step + 1
+        task.begin(done, self._due(done, t.log_every))
+        batches = []
+        for micro_batch in range(step * t.accumulation, done * t.accumulation):
+            losses = task.losses(micro_batch)
+            result = task.engine.step(losses["loss"], learning_rate(step, t), bool(self.stop_requests))
+            batches.append({key: value.detach() for key, value in losses.items()})
+        assert result is not None  # the last micro-batch of a step has one
+        task.end(done, result.applied)
+        if result.applied:
+            for losses in batches:
+                interval.add(losses)
+            interval.times.append(time.perf_counter() - began)
+        else:
+            interval.skipped += 1
+        return result
+
+    def _write_train_record(self, done: int, result: Step) -> None:
+        t, task, interval = self.config.training, self.task, self.start.interval
+        seconds = statistics.median(interval.times)
+        record = {
+            "kind": "train",
+            "step": done,
+            **_mean_over_ranks(interval),
+            "learning_rate": learning_rate(done - 1, t),
+            "grad_norm": result.norm,
+            "grad_norm_shared": result.shared_norm,
+            "step_ms": seconds * 1e3,
+            "tokens_per_second": task.tokens * dist.get_world_size() * t.accumulation / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "ep_size": task.engine.ep.size,
+            "skipped_steps": interval.skipped,
+            **task.record(done, result),
+        }
+        self._write(record)
+        interval.clear()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.log:
+            self.log.write(record)
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint in the background."""
+        config, t, task, engine = self.config, self.config.training, self.task, self.task.engine
+        facts = {
+            "config": config.model_dump(),
+            "ep_size": engine.ep.size,
+            "zero_stage": config.parallel.zero_stage,
+            "updates": engine.updates,
+            "learning_rate": learning_rate(done - 1, t),
+            # The sampler is a function of these and the step.
+            "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
+            "versions": versions(),
+            "start": self.start.origin,
+            **task.facts,
+        }
+        rank_state = random_state() | self.start.interval.state() | task.state()
+        self.writer.save(done, engine.fragments(), engine.shapes(), rank_state, facts)
+
+    def _go_on(self) -> bool:
+        """Whether no rank was asked to stop (collective)."""
+        self.watchdog.alive()
+        stops = torch.tensor(float(bool(self.stop_requests)), device=self.task.engine.device)
         dist.all_reduce(stops)
         return not stops
 
-    steps, done, stopped = range(start, t.steps), start, False
-    watchdog.alive()
-    with guards:
-        for step in progress(steps, task.name, len(steps)) if rank == 0 else steps:
-            began = time.perf_counter()
-            done, rate = step + 1, learning_rate(step, t)
-            logs = done % t.log_every == 0 or done == t.steps
-            task.begin(done, logs)
-            batches = []
-            for micro_batch in range(step * t.accumulation, done * t.accumulation):
-                losses = task.losses(micro_batch)
-                result = engine.step(losses["loss"], rate, bool(asked))
-                batches.append({key: value.detach() for key, value in losses.items()})
-            assert result is not None  # the last micro-batch of a step has one
-            task.end(done, result.applied)
-            if result.applied:
-                for losses in batches:
-                    interval.add(losses)
-                interval.times.append(time.perf_counter() - began)
-            else:
-                interval.skipped += 1
-
-            if logs and interval.times:
-                seconds = statistics.median(interval.times)
-                record: dict[str, Any] = {
-                    "kind": "train",
-                    "step": done,
-                    **_mean_over_ranks(interval),
-                    "learning_rate": rate,
-                    "grad_norm": result.norm,
-                    "grad_norm_shared": result.shared_norm,
-                    "step_ms": seconds * 1e3,
-                    "tokens_per_second": task.tokens * world * t.accumulation / seconds,
-                    "peak_memory_bytes": peak_memory_bytes(),
-                    "ep_size": engine.ep.size,
-                    "skipped_steps": interval.skipped,
-                    **task.record(done, result),
-                }
-                if log:
-                    log.write(record)
-                interval.clear()
-            if done % t.validate_every == 0 or done == t.steps:
-                errors = task.validate()
-                if log:
-                    log.write({"kind": "valid", "step": done, **errors})
-            writer.check()
-            watchdog.alive()
-            stopped = result.stop and done < t.steps
-            if done % t.checkpoint_every == 0 or done == t.steps or stopped:
-                facts = {
-                    "config": config.model_dump(),
-                    "ep_size": engine.ep.size,
-                    "zero_stage": config.parallel.zero_stage,
-                    "updates": engine.updates,
-                    "learning_rate": rate,
-                    # The sampler is a function of these and the step.
-                    "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
-                    "versions": versions(),
-                    "start": origin,
-                    **task.facts,
-                }
-                own = random_state() | interval.state() | task.state()
-                writer.save(done, engine.fragments(), engine.shapes(), own, facts)
-            if stopped:
-                break
-        writer.finish()
-        stopped = stopped or not task.finish(go_on)
-    if log:
-        log.close()
-    dist.barrier()
-    dist.destroy_process_group()
-    if lock:
-        lock.close()
-    if stopped:
-        if rank == 0:
-            print(f"stopped by a signal after step {done}: the same command goes on from there", flush=True)
-        raise SystemExit(EXIT_REQUEUE)
-
 
 def peak_memory_bytes() -> int:
-    """Peak of this rank: device memory on a GPU, resident memory of the process otherwise."""
+    """Peak memory of this rank: device memory on a GPU, resident memory of the process otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -156,7 +156,7 @@ def all_results(seeds: int = 3) -> list[dict[str, Any]]:
 
 
 def tuning() -> dict[str, Any]:
-    """As `shodh_moe.audit.rates.tuning` returns it; the largest rate diverged."""
+    """As `shodh_moe.audit.arms.tuning` returns it; the largest rate diverged."""
     rates = {"learning_rates": [1e-4, 3e-4, 1e-3], "valid_latent_mse": [0.4, 0.2, math.inf], "chosen": 3e-4}
     names = [*RATIO, *(f"single:{domain}" for domain in MAIN)]
     return {name: rates | {"at_edge": name == "dense_total"} for name in names}

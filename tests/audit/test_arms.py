@@ -12,7 +12,7 @@ from shodh_moe.audit.config import AuditConfig
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.compare import differing_keys
 from shodh_moe.config.load import load_config_of
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.runs.plan import count_parameters
 from tests.audit.tiny import audit, tree
@@ -83,10 +83,12 @@ def test_a_single_domain_sees_the_samples_that_the_joint_run_sees_of_it(tmp_path
 
 def test_all_runs_have_the_same_tokenizer_and_latents(tmp_path):
     one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 3])
-    (paths_of(one.base).tokenizer).mkdir(parents=True)
+    (resolve_paths(one.base).tokenizer).mkdir(parents=True)
     rates = dict.fromkeys(tuning_runs(one), 1e-3)
-    assert {paths_of(run.config).latents for run in all_runs(one, rates)} == {paths_of(shared_config(one)).latents}
-    assert paths_of(unseen_config(one)).latents != paths_of(shared_config(one)).latents
+    assert {resolve_paths(run.config).latents for run in all_runs(one, rates)} == {
+        resolve_paths(shared_config(one)).latents
+    }
+    assert resolve_paths(unseen_config(one)).latents != resolve_paths(shared_config(one)).latents
 
 
 def test_runs_that_are_the_same_share_a_folder_and_others_do_not(tmp_path):
@@ -120,7 +122,7 @@ def test_the_config_that_comes_with_the_project():
     ("change", "words"),
     [
         ({"seeds": [0, 0]}, "seeds [0, 0] must be one or more different numbers"),
-        ({"learning_rates": [1e-3, 5e-4]}, "rising order"),
+        ({"learning_rates": [1e-3, 5e-4]}, "increasing order"),
         ({"more_seeds": [3]}, "3 is not among seeds"),
         ({"tuning_seeds": [0]}, "tuning_seeds: 0 is among seeds"),
         ({"domains": ["open_channel", "ocean"]}, "domains: base.data.domains has only"),

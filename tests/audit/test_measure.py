@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shodh_moe.audit.measure import heldout_errors, routing_maps
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.inference.loading import find_source, load_models
 from shodh_moe.inference.rollout import decode
@@ -19,8 +19,8 @@ from tests.trained import HISTORY, SNAPSHOTS, make_run, run_config
 def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
     make_run(tmp_path)
     config = run_config(tmp_path)
-    pipeline.make_latents(config)
-    paths = paths_of(config)
+    paths = resolve_paths(config)
+    pipeline.make_latents(config, paths)
     models = load_models(find_source(tmp_path / "runs" / "trained"))
     test = load_latents(paths.latents, "test", paths.tokenizer)
     samples = LatentSamples(test, HISTORY)

@@ -74,8 +74,7 @@ def test_an_expert_is_judged_by_its_own_tokens(samples: LatentSamples) -> None:
     inputs: list[Tensor] = []
     first = transformer.blocks[0].moe
     with first.register_forward_pre_hook(lambda module, args: inputs.append(args[0])), torch.no_grad():
-        history, geometry, _, domain_B = samples.batch([(0, n) for n in range(5)])
-        transformer(history, geometry, domain_B)
+        transformer(*samples.batch([(0, n) for n in range(5)]).inputs)
     gate, up = (inputs[0] @ first.experts.gate_up_LDF[0].detach()).chunk(2, dim=1)
     mean_F = (F.silu(gate) * up).abs().mean(0)
     dormant = int((mean_F <= 0.025 * mean_F.mean()).sum())

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from shodh_moe.audit import run as stages
-from shodh_moe.audit.arms import all_runs, arm_config, tuning_runs
+from shodh_moe.audit.arms import all_runs, arm_config, choose_rates, find_run, tuning, tuning_runs
 from shodh_moe.audit.measure import measure, measure_key, measured, result_path
 from shodh_moe.audit.outcome import DIVERGED_ABOVE, diverged, ended, last_checkpoint, run_folder, validation_score
-from shodh_moe.audit.rates import choose_rates, find_run, tuning
 from shodh_moe.audit.relearning import curves, pair, relearns
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.launching.processes import ProcessJob, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, run_jobs
 from tests.audit.tiny import audit
 
 

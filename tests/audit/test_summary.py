@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from shodh_moe.audit.page import write_page
-from shodh_moe.audit.summary import markdown, summarise
+from shodh_moe.audit.page import markdown, write_page
+from shodh_moe.audit.summary import summarise
 from shodh_moe.audit.verdict import MARGIN
 from shodh_moe.base.errors import UserError
 from tests.audit.synthetic_results import HARD, MAIN, all_results, diverge, main_results, result, tuning
@@ -139,3 +139,11 @@ def test_refuses_what_does_not_fit() -> None:
     results[0]["arm"] = "sparse"
     with pytest.raises(UserError, match="unknown arm"):
         summarise(results, {})
+
+
+def test_what_the_page_quotes_is_escaped(tmp_path) -> None:
+    results = all_results()
+    diverge(results[0], """<script>alert("1")</script> & 'x'""")
+    page = write_page(summarise(results, tuning()), [], tmp_path).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#39;x&#39;" in page

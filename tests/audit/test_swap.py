@@ -10,7 +10,7 @@ from shodh_moe.audit.routing import heldout_routing
 from shodh_moe.audit.swap import exchanged, swap_growth
 from shodh_moe.audit.windows import latent_errors
 from shodh_moe.config import Config
-from shodh_moe.model import LatentTransformer
+from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from tests import tiny
@@ -67,7 +67,7 @@ def test_growth_is_that_of_the_other_label(test_split: list[LatentTrajectory], c
         errors = []
         for expert in (number, 1 - number):
             with torch.no_grad():
-                out = transformer(history, geometry, torch.full((len(history),), expert))
+                out = transformer(history, geometry, Context(len(history), torch.full((len(history),), expert)))
             errors.append(float((out.latent_BCxyz - target).square().mean()))
         assert found[domain]["all"] == pytest.approx(errors[1] / errors[0], rel=1e-5)
         assert errors[0] != pytest.approx(errors[1], rel=1e-3)

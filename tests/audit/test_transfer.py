@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shodh_moe.audit.transfer import MIN_SEEDS, estimate, relative_difference
+from shodh_moe.audit.results import MIN_SEEDS, estimate, relative_difference
 
 positive = st.floats(1e-6, 1e3)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shodh_moe.audit.transfer import Estimate, estimate, relative_difference
+from shodh_moe.audit.results import Estimate, estimate, relative_difference
 from shodh_moe.audit.verdict import MARGIN, as_good, compare, ends_negative_transfer, harm, reads_mask, splits
 
 A, B = "open_channel", "porous_media"

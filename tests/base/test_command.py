@@ -1,4 +1,4 @@
-"""How commands end; what each command refuses is in test_bad_input.py."""
+"""How commands end. test_bad_input.py tests what each command refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever fails while they are written."""
+"""Files and folders are complete or absent, whatever fails during writing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ except UserError as error:
 
 @contextmanager
 def writers(target: Path, *modes: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that write ``target`` at once, the files 0, 1, ...; each is in the midst of it until it gets a line."""
+    """Start processes that write files 0, 1, ... to ``target`` at once; each finishes when it receives a line."""
     command = [sys.executable, "-c", WRITER, str(target)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, mode, str(number)], **pipes) for number, mode in enumerate(modes)]

@@ -1,4 +1,4 @@
-"""Files of tensors."""
+"""Writing tensors to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark scripts run, and write what their readers rely on. How fast anything is, no test asks."""
+"""The benchmark scripts run, and their files have the expected contents. No test checks a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULT_KEYS = {
 
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of a script is on the path when it runs."""
+    """Put benchmarks/ on the path, as it is when a script runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
@@ -44,14 +44,14 @@ def script(name: str, *arguments: str, timeout: float = 100) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """`make gpu` rehearsed on the CPU: every benchmark in tiny sizes, and its folder."""
+    """Rehearse `make gpu` on the CPU, with every benchmark in tiny sizes. Returns the process and its folder."""
     folder = tmp_path_factory.mktemp("rehearsal")
     return script("gpu", "--rehearse", "--out", str(folder), timeout=380), folder
 
 
 @pytest.fixture
 def results(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> Path:
-    """Where the JSON of every benchmark lies."""
+    """Folder with the JSON file of every benchmark."""
     return rehearsal[1]
 
 
@@ -110,9 +110,9 @@ def test_terminal_shows_a_table_and_ratios(results: Path) -> None:
 @pytest.mark.timeout(400)
 def test_curl_results_state_errors_and_divergence(results: Path) -> None:
     rows = json.loads((results / "spectral_curl.json").read_text())["results"]
-    mine = [row for row in rows if row["implementation"] == "shodh" and row["case"]["pass"] == "forward"]
-    assert {row["case"]["operator"] for row in mine} == {"spectral", "central2", "central4", "staggered"}
-    for row in mine:
+    ours = [row for row in rows if row["implementation"] == "shodh" and row["case"]["pass"] == "forward"]
+    assert {row["case"]["operator"] for row in ours} == {"spectral", "central2", "central4", "staggered"}
+    for row in ours:
         assert row["extra"]["relative_error"] <= 1e-6
         assert row["extra"]["div_fp64"] <= 1e-13
 
@@ -126,28 +126,28 @@ def test_pictures_are_drawn(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "says"),
+    ("name", "arguments", "message"),
     [
         ("gating", ["--experts", "8;64"], "8;64"),
         ("moe_layer", ["--cases", "4096/128"], "tokens/width/experts"),
         ("gating", ["--quick", "--device", "cpu", "--json", "/dev/null/x.json"], "/dev/null"),
-        ("plot", ["nowhere.json"], "nowhere.json"),
-        ("losses", ["--grid", "7"], "--grid"),
+        ("support.plot", ["nowhere.json"], "nowhere.json"),
+        ("support.losses", ["--grid", "7"], "--grid"),
     ],
 )
 @pytest.mark.usefixtures("importable")
 def test_wrong_input_ends_with_code_2_and_one_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], says: str
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # what the scripts set if it is not, and must not stay
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the scripts set these if they are unset; monkeypatch restores them
     monkeypatch.setenv("DEEPSPEED_LOG_LEVEL", "warning")
     try:
         code = importlib.import_module(name).main(arguments)
-    except SystemExit as end:  # argparse's way out
+    except SystemExit as end:  # argparse exits this way
         code = end.code
     error = capfd.readouterr().err
     assert code == 2, error
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -162,25 +162,25 @@ def test_without_a_gpu_it_ends_with_code_2(name: str, arguments: list[str]) -> N
 
 @pytest.mark.usefixtures("importable")
 def test_a_step_that_overruns_or_fails_is_recorded_and_its_children_end(tmp_path: Path) -> None:
-    import gpu
+    from support.steps import Step, run_step
 
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    overrun = gpu.Step("overruns", [sys.executable, "-c", parent], 3)
-    outcome = gpu.run_step(overrun, tmp_path, 3, dict(os.environ))
+    overrun = Step("overruns", [sys.executable, "-c", parent], 3)
+    outcome = run_step(overrun, tmp_path, 3, dict(os.environ))
     assert (outcome.status, outcome.reason) == ("timed out", "stopped after 3 s")
     time.sleep(0.2)
     stat = Path(f"/proc/{pid_file.read_text()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
-    fails = gpu.Step("fails", [sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], 20)
-    outcome = gpu.run_step(fails, tmp_path, 20, dict(os.environ))
+    fails = Step("fails", [sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], 20)
+    outcome = run_step(fails, tmp_path, 20, dict(os.environ))
     assert (outcome.status, outcome.reason) == ("failed", "exit code 3: the last words")
 
 
 @pytest.mark.usefixtures("importable")
 def test_a_peer_that_fails_is_named_and_ours_may_not_fail() -> None:
-    from timing import Missing, Patience, Times, time_alternately
+    from support.timing import Missing, Patience, Times, time_alternately
 
     def broken(_: Any) -> None:
         raise RuntimeError("no compiler\nsecond line")
@@ -200,7 +200,7 @@ def test_a_peer_that_fails_is_named_and_ours_may_not_fail() -> None:
 
 @pytest.mark.usefixtures("importable")
 def test_input_sets_exceed_twice_the_cache() -> None:
-    from timing import cache_bytes, rotating
+    from support.timing import cache_bytes, rotating
 
     device = torch.device("cpu")
     size = cache_bytes(device) // 3
@@ -211,7 +211,7 @@ def test_input_sets_exceed_twice_the_cache() -> None:
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("operator", ["spectral", "central2", "central4", "staggered"])
 def test_peers_of_the_curl_compute_the_curl(operator: str) -> None:
-    from peers import FourierCurl, MatrixCurl
+    from support.peers import FourierCurl, MatrixCurl
 
     shape = (8, 10, 12)
     a = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

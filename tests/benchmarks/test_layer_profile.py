@@ -1,4 +1,4 @@
-"""What the profile of a layer counts: bytes held at once, and which operation belongs to which part."""
+"""The profile of a layer: peak memory, and the part that each operation belongs to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of a script is on the path when it runs."""
+    """Put benchmarks/ on the path, as it is when a script runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def test_peak_is_what_is_held_at_once() -> None:
-    from layer_profile import peak_bytes
+    from support.layer_profile import peak_bytes
 
     def call(number: int) -> torch.Tensor:
         first = torch.empty(number)
@@ -44,13 +44,13 @@ def test_peak_is_what_is_held_at_once() -> None:
     ],
 )
 def test_part_of_an_operation(name: str, shapes: list[list[int]], part: str) -> None:
-    from layer_profile import part_of
+    from support.layer_profile import part_of
 
     assert part_of(name, shapes, width=128, hidden=256, experts=4) == part
 
 
 def test_shares_add_up() -> None:
-    from layer_profile import shares
+    from support.layer_profile import shares
 
     a = torch.randn(256, 256)
     found = shares(lambda x: torch.softmax(x @ x, 1), a, CPU, width=256, hidden=512, experts=4)

@@ -21,7 +21,7 @@ import yaml
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.solvers import Simulation
 from tests import tiny
 
@@ -44,12 +44,12 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    return importlib.import_module("reproduction")
+    return importlib.import_module("studies.reproduction")
 
 
 @pytest.fixture
 def trend() -> ModuleType:
-    return importlib.import_module("reproduction_trend")
+    return importlib.import_module("studies.reproduction_trend")
 
 
 def layer(number: int, pure: float) -> dict[str, Any]:
@@ -76,7 +76,7 @@ METRICS: dict[str, Any] = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run folder, as small as what is read of it."""
+    """A finished run folder with only the files and values that are read."""
     folder = tmp_path / "runs" / "tiny"
     (folder / "report").mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
@@ -122,7 +122,7 @@ def test_table_and_copies(script, run, tmp_path):
     }
 
 
-def test_what_was_never_bifurcated_or_not_finite_is_said(script, run, tmp_path):
+def test_missing_bifurcation_and_nonfinite_values_are_reported(script, run, tmp_path):
     metrics = {**METRICS, "domains": {"open_channel": {**ERRORS, "latent_mse": None}}}
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "metrics.jsonl").write_text(
@@ -139,7 +139,7 @@ def test_what_was_never_bifurcated_or_not_finite_is_said(script, run, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "environment.json"])
 def test_a_run_that_lacks_something_is_one_clear_line(script, run, name):
     (run / name).write_text('{"half')
-    with pytest.raises(UserError, match=f"{name} is missing or damaged: give the command without --collect-only"):
+    with pytest.raises(UserError, match=f"{name} is missing or damaged: repeat the command without --collect-only"):
         script.collect(run, tiny.config(), [])
 
 
@@ -171,8 +171,8 @@ def test_stage_times(script, monkeypatch):
     assert clock.seconds(finished=True) == {"tokenizer": 31.0, "latents": 14.0}
 
 
-def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tmp_path):
-    """Whatever the stage makes of it: this one, as data generation, is ended by the signal itself."""
+def test_a_signal_ends_the_stages_with_the_requeue_code(script, monkeypatch, tmp_path):
+    """The exit code does not depend on the stage: this one, like data generation, is ended by the signal itself."""
     child = tmp_path / "child"
     child.write_text(f"#!{sys.executable}\nimport time\nprint('[data] d in 1 s', flush=True)\ntime.sleep(60)\n")
     child.chmod(0o755)
@@ -184,7 +184,7 @@ def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tm
         for _ in range(2):  # as `timeout` does
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    # Should the child not be there yet, the signal still finds a handler.
+    # If the child has not started yet, the signal still finds a handler.
     threading.Thread(target=stop).start()
     options = argparse.Namespace(config="none.yaml", overrides=[])
     assert script.run_stages(options, times) == EXIT_REQUEUE
@@ -193,7 +193,9 @@ def test_a_signal_ends_the_stages_with_the_code_to_go_on(script, monkeypatch, tm
 
 
 def test_shares_data_and_tokenizer_with_the_quickstart():
-    ours, theirs = (paths_of(load_config(ROOT / "configs" / f"{name}.yaml")) for name in ("reproduce", "quickstart"))
+    ours, theirs = (
+        resolve_paths(load_config(ROOT / "configs" / f"{name}.yaml")) for name in ("reproduce", "quickstart")
+    )
     assert (ours.dataset, ours.tokenizer) == (theirs.dataset, theirs.tokenizer)
     assert ours.run != theirs.run
 
@@ -256,7 +258,7 @@ def test_trend_table(trend):
     assert "|" not in trend.markdown([], [])
 
 
-def test_results_of_another_tokenizer_are_measured_anew(trend, tmp_path):
+def test_results_of_another_tokenizer_are_measured_again(trend, tmp_path):
     path = tmp_path / "trend.json"
     path.write_text(json.dumps({"tokenizer_sha256": "a", "persistence": [1]}))
     assert trend.kept_persistence(path, "a") == [1]

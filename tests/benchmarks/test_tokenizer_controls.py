@@ -1,4 +1,4 @@
-"""The tables of the tokenizer's controls, on made-up results."""
+"""The tables of the tokenizer controls, on made-up results."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def summary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tokenizer_controls_summary")
+    return importlib.import_module("studies.tokenizer_controls_summary")
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tokenizer_controls")
+    return importlib.import_module("studies.tokenizer_controls")
 
 
 def domain(error: float | None, **divergences: float) -> dict[str, Any]:
-    """One domain of what `shodh tokenizer evaluate` writes."""
+    """One domain of an evaluation by `shodh tokenizer evaluate`."""
     norms = {op: divergences.get(op, 0.25) for op in OPERATORS}
     return {
         "velocity_vrmse": error,
@@ -62,7 +62,7 @@ RESULTS = {
     "soft-1": {0: evaluation(0.09), 1: evaluation(0.19), 2: evaluation(0.29)},
     "spectral": {0: evaluation(0.11, spectral=3e-15), 2: evaluation(0.33, spectral=1e-15)},
 }
-# By these the soft penalty is worse, though it is the better one in the test split's results.
+# Here the soft penalty is worse, although it is better on the test split.
 VALID = {
     "direct": {seed: {"open_channel": 1.0} for seed in range(3)},
     "soft-1": {seed: {"open_channel": 2.0} for seed in range(3)},
@@ -115,8 +115,8 @@ def test_tables(summary):
 
 
 def test_missing_runs_are_named(summary):
-    wanted = [(variant, seed) for seed in range(3) for variant in ("direct", "spectral", "staggered")]
-    missing = summary.missing_runs(RESULTS, wanted)
+    planned = [(variant, seed) for seed in range(3) for variant in ("direct", "spectral", "staggered")]
+    missing = summary.missing_runs(RESULTS, planned)
     assert missing == [("staggered", 0), ("spectral", 1), ("staggered", 1), ("staggered", 2)]
     only = {"spectral": {0: RESULTS["spectral"][0]}}  # nothing to compare with
     text = summary.markdown(summary.summarise(summary.rows_of(only), {}), missing)
@@ -144,7 +144,7 @@ def test_every_variant_is_a_valid_config(script, summary):
         assert load_config(run.config, run.settings).tokenizer.operator == summary.operator_of(run.variant)
 
 
-def test_what_is_there_is_kept(script, tmp_path, monkeypatch):
+def test_finished_runs_are_kept(script, tmp_path, monkeypatch):
     run = script.Run("direct", 0, tmp_path, [], tmp_path / "tokenizer", tmp_path / "direct-0.json")
     steps = []
 

@@ -1,4 +1,4 @@
-"""The script about walls runs, and its file holds what the docs quote."""
+"""The walls study runs, and its file contains the numbers that the docs quote."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from tests.tiny import write_dataset
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_it_says_how_exact_every_kind_of_walls_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_has_the_accuracy_of_every_kind_of_walls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     data = write_dataset(tmp_path / "theirs")
     out = tmp_path / "walls.json"
-    assert (
-        importlib.import_module("walls").main(["--quick", "--device", "cpu", "--json", str(out), "--data", str(data)])
-        == 0
-    )
+    arguments = ["--quick", "--device", "cpu", "--json", str(out), "--data", str(data)]
+    assert importlib.import_module("studies.walls").main(arguments) == 0
     found = json.loads(out.read_text())
     assert len(found["projections"]) == 2 * 10 * 2
     for row in found["projections"]:

@@ -174,7 +174,7 @@ def test_too_few_snapshots(here: Path, capfd: pytest.CaptureFixture[str]) -> Non
     low, high = make_ends(family={"snapshots": 4})
     save_ends(here, (low, high))
     write_validation(low, high, 1.0)
-    says_no(capfd, "have 4 snapshots, of which 4 are given")
+    says_no(capfd, "have 4 snapshots, and the first 4 are given")
 
 
 def test_rollouts_that_blow_up(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -187,11 +187,11 @@ def test_rollouts_that_blow_up(ends: tuple[Expert, Expert], here: Path, capfd: p
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("not of the same network",)),
-        ({"network": {"history": 2}}, ("not of the same network",)),
+        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("have different networks",)),
+        ({"network": {"history": 2}}, ("have different networks",)),
         ({"family": {"name": "navier_stokes"}}, ("family reaction_diffusion", "navier_stokes", "one family")),
         ({"family": {"seed": 5}}, ("different validation data",)),
-        ({"splits": ["endpoint_low"]}, ("trained on endpoint_low", "exchange")),
+        ({"splits": ["endpoint_low"]}, ("trained on endpoint_low", "swap the two models")),
     ],
 )
 def test_experts_that_do_not_fit(
@@ -207,10 +207,10 @@ def test_experts_of_other_units_told_their_coordinate_not_finite_or_equal(
 ) -> None:
     high = make_expert(expert_config(), 5, scale=Scale((0.0, 0.0), (1.0, 1.0)))
     save_expert(Path("high/checkpoints/1"), high.config, high.network, high.scale, CHANNELS)
-    says_no(capfd, "other units")
+    says_no(capfd, "have different units")
     conditioned = make_ends(network={"conditioned": True})
     save_ends(here, conditioned)
-    says_no(capfd, "told the coordinate")
+    says_no(capfd, "takes the coordinate as input")
     broken = make_expert(expert_config(), 5)
     broken.weights()["lift.bias"].data[1] = float("nan")
     save_ends(here, [make_expert(expert_config(), 5), broken])
@@ -229,7 +229,7 @@ def test_coordinates_that_are_not_those_of_gamma(here: Path, capfd: pytest.Captu
     ends(2e-3, 7e-3, power=0)
     says_no(capfd, "0.002 and 0.006", "`power: 0`")
     ends(6e-3, 2e-3, power=0)
-    says_no(capfd, "stands at the other end")
+    says_no(capfd, "belongs at the other end")
     ends(-1, 1, power=0)
     says_no(capfd, "0.002 and 0.006", "`power: 0`")
     ends(-1, 1)
@@ -254,10 +254,10 @@ def test_configs_that_do_not_fit(here: Path, capfd: pytest.CaptureFixture[str]) 
 
 def test_models_that_are_no_experts(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config(Path(), "ccm", [MODELS[0], "absent"], output="merged")
-    says_no(capfd, "absent", "no run folder and no checkpoint")
+    says_no(capfd, "absent", "neither a run folder nor a checkpoint")
     save(network(), Path("model.safetensors"))
     config(Path(), "ccm", [MODELS[0], "model.safetensors"], output="merged")
-    says_no(capfd, "model.safetensors", "no run folder and no checkpoint")
+    says_no(capfd, "model.safetensors", "neither a run folder nor a checkpoint")
     file = Path(MODELS[1]) / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     config(Path(), "ccm", MODELS, output="merged")

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shodh_moe.ccm.compose import compose, from_anchor
-from shodh_moe.ccm.expert import Expert, load_expert
+from shodh_moe.ccm.expert import Expert, compose, from_anchor, load_expert
 from tests.ccm.synthetic import expert_config, initial, make_ends, make_expert, save_ends
 from tests.merging.models import merged, same_bits
 

@@ -144,7 +144,7 @@ def test_a_missing_or_spoilt_file_is_named(tmp_path: Path) -> None:
         data.read(path)
     with h5py.File(path, "r+") as file:
         del file.attrs["coordinate"]
-    with pytest.raises(UserError, match="no complete file"):
+    with pytest.raises(UserError, match="not a complete file"):
         data.read(path)
     path.write_text("text")
     with pytest.raises(UserError, match="cannot be read"):
@@ -159,7 +159,7 @@ def test_a_missing_or_spoilt_file_is_named(tmp_path: Path) -> None:
         ({"coordinates": {"suport": (0.0,)}}, "unknown split 'suport'"),
         ({"coordinates": {"support": (0.5, 0.50001)}}, "the same to three decimals"),
         ({"scale": "linear", "coordinates": {"support": (-3.0,)}}, "is -0.002 at s = -3"),
-        ({"trajectories": {}}, "no positive number for split support"),
+        ({"trajectories": {}}, "needs a positive number for split support"),
         ({"interval": 0.0}, "positive interval"),
     ],
 )

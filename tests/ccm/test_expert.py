@@ -62,15 +62,15 @@ def test_what_is_no_expert_is_refused(tmp_path: Path) -> None:
     expert = make_expert(expert_config(), 1)
     path = tmp_path / "checkpoints" / "1"
     save_expert(path, expert.config, expert.network, expert.scale, CHANNELS)
-    with pytest.raises(UserError, match="is no run folder and no checkpoint"):
+    with pytest.raises(UserError, match="is neither a run folder nor a checkpoint"):
         load_expert(tmp_path / "nowhere")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load_expert(tmp_path / "empty")
     other = make_expert(expert_config(network={"coordinates": "cells"}), 1)
-    with pytest.raises(UserError, match="not of the same network"):
+    with pytest.raises(UserError, match="have different networks"):
         require_same_network([expert, other])
-    with pytest.raises(UserError, match="other units"):
+    with pytest.raises(UserError, match="have different units"):
         require_same_network([expert, make_expert(expert_config(), 2, scale=Scale((0.0, 0.0), (1.0, 1.0)))])
     file = path / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
@@ -89,5 +89,5 @@ def test_a_checkpoint_of_something_else_is_no_expert(tmp_path: Path) -> None:
     state = json.loads((path / "state.json").read_text())
     del state["expert"], state["sha256"]
     (path / "state.json").write_text(seal(state))
-    with pytest.raises(UserError, match="not one of an expert"):
+    with pytest.raises(UserError, match="not a checkpoint of an expert"):
         load_expert(path)

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh_moe.ccm.compose import compose
-from shodh_moe.ccm.expert import Expert, load_expert
+from shodh_moe.ccm.expert import Expert, compose, load_expert
 from shodh_moe.ccm.prefix import TRAJECTORIES, read_input
 from shodh_moe.cli import main
 from tests.ccm.synthetic import (
@@ -115,7 +114,7 @@ def test_it_merges_where_the_file_was_made(
     # The same again finds its output.
     before = tree(Path())
     assert prefix() == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert tree(Path()) == before
 
 
@@ -178,7 +177,7 @@ def test_beyond_what_was_measured_to_be_straight(
     config(Path(), "ccm", MODELS, parameters={"straight": 1.0}, output="merged")
     write(truth(*ends, 1.3, frames=4))
     assert prefix() == 0
-    assert "beyond +-1, up to which the path was measured to be straight" in capsys.readouterr().err
+    assert "beyond +-1, the range in which the path was measured to be straight" in capsys.readouterr().err
 
 
 def test_limits_and_shards_are_those_of_merge(
@@ -204,7 +203,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
         file["else"] = np.zeros(3)
     says_no(capfd, "mine.hdf5 holds else")
     write(fields, complete=False)
-    says_no(capfd, "mine.hdf5 is no complete file")
+    says_no(capfd, "mine.hdf5 is not a complete file")
     write(fields[:, :3])
     says_no(capfd, "mine.hdf5 has 3 frames, 4 are needed")
     write(fields[:, :1])
@@ -227,7 +226,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
     write(fields[..., :10])
     says_no(capfd, "20 x 10", "too coarse")
     write(0 * fields)
-    says_no(capfd, "mine.hdf5", "at no alpha")
+    says_no(capfd, "mine.hdf5", "not finite at any alpha")
     for interval in (0.1, 0.5, 0.0, float("nan")):
         write(fields, dt=interval)
         says_no(capfd, f"a frame every {interval:g}", "0.25 ahead")
@@ -249,7 +248,7 @@ def test_no_more_frames_than_the_network_sees(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("not of the same network",)),
+        ({"network": {"size": "small"}, "family": {"grid": 24}}, ("have different networks",)),
         ({"family": {"name": "shallow_water"}}, ("shallow_water", "one family")),
     ],
 )
@@ -277,9 +276,9 @@ def test_configs_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd:
     config(Path(), "ccm", ["low", "high"], output="merged")
     says_no(capfd, "low is a run: name one of its checkpoints")
     config(Path(), "ccm", [MODELS[0], "absent"], output="merged")
-    says_no(capfd, "there is no absent")
+    says_no(capfd, "absent does not exist")
     config(Path(), "ccm", MODELS, output=MODELS[1])
-    says_no(capfd, "lie in one another")
+    says_no(capfd, "contain one another")
     says_no(capfd, "absent.yaml", path="absent.yaml")
 
 

@@ -10,8 +10,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.ccm import readout
-from shodh_moe.ccm.compose import compose
-from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.ccm.readout import BANK, FLAT, GAMMAS, clip, fit_prefix, fit_scale, golden_section, rollout_errors
 from shodh_moe.operators import nrmse
 from tests.ccm.synthetic import make_ends, regime, truth

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from shodh_moe.ccm.compose import compose
-from shodh_moe.ccm.expert import Expert
-from shodh_moe.ccm.straightness import ALPHAS, TOLERANCE, bend, straight_to
+from shodh_moe.ccm.expert import Expert, compose
+from shodh_moe.ccm.readout import BEND_ALPHAS, BEND_TOLERANCE, bend, straight_to
 from tests.ccm.synthetic import initial, make_ends
 
 
@@ -23,12 +22,12 @@ def test_experts_that_differ_in_their_last_layer_alone_lie_on_a_straight_path(en
     linear = low.with_weights({k: high.weights()[k] if k.startswith("out.") else v for k, v in low.weights().items()})
     bends = bend(low, linear, initial(0))
     assert max(bends.values()) < 1e-3
-    assert straight_to(bends) == max(ALPHAS)
+    assert straight_to(bends) == max(BEND_ALPHAS)
 
 
 def test_other_paths_bend_the_more_the_farther_out(ends: tuple[Expert, Expert]) -> None:
     bends = bend(*ends, initial(0))
-    assert sorted(bends) == sorted({sign * size for size in ALPHAS for sign in (-1, 1)})
+    assert sorted(bends) == sorted({sign * size for size in BEND_ALPHAS for sign in (-1, 1)})
     assert all(bends[sign * 2.0] > bends[sign * 1.25] > 0.01 for sign in (-1, 1))
     # By its definition, at one place.
     low, high = (one.scale.normalise(one.predict(initial(0), 1, 0.0)) for one in ends)
@@ -39,12 +38,12 @@ def test_other_paths_bend_the_more_the_farther_out(ends: tuple[Expert, Expert]) 
 
 
 def test_straight_up_to_where_either_side_leaves_the_line() -> None:
-    bends = {sign * size: 0.0 for size in ALPHAS for sign in (-1.0, 1.0)}
-    more = 1.01 * TOLERANCE
+    bends = {sign * size: 0.0 for size in BEND_ALPHAS for sign in (-1.0, 1.0)}
+    more = 1.01 * BEND_TOLERANCE
     assert straight_to(bends) == 2.0
     assert straight_to({**bends, 1.75: more}) == 1.5
     assert straight_to({**bends, -1.5: more}) == 1.25
-    assert straight_to({**bends, -1.5: TOLERANCE}) == 2.0
+    assert straight_to({**bends, -1.5: BEND_TOLERANCE}) == 2.0
     # What comes back to the line later does not count.
     assert straight_to({**bends, 1.25: more, 1.5: 0.0}) == 1.0
     assert straight_to({**bends, 0.5: more}) == 1.0

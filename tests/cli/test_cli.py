@@ -1,4 +1,4 @@
-"""The `shodh` command: help, arguments, exit codes, and configs that cannot work."""
+"""The `shodh` command: help, arguments, exit codes, and invalid configs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
         ("doctor", "doctor --hostfile hostfile --shared runs"),
     ],
 )
-def test_help_of_what_needs_no_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_commands_without_a_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
@@ -113,7 +113,7 @@ def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.Captu
 
 def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(pipeline, "make_data", seen.append)
+    monkeypatch.setattr(pipeline, "make_data", lambda config, paths: seen.append(config))
     assert (
         main(["data", "generate", "training.steps=6", "--config", "tiny.yaml", "seed=5", "--name", "n", "data.seed=7"])
         == 0
@@ -124,11 +124,11 @@ def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("more", "resume"), [([], "auto"), (["--resume", "runs/a/checkpoints/5"], "runs/a/checkpoints/5")]
 )
-def test_pretrain_goes_on_from_a_checkpoint(
+def test_pretrain_resumes_from_a_checkpoint(
     here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], resume: str
 ) -> None:
     seen = []
-    monkeypatch.setattr(pipeline, "pretrain", lambda config, resume: seen.append(resume))
+    monkeypatch.setattr(pipeline, "pretrain", lambda config, paths, resume: seen.append(resume))
     assert shodh("pretrain", *more) == 0
     assert seen == [resume]
 
@@ -139,10 +139,10 @@ def test_checkpoint_commands_name_what_is_missing(here: Path, capfd: pytest.Capt
     refused(capfd, "checkpoint", "export", "nowhere", "--output", "x", says=("there is no folder nowhere",))
 
 
-def test_an_unexpected_exception_is_ours_with_a_traceback(
+def test_an_unexpected_exception_shows_a_traceback(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "make_data", lambda config: {}["nothing"])
+    monkeypatch.setattr(pipeline, "make_data", lambda config, paths: {}["nothing"])
     assert shodh("data", "generate") == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
@@ -159,7 +159,7 @@ def test_debug_adds_a_traceback_to_wrong_input(here: Path, capsys: pytest.Captur
 def test_a_message_of_several_lines_becomes_one(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def stage(config: object) -> None:
+    def stage(config: object, paths: object) -> None:
         raise UserError("HDF5 says\n  this\n  and that")
 
     monkeypatch.setattr(pipeline, "make_data", stage)
@@ -181,13 +181,13 @@ def test_the_installed_command_gives_exit_code_and_one_line(here: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: [", "no valid YAML"),
+        (b"a: [", "not valid YAML"),
         (b"- a\n- b\n", "must hold `key: value` lines, not a list"),
         (b"just words", "not a str"),
         (b"\x89HDF\r\n\x1a\n\xff", "c.yaml"),
     ],
 )
-def test_a_file_that_is_no_config(here: Path, capfd: pytest.CaptureFixture[str], content: bytes, says: str) -> None:
+def test_a_file_that_is_not_a_config(here: Path, capfd: pytest.CaptureFixture[str], content: bytes, says: str) -> None:
     (here / "c.yaml").write_bytes(content)
     refused(capfd, "run", "--config", "c.yaml", says=("c.yaml", says))
     refused(capfd, "run", "--config", ".", says=("cannot read config .", "directory"))
@@ -211,7 +211,7 @@ def test_a_file_that_is_no_config(here: Path, capfd: pytest.CaptureFixture[str],
     ],
 )
 @pytest.mark.parametrize("command", ["run", "tokenizer train", "pretrain"])
-def test_what_cannot_work_is_refused_before_anything_is_made(
+def test_an_invalid_config_is_refused_before_anything_is_made(
     here: Path, capfd: pytest.CaptureFixture[str], command: str, overrides: list[str], says: tuple[str, ...]
 ) -> None:
     refused(capfd, *command.split(), "--config", "tiny.yaml", *overrides, says=says)

@@ -20,7 +20,7 @@ import yaml
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from tests.cluster.hosts import BIN, Host, Hosts, missing, two_hosts
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_latents
@@ -60,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["training"] |= {"steps": STEPS, "checkpoint_every": 10, "log_every": 5, "validate_every": STEPS}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
-    write_latents(paths_of(load_config(path, [], None)).latents)
+    write_latents(resolve_paths(load_config(path, [], None)).latents)
     # All that a plain `deepspeed` hands on to the other host.
     (folder / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     return path

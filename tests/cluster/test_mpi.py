@@ -95,7 +95,7 @@ def test_ranks_make_the_same_files_as_one_process(mpirun: str, here: Path, seria
     code, out, error = end(start(mpirun, here))
     assert code == 0, out + error
     assert hashes(here) == hashes(serial)
-    assert f"{RANKS} ranks, 8 trajectories to make" in out
+    assert f"{RANKS} ranks, 8 trajectories to generate" in out
     assert error.count("simulating: 8/8") == 1
     assert out.count("[data] data/tiny-") == 1
     done = subprocess.run(
@@ -123,7 +123,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_completes_it(mpirun: str, h
     code, out, error = end(start(mpirun, here))
     assert code == 0, out + error
     assert hashes(here) == hashes(serial)
-    assert f"{8 - len(made)} trajectories to make" in out
+    assert f"{8 - len(made)} trajectories to generate" in out
 
 
 def test_a_signal_to_mpirun_ends_all_with_the_exit_code_that_requeues(mpirun: str, here: Path) -> None:

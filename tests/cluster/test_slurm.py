@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import CheckpointReader, find_checkpoint, list_checkpoints
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from tests.cluster import slurm
 from tests.cluster.slurm import Slurm
 from tests.tiny import write_config
@@ -99,7 +99,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with slurm.running(folder.parent / "state", **variables, REPOSITORY=str(REPOSITORY)) as running:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            write_latents(paths_of(load_config(str(config), [], None)).latents)
+            write_latents(resolve_paths(load_config(str(config), [], None)).latents)
         yield Cluster(running, folder)
 
 
@@ -152,7 +152,7 @@ def test_a_job_without_its_config_is_refused(cluster, script):
         assert said.count("\n") == 1, said
     outside = subprocess.run(["bash", SCRIPTS / script], cwd=REPOSITORY, capture_output=True, text=True)
     assert outside.returncode == EXIT_USER_ERROR
-    assert outside.stderr == "error: this is no SLURM job: submit the script with sbatch\n"
+    assert outside.stderr == "error: this is not a SLURM job: submit the script with sbatch\n"
 
 
 def test_restarts_have_a_limit_and_arguments_may_have_spaces(cluster):
@@ -244,7 +244,7 @@ def test_the_outputs_of_a_merge_are_shared_out_over_the_nodes(cluster):
 
 def test_an_array_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(cluster):
     config = str(write_config(cluster.folder))
-    paths = paths_of(load_config(config, [], None))
+    paths = resolve_paths(load_config(config, [], None))
     array = cluster.slurm.submit(SCRIPTS / "generate_data.sbatch", "--array=1-2", cwd=cluster.folder, CONFIG=config)
     then = f"--dependency=afterok:{array}"
     latents = cluster.slurm.submit(
@@ -254,5 +254,5 @@ def test_an_array_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(
         ended_well(cluster, f"{array}_{part}")
     assert (cluster.folder / paths.dataset / "stats.yaml").is_file()
     ended_well(cluster, latents)
-    paths = paths_of(load_config(config, ["tokenizer.steps=2"], None))
+    paths = resolve_paths(load_config(config, ["tokenizer.steps=2"], None))
     assert (cluster.folder / paths.latents / "train.hdf5").is_file()

@@ -1,4 +1,4 @@
-"""Reading configs: what a file and overrides give, which mistakes are named how, and which configs differ."""
+"""Reading configs from files and overrides, messages about mistakes, and comparing configs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_overrides_replace_the_files_values_and_the_name_comes_last(tmp_path: Pa
     assert config.training.steps == CONFIG["training"]["steps"]
 
 
-def test_what_is_stored_in_a_run_folder_is_the_same_config(tmp_path: Path) -> None:
+def test_a_stored_config_is_read_back_unchanged(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["training.learning_rate=1e-5"])
     assert load_config(written(tmp_path, yaml.safe_dump(config.model_dump()))) == config
 
@@ -83,7 +83,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
     )
 
 
-def test_a_key_like_no_other_names_the_sections(tmp_path: Path) -> None:
+def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown key 'zzz'; the sections are name, seed, .*training"):
         load_config(write_config(tmp_path), ["zzz=1"])
 
@@ -145,14 +145,14 @@ def test_an_override_needs_key_and_value(tmp_path: Path, override: str) -> None:
 
 
 def test_an_override_of_bad_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no valid YAML value"):
+    with pytest.raises(UserError, match="not a valid YAML value"):
         load_config(write_config(tmp_path), ["data.grid=[16"])
 
 
 @settings(max_examples=50, deadline=None)
 @given(key=st.text(max_size=12), value=st.text(max_size=12))
 def test_no_override_ever_fails_in_another_way(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
-    """Whatever is typed gives a config or a `UserError`."""
+    """Any input gives a config or a `UserError`."""
     path = written(tmp_path_factory.getbasetemp(), "")
     with suppress(UserError):
         assert isinstance(load_config(path, [f"{key}={value}"]), Config)

@@ -1,18 +1,64 @@
-"""Which settings make other artefacts, and which find those that are there."""
+"""Which settings make new artefacts, and which find the existing ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from shodh_moe.config import Config
-from shodh_moe.config.paths import Paths, paths_of
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.training.tokenizer_config import tokenizer_run
 from tests.tiny import CONFIG, config
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Folder names from before each key said what it changes: artefacts that users have must still be found.
+GOLDEN = [
+    ("quickstart", [], "quickstart-68051653", "quickstart-d7274af0", "quickstart-86d6959c"),
+    ("quickstart", ["tokenizer.seed=7", "seed=3"], "quickstart-68051653", "quickstart-7b5de9f8", "quickstart-8ee93781"),
+    (
+        "quickstart",
+        ["data.weights={open_channel: 2.0, porous_media: 1.0}"],
+        *("quickstart-68051653", "quickstart-371dd969", "quickstart-86d6959c"),
+    ),
+    (
+        "quickstart",
+        ["tokenizer.latent_copies=1", "tokenizer.latent_symmetries=cube"],
+        *("quickstart-68051653", "quickstart-d7274af0", "quickstart-61be61c9"),
+    ),
+    ("cluster_8x8", [], "flows_128_full-6444a225", "flows_128_full-49363868", "flows_128_full-b123269d"),
+    (
+        "cluster_8x8",
+        ["data.domains.open_channel=null"],
+        *("flows_128_full-34c2c86e", "flows_128_full-3c6d3ab6", "flows_128_full-cd44709b"),
+    ),
+    (
+        "cluster_8x8",
+        ["data.skip_bad=true", "tokenizer.log_every=7", "tokenizer.activation_checkpointing=false", "model.dim=96"],
+        *("flows_128_full-6444a225", "flows_128_full-49363868", "flows_128_full-b123269d"),
+    ),
+    ("cluster_8x8", ["data.name=x", "data.root=r", "tokenizer.root=t"], "x-6444a225", "x-49363868", "x-b123269d"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "dataset", "tokenizer", "latents"), GOLDEN)
+def test_folder_names_stay_as_they_are(
+    name: str, overrides: list[str], dataset: str, tokenizer: str, latents: str
+) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    paths = resolve_paths(config)
+    assert paths.dataset == Path(config.data.root) / dataset
+    assert paths.tokenizer == Path(config.tokenizer.root) / tokenizer
+    assert paths.latents == paths.tokenizer / "latents" / latents
+    assert paths.run == Path("runs") / name
+
 
 def _paths(run_seed: int, **tokenizer: object) -> Paths:
-    return paths_of(config(seed=run_seed, tokenizer={**CONFIG["tokenizer"], **tokenizer}))
+    return resolve_paths(config(seed=run_seed, tokenizer={**CONFIG["tokenizer"], **tokenizer}))
 
 
-def test_the_tokenizers_own_seed_counts_where_it_is_given() -> None:
+def test_the_tokenizers_own_seed_takes_precedence() -> None:
     own = _paths(3)
     assert _paths(4, seed=3) == own
     for another in (_paths(4), _paths(3, seed=4)):
@@ -21,7 +67,7 @@ def test_the_tokenizers_own_seed_counts_where_it_is_given() -> None:
         assert another.latents != own.latents
 
 
-def test_the_tokenizers_run_does_not_depend_on_how_its_seed_was_given() -> None:
+def test_the_tokenizers_run_is_the_same_for_both_ways_to_give_its_seed() -> None:
     sections = {**CONFIG["tokenizer"], "seed": 3}
     given = tokenizer_run(config(seed=7, tokenizer=sections), 1)
     assert given == tokenizer_run(config(seed=3), 1)

@@ -1,4 +1,4 @@
-"""What generating is said to take: steps as the solver makes them, room as the files need it, hours in words."""
+"""The estimate of data generation: the solver's time steps, the files' size, and the duration in words."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import DataConfig
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import generate
-from shodh_moe.data.estimate import cell_updates, time_steps, told, update_rate, worth_measuring
-from shodh_moe.data.generate import flow_devices, on_free_device
-from shodh_moe.data.planned import plan
+from shodh_moe.data.estimate import cell_updates, format_estimate, time_steps, update_rate, worth_measuring
+from shodh_moe.data.generation import flow_devices, on_free_device
+from shodh_moe.data.planned import planned_trajectories
 from shodh_moe.data.storage import needed_bytes
 from shodh_moe.solvers import LatticeBoltzmann, simulate, trajectory_seed
 from shodh_moe.solvers.domains import DOMAINS
@@ -56,28 +56,30 @@ def test_room_is_what_the_files_need(tmp_path: Path) -> None:
 
 def test_the_full_dataset_is_the_one_that_the_cluster_trains_on() -> None:
     full, cluster = (load_config(CONFIGS / f"{name}.yaml") for name in ("data/full", "cluster_8x8"))
-    assert paths_of(full).dataset == paths_of(cluster).dataset
+    assert resolve_paths(full).dataset == resolve_paths(cluster).dataset
     assert full.data == cluster.data
 
 
 def test_the_line_for_the_full_dataset(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "data" / "full.yaml").data
-    jobs = plan(config, tmp_path)
+    jobs = planned_trajectories(config, tmp_path)
     assert worth_measuring(jobs, config, ["cpu"])
     assert not worth_measuring(jobs, config, ["cuda:0"])
-    line = told(jobs, len(jobs), config, tmp_path, 1, 1e7, "on these 2 cores")
+    line = format_estimate(jobs, len(jobs), config, tmp_path, 1, 1e7, "on these 2 cores")
     hours = cell_updates(jobs, config) / 1e7 / 3600
     assert (
         f"1,220 trajectories, 61,000 snapshots of 128^3: about {hours / 24:.1f} days on these 2 cores, 2.06 TB ("
         in line
     )
-    # Three flows at a time: 10 of them take four rounds, in the last of which two cores wait.
+    # 10 trajectories, three at a time, take four rounds; two cores are idle in the last one.
     share = cell_updates(jobs[:10], config) / 1e9 / 60 * 12 / 10
-    line = told(jobs[:10], len(jobs), config, tmp_path, 3, 1e9, "on these 3 cores")
+    line = format_estimate(jobs[:10], len(jobs), config, tmp_path, 3, 1e9, "on these 3 cores")
     assert line.startswith(
         f"10 of 1,220 trajectories, 500 snapshots of 128^3: about {share:.1f} minutes on these 3 cores"
     )
-    assert "on this GPU: the progress tells how long, " in told(jobs, 1220, config, tmp_path, 1, None, "on this GPU")
+    assert "on this GPU: the progress will show how long, " in format_estimate(
+        jobs, 1220, config, tmp_path, 1, None, "on this GPU"
+    )
 
 
 @pytest.mark.parametrize("flows", [1, 2])
@@ -87,7 +89,7 @@ def test_the_rate_is_measured(flows: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert 1e4 < update_rate(config, flows, 1) < 1e11
 
 
-# Which flow goes where.
+# Devices.
 
 
 class OnGPU:

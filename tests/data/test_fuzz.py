@@ -1,4 +1,4 @@
-"""Mutated files, a few of those that benchmarks/fuzz_reader.py reads by the ten thousand."""
+"""Mutated files, a few of those that benchmarks/studies/fuzz_reader.py reads by the ten thousand."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def importable() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bases(importable: None, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    from mutations import make_bases
+    from support.mutations import make_bases
 
     return make_bases(tmp_path_factory.mktemp("bases"))
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path, bases: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuzz_reader import FAULTS, read_as_training_does, write_case
+    from studies.fuzz_reader import FAULTS, read_as_training_does, write_case
 
     monkeypatch.setattr(opening, "CPU_SECONDS", 1)
     opening._stop()  # the next one starts with this limit
@@ -50,7 +50,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, bases: list[Any], mon
 
 def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
     """Otherwise its mutations would all be refused for the same reason."""
-    from mutations import lookup3
+    from support.mutations import lookup3
 
     for base in bases:
         path = tmp_path / base.name / "data/train/a.hdf5"
@@ -64,7 +64,7 @@ def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
 
 
 def test_a_fault_is_told_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fuzz_reader
+    from studies import fuzz_reader
 
     child = "import json, os; print(json.dumps({'number': 3}), flush=True); os.abort()"
     popen = fuzz_reader.subprocess.Popen

@@ -1,4 +1,4 @@
-"""Generating a folder: what lands where, what a second run keeps, and which numbers the statistics count."""
+"""Data generation: files and their content, resumed and parallel runs, statistics, and errors."""
 
 from __future__ import annotations
 
@@ -228,6 +228,17 @@ def test_trajectories_do_not_depend_on_how_many_there_are(dataset: Path, tmp_pat
         )
 
 
+@pytest.mark.parametrize(("flows", "parallel"), [(1, False), (2, False), (1, True)])
+def test_files_do_not_depend_on_threads(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flows: int, parallel: bool
+) -> None:
+    """The same bytes from one flow at a time, from two, and from one that uses all threads."""
+    monkeypatch.setattr("shodh_moe.data.generation.simulation_threads", lambda config, cores: flows)
+    monkeypatch.setattr("shodh_moe.data.generation._is_large", lambda config: parallel)
+    generate(config(), tmp_path, quiet)
+    assert made(tmp_path) == made(dataset)
+
+
 def test_splits_and_domains_share_no_trajectory(dataset: Path) -> None:
     flows = {read_trajectory(path).velocity_T3XYZ.tobytes() for path in dataset.rglob("*.hdf5")}
     assert len(flows) == 8
@@ -334,7 +345,7 @@ print("made", len(list(folder.glob("data/*/*.hdf5"))), (folder / "stats.yaml").e
     ended, made = [line for line in done.stdout.splitlines() if not line.startswith("[data]")]
     _, code, _, whole, left = ended.split()
     assert int(code) == EXIT_USER_ERROR
-    assert (whole, left) == ("2", "2"), "what is there is whole, and nothing else is there"
+    assert (whole, left) == ("2", "2"), "the remaining files are complete, and there are no others"
     assert made == "made 8 True"
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"error: cannot write {tmp_path}/set/data/"), done.stderr
@@ -342,7 +353,7 @@ print("made", len(list(folder.glob("data/*/*.hdf5"))), (folder / "stats.yaml").e
 
 
 def filling(folder: Path) -> Any:
-    """A progress that takes all the room but half a file's, once two files are there."""
+    """A progress callback that fills the disk to all but half a file once two files exist."""
 
     def progress(iterable: Any, desc: str, total: int) -> Any:
         for number, item in enumerate(iterable, 1):
@@ -354,7 +365,7 @@ def filling(folder: Path) -> Any:
     return progress
 
 
-# What was written wrongly.
+# Corrupted writes.
 
 
 def written_wrongly(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -370,14 +381,14 @@ def test_a_file_that_stores_other_values_gets_no_name(tmp_path: Path, monkeypatc
         return block
 
     written_wrongly(monkeypatch, one_bit)
-    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not as it should be when read back .*other values"):
+    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not correct when read back .*other values"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_file_that_lost_its_bytes_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written_wrongly(monkeypatch, lambda block: bytearray(len(block)))
-    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not as it should be when read back .*not an HDF5 file"):
+    with pytest.raises(UserError, match=r"_000\d\.hdf5 is not correct when read back .*not an HDF5 file"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -387,7 +398,7 @@ def test_no_domain_at_all_is_refused(tmp_path: Path) -> None:
         generate(config(domains={"open_channel": None, "porous_media": None}), tmp_path, quiet)
 
 
-# Parts, as an array of jobs makes them.
+# Parts, as in a job array.
 
 
 def run_part(here: Path, *arguments: str) -> int:
@@ -509,4 +520,4 @@ def test_a_signal_ends_a_part_at_once_with_the_exit_code_that_requeues(here: Pat
     process.send_signal(number)
     out, error = process.communicate(timeout=10)
     assert process.returncode == EXIT_REQUEUE, out + error
-    assert "stopped by a signal: the same command goes on" in out
+    assert "stopped by a signal: run the same command to resume" in out

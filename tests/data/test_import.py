@@ -16,11 +16,11 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.cli import main
 from shodh_moe.data import (
     FieldStats,
-    check_dataset,
     compute_stats,
     list_trajectories,
     read_provenance,
     read_trajectory,
+    require_trainable,
     stats,
 )
 from shodh_moe.data.importing import Mapping, import_data, load_mapping
@@ -100,7 +100,7 @@ def test_imported_files_train(cutouts: Path) -> None:
     trajectory = read_trajectory(record)
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity)
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure)
-    check_dataset(out, GRID, history=2, batch_size=4)
+    require_trainable(out, GRID, history=2, batch_size=4)
     assert FieldStats.load(out).velocity_rms == pytest.approx(1, rel=0.05)
     # The statistics are those that reading whole trajectories gives, to the last digit.
     assert yaml.safe_load((out / "stats.yaml").read_text()) == compute_stats([trajectory])
@@ -387,16 +387,16 @@ def write_wrong(folder: Path, what: str) -> None:
         ("", {"spacing": None}, ("either spacing or coordinates",)),
         ("", {"crop": {"x": [0, 4]}}, ("axis x is cropped", "open")),
         ("", {"snapshots": {"train": [2, 9]}}, ("2..9 of 3",)),
-        ("", {"project": True, "mask": {"dataset": "m"}}, ("project knows no solids",)),
+        ("", {"project": True, "mask": {"dataset": "m"}}, ("project does not support solids",)),
         ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
         ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
         ("backwards", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("zcoor does not increase",)),
         ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
         ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
-        ("odd", {"crop": "auto"}, ("7 cells from the periodic axis z",)),
+        ("odd", {"crop": "auto"}, ("7 cells of the periodic axis z",)),
         ("truncated", {}, ("train.h5", "truncated")),
-        ("text", {}, ("train.h5", "none of HDF5, NetCDF 3 or 4, npz")),
+        ("text", {}, ("train.h5", "not HDF5, NetCDF 3 or 4, or npz")),
         ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
     ],
 )

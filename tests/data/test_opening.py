@@ -30,8 +30,8 @@ def path(tmp_path: Path) -> Path:
     ("code", "message"),
     [
         (ABORT, "HDF5 crashes on it, exit code -6"),
-        (SLEEP, "does not come to an end"),
-        (LOOP, "does not come to an end"),
+        (SLEEP, "does not finish reading"),
+        (LOOP, "does not finish reading"),
     ],
 )
 def test_a_file_that_ends_the_process_is_refused(

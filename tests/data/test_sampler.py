@@ -105,10 +105,10 @@ def test_unequal_shares_still_visit_every_sample_once_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ((1, -1), "numbers from 0 on"),
-        ((0, 0), "one at least above 0"),
-        ((1, float("nan")), "numbers from 0 on"),
-        ((float("inf"), 1), "numbers from 0 on"),
+        ((1, -1), "numbers >= 0"),
+        ((0, 0), "at least one of them > 0"),
+        ((1, float("nan")), "numbers >= 0"),
+        ((float("inf"), 1), "numbers >= 0"),
         ((1, 1, 1), "batch_size 2 is less than the 3 domains"),
     ],
 )

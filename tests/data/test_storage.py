@@ -13,7 +13,7 @@ import yaml
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import DataConfig
 from shodh_moe.data import compute_stats, list_trajectories, read_trajectory, write_stats, write_trajectory
-from shodh_moe.data.generate import generate
+from shodh_moe.data.generation import generate
 from shodh_moe.data.planned import unfinished
 from shodh_moe.data.stats import read_concentration
 from shodh_moe.data.storage import layout

@@ -1,4 +1,4 @@
-"""What a healthy GPU host would tell; tests change one thing at a time."""
+"""Facts of a healthy GPU host; tests change one fact at a time."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def torch(**changes: Any) -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Changes that make a host without GPUs of it."""
+    """Return the changes that turn it into a host without GPUs."""
     without = torch(version="2.13.0+cpu", cuda=None, devices=[], nccl=None, apex="none")
     return {"torch": without, "nvidia": [], "deepspeed": {"version": "0.19.8", "accelerator": "cpu"}}

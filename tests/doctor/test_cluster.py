@@ -1,4 +1,4 @@
-"""What the hosts of a hostfile tell, and what the table says of it."""
+"""Lines of the table about the hosts of a hostfile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from shodh_moe.doctor.cluster import answer_lines, between_lines, fact_lines
 from shodh_moe.doctor.table import Line
-from shodh_moe.launching.hosts import Host
+from shodh_moe.launching.hostfile import Host
 from tests.doctor.found import facts
 
 FOLDER = "/shared/runs"
@@ -16,7 +16,7 @@ FREE = 500 * 2**30
 
 
 def hosts(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Three hosts, of which some differ."""
+    """Return three hosts, some with changes."""
     return {name: facts(**changes.get(name, {})) for name in ("n0", "n1", "n2")}
 
 
@@ -139,7 +139,7 @@ def test_one_host_needs_no_ports() -> None:
 @pytest.mark.parametrize(
     ("told", "status", "text"),
     [
-        ({"error": "is not there"}, "error", "on n1 it is not there"),
+        ({"error": "does not exist"}, "error", "on n1 it does not exist"),
         ({"error": "", "free": 2 * 2**30}, "warning", "2 GiB free on n1"),
     ],
 )

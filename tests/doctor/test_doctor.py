@@ -1,4 +1,4 @@
-"""The command as a whole: on this host, and on two that are this host under other names."""
+"""The whole command, on this host and on several fake hosts that are this host under other names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 import shodh_moe.kernels
 from shodh_moe.base.errors import UserError
-from shodh_moe.doctor import command, doctor, hosts
-from shodh_moe.doctor.here import PACKAGE, run_part
-from shodh_moe.launching import probe, remote
-from shodh_moe.launching.remote import Answer
+from shodh_moe.doctor import diagnose, doctor, gather_remote
+from shodh_moe.doctor.gather_local import PACKAGE, run_part
+from shodh_moe.launching import probe, ssh
+from shodh_moe.launching.ssh import Answer
 from tests.doctor import found
 
 pytestmark = pytest.mark.distributed
@@ -31,7 +31,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Lines:
 
 
 def test_the_real_host(tmp_path: Path) -> None:
-    """By its own process, as users start it: quick, one line a check, an exit code that fits, nothing left behind."""
+    """As users start it: one line per check, a matching exit code, and nothing left behind."""
     script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor(json=True))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.stderr == ""
@@ -52,7 +52,7 @@ def test_facts_are_the_same_in_the_process_and_as_a_script() -> None:
 
 
 def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
-    """A copy elsewhere has the same identity until a file of it changes."""
+    """A copy elsewhere has the same hash until one of its files changes."""
     copy = tmp_path / "shodh_moe"
     left_out = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(Path(shodh_moe.__file__).parent, copy, ignore=left_out)
@@ -89,9 +89,9 @@ def test_a_part_that_breaks_is_one_line(tmp_path: Path, script: str, error: str)
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told = run_part(PACKAGE / "doctor" / "probe.py", "folder", str(tmp_path / "file" / "runs"))
+    told = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "file" / "runs"))
     assert told["refused"] == "Not a directory"
-    told = run_part(PACKAGE / "doctor" / "probe.py", "folder", str(tmp_path / "runs" / "later"))
+    told = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "runs" / "later"))
     assert told["exists"] is False
     assert told["free"] > 0
     assert "refused" not in told
@@ -114,11 +114,11 @@ def test_a_broken_torch_is_a_line_and_not_the_end(tmp_path: Path) -> None:
     assert lines["python"]["status"] == "ok"
 
 
-# With a hostfile: ssh is replaced by processes of this host.
+# Tests with a hostfile: processes of this host replace ssh.
 
 
 class Cluster:
-    """Hosts by name; ``changes`` are made to what a host is asked or answers."""
+    """Hosts by name, with errors, changes to their orders, and changes to their answers."""
 
     def __init__(self) -> None:
         self.silent: dict[str, str] = {}
@@ -152,10 +152,10 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(remote, "run_on_hosts", cluster.run)
-    monkeypatch.setattr(hosts, "run_on_hosts", cluster.run)
-    monkeypatch.setattr(hosts, "_keepalive", lambda name: 15)
-    monkeypatch.setattr(command, "gather", lambda folders: found.here(facts=probe.facts()))
+    monkeypatch.setattr(ssh, "run_on_hosts", cluster.run)
+    monkeypatch.setattr(gather_remote, "run_on_hosts", cluster.run)
+    monkeypatch.setattr(gather_remote, "_keepalive", lambda name: 15)
+    monkeypatch.setattr(diagnose, "gather", lambda folders: found.here(facts=probe.facts()))
     return cluster
 
 
@@ -193,11 +193,11 @@ def test_hosts_with_something_wrong_each(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One is silent, one has another code, a clock that is wrong, another folder, and no way through to the port."""
-    monkeypatch.setattr(hosts, "PORT_SECONDS", 1.0)
+    """One host is silent. Another has other code, a wrong clock, another folder, and cannot reach the port."""
+    monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
     cluster.silent["b"] = "no answer within 8 s"
     cluster.answers["c"] = {"code": "ffff", "time": time.time() + 100}
-    with probe.socket.socket() as closed:  # bound, and nobody listens
+    with probe.socket.socket() as closed:  # bound, but not listening
         closed.bind(("127.0.0.1", 0))
         cluster.orders["c"] = {"port": closed.getsockname()[1], "folders": [[str(shared), ".not-the-one"]]}
         assert doctor(hostfile, [str(shared)], json=True) == 2
@@ -216,12 +216,12 @@ def test_hosts_with_something_wrong_each(
 def test_a_folder_that_takes_files_which_do_not_arrive(
     cluster: Cluster, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "PORT_SECONDS", 1.0)
-    cluster.orders["b"] = {"number": 7}  # what it writes is not what is waited for
+    monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
+    cluster.orders["b"] = {"number": 7}  # it writes under an unexpected name
     facts = {name: probe.facts() | {"addresses": ["127.0.0.1"]} for name in ("a", "b")}
-    checks = hosts.check_between(facts, [str(shared)])
+    checks = gather_remote.check_between(facts, [str(shared)])
     assert checks["a"]["folders"][str(shared)]["error"] == ""
-    assert checks["b"]["folders"][str(shared)]["error"] == "takes files that this host does not see"
+    assert checks["b"]["folders"][str(shared)]["error"] == "accepts files that this host does not see"
 
 
 def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,8 +232,8 @@ def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.Captur
 
 
 def test_an_answer_that_is_none(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a login script that writes to the terminal."""
-    monkeypatch.setattr(remote, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
+    """For example from a login script that writes to the terminal."""
+    monkeypatch.setattr(ssh, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
     assert "welcome" in probe.probe_hosts(["a"])["a"]["error"]
 
 
@@ -245,8 +245,8 @@ def test_a_wrong_hostfile_is_refused_at_once(tmp_path: Path) -> None:
 def test_without_ssh_the_rest_is_still_told(
     hostfile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(remote.shutil, "which", lambda name: None)
-    monkeypatch.setattr(command, "gather", lambda folders: found.here())
+    monkeypatch.setattr(ssh.shutil, "which", lambda name: None)
+    monkeypatch.setattr(diagnose, "gather", lambda folders: found.here())
     assert doctor(hostfile, json=True) == 2
     lines = told(capsys)
     assert lines["hosts"]["value"].startswith("not asked: no ssh")

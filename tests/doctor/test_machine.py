@@ -1,4 +1,4 @@
-"""What is found about the machine and its folders, and what the table says of it."""
+"""Lines of the table about the machine and its folders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(**changes: Any) -> dict[str, Any]:
         ("memory", {"memory": 2 * GIB}, False, "warning", "2.0 GiB, 2.0 of it free"),  # a container's limit
         ("memory", {"available": None}, False, "ok", "512.0 GiB, 64 cores"),
         ("/dev/shm", {"shm": 64 * 2**20}, False, "warning", "0.1 GiB"),
-        ("/dev/shm", {"shm": None}, False, "warning", "not there"),
+        ("/dev/shm", {"shm": None}, False, "warning", "does not exist"),
         ("open files", {"open_files": 256}, False, "warning", "256"),
         ("open files", {"open_files": 64}, False, "error", "64"),
         ("open files", {"open_files": -1}, False, "ok", "no limit"),
@@ -62,16 +62,16 @@ def folder(**changes: Any) -> dict[str, Any]:
         ("port", {"port": PORT | {"free": False, "chosen": True}}, False, "error", "MASTER_PORT 29500, is held"),
         (
             "port",
-            {"port": PORT | {"number": "x", "error": "is no port number"}},
+            {"port": PORT | {"number": "x", "error": "is not a port number"}},
             False,
             "error",
-            "'x' is no port number",
+            "'x' is not a port number",
         ),
         ("folder", folder(), False, "ok", "ext4, 500 GiB free"),
         ("folder", folder(type="lustre"), False, "ok", "a network file system"),
-        ("folder", folder(exists=False), False, "ok", "will be made"),
-        ("folder", folder(type="tmpfs"), False, "warning", "gone with a restart"),
-        ("folder", folder(type="overlay"), False, "warning", "gone with the container"),
+        ("folder", folder(exists=False), False, "ok", "will be created"),
+        ("folder", folder(type="tmpfs"), False, "warning", "lost with a restart"),
+        ("folder", folder(type="overlay"), False, "warning", "lost with the container"),
         ("folder", folder(free=3 * GIB), False, "warning", "3.0 GiB free"),
         ("folder", folder(free=GIB // 8), False, "error", "0.1 GiB free"),
         ("folder", folder(refused="Read-only file system"), False, "error", "Read-only file system"),

@@ -1,4 +1,4 @@
-"""What is found about Python and its packages, and what the table says of it."""
+"""Lines of the table about Python and its packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the table looks."""
+"""The format of the table."""
 
 from __future__ import annotations
 

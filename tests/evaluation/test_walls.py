@@ -12,6 +12,7 @@ import torch
 
 from shodh_moe.cli import main
 from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.inference.export import export
 from shodh_moe.kernels import divergence
 from shodh_moe.runs import pipeline
@@ -61,8 +62,9 @@ def test_a_prediction_has_the_velocity_on_faces_too(
 
 def test_evaluation_reports_the_velocity_that_is_conserved(run: Path, tmp_path: Path) -> None:
     config = load_config(run / "config.yaml")
-    pipeline.make_latents(config)
-    metrics = pipeline.evaluate(config)
+    paths = resolve_paths(config)
+    pipeline.make_latents(config, paths)
+    metrics = pipeline.evaluate(config, paths)
     exact, single, *data = metrics["divergence_table"]
     assert (exact["dtype"], single["dtype"]) == ("float64", "float32")
     assert exact["what"] == "decoded prediction in float64, on faces"

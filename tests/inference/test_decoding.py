@@ -1,4 +1,4 @@
-"""Latents decoded to a dataset: what is in its files, that mass is conserved in them, and what is refused."""
+"""Decode latents to a dataset: contents of its files, conservation of mass, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 from shodh_moe.cli import main
 from shodh_moe.config import Config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import open_trajectories, read_provenance, read_trajectory
 from shodh_moe.inference import decoding
 from shodh_moe.inference.decoding import decode_latents
@@ -31,7 +31,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def make(folder: Path, **settings: str) -> Path:
-    """The config of a tokenizer that was not trained and of its latents of ``folder``/theirs; all in ``folder``."""
+    """The config of an untrained tokenizer and its latents of ``folder``/theirs; everything is in ``folder``."""
     named = {"path": str(folder / "tok"), "root": str(folder / "tokenizers"), "latent_copies": 2, **settings}
     values = {
         **CONFIG,
@@ -49,7 +49,7 @@ def make(folder: Path, **settings: str) -> Path:
 
 
 def encode(config: Config) -> None:
-    paths = paths_of(config)
+    paths = resolve_paths(config)
     paths.latents.mkdir(parents=True)
     tokenizer = load_tokenizer(paths.tokenizer)
     encode_dataset(tokenizer, paths.dataset, paths.latents, 2, 0, tokenizer_folder=paths.tokenizer)
@@ -60,7 +60,7 @@ def config_in(folder: Path) -> Config:
 
 
 def with_two_trajectories(folder: Path) -> None:
-    """A dataset one of whose test files has two trajectories."""
+    """A dataset with two trajectories in one of its test files."""
     write_dataset(folder / "theirs")
     both = two_trajectories(folder / "two.hdf5", folder / "theirs")
     both.replace(folder / "theirs" / "data" / "test" / "calm.hdf5")
@@ -68,7 +68,7 @@ def with_two_trajectories(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A staggered tokenizer with walls; tests must leave it as it is."""
+    """A staggered tokenizer with walls; tests must not change it."""
     folder = tmp_path_factory.mktemp("decode")
     with_two_trajectories(folder)
     make(folder, operator="staggered", walls="exact")
@@ -85,7 +85,7 @@ def test_the_files_hold_what_the_latents_decode_to(
     assert main(["tokenizer", "decode", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(tree(output)) == ["data", "data/test", "data/test/calm.hdf5", "data/test/wild.hdf5"]
-    latents = load_latents(paths_of(config_in(made)).latents, "test")
+    latents = load_latents(resolve_paths(config_in(made)).latents, "test")
     tokenizer = load_tokenizer(made / "tok")
     assert [one.source for one in latents] == ["calm.hdf5", "calm.hdf5", "wild.hdf5"]
     for one in latents:
@@ -153,13 +153,13 @@ def test_of_training_trajectories_only_the_unmoved_copy_is_decoded(
 
 
 def copied(made: Path, folder: Path) -> Config:
-    """All that was made, in ``folder``, which may be changed."""
+    """A copy of everything in ``folder``, which tests may change."""
     for name in ("theirs", "tok"):
         shutil.copytree(made / name, folder / name)
     text = (made / "config.yaml").read_text().replace(str(made), str(folder))
     (folder / "config.yaml").write_text(text)
     config = config_in(folder)
-    shutil.copytree(paths_of(config_in(made)).latents, paths_of(config).latents)
+    shutil.copytree(resolve_paths(config_in(made)).latents, resolve_paths(config).latents)
     return config
 
 
@@ -181,26 +181,30 @@ def test_latents_of_a_tokenizer_trained_anew_are_refused(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = copied(made, tmp_path)
-    stale = paths_of(config).latents
+    stale = resolve_paths(config).latents
     tokenizer = load_tokenizer(tmp_path / "tok")
     tokenizer.latent_mean_C += 1
     tokenizer.save(tmp_path / "tok")
-    # Latents of a tokenizer that the config names are found by its hash: as if someone had moved them there.
-    shutil.copytree(stale, paths_of(config).latents)
-    says = ("were made with tokenizer", str(tokenizer_sha256(made / "tok"))[:12], f"delete {paths_of(config).latents}")
+    # Latents are found by the hash of the tokenizer that the config names: pretend that someone moved them there.
+    shutil.copytree(stale, resolve_paths(config).latents)
+    says = (
+        "were made with tokenizer",
+        str(tokenizer_sha256(made / "tok"))[:12],
+        f"delete {resolve_paths(config).latents}",
+    )
     refuse(capfd, tmp_path, *says)
 
 
 def test_latents_of_other_data_are_refused(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = copied(made, tmp_path)
-    latents = paths_of(config).latents
+    latents = resolve_paths(config).latents
     path = tmp_path / "theirs" / "data" / "test" / "wild.hdf5"
     with h5py.File(path, "a") as file:
         file["t0_fields/solid"][0, 0, 0, 0] = 1 - file["t0_fields/solid"][0, 0, 0, 0]
-    latents = latents.rename(paths_of(config).latents)
+    latents = latents.rename(resolve_paths(config).latents)
     refuse(capfd, tmp_path, f"{path} has other solids")
     path.rename(path.with_name("calmer.hdf5"))
-    latents.rename(paths_of(config).latents)
+    latents.rename(resolve_paths(config).latents)
     refuse(capfd, tmp_path, "5 snapshots of trajectory 0 of wild.hdf5", "no such trajectory")
 
 

@@ -1,4 +1,4 @@
-"""Exported models: what the folder holds, what is refused, and that nothing needs DeepSpeed."""
+"""Exported models: contents of the folder, refusals, and independence of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DAMAGED = ["model.safetensors", "config.yaml", "tokenizer/tokenizer.safetensors"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it that has been evaluated and exported, all through the command, without DeepSpeed."""
+    """A folder with a run that was evaluated and exported through the command, without DeepSpeed."""
     folder = tmp_path_factory.mktemp("export")
     run = make_run(folder)
     config, flow = str(run / "config.yaml"), str(folder / "theirs/data/test/calm.hdf5")
@@ -41,9 +41,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["predict", "--checkpoint", str(folder / "model"), "--input", flow, "--steps", "1", "--output", "out.hdf5"],
     ]
     code = (
-        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe import pipeline; "
-        "from shodh_moe.config.load import load_config; from shodh_moe.cli import main\n"
-        "commands = json.loads(sys.argv[1]); pipeline.make_latents(load_config(commands[0][2]))\n"
+        "import json, sys; sys.modules['deepspeed'] = None; from shodh_moe.runs import pipeline; "
+        "from shodh_moe.config.load import load_config; from shodh_moe.config.paths import resolve_paths; "
+        "from shodh_moe.cli import main\n"
+        "commands = json.loads(sys.argv[1]); config = load_config(commands[0][2])\n"
+        "pipeline.make_latents(config, resolve_paths(config))\n"
         "sys.exit(max(main(command) for command in commands))"
     )
     done = subprocess.run(

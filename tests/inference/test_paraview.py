@@ -1,4 +1,4 @@
-"""The ParaView file: its structure, and what VTK's own reader makes of it."""
+"""The ParaView file: its structure, and the values that VTK's own reader finds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORIGIN, SPACING = [0.25, 0.25, 0.25], [0.5, 0.5, 0.5]
 
 
 def fields(step: int) -> np.ndarray:
-    """Velocity and pressure [4, X, Y, Z] whose every number tells component, place and step."""
+    """Velocity and pressure [4, X, Y, Z] in which every number encodes component, place and step."""
     component, x, y, z = np.indices((4, *GRID))
     return (1000.0 * step + 200 * component + 40 * x + 6 * y + z).astype(np.float32)
 
@@ -34,7 +34,7 @@ def test_structure(path: Path) -> None:
         root = file["VTKHDF"]
         assert root.attrs["Version"].tolist() == [2, 0]
         assert root.attrs["Type"] == b"ImageData"
-        assert root.attrs.get_id("Type").dtype == np.dtype("S9")  # of fixed length: VTK reads no other
+        assert root.attrs.get_id("Type").dtype == np.dtype("S9")  # VTK reads only strings of fixed length
         assert root.attrs["WholeExtent"].tolist() == [0, 3, 0, 2, 0, 1]
         assert root.attrs["Origin"].tolist() == ORIGIN
         assert root.attrs["Spacing"].tolist() == SPACING

@@ -1,4 +1,4 @@
-"""Prediction of a user's own file: what is written, that it is the model's rollout, and what is refused."""
+"""Predict from a user's own file: the files written, equality with the model's rollout, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from shodh_moe.base.files import sha256
 from shodh_moe.cli import main
 from shodh_moe.data import open_trajectories, read_provenance, read_snapshots, read_trajectory
-from shodh_moe.inference import predict as module
+from shodh_moe.inference import forecasting
 from shodh_moe.inference.loading import find_source, load_models
 from shodh_moe.inference.rollout import decode
 from shodh_moe.kernels import divergence
@@ -24,7 +24,7 @@ from tests.trained import GRID, HISTORY, SNAPSHOTS, make_run, two_trajectories
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder; tests must leave it as it is."""
+    """A run folder; tests must not change it."""
     return make_run(tmp_path_factory.mktemp("predict"))
 
 
@@ -35,7 +35,7 @@ def flow(run: Path, tmp_path: Path) -> Path:
 
 
 def predict(run: Path, flow: Path, *more: str, steps: int = 2) -> Path:
-    """Run the command; it must succeed."""
+    """Run the command, which must succeed."""
     output = flow.with_name("out.hdf5")
     arguments = ["--checkpoint", str(run), "--input", str(flow), "--steps", str(steps), "--output", str(output)]
     assert main(["predict", *arguments, *more]) == 0
@@ -44,7 +44,7 @@ def predict(run: Path, flow: Path, *more: str, steps: int = 2) -> Path:
 
 @torch.no_grad()
 def expected(run: Path, flow: Path, sample: int, start: int, steps: int) -> torch.Tensor:
-    """The rollout written out: [steps, 4, X, Y, Z], float64."""
+    """The rollout as an array [steps, 4, X, Y, Z], float64."""
     models = load_models(find_source(run))
     fields, solid = (torch.from_numpy(a) for a in read_snapshots(open_trajectories(flow)[sample], start, start + 2))
     z = [models.tokenizer.encode(torch.cat([one, solid])[None]) for one in fields]
@@ -251,7 +251,7 @@ def test_a_prediction_that_explodes_leaves_nothing(
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 
-    monkeypatch.setattr(module, "rollout", exploding)
+    monkeypatch.setattr(forecasting, "rollout", exploding)
     arguments = ["--checkpoint", str(run), "--input", str(flow), "--output", str(flow.with_name("out.hdf5"))]
     capfd.readouterr()
     assert main(["predict", *arguments, "--steps", "3"]) == 2

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""Without a GPU, select Triton's interpreter before the Triton kernels are imported."""
 
 from __future__ import annotations
 

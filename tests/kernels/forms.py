@@ -1,4 +1,4 @@
-"""Run an operation in a chosen form: the torch reference, or Triton (interpreted where there is no GPU)."""
+"""Run an operation in a chosen form: the torch reference, or Triton (interpreted without a GPU)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compilation for GPUs that are not there: what fits is read off, what does not fit is noticed."""
+"""Compilation for GPUs that are not present reports resources and detects kernels that do not fit."""
 
 from __future__ import annotations
 

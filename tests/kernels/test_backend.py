@@ -1,4 +1,4 @@
-"""Choice between Triton and the reference; recorded launches."""
+"""The choice between Triton and the reference, and recorded launches."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_recorded_launches_do_not_run():
 
     with backend.record() as launches:
         gating_triton.forward(torch.empty(100, 4, device="meta"), 30, "position", None)
-    assert len(launches) == 2  # what the module promises
+    assert len(launches) == 2  # documented in the module
     with backend.record() as launches:
         gating_triton.forward(torch.empty(100, 4, device="meta"), 30, "probability", None)
     assert len(launches) == 8

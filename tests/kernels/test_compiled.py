@@ -1,4 +1,4 @@
-"""Loops that numba runs in parallel: serial with one thread, the same bits with more."""
+"""numba's parallel loops run serially with one thread, and give the same bits with more."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _run(threads: int) -> list[str]:
 
 
 def test_one_thread_starts_no_others_and_more_give_the_same_bits():
-    """A rank with one thread used to start numba's, whose spinning halved the speed of the ranks beside it."""
-    several, bits = _run(2)  # first, so that a cache of compiled parallel loops is there to be mixed up
+    """A rank with one thread must not start numba's threads: their spinning halves the speed of other ranks."""
+    several, bits = _run(2)  # first, so that a cache of compiled parallel loops exists and could be confused
     none, same_bits = _run(1)
     assert several != "none"
     assert none == "none"

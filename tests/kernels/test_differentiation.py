@@ -1,4 +1,4 @@
-"""The differentiation matrices: exact on Fourier modes, of the stated order, antisymmetric, where values sit."""
+"""Differentiation matrices: exact on Fourier modes, of the stated order, antisymmetric, with correct positions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_caller_owns_the_matrix() -> None:
 
 
 def test_staggered_positions() -> None:
-    """A on edges, u on faces, the divergence at centres, of u = curl(0, 0, sin x cos y), against the exact values."""
+    """For u = curl(0, 0, sin x cos y): A on edges, u on faces and the divergence at centres have the exact values."""
     n = 64
     h = 2 * math.pi / n
     i = torch.arange(n, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_staggered_positions() -> None:
 
 
 def test_backward_differences_do_not_see_a_staggered_curl_as_solenoidal() -> None:
-    """Why both are forward: with these indices the other divergence belongs to faces numbered the other way."""
+    """Both must be forward: a backward divergence belongs to faces numbered the other way."""
     a = torch.randn(1, 3, 8, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u = curl(a, operator="staggered")
     backward = sum(u[:, axis] - u[:, axis].roll(1, dims=1 + axis) for axis in range(3))

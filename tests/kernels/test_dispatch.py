@@ -1,4 +1,4 @@
-"""Dispatch and combine, in both forms: against a differentiable definition, a golden case, drops, bad input."""
+"""Dispatch and combine in all forms against a differentiable definition and a golden case; drops and bad input."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def test_equals_the_definition_forward_and_backward(
     shared = c.shared_ND.requires_grad_() if with_shared else None
     inputs += [shared] if with_shared else []
     expected = expected_combine(values, c.expert_N, c.slot_N, c.gate_N, c.kept_E, shared)
-    # Ties every input into the graph, so that the gradient of one without a kept token is zero.
+    # Connect every input to the graph, so that the gradient of one without a kept token is zero.
     expected = expected + sum(0 * t.sum() for t in inputs).to(dtype)
     with form(kernels):
         y = combine(values, c.expert_N, c.slot_N, c.gate_N, c.kept_E, shared)
         close(y, expected)
-        for actual, wanted in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
-            assert actual.dtype == wanted.dtype
-            close(actual, wanted)
+        for actual, reference in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
+            assert actual.dtype == reference.dtype
+            close(actual, reference)
 
 
 @FORMS
@@ -209,8 +209,8 @@ def test_programs_work_in_tiles(kernels, dropless):
     with form(kernels):
         actual = both(dispatch, combine)
         close(actual, expected)
-        for got, wanted in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+        for got, reference in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+            torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-4)
 
 
 @FORMS
@@ -243,15 +243,15 @@ def test_non_contiguous_tensors(kernels, dropless):
 )
 def test_what_is_out_of_range_counts_as_dropped(kernels, dropless, expert, slot):
     c = case(8, 4, 3, 3, dropless)
-    # One more token, routed nowhere; the others keep their slots. Its row of x would be seen wherever it went.
+    # Add a token that is routed nowhere; the others keep their slots. Its values would show wherever it were copied.
     x = torch.cat([c.x_ND, torch.full((1, 4), torch.inf, device=DEVICE)])
     experts = torch.cat([c.expert_N, torch.tensor([expert], device=DEVICE)])
     slots = torch.cat([c.slot_N, torch.tensor([slot], device=DEVICE)])
     gate = torch.cat([c.gate_N, torch.full((1,), torch.nan, device=DEVICE)]).requires_grad_()
     with form(kernels):
         rows = dispatch(x.requires_grad_(), experts, slots, c.kept_E, c.capacity)
-        wanted = dispatch(c.x_ND, *c.routing, c.capacity)
-        assert torch.equal(rows[: len(c.x_ND)] if dropless else rows, wanted)
+        reference = dispatch(c.x_ND, *c.routing, c.capacity)
+        assert torch.equal(rows[: len(c.x_ND)] if dropless else rows, reference)
         y = combine(rows, experts, slots, gate, c.kept_E)
         y.sum().backward()
     assert not y[-1].any()
@@ -262,7 +262,7 @@ def test_what_is_out_of_range_counts_as_dropped(kernels, dropless, expert, slot)
 
 
 def test_nothing_outside_the_rows_is_written(monkeypatch):
-    """Triton writes into a window of a larger buffer, whatever the routing says."""
+    """Triton writes only into its window of a larger buffer, for any routing."""
     dispatch_triton = pytest.importorskip("shodh_moe.kernels.dispatch_triton")
     poison = 12345.0
 
@@ -355,11 +355,11 @@ def test_compile_checkpoint_and_autocast(kernels, dropless):
 
     with form(kernels):
         plain = function(*inputs)
-        wanted = gradients(plain, inputs)
+        reference = gradients(plain, inputs)
         for other in (torch.compile(function, fullgraph=True, backend="aot_eager"), checkpointed, autocast):
             y = other(*inputs)
             assert torch.equal(y, plain)
-            for got, want in zip(gradients(y, inputs), wanted, strict=True):
+            for got, want in zip(gradients(y, inputs), reference, strict=True):
                 assert torch.equal(got, want)
 
 

@@ -1,4 +1,4 @@
-"""Top-1 gating: choice, slots, drops and losses, against plain loops and hand-made cases."""
+"""Top-1 gating: choice, slots, drops and losses against plain loops and hand-made cases."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ KINDS = ("normal", "ties", "one expert", "empty expert", "-inf", "huge")
     seed=st.integers(0, 2**16),
 )
 def test_routing_equals_that_of_a_loop(name, tokens, experts, capacity, order, kind, dtype, biased, seed):
-    """Experts from the logits, slots from the operation's own gates: no rounding can hide a mistake."""
+    """Check experts against the logits and slots against the operation's gates, so that rounding hides no mistake."""
     kind = "normal" if kind == "huge" and dtype == torch.float16 else kind
     logits = _logits(tokens, experts, kind, seed, dtype)
     bias = torch.linspace(-0.3, 0.3, experts, device=DEVICE) if biased else None
@@ -131,7 +131,7 @@ def test_triton_equals_the_reference_forward_and_backward(tokens, experts, order
 @pytest.mark.parametrize(("tokens", "experts"), [(700, 256), (1, 256), (5000, 2), (600, 100)])
 @pytest.mark.parametrize("order", ["position", "probability"])
 def test_triton_over_many_tiles(tokens, experts, order):
-    """More tokens than a tile holds, experts up to the limit, experts that are no power of two."""
+    """More tokens than a tile holds, the maximum number of experts, and numbers that are not powers of two."""
     logits = _logits(tokens, experts, "ties", 1)
     capacity = max(tokens // experts, 1)
     with form("triton"):
@@ -144,7 +144,7 @@ def test_triton_over_many_tiles(tokens, experts, order):
 
 
 def test_triton_over_more_tiles_than_chunks(monkeypatch):
-    """Programs then walk over several tiles each; 2^20 tokens do that on a GPU, three chunks do it here."""
+    """Each program then processes several tiles: 2^20 tokens have this effect on a GPU, three chunks have it here."""
     from shodh_moe.kernels import gating_triton
 
     monkeypatch.setattr(gating_triton, "CHUNKS", 3)
@@ -325,7 +325,7 @@ def test_compile_without_graph_break_checkpointing_and_autocast(name):
         torch.testing.assert_close(torch.autograd.grad(compiled(weight), weight)[0], expected)
         torch.testing.assert_close(torch.autograd.grad(checkpointed, weight)[0], expected)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            value = loss(weight)  # the product before it runs in bfloat16, the gating in float32
+            value = loss(weight)  # the preceding product runs in bfloat16, the gating in float32
         assert value.dtype == torch.float32
         torch.testing.assert_close(torch.autograd.grad(value, weight)[0], expected, rtol=0.1, atol=0.1)
 

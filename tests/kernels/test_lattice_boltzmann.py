@@ -1,4 +1,4 @@
-"""The torch form of the lattice Boltzmann step against the numba solver, and what it refuses."""
+"""The torch reference of the lattice Boltzmann step against the numba solver, and invalid input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VISCOSITY, DIFFUSIVITY = 0.004, 0.002
 
 
 def case(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Random solid, velocity, forces and scalar. Fast enough for strong eddies, more than one block of cells."""
+    """Random solid, velocity, forces and scalar, fast enough for strong eddies, with more than one block of cells."""
     rng = np.random.default_rng(seed)
     solid_XYZ = rng.random(SHAPE) < 0.25
     solid_XYZ[:, :, 0] = True

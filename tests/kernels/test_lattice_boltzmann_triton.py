@@ -1,4 +1,4 @@
-"""The lattice Boltzmann kernels against the torch reference, and the solver on top of them against the CPU's."""
+"""The lattice Boltzmann kernels against the torch reference, and the GPU solver against the CPU solver."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_solid(shape: tuple[int, int, int], lid: bool) -> torch.Tensor:
 def follow(
     shape: tuple[int, int, int], dtype: torch.dtype, lid: bool, smagorinsky: float, mode: str, steps: int = 2
 ) -> None:
-    """Step both forms from a random state; every step the whole state must agree, solid cells included."""
+    """Step both forms from a random state; after every step the whole state must agree, solid cells included."""
     generator = torch.Generator().manual_seed(2)
 
     def random(*size: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_settling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps and one instead of a hundred and more: the interpreter is slow."""
+    """Use two steps and one instead of more than a hundred, since the interpreter is slow."""
     monkeypatch.setattr(on_gpu, "settling", lambda shape, lid: (2, 0.7))
     monkeypatch.setattr(on_gpu, "STRESS_STEPS", 1)
 
@@ -159,7 +159,7 @@ def test_settling_takes_the_steps_that_it_takes_on_the_cpu(monkeypatch: pytest.M
 
 @pytest.fixture
 def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of two steps, which without a GPU are lists of recorded launches."""
+    """Use graphs of two steps; without a GPU they are lists of recorded launches."""
     monkeypatch.setattr(on_gpu, "GRAPH_STEPS", 2)
     if DEVICE.type == "cuda":
         return
@@ -227,7 +227,7 @@ def test_divergence_is_reported_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "arguments", "says"),
+    ("mask", "arguments", "message"),
     [
         (np.ones((3, 3, 3), bool), {}, "solid_XYZ must be"),
         (np.zeros((3, 3), bool), {}, "solid_XYZ must be"),
@@ -237,8 +237,8 @@ def test_divergence_is_reported_by_name() -> None:
         (np.zeros((3, 3, 3), bool), {"lid": True}, "bottom"),
     ],
 )
-def test_bad_arguments_are_refused(mask: np.ndarray, arguments: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_arguments_are_refused(mask: np.ndarray, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LatticeBoltzmannGPU(mask, **{"viscosity": 0.1, "device": DEVICE} | arguments)
 
 

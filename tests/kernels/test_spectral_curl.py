@@ -1,4 +1,4 @@
-"""Curl and divergence: analytic fields, exact mass conservation, adjoints, and both forms of the kernels."""
+"""Curl and divergence in both forms: analytic fields, exact mass conservation, adjoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kernels.forms import DEVICE, form
 
 FORMS = ("reference", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Triton: planes of two multiples of 16 take the folded kernel, others the plain one.
+# Triton uses the folded kernel for planes with multiples of 16, the plain kernel for others.
 SHAPES = st.tuples(st.integers(1, 2), *[st.integers(5, 8)] * 3) | st.sampled_from(
     [(1, 1, 2, 3), (1, 2, 7, 40), (2, 16, 2, 32), (1, 2, 32, 16)]
 )
@@ -57,12 +57,12 @@ def plain_divergence(u: Tensor, operator: str, spacing: float) -> Tensor:
     return sum((plain_derivative(u[:, i], i, operator, spacing) for i in range(3)), start=torch.zeros_like(u[:, 0]))
 
 
-def agree(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    """``wanted`` is float64; ``got`` has the precision of ``dtype``."""
+def agree(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """``expected`` is float64; ``got`` has the precision of ``dtype``."""
     assert got.dtype == dtype
     assert bool(got.isfinite().all())
     rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    assert rms(got.double() - wanted) <= rounding * rms(wanted) + 1e-30
+    assert rms(got.double() - expected) <= rounding * rms(expected) + 1e-30
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -113,8 +113,8 @@ def test_both_forms_are_the_definition(
     agree(u, exact_u, computed)
     agree(div, exact_div, computed)
     exact_inputs = [exact_a] if exact_mean is None else [exact_a, exact_mean]
-    wanted = torch.autograd.grad(exact_u, exact_inputs, weight_u.double())
-    for g, w in zip(got, wanted, strict=True):
+    expected = torch.autograd.grad(exact_u, exact_inputs, weight_u.double())
+    for g, w in zip(got, expected, strict=True):
         agree(g, w, dtype)
     agree(got_div, torch.autograd.grad(exact_div, exact_a, weight_div.double())[0], dtype)
 
@@ -165,7 +165,7 @@ def test_a_known_potential() -> None:
 
 
 def test_divergence_sees_a_compressive_flow() -> None:
-    """The zero above is no artefact: u = (sin x, 0, 0) has divergence cos x."""
+    """The divergence is not zero for every field: u = (sin x, 0, 0) has divergence cos x."""
     n = 16
     h = 2 * math.pi / n
     u = torch.zeros(1, 3, n, n, n, dtype=torch.float64)
@@ -222,22 +222,22 @@ def test_ways_to_train(name: str, way: str) -> None:
     else:
         context = torch.autocast(DEVICE.type, dtype=torch.bfloat16)
     with form(name):
-        wanted = gradients(loss)
+        expected = gradients(loss)
         with context:
             got = gradients(step)
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("operator", ["staggered", "central2"])
 def test_a_projection_made_of_them(operator: str) -> None:
-    """Conjugate gradients call divergence and adjoint in turn: both forms must lead to one field."""
+    """Conjugate gradients alternate divergence and adjoint; both forms must converge to the same field."""
     project = pytest.importorskip("shodh_moe.tokenizer.walls").project  # needs more than torch
     solid = (random(1, 1, 5, 4, 6) > 0.8).float()
     w = random(1, 3, 5, 4, 6, dtype=torch.float32, seed=1)
     with form("reference"):
-        wanted = project(w, solid, operator)
+        expected = project(w, solid, operator)
     with form("triton"):
-        torch.testing.assert_close(project(w, solid, operator), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(project(w, solid, operator), expected, rtol=0, atol=1e-5)
 
 
 def test_autocast_does_not_round_the_products() -> None:
@@ -261,7 +261,7 @@ def tf32x3(a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fold", [False, True])
 def test_tf32x3_keeps_float32_accuracy(fold: bool) -> None:
-    """Triton's interpreter multiplies in float32 whatever the precision: this is the arithmetic of the GPU."""
+    """Emulate the GPU's arithmetic, since Triton's interpreter multiplies in float32 at any precision."""
     size = 128
     d = differentiation_matrix(size, "spectral", 1.0, torch.float64)
     f = torch.randn(size, 4096, generator=torch.Generator().manual_seed(0))
@@ -282,7 +282,7 @@ def test_tf32x3_keeps_float32_accuracy(fold: bool) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_full_size_accuracy(operator: str) -> None:
-    """128 points an axis: float32 to 1e-6, and in float64 the mass balance to 1e-13."""
+    """At 128 points per axis float32 is accurate to 1e-6, and the float64 mass balance to 1e-13."""
     box = (128, 32, 64)
     a = random(1, 3, *box)
     u = curl(a, operator=operator)
@@ -299,7 +299,7 @@ def test_full_size_accuracy(operator: str) -> None:
     adjoint=st.booleans(),
 )
 def test_the_form_for_large_cpu_fields(box, batch, dtype, with_mean, adjoint) -> None:
-    """Halves that are no multiple of four, axes of two points: the loops' remainders."""
+    """Halves that are not multiples of four and axes of two points test the remainders of the loops."""
     a = torch.randn(batch, 3, *box, dtype=dtype)
     mean = torch.randn(batch, 3, dtype=dtype) if with_mean else None
     with form("reference"):

@@ -1,4 +1,4 @@
-"""Every way of starting the same training; over several hosts in tests/cluster."""
+"""All ways to start the same training. tests/cluster covers several hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from shodh_moe.base.network import free_port
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.launcher import launch_ranks
 from tests import forked
 from tests.training.synthetic import CONFIG, write_latents
@@ -28,12 +28,12 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose latents are there, as the working folder of a training."""
+    """Make the working folder of a training: a config whose latents exist."""
     folder = tmp_path_factory.mktemp("launch")
     settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
     settings["training"] |= {"steps": 2, "checkpoint_every": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = paths_of(load_config(folder / "config.yaml")).latents
+    latents = resolve_paths(load_config(folder / "config.yaml")).latents
     write_latents(folder / latents)
     (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
     return folder
@@ -76,7 +76,7 @@ def test_deepspeed_torchrun_and_one_process_start_the_same_training(case: Path) 
 
 
 def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
-    """Its launcher only warns, and would train on this host alone."""
+    """DeepSpeed's launcher only warns, and would train on this host only."""
     script = [str(SCRIPT), "--config", "config.yaml", "--name", "missing"]
     done = _run(case, *DEEPSPEED, "--hostfile", "nowhere", "--num_gpus", "1", *script)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -99,12 +99,12 @@ def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
     assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
 
 
-# Hosts behind a false ssh: what is wrong with one is known before anything starts.
+# Hosts behind a fake ssh: errors are found before anything starts.
 
 
 @pytest.fixture
 def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ``ssh`` to this host by any name; but ``dead`` never answers, ``old`` has another Python, ``bare`` none."""
+    """Fake an ``ssh`` that runs on this host; ``dead`` never answers, ``old`` has another Python, ``bare`` has none."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ssh").write_text(
@@ -134,7 +134,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("lost slots=1\n", "lost: ssh: Could not resolve hostname lost: Name or service not known"),
         ("bare slots=1\n", "bare: bash: line 1: python: No such file or directory"),
         ("good slots=1\nold slots=1\n", f"old: {sys.executable} is Python 3.9.1, here 3."),
-        ("good slots=1\n$(id) slots=1\n", "'$(id)' is no host name"),
+        ("good slots=1\n$(id) slots=1\n", "'$(id)' is not a valid host name"),
     ],
 )
 def test_hosts_that_cannot_be_used(case: Path, false_ssh: Path, tmp_path: Path, hosts: str, says: str) -> None:
@@ -183,7 +183,7 @@ def test_the_ranks_meet_at_an_address_of_the_first_host(
     config = load_config(case / "config.yaml", [f"parallel.hostfile={tmp_path / 'hosts'}"])
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.7")
     (tmp_path / "run").mkdir()
-    assert launch_ranks(config, tmp_path / "run", "auto") == 0
+    assert launch_ranks(config, tmp_path / "run", "auto", "shodh_moe.runs.pretrain_rank") == 0
     told = (false_ssh / "pdsh.log").read_text()
     assert "--master_addr=192.0.2.7" in told
     assert re.search(r"--master_port=\d{4,5}\n", told)

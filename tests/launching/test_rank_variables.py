@@ -1,4 +1,4 @@
-"""Which rank a process is, by what each launcher leaves in the environment."""
+"""The rank of a process, from the variables that each launcher sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shodh_moe.base.network import common_address, interface_towards, port_holde
 from shodh_moe.launching.rank_variables import first_host, set_rank_variables
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What srun of SLURM 22.05 sets in the second of two tasks on the second of two nodes, measured.
+# Variables that srun of SLURM 22.05 sets in the second of two tasks on the second of two nodes, as observed.
 SRUN = {
     "SLURM_JOB_ID": "54321",
     "SLURM_STEP_ID": "0",
@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in os.environ:
         if name in NAMES or name.startswith(("SLURM", "OMPI", "PMI", "MPI", "LOCAL_SIZE", "CUDA_VISIBLE")):
             monkeypatch.delenv(name)
-    for name in NAMES:  # so that what the function sets is undone
+    for name in NAMES:  # so that the changes of the function are undone
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -85,7 +85,7 @@ def test_srun_without_a_needed_variable_is_refused_by_its_name(environment: pyte
 
 @pytest.mark.parametrize(("name", "value"), [("SLURM_PROCID", "x"), ("SLURM_STEP_TASKS_PER_NODE", "3(y2)")])
 def test_srun_with_a_strange_variable_is_refused(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
-    with pytest.raises(UserError, match=r"no number|not a whole number"):
+    with pytest.raises(UserError, match=r"not a number|not a whole number"):
         _set(environment, SRUN | {name: value})
 
 

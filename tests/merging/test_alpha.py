@@ -61,7 +61,7 @@ def test_gamma_scales_before_the_cut() -> None:
     assert not made.warnings
     made = target({"coordinate": 3.5, "gamma": 2})
     assert made.alpha == {**common, "gamma": 2.0, "value": 1.5, "unclipped": 3}
-    assert "alpha 3 is cut to 1.5" in made.warnings[0]
+    assert "alpha 3 is clipped to 1.5" in made.warnings[0]
     # gamma 1 is the readout `scale` too: it was chosen.
     assert alpha({"coordinate": 3, "gamma": 1})["found"] == "scale"
     assert alpha({"coordinate": 3})["found"] == "coordinate"
@@ -79,14 +79,14 @@ def test_logarithms() -> None:
 
 
 def test_leaving_the_range_where_the_path_is_straight() -> None:
-    text = "alpha 1.4 is beyond +-1.2, up to which the path was measured to be straight: expect less than on it"
+    text = "alpha 1.4 is beyond +-1.2, the range in which the path was measured to be straight: expect lower accuracy"
     assert target({"alpha": 1.4, "straight": 1.2}).warnings == [text]
     assert target({"alpha": -1.4, "straight": 1.4}).warnings == []
     # Measured to be straight: the usual guess does not count.
     assert target({"alpha": 2.5, "straight": 3}).warnings == []
     assert len(target({"alpha": [{"filter": "a", "value": 2}, {"value": -1.1}], "straight": 1}).warnings) == 2
     assert target({"coordinate": 9, "straight": 1.5}).warnings == [
-        "coordinate 9 is far outside 1 to 3: alpha 7 is cut to 1.5"
+        "coordinate 9 is far outside 1 to 3: alpha 7 is clipped to 1.5"
     ]
     by_axis = target({"alpha": {"viscosity": 1.4, "gravity": -1.3}, "straight": {"viscosity": 1.2}}, BOX)
     assert by_axis.warnings == [f"viscosity: {text}"]
@@ -114,7 +114,7 @@ def test_an_alpha_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
     merge(config(Path(), "ccm", paths, parameters={"alpha": 0.85}), Path("given"))
     assert same_bits(load(Path("out1")), load(Path("given")))
     merge(config(Path(), "ccm", paths), Path("out0"), found=FOUND)
-    assert "out0 is there already" in capsys.readouterr().out
+    assert "out0 exists already" in capsys.readouterr().out
     with pytest.raises(UserError, match="is not this merge"):
         merge(config(Path(), "ccm", paths), Path("out0"), found={**FOUND, "frames": 5})
 

@@ -140,7 +140,7 @@ def test_filters_by_axis() -> None:
     assert bits(made["double"]) == bits(states["heavy"]["double"])
     assert json.loads(Path("out/merge.json").read_text())["alpha"]["value"] == {"viscosity": None, "gravity": 1}
     alpha["viscosity"] = [{"filter": "lft", "value": 1}, {"value": -1}]
-    with pytest.raises(UserError, match="'lft' fits none"):
+    with pytest.raises(UserError, match="'lft' matches none"):
         merge(config(Path(), "ccm", entries, parameters={"alpha": alpha}), Path("not"))
 
 
@@ -160,7 +160,7 @@ def test_the_manifest_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
     parameters = {"coordinate": point(0.004, 12), "gamma": {"gravity": 0.5}, "clip": {"gravity": 1.25}}
     path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters)
     merge(path, Path("out"))
-    warning = "gravity 12 is far outside 2 to 7: alpha 1.5 is cut to 1.25"
+    warning = "gravity 12 is far outside 2 to 7: alpha 1.5 is clipped to 1.25"
     assert f"warning: out: {warning}" in capsys.readouterr().err
     told = json.loads(Path("out/merge.json").read_text())
     assert told["alpha"] == {
@@ -180,7 +180,7 @@ def test_the_manifest_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
     assert (roles["thin.safetensors"], roles["heavy.safetensors"]) == ("viscosity=low", "gravity=high")
     assert len(told["relative_distance_from_base"]) == 4
     merge(path, Path("out"))  # by the same plan
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     parameters["gamma"] = {"gravity": 0.4}
     with pytest.raises(UserError, match="is not this merge"):
         merge(config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters), Path("out"))

@@ -100,7 +100,7 @@ def test_equal_coordinates_and_far_targets(capsys: pytest.CaptureFixture[str]) -
     refused("low.safetensors has a coordinate and high.safetensors has none", models=[ends[0], "high.safetensors"])
     ends[1] = ("high.safetensors", {"coordinate": 3})
     merge(config(Path(), "ccm", ends, parameters={"coordinate": 9}), Path("far"))
-    assert "alpha 7 is cut to 1.5" in capsys.readouterr().err
+    assert "alpha 7 is clipped to 1.5" in capsys.readouterr().err
     merge(config(Path(), "ccm", PAIR, parameters={"alpha": -2}), Path("far too"))
     assert "outside +-1.5" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_a_missing_shard() -> None:
     moved.rename(shard)
     shutil.copy(shard, "high/model-00001-of-00002.safetensors")
     (Path("high") / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../low.safetensors"}}')
-    refused("not in its folder", models=["low.safetensors", "high"])
+    refused("outside its folder", models=["low.safetensors", "high"])
 
 
 class Evil:
@@ -237,7 +237,7 @@ def test_an_output_that_exists() -> None:
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 1000))
-    refused("are to be written")
+    refused("the outputs need")
 
 
 def test_a_disk_that_becomes_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

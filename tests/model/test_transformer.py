@@ -15,7 +15,7 @@ from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.attention import axial_rotary, rotate
 from shodh_moe.model.norm import available_norm, make_norm
-from shodh_moe.model.router import Router
+from shodh_moe.model.routers import ONE_SAMPLE, Slots, make_router
 from shodh_moe.model.transformer import Prediction, patchify, unpatchify
 from shodh_moe.parallel import ExpertParallel
 
@@ -92,9 +92,9 @@ def test_same_seed_same_weights():
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_router_kinds(kind):
-    router = Router(8, 3, RouterConfig(kind=kind, temperature=0.1))
+    router = make_router(RouterConfig(kind=kind, temperature=0.1), 8, 3)
     x = torch.randn(10, 8)
-    once, twice = (router(scale * x, 10, "position") for scale in (1, 2))
+    once, twice = (router(scale * x, ONE_SAMPLE, Slots(10)) for scale in (1, 2))
     assert torch.equal(once.expert_N, twice.expert_N)
     if kind == "cosine":  # a cosine does not see the length of the token, and the logits are at most 1 / tau
         torch.testing.assert_close(twice.gate_N, once.gate_N)
@@ -105,9 +105,9 @@ def test_router_kinds(kind):
 
 
 def test_router_temperature_is_floored():
-    router = Router(8, 3, RouterConfig(temperature=0.1, min_temperature=0.05))
+    router = make_router(RouterConfig(temperature=0.1, min_temperature=0.05), 8, 3)
     router.log_temperature.data.fill_(-100.0)
-    assert router(torch.randn(10, 8), 10, "position").z_loss.sqrt() <= 20 + math.log(3)
+    assert router(torch.randn(10, 8), ONE_SAMPLE, Slots(10)).z_loss.sqrt() <= 20 + math.log(3)
 
 
 # ---- norm back ends, activation checkpointing, autocast ----

@@ -11,8 +11,8 @@ from matplotlib.image import imread
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.report import summary_table, write_report
-from shodh_moe.report.routing_pictures import evenly
-from shodh_moe.report.tables import beats_baselines, divergence, divergence_norm
+from shodh_moe.report.run.routing import evenly
+from shodh_moe.report.run.tables import beats_baselines, divergence, divergence_norm
 
 DOMAINS = ("open_channel", "porous_media")
 LAYERS, EXPERTS = 4, 2

@@ -1,4 +1,4 @@
-"""Where a process stands among others, and outputs shared under a real mpirun."""
+"""The place of a process among others, and outputs divided among processes under a real mpirun."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_mpirun_makes_the_same_bytes(tmp_path: Path) -> None:
     ended = mpirun("shared")
     assert ended.returncode == 0, ended.stderr
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "serial")
-    # What is wrong on one process ends all with the code of wrong input.
+    # An error on one process ends all of them with the exit code for bad input.
     (tmp_path / "wrong" / "alpha=-0.5").mkdir(parents=True)
     ended = mpirun("wrong")
     assert ended.returncode == 2, ended.stderr

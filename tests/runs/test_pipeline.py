@@ -1,4 +1,4 @@
-"""The whole main job with a tiny config under the real launcher, and what later runs keep of it."""
+"""Run the whole main job with a tiny config under the real launcher, then check what later runs reuse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shodh_moe.cli import main
 from shodh_moe.config.load import load_config
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.pretrain_rank import main as train_rank
-from tests.tiny import refused, tree, write_config
+from tests.tiny import refused, tree, write_config, write_dataset
 from tests.training.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -41,7 +41,7 @@ DOMAIN_KEYS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the main job was done once; tests must leave it as it is."""
+    """A folder in which the main job has run once. Tests must not change it."""
     folder = tmp_path_factory.mktemp("main_job")
     write_config(folder)
     done = shodh(folder, "run")
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it (times included) that a test may change, as the working folder."""
+    """A copy of it, including file times, that a test may change; it is the working folder."""
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.chdir(copy)
     return copy
@@ -129,6 +129,33 @@ def test_it_ends_with_the_table_and_the_reports_path(finished: Path) -> None:
     assert [line for line in lines if line.startswith("open_channel") and "latent MSE" in line]
 
 
+# Put on PYTHONPATH: every process notes each time that it lists the files of a dataset at data.path.
+COUNT_LISTINGS = """
+import os, pathlib
+glob = pathlib.Path.glob
+def counted(self, pattern, *arguments, **options):
+    if pattern == "data/*/*":
+        with open(os.environ["LISTINGS"], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+    return glob(self, pattern, *arguments, **options)
+pathlib.Path.glob = counted
+"""
+
+
+def test_every_process_resolves_the_paths_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path)
+    write_dataset(tmp_path / "theirs")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(COUNT_LISTINGS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"), prepend=":")
+    monkeypatch.setenv("LISTINGS", str(tmp_path / "listings.txt"))
+    done = shodh(tmp_path, "run", "data.path=theirs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    processes = (tmp_path / "listings.txt").read_text().split()
+    assert len(processes) == 5  # the command, two ranks that train the tokenizer, and two that pretrain
+    assert len(set(processes)) == 5
+
+
 def test_a_second_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
     began = time.monotonic()
@@ -144,9 +171,9 @@ def test_another_name_reuses_all_but_the_run(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(pipeline, "launch_ranks", lambda config, run, resume: launched.append(run))
+    monkeypatch.setattr(pipeline, "launch_ranks", lambda config, run, resume, module: launched.append(run))
     before = tree(here)
-    # The launcher that does nothing leaves no checkpoint, which is a fault and no success.
+    # A launcher that does nothing leaves no checkpoint, which is an error.
     assert main(["run", "--config", "tiny.yaml", "--name", "other"]) == 1
     assert launched == [Path("runs/other")]
     said = capsys.readouterr().out
@@ -208,7 +235,7 @@ def test_stages_before_their_inputs_name_the_missing_one(here: Path, capfd: pyte
 
 
 def test_a_disk_that_fills_up_at_a_checkpoint(here: Path) -> None:
-    """The kernel refuses files over 60 KB, which the checkpoint's are and nothing before it is."""
+    """The kernel refuses files over 60 KB. Only those of the checkpoint are larger."""
     command = f"ulimit -f 60; exec {sys.executable} -m shodh_moe.cli pretrain --config tiny.yaml --name full"
     done = subprocess.run(["bash", "-c", command], cwd=here, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -219,7 +246,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(here: Path) -> None:
 
 
 def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
-    """SIGTERM, as schedulers send it: the ranks write a checkpoint and end, and the exit code asks for a restart."""
+    """At SIGTERM, which schedulers send, the ranks write a checkpoint and exit with the code for a restart."""
     settings = ["--name", "long", "training.steps=1000000", "training.checkpoint_every=5", "training.log_every=1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "tiny.yaml", *settings],
@@ -244,12 +271,12 @@ def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
     assert ranks(here) == []
     found = find_checkpoint(here / "runs/long/checkpoints")
     assert found is not None
-    # Where it was stopped, not merely where the next checkpoint was due.
-    assert f"stopped by a signal after step {found[1]['step']}: the same command goes on from there" in out
+    # At the step where it was stopped, not at the next scheduled checkpoint.
+    assert f"stopped by a signal after step {found[1]['step']}: the same command resumes from there" in out
 
 
 def ranks(folder: Path) -> list[int]:
-    """Processes of ranks that work in ``folder``."""
+    """Process ids of the ranks that run in ``folder``."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -263,7 +290,7 @@ def ranks(folder: Path) -> list[int]:
 
 
 def test_a_run_that_another_launcher_started_can_be_evaluated_and_reported(here: Path) -> None:
-    """The README's way on a cluster: only the ranks run, nothing of the pipeline around them."""
+    """The README's way on a cluster: the ranks are started directly, without the pipeline."""
     script = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
     started = launch(2, script, "--config", "tiny.yaml", "--name", "by_hand")
     assert started.returncode == 0, started.stdout + started.stderr

@@ -1,4 +1,4 @@
-"""The plan's numbers against what autograd keeps and what a DeepSpeed engine allocates."""
+"""Compare the plan with what autograd keeps and what a DeepSpeed engine allocates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.experts import Experts, _autocast
+from shodh_moe.model.experts import Experts, to_autocast
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
@@ -40,7 +40,7 @@ def _config(dim: int, hidden: int, shared: int, depth: int, grid: int, channels:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps what torch's fused CUDA kernel does; a CPU keeps the normalised rows too."""
+    """Keeps the same tensors as torch's fused CUDA kernel; on a CPU torch also keeps the normalised rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _experts_on_a_gpu(self: Experts, x_LTD: Tensor, filled_LG: Tensor | None = None) -> Tensor:
-    x_LTD, gate_up_LDF, down_LFD = _autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
+    x_LTD, gate_up_LDF, down_LFD = to_autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
     gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
     return torch.bmm(F.silu(gate) * up, down_LFD)
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The model keeps on the CPU what it keeps on a GPU (attention is flash attention on both)."""
+    """Make the model keep the same tensors on the CPU as on a GPU (both use flash attention)."""
     monkeypatch.setenv("SHODH_KERNELS", "reference")
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight))
     monkeypatch.setattr(Experts, "forward", _experts_on_a_gpu)
@@ -145,7 +145,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory) -> Path:
-    """A folder with config.yaml and the counts of `LAYOUTS`: two ranks, two experts, few tokens."""
+    """A folder with config.yaml and the counts of `LAYOUTS`, from two ranks, two experts and few tokens."""
     folder = tmp_path_factory.mktemp("plan")
     config = _config(256, 512, 1, 2, 2, 8).model_dump()
     config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}

@@ -1,4 +1,4 @@
-"""The tokenizer's plan against the tensors that autograd really keeps, and against the solver's own."""
+"""Compare the tokenizer's plan with the tensors that autograd and the solver keep."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_step_holds_what_the_plan_says(decoder: str, precision: str, checkpoin
 
 
 def test_activations_are_what_autograd_saves() -> None:
-    """Counted another way: the storages that autograd packs, and the batch."""
+    """Counts the storages that autograd packs, and the batch."""
     config = _config([24, 16, 40], **DECODERS["exact"])
     tokenizer = Tokenizer(config.tokenizer, config.data.grid)
     own = {p.untyped_storage().data_ptr() for p in (*tokenizer.parameters(), *tokenizer.buffers())}
@@ -121,5 +121,5 @@ def test_the_table_says_the_main_things() -> None:
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused() -> None:
-    with pytest.raises(UserError, match="batch_size 2 cannot be shared out over 3 ranks"):
+    with pytest.raises(UserError, match="batch_size 2 cannot be divided among 3 ranks"):
         tokenizer_plan.tokenizer_plan(_config([16, 16, 16]), 3)

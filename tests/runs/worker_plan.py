@@ -1,6 +1,6 @@
-"""One rank of test_plan: a real engine makes two steps while all its tensors are counted; rank 0 prints the counts.
+"""One rank of test_plan: count all tensors while a real engine makes two steps. Rank 0 writes counts.json.
 
-Arguments: a config, then the overrides of one engine after the other, each as one argument with spaces between.
+Arguments: a config, then one argument per engine with its overrides, separated by spaces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def _released(all_reduce: Any) -> Any:
-    """The same, back when gloo's thread, which may still hold the tensor for a moment, has let go; NCCL has none."""
+    """Wrap ``all_reduce`` to wait until gloo's thread has released the tensor. NCCL has no such thread."""
 
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         before = tensor._use_count()
@@ -48,7 +48,7 @@ def _released(all_reduce: Any) -> Any:
 
 
 def measure(config: Config) -> dict[str, int]:
-    """Bytes between two steps, and the most of two steps."""
+    """Bytes that live between two steps, and the peak during two steps."""
     t, channels = config.training, config.tokenizer.latent_channels
     grid = [size // 8 for size in config.data.grid]
     with LiveBytes() as live:

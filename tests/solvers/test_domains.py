@@ -1,4 +1,4 @@
-"""The domains: usable geometry, a real dynamics to learn, and seeds that keep trajectories independent."""
+"""The domains have usable geometry and real dynamics, and seeds keep trajectories independent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.config import schema as config_module
+from shodh_moe.config import data as data_module
+from shodh_moe.config import run as run_module
 from shodh_moe.config.load import load_config, load_config_of
 from shodh_moe.data import generate
 from shodh_moe.solvers import simulate, simulation
@@ -48,7 +49,7 @@ SMALL: dict[str, tuple[str, Domain]] = {
     "obstacle_wake": ("obstacle_wake", ObstacleWake(**FAST, ramp_steps=10)),
     "decaying_turbulence": ("decaying_turbulence", DecayingTurbulence(**FAST, peak=2.0)),
 }
-# The flows of the defaults, at the grid they are meant for. A wake takes its time to form; the test need not wait.
+# Flows with default settings, at their intended grid. A wake forms slowly, so the test does not wait for it.
 WHOLE: dict[str, Domain] = {name: kind() for name, kind in DOMAINS.items()}
 WHOLE["obstacle_wake"] = ObstacleWake(spinup_steps=300)
 
@@ -77,8 +78,8 @@ def test_flow_changes_between_snapshots_but_smoothly(domain: str) -> None:
     assert not u[:, :, result.solid_XYZ].any()
     assert abs(result.pressure_TXYZ.mean()) < 1e-6
     assert np.all(np.diff(result.time_T) == config.steps_per_snapshot)
-    wanted = result.parameters["target_speed"] * result.parameters["length"] / config.viscosity
-    assert 0.5 < result.parameters["reynolds"] / wanted < 1.5
+    expected = result.parameters["target_speed"] * result.parameters["length"] / config.viscosity
+    assert 0.5 < result.parameters["reynolds"] / expected < 1.5
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -161,9 +162,9 @@ def test_percolation_by_hand() -> None:
     solid_XYZ[:, 2, 2] = False
     solid_XYZ[1:3, 0, 0] = False
     solid_XYZ[1:3, 4, 0] = False
-    wanted = np.ones_like(solid_XYZ)
-    wanted[:, 2, 2] = False
-    np.testing.assert_array_equal(percolating(solid_XYZ), wanted)
+    expected = np.ones_like(solid_XYZ)
+    expected[:, 2, 2] = False
+    np.testing.assert_array_equal(percolating(solid_XYZ), expected)
     pores = connected_pores(solid_XYZ)
     assert len(np.unique(pores)) == 3, "the dead pore is one pore across the periodic face"
     solid_XYZ[3, 2, 2] = True
@@ -237,7 +238,7 @@ def test_a_peak_of_waves_too_short_is_the_users_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys", "says"),
+    ("kind", "keys", "message"),
     [
         (PorousMedia, {"porosity": [0.9, 0.4]}, "porosity must be"),
         (PorousMedia, {"porosity": [0.1, 0.4]}, "porosity must be"),
@@ -252,8 +253,8 @@ def test_a_peak_of_waves_too_short_is_the_users_error() -> None:
         (DecayingTurbulence, {"pulse": 0.5}, "Extra inputs"),
     ],
 )
-def test_wrong_keys_are_refused(kind: type[Domain], keys: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_wrong_keys_are_refused(kind: type[Domain], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         kind(**keys)
 
 
@@ -342,7 +343,7 @@ data:
 
 
 def fresh(path: str | Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module in that file, made anew."""
+    """Load the module in that file anew."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec
     assert spec.loader
@@ -356,7 +357,8 @@ def test_a_new_domain_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "shear_layer.py").write_text(TOY)
     toy = fresh(tmp_path / "shear_layer.py", "shear_layer", monkeypatch)
     monkeypatch.setitem(DOMAINS, "shear_layer", toy.ShearLayer)
-    kind = fresh(config_module.__file__, "config_with_a_shear_layer", monkeypatch).Config
+    fresh(data_module.__file__, "shodh_moe.config.data", monkeypatch)
+    kind = fresh(run_module.__file__, "shodh_moe.config.run", monkeypatch).Config
     (tmp_path / "toy.yaml").write_text(TOY_CONFIG)
     config = load_config_of(kind, tmp_path / "toy.yaml")
     assert [name for name, _ in config.data.domains.items()] == ["shear_layer"]

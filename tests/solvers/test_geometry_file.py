@@ -1,4 +1,4 @@
-"""A user's own geometry: every format gives the same solid, and what is wrong with a file is told."""
+"""Geometry files: every format gives the same solid, and errors name the file and the problem."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def saved(path: Path, values: np.ndarray) -> Path:
     return path
 
 
-def says(words: str, path: Path, **keys: Any) -> None:
+def refused(words: str, path: Path, **keys: Any) -> None:
     with pytest.raises(UserError, match=words):
         simulate("porous_media", porous(path, **keys), GRID, 0, 0, 1)
 
@@ -105,37 +105,41 @@ def test_another_file_is_another_dataset(tmp_path: Path, volume: np.ndarray) -> 
 
 
 def test_bad_files_are_named(tmp_path: Path, volume: np.ndarray) -> None:
-    says(r"there is no file .*gone\.npy", tmp_path / "gone.npy")
+    refused(r"there is no file .*gone\.npy", tmp_path / "gone.npy")
     (tmp_path / "text.npy").write_text("not an array")
-    says(r"text\.npy cannot be read", tmp_path / "text.npy")
+    refused(r"text\.npy cannot be read", tmp_path / "text.npy")
     path = saved(tmp_path / "short.npy", volume)
     path.write_bytes(path.read_bytes()[:-100])
-    says(r"short\.npy cannot be read", path)
+    refused(r"short\.npy cannot be read", path)
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    says(r"objects\.npy cannot be read: .*[Oo]bject", tmp_path / "objects.npy")
-    says(
+    refused(r"objects\.npy cannot be read: .*[Oo]bject", tmp_path / "objects.npy")
+    refused(
         r"flat\.npy must hold numbers of shape \[X, Y, Z\], not uint8 of shape \[12, 10\]",
         saved(tmp_path / "flat.npy", volume[..., 0]),
     )
-    says(r"words\.npy must hold numbers", saved(tmp_path / "words.npy", volume.astype("U1")))
-    says(
+    refused(r"words\.npy must hold numbers", saved(tmp_path / "words.npy", volume.astype("U1")))
+    refused(
         r"small\.npy has shape \[7, 10, 9\], but \[8, 8, 8\] is needed: half of data\.grid",
         saved(tmp_path / "small.npy", volume[:7]),
     )
-    says(
+    refused(
         r"whole\.npy has shape \[12, 10, 9\], but \[16, 16, 16\] is needed: a periodic",
         saved(tmp_path / "whole.npy", volume),
         periodic=True,
     )
     grey = np.random.default_rng(0).integers(0, 255, (12, 10, 9))
-    says(r"grey\.npy is not binary: .* two, from \d+ to \d+", saved(tmp_path / "grey.npy", grey))
-    says(r"nan\.npy is not binary", saved(tmp_path / "nan.npy", np.where(volume == 1, np.nan, 0)))
+    refused(
+        r"grey\.npy is not binary: it has more than two values, from \d+ to \d+", saved(tmp_path / "grey.npy", grey)
+    )
+    refused(r"nan\.npy is not binary", saved(tmp_path / "nan.npy", np.where(volume == 1, np.nan, 0)))
     wall = np.zeros_like(volume)
     wall[5:7] = 1
-    says(r"porous_media trajectory 0 .*no part of .*wall\.npy in 100 draws", saved(tmp_path / "wall.npy", wall[2:10]))
-    says(r"ones\.npy in 100 draws .*solid_value", saved(tmp_path / "ones.npy", volume + 1))
+    refused(
+        r"porous_media trajectory 0 .*no part of .*wall\.npy in 100 draws", saved(tmp_path / "wall.npy", wall[2:10])
+    )
+    refused(r"ones\.npy in 100 draws .*solid_value", saved(tmp_path / "ones.npy", volume + 1))
     volume.tofile(tmp_path / "rock.raw")
-    says(
+    refused(
         r"rock\.raw has 1080 bytes, but uint16 of shape \[12, 10, 9\] needs 2160",
         tmp_path / "rock.raw",
         shape=[12, 10, 9],
@@ -154,7 +158,7 @@ def test_hdf5_stays_in_its_file(tmp_path: Path, volume: np.ndarray) -> None:
         file.create_virtual_dataset("virtual", layout)
         file.create_dataset("raw", volume.shape, volume.dtype, external=[(str(tmp_path / "bytes.bin"), 0, 1080)])
     for name in ("far", "group", "virtual", "raw", "none"):
-        says(rf"rock\.hdf5 holds no dataset '{name}' of its own", tmp_path / "rock.hdf5", dataset=name)
+        refused(rf"rock\.hdf5 holds no dataset '{name}' of its own", tmp_path / "rock.hdf5", dataset=name)
 
 
 @pytest.mark.parametrize(

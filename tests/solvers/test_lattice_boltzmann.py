@@ -1,4 +1,4 @@
-"""The solver against exact solutions, conservation and its promise of identical bits."""
+"""The solver against exact solutions; conservation; identical bits."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_velocity_set_is_isotropic_to_fourth_order() -> None:
     np.testing.assert_allclose(WEIGHTS_Q.sum(), 1)
     np.testing.assert_allclose(np.einsum("q,qa,qb->ab", WEIGHTS_Q, c, c), np.eye(3) / 3, atol=1e-15)
     d = np.eye(3)
-    wanted = sum(np.einsum(s, d, d) for s in ("ab,cd->abcd", "ac,bd->abcd", "ad,bc->abcd")) / 9
-    np.testing.assert_allclose(np.einsum("q,qa,qb,qc,qd->abcd", WEIGHTS_Q, c, c, c, c), wanted, atol=1e-15)
+    expected = sum(np.einsum(s, d, d) for s in ("ab,cd->abcd", "ac,bd->abcd", "ad,bc->abcd")) / 9
+    np.testing.assert_allclose(np.einsum("q,qa,qb,qc,qd->abcd", WEIGHTS_Q, c, c, c, c), expected, atol=1e-15)
 
 
 def test_half_a_channel_under_a_lid_is_half_of_a_whole_one() -> None:
@@ -178,5 +178,5 @@ def test_a_shear_wave_decays_alike_in_a_moving_frame(axis: int) -> None:
     flow.run(np.zeros((steps, 3)))
     amplitude = 2 * (flow.velocity()[0].reshape(-1) * np.exp(-1j * (angle - np.pi / 2))).mean() / 1e-3
     assert -np.log(abs(amplitude)) == pytest.approx(viscosity * (2 * np.pi / n) ** 2 * steps, rel=0.015)
-    # It went once round the box.
+    # It has crossed the periodic box once.
     assert abs(np.angle(amplitude)) < 0.02

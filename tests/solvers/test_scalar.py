@@ -1,4 +1,4 @@
-"""The scalar: exact decay and transport, closed walls, conservation, identical bits."""
+"""The scalar has exact decay and transport, closed walls, conservation and identical bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wave(n: int, axis: int, shift: float = 0.0) -> np.ndarray:
 def test_a_wave_decays_at_the_stated_diffusivity_with_second_order(axis: int, diffusivity: float) -> None:
     errors = []
     for n in (16, 32):
-        # The same physical time: one e-fold.
+        # At the same physical time, one e-fold.
         rate = diffusivity * (2 * np.pi / n) ** 2
         steps = round(1 / rate)
         error = carry(1 + wave(n, axis), REST, diffusivity, steps) - 1 - np.exp(-rate * steps) * wave(n, axis)

@@ -1,4 +1,4 @@
-"""The eddy viscosity: C^2 |S| in a known shear, none in uniform motion."""
+"""The eddy viscosity is C^2 |S| in a known shear and zero in uniform motion."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_channel_flow_has_the_exact_profile_of_its_eddy_viscosity(
     flow.run(np.tile([force, 0, 0], (int(HEIGHT**2 / viscosity / 5), 1)))
     profile = flow.velocity()[0].reshape(-1)[1:]
     measured = np.diff(profile)
-    # Not at the wall, nor around the middle, where |S| has a kink.
+    # Exclude the wall, and the middle, where |S| has a kink.
     np.testing.assert_allclose(measured[1:8], shear[2:9], rtol=0.02)
     assert np.abs(profile - start_3XYZ[0].reshape(-1)[1:]).max() < 0.02 * profile.max()
     np.testing.assert_allclose(profile, profile[::-1], rtol=1e-9)
 
 
 def test_a_uniform_flow_that_speeds_up_has_no_eddies() -> None:
-    # The force has a second moment of its own, which is no shear.
+    # The force contributes a second moment that is not shear.
     solid_XYZ = np.zeros((3, 3, 3), bool)
     flows = [LatticeBoltzmann(solid_XYZ, 1e-3, dtype=np.float64, smagorinsky=c) for c in (0.0, 0.5)]
     for flow in flows:

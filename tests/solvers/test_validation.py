@@ -1,4 +1,4 @@
-"""The properties that docs/validation.md tabulates, on grids small enough for every run of the tests."""
+"""The properties tabulated in docs/validation.md, on small grids."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def flows() -> Iterator[ModuleType]:
-    """benchmarks/lattice_flows.py: the flows behind the tables."""
+    """The flows behind the tables, benchmarks/studies/lattice_flows.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("lattice_flows")
+        yield importlib.import_module("studies.lattice_flows")
 
 
 def orders(errors: list[float], ratio: float = 2.0) -> list[float]:
@@ -47,10 +47,10 @@ def test_a_wall_in_steps_is_of_first_order(flows: ModuleType) -> None:
 
 
 def test_another_magic_parameter_moves_the_wall(flows: ModuleType) -> None:
-    found, wanted = flows.straight(8, 0.5, flows.MAGIC)
+    found, expected = flows.straight(8, 0.5, flows.MAGIC)
     assert abs(flows.wall_offset(found)) < 1e-9
-    assert flows.relative(found, wanted) < 1e-9
-    single, wanted = flows.straight(8, 0.5, flows.bgk(0.5))
+    assert flows.relative(found, expected) < 1e-9
+    single, expected = flows.straight(8, 0.5, flows.bgk(0.5))
     assert flows.wall_offset(single) == pytest.approx(0.33, abs=0.02)
 
 

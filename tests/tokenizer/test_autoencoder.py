@@ -1,4 +1,4 @@
-"""Folding voxels into channels and back, and what encoder and decoder keep of solids."""
+"""Folding voxels into channels and back, and how encoder and decoder treat solids."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_before_training_the_correction_is_zero_and_the_rest_linear() -> None:
 
 
 def test_every_parameter_can_learn() -> None:
-    """A correction that starts at zero must not stay there."""
+    """A correction that starts at zero must be able to learn."""
     encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
     parameters = [*encoder.named_parameters(), *decoder.named_parameters()]
     optimizer = torch.optim.SGD([p for _, p in parameters], lr=1.0)
@@ -95,7 +95,7 @@ def test_recomputed_stages_give_the_same_gradients_and_keep_less(precision: torc
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (2, 3, 5), (4, 1, 6)])
 def test_the_convolution_wraps_around(grid: tuple[int, int, int]) -> None:
-    """As torch's own circular padding, in float64 with gradients."""
+    """Equal to torch's circular padding, in float64 with gradients."""
     conv = WrappingConv(3, 2).double()
     plain = torch.nn.Conv3d(3, 2, 3, padding=1, padding_mode="circular").double()
     plain.load_state_dict(conv.state_dict())
@@ -103,6 +103,6 @@ def test_the_convolution_wraps_around(grid: tuple[int, int, int]) -> None:
     expected, found = plain(x), conv(x)
     assert torch.equal(found, expected)
     weights = torch.randn_like(expected)
-    wanted, gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (expected, found))
-    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    expected_gradient, gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (expected, found))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(conv, (x,))

@@ -1,4 +1,4 @@
-"""Which snapshots a step of the tokenizer's training sees, and how."""
+"""The snapshots of a training step of the tokenizer, and their symmetries."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ranks_share_a_batch_out(dataset: Path) -> None:
 
 
 def test_a_batch_larger_than_the_dataset_is_whole(dataset: Path) -> None:
-    """Otherwise it could not be shared out evenly."""
+    """A batch must be whole, to be divided evenly among ranks."""
     picks, symmetries = draw(snapshots(dataset), None, 16, seed=0, step=0)
     assert len(picks) == len(symmetries) == 16
     assert set(picks) <= set(range(10))

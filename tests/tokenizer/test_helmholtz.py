@@ -1,4 +1,4 @@
-"""The vector potential: it gives back divergence-free fields, in the Coulomb gauge, on any box."""
+"""The vector potential reproduces divergence-free fields, in the Coulomb gauge, on any box."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_known_potential() -> None:
     x = (torch.arange(n, dtype=torch.float64) * (2 * torch.pi / n))[:, None, None].expand(n, n, n)
     zero = torch.zeros_like(x)
     # The operator's grid spacing is 1, not 2 pi / n.
-    wanted = torch.stack([zero, torch.sin(x) * n / (2 * torch.pi), zero])[None]
-    torch.testing.assert_close(vector_potential(torch.stack([zero, zero, torch.cos(x)])[None]), wanted)
+    expected = torch.stack([zero, torch.sin(x) * n / (2 * torch.pi), zero])[None]
+    torch.testing.assert_close(vector_potential(torch.stack([zero, zero, torch.cos(x)])[None]), expected)
 
 
 def test_only_the_divergence_free_part_of_a_field_returns() -> None:
@@ -91,7 +91,7 @@ def test_without_walls_it_is_a_curl_and_the_mean(operator: str) -> None:
 
 
 def test_faces_and_back_is_of_fourth_order() -> None:
-    """The velocity that is compared with the data has been to the faces; a smooth one must not suffer."""
+    """Interpolation to faces and back must preserve a smooth velocity, since its result is compared with data."""
     errors = []
     for n in (16, 32):
         angle = torch.arange(n, dtype=torch.float64) * (2 * torch.pi / n)

@@ -1,4 +1,4 @@
-"""Where the tokenizer's training starts: principal components of its training data, whoever computes them."""
+"""The tokenizer starts from principal components of its training data, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def low_rank(grid: tuple[int, int, int] = (16, 16, 16)) -> Snapshots:
 
 
 def test_principal_components_reconstruct_a_field_of_low_rank() -> None:
-    """Not periodic, so never shifted: the patches span 6 dimensions, and 16 channels hold them all."""
+    """Without shifts (not periodic) the patches span 6 dimensions, so 16 channels represent them exactly."""
     data = low_rank()
     tokenizer = Tokenizer(TokenizerConfig.model_validate(CONFIG["tokenizer"]), [16, 16, 16])
     fields = data.batch(range(8))
@@ -74,7 +74,7 @@ def test_the_start_is_deterministic_signs_included(dataset: Path) -> None:
 
 
 def test_one_unvarying_geometry_gives_no_noise(dataset: Path) -> None:
-    """All training masks alike: only rounding is left to scale up, and it must not be."""
+    """If all training masks are equal, only rounding is left, which must not be scaled up."""
 
     class AllSolid(Snapshots):
         def read(self, index: int, out_5XYZ: np.ndarray) -> None:
@@ -88,7 +88,7 @@ def test_one_unvarying_geometry_gives_no_noise(dataset: Path) -> None:
 
 
 def test_ranks_that_share_the_snapshots_find_the_same_start(dataset: Path) -> None:
-    """Each sees its part of them; the second is given the sums of the first."""
+    """Each rank sees its part of the snapshots; the second gets the sums of the first."""
     alone, first, second = (Tokenizer(config().tokenizer, [16, 16, 16]) for _ in range(3))
     data = snapshots(dataset)
     start_from_principal_components(alone, data, seed=0)

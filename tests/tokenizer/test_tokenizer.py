@@ -1,4 +1,4 @@
-"""The tokenizer: shapes, an exactly divergence-free velocity, and what is stored of it."""
+"""The tokenizer: shapes, an exactly divergence-free velocity, saving and loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS = [[16, 16, 16], [8, 16, 24]]
 
 
 def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "none") -> Tokenizer:
-    """As after training: no weight is zero, and every statistic differs from its initial value."""
+    """A tokenizer as after training: no weight is zero, and every statistic differs from its initial value."""
     torch.manual_seed(0)
     config = TokenizerConfig.model_validate({**CONFIG["tokenizer"], "operator": operator, "walls": walls})
     tokenizer = Tokenizer(config, grid)
@@ -67,7 +67,7 @@ def test_the_decoded_velocity_is_divergence_free(
     assert velocity.dtype == (dtype or torch.float32)
     assert rms(velocity) > 0.01
     assert rms(divergence(velocity.double(), operator)) <= most * rms(velocity)
-    # The network's own output is far from it: the curl does the work.
+    # The raw output of the network is far from divergence-free.
     raw, _ = tokenizer.decoder(torch.randn(3, 16, *tokenizer.latent_grid), mask)
     assert rms(divergence(raw.double(), operator)) > 0.1 * rms(raw)
 
@@ -76,7 +76,7 @@ def test_the_decoded_velocity_is_divergence_free(
 @pytest.mark.parametrize("operator", ["staggered", "central2", "central4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_with_walls_it_is_exactly_zero_in_solids_too(walls: str, operator: str, dtype: torch.dtype) -> None:
-    """``bfloat16``: latents of autocast, the velocity made conservative in float32, and so its gradient."""
+    """With ``bfloat16``, latents come from autocast; velocity and gradient are made conservative in float32."""
     grid = [16, 8, 16]
     tokenizer = random_tokenizer(grid, operator, walls)
     mask = torch.zeros(2, 1, *grid)

@@ -1,4 +1,4 @@
-"""Velocities with walls: free of divergence and zero in solids at once, and the nearest such to what was wanted."""
+"""Velocities with walls are divergence-free and zero in solids at once, and nearest to the given velocity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def solid(kind: str, box: tuple[int, int, int], seed: int = 0) -> Tensor:
         )
         mask = torch.fft.ifftn(noise * torch.exp(-((low / 2.5) ** 2))).real
         mask = mask < mask.quantile(0.35)
-    elif kind == "pockets":  # rooms without doors
+    elif kind == "pockets":  # closed rooms
         mask = (torch.arange(box[0])[:, None, None] % 5 == 0) | (torch.arange(box[1])[:, None] % 6 == 0)
         mask = mask | (torch.arange(box[2]) % 4 == 0)
     else:  # plates across x: nothing can go through
@@ -86,7 +86,7 @@ def test_no_velocity_in_solids_and_no_divergence_at_once(
 
 
 def dense_projection(w: Tensor, mask: Tensor, operator: str) -> Tensor:
-    """By the pseudo-inverse of the matrix of all conditions."""
+    """The projection by the pseudo-inverse of the matrix of all conditions."""
     box = w.shape[2:]
     unit = torch.eye(3 * box.numel(), dtype=torch.float64).view(-1, 3, *box)
     conditions = (divergence(unit, operator).flatten(1) * mask.reshape(-1, 1)).T.numpy()
@@ -106,7 +106,7 @@ def test_it_is_the_nearest_of_all(operator: str, kind: str) -> None:
 
 
 def t(v: Tensor) -> Tensor:
-    """central4 = central2 T: what makes of central2's velocities central4's."""
+    """T with central4 = central2 T, which turns velocities conserved by central2 into those conserved by central4."""
     smooth = lambda f, axis: (8 * f - f.roll(1, axis) - f.roll(-1, axis)) / 6  # noqa: E731
     return torch.stack([smooth(smooth(v[:, i], 1 + (i + 1) % 3), 1 + (i + 2) % 3) for i in range(3)], 1)
 
@@ -128,9 +128,9 @@ def test_central4_takes_the_nearest_of_what_central2_conserves() -> None:
 def test_it_is_a_projection(box: tuple[int, int, int], kind: str, operator: str, seed: int) -> None:
     mask, w, b = solid(kind, box, seed), random(1, 3, *box, seed=seed), random(1, 3, *box, seed=seed + 1)
     u = project(w, mask, operator)
-    torch.testing.assert_close(project(u, mask, operator), u, rtol=0, atol=1e-12)  # what is admissible stays
+    torch.testing.assert_close(project(u, mask, operator), u, rtol=0, atol=1e-12)  # an admissible velocity is unchanged
     moved = torch.where(mask == 1, 1e3, w) if operator != "staggered" else w
-    torch.testing.assert_close(project(moved, mask, operator), u)  # what is in solids does not count
+    torch.testing.assert_close(project(moved, mask, operator), u)  # values in solids are ignored
     if operator != "central4":
         assert abs(dot(u, b) - dot(w, project(b, mask, operator))) <= 1e-11 * math.sqrt(dot(w, w) * dot(b, b))
         assert abs(dot(u, w - u)) <= 1e-12 * dot(w, w)
@@ -170,27 +170,27 @@ def test_a_mean_flow_goes_through_a_channel_and_a_tube(operator: str, how: str) 
 
 @pytest.mark.parametrize("operator", TWO_POINT)
 def test_flux_through_throats(operator: str) -> None:
-    """A wall with two holes, and a flow to and fro through them: a potential that is zero at walls has none of it."""
+    """Flow back and forth through two holes in a wall, which a potential that is zero at walls cannot represent."""
     box = (12, 16, 16)
     mask = torch.zeros(1, 1, *box, dtype=torch.float64)
     mask[:, :, :3] = 1
     mask[:, :, :3, 2:6, 6:10] = mask[:, :, :3, 10:14, 6:10] = 0
-    wanted = random(1, 3, *box)
-    wanted[:, 0, :, :8] += 2
-    wanted[:, 0, :, 8:] -= 2
-    wanted = project(wanted, mask, operator)  # one that can be
+    target = random(1, 3, *box)
+    target[:, 0, :, :8] += 2
+    target[:, 0, :, 8:] -= 2
+    target = project(target, mask, operator)  # one that can be
 
     def fluxes(u: Tensor) -> Tensor:
         return torch.stack([u[0, 0, 1, :8].sum(), u[0, 0, 1, 8:].sum()])
 
-    assert (fluxes(wanted).abs() > 5).all()
-    torch.testing.assert_close(fluxes(project(wanted, mask, operator)), fluxes(wanted))
-    mean = wanted.mean((2, 3, 4), keepdim=True).expand_as(wanted)
-    potential = vector_potential(wanted, operator)
+    assert (fluxes(target).abs() > 5).all()
+    torch.testing.assert_close(fluxes(project(target, mask, operator)), fluxes(target))
+    mean = target.mean((2, 3, 4), keepdim=True).expand_as(target)
+    potential = vector_potential(target, operator)
     faded = curl(walls.ramp(mask, operator) * potential, operator=operator)
     assert fluxes(faded).abs().max() <= 1e-12
     assert rms(faded) > 0.3  # eddies it has
-    # So all that `ramp` lets through is its carrier: equal shares of the mean.
+    # So the only flow that `ramp` lets through is its carrier: equal shares of the mean.
     carried = fluxes(project(mean, mask, operator))
     torch.testing.assert_close(carried[0], carried[1])
 
@@ -241,7 +241,7 @@ def test_one_fluid_voxel_has_no_flow(operator: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("how", ["exact", "ramp"])
 def test_a_blocked_box(operator: str, how: str, dtype: torch.dtype) -> None:
-    """Plates across x: the mean along x is gone, to rounding; that along y and z stays between the plates."""
+    """With plates across x, the mean along x vanishes to rounding; those along y and z remain between plates."""
     box = (12, 6, 8)
     mask = torch.zeros(2, 1, *box, dtype=dtype)
     mask[:, :, :2] = 1
@@ -272,7 +272,7 @@ def test_a_pocket_keeps_its_eddy_to_itself() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("factor", [1e6, 1e-6, 1e-20, 1e-30])
 def test_the_size_of_a_velocity_does_not_matter(operator: str, dtype: torch.dtype, factor: float) -> None:
-    """Nor that of a gradient: squares of these are not numbers of float32."""
+    """Nor does the size of a gradient: squares of these values underflow or overflow in float32."""
     box = (7, 8, 6)
     mask, w = solid("ball", box), random(1, 3, *box, dtype=dtype).requires_grad_()
     u = project(w, mask, operator)
@@ -294,7 +294,7 @@ def test_zero_stays_zero() -> None:
 
 
 def test_samples_of_a_batch_do_not_feel_each_other() -> None:
-    """They need different numbers of iterations: an open box one, a zero field none."""
+    """Samples need different numbers of iterations: an open box one, a zero field none."""
     box = (9, 8, 10)
     mask = torch.cat([many(box), torch.zeros(2, 1, *box)])
     w = random(len(mask), 3, *box)
@@ -314,13 +314,15 @@ def test_what_is_not_finite_ends_at_once(operator: str, bad: float) -> None:
     good = project(w, mask, operator)
     w[0, 1, 0, 0, 0] = bad
     u = project(w, mask, operator)
-    assert u[0][may_flow(mask[:1], operator)[0]].isnan().all()  # or what flows would pass for a conserved velocity
+    assert (
+        u[0][may_flow(mask[:1], operator)[0]].isnan().all()
+    )  # otherwise the flow would be taken for a conserved velocity
     torch.testing.assert_close(u[1], good[1], rtol=0, atol=1e-12)
     with mock.patch.object(walls, "_solve", side_effect=AssertionError("iterates on NaN")):
         project(w[:1], mask[:1], operator)
 
 
-def test_a_divergence_that_stays_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remaining_divergence_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walls, "MAX_ITERATIONS", 3)
     monkeypatch.setattr(walls, "ROUNDS", 1)
     monkeypatch.setattr(walls, "_warned", False)
@@ -347,7 +349,7 @@ def test_any_way_of_calling_it() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             again = w.clone().requires_grad_()
             assert torch.equal(conserved_velocity(again, mask, operator, "exact"), u)
-        # What an inference cached must not be in the way of a gradient; under autocast it is as precise.
+        # Tensors cached in inference must not prevent a gradient; autocast must not reduce the precision.
         for how in ("none", "ramp", "exact"):
             with torch.inference_mode():
                 conserved_velocity(w, mask, operator, how)
@@ -378,7 +380,7 @@ def test_it_compiles() -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_ramp_leaves_a_shear_what_it_is_away_from_the_walls(operator: str) -> None:
-    """The potential of a shear is largest at the walls, where the ramp would make a jet of it."""
+    """The potential of a shear is largest at the walls, where the ramp would turn it into a jet."""
     box = (8, 8, 32)
     height = (torch.arange(32, dtype=torch.float64) - 1.5) / 30
     mask = (height < 0).double().expand(1, 1, *box)

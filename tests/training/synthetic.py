@@ -17,9 +17,10 @@ evaluation: {batch_size: 3}
 
 
 def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int = 7, nan_in: str = "") -> None:
-    """Rotating random latents of two domains at different rates, in the format of tokenizer.latents.
+    """Write rotating random latents of two domains at different rates, in the format of tokenizer.latents.
 
-    ``nan_in`` names a training trajectory that gets a NaN in its fourth snapshot.
+    Args:
+        nan_in: name of a training trajectory that gets a NaN in its fourth snapshot.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int
 
 
 def write_case(folder: Path, nan_in: str = "") -> Path:
-    """``config.yaml`` and ``latents`` in a folder, which is made and returned."""
+    """Write ``config.yaml`` and ``latents`` to a new folder and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG)
     write_latents(folder / "latents", nan_in=nan_in)

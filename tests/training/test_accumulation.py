@@ -1,4 +1,4 @@
-"""Gradient accumulation: micro-batches that together hold a step's samples train as one batch of them all."""
+"""Gradient accumulation: several micro-batches train like one batch of all their samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_two_micro_batches_train_as_one_of_twice_the_size_at_every_zero_stage(tmp_path):
-    """Without the balance loss, which is no mean over samples, and dropless: else capacity depends on the batch."""
+    """Without the balance loss, which is not a mean over samples, and dropless, since capacity depends on the batch."""
     write_case(tmp_path)
     worker = Path(__file__).with_name("worker_accumulation.py")
     plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")

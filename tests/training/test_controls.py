@@ -1,4 +1,4 @@
-"""Training of the mixture's controls on real ranks."""
+"""Training the control models of the mixture on real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that fills up under the log of a run: a real one, of a few MB in memory."""
+"""A disk that fills up while a run logs: a real file system of a few MB in memory."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a file system of a few MB: what a full disk does to a log is not tested here")
+        pytest.skip("only root may mount a file system of a few MB, so logging to a full disk is not tested")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all the room there is."""
+    """Fill the disk with a file."""
     path, size = disk / "filler", 1 << 20
     with open(path, "ab", buffering=0) as file:
         while size:
@@ -55,7 +55,7 @@ def fill(disk: Path) -> Path:
 
 
 def write_steps(log: Log) -> Iterator[int]:
-    """The number of each step, once it is logged."""
+    """Yield the number of each step after it is logged."""
     for step in range(1, 1000):
         log.write({"kind": "train", "step": step, "loss": 1.0, "words": "x" * 300})
         yield step
@@ -72,7 +72,7 @@ def test_neither_file_of_a_log_gets_half_a_record(small_disk: Path) -> None:
     lines = (small_disk / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert [json.loads(line)["step"] for line in lines][:steps] == list(range(1, steps + 1))
     assert all(line.endswith("\n") for line in lines)
-    # A start on the full disk changes nothing; one with room again goes on.
+    # A start on the full disk changes nothing; a start with free space continues.
     with pytest.raises(UserError, match="no space left on the disk"):
         Log(small_disk, steps)
     assert (small_disk / "metrics.jsonl").read_text() == "".join(lines)
@@ -112,10 +112,9 @@ def test_a_run_that_cannot_log_ends_keeps_its_checkpoint_and_goes_on_with_room(
         out, error = process.communicate(timeout=60)
     assert process.returncode == EXIT_USER_ERROR, out + error
     assert "Traceback" not in error, error
-    told = [line for line in error.splitlines() if line.startswith("error")]
-    assert len(told) == 1, error
-    assert told[0].startswith((f"error: cannot write {run}/metrics.jsonl: ", f"error: cannot write {run}/tensorboard/"))
-    assert "no space left on the disk" in told[0]
+    (message,) = [line for line in error.splitlines() if line.startswith("error")]
+    assert message.startswith((f"error: cannot write {run}/metrics.jsonl: ", f"error: cannot write {run}/tensorboard/"))
+    assert "no space left on the disk" in message
     (saved,) = list_checkpoints(run / "checkpoints")
     assert saved == SAVED
     assert damage(run / "checkpoints" / str(saved)) is None

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine on two real ranks: experts sharded, gradients real, EP 2 equal to EP 1."""
+"""The DeepSpeed engine on two real ranks: sharded experts, real gradients, EP 2 equal to EP 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Runs = dict[tuple[int, int], dict[str, torch.Tensor]]
 
 
 def _train(folder: Path, dropless: str) -> Runs:
-    """(ep_size, rank) -> everything the worker wrote."""
+    """Return everything that the worker wrote, by (ep_size, rank)."""
     write_case(folder)
     for ep_size in (1, 2):
         done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size), dropless)
@@ -45,7 +45,7 @@ def _experts(run: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 def test_each_rank_holds_its_own_experts_only(runs):
-    """Fails if the experts were replicated: then both ranks would hold two, and the same."""
+    """Fails if experts are replicated: both ranks would hold the same two."""
     first, second = _experts(runs[2, 0], "local/"), _experts(runs[2, 1], "local/")
     assert len(first) == 4  # two layers, two weights
     for name, value in first.items():
@@ -78,7 +78,7 @@ def test_ranks_agree_on_everything_but_experts(runs):
 
 
 def test_capacity_binds_in_this_setting(runs):
-    """Otherwise the comparison below would not see a wrong capacity."""
+    """Otherwise the comparison below would not detect a wrong capacity."""
     assert runs[2, 0]["dropped"].sum() > 0
 
 
@@ -101,6 +101,13 @@ def _check_ep_2_equals_ep_1(runs: Runs) -> None:
     for name, value in runs[1, 0].items():
         if name.startswith(("logical/", "logical_grad/")):
             torch.testing.assert_close(runs[2, 0][name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_float64_leaves_the_global_state_of_deepspeed_as_it_was(tmp_path):
+    """In all ZeRO stages, between steps and after an error."""
+    write_case(tmp_path)
+    done = launch(2, Path(__file__).with_name("worker_float64.py"), str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _config(tmp_path: Path, *overrides: str) -> Config:

@@ -1,4 +1,4 @@
-"""What clusters do to a run: signals, hangs, a second start. Real ranks under the DeepSpeed launcher."""
+"""Faults on clusters: signals, hangs, a second start. Real ranks under the DeepSpeed launcher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
 KILLS = int(os.environ.get("SHODH_KILLS", "3"))
-STEPS = 80 + 25 * max(KILLS - 3, 0)  # more than are made between so many kills
+STEPS = 80 + 25 * max(KILLS - 3, 0)  # more steps than are made between this many kills
 LONG = (
     f"training.steps={STEPS}",
     "training.checkpoint_every=1000",
@@ -53,7 +53,7 @@ def _check_same_weights(run: Path, unbroken: Path) -> None:
 
 
 def _records(run: Path) -> list[dict]:
-    """What was learned, without times."""
+    """Read the records without times."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for key in ("step_ms", "tokens_per_second", "peak_memory_bytes"):
@@ -70,7 +70,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _once_training(process: subprocess.Popen[str], run: Path, before: str = "") -> list[psutil.Process]:
-    """The ranks, in order, as soon as the run has logged other steps than it had ``before``."""
+    """Return the ranks in order, as soon as the log differs from ``before``."""
     deadline = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text() == before:
         assert process.poll() is None, process.communicate()
@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(fo
 
 @pytest.mark.timeout(900)
 def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
-    """SHODH_KILLS=20 kills twenty times; each time the whole job must be gone within 30 s, with an error."""
+    """SHODH_KILLS=20 kills twenty times. Each time the whole job must end within 30 s with an error."""
     run, random = folder / "killed", np.random.default_rng(0)
     settings = (*LONG, "training.checkpoint_every=3")
     for _ in range(KILLS):
@@ -137,7 +137,7 @@ def test_a_stopped_rank_ends_the_job_and_every_stack_is_kept_but_a_suspended_job
         2, WORKER, str(folder), str(run), "auto", *LONG, "training.steps=100000", "training.stall_seconds=4"
     )
     ranks = _once_training(process, run)
-    # A job that is suspended as a whole goes on when it is woken, however late.
+    # A job that was suspended as a whole continues when it is woken, however late.
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             rank.send_signal(number)

@@ -1,6 +1,6 @@
-"""Every layout of experts and optimizer state trains alike, and goes on from every other one's checkpoint.
+"""All layouts of experts and optimizer state train equally, and each resumes from every other one's checkpoint.
 
-Four processes; a layout is (ZeRO stage, expert-parallel size), all nine in one run of the processes.
+Four processes train all nine layouts, that is, pairs of ZeRO stage and expert-parallel size.
 """
 
 from __future__ import annotations

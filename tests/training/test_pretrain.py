@@ -1,4 +1,4 @@
-"""Pretraining on two real ranks: telemetry, checkpoints, and going on after a crash bit for bit."""
+"""Pretraining on two real ranks: telemetry, checkpoints, and bitwise equal results after a crash."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _records(run: Path, kind: str) -> list[dict]:
 def test_a_crash_after_a_checkpoint_changes_nothing(folder, unbroken):
     run = folder / "crashed"
     shutil.copytree(unbroken, run)
-    # As after a crash during step 5: no checkpoint 6, half a line in the log, a half-written checkpoint.
+    # The state after a crash in step 5: no checkpoint 6, half a line in the log, a half-written checkpoint.
     shutil.rmtree(run / "checkpoints" / "6")
     (run / "checkpoints" / "latest").write_text("3\n")
     (run / "checkpoints" / ".writing-6-killed-1").mkdir()
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(folder,
     done = launch(2, WORKER, str(folder), str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     refusal = f"checkpoint {run / 'checkpoints' / '6'} is refused: rank_00001.safetensors does not match its hash"
-    assert done.stdout.count(refusal) == 1, "one rank looks for all"
+    assert done.stdout.count(refusal) == 1, "only one rank checks"
     assert "from step 3" in done.stdout
     _check_same_end(run, unbroken)
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_tensor(folder, unbro
     done = launch(2, WORKER, str(folder), str(run), "auto", "model.moe.expert_hidden=24")
     assert done.returncode == 2
     assert "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here" in done.stderr
-    assert done.stderr.count("error") == 1, "the other rank ends quietly"
+    assert done.stderr.count("error") == 1, "the other rank ends silently"
 
 
 @pytest.mark.distributed
@@ -141,7 +141,7 @@ def test_other_precisions_train_with_everything_else_on(folder, precision):
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_that_is_not_finite_halts_or_is_skipped(folder, stage):
-    """One latent of one training trajectory is NaN."""
+    """One latent of one training trajectory contains NaN."""
     broken = write_case(folder / f"broken{stage}", nan_in="porous_media_1")
     zero = f"parallel.zero_stage={stage}"
     halted = launch(2, WORKER, str(broken), str(broken / "halted"), "auto", zero)
@@ -168,7 +168,7 @@ def test_a_step_that_is_not_finite_halts_or_is_skipped(folder, stage):
 
 @pytest.mark.distributed
 def test_ranks_that_disagree_end_with_both_values(folder):
-    """Rank 1 gets another batch size; each capacity would be another, and the exchange would hang."""
+    """Rank 1 gets a different batch size, so capacities would differ and the exchange would hang."""
     run = folder / "disagree"
     run.mkdir()
     done = launch(2, WORKER, str(folder), str(run), "auto", "rank1:training.batch_size=8", timeout=60)

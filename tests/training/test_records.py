@@ -1,4 +1,4 @@
-"""The records of a run: what a resumed run did again, what a killed one left, a damaged line."""
+"""Reading the records of a run: repeated steps of a resumed run, half a line of a killed run, a damaged line."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_half_a_last_line_is_not_a_record(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("not JSON\n" + _lines({"kind": "train", "step": 1}))
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON .*: mend or remove that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON .*: repair or remove that line"):
         read_history(path)

@@ -1,4 +1,4 @@
-"""A run that begins with the weights of another: which weights, what is fresh, what it remembers, what it refuses."""
+"""A run that starts from the weights of another: which weights, what is new, what it records, what it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("worker_pretrain.py")
-# So small that float32 has no step of this size: a step is made, and no weight moves.
+# Too small for float32: steps are made, but no weight changes.
 STILL = ("training.learning_rate=1e-300", "training.min_learning_rate=0", "training.warmup_steps=0")
 ONE_STEP = ("training.steps=1", "training.log_every=1")
 
@@ -76,7 +76,7 @@ def test_begins_with_exactly_the_weights_and_a_fresh_optimizer(folder, origin):
 
 
 def test_begins_with_a_merged_checkpoint(folder, origin):
-    """Which has no moments, and was made by two ranks: here one has all experts."""
+    """A merged checkpoint has no moments. This one was made by two ranks; here one rank holds all experts."""
     words = folder / "merge.yaml"
     models = "".join(f"  - model: {origin / 'checkpoints' / step}\n" for step in ("1", "2"))
     words.write_text(f"merge_method: linear\nmodels:\n{models}parameters: {{weight: 0.5}}\n")

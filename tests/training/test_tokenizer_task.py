@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.parameters import marks
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import paths_of
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.runs.tokenizer_rank import main as train_rank
@@ -149,7 +150,7 @@ def test_ranks_leave_a_trained_tokenizer_alone(
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     Tokenizer(config().tokenizer, [16, 16, 16]).save(
-        paths_of(load_config("tiny.yaml", [f"data.path={dataset}"])).tokenizer
+        resolve_paths(load_config("tiny.yaml", [f"data.path={dataset}"])).tokenizer
     )
     before = tree(tmp_path)
     assert train_rank(["--config", "tiny.yaml", f"data.path={dataset}"]) == 0
@@ -163,7 +164,7 @@ def test_the_run_of_a_tokenizer_depends_on_its_own_settings_alone() -> None:
     others = config(name="other", runs="elsewhere", training={**CONFIG["training"], "learning_rate": 1.0, "steps": 9})
     assert tokenizer_run(others, 2) == run
     assert tokenizer_run(run, 2) == run
-    assert paths_of(run).tokenizer == paths_of(config()).tokenizer
+    assert resolve_paths(run).tokenizer == resolve_paths(config()).tokenizer
     assert (run.training.steps, run.training.batch_size, run.training.learning_rate) == (3, 2, 1e-3)
 
 
@@ -180,13 +181,13 @@ def test_the_run_of_a_tokenizer_depends_on_its_own_settings_alone() -> None:
 def test_a_folder_is_named_after_what_decides_its_content(
     settings: dict[str, Any], same_tokenizer: bool, same_latents: bool
 ) -> None:
-    one, other = paths_of(config()), paths_of(config(tokenizer={**CONFIG["tokenizer"], **settings}))
+    one, other = resolve_paths(config()), resolve_paths(config(tokenizer={**CONFIG["tokenizer"], **settings}))
     assert (one.tokenizer == other.tokenizer) == same_tokenizer
     assert (one.latents == other.latents) == same_latents
 
 
 def test_a_batch_that_cannot_be_shared_out_names_both_numbers() -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.batch_size 4 cannot be shared out over 3 ranks"):
+    with pytest.raises(UserError, match=r"tokenizer\.batch_size 4 cannot be divided among 3 ranks"):
         tokenizer_run(config(), 3)
 
 
@@ -211,7 +212,7 @@ def test_it_learns(dataset: Path) -> None:
     tokenizer.velocity_rms.copy_(fields[:, :3].square().mean().sqrt())
     tokenizer.pressure_rms.copy_(fields[:, 3].square().mean().sqrt())
     set_learning_rate_scales(tokenizer)
-    groups = [{"params": [p], "lr": 1e-3 * getattr(p, "lr_scale", 1.0)} for p in tokenizer.parameters()]
+    groups = [{"params": [p], "lr": 1e-3 * marks(p).lr_scale} for p in tokenizer.parameters()]
     optimizer = torch.optim.AdamW(groups)
     losses = []
     for _ in range(16):

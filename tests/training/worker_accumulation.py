@@ -1,4 +1,4 @@
-"""Three optimizer steps of one rank with given overrides; weights and gradient norms written out."""
+"""Makes three optimizer steps on one rank with the given overrides; writes weights and gradient norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of test_engine: three optimizer steps at a given EP size, everything of interest written out."""
+"""One rank of test_engine: makes three optimizer steps at a given EP size and writes the results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Step, init_distributed
 from shodh_moe.training.pretrain import latent_engine, total_loss
-from shodh_moe.training.shards import is_expert
 
 folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
 config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"model.moe.dropless={dropless}"])
@@ -58,8 +58,8 @@ def all_experts(local: torch.Tensor) -> torch.Tensor:
 out = {f"grad/{name}": value for name, value in gradients.items()}
 for name, parameter in engine.model.named_parameters():
     out[f"local/{name}"] = parameter.detach().clone()
-    out[f"logical/{name}"] = all_experts(parameter) if is_expert(parameter) else parameter.detach().clone()
-    if is_expert(parameter):
+    out[f"logical/{name}"] = all_experts(parameter) if marks(parameter).sharded else parameter.detach().clone()
+    if marks(parameter).sharded:
         out[f"logical_grad/{name}"] = all_experts(gradients[name])
 out["norms"] = torch.tensor(norms, dtype=torch.float64)
 out["losses"] = torch.tensor(losses, dtype=torch.float64)

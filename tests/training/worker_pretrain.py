@@ -1,6 +1,6 @@
-"""One rank of test_pretrain: the training function on a folder that holds config.yaml and latents.
+"""One rank of test_pretrain: pretrains on a folder that holds config.yaml and latents.
 
-Arguments: folder, run folder, what to resume from, then overrides; ``rank1:key=value`` is one for that rank alone.
+Arguments: folder, run folder, what to resume from, then overrides; ``rank1:key=value`` applies to that rank only.
 """
 
 from __future__ import annotations

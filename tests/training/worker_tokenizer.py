@@ -1,7 +1,7 @@
-"""One rank of test_tokenizer: trains tokenizers in one process group, one after the other.
+"""One rank of test_tokenizer_task: trains tokenizers in one process group, one after the other.
 
-Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which has the same training split; then
-which trainings, see below.
+Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which share the training split; then the
+names of the trainings, see below.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shodh_moe.training.tokenizer_config import tokenizer_run
 folder, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 folder = Path(folder)
 init_distributed()
-trainer.dist.destroy_process_group = lambda: None  # type: ignore[attr-defined]
+trainer.leave_process_group = lambda failed: None
 end_of_step = training._TokenizerTask.end
 set_latent_statistics = training.set_latent_statistics
 

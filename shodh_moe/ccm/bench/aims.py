@@ -1,7 +1,6 @@
-"""What the benchmark is to show, and whether it does.
+"""The rows that the benchmark compares, and the aims that it judges them by.
 
-Every aim is judged for each readout by itself: the readout with the smallest test error would be one chosen on the test
-data.
+Each readout is judged by itself: picking the readout with the smallest test error would be choosing on test data.
 """
 
 from __future__ import annotations
@@ -10,7 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from shodh_moe.ccm.bench.rows import OOD, READOUTS
+ROWS = {
+    "anchor": "anchor",
+    "low": "low expert",
+    "high": "high expert",
+    "best_endpoint": "best endpoint by validation",
+    "average": "endpoint average",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+    "ccm_coordinate": "CCM, coordinate",
+    "ccm_scale": "CCM, scale",
+    "ccm_prefix": "CCM, prefix",
+    "oracle": "CCM, oracle alpha",
+    "wrong_sign": "CCM, wrong sign",
+    "conditioned": "conditioned network",
+    "fine_tuned": "fine-tuned on K frames",
+}
+READOUTS = ("ccm_coordinate", "ccm_scale", "ccm_prefix")
+OOD = ("ood_low", "ood_high")
+
+_FAMILIES = {
+    "reaction_diffusion": "reaction-diffusion",
+    "navier_stokes": "Navier-Stokes",
+    "shallow_water": "shallow water",
+}
 
 REDUCTIONS = {"reaction_diffusion": 0.60, "navier_stokes": 0.50, "shallow_water": 0.25}
 PAPER = {  # arXiv 2605.14546: reduction and the readout it was reached with
@@ -28,11 +51,16 @@ ORACLE_WORST = "error over that of the oracle alpha, worst OOD regime"
 ORACLE_MEAN = "error over that of the oracle alpha, mean over OOD regimes"
 
 
+def family_title(name: str) -> str:
+    """Spell out the name of a family."""
+    return _FAMILIES.get(name, name.replace("_", " "))
+
+
 def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record for each aim and readout whose rows were measured.
+    """Judge each aim for each readout whose rows were measured.
 
     Args:
-        name: of the family.
+        name: name of the family.
         family: its ``rows`` and ``regimes``, as `summarise` makes them; errors that blew up are infinite.
 
     Returns:
@@ -74,7 +102,7 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ratios(regimes: list[dict[str, Any]], row: str, base: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Where, and the row's error over the smallest of the base rows there; infinite wherever the row blew up."""
+    """By regime, the row's error over the smallest error of the base rows; infinite where the row blew up."""
     found = []
     for regime in regimes:
         errors = regime["errors"]

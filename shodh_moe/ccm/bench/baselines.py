@@ -1,4 +1,4 @@
-"""Baselines of the benchmark that have something to tune, and the tuning: on validation regimes alone."""
+"""Baselines with parameters, tuned on validation regimes alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from shodh_moe.ccm.bench.config import FineTuning
-from shodh_moe.ccm.compose import compose, from_anchor
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert
+from shodh_moe.ccm.expert import Expert, compose, from_anchor
 from shodh_moe.ccm.readout import golden_section, rollout_errors
 from shodh_moe.operators import rollout_loss
 
@@ -32,7 +31,7 @@ def mean_error(expert: Expert, regimes: list[Trajectories], frames: int) -> floa
 def tune(
     candidates: Iterable[dict[str, Any]], make: Callable[[dict[str, Any]], Expert], regimes: list[Trajectories], k: int
 ) -> tuple[Expert, dict[str, Any]]:
-    """The candidate with the smallest error on the given (validation) regimes, and its settings."""
+    """Return the candidate with the smallest error on the given (validation) regimes, and its settings."""
     tried = [(mean_error(make(settings), regimes, k), settings) for settings in candidates]
     best = min(tried, key=lambda one: one[0])
     return make(best[1]), {**best[1], "validation_error": best[0]}
@@ -41,7 +40,7 @@ def tune(
 def task_vectors(
     method: str, anchor: Expert, ends: list[Expert], regimes: list[Trajectories], k: int
 ) -> tuple[Expert, dict[str, Any]]:
-    """Task arithmetic, TIES or DARE of both endpoint experts with its best coefficient and density."""
+    """Merge both endpoint experts by task arithmetic, TIES or DARE, with the best coefficient and density."""
     densities: tuple[float, ...] = () if method == "task_arithmetic" else DENSITIES
     pairs = itertools.product(SCALES, densities) if densities else ((scale,) for scale in SCALES)
     candidates = [dict(zip(("lambda", "density"), pair, strict=False)) for pair in pairs]
@@ -53,7 +52,7 @@ def task_vectors(
 
 
 def fine_tune(anchor: Expert, regime: Trajectories, k: int, rate: float, settings: FineTuning) -> Expert:
-    """The anchor, trained on steps from frame to frame within the first ``k`` frames of a regime's trajectories."""
+    """Fine-tune the anchor on one-step predictions within the first ``k`` frames of a regime's trajectories."""
     history = anchor.config.network.history
     tuned = anchor.with_weights(anchor.weights())
     network = tuned.network.train()
@@ -77,7 +76,7 @@ def fine_tune(anchor: Expert, regime: Trajectories, k: int, rate: float, setting
 def choose_rate(
     anchor: Expert, regimes: list[Trajectories], k: int, settings: FineTuning
 ) -> tuple[float, dict[str, float]]:
-    """The learning rate of `fine_tune` that does best on the (validation) regimes, each tuned for itself."""
+    """Choose the learning rate of `fine_tune` with the smallest error on the (validation) regimes, each tuned alone."""
 
     def error(rate: float) -> float:
         each = [mean_error(fine_tune(anchor, one, k, rate, settings), [one], k) for one in regimes]
@@ -90,9 +89,9 @@ def choose_rate(
 def oracle(
     low: Expert, high: Expert, regime: Trajectories, k: int, known: Iterable[float]
 ) -> tuple[float, Tensor]:  # fmt: skip
-    """The best alpha of the regime itself, with errors [N, T - k]: what no method can know; `known` ones are asked too.
+    """Find the best alpha of a regime from its true frames: a bound on readouts, not a method.
 
-    Golden section over all that CCM may reach and more. It sees the answers: a bound, no method.
+    Golden section over more than CCM's reach; the ``known`` alphas are tried too. Returns alpha and errors [N, T - k].
     """
     found: dict[float, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The config of the benchmark: for each family its data, network, and the two phases of training."""
+"""The config of the benchmark: data, network and the two training phases of each family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPERTS = ("anchor", "low", "high", "conditioned")
 class Phase(Section):
     """One training of the benchmark."""
 
-    rollout: list[Positive] = Field([1, 1, 2, 3], description="as of an expert's config")
+    rollout: list[Positive] = Field([1, 1, 2, 3], description="as in an expert's config")
     training: TrainingConfig = TrainingConfig()
 
 
@@ -30,13 +30,13 @@ class FineTuning(Section):
 
 
 class FamilyBench(Section):
-    """One of the benchmarks."""
+    """The benchmark of one family."""
 
     family: FamilyConfig
     network: NetworkConfig = NetworkConfig()
     anchor: Phase = Phase()
     endpoint: Phase = Phase()
-    frames: Positive = Field(4, description="K: given frames; errors count later ones alone")
+    frames: Positive = Field(4, description="K: frames given; only later frames count in errors")
     fine_tuning: FineTuning = FineTuning()
 
     @model_validator(mode="after")
@@ -50,12 +50,14 @@ class FamilyBench(Section):
 
 
 class BenchConfig(Section):
-    """Everything that the benchmark depends on."""
+    """All settings of the benchmark."""
 
     name: Name = "ccm"
     runs: str = Field("runs", description="folder that holds the benchmark's folder")
-    seeds: list[NonNegative] = Field([0, 1, 2], description="of weights and data order; the data are the same")
-    jobs: Positive | Literal["auto"] = Field("auto", description="trainings at once; auto: one a GPU, or one a core")
+    seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of weights and data order; the data are the same")
+    jobs: Positive | Literal["auto"] = Field(
+        "auto", description="concurrent trainings; auto: one per GPU, or one per core"
+    )
     families: dict[Name, FamilyBench]
 
     @model_validator(mode="after")
@@ -69,9 +71,9 @@ class BenchConfig(Section):
         return Path(self.runs) / self.name
 
     def expert(self, key: str, seed: int, role: str) -> ExpertConfig:
-        """What one of `EXPERTS` is trained with.
+        """The config of one of `EXPERTS`.
 
-        The conditioned network gets what the other three get together: their data and their steps.
+        The conditioned network gets the data and the steps of the other three together.
         """
         one = self.families[key]
         runs, training = self.folder / "experts", one.anchor.training
@@ -101,5 +103,5 @@ class BenchConfig(Section):
 
 
 def expert_name(key: str, seed: int, role: str) -> str:
-    """Of an expert's run folder."""
+    """Name of an expert's run folder."""
     return f"{key}-{seed}-{role}"

@@ -1,7 +1,7 @@
-"""All rows of the benchmark for one family and seed, as one JSON file.
+"""Measure all rows of the benchmark for one family and seed, and write them as JSON.
 
-What is tuned is tuned on the validation split. The test splits (interpolation, ood_low, ood_high) are read afterwards;
-``oracle`` alone looks at their answers, as a bound.
+All tuning uses the validation split. The test splits (interpolation, ood_low, ood_high) are read afterwards; only
+``oracle`` uses their true frames, as a bound.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from torch import Tensor
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench
-from shodh_moe.ccm.compose import compose
 from shodh_moe.ccm.data import Trajectories, read_split
-from shodh_moe.ccm.expert import Expert, load_expert, require_same_network
-from shodh_moe.ccm.readout import Prefix, clip, fit_prefix, fit_scale, rollout_errors
-from shodh_moe.ccm.straightness import bend, probes, straight_to
+from shodh_moe.ccm.expert import Expert, compose, load_expert, require_same_network
+from shodh_moe.ccm.readout import Prefix, bend, clip, fit_prefix, fit_scale, probes, rollout_errors, straight_to
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config.compare import fingerprint
 
-VERSION = 2  # raised when the same experts would give other numbers
+VERSION = 2  # increase it when the same experts would give other numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
 CURVE = tuple(step / 4 for step in range(-8, 9))
 
@@ -35,7 +33,7 @@ def result_path(config: BenchConfig, key: str, seed: int) -> Path:
 
 
 def measured(config: BenchConfig, key: str, seed: int) -> bool:
-    """Whether the result is there, of these very experts and settings."""
+    """Whether there is a result for the current experts and settings."""
     try:
         return bool(json.loads(result_path(config, key, seed).read_text())["key"] == _key(config, key, seed))
     except (OSError, ValueError, KeyError):
@@ -98,7 +96,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
 
 
 class _Choices:
-    """Everything that is chosen before a test regime is looked at."""
+    """All choices, made before a test regime is read."""
 
     def __init__(self, one: FamilyBench, experts: dict[str, Expert], validation: list[Trajectories]):
         self._one, self._experts, self._validation = one, experts, validation
@@ -122,7 +120,7 @@ class _Choices:
         self.record["best_endpoint"] = self._best_end
 
     def rows(self, regime: Trajectories) -> tuple[dict[str, Any], Prefix]:
-        """Errors of every row on a regime."""
+        """Errors of every row on a regime, and its prefix."""
         experts, s, k = self._experts, regime.coordinate, self._one.frames
         ends = (experts["low"], experts["high"])
         prefix = fit_prefix(*ends, regime.fields, k)
@@ -146,7 +144,7 @@ class _Choices:
         return {"errors": errors.mean(1).tolist()}
 
     def curves(self) -> list[dict[str, Any]]:
-        """Validation error over alpha, for each validation regime."""
+        """Error over alpha on each validation regime."""
         ends, k = (self._experts["low"], self._experts["high"]), self._one.frames
         return [
             {
@@ -157,7 +155,7 @@ class _Choices:
         ]
 
     def example(self, regime: Trajectories) -> dict[str, np.ndarray]:
-        """The last frame of the first trajectory, first channel [H, W]: the truth and what three experts predict."""
+        """The last frame of the first trajectory, first channel [H, W]: the truth and three predictions."""
         experts, s, k = self._experts, regime.coordinate, self._one.frames
         shown = {
             "anchor": experts["anchor"],

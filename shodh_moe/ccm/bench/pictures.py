@@ -1,6 +1,6 @@
-"""Pictures of the benchmark: error over alpha, rows beside each other, error over the regime, bend of the path, fields.
+"""Figures of the benchmark: error over alpha, error by row, error over the regime, bend of the path, fields.
 
-What blew up is left out of lines, and named beside its bar.
+Errors that blew up are left out of lines and named beside bars.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from shodh_moe.base.files import atomic_file
-from shodh_moe.ccm.bench.rows import READOUTS, ROWS, family_title
-from shodh_moe.ccm.straightness import TOLERANCE
+from shodh_moe.ccm.bench.aims import READOUTS, ROWS, family_title
+from shodh_moe.ccm.readout import BEND_TOLERANCE
 from shodh_moe.report import style
+from shodh_moe.report.figure import write_figures
 
 Results = list[dict[str, Any]]
 Summary = dict[str, Any]
 
 COLUMNS = 3
 CCM, ORACLE, OTHER, CONDITIONED = "#c2410c", "#f59e0b", "#94a3b8", "#16a34a"
-LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # a marker: what blew up next to a point leaves it alone
+LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # the marker shows a point whose neighbours blew up
 LINES: dict[str, dict[str, Any]] = {
     "anchor": {"color": "black", "linewidth": 2.0},
     "low": {"color": "#60a5fa", "linestyle": "--"},
@@ -37,36 +37,29 @@ LINES: dict[str, dict[str, Any]] = {
     "conditioned": {"color": CONDITIONED, "linestyle": (0, (6, 2))},
 }
 REGIME_COLOURS = ("#1d4ed8", "#0d9488", "#ca8a04", "#be123c", "#6d28d9", "#4d7c0f")
-WIDE = 8.0  # the ratio of largest to smallest value from which a logarithmic axis shows more
-MOST_ANCHORS = 3.0  # bars end at this multiple of the anchor's error; the number stands beside them
+WIDE = 8.0  # an axis is logarithmic if its largest value exceeds the smallest by this factor
+MOST_ANCHORS = 3.0  # bars are cut at this multiple of the anchor's error; the number is beside them
 MOST_BEND = 2.0
 
 
 def draw(results: Results, summary: Summary, folder: Path) -> list[Path]:
-    """All pictures of the benchmark but the fields; returns their paths.
+    """Draw all figures of the benchmark except the fields, and return their paths.
 
     Args:
         results: the result files; see `shodh_moe.ccm.bench.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: where the pictures go; is made if missing.
+        folder: the figures go here; it is made if missing.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    pictures = {
-        "alpha_curves.png": _alpha_curves(results),
-        "ood.png": _ood(summary),
-        "regimes.png": _regimes(summary),
-        "straightness.png": _straightness(results),
+    drawings = {
+        "alpha_curves": _alpha_curves(results),
+        "ood": _ood(summary),
+        "regimes": _regimes(summary),
+        "straightness": _straightness(results),
     }
-    return [_write(folder / name, figure) for name, figure in pictures.items()]
-
-
-def _write(path: Path, figure: Figure) -> Path:
-    content = style.png(figure)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
-    return path
+    return write_figures(drawings, folder)
 
 
 def _by_family(results: Results) -> dict[str, Results]:
@@ -75,7 +68,7 @@ def _by_family(results: Results) -> dict[str, Results]:
 
 
 def _values(values: Any) -> NDArray[np.float64]:
-    """As an array; what blew up is NaN, which is not drawn."""
+    """Convert to an array; errors that blew up become NaN, which is not drawn."""
     return np.array([np.nan if value is None or not np.isfinite(value) else value for value in values], dtype=float)
 
 
@@ -87,10 +80,6 @@ def _log_if_wide(axes: Axes) -> None:
         style.log_y(axes)
     else:
         axes.set_ylim(bottom=0.0)
-
-
-def _legend_below(figure: Figure, handles: list[Any], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=style.TICK, frameon=False)
 
 
 def _alpha_curves(results: Results) -> Figure:
@@ -121,7 +110,7 @@ def _alpha_curves(results: Results) -> Figure:
         Line2D([], [], color="0.4", linestyle="", marker="o", markeredgecolor="black", label="smallest"),
         Line2D([], [], color="0.4", linestyle="--", linewidth=1.0, label="alpha = s of the regime"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
@@ -150,18 +139,18 @@ def _ood(summary: Summary) -> Figure:
         Line2D([], [], color=OTHER, linewidth=7, label="other"),
         Line2D([], [], color="black", linewidth=1.3, label="anchor"),
     ]
-    _legend_below(figure, marks, 4)
+    style.legend_below(figure, marks, 4)
     return figure
 
 
 def _bar_end(values: list[float | None], anchor: float | None) -> float:
-    """Where the longest bar ends: one row that is far off must not make the others too short to compare."""
+    """Where bars are cut: an outlying row must not make the others too short to compare."""
     largest = max((value for value in values if value is not None), default=1.0)
     return min(largest, MOST_ANCHORS * anchor) if anchor else largest
 
 
 def _bar(axes: Axes, place: int, row: str, estimate: dict[str, Any] | None, end: float) -> None:
-    """A bar with its interval and number; cut at ``end``, and then its number says how long it is."""
+    """Draw a bar with its interval and number; a bar longer than ``end`` is cut there."""
     text: dict[str, Any] = {"va": "center", "fontsize": style.TICK - 1}
     if estimate is None:
         axes.text(0.02 * end, place, "not measured", color="0.5", **text)
@@ -177,7 +166,7 @@ def _bar(axes: Axes, place: int, row: str, estimate: dict[str, Any] | None, end:
         axes.plot([low, high], [place, place], color="0.15", linewidth=1.3)
         tip = max(high, value)
     shown = "blew up" if estimate["value"] is None else f"{value:#.3g}"
-    # White behind the number, or the anchor's line goes through it.
+    # White background: the anchor's line would cross the number.
     axes.text(tip + 0.03 * end, place, shown, bbox={"color": "white", "pad": 0.6}, zorder=4, **text)
 
 
@@ -190,7 +179,7 @@ def _regimes(summary: Summary) -> Figure:
         for row, look in LINES.items():
             measured = [regime for regime in regimes if row in regime["errors"]]
             errors = _values(regime["errors"][row] for regime in measured)
-            # NaN marks where a line is broken: what blew up has no place on it.
+            # NaN breaks the line where an error blew up.
             if measured:
                 where = [regime["coordinate"] for regime in measured]
                 axes.plot(where, errors, **{**LINE, **look})
@@ -198,7 +187,7 @@ def _regimes(summary: Summary) -> Figure:
         _log_if_wide(axes)
     handles = [Line2D([], [], **{**LINE, **look}, label=ROWS[r]) for r, look in LINES.items()]
     handles.append(Line2D([], [], color="0.9", linewidth=7, label="between the endpoints"))
-    _legend_below(figure, handles, 5)
+    style.legend_below(figure, handles, 5)
     return figure
 
 
@@ -209,16 +198,16 @@ def _straightness(results: Results) -> Figure:
         colour = style.domain_colour(number)
         lines = [bends for result in members if (bends := result.get("straightness", {}).get("bend"))]
         for position, bends in enumerate(lines):
-            # The two experts lie on the line by definition, so there is nothing to measure there.
+            # The two experts lie on the line by definition.
             points = {-1.0: 0.0, 1.0: 0.0, **{float(alpha): value for alpha, value in bends.items()}}
             alphas = sorted(points)
             values = _values(points[alpha] for alpha in alphas)
             shown.extend(values[np.isfinite(values)])
             label = family_title(name) if position == 0 else None
             axes.plot(alphas, values, color=colour, linewidth=1.3, marker="o", markersize=3.5, alpha=0.85, label=label)
-    axes.axhline(TOLERANCE, color="black", linestyle="--", linewidth=1.2, label=f"tolerance {TOLERANCE:g}")
+    axes.axhline(BEND_TOLERANCE, color="black", linestyle="--", linewidth=1.2, label=f"tolerance {BEND_TOLERANCE:g}")
     cut = max(shown) > MOST_BEND
-    axes.set_ylim(0, MOST_BEND if cut else 1.08 * max(*shown, TOLERANCE))
+    axes.set_ylim(0, MOST_BEND if cut else 1.08 * max(*shown, BEND_TOLERANCE))
     title = "Bend of the path between the experts, a line for each seed"
     style.label(axes, title + (f" (cut at {MOST_BEND:g})" if cut else ""), "alpha", "bend (no unit)")
     style.legend(axes, loc="upper center", ncols=4, bbox_to_anchor=(0.5, -0.14))
@@ -226,11 +215,11 @@ def _straightness(results: Results) -> Figure:
 
 
 def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> None:
-    """One frame: the truth beside what the experts predict, below it their errors (predicted - true).
+    """Draw one frame: the truth, the predictions, and below them their errors (predicted - true).
 
     Args:
-        example: [H, W] under ``truth``, and under any of ``anchor``, ``best_endpoint``, ``ccm``.
-        path: of the PNG file.
+        example: fields [H, W] named ``truth`` and any of ``anchor``, ``best_endpoint``, ``ccm``.
+        path: the PNG file.
 
     Raises:
         UserError: the file cannot be written.
@@ -240,8 +229,8 @@ def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> Non
     truth = np.asarray(example["truth"], dtype=float)
     low, high = float(truth.min()), float(truth.max())
     span = high - low or 1.0
-    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}  # below their predictions
-    # A prediction that is far off must not bleach the errors of the others.
+    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}  # drawn below the predictions
+    # An outlying prediction must not wash out the errors of the others.
     finite = [float(np.abs(error[np.isfinite(error)]).max(initial=0.0)) for error in errors.values()]
     largest = min(max(finite, default=0.0), span) or 1.0
     columns = 1 + len(names)
@@ -251,21 +240,15 @@ def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> Non
     for axes, (name, field) in zip(grid[:columns], fields.items(), strict=True):
         image = axes.imshow(field, cmap="viridis", vmin=low, vmax=low + span, **look)
         axes.set_title(name, fontsize=style.TITLE)
-    _bar_beside(figure, image, grid[:columns], "field")
+    style.colour_bar(figure, image, grid[:columns], "field", fraction=0.025, pad=0.02)
     grid[columns].set_visible(False)
     for axes, error in zip(grid[columns + 1 :], errors.values(), strict=True):
         image = axes.imshow(error, cmap="RdBu_r", vmin=-largest, vmax=largest, **look)
         size = float(np.linalg.norm(error) / np.linalg.norm(truth)) if truth.any() else np.inf
         axes.set_title(f"error: nRMSE {size:#.3g}" if np.isfinite(size) else "blew up", fontsize=style.LABEL)
     if errors:
-        _bar_beside(figure, image, grid[columns:], "predicted - true")
+        style.colour_bar(figure, image, grid[columns:], "predicted - true", fraction=0.025, pad=0.02)
     for axes in grid:
         axes.set_xticks([])
         axes.set_yticks([])
-    _write(path, figure)
-
-
-def _bar_beside(figure: Figure, image: Any, places: list[Axes], name: str) -> None:
-    bar = figure.colorbar(image, ax=places, fraction=0.025, pad=0.02)
-    bar.set_label(name, fontsize=style.TICK)
-    bar.ax.tick_params(labelsize=style.TICK)
+    write_figures({path.stem: figure}, path.parent)

@@ -1,4 +1,4 @@
-"""`shodh bench ccm`: data, experts, measurements, summary. What is there is kept, so the same command goes on."""
+"""`shodh bench ccm`: data, experts, measurements, summary. Finished work is kept, so the command resumes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm import data
+from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
 from shodh_moe.ccm.bench.measure import load_path, measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
-from shodh_moe.ccm.bench.rows import family_title
-from shodh_moe.ccm.bench.summary import markdown, summarise
+from shodh_moe.ccm.bench.summary import summarise
+from shodh_moe.ccm.bench.tables import markdown
 from shodh_moe.ccm.expert import require_same_dataset
-from shodh_moe.launching.processes import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
-    """Everything that is not there yet; returns the summary.
+    """Do all work that is not done yet, and return the summary.
 
-    Writes ``summary.json``, ``summary.md`` and pictures into ``<runs>/<name>/report``; with ``output`` a copy of them
-    there too.
+    Writes ``summary.json``, ``summary.md`` and figures to ``<runs>/<name>/report``, and copies them to ``output`` if
+    given.
 
     Raises:
-        UserError: a setting is wrong, a process failed, or a folder cannot be written.
+        UserError: a setting is invalid, a process failed, or a folder cannot be written.
     """
     require_writable(config.folder)
     write_text(config.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -54,12 +55,12 @@ def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
-    """Summarise the results that are there. Raises: UserError: one is missing."""
+    """Summarise the results and write the report. Raises `UserError` if a result is missing."""
     results = []
     for key, seed in itertools.product(config.families, config.seeds):
         path = result_path(config, key, seed)
         if not path.exists():
-            raise UserError(f"{path} is missing: run `shodh bench ccm` with this config to its end")
+            raise UserError(f"{path} is missing: run `shodh bench ccm` with this config until it finishes")
         result = json.loads(path.read_text())
         spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
         result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}

@@ -1,35 +1,44 @@
-"""Means, intervals and aims out of the benchmark's result files (one for each family and seed)."""
+"""Means, intervals and aims from the benchmark's result files (one for each family and seed).
+
+Errors depend on the training seed and on the trajectory. The intervals come from a paired, crossed bootstrap: a
+resample draws seeds, and trajectories of each regime, with replacement, and uses the same draw for all rows, so that
+what is hard for every row does not widen the interval of a difference. All seeds see the same trajectories, so one draw
+of trajectories serves all seeds of a resample. `scipy.stats.bootstrap` does not replace it: it resamples a single axis,
+and its interpolated percentiles are NaN where resamples are infinite.
+
+Arrays over B = 1 + resamples hold the data as they are at index 0 and the resamples after it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json
-from shodh_moe.ccm.bench import bootstrap
-from shodh_moe.ccm.bench.aims import judge
-from shodh_moe.ccm.bench.bootstrap import Array
-from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS
-from shodh_moe.ccm.bench.tables import markdown
+from shodh_moe.ccm.bench.aims import OOD, READOUTS, ROWS, judge
 
-__all__ = ["GROUPS", "markdown", "summarise"]
+Array = NDArray[np.float64]
 
+RESAMPLES = 2000
+COVERAGE = 0.95
 GROUPS = {"interpolation": ("interpolation",), "ood": OOD, "ood_low": ("ood_low",), "ood_high": ("ood_high",)}
 
 
 def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """The numbers of tables and pictures, ready for JSON; what blew up (infinite error) is None.
+    """Compute the numbers of the tables and figures, ready for JSON; an error that blew up (infinite) is None.
 
-    Means give each regime the same weight. A row counts in a regime if every seed has it there, and in a group of
-    regimes if it counts in all of them.
+    Means weight regimes equally. A row counts in a regime if every seed has it there, and in a group of regimes if it
+    counts in all of them.
 
     Args:
-        results: what the benchmark wrote, one for each family and seed, in any order. None and NaN among errors are
-            rollouts that blew up.
-        seed: of the bootstrap.
+        results: the benchmark's results, one per family and seed, in any order. Errors of None and NaN are rollouts
+            that blew up.
+        seed: seed of the bootstrap.
 
     Returns:
         ``aims`` (see `judge`), ``cpu_seconds`` and ``resamples`` of all, and for each of ``families``:
@@ -40,7 +49,7 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         coordinate; ``cpu_seconds`` by stage.
 
     Raises:
-        UserError: no results, two of one family and seed, or results of one family that do not fit together.
+        UserError: there are no results, two of one family and seed, or results of one family do not fit together.
     """
     if not results:
         raise UserError("there are no results of the CCM benchmark to summarise: run it first")
@@ -53,7 +62,7 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         "families": families,
         "aims": [record for name, family in families.items() for record in judge(name, family)],
         "cpu_seconds": sum(sum(family["cpu_seconds"].values()) for family in families.values()),
-        "resamples": bootstrap.RESAMPLES,
+        "resamples": RESAMPLES,
     }
     return finite_json(summary)
 
@@ -61,20 +70,20 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
 def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
     _require_same(results)
     first = results[0]
-    seeds_BS = bootstrap.weights(len(results), rng)
+    seeds_BS = resampling_weights(len(results), rng)
     regimes, means = [], []  # of each regime: its record, and its rows' means [B]
     blew_up, rollouts = dict.fromkeys(ROWS, 0), dict.fromkeys(ROWS, 0)
     incomplete: set[str] = set()
     for number, regime in enumerate(first["regimes"]):
         of_seeds = [result["regimes"][number]["rows"] for result in results]
-        trajectories_BN = bootstrap.weights(len(next(iter(of_seeds[0].values()))["errors"]), rng)
+        trajectories_BN = resampling_weights(len(next(iter(of_seeds[0].values()))["errors"]), rng)
         here: dict[str, Array] = {}
         for row in ROWS:
             if not all(row in one for one in of_seeds):
                 incomplete.update({row} if any(row in one for one in of_seeds) else ())
                 continue
             errors_SN = np.array([[_error(value) for value in one[row]["errors"]] for one in of_seeds])
-            here[row] = bootstrap.means(errors_SN, seeds_BS, trajectories_BN)
+            here[row] = resampled_means(errors_SN, seeds_BS, trajectories_BN)
             blew_up[row] += int(np.isinf(errors_SN).sum())
             rollouts[row] += errors_SN.size
         means.append(here)
@@ -104,7 +113,7 @@ def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str
 
 
 def _besides(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is told beside the errors."""
+    """The entries of a family's summary other than errors."""
     sharpness = defaultdict(list)
     stages: dict[str, float] = defaultdict(float)
     for result in results:
@@ -125,13 +134,13 @@ def _row(row: str, splits: list[str], means: list[dict[str, Array]]) -> dict[str
     for group, members in GROUPS.items():
         mean_B = _group(row, members, splits, means)
         if mean_B is not None:
-            found[group] = bootstrap.estimate(mean_B)
+            found[group] = estimate(mean_B)
     found["reduction"] = {}
     error_B = _group(row, OOD, splits, means)
     for base in ("anchor", "best_endpoint"):
         base_B = _group(base, OOD, splits, means)
         if error_B is not None and base_B is not None:
-            found["reduction"][base] = bootstrap.estimate(bootstrap.reduction(error_B, base_B))
+            found["reduction"][base] = estimate(reduction(error_B, base_B))
     return found
 
 
@@ -143,7 +152,7 @@ def _group(row: str, members: tuple[str, ...], splits: list[str], means: list[di
 
 
 def _require_same(results: list[dict[str, Any]]) -> None:
-    """Results of one family, all seeds: the same regimes, trajectories and frames. Raises `UserError`."""
+    """Check that the results of one family have the same regimes, trajectories and frames. Raises `UserError`."""
     first = results[0]
     for number, result in enumerate(results):
         name = f"the results of {result['family']}, seed {result['seed']}"
@@ -151,16 +160,48 @@ def _require_same(results: list[dict[str, Any]]) -> None:
             raise UserError(f"{name} are given twice: leave one out")
         places = [[(one["split"], one["coordinate"]) for one in each["regimes"]] for each in (first, result)]
         if places[0] != places[1] or result["frames"] != first["frames"]:
-            raise UserError(f"{name} have other regimes or frames than seed {first['seed']}: run one of them again")
+            raise UserError(f"{name} have different regimes or frames from seed {first['seed']}: run one of them again")
         for regime, expected in zip(result["regimes"], first["regimes"], strict=True):
             where = f"{name}, {regime['split']} at s = {regime['coordinate']:+g}"
             if unknown := sorted(set(regime["rows"]) - set(ROWS)):
                 raise UserError(f"{where} have an unknown row {unknown[0]}: rows are {', '.join(ROWS)}")
             counts = {len(row["errors"]) for rows in (regime["rows"], expected["rows"]) for row in rows.values()}
             if len(counts) != 1 or 0 in counts or not regime["rows"]:
-                raise UserError(f"{where} have rows of different or no trajectories: run that seed again")
+                raise UserError(
+                    f"{where} have rows with different numbers of trajectories, or none: run that seed again"
+                )
 
 
 def _error(value: float | None) -> float:
-    """A number of a result file; what blew up is infinite."""
+    """An error from a result file; infinite if it blew up."""
     return float("inf") if value is None or np.isnan(value) else float(value)
+
+
+def resampling_weights(count: int, rng: np.random.Generator, resamples: int = RESAMPLES) -> Array:
+    """Weights of ``count`` items in each resample: [B, count]; rows sum to 1, row 0 weights all equally."""
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.concatenate([np.ones((1, count)), drawn]) / count
+
+
+def resampled_means(errors_SN: Array, seeds_BS: Array, trajectories_BN: Array) -> Array:
+    """Mean error of each resample: [B]; infinite where it drew an infinite error."""
+    finite = np.isfinite(errors_SN)
+    # 0 * inf is NaN: an infinite error that a resample did not draw must not count.
+    mean_B = np.einsum("bs,sn,bn->b", seeds_BS, np.where(finite, errors_SN, 0.0), trajectories_BN, optimize=True)
+    drew_B = np.einsum("bs,sn,bn->b", seeds_BS, (~finite).astype(float), trajectories_BN, optimize=True) > 0
+    return np.where(drew_B, np.inf, mean_B)
+
+
+def reduction(errors_B: Array, base_B: Array) -> Array:
+    """1 - error / error of the base: [B]; NaN where the base is infinite or 0."""
+    usable = np.isfinite(base_B) & (base_B > 0)
+    return np.where(usable, 1 - errors_B / np.where(usable, base_B, 1.0), np.nan)
+
+
+def estimate(values_B: Array) -> dict[str, Any]:
+    """The ``value`` of the data, and ``low`` and ``high`` of its 95 % percentile interval."""
+    # Order statistics: between an infinite value and its neighbour there is nothing to interpolate.
+    resampled = np.sort(values_B[1:])
+    outside = (1 - COVERAGE) / 2 * len(resampled)
+    low, high = resampled[math.floor(outside)], resampled[len(resampled) - 1 - math.floor(outside)]
+    return {"value": float(values_B[0]), "low": float(low), "high": float(high)}

@@ -1,36 +1,37 @@
-"""The summary of the benchmark as GitHub markdown."""
+"""The summary of the benchmark as GitHub Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shodh_moe.ccm.bench.aims import PAPER, REDUCTION
-from shodh_moe.ccm.bench.rows import OOD, READOUTS, ROWS, family_title
-from shodh_moe.ccm.readout import FLAT
-from shodh_moe.ccm.straightness import TOLERANCE
+from shodh_moe.ccm.bench.aims import OOD, PAPER, READOUTS, REDUCTION, ROWS, family_title
+from shodh_moe.ccm.readout import BEND_TOLERANCE, FLAT
+from shodh_moe.report import page
+from shodh_moe.report.page import Block, Section, Text
+from shodh_moe.report.table import Table
 
 BLEW_UP = "blew up"
 NOT_MEASURED = "-"
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Aims, then a section for each family, then the time it took. ``summary`` is what `summarise` returns."""
-    parts = ["## Aims", _aims(summary["aims"]), _paper(summary)]
+    """Sections for the aims, each family, and the cost. ``summary`` is what `summarise` returns."""
+    sections = [Section("Aims", [_aims(summary["aims"]), *_paper(summary)])]
     for name, family in summary["families"].items():
-        parts += [f"## {family_title(name)[0].upper()}{family_title(name)[1:]}", *_family(family, summary["resamples"])]
-    parts += ["## Cost", _cost(summary)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        title = family_title(name)
+        sections.append(Section(title[0].upper() + title[1:], list(_family(family, summary["resamples"]))))
+    sections.append(Section("Cost", list(_cost(summary))))
+    return page.markdown(sections)
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """The first ``words`` columns are text, set left, the others numbers, set right."""
-    line = [":--"] * words + ["--:"] * (len(head) - words)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, line, *rows))
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
+    """A table whose first ``words`` columns are text and the others numbers."""
+    return Table(head, rows, frozenset(range(words, len(head))))
 
 
 def _error(value: float | None) -> str:
@@ -58,8 +59,8 @@ def _percent(estimate: dict[str, Any] | None) -> str:
     return f"{100 * estimate['value']:.1f} % [{ends[0]}, {ends[1]}]"
 
 
-def _aims(records: list[dict[str, Any]]) -> str:
-    """A line for each family and aim, a column for each readout."""
+def _aims(records: list[dict[str, Any]]) -> Table:
+    """One row per family and aim, one column per readout."""
     lines: dict[tuple[str, str], list[str]] = {}
     for record in records:
         reduction, target = record["aim"] == REDUCTION, record["target"]
@@ -75,23 +76,22 @@ def _aims(records: list[dict[str, Any]]) -> str:
     return _table(("family", "aim", "target", *(ROWS[readout] for readout in READOUTS)), list(lines.values()), 6)
 
 
-def _paper(summary: dict[str, Any]) -> str:
+def _paper(summary: dict[str, Any]) -> Iterator[Block]:
     known = [
         f"{family_title(name)} {100 * PAPER[name][0]:.1f} % ({ROWS[PAPER[name][1]]})"
         for name in summary["families"]
         if name in PAPER
     ]
-    if not known:
-        return ""
-    return (
-        "Each readout is judged by itself: the one with the smallest test error would be chosen on test data. "
-        f"Reductions that arXiv 2605.14546 reports, on data and splits of its own: {', '.join(known)}."
-    )
+    if known:
+        yield Text(
+            "Each readout is judged by itself: the one with the smallest test error would be chosen on test data. "
+            f"Reductions that arXiv 2605.14546 reports, on data and splits of its own: {', '.join(known)}."
+        )
 
 
-def _family(family: dict[str, Any], resamples: int) -> Iterator[str]:
+def _family(family: dict[str, Any], resamples: int) -> Iterator[Block]:
     seeds = family["seeds"]
-    yield (
+    yield Text(
         f"Parameter: {_words(family['parameter'])}. Seeds: {', '.join(map(str, seeds))}. "
         f"The first K = {family['frames']} frames are given; errors are the nRMSE of the later ones. "
         f"In brackets: 95 % interval by a paired bootstrap over seeds and trajectories ({resamples:,} resamples)."
@@ -113,12 +113,12 @@ def _family(family: dict[str, Any], resamples: int) -> Iterator[str]:
             for row, found in family["rows"].items()
         ],
     )
-    yield "Each OOD regime by itself: nRMSE, mean over seeds and trajectories (alpha, mean over seeds)."
+    yield Text("Each OOD regime by itself: nRMSE, mean over seeds and trajectories (alpha, mean over seeds).")
     yield _regimes(family)
-    yield from _notes(family)
+    yield from map(Text, _notes(family))
 
 
-def _regimes(family: dict[str, Any]) -> str:
+def _regimes(family: dict[str, Any]) -> Table:
     regimes = [regime for regime in family["regimes"] if regime["split"] in OOD]
 
     def cell(regime: dict[str, Any], row: str) -> str:
@@ -132,7 +132,7 @@ def _regimes(family: dict[str, Any]) -> str:
 
 
 def _notes(family: dict[str, Any]) -> Iterator[str]:
-    """What was chosen, how far the path is straight, what blew up, what is missing."""
+    """Paragraphs on the choices, the straightness of the path, rollouts that blew up, and missing rows."""
     by_seed: dict[str, list[str]] = {}
     for position, chosen in enumerate(family["chosen"].values()):
         for name, value in _leaves(chosen):
@@ -143,7 +143,7 @@ def _notes(family: dict[str, Any]) -> Iterator[str]:
         yield f"Chosen on validation regimes (seeds {numbers}, one number where they agree): {listed}."
     if straight := list(family["straight_to"].values()):
         reached = _same([f"{one:g}" for one in straight])
-        yield f"The path is straight (bend at most {TOLERANCE:g}) to |alpha| = {reached}."
+        yield f"The path is straight (bend at most {BEND_TOLERANCE:g}) to |alpha| = {reached}."
     if sharp := [value for value in family["sharpness"].values() if value is not None]:
         yield (
             f"Sharpness of the prefix's optimum, by regime: {min(sharp):.3f} to {max(sharp):.3f} "
@@ -161,7 +161,7 @@ def _same(values: list[str]) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; the errors it was chosen by are left out."""
+    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; validation errors are left out."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not key.startswith("validation_error"):
@@ -170,17 +170,17 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cost(summary: dict[str, Any]) -> str:
+def _cost(summary: dict[str, Any]) -> Iterator[Block]:
     families = summary["families"]
     stages = dict.fromkeys(stage for family in families.values() for stage in family["cpu_seconds"])
     rows = [
         (family_title(name), *(_minutes(spent.get(stage)) for stage in stages), _minutes(sum(spent.values())))
         for name, spent in ((name, family["cpu_seconds"]) for name, family in families.items())
     ]
-    total = f"In all {summary['cpu_seconds'] / 3600:.2f} CPU hours."
-    if not stages:
-        return total
-    return f"CPU minutes, all seeds:\n\n{_table(('family', *map(_words, stages), 'all'), rows)}\n\n{total}"
+    if stages:
+        yield Text("CPU minutes, all seeds:")
+        yield _table(("family", *map(_words, stages), "all"), rows)
+    yield Text(f"In all {summary['cpu_seconds'] / 3600:.2f} CPU hours.")
 
 
 def _minutes(seconds: float | None) -> str:

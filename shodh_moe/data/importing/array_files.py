@@ -1,4 +1,4 @@
-"""Arrays in HDF5, NetCDF and npz files behind one face: names, shape, and a part at a time."""
+"""A common interface to arrays in HDF5, NetCDF and npz files: list names, get shapes, read parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Part = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Array:
-    """One stored array; ``read`` takes an index or a slice for each axis and gives float64."""
+    """One stored array; ``read`` takes an index or a slice for each axis and returns float64."""
 
     path: Path
     name: str
@@ -31,10 +31,10 @@ class Array:
     packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
 
     def read(self, part: Part) -> NDArray[np.float64]:
-        """That part in float64; NetCDF's packed numbers are unpacked, its missing values are NaN.
+        """Read a part as float64; packed NetCDF values are unpacked, missing values become NaN.
 
         Raises:
-            UserError: the file is damaged there.
+            UserError: this part of the file is damaged.
         """
         try:
             stored = np.asarray(self.raw(part))
@@ -50,7 +50,7 @@ class Array:
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, and each of them."""
+    """An open file: the names of its arrays, and access to each of them."""
 
     def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]]):
         self.path, self._arrays = path, arrays
@@ -61,37 +61,37 @@ class ArrayFile:
         return list(self._arrays)
 
     def array(self, name: str) -> Array:
-        """Raises `UserError` if it is no array of numbers."""
+        """One array by name. Raises `UserError` if it does not contain real numbers."""
         if name not in self._open:
             self._open[name] = self._arrays[name]()
         return self._open[name]
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[ArrayFile]:
-    """Open an HDF5, NetCDF or npz file, told apart by its first bytes.
+def open_array_file(path: Path) -> Iterator[ArrayFile]:
+    """Open an HDF5, NetCDF or npz file; the first bytes determine the format.
 
     Raises:
-        UserError: it is missing, damaged, or of another kind.
+        UserError: the file is missing, damaged, or has another format.
     """
     with ExitStack() as stack:
         try:
             with open(path, "rb") as file:
                 start = file.read(4)
             if start[:3] == b"CDF" and start[3:] in (b"\x01", b"\x02"):
-                source = _netcdf(path, stack)
+                opened = _netcdf(path, stack)
             elif start[:2] == b"PK":
-                source = _npz(path, stack)
+                opened = _npz(path, stack)
             elif h5py.is_hdf5(path):
-                source = _hdf5(path, stack)
+                opened = _hdf5(path, stack)
             else:
                 raise UserError(
-                    f"{path} is none of HDF5, NetCDF 3 or 4, npz: convert it (NetCDF 5: `nccopy -k nc4 in.nc out.nc`)"
+                    f"{path} is not HDF5, NetCDF 3 or 4, or npz: convert it (NetCDF 5: `nccopy -k nc4 in.nc out.nc`)"
                 )
         except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
             reason = getattr(error, "strerror", None) or _first_line(error)
             raise UserError(f"cannot read {path} ({reason}): check the path or copy the file again") from error
-        yield source
+        yield opened
 
 
 def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
@@ -100,7 +100,7 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
 
     def take(group: h5py.Group, prefix: str, depth: int) -> None:
         for name in group:
-            # Links may lead to any file of this machine; only what lies in the file itself is taken.
+            # Ignore soft and external links, which may lead to any file on this machine.
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 continue
             item = group[name]
@@ -117,7 +117,7 @@ def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     _require_numbers(path, name, dataset.dtype)
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
-    # Attributes of text, references or absurd size are not asked for.
+    # Read only these attributes; others may be references or of excessive size.
     attributes = {key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs}
     return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], _packing(attributes))
 
@@ -130,7 +130,7 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
         _require_numbers(path, name, variable.data.dtype)
         attributes = {key: getattr(variable, key) for key in _PACKING if hasattr(variable, key)}
 
-        # By name: whoever holds a mapped array keeps the file from being closed.
+        # Look the variable up each time: holding a mapped array would keep the file open.
         def read(part: Part) -> Any:
             return np.array(file.variables[name].data[part])
 
@@ -152,7 +152,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
         start = stream.tell()
 
         def read(part: Part) -> Any:
-            # Along the first axis one entry after the other: an array may be larger than the memory.
+            # Read single entries of the first axis if possible: an array may be larger than memory.
             count, first = int(np.prod(shape)), 0
             if part and isinstance(part[0], int) and not fortran:
                 count //= max(shape[0], 1)

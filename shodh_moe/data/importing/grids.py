@@ -1,4 +1,4 @@
-"""Grid points of a source, the uniform grid of cubic cells that is made of them, and the way between the two."""
+"""Build the uniform grid of cubic cells from the grid points of the input, and interpolate onto it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shodh_moe.config import COMPRESSION
 from shodh_moe.data.importing.mapping import AXES, Mapping, Resample
 from shodh_moe.data.importing.snapshots import ArrayFiles, Plan
 
-UNEVEN = 1e-3  # largest relative difference of two distances that count as equal, as `shodh predict` has it
+UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Grid:
 
     Attributes:
         cells: (X, Y, Z).
-        spacing: of the cubic cells, in the source's unit of length.
-        origin: of the first grid point, likewise.
-        weights: per axis a matrix [new, old] that interpolates, or None where points are taken as they are.
+        spacing: size of the cubic cells, in the input's unit of length.
+        origin: position of the first grid point, in the same unit.
+        weights: for each axis the interpolation matrix [new, old], or None without interpolation.
     """
 
     cells: tuple[int, int, int]
@@ -33,7 +33,7 @@ class Grid:
     weights: tuple[NDArray[np.float64] | None, ...]
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Fields [..., X, Y, Z] on the new grid."""
+        """Interpolate fields [..., X, Y, Z] to the new grid."""
         for axis, (matrix, size) in enumerate(zip(self.weights, self.cells, strict=True), start=values.ndim - 3):
             if matrix is None:
                 values = np.take(values, np.arange(size), axis) if values.shape[axis] != size else values
@@ -43,7 +43,7 @@ class Grid:
 
 
 def even_step(points: NDArray[np.float64]) -> float:
-    """The distance of neighbouring points; 0 if they are not equally far apart (to what float32 can tell)."""
+    """Distance between neighbouring points; 0 if the points are not evenly spaced (to float32 precision)."""
     steps = np.diff(points)
     if len(steps) == 0 or not np.isfinite(steps).all():
         return 0.0
@@ -52,11 +52,11 @@ def even_step(points: NDArray[np.float64]) -> float:
     return step if step and np.abs(steps - step).max() <= UNEVEN * abs(step) + rounding else 0.0
 
 
-def points_of(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
-    """The coordinates of the cropped grid points along x, y and z.
+def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
+    """Coordinates of the cropped grid points along x, y and z.
 
     Raises:
-        UserError: a dataset of coordinates is missing, has another length, or does not increase.
+        UserError: a coordinate dataset is missing, has a wrong length, or does not increase.
     """
     if mapping.coordinates is None:
         given = mapping.spacing
@@ -64,8 +64,8 @@ def points_of(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray
         return [step * np.arange(cut.start, cut.stop) for step, cut in zip(steps, plan.crop, strict=True)]
     points = []
     for axis, size, cut in zip(AXES, plan.shape, plan.crop, strict=True):
-        path, name, _ = sources.find(getattr(mapping.coordinates, axis))[0]
-        array = sources.at(path).array(name)
+        path, name, _ = files.find(getattr(mapping.coordinates, axis))[0]
+        array = files.at(path).array(name)
         if array.shape != (size,):
             raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
         values = array.read((slice(None),))[cut]
@@ -76,17 +76,17 @@ def points_of(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray
 
 
 def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
-    """The uniform grid that a mapping asks for.
+    """Build the uniform grid that a mapping specifies.
 
     Raises:
-        UserError: cells are not cubic and the mapping does not say how to resample, or the new grid does not fit.
+        UserError: cells are not cubic and the mapping has no ``resample``, or the new grid does not fit.
     """
     if mapping.resample is None:
         steps = [even_step(one) for one in points]
         if min(steps) <= 0 or np.ptp(steps) > UNEVEN * min(steps):
-            told = "; ".join(_spacing(axis, one) for axis, one in zip(AXES, points, strict=True))
+            shown = "; ".join(_spacing(axis, one) for axis, one in zip(AXES, points, strict=True))
             raise UserError(
-                f"the source's cells are not cubic ({told}): say how to interpolate, "
+                f"the input's cells are not cubic ({shown}): choose an interpolation, "
                 "e.g. `resample: {method: cubic, spacing: 0.01}`"
             )
         spacing = float(np.mean(steps))
@@ -109,7 +109,7 @@ def _resampled(
         if periodic[index]:
             new, period = _periodic_points(axis, old, resample.spacing), len(old) * even_step(old)
         else:
-            # Cells that fill the box from its first point on, values at their centres.
+            # Cells fill the box from its first point on; values are at cell centres.
             count = int((old[-1] - old[0]) / resample.spacing * (1 + 1e-6))
             new, period = old[0] + (np.arange(count) + 0.5) * resample.spacing, None
             new = new[new <= old[-1]]
@@ -134,8 +134,8 @@ def _periodic_points(axis: str, old: NDArray[np.float64], spacing: float) -> NDA
     count = len(old) * step / spacing
     if abs(count - round(count)) > UNEVEN * min(1.0, count) or round(count) < 1:
         raise UserError(
-            f"the period of axis {axis}, {len(old) * step:g}, is no multiple of resample.spacing {spacing:g}: "
-            f"take {len(old) * step / max(round(count), 1):.9g}"
+            f"the period of axis {axis}, {len(old) * step:g}, is not a multiple of resample.spacing {spacing:g}: "
+            f"use {len(old) * step / max(round(count), 1):.9g}"
         )
     return np.asarray(old[0] + np.arange(round(count)) * (len(old) * step / round(count)))
 
@@ -143,10 +143,10 @@ def _periodic_points(axis: str, old: NDArray[np.float64], spacing: float) -> NDA
 def interpolation(
     old: NDArray[np.float64], new: NDArray[np.float64], method: str, period: float | None = None
 ) -> NDArray[np.float64]:
-    """The matrix [new, old] of linear or cubic (spline) interpolation; exact for polynomials of that degree.
+    """Matrix [new, old] of linear or cubic spline interpolation; exact for polynomials of that degree.
 
     Args:
-        period: of a periodic axis, whose first point is not repeated at its end.
+        period: length of a periodic axis, whose first point is not repeated at its end; None if not periodic.
     """
     identity = np.eye(len(old))
     if period:
@@ -157,7 +157,7 @@ def interpolation(
 
 
 def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
-    """The sizes if the tokenizer can take them; with ``crop: auto`` the next smaller ones that it can."""
+    """The sizes if the tokenizer supports them; with ``crop: auto``, the next smaller sizes that it supports."""
     cells = [size // COMPRESSION * COMPRESSION for size in sizes]
     for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
         if size == fit and size:
@@ -169,7 +169,7 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
             )
         if periodic:
             raise UserError(
-                f"`crop: auto` would take {size - fit} cells from the periodic axis {axis}: set boundaries.{axis} "
+                f"`crop: auto` would remove {size - fit} cells of the periodic axis {axis}: set boundaries.{axis} "
                 "to open, or choose resample.spacing so that the period fits"
             )
     return cells

@@ -1,4 +1,4 @@
-"""Which trajectories a mapping asks for, from which files, and which of them are there already."""
+"""List the trajectories that a mapping asks for, their input files, and whether they are imported already."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shodh_moe.data.reading import read_provenance
 
 @dataclass(frozen=True)
 class Item:
-    """One trajectory to be: its new file, its sources and which of its snapshots (None: all)."""
+    """One trajectory to import: the path to write, its input files, the range of snapshots (None: all)."""
 
     path: Path
-    sources: list[Path]
+    files: list[Path]
     snapshots: tuple[int, int] | None
     request: dict[str, Any]
 
@@ -30,7 +30,7 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
     """Every trajectory that the mapping names.
 
     Raises:
-        UserError: no file fits a pattern, or two splits would get the same snapshots.
+        UserError: no file matches a pattern, or two splits would get the same snapshots.
     """
     items = []
     taken: dict[tuple[Path, ...], list[tuple[str, tuple[int, int] | None]]] = {}
@@ -47,7 +47,7 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
                     )
             taken[tuple(paths)].append((split, cut))
             states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-            # As a number: HDF5 has no attributes beyond 64 KB.
+            # Store a hash, as HDF5 attributes are limited to 64 KB.
             request = {
                 "mapping": mapping.request,
                 "files": fingerprint(states),
@@ -59,7 +59,7 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
 
 
 def is_done(item: Item) -> bool:
-    """Whether the file is there, whole, and made by the same request."""
+    """Whether the file exists, is complete, and was made by the same request."""
     with suppress(UserError):
         return item.path.exists() and read_provenance(item.path).get("request") == item.request
     return False
@@ -71,13 +71,15 @@ def _groups(entry: str | list[str], key: str) -> list[list[Path]]:
     for pattern in patterns:
         found = sorted((Path(one) for one in glob(pattern, recursive=True)), key=lambda one: natural(str(one)))
         if not found:
-            raise UserError(f"{key}: no file {pattern!r}: paths are those of the folder in which you run the command")
+            raise UserError(
+                f"{key}: no file {pattern!r}: paths are relative to the folder in which you run the command"
+            )
         paths += found
     return [[path] for path in paths] if isinstance(entry, str) else [paths]
 
 
 def require_no_others(folder: Path, domain: str, wanted: set[Path]) -> None:
-    """Refuse trajectories of the same name that this mapping would not replace."""
+    """Raise `UserError` if the folder has trajectories of this domain that the mapping would not replace."""
     found = [path for split in SPLITS for path in sorted((folder / "data" / split).glob(f"{domain}_[0-9]*.hdf5"))]
     others = [path for path in found if path not in wanted]
     if others:

@@ -1,4 +1,4 @@
-"""How a user's arrays become trajectories: the keys of a mapping file (docs/import.md)."""
+"""The keys of a mapping file, which describes how a user's arrays become trajectories (docs/import.md)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shodh_moe.config.load import load_config_of
 AXES = ("x", "y", "z")
 Edge = Literal["periodic", "wall", "free slip", "open"]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
-# A text is a file or a pattern, each file that fits a trajectory of its own; a list is one trajectory of all its files.
+# A string is a file or pattern, and each matching file is a trajectory; a list is one trajectory in several files.
 Entries = list[str | list[str]]
 
 
 class Files(Section):
-    """The files of each split; paths are those of the working folder."""
+    """The files of each split; paths are relative to the working folder."""
 
     train: Annotated[Entries, Field(min_length=1)]
     valid: Entries = Field([])
@@ -26,7 +26,7 @@ class Files(Section):
 
 
 class Snapshots(Section):
-    """The first snapshot and the one after the last, for all trajectories of a split; default: all."""
+    """Range [first, last + 1] of snapshots for all trajectories of a split; default: all."""
 
     train: Range | None = None
     valid: Range | None = None
@@ -34,7 +34,7 @@ class Snapshots(Section):
 
 
 class PerAxis(Section):
-    """The 1D datasets with the coordinates of the grid points."""
+    """Names of the 1D datasets with the coordinates of the grid points."""
 
     x: str
     y: str
@@ -42,7 +42,7 @@ class PerAxis(Section):
 
 
 class Crop(Section):
-    """The first grid point and the one after the last along each axis, counted in the source."""
+    """Range [first, last + 1] of grid points along each axis, counted in the input."""
 
     x: Range | None = None
     y: Range | None = None
@@ -50,7 +50,7 @@ class Crop(Section):
 
 
 class Boundaries(Section):
-    """What bounds the box, after cropping; two values are the low and the high end of an axis."""
+    """Boundaries of the box after cropping; two values are the low and the high end of an axis."""
 
     x: Edge | list[Edge]
     y: Edge | list[Edge]
@@ -64,7 +64,7 @@ class Boundaries(Section):
         return edge
 
     def ends(self, axis: str) -> list[str]:
-        """What is at the low and at the high end of an axis."""
+        """Boundaries at the low and at the high end of an axis."""
         edge = getattr(self, axis)
         return list(edge) if isinstance(edge, list) else [edge, edge]
 
@@ -74,10 +74,10 @@ class Boundaries(Section):
 
 
 class Mask(Section):
-    """Which voxels are solid: those above 0.5, or with ``inverted`` those up to it."""
+    """Solid voxels: values above 0.5, or with ``inverted`` values up to 0.5."""
 
     dataset: str
-    file: str | None = Field(None, description="the file that has it; default: the trajectory's own")
+    file: str | None = Field(None, description="file with the dataset; default: the trajectory's own file")
     inverted: bool = False
 
 
@@ -85,12 +85,12 @@ class Resample(Section):
     """Interpolate to cubic cells of one size."""
 
     method: Literal["linear", "cubic"]
-    spacing: PositiveFloat = Field(description="of the new grid, in the source's unit of length")
+    spacing: PositiveFloat = Field(description="cell size of the new grid, in the input's unit of length")
     cells: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
 
 
 class Units(Section):
-    """Names of the units after scaling. By default velocity is in length/time, pressure (over density) its square."""
+    """Names of units after scaling. Default: velocity in length/time, pressure (over density) in its square."""
 
     length: str
     time: str
@@ -105,7 +105,7 @@ class Units(Section):
 
 
 class Scale(Section):
-    """What the source's numbers are multiplied by."""
+    """Factors by which the input's values are multiplied."""
 
     length: PositiveFloat = 1.0
     time: PositiveFloat = 1.0
@@ -118,19 +118,21 @@ class Mapping(Section):
 
     name: Name
     domain: Name
-    output: str | None = Field(None, description="the dataset's folder; --output replaces it")
-    source: str = Field("", description="where the data are from and how to cite them, for the provenance")
+    output: str | None = Field(None, description="the dataset's folder; --output overrides it")
+    source: str = Field("", description="origin of the data and how to cite it, for the provenance")
     files: Files
     snapshots: Snapshots = Snapshots()
     axes: list[Literal["t", "x", "y", "z", "c"]] = Field(description="order of the stored axes; c: component")
     velocity: str | list[str]
-    components: list[Literal["x", "y", "z"]] = Field(["x", "y", "z"], description="order in which the array has them")
+    components: list[Literal["x", "y", "z"]] = Field(
+        ["x", "y", "z"], description="order of the components in the array"
+    )
     pressure: str | None = None
     mask: Mask | None = None
     spacing: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] | None = None
     coordinates: PerAxis | None = None
     time_step: PositiveFloat | None = Field(None, description="between snapshots, before scaling")
-    time: str | None = Field(None, description="the dataset with the times of the snapshots")
+    time: str | None = Field(None, description="name of the dataset with the times of the snapshots")
     boundaries: Boundaries
     crop: Crop | Literal["auto"] | None = None
     resample: Resample | None = None
@@ -155,19 +157,19 @@ class Mapping(Section):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"give either {one} or {other}")
         if self.project and self.mask:
-            raise ValueError("project knows no solids: leave out mask, or write `project: false`")
+            raise ValueError("project does not support solids: leave out mask, or write `project: false`")
         if isinstance(self.crop, Crop):
             for axis, periodic in zip(AXES, self.boundaries.periodic, strict=True):
                 if getattr(self.crop, axis) and periodic:
-                    raise ValueError(f"axis {axis} is cropped and so no longer periodic: boundaries.{axis} is now open")
+                    raise ValueError(f"axis {axis} is cropped and so not periodic: set boundaries.{axis} to open")
         for name, cut in (*_ranges("crop", self.crop), *_ranges("snapshots", self.snapshots)):
             if cut[0] >= cut[1]:
-                raise ValueError(f"{name} {cut} is empty: give the first and the one after the last")
+                raise ValueError(f"{name} {cut} is empty: give the first and the last plus one")
         return self
 
     @property
     def request(self) -> dict[str, object]:
-        """All that the numbers of a trajectory depend on, beside its files."""
+        """Everything besides its files that a trajectory's values depend on."""
         return self.model_dump(mode="json", exclude={"files", "output", "source", "snapshots"})
 
 
@@ -181,6 +183,6 @@ def load_mapping(path: Path | str) -> Mapping:
     """Read a mapping file.
 
     Raises:
-        UserError: it is missing, no YAML, has an unknown key (the nearest valid one is named) or a wrong value.
+        UserError: the file is missing or not YAML, has an unknown key (names the nearest valid one) or a wrong value.
     """
     return load_config_of(Mapping, path)

@@ -1,4 +1,4 @@
-"""Leray projection: the divergence-free part of a velocity in a box, spectral along every axis."""
+"""Spectral Leray projection: the divergence-free part of a velocity field in a box."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from scipy import fft
 
 
 def project(velocity_3XYZ: NDArray[np.float64], ends: list[str]) -> tuple[NDArray[np.float64], float]:
-    """u minus the gradient that has its divergence, and the share of the energy that this removes.
+    """Subtract from u the gradient with the same divergence; also returns the share of the energy removed.
 
-    A periodic axis is taken as it is. Along any other the box is mirrored, which makes it periodic: at walls the
-    normal component is odd and the others are even, so that the gradient has no part through the wall; at open ends it
-    is the other way round, so that the gradient has no part along the boundary. The result is divergence-free for the
-    spectral derivatives of the mirrored box, to rounding.
+    Along non-periodic axes the box is mirrored to make it periodic. At walls the normal component is odd and the others
+    are even, so that the gradient has no component through the wall; at open ends it is the other way round, so that
+    the gradient has no component along the boundary. The result is divergence-free to rounding, in terms of the
+    spectral derivatives of the mirrored box.
 
     Args:
-        velocity_3XYZ: cubic cells, values at the centres.
-        ends: per axis ``periodic``, ``wall`` or ``open``.
+        velocity_3XYZ: velocity at the centres of cubic cells.
+        ends: ``periodic``, ``wall`` or ``open`` for each axis.
     """
     mirrored = np.stack([_mirror(u_XYZ, component, ends) for component, u_XYZ in enumerate(velocity_3XYZ)])
     modes = fft.rfftn(mirrored, axes=(1, 2, 3), overwrite_x=True)
     k = [_wave_numbers(size, axis) for axis, size in enumerate(mirrored.shape[1:])]
     square = k[0] ** 2 + k[1] ** 2 + k[2] ** 2
-    # Modes without a derivative (the mean and the Nyquist modes) have no divergence either.
+    # Modes whose derivative is zero (the mean and the Nyquist modes) have no divergence either.
     potential = sum(k[axis] * modes[axis] for axis in range(3)) / np.where(square == 0, 1.0, square)
     for axis in range(3):
         modes[axis] -= k[axis] * potential
@@ -44,7 +44,7 @@ def _mirror(u_XYZ: NDArray[np.float64], component: int, ends: list[str]) -> NDAr
 
 
 def _wave_numbers(size: int, axis: int) -> NDArray[np.float64]:
-    """Of a unit cell, without the Nyquist mode, shaped to multiply [X, Y, Z/2 + 1]."""
+    """Wave numbers for unit cells, 0 for the Nyquist mode, shaped to multiply [X, Y, Z/2 + 1]."""
     k = (fft.rfftfreq(size) if axis == 2 else fft.fftfreq(size)) * 2 * np.pi
     if size % 2 == 0:
         k[size // 2] = 0

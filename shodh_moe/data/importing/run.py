@@ -20,7 +20,7 @@ from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.snapshots import (
     ArrayFiles,
     Plan,
-    opened,
+    open_array_files,
     plan,
     read_mask,
     read_scalar,
@@ -39,19 +39,19 @@ def import_data(
 ) -> Path:
     """Write ``<folder>/data/<split>/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; returns ``folder``.
 
-    Trajectories that the same mapping made from the same files are kept, so a killed import goes on where it was.
-    Those of other domains in the folder stay and count in the statistics. One snapshot at a time is in memory.
+    Trajectories that the same mapping made from the same files are kept, so a killed import resumes. Trajectories of
+    other domains in the folder are kept and included in the statistics. Only one snapshot at a time is in memory.
 
     Args:
-        folder: in place of the mapping's ``output``.
-        skip_bad: go on where a trajectory cannot be imported, and say at the end which.
+        folder: replaces the mapping's ``output``.
+        skip_bad: continue if a trajectory cannot be imported, and list these at the end.
 
     Raises:
-        UserError: a source is missing, damaged or does not fit the mapping, or the folder cannot be written.
+        UserError: an input file is missing, damaged or does not fit the mapping, or the folder cannot be written.
     """
     folder = Path(folder or mapping.output or "")
     if folder == Path(""):
-        raise UserError("no folder for the dataset: set output in the mapping, or give --output")
+        raise UserError("the dataset has no folder: set output in the mapping, or give --output")
     require_writable(folder)
     items = plan_items(mapping, folder)
     for split in SPLITS:
@@ -90,20 +90,20 @@ def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
 
 
 def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -> None:
-    with opened(item.sources) as sources:
-        found = plan(sources, mapping)
+    with open_array_files(item.files) as files:
+        found = plan(files, mapping)
         start, stop = item.snapshots or (0, len(found))
         if stop > len(found) or stop - start < 2:
             raise UserError(
-                f"{item.sources[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
+                f"{item.files[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
                 "or more; check snapshots, or name all files of a trajectory in one list"
             )
-        start_time, time_step = _times(sources, mapping, start, stop)
-        points = points_of(sources, mapping, found)
+        start_time, time_step = _times(files, mapping, start, stop)
+        points = points_of(files, mapping, found)
         grid = new_grid(points, mapping)
         if wanted_grid and grid.cells != tuple(wanted_grid):
-            raise UserError(f"{item.sources[0]} gives the grid {list(grid.cells)}, the dataset has {list(wanted_grid)}")
-        solid_XYZ = grid.apply(read_mask(sources, mapping, found)) > 0.5
+            raise UserError(f"{item.files[0]} gives the grid {list(grid.cells)}, the dataset has {list(wanted_grid)}")
+        solid_XYZ = grid.apply(read_mask(files, mapping, found)) > 0.5
         header = Header(
             mapping.name,
             mapping.domain,
@@ -117,7 +117,7 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         with new_trajectory_file(item.path, header) as (file, provenance):
             totals = _Totals()
             for index, snapshot in enumerate(range(start, stop)):
-                velocity_3XYZ, pressure_XYZ = _snapshot(sources, mapping, found, snapshot, grid, solid_XYZ, totals)
+                velocity_3XYZ, pressure_XYZ = _snapshot(files, mapping, found, snapshot, grid, solid_XYZ, totals)
                 file["t1_fields/velocity"][0, index] = np.moveaxis(velocity_3XYZ, 0, -1)
                 file["t0_fields/pressure"][0, index] = pressure_XYZ
             provenance.update(_provenance(item, mapping, grid, points, totals, start_time))
@@ -127,7 +127,7 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
 
 @dataclass
 class _Totals:
-    """What was taken away, summed over the snapshots of a trajectory."""
+    """What projection and mask removed from a trajectory, summed over its snapshots."""
 
     energy: float = 0.0
     removed: float = 0.0
@@ -141,7 +141,7 @@ class _Totals:
 
     @property
     def solid_speed(self) -> float:
-        """The largest speed that the source has in solid voxels, relative to the rms of all."""
+        """Largest speed of the input in solid voxels, relative to the rms of all cells."""
         return self.fastest_in_solids / (self.energy / self.cells) ** 0.5 if self.energy else 0.0
 
     def lines(self, mapping: Mapping) -> Iterator[str]:
@@ -155,7 +155,7 @@ class _Totals:
 
 
 def _snapshot(
-    sources: ArrayFiles,
+    files: ArrayFiles,
     mapping: Mapping,
     found: Plan,
     snapshot: int,
@@ -163,15 +163,15 @@ def _snapshot(
     solid_XYZ: NDArray[np.bool_],
     totals: _Totals,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Velocity [3, X, Y, Z] and pressure [X, Y, Z] as they are stored."""
-    velocity_3XYZ = grid.apply(read_velocity(sources, mapping, found, snapshot)) * mapping.scale.velocity
+    """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store."""
+    velocity_3XYZ = grid.apply(read_velocity(files, mapping, found, snapshot)) * mapping.scale.velocity
     if found.pressure is None:
         pressure_XYZ = np.zeros(grid.cells)
     else:
-        read = read_scalar(sources, mapping, found, found.pressure[snapshot])
+        read = read_scalar(files, mapping, found, found.pressure[snapshot])
         pressure_XYZ = grid.apply(read) * mapping.scale.pressure
     if solid_XYZ.any():
-        # Often NaN or a fill value in there.
+        # Solid voxels often contain NaN or a fill value.
         inside = np.linalg.norm(np.nan_to_num(velocity_3XYZ[:, solid_XYZ], posinf=0, neginf=0), axis=0)
         totals.fastest_in_solids = max(totals.fastest_in_solids, float(inside.max()))
         velocity_3XYZ[:, solid_XYZ] = 0
@@ -197,22 +197,22 @@ def _snapshot(
     return stored
 
 
-def _times(sources: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
-    """The time of the first snapshot and the time step, before scaling."""
+def _times(files: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
+    """Time of the first snapshot and time step, before scaling."""
     if mapping.time is None:
         step = float(mapping.time_step or 0)
         return start * step, step
     parts = []
-    for path, name, _ in sources.find(mapping.time):
-        array = sources.at(path).array(name)
+    for path, name, _ in files.find(mapping.time):
+        array = files.at(path).array(name)
         parts.append(np.ravel(array.read(tuple(slice(None) for _ in array.shape))))
     times = np.concatenate(parts)[start:stop]
     if len(times) != stop - start:
-        raise UserError(f"{sources.paths[0]}: {mapping.time} has {len(times)} times for {stop - start} snapshots")
+        raise UserError(f"{files.paths[0]}: {mapping.time} has {len(times)} times for {stop - start} snapshots")
     step = even_step(times)
     if step <= 0:
         raise UserError(
-            f"{sources.paths[0]}: {mapping.time} goes from {times[0]:g} to {times[-1]:g} in uneven steps: the model "
+            f"{files.paths[0]}: {mapping.time} goes from {times[0]:g} to {times[-1]:g} in uneven steps: the model "
             "needs a constant time step; choose a part with `snapshots`"
         )
     return float(times[0]), step
@@ -227,7 +227,7 @@ def _provenance(
         "units": ", ".join(f"{name} in {unit}" for name, unit in units.items()),
         **{f"unit_{name}": unit for name, unit in units.items()},
         "source": mapping.source or "not stated",
-        "files": str(item.sources[0]) + (f" to {item.sources[-1]}" if len(item.sources) > 1 else ""),
+        "files": str(item.files[0]) + (f" to {item.files[-1]}" if len(item.files) > 1 else ""),
         "request": item.request,
         "origin": [one * mapping.scale.length for one in grid.origin],
         "first_snapshot": item.snapshots[0] if item.snapshots else 0,

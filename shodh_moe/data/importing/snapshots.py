@@ -1,4 +1,4 @@
-"""The snapshots of one trajectory, found in its files by name and read one at a time."""
+"""Find the snapshots of one trajectory in its files by name, and read them one at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, ArrayFile, open_source
+from shodh_moe.data.importing.array_files import Array, ArrayFile, open_array_file
 from shodh_moe.data.importing.mapping import AXES, Crop, Mapping
 
 _MOST_OPEN = 8
@@ -21,7 +21,7 @@ _MOST_OPEN = 8
 
 @dataclass(frozen=True)
 class Place:
-    """Where one snapshot of one field lies: entry ``time`` of the array's time axis, if it has one."""
+    """Location of one snapshot of one field; ``time`` is the index along the array's time axis, if it has one."""
 
     path: Path
     name: str
@@ -30,25 +30,25 @@ class Place:
 
 @dataclass
 class ArrayFiles:
-    """The files of a trajectory; the last few stay open."""
+    """The files of a trajectory, of which the most recent few are kept open."""
 
     paths: list[Path]
     _open: dict[Path, tuple[ArrayFile, ExitStack]] = field(default_factory=dict)
 
     def at(self, path: Path) -> ArrayFile:
-        """An open file."""
+        """Open a file, or return it if it is open already."""
         if path not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 self._open.pop(next(iter(self._open)))[1].close()
             stack = ExitStack()
-            self._open[path] = stack.enter_context(open_source(path)), stack
+            self._open[path] = stack.enter_context(open_array_file(path)), stack
         return self._open[path][0]
 
     def array(self, place: Place) -> Array:
         return self.at(place.path).array(place.name)
 
     def find(self, pattern: str) -> list[tuple[Path, str, str]]:
-        """(file, dataset, what the wildcards stand for) of each dataset of that name, in natural order."""
+        """(file, dataset name, text matched by the wildcards) of each dataset that matches, in natural order."""
         parts = re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
         fits = parts if "?" not in pattern and "[" not in pattern else re.compile(translate(pattern))
         found = [
@@ -69,28 +69,28 @@ class ArrayFiles:
 
 
 @contextmanager
-def opened(paths: list[Path]) -> Iterator[ArrayFiles]:
-    """The files of a trajectory, closed at the end of the block."""
-    sources = ArrayFiles(paths)
+def open_array_files(paths: list[Path]) -> Iterator[ArrayFiles]:
+    """Open the files of a trajectory; they are closed at the end of the block."""
+    files = ArrayFiles(paths)
     try:
-        yield sources
+        yield files
     finally:
-        sources.close()
+        files.close()
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:
-    """A key that sorts numbers in text by value: 9 before 10."""
+    """Sort key that orders numbers in text by value: 9 before 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
 
 
-def places(sources: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
-    """Where all snapshots of a field are: in its time axis, in datasets of numbered names, or in one file each."""
-    found = sources.find(dataset)
+def places(files: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
+    """Locations of all snapshots of a field: along its time axis, in numbered datasets, or in one file each."""
+    found = files.find(dataset)
     if "t" not in mapping.axes:
         return [Place(path, name, None) for path, name, _ in found]
     every = []
     for path, name, _ in found:
-        array = sources.at(path).array(name)
+        array = files.at(path).array(name)
         axes = _stored_axes(mapping.axes, array, dataset == mapping.velocity)
         every += [Place(path, name, time) for time in range(array.shape[axes.index("t")])]
     return every
@@ -98,7 +98,7 @@ def places(sources: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything of one trajectory is. ``velocity`` holds one list of places, or one for each component."""
+    """Locations of all data of one trajectory. ``velocity`` is one list of places, or one list per component."""
 
     velocity: list[list[Place]]
     pressure: list[Place] | None
@@ -109,26 +109,26 @@ class Plan:
         return len(self.velocity[0])
 
     def part(self, start: int, stop: int) -> Plan:
-        """Of the snapshots start..stop alone."""
+        """The locations of snapshots start..stop only."""
         pressure = None if self.pressure is None else self.pressure[start:stop]
         return Plan([one[start:stop] for one in self.velocity], pressure, self.shape, self.crop)
 
 
-def plan(sources: ArrayFiles, mapping: Mapping) -> Plan:
+def plan(files: ArrayFiles, mapping: Mapping) -> Plan:
     """Find all snapshots of a trajectory.
 
     Raises:
-        UserError: a dataset is missing, its shape does not fit the axes, or the fields differ in their snapshots.
+        UserError: a dataset is missing, its shape does not fit the axes, or fields have different numbers of snapshots.
     """
     names = [mapping.velocity] if isinstance(mapping.velocity, str) else mapping.velocity
-    fields = {name: places(sources, mapping, name) for name in names}
+    fields = {name: places(files, mapping, name) for name in names}
     if mapping.pressure != "zero":
-        fields[str(mapping.pressure)] = places(sources, mapping, str(mapping.pressure))
+        fields[str(mapping.pressure)] = places(files, mapping, str(mapping.pressure))
     counts = {name: len(found) for name, found in fields.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        raise UserError(f"{_shown(sources.paths)}: found {told}: every snapshot needs each of them once")
-    first = sources.array(fields[names[0]][0])
+        shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(f"{_shown(files.paths)}: found {shown}: every snapshot needs each of them once")
+    first = files.array(fields[names[0]][0])
     axes = _stored_axes(mapping.axes, first, "c" in mapping.axes)
     shape = tuple(first.shape[axes.index(axis)] for axis in AXES)
     crop = mapping.crop if isinstance(mapping.crop, Crop) else Crop()
@@ -142,36 +142,36 @@ def plan(sources: ArrayFiles, mapping: Mapping) -> Plan:
     return Plan([fields[name] for name in names], pressure, (shape[0], shape[1], shape[2]), (cuts[0], cuts[1], cuts[2]))
 
 
-def read_velocity(sources: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:
-    """One snapshot of the velocity, cropped: [3, X, Y, Z], not yet scaled."""
+def read_velocity(files: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:
+    """Read one snapshot of the velocity, cropped but not scaled: [3, X, Y, Z]."""
     if len(plan.velocity) == 3:
-        return np.stack([read_scalar(sources, mapping, plan, one[snapshot]) for one in plan.velocity])
+        return np.stack([read_scalar(files, mapping, plan, one[snapshot]) for one in plan.velocity])
     place = plan.velocity[0][snapshot]
-    array = sources.array(place)
+    array = files.array(place)
     axes = _stored_axes(mapping.axes, array, True)
     values_CXYZ = _cut(array, axes, plan, place.time)
     order: list[str] = list(mapping.components)
     return values_CXYZ[[order.index(axis) for axis in AXES]]
 
 
-def read_scalar(sources: ArrayFiles, mapping: Mapping, plan: Plan, place: Place) -> NDArray[np.float64]:
-    """One snapshot of a scalar, cropped: [X, Y, Z]. An axis of one component in the file is taken away."""
-    array = sources.array(place)
+def read_scalar(files: ArrayFiles, mapping: Mapping, plan: Plan, place: Place) -> NDArray[np.float64]:
+    """Read one snapshot of a scalar, cropped: [X, Y, Z]. A component axis of length 1 in the file is dropped."""
+    array = files.array(place)
     return _cut(array, _stored_axes(mapping.axes, array, False), plan, place.time)[0]
 
 
-def read_mask(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> NDArray[np.float64]:
-    """1 in solid voxels and 0 in fluid, cropped: [X, Y, Z]. All 0 without a mask."""
+def read_mask(files: ArrayFiles, mapping: Mapping, plan: Plan) -> NDArray[np.float64]:
+    """Read the mask, cropped: 1 in solid voxels, 0 in fluid, [X, Y, Z]; all 0 if the mapping has no mask."""
     if mapping.mask is None:
         return np.zeros([cut.stop - cut.start for cut in plan.crop])
-    own = ArrayFiles([Path(mapping.mask.file)]) if mapping.mask.file else sources
+    own = ArrayFiles([Path(mapping.mask.file)]) if mapping.mask.file else files
     try:
         path, name, _ = own.find(mapping.mask.dataset)[0]
         array = own.at(path).array(name)
         axes = _stored_axes([axis for axis in mapping.axes if axis != "t"], array, False)
         values_XYZ = _cut(array, axes, plan, None)[0]
     finally:
-        if own is not sources:
+        if own is not files:
             own.close()
     if not np.isfinite(values_XYZ).all():
         raise UserError(f"{path}: the mask {name} has values that are not finite, expected 0 and 1")
@@ -180,7 +180,7 @@ def read_mask(sources: ArrayFiles, mapping: Mapping, plan: Plan) -> NDArray[np.f
 
 
 def _stored_axes(axes: Sequence[str], array: Array, vector: bool) -> list[str]:
-    """The axes of this array: a scalar has none of components, or one of length 1."""
+    """The axes of this array: a scalar has no component axis, or one of length 1."""
     stored = list(axes)
     if not vector and "c" in stored and len(array.shape) == len(stored) - 1:
         stored.remove("c")
@@ -194,7 +194,7 @@ def _stored_axes(axes: Sequence[str], array: Array, vector: bool) -> list[str]:
 
 
 def _cut(array: Array, axes: Sequence[str], plan: Plan, time: int | None) -> NDArray[np.float64]:
-    """The cropped box as [C, X, Y, Z]."""
+    """Read the cropped box as [C, X, Y, Z]."""
     for axis, size in zip(AXES, plan.shape, strict=True):
         if array.shape[axes.index(axis)] != size:
             found = dict(zip(axes, array.shape, strict=True))

@@ -1,4 +1,4 @@
-"""A new trajectory in the_well's schema that is filled snapshot by snapshot."""
+"""Create a trajectory file in the_well's schema, to be filled snapshot by snapshot."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _AXES = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class Header:
-    """All of a trajectory but its fields.
+    """Everything about a trajectory except its fields.
 
     Attributes:
         dataset_name, domain: names of the dataset and of the kind of flow.
-        time_step: between snapshots; the first is at time 0.
-        snapshots: how many there are.
-        spacing: of the cubic cells.
-        ends: per axis what is at its low and at its high end: ``periodic`` twice, ``wall``, ``free slip``, ``open``.
+        time_step: time between snapshots; the first is at time 0.
+        snapshots: number of snapshots.
+        spacing: size of the cubic cells.
+        ends: [low, high] boundary of each axis: both ``periodic``, or each ``wall``, ``free slip`` or ``open``.
         solid_XYZ: bool, True in solid voxels.
         scalars: constants of the flow.
     """
@@ -45,7 +45,7 @@ class Header:
 
 @contextmanager
 def new_trajectory_file(path: Path, header: Header) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
-    """A file with one trajectory; when the block ends well it is complete and at ``path``, otherwise nowhere.
+    """Create a file with one trajectory; it appears at ``path`` only if the block succeeds.
 
     The block fills ``t1_fields/velocity`` [1, T, X, Y, Z, 3] and ``t0_fields/pressure`` [1, T, X, Y, Z], float32, and
     the dictionary that becomes the file's provenance.
@@ -91,7 +91,7 @@ def _write_root(file: h5py.File, header: Header) -> None:
 def _write_dimensions(file: h5py.File, header: Header) -> None:
     group = file.create_group("dimensions")
     group.attrs["spatial_dims"] = list(_AXES)
-    # From zero on: float32 could not tell small steps far from it.
+    # Times start at 0, as float32 cannot resolve small steps far from it.
     time = np.arange(header.snapshots) * header.time_step
     _flag(group.create_dataset("time", data=time.astype(np.float32)), time_varying=True)
     for axis, size in zip(_AXES, header.solid_XYZ.shape, strict=True):

@@ -1,6 +1,6 @@
-"""The domains: a file each, with a class that is both its section of a config and what sets its flows up.
+"""The domains, one file each. A domain's class is its section of a config and also sets up its flows.
 
-A new one is a file here and a line in `DOMAINS`; docs/domains.md shows it.
+To add a domain, add a file here and a line to `DOMAINS`; see docs/domains.md.
 """
 
 from shodh_moe.solvers.domains.decaying_turbulence import DecayingTurbulence
@@ -10,14 +10,14 @@ from shodh_moe.solvers.domains.open_channel import OpenChannel
 from shodh_moe.solvers.domains.porous_media import PorousMedia
 from shodh_moe.solvers.domains.scalar import ScalarConfig
 
-# The key under data.domains of a config, and what it configures.
+# Key under data.domains of a config: the class of its section.
 DOMAINS: dict[str, type[Domain]] = {
     "open_channel": OpenChannel,
     "porous_media": PorousMedia,
     "obstacle_wake": ObstacleWake,
     "decaying_turbulence": DecayingTurbulence,
 }
-# Those that a dataset has unless its config sets them to null; the others it has to name.
+# Domains that a dataset has unless its config sets them to null. A config must name the others.
 DEFAULT = ("open_channel", "porous_media")
 
 __all__ = [

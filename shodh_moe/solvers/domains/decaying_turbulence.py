@@ -1,6 +1,6 @@
 """Decaying turbulence: random eddies in a periodic box without solids, walls or force.
 
-The start is a Gaussian random field made divergence-free in Fourier space, with the energy spectrum that is asked for.
+The start is a Gaussian random field made divergence-free in Fourier space, with the configured energy spectrum.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ class DecayingTurbulence(Domain):
     viscosity: PositiveFloat = 0.005
     speed: PositiveFloat = Field(0.03, description="initial rms of one velocity component; +-30 % by trajectory")
     spectrum: Spectrum = Field("k4", description="k^4 exp(-2 k^2 / k0^2), or von Karman's with a -5/3 range")
-    peak: PositiveFloat = Field(2.0, description="wave number k0 of the spectrum's peak: waves along the shorter side")
+    peak: PositiveFloat = Field(
+        2.0, description="wave number k0 of the spectrum's peak, in waves along the shorter side"
+    )
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """One trajectory, drawn from ``rng``."""
+        """See `Domain.setup`."""
         speed = drawn_speed(self, rng)
         velocity_3XYZ, length = random_turbulence(grid, speed, self.spectrum, self.peak, rng)
         return FlowSetup(
@@ -40,7 +42,7 @@ class DecayingTurbulence(Domain):
 
 
 def energy_spectrum(kind: Spectrum, k: FloatArray, peak: float) -> FloatArray:
-    """Energy at wave number ``k``, of any unit, with its largest value at ``peak``."""
+    """Energy at wave number ``k``, in any unit. It is largest at ``peak``, which has the same unit as ``k``."""
     if kind == "k4":
         return np.asarray(k**4 * np.exp(-2 * (k / peak) ** 2))
     # k^4 / (k^2 + k_e^2)^(17/6) peaks at sqrt(12 / 5) k_e.
@@ -50,21 +52,27 @@ def energy_spectrum(kind: Spectrum, k: FloatArray, peak: float) -> FloatArray:
 def random_turbulence(
     grid: Grid, speed: float, kind: Spectrum, peak: float, rng: np.random.Generator
 ) -> tuple[FloatArray, float]:
-    """Divergence-free velocity [3, X, Y, Z], rms ``speed`` of one component, zero mean; its integral length in cells.
+    """Draw a divergence-free velocity field.
 
-    ``peak`` counts waves along the shorter side. Waves shorter than three cells are left out: the lattice would turn
-    their divergence into sound.
+    Waves shorter than three cells are left out, because the lattice would turn their divergence into sound.
+
+    Args:
+        speed: rms of one velocity component.
+        peak: wave number of the spectrum's peak, in waves along the shorter side.
+
+    Returns:
+        Velocity [3, X, Y, Z], float64, with zero mean, and its integral length in cells.
 
     Raises:
-        ValueError: the peak is at such short waves that none are left.
+        ValueError: the peak is at such short waves that none remain.
     """
-    # Cycles a cell along each axis; half the last, for the real transform.
+    # Cycles per cell along each axis. The real transform has only half of the last axis.
     axes = [np.fft.fftfreq(grid[0]), np.fft.fftfreq(grid[1]), np.fft.rfftfreq(grid[2])]
     k_3XYZ = np.stack(np.meshgrid(*axes, indexing="ij"))
     k_XYZ = np.sqrt((k_3XYZ**2).sum(0))
     kept_XYZ = (k_XYZ > 0) & (k_XYZ < 1 / 3)
     k_XYZ = np.where(kept_XYZ, k_XYZ, 1.0)
-    # A shell of wave numbers has an area of 4 pi k^2 over which its energy is spread.
+    # The energy at wave number k spreads over a shell of area 4 pi k^2.
     amplitude_XYZ = np.where(kept_XYZ, np.sqrt(energy_spectrum(kind, k_XYZ, peak / min(grid))) / k_XYZ, 0)
     u_hat = np.fft.rfftn(rng.standard_normal((3, *grid)), axes=(1, 2, 3)) * amplitude_XYZ
     u_hat -= k_3XYZ * ((k_3XYZ * u_hat).sum(0) / k_XYZ**2)
@@ -72,8 +80,8 @@ def random_turbulence(
     rms = float(np.sqrt((u_3XYZ**2).mean()))
     if not rms > 0:
         raise ValueError(f"no eddies of peak {peak:g} waves fit grid {list(grid)}: lower peak")
-    # All wave numbers but those with k_z = 0 (and the Nyquist's, left out) stand for two.
+    # The real transform stores one of two conjugate wave numbers, except at k_z = 0 (Nyquist is left out).
     energy_XYZ = (np.abs(u_hat) ** 2).sum(0) * np.where(axes[2] > 0, 2, 1)
-    # L = 3 pi / 4 * (integral of E / k) / (integral of E), k in radians a cell.
+    # L = 3 pi / 4 * (integral of E / k) / (integral of E), k in radians per cell.
     length = 3 * np.pi / 4 * float((energy_XYZ / (2 * np.pi * k_XYZ)).sum() / energy_XYZ.sum())
     return u_3XYZ * (speed / rms), length

@@ -1,4 +1,4 @@
-"""What every domain has: the base class of their configs, which are also what sets their flows up."""
+"""The base class of all domains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 
 
-class Trajectories(Section):
-    """How many independent simulations each split gets. A split never shares a trajectory."""
+class Trajectories(Section, changes="data"):
+    """Number of independent simulations in each split. Splits share no trajectory."""
 
     train: Positive = 16
     valid: Positive = 4
@@ -28,14 +28,14 @@ class Trajectories(Section):
         return self.train + self.valid + self.test
 
 
-class Domain(Section):
-    """A kind of flow: its keys in a config, and how one trajectory of it begins.
+class Domain(Section, changes="data"):
+    """A kind of flow: its keys in a config, and the setup of one trajectory.
 
     Lattice units: cell = 1, time step = 1, density = 1.
     """
 
-    # Keys that are left out of what is written while they have their default: they came later, and the data made
-    # before them keep their folder and are not made again.
+    # Keys that are not serialized while they have their default. They were added later, and datasets made before keep
+    # their folders.
     later: ClassVar[frozenset[str]] = frozenset({"smagorinsky", "scalar"})
 
     trajectories: Trajectories = Trajectories()
@@ -43,20 +43,20 @@ class Domain(Section):
     speed: PositiveFloat = Field(0.03, description="target speed of the fluid; +-30 % by trajectory")
     spinup_steps: NonNegative = Field(100, description="time steps before the first stored snapshot")
     steps_per_snapshot: Positive = 25
-    smagorinsky: NonNegativeFloat = Field(0.0, description="constant of Smagorinsky's eddy viscosity; 0: none")
-    scalar: ScalarConfig | None = Field(None, description="a passive concentration to carry along; null: none")
+    smagorinsky: NonNegativeFloat = Field(0.0, description="constant of Smagorinsky's eddy viscosity; 0: off")
+    scalar: ScalarConfig | None = Field(None, description="a passive concentration carried by the flow; null: none")
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """Geometry, initial state and drive of one trajectory, drawn from ``rng``.
+        """Draw geometry, initial state and drive of one trajectory from ``rng``.
 
         Raises:
-            ValueError: none can be made with these settings; says which setting to change and how.
+            ValueError: these settings give no valid flow; the message says which setting to change and how.
             UserError: a file that the settings name cannot be used.
         """
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """All that the bits of a trajectory depend on, beside grid, seed, number and count of snapshots; JSON-like."""
+        """Everything a trajectory depends on besides grid, seed, index and number of snapshots, as JSON-like values."""
         return self.model_dump(mode="json", exclude={"trajectories"})
 
     @model_serializer(mode="wrap")
@@ -66,17 +66,17 @@ class Domain(Section):
 
 
 class PulsedDomain(Domain):
-    """A domain whose drive has a part that varies with time, a pulse."""
+    """A domain whose drive has a pulse, a part that varies with time."""
 
     pulse: Fraction = Field(0.5, description="largest relative amplitude of the sinusoidal part of the drive")
     pulse_period: PositiveFloat = Field(400.0, description="typical pulse period in time steps")
 
 
 def drawn_speed(domain: Domain, rng: np.random.Generator) -> float:
-    """The speed of one trajectory: the domain's +-30 %."""
+    """Draw the speed of one trajectory, within 30 % of the domain's speed."""
     return domain.speed * rng.uniform(0.7, 1.3)
 
 
 def choose(kinds: list[Any], rng: np.random.Generator) -> Any:
-    """One of ``kinds`` at random; nothing is drawn for a single one."""
+    """Pick one of ``kinds`` at random. A single kind draws nothing from ``rng``."""
     return kinds[int(rng.random() * len(kinds))] if len(kinds) > 1 else kinds[0]

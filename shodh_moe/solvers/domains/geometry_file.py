@@ -1,8 +1,8 @@
-"""A user's own binary geometry from a file: NumPy, raw bytes or HDF5.
+"""Read a user's own binary geometry from a NumPy, raw or HDF5 file.
 
-A scan is not periodic, and the flow is. So a part of half the grid's size along each axis is taken at a random place
-and mirrored along all three: what leaves on one side finds the same pores on the other, and no seam closes a pore. A
-volume that is periodic already is taken whole.
+A scan is not periodic, but the flow is. Therefore a block of half the grid's size is cut out at a random place and
+mirrored along all three axes, so that opposite sides have the same pores and no seam closes a pore. A volume that is
+already periodic is used whole.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from shodh_moe.solvers.domains.domain import Grid
 _SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
 
 
-class GeometryFile(Section):
+class GeometryFile(Section, changes="data"):
     """A binary volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset)."""
 
     path: str
     shape: list[Positive] | None = Field(None, description="[X, Y, Z] of a .raw file")
     dtype: Literal["uint8", "int8", "uint16", "int16", "int32", "float32"] | None = Field(
-        None, description="type of a .raw file's numbers, least significant byte first"
+        None, description="number type of a .raw file, little-endian"
     )
-    order: Literal["C", "F"] = Field("C", description="a .raw file's fastest axis: z (C) or x (F)")
+    order: Literal["C", "F"] = Field("C", description="fastest axis of a .raw file: z (C) or x (F)")
     dataset: str | None = Field(None, description="name of the dataset in an HDF5 file")
-    solid_value: int | None = Field(None, description="the value of solid cells; null: all but zero are solid")
-    periodic: bool = Field(False, description="the volume is periodic and of the grid's size: take it as it is")
+    solid_value: int | None = Field(None, description="value of solid cells; null: every value except zero is solid")
+    periodic: bool = Field(False, description="the volume is periodic and has the grid's size; use it unchanged")
 
     @model_validator(mode="after")
     def _kind(self) -> GeometryFile:
@@ -49,7 +49,7 @@ class GeometryFile(Section):
         return self
 
     def sha256(self) -> str:
-        """Of the file's bytes, read once while it does not change. Raises `UserError` if it cannot be read."""
+        """SHA-256 of the file, cached until the file changes. Raises `UserError` if it cannot be read."""
         try:
             status = os.stat(self.path)
             return _sha256(self.path, status.st_size, status.st_mtime_ns)
@@ -57,10 +57,13 @@ class GeometryFile(Section):
             raise UserError(f"cannot read geometry_file.path {self.path}: {error.strerror or error}") from None
 
     def read(self, grid: Grid, rng: np.random.Generator) -> tuple[NDArray[np.bool_], tuple[int, ...]]:
-        """A solid mask [*grid] made of a part of the file drawn from ``rng``, and that part's first cell.
+        """Draw a block of the file and make a solid mask from it.
+
+        Returns:
+            The mask [X, Y, Z], bool, and the index of the block's first cell in the file.
 
         Raises:
-            UserError: the file is missing, damaged, of another shape or size than it has to be, or not binary.
+            UserError: the file is missing, damaged, of the wrong shape or size, or not binary.
         """
         wanted = grid if self.periodic else tuple((size + 1) // 2 for size in grid)
         try:
@@ -86,7 +89,7 @@ class GeometryFile(Section):
             if size != needed:
                 raise UserError(
                     f"geometry_file {self.path} has {size} bytes, but {self.dtype} of shape {list(shape)} needs "
-                    f"{needed}: mend geometry_file.shape or dtype"
+                    f"{needed}: correct geometry_file.shape or dtype"
                 )
             volume = np.memmap(self.path, dtype, "r", shape=shape, order=self.order)
             return self._cut(volume, wanted, rng)
@@ -94,7 +97,7 @@ class GeometryFile(Section):
 
         with h5py.File(self.path, "r") as file:
             dataset = file.get(self.dataset or "")
-            # Links and storage in other files could make a config read anything on this machine.
+            # Links and external storage could make a config read any file on this machine.
             inside = isinstance(dataset, h5py.Dataset) and dataset.file.filename == file.filename
             if not inside or dataset.external or dataset.is_virtual:
                 raise UserError(
@@ -110,7 +113,7 @@ class GeometryFile(Section):
             )
         shape = tuple(volume.shape)
         if self.periodic:
-            fits, why = shape == wanted, "a periodic one must be as large as data.grid"
+            fits, why = shape == wanted, "a periodic volume must be as large as data.grid"
         else:
             fits, why = all(n >= w for n, w in zip(shape, wanted, strict=True)), "half of data.grid must fit in it"
         if not fits:
@@ -123,7 +126,7 @@ class GeometryFile(Section):
         least, most = values.min(), values.max()
         if not ((values == least) | (values == most)).all():
             raise UserError(
-                f"geometry_file {self.path} is not binary: it has more values than two, from {least} to {most}; "
+                f"geometry_file {self.path} is not binary: it has more than two values, from {least} to {most}; "
                 "write one value for solid and one for fluid"
             )
         return values != 0 if self.solid_value is None else values == self.solid_value

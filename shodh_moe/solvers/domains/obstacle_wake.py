@@ -1,8 +1,8 @@
 """Flow around bluff bodies in a periodic box without walls: wakes, and bodies in the wakes of others.
 
-The mean flow is brought from rest to its speed smoothly and then held by a uniform force, so that the Reynolds number
-is the configured one whatever the bodies' drag. The stream pulses and sways sideways, and begins with weak eddies: at
-these Reynolds numbers the wakes would take long to lose their symmetry on their own.
+The mean flow accelerates smoothly from rest and is then held by a uniform force, so that the Reynolds number does not
+depend on the bodies' drag. The stream pulses, sways sideways and starts with weak eddies, because at these Reynolds
+numbers the wakes would take long to lose their symmetry on their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shodh_moe.solvers.domains.domain import Grid, PulsedDomain, choose, drawn_s
 from shodh_moe.solvers.eddies import eddies, scaled, wall_fade
 from shodh_moe.solvers.flow import FloatArray, FlowSetup, Pulse, Turn, smooth_step
 
-# A body keeps this share of the mean size of two away from the next one.
+# Smallest gap between two bodies, as a share of their mean size.
 _GAP = 0.75
 _MAX_DRAWS = 100
 
@@ -26,7 +26,7 @@ Body = Literal["sphere", "cylinder", "box"]
 
 
 class ObstacleWake(PulsedDomain):
-    """Flow at a held mean speed around bluff bodies in a periodic box."""
+    """Flow at a fixed mean speed around bluff bodies in a periodic box."""
 
     viscosity: PositiveFloat = 0.004
     speed: PositiveFloat = 0.05
@@ -34,11 +34,13 @@ class ObstacleWake(PulsedDomain):
     steps_per_snapshot: Positive = 40
     pulse: Fraction = 0.25
     pulse_period: PositiveFloat = 600.0
-    bodies: list[Body] = Field(["sphere", "cylinder", "box"], min_length=1, description="kinds to draw bodies from")
+    bodies: list[Body] = Field(["sphere", "cylinder", "box"], min_length=1, description="kinds of bodies to draw from")
     count: list[Positive] = Field([1, 3], description="range from which to draw the number of bodies")
-    size: list[Fraction] = Field([0.2, 0.35], description="range of their diameter or width over the shorter side")
-    perturbation: Fraction = Field(0.3, description="initial eddies' rms speed over the target speed")
-    ramp_steps: Positive = Field(200, description="time steps in which the stream comes to its speed")
+    size: list[Fraction] = Field(
+        [0.2, 0.35], description="range of the bodies' diameter or width, as a share of the shorter side"
+    )
+    perturbation: Fraction = Field(0.3, description="rms speed of the initial eddies, as a share of the target speed")
+    ramp_steps: Positive = Field(200, description="time steps until the stream reaches its speed")
 
     @model_validator(mode="after")
     def _ranges(self) -> ObstacleWake:
@@ -49,10 +51,10 @@ class ObstacleWake(PulsedDomain):
         return self
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """One trajectory, drawn from ``rng``.
+        """See `Domain.setup`.
 
         Raises:
-            ValueError: so many bodies of this size find no room.
+            ValueError: there is no room for this number and size of bodies.
         """
         speed = drawn_speed(self, rng)
         solid_XYZ, width, kinds = place_bodies(grid, self, rng)
@@ -77,12 +79,15 @@ class ObstacleWake(PulsedDomain):
 def place_bodies(
     grid: Grid, config: ObstacleWake, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], float, list[str]]:
-    """Solid mask [X, Y, Z] of bodies apart from each other, their mean width in cells, and their kinds.
+    """Place bodies at random without overlap.
 
-    A cylinder stands across the stream, along y or z, and a box has one side two to four thirds of the others.
+    A cylinder's axis is along y or z, across the stream. One side of a box is 2/3 to 4/3 of the other two.
+
+    Returns:
+        Solid mask [X, Y, Z], bool, the mean width of the bodies in cells, and their kinds.
 
     Raises:
-        ValueError: there is no room for them.
+        ValueError: there is no room for the bodies.
     """
     short = min(grid)
     count = int(rng.integers(config.count[0], config.count[1] + 1))
@@ -107,7 +112,7 @@ def place_bodies(
 
 
 def _body(kind: Body, grid: Grid, centre_3: FloatArray, width: float, axis: int, stretch: float) -> NDArray[np.bool_]:
-    """The mask [X, Y, Z] of one body, periodic."""
+    """The periodic mask [X, Y, Z] of one body."""
     apart = []
     for cells, centre in zip(grid, centre_3, strict=True):
         offset = np.abs(np.arange(cells) + 0.5 - centre)

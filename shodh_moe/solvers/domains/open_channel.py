@@ -2,7 +2,7 @@
 
 The flow starts from a depth profile plus random eddies. Both are the curl of a vector potential that vanishes
 smoothly at the walls, hence divergence-free and at rest in the bed. At the default viscosity the eddies live much
-longer than a trajectory; the bulk is pushed to and fro by a pulsed gravity.
+longer than a trajectory, while a pulsed gravity accelerates and slows the bulk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shodh_moe.solvers.eddies import curl, eddies, scaled, wall_fade
 from shodh_moe.solvers.flow import FloatArray, FlowSetup, Pulse
 from shodh_moe.solvers.geometry import add_sphere
 
-# Width of the filter that makes the eddies, over the depth; an eddy is about six of these across.
+# Width of the filter that makes the eddies, as a share of the depth. An eddy is about six widths across.
 _EDDY = 1 / 8
 
 Bed = Literal["spheres", "dunes", "boulders"]
@@ -33,13 +33,13 @@ class OpenChannel(PulsedDomain):
     viscosity: PositiveFloat = 0.005
     steps_per_snapshot: Positive = 50
     pulse_period: PositiveFloat = 800.0
-    bed: list[Bed] = Field(["spheres"], min_length=1, description="kinds from which each trajectory draws its bed")
-    roughness: Fraction = Field(0.15, description="height of the largest sphere or dune as a share of the depth")
-    boulder: Fraction = Field(0.4, description="height of the largest boulder as a share of the depth")
-    perturbation: Fraction = Field(0.7, description="initial eddies' rms speed over the target speed")
+    bed: list[Bed] = Field(["spheres"], min_length=1, description="kinds of bed from which each trajectory draws one")
+    roughness: Fraction = Field(0.15, description="largest height of spheres and dunes, as a share of the depth")
+    boulder: Fraction = Field(0.4, description="largest height of boulders, as a share of the depth")
+    perturbation: Fraction = Field(0.7, description="rms speed of the initial eddies, as a share of the target speed")
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """One trajectory, drawn from ``rng``."""
+        """See `Domain.setup`."""
         depth = grid[2] - 1
         speed = drawn_speed(self, rng)
         kind: Bed = choose(self.bed, rng)
@@ -51,12 +51,12 @@ class OpenChannel(PulsedDomain):
             solid_XYZ = boulder_bed(grid, self.boulder, rng)
         velocity_3XYZ = initial_velocity(solid_XYZ, speed, self.perturbation * speed, rng)
         pulse = Pulse.draw(rng, self.pulse, self.pulse_period)
-        # The slope that keeps a laminar film at this mean speed on a plane bed (Nusselt).
+        # Slope that holds a laminar film on a plane bed at this mean speed (Nusselt).
         slope = 3 * self.viscosity * speed / depth**2
 
         def force(time_T: FloatArray) -> FloatArray:
             force_T3 = np.zeros((len(time_T), 3))
-            # The pulse is of the bulk speed: its time derivative is the gravity that makes it so.
+            # The pulse is one of the bulk speed, and gravity is its time derivative.
             force_T3[:, 0] = slope + speed * pulse.slope(time_T)
             return force_T3
 
@@ -71,7 +71,7 @@ class OpenChannel(PulsedDomain):
 
 
 def rough_bed(shape: Grid, roughness: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Solid mask [X, Y, Z]: the bottom layer, and half-buried spheres up to ``roughness`` times the depth high."""
+    """Solid mask [X, Y, Z]: the bottom layer and half-buried spheres of at most ``roughness`` times the depth."""
     nx, ny, nz = shape
     solid_XYZ = _flat_bed(shape)
     largest = roughness * (nz - 1)
@@ -83,7 +83,7 @@ def rough_bed(shape: Grid, roughness: float, rng: np.random.Generator) -> NDArra
     while covered < 0.25 * nx * ny:
         height = largest * rng.uniform(0.6, 1.0)
         width = height * rng.uniform(1.0, 1.5)
-        # A sphere of which only a cap looks out of the bed: flatter than a half sphere, hence smoother to the grid.
+        # Only a cap of the sphere is above the bed: flatter than a half sphere, hence smoother on the grid.
         radius = (width**2 + height**2) / (2 * height)
         centre_3 = np.array([rng.uniform(0, nx), rng.uniform(0, ny), 1 + height - radius])
         add_sphere(distance_XYZ, centre_3, radius, periodic_z=False)
@@ -92,9 +92,9 @@ def rough_bed(shape: Grid, roughness: float, rng: np.random.Generator) -> NDArra
 
 
 def dune_bed(shape: Grid, roughness: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Solid mask [X, Y, Z]: a train of equal dunes up to ``roughness`` times the depth high, crests across the stream.
+    """Solid mask [X, Y, Z]: a train of equal dunes across the stream, of at most ``roughness`` times the depth.
 
-    A dune rises slowly and falls fast along the stream; its crest winds sideways.
+    Along the stream a dune rises slowly and falls steeply, and its crest meanders.
     """
     nx, ny, nz = shape
     height = roughness * (nz - 1) * rng.uniform(0.6, 1.0)
@@ -111,7 +111,7 @@ def dune_bed(shape: Grid, roughness: float, rng: np.random.Generator) -> NDArray
 
 
 def boulder_bed(shape: Grid, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Solid mask [X, Y, Z]: the bottom layer, and a few nearly whole spheres up to ``share`` of the depth high."""
+    """Solid mask [X, Y, Z]: the bottom layer and a few nearly whole spheres of at most ``share`` of the depth."""
     nx, ny, nz = shape
     distance_XYZ = np.full(shape, np.inf)
     covered = 0.0
@@ -133,12 +133,12 @@ def _flat_bed(shape: Grid) -> NDArray[np.bool_]:
 def initial_velocity(
     solid_XYZ: NDArray[np.bool_], speed: float, eddy_speed: float, rng: np.random.Generator
 ) -> FloatArray:
-    """Divergence-free start [3, X, Y, Z]: mean ``speed`` over the fluid along x, eddies of rms ``eddy_speed``."""
+    """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, and eddies of rms ``eddy_speed``."""
     nx, ny, nz = solid_XYZ.shape
     depth = nz - 1
     fade_XYZ = wall_fade(solid_XYZ, lid=True)
 
-    # Profile zeta (2 - zeta) of a laminar film on a plane bed, written as its stream function.
+    # Stream function of zeta (2 - zeta), the profile of a laminar film on a plane bed.
     zeta_Z = np.clip(np.arange(nz) / depth, 0, 1)
     stream_Z = zeta_Z**2 - zeta_Z**3 / 3
     base = np.zeros((3, nx, ny, nz))

@@ -1,7 +1,7 @@
-"""Porous-media flow: a periodic solid, driven by a mean pressure gradient, started from rest.
+"""Porous-media flow: driven by a mean pressure gradient through a periodic solid, started from rest.
 
-The gradient's x part pulses and its y and z parts turn, so that the flow keeps finding new ways through the pores.
-Its size is set by measuring, on two short runs, the speed that a first guess (Kozeny-Carman, or plates) gives.
+The x component of the gradient pulses and its y and z components rotate, so that the flow keeps finding new ways
+through the pores. Two short runs calibrate the gradient's size, from a first guess by Kozeny-Carman or for plates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shodh_moe.solvers.domains.geometry_file import GeometryFile
 from shodh_moe.solvers.flow import Calibration, Drive, FloatArray, FlowSetup, Pulse, Turn
 from shodh_moe.solvers.geometry import blob_field, fractures, percolating, sphere_field, threshold
 
-# The pulse adds up to the same again: the Mach number stays near 0.2.
+# The pulse can double it, which keeps the Mach number near 0.2.
 MAX_THROAT_SPEED = 0.08
 _MAX_DRAWS = 100
 
@@ -44,15 +44,17 @@ class PorousMedia(PulsedDomain):
     steps_per_snapshot: Positive = 50
     pulse: Fraction = 1.0
     geometry: list[Geometry] = Field(
-        ["spheres", "blobs"], min_length=1, description="kinds from which each trajectory draws its solid"
+        ["spheres", "blobs"], min_length=1, description="kinds of solid from which each trajectory draws one"
     )
-    porosity: list[Fraction] = Field([0.65, 0.9], description="range from which spheres and blobs draw their porosity")
-    grain: PositiveFloat = Field(5.5, description="sphere radius, and length scale of blobs, in cells")
-    aperture: PositiveFloat = Field(5.0, description="open width of fractures in cells: gives their porosity")
+    porosity: list[Fraction] = Field(
+        [0.65, 0.9], description="range from which to draw the porosity of spheres and blobs"
+    )
+    grain: PositiveFloat = Field(5.5, description="radius of spheres and length scale of blobs, in cells")
+    aperture: PositiveFloat = Field(5.0, description="open width of fractures in cells; determines their porosity")
     fractures: list[Positive] = Field([2, 4], description="range from which to draw the number of fractures")
     fracture_roughness: NonNegativeFloat = Field(0.8, description="rms displacement of a fracture's walls in cells")
     geometry_file: GeometryFile | None = Field(
-        None, description="a file to take all solids from, whatever `geometry` is"
+        None, description="file from which to take all solids, in place of `geometry`"
     )
 
     @model_validator(mode="after")
@@ -64,7 +66,7 @@ class PorousMedia(PulsedDomain):
         return self
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """One trajectory, drawn from ``rng``."""
+        """See `Domain.setup`."""
         speed = drawn_speed(self, rng)
         solid_XYZ, drawn = porous_solid(grid, self, rng)
         pulse = Pulse.draw(rng, self.pulse, self.pulse_period)
@@ -98,10 +100,10 @@ class PorousMedia(PulsedDomain):
         )
 
     def identity(self) -> dict[str, Any]:
-        """See `Domain.identity`; a geometry file counts by its content.
+        """See `Domain.identity`. Includes the hash of a geometry file.
 
         Raises:
-            UserError: that file cannot be read.
+            UserError: the geometry file cannot be read.
         """
         identity = super().identity()
         if self.geometry_file:
@@ -110,7 +112,10 @@ class PorousMedia(PulsedDomain):
 
 
 def porous_solid(grid: Grid, config: PorousMedia, rng: np.random.Generator) -> tuple[NDArray[np.bool_], Drawn]:
-    """A solid mask [X, Y, Z] that lets flow through along x, and what was drawn for it.
+    """Draw a solid through which flow along x is possible.
+
+    Returns:
+        The mask [X, Y, Z], bool, and the drawn parameters.
 
     Raises:
         ValueError: no mask in 100 draws percolates (porosity too low for the grain size).
@@ -129,7 +134,7 @@ def porous_solid(grid: Grid, config: PorousMedia, rng: np.random.Generator) -> t
         else:
             field_XYZ = blob_field(grid, config.grain, draw)
         solid_XYZ = percolating(threshold(field_XYZ, porosity))
-        # Filling dead pores must not leave a different porosity than the one asked for.
+        # Filling dead pores must not change the porosity too much.
         if solid_XYZ is not None and solid_XYZ.any() and 1 - solid_XYZ.mean() > 0.9 * porosity:
             return solid_XYZ, _drawn(kind, solid_XYZ, sub_seed + 1)
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The passive concentration that any flow can carry along, and how it begins."""
+"""A passive concentration that any flow can carry, and its initial state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from shodh_moe.base.section import PositiveFloat, Section
 
 
-class ScalarConfig(Section):
-    """A passive concentration, advected and diffused: from 0 to 1 at the start, zero in solid voxels."""
+class ScalarConfig(Section, changes="data"):
+    """A passive concentration, advected and diffused. It starts between 0 and 1 and is zero in solid voxels."""
 
     diffusivity: PositiveFloat = 0.02
     pattern: Literal["blob", "stripes"] = "blob"
 
     def initial(self, solid_XYZ: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
-        """The first concentration [X, Y, Z]: one round blob in the fluid, or two stripes along x; smooth, periodic."""
+        """Initial concentration [X, Y, Z]: a round blob in the fluid, or two stripes along x; smooth and periodic."""
         shape = solid_XYZ.shape
         if self.pattern == "stripes":
             phase_X = 4 * np.pi * (np.arange(shape[0]) + 0.5) / shape[0] + rng.uniform(0, 2 * np.pi)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shodh_moe.ccm.bench.rows import ROWS
+from shodh_moe.ccm.bench.aims import ROWS
 
 REGIMES = {
     "interpolation": (-0.75, -0.25, 0.25, 0.75),

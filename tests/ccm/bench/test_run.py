@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.ccm.bench.aims import ROWS
 from shodh_moe.ccm.bench.config import BenchConfig
-from shodh_moe.ccm.bench.rows import ROWS
 from shodh_moe.ccm.bench.run import run
 from shodh_moe.ccm.family import FAMILIES, SPLITS
 from shodh_moe.cli import main as shodh
-from shodh_moe.launching import processes as jobs
-from shodh_moe.launching.processes import ProcessJob, run_jobs
+from shodh_moe.launching import jobs
+from shodh_moe.launching.jobs import ProcessJob, run_jobs
 
 
 def _config(folder: Path) -> BenchConfig:

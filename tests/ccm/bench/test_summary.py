@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm.bench import aims, bootstrap
-from shodh_moe.ccm.bench.rows import READOUTS, ROWS
-from shodh_moe.ccm.bench.summary import markdown, summarise
+from shodh_moe.ccm.bench import aims
+from shodh_moe.ccm.bench.aims import READOUTS, ROWS
+from shodh_moe.ccm.bench.summary import resampled_means, resampling_weights, summarise
+from shodh_moe.ccm.bench.tables import markdown
 from tests.ccm.bench.synthetic import result
 
 
@@ -123,10 +124,10 @@ def test_pairing_takes_the_common_difficulty_out() -> None:
 
 def test_resamples_draw_seeds_and_trajectories() -> None:
     rng = np.random.default_rng(0)
-    seeds, trajectories = bootstrap.weights(3, rng), bootstrap.weights(4, rng)
+    seeds, trajectories = resampling_weights(3, rng), resampling_weights(4, rng)
     assert seeds.sum(1) == pytest.approx(1)
     errors = rng.random((3, 4))
-    means = bootstrap.means(errors, seeds, trajectories)
+    means = resampled_means(errors, seeds, trajectories)
     assert means[0] == pytest.approx(errors.mean())
     drawn = np.repeat(np.arange(3), np.rint(3 * seeds[5]).astype(int))
     columns = np.repeat(np.arange(4), np.rint(4 * trajectories[5]).astype(int))
@@ -204,8 +205,8 @@ def test_markdown_has_every_table() -> None:
     [
         (lambda results: results.clear(), "no results"),
         (lambda results: results[0].update(seed=0), "seed 0 are given twice"),
-        (lambda results: results[0].update(frames=5), "other regimes or frames"),
-        (lambda results: results[0]["regimes"].pop(), "other regimes or frames"),
+        (lambda results: results[0].update(frames=5), "different regimes or frames"),
+        (lambda results: results[0]["regimes"].pop(), "different regimes or frames"),
         (lambda results: results[0]["regimes"][2]["rows"]["low"]["errors"].pop(), "ood_high at s = \\+1.5"),
         (lambda results: results[0]["regimes"][2]["rows"].update(slerp={"errors": [1, 1]}), "unknown row slerp"),
     ],

@@ -1,0 +1,190 @@
+"""Fuzz the reader with mutated trajectory files and statistics, read as training reads them.
+
+A supervised child process reads file after file, so that a crash of its interpreter or a hang is counted and does not
+end the run. A file is determined by --seed and its number; --only N reads one file again and keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
+
+from shodh_moe.base.command import OneLineParser
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import write_text
+from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
+from shodh_moe.data.loader import Snapshots
+from support.mutations import Base, make_bases, mutate, mutated_stats
+
+FAULTS = ("traceback", "crash", "timeout")
+SECONDS_A_FILE = 60.0
+MEMORY = 4 * 2**30  # address space that the child may add to its initial size
+CPU_SECONDS = 2  # replaces the reader's own limit, so that endless files take less time
+STATS_SHARE = 0.03
+
+
+def read_as_training_does(folder: Path, base: Base | None) -> tuple[str, str]:
+    """Read the dataset in ``folder``. Returns (outcome, message). ``base`` is None if the statistics were mutated."""
+    try:
+        if base is None:
+            FieldStats.load(folder)
+            return "accepted, values equal or changed", ""
+        (record,) = list_trajectories(folder, "train")[:1]
+        fields, solid = read_snapshots(record)
+        read_provenance(record.path)
+        # Read again as a batch, which bypasses the library where possible.
+        snapshots, out_T5XYZ = Snapshots([record]), np.empty((len(fields), 5, *record.grid), dtype=np.float32)
+        for index in (0, *range(len(fields))):
+            snapshots.read(index, out_T5XYZ[index])
+    except UserError as error:
+        message = str(error)
+        named = str(folder) in message and "\n" not in message
+        return ("refused", message) if named else ("traceback", f"names no file, or is not one line: {message!r}")
+    except Exception:
+        return "traceback", traceback.format_exc()
+    same = np.array_equal(fields, base.values[0]) and np.array_equal(solid, base.values[1])
+    if not np.array_equal(out_T5XYZ, np.concatenate([fields, np.broadcast_to(solid, (len(fields), *solid.shape))], 1)):
+        return "traceback", "a batch differs from its snapshots"
+    return f"accepted, values {'equal' if same else 'changed'}", ""
+
+
+def write_case(folder: Path, bases: list[Base], seed: int, number: int) -> tuple[Base | None, str]:
+    """Write file ``number`` of the run into ``folder``; returns (base, mutation)."""
+    rng = np.random.default_rng([seed, number])
+    if rng.random() < STATS_SHARE:
+        name, content = mutated_stats(rng)
+        (folder / "stats.yaml").write_bytes(content)
+        return None, f"stats.yaml, {name}"
+    base, name, content = mutate(bases, rng)
+    path = folder / "data/train/mutated.hdf5"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    return base, f"{base.name}, {name}"
+
+
+def child(seed: int, start: int, stop: int, folder: Path) -> None:
+    """Read the files start..stop; before and after each, print its number or outcome as a line of JSON."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    opening.CPU_SECONDS = CPU_SECONDS
+    with tempfile.TemporaryDirectory() as made:
+        bases = make_bases(Path(made))
+    for number in range(start, stop):
+        print(json.dumps({"number": number}), flush=True)
+        base, mutation = write_case(folder, bases, seed, number)
+        outcome, message = read_as_training_does(folder, base)
+        print(json.dumps({"number": number, "case": mutation, "outcome": outcome, "message": message}), flush=True)
+
+
+def watch(seed: int, files: int, folder: Path) -> tuple[Counter[str], list[dict[str, Any]], Counter[str], float]:
+    """Read all files in child processes. Returns outcomes, faults, refusals by reason, the slowest file's seconds."""
+    outcomes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    faults: list[dict[str, Any]] = []
+    number, longest = 0, 0.0
+    while number < files:
+        arguments = [sys.executable, __file__, "--child", str(number), str(files), "--seed", str(seed)]
+        with subprocess.Popen([*arguments, "--folder", str(folder)], stdout=subprocess.PIPE) as process:
+            for line in lines_of(process):
+                if line is None or "outcome" not in line:
+                    began = time.monotonic()
+                    number = line["number"] if line else number
+                    continue
+                longest = max(longest, time.monotonic() - began)
+                outcomes[line["outcome"]] += 1
+                reasons[reason_of(line["message"], folder)] += line["outcome"] == "refused"
+                if line["outcome"] in FAULTS:
+                    faults.append(line)
+                    print(line["number"], line["case"], line["outcome"], line["message"], flush=True)
+                number = line["number"] + 1
+                if number % 500 == 0:
+                    print(number, dict(outcomes), flush=True)
+        if number < files:
+            outcome = "timeout" if process.returncode == -9 else "crash"
+            outcomes[outcome] += 1
+            faults.append({"number": number, "outcome": outcome, "message": f"exit code {process.returncode}"})
+            print(faults[-1], flush=True)
+            number += 1
+    return outcomes, faults, reasons, longest
+
+
+def lines_of(process: subprocess.Popen[bytes]) -> Any:
+    """Yield the child's decoded lines; kill it if it prints nothing for too long."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        rest = b""
+        while True:
+            if not selector.select(SECONDS_A_FILE):
+                process.kill()
+                return
+            piece = os.read(process.stdout.fileno(), 65536)
+            if not piece:
+                return
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def reason_of(message: str, folder: Path) -> str:
+    """A refusal's message without the parts that differ between files."""
+    text = message.replace(str(folder), "")
+    return " ".join(word for word in text.split()[:9] if not any(c.isdigit() for c in word))[:70]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and outcomes here")
+    parser.add_argument("--only", type=int, metavar="N", help="read file N of the run and keep it in --folder")
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: a temporary one")
+    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if options.child:
+            child(options.seed, *options.child, folder)
+            return 0
+        if options.only is not None:
+            child(options.seed, options.only, options.only + 1, folder)
+            return 0
+        began = time.monotonic()
+        outcomes, faults, reasons, longest = watch(options.seed, options.files, folder)
+        seconds = time.monotonic() - began
+    content = {
+        "benchmark": "fuzz_reader",
+        "machine": describe_environment(),
+        "seed": options.seed,
+        "files": options.files,
+        "seconds": round(seconds, 1),
+        "longest_seconds": round(longest, 2),
+        "outcomes": dict(sorted(outcomes.items())),
+        "faults": faults,
+        "refused_because": dict(reasons.most_common(40)),
+    }
+    print(json.dumps({key: content[key] for key in ("files", "seconds", "longest_seconds", "outcomes")}, indent=1))
+    if options.json:
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Code that several benchmark scripts share."""

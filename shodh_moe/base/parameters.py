@@ -1,0 +1,45 @@
+"""Marks on parameters: facts that training, checkpoints and reports need, set where a parameter is made.
+
+Code that treats some parameters differently reads their marks; it never looks at their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a parameter is.
+
+    Attributes:
+        decay: whether weight decay applies. Default: matrices decay (two or more axes), vectors do not.
+        sharded: whether each rank holds its own experts, stacked along axis 0. Default: every rank holds the same.
+        lr_scale: factor on the learning rate.
+        group: name under which reports put the parameter together with others.
+    """
+
+    decay: bool
+    sharded: bool = False
+    lr_scale: float = 1.0
+    group: str = "rest"
+
+
+def marks(parameter: Tensor) -> Marks:
+    """The marks of a parameter, or the defaults if it has none."""
+    found = getattr(parameter, "marks", None)
+    return Marks(decay=parameter.dim() >= 2) if found is None else found
+
+
+def mark(parameter: Tensor, **changes: Any) -> None:
+    """Set some fields of a parameter's `Marks` and keep the others."""
+    parameter.marks = replace(marks(parameter), **changes)  # type: ignore[attr-defined]
+
+
+def mark_all(module: nn.Module, **changes: Any) -> None:
+    """`mark` every parameter of a module."""
+    for parameter in module.parameters():
+        mark(parameter, **changes)

@@ -1,0 +1,88 @@
+"""The ``model`` section.
+
+A key changes the model if it shapes the weights, or changes a prediction of the same weights in which no token is
+dropped. The other keys change how a model is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from shodh_moe.base.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+from shodh_moe.config.routers import check_kind
+
+# Limits of the gating kernels (kernels/gating.py and cosine_gating.py, not imported because they need torch).
+MAX_EXPERTS = 256
+MAX_ROUTING_WIDTH = 128
+
+
+class RouterConfig(Section):
+    """The top-1 soft-semantic router (DESIGN 3.5)."""
+
+    kind: Annotated[str, BeforeValidator(check_kind)] = setting(
+        "cosine", changes="model", description="oracle: a control that sends every token to the expert of its domain"
+    )
+    frozen: bool = setting(False, changes="run", description="a control that keeps the router's initial weights")
+    dim: int = setting(
+        16,
+        changes="model",
+        gt=0,
+        le=MAX_ROUTING_WIDTH,
+        description="width of the projection whose cosine similarity scores the experts",
+    )
+    temperature: PositiveFloat = setting(0.1, changes="run", description="initial tau")
+    min_temperature: PositiveFloat = setting(0.01, changes="model", description="lower bound of tau")
+    balance_weight: NonNegativeFloat = setting(0.01, changes="run", description="weight of the load-balancing loss")
+    z_weight: NonNegativeFloat = setting(1e-3, changes="run", description="weight of the router's z-loss")
+
+
+class MoEConfig(Section):
+    """The sparse feed-forward block (DESIGN 3.4)."""
+
+    num_experts: int = setting(
+        2,
+        changes="model",
+        ge=0,
+        le=MAX_EXPERTS,
+        description="number of routed experts; 0: none, and the shared experts form a dense network",
+    )
+    expert_hidden: Positive = setting(256, changes="model", description="hidden width of an expert")
+    shared_experts: NonNegative = setting(1, changes="model", description="number of experts that see every token")
+    dropless: bool = setting(
+        False, changes="run", description="no capacity limit: experts take all their tokens, however uneven the load"
+    )
+    capacity_factor: PositiveFloat = setting(
+        1.25, changes="run", description="capacity of an expert relative to an even load"
+    )
+    min_capacity: Positive = setting(4, changes="run", description="smallest capacity of an expert in tokens")
+    drop_order: Literal["position", "probability"] = setting(
+        "position", changes="run", description="order in which tokens claim an expert's capacity"
+    )
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> MoEConfig:
+        if not self.num_experts and not self.shared_experts:
+            raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
+        return self
+
+
+class ModelConfig(Section):
+    """The latent transformer (DESIGN 3.4)."""
+
+    dim: Positive = setting(128, changes="model", description="width of a token")
+    depth: Positive = setting(4, changes="model", description="number of blocks")
+    heads: Positive = setting(4, changes="model", description="attention heads per block")
+    patch: Positive = setting(1, changes="model", description="latent cells per token along each axis")
+    history: Positive = setting(2, changes="model", description="snapshots from which the model predicts the next one")
+    moe: MoEConfig = MoEConfig()
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim {self.dim} must divide into {self.heads} heads of even width")
+        if self.dim // self.heads < 6:
+            raise ValueError(f"head width {self.dim // self.heads} is too small for 3D rotary positions (>= 6)")
+        return self

@@ -1,0 +1,25 @@
+"""The registry of routers: a new one is a file in model/routers and a line here.
+
+Classes are named, not imported: reading a config needs no torch.
+"""
+
+from __future__ import annotations
+
+from pydantic_core import PydanticCustomError
+
+# Value of model.moe.router.kind -> class, which implements `model.routers.Router`.
+ROUTERS = {
+    "cosine": "shodh_moe.model.routers.cosine:CosineRouter",
+    "linear": "shodh_moe.model.routers.linear:LinearRouter",
+    "oracle": "shodh_moe.model.routers.oracle:OracleRouter",
+}
+
+
+def check_kind(kind: object) -> object:
+    """Raise pydantic's error for a wrong literal unless a router of this name is registered."""
+    if kind not in list(ROUTERS):
+        *names, last = map(repr, ROUTERS)
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"}
+        )
+    return kind

@@ -1,0 +1,88 @@
+"""The sections ``training``, ``telemetry``, ``parallel`` and ``evaluation``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from shodh_moe.base.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+
+
+class TrainingConfig(Section):
+    """Pretraining: optimizer, schedule, and how often to write checkpoints and records."""
+
+    steps: Positive = setting(400, changes="run", description="optimizer steps")
+    batch_size: Positive = setting(16, changes="run", description="samples per rank and micro-batch")
+    accumulation: Positive = setting(1, changes="run", description="micro-batches per optimizer step")
+    learning_rate: PositiveFloat = setting(1e-3, changes="run")
+    min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")
+    warmup_steps: NonNegative = setting(20, changes="run")
+    weight_decay: NonNegativeFloat = setting(0.05, changes="run")
+    betas: list[Fraction] = setting([0.9, 0.95], changes="run")
+    grad_clip: PositiveFloat = setting(1.0, changes="run", description="largest norm of the gradients")
+    precision: Literal["float32", "bfloat16", "float64"] = setting(
+        "float32",
+        changes="run",
+        description="precision of matrix products; bfloat16: autocast, weights and optimizer state stay float32",
+    )
+    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = setting(
+        "auto", changes="nothing", for_tokenizer=True, description="library of the AdamW kernel"
+    )
+    norm: Literal["auto", "torch", "apex"] = setting(
+        "auto", changes="nothing", description="library of the RMS norm kernel"
+    )
+    activation_checkpointing: bool = setting(
+        False, changes="nothing", description="recompute each block in the backward pass to save memory"
+    )
+    on_nonfinite: Literal["halt", "skip"] = setting(
+        "halt",
+        changes="nothing",
+        for_tokenizer=True,
+        description="what to do about a loss or gradient that is not finite: stop, or skip the step",
+    )
+    stall_seconds: NonNegativeFloat = setting(
+        1800.0,
+        changes="nothing",
+        for_tokenizer=True,
+        description="end the job when a rank makes no step for this long, and write stacks to the run folder; 0: never",
+    )
+    checkpoint_every: Positive = setting(100, changes="nothing", description="steps between checkpoints")
+    keep_last: Positive = setting(2, changes="nothing", description="number of newest checkpoints to keep")
+    keep_every: NonNegative = setting(
+        0, changes="nothing", description="also keep every checkpoint at a multiple of this many steps; 0: none"
+    )
+    log_every: Positive = setting(10, changes="nothing", description="steps between records in metrics.jsonl")
+    validate_every: Positive = setting(100, changes="nothing", description="steps between validations")
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> TrainingConfig:
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(f"betas needs two numbers from 0 to below 1, not {self.betas}")
+        return self
+
+
+class TelemetryConfig(Section, changes="nothing"):
+    """Records of the routers and experts of each layer."""
+
+    every: Positive = Field(10, description="steps between records of the routers, experts and exchanges")
+    starved_below: Fraction = Field(0.1, description="warn of an expert with less than this share of an even load")
+    dropped_above: Fraction = Field(0.1, description="warn when more than this share of a domain's tokens is dropped")
+
+
+class ParallelConfig(Section, changes="nothing"):
+    """Parallel layout: world size = EP x EDP (DESIGN 7). A checkpoint fits every layout."""
+
+    processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
+    hostfile: str | None = Field(None, description="file of hosts and slots, in DeepSpeed's format; null: this host")
+    ep_size: Positive | Literal["auto"] = Field(
+        "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
+    )
+    zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO stage: 1 shards optimizer state, 2 gradients as well")
+
+
+class EvaluationConfig(Section, changes="nothing"):
+    """Measurements on held-out trajectories."""
+
+    batch_size: Positive = 8
+    rollout_steps: Positive = 10

@@ -1,0 +1,39 @@
+"""Oracle router, a control: each sample goes to its domain's expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shodh_moe.base.errors import UserError
+from shodh_moe.config import RouterConfig
+from shodh_moe.kernels import Gating, top1_gating
+from shodh_moe.model.routers.router import Context, Slots
+
+
+class OracleRouter(nn.Module):
+    """Sends every token of domain d to expert d modulo E with gate 1; it has no weights."""
+
+    temperature = None
+
+    def __init__(self, dim: int, num_experts: int, config: RouterConfig):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+        """See `Router`.
+
+        Raises:
+            UserError: the context does not name the samples' domains.
+        """
+        if context.domain_B is None:
+            raise UserError(
+                "model.moe.router.kind oracle needs each sample's domain, which a flow of your own does not have: "
+                "use a model with another router"
+            )
+        expert_N = context.by_token(context.domain_B % self.num_experts, len(x_ND))
+        # Probability exactly 1 for this expert and exactly 0 for the others.
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        logits_NE = x_ND.new_full((len(x_ND), self.num_experts), -torch.inf, dtype=dtype)
+        logits_NE.scatter_(1, expert_N[:, None], 0.0)
+        return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)

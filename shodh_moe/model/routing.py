@@ -1,0 +1,34 @@
+"""Record of the routing of one layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from shodh_moe.kernels import Gating
+
+
+class Routing(NamedTuple):
+    """What one mixture layer did with its N tokens. Only the two losses carry gradients; see `Gating`."""
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    expert_N: Tensor
+    kept_N: Tensor  # bool, whether the token found a slot at its expert
+    entropy_N: Tensor
+    gate_N: Tensor
+    logsumexp_N: Tensor
+
+
+def routing_of(gating: Gating) -> Routing:
+    """The record of a router's decision."""
+    return Routing(
+        balance_loss=gating.balance_loss,
+        z_loss=gating.z_loss,
+        expert_N=gating.expert_N,
+        kept_N=gating.slot_N >= 0,
+        entropy_N=gating.entropy_N,
+        gate_N=gating.gate_N.detach(),
+        logsumexp_N=gating.logsumexp_N,
+    )

@@ -1,0 +1,73 @@
+"""Figures of training: losses of the transformer and of the tokenizer."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shodh_moe.report import style
+from shodh_moe.report.run.load import RunData
+from shodh_moe.training.records import Record, records
+
+TRAIN_TERMS = {"loss": "total", "prediction_loss": "prediction", "balance_loss": "balance", "z_loss": "router z"}
+TRAIN_COLOURS = {"loss": "black", "prediction_loss": "#c2410c", "balance_loss": "#2563eb", "z_loss": "#16a34a"}
+TOKENIZER_COLOURS = {"loss": "black", "velocity_mse": "#c2410c", "pressure_mse": "#2563eb"}
+
+
+def loss_curves(run: RunData) -> Figure | None:
+    """Draw losses over steps: the training terms, held-out latent error with persistence, the tokenizer's losses."""
+    train, valid = records(run.history, "train"), records(run.history, "valid")
+    fits = records(run.tokenizer_history, "train")
+    held_out = records(run.tokenizer_history, "valid")
+    count = bool(train) + bool(valid) + bool(fits) + bool(held_out)
+    if not count:
+        return None
+    figure, grid = style.panels(count, 2, 4.2, title="Losses")
+    left = iter(grid)
+    if train:
+        axes = next(left)
+        for key, name in TRAIN_TERMS.items():
+            _line(axes, train, key, name, color=TRAIN_COLOURS[key])
+        _finish(axes, "transformer, training batches", "loss (no unit)")
+    if valid:
+        axes = next(left)
+        for index, domain in enumerate(run.domains):
+            colour, name = style.domain_colour(index), style.words(domain)
+            _domain_line(axes, valid, "latent_mse", domain, name, color=colour)
+            _domain_line(
+                axes, valid, "latent_mse_persistence", domain, f"{name}, persistence", color=colour, linestyle=":"
+            )
+        _finish(axes, "transformer, held-out data", "latent MSE (no unit)")
+    if fits:
+        axes = next(left)
+        for key, colour in TOKENIZER_COLOURS.items():
+            _line(axes, fits, key, "total" if key == "loss" else key.replace("_mse", ""), color=colour)
+        _finish(axes, "tokenizer, training batches", "MSE of normalised fields")
+    if held_out:
+        axes = next(left)
+        for index, domain in enumerate(run.domains):
+            for key, dash in (("velocity_mse", "-"), ("pressure_mse", "--")):
+                name = f"{style.words(domain)}, {key.removesuffix('_mse')}"
+                _domain_line(axes, held_out, key, domain, name, color=style.domain_colour(index), linestyle=dash)
+        _finish(axes, "tokenizer, held-out data", "MSE of normalised fields")
+    return figure
+
+
+def _line(axes: Axes, history: list[Record], key: str, name: str, **look: str) -> None:
+    points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps, values, label=name, linewidth=1.6, marker="o" if len(points) <= 12 else "", markersize=4, **look
+        )
+
+
+def _domain_line(axes: Axes, history: list[Record], key: str, domain: str, name: str, **look: str) -> None:
+    flat = [{"step": record["step"], key: (record.get(key) or {}).get(domain)} for record in history]
+    _line(axes, flat, key, name, **look)
+
+
+def _finish(axes: Axes, title: str, y: str) -> None:
+    style.log_y(axes)
+    style.label(axes, title, "step", y)
+    style.legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)

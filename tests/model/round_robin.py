@@ -1,0 +1,26 @@
+"""A router of one file, for test_routers: sample number n goes to expert n modulo E."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shodh_moe.config import RouterConfig
+from shodh_moe.kernels import Gating, top1_gating
+from shodh_moe.model.routers import Context, Slots
+
+
+class RoundRobinRouter(nn.Module):
+    """Learns how sure it is of its choice, and nothing else."""
+
+    temperature = None
+
+    def __init__(self, dim: int, num_experts: int, config: RouterConfig):
+        super().__init__()
+        self.num_experts = num_experts
+        self.confidence = nn.Parameter(torch.ones(1))
+
+    def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+        expert_N = context.sample_N(x_ND) % self.num_experts
+        logits_NE = self.confidence * nn.functional.one_hot(expert_N, self.num_experts)
+        return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)

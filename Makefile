@@ -27,7 +27,7 @@ venv: $(STAMP) ## make the environment in .venv (PYTHON=python3.12 and TORCH=sys
 $(STAMP): setup.py pyproject.toml constraints.txt launch/make_venv.sh
 	@bash launch/make_venv.sh $(VENV)
 
-pretrain: $(STAMP) ## the whole main job: CONFIG=configs/quickstart.yaml NAME=run ARGS="training.steps=200"
+pretrain: $(STAMP) ## run all stages, from data to report: CONFIG=configs/quickstart.yaml NAME=run ARGS="training.steps=200"
 	@$(BIN)/shodh run --config "$(CONFIG)" $(if $(NAME),--name "$(NAME)") $(ARGS)
 
 test: $(STAMP) ## run the tests: ARGS="-k router" or ARGS=tests/test_packaging.py narrow them down
@@ -52,13 +52,13 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectures, without a GPU; fails on a spill
 	@$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
 
-ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; goes on where it was
+ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; resumes if interrupted
 	@$(BIN)/shodh bench ccm --config configs/ccm/bench.yaml $(ARGS)
 
-audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; goes on where it was
+audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; resumes if interrupted
 	@$(BIN)/shodh audit --config configs/audit/cpu.yaml $(ARGS)
 
-reproduce: $(STAMP) ## the 20,000-step run (docs/reproduction.md), at most an hour on two cores; goes on where it was
+reproduce: $(STAMP) ## the 20,000-step run (docs/reproduction.md), at most an hour on two cores; resumes if interrupted
 	@$(BIN)/python benchmarks/studies/reproduction.py $(ARGS)
 
 gpu: ## on a machine with a GPU: its tests, all benchmarks, a short training run (PYTHON=one with a CUDA torch; no venv)

@@ -60,7 +60,7 @@ def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def write_dataset(
     folder: Path, grid: tuple[int, int, int] = GRID, snapshots: int = 5, domains: tuple[str, ...] = ("calm", "wild")
 ) -> Path:
-    """A dataset of someone else's: one trajectory per split and domain, with statistics."""
+    """Write a dataset as a third party would: one trajectory per split and domain, with statistics."""
     for number, (split, domain) in enumerate((s, d) for s in ("train", "valid", "test") for d in domains):
         rng = np.random.default_rng(number)
         simulation = Simulation(
@@ -78,7 +78,7 @@ def write_dataset(
 
 
 def tree(folder: Path) -> dict[str, int]:
-    """Every file and folder below, with the time files were last changed."""
+    """Every file and folder below ``folder`` with its modification time in ns; 0 for folders."""
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns if p.is_file() else 0 for p in sorted(folder.rglob("*"))}
 
 

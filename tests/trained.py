@@ -1,4 +1,4 @@
-"""A run as training leaves it, made without training: dataset, tokenizer, one checkpoint, one line of telemetry."""
+"""Build a run folder without training: dataset, tokenizer, one checkpoint, one line of telemetry."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_config(folder: Path, **tokenizer: Any) -> Config:
 def make_run(folder: Path, **settings: Any) -> Path:
     """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
 
-    ``settings`` are of the tokenizer.
+    ``settings`` override tokenizer settings.
     """
     write_dataset(folder / "theirs", GRID, SNAPSHOTS)
     (folder / "tok").mkdir()
@@ -74,7 +74,7 @@ def make_run(folder: Path, **settings: Any) -> Path:
 
 
 def two_trajectories(path: Path, dataset: Path) -> Path:
-    """A file with the test trajectories of both domains, the second one's first axis of time and scalars its own."""
+    """Write a file with the test trajectories of both domains and a Reynolds number for each; return its path."""
     files = [dataset / "data" / "test" / f"{domain}.hdf5" for domain in ("calm", "wild")]
     with h5py.File(path, "w") as file, h5py.File(files[0]) as first, h5py.File(files[1]) as second:
         for key, value in first.attrs.items():

@@ -30,6 +30,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_resources_are_read_and_spills_are_seen():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

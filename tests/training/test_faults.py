@@ -78,7 +78,7 @@ def _once_training(process: subprocess.Popen[str], run: Path, before: str = "") 
         time.sleep(0.05)
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.Error):  # one that has just ended
+        with suppress(psutil.Error):  # the process has just ended
             for argument in child.cmdline():
                 if argument.startswith("--local_rank="):
                     found[int(argument.partition("=")[2])] = child

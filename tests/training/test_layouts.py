@@ -18,13 +18,13 @@ import torch.distributed as dist
 from tests.forked import spawn
 from tests.training.synthetic import write_case
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
 WORLD, STEPS, SAVED_AT, AFTER, RATE = 4, 20, 3, 2, 1e-2
 LAYOUTS = list(itertools.product((0, 1, 2), (1, 2, 4)))
 SETTINGS = ("model.moe.num_experts=8", "model.moe.dropless=true", "training.grad_clip=0.05")
 PRECISIONS = ("float64", "float32")
-# From whose checkpoint to whom: all pairs; in float32, which takes the same paths, each to itself and the next.
+# (source, target) of each resumed run: all pairs; in float32, which takes the same paths, itself and the next one.
 PAIRS = [("float64", *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
 PAIRS += [("float32", source, (LAYOUTS * 2)[number + k]) for number, source in enumerate(LAYOUTS) for k in (0, 1)]
 
@@ -41,13 +41,13 @@ def _worker(rank: int, folder: Path, port: int) -> None:
         runs = {layout: _Run(rank, folder, precision, layout) for layout in LAYOUTS}
         for layout, run in runs.items():
             results["alike", precision, layout] = run.train(STEPS) | {"weights": run.logical()}
-            # The state of the layout's own continuous run, from a checkpoint in its middle on.
+            # The layout's own unbroken run, from a checkpoint in its middle to its end.
             run.restart()
             run.train(SAVED_AT)
             run.save()
             results["unbroken", precision, layout] = run.train(AFTER) | {"weights": run.logical()}
         for source, target in [pair for which, *pair in PAIRS if which == precision]:
-            run = runs[target]  # as its last use left it: in another state, which loading must replace wholly
+            run = runs[target]  # still in the state of its last use, all of which loading must replace
             run.load(runs[source].checkpoint)
             before = run.logical()
             run.train(1, rate=0.0)
@@ -63,7 +63,7 @@ def _worker(rank: int, folder: Path, port: int) -> None:
 
 
 class _Run:
-    """One engine, and training on the same samples for all layouts."""
+    """One engine, trained on the same samples as those of all other layouts."""
 
     def __init__(self, rank: int, folder: Path, precision: str, layout: tuple[int, int]):
         from shodh_moe.config.load import load_config
@@ -124,7 +124,7 @@ class _Run:
         return {"losses": torch.stack(losses), "norms": torch.stack(norms), "routes": torch.cat(everyone, dim=2)}
 
     def logical(self, moments: bool = False) -> dict[str, torch.Tensor]:
-        """Every logical tensor whole, on every rank."""
+        """Every logical tensor in full, on every rank."""
         shapes = {name: s for name, s in self.engine.shapes().items() if moments or name.startswith("model/")}
         sizes = [math.prod(shape) for shape in shapes.values()]
         first = dict(zip(shapes, itertools.accumulate([0, *sizes]), strict=False))
@@ -192,7 +192,7 @@ def test_the_setting_trains_and_clips(results):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_first_step_is_alike_in_float32_and_flips_are_counted(results, layout, record_property):
-    """Later a rounding may send a nearly tied token to the other expert; how many did is in the test report."""
+    """Later, rounding may send a nearly tied token to another expert; the test report counts these tokens."""
     one, other = (results["alike", "float32", key] for key in ((0, 1), layout))
     torch.testing.assert_close(other["losses"][0], one["losses"][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(other["norms"][0], one["norms"][0], rtol=1e-6, atol=1e-9)

@@ -1,4 +1,4 @@
-"""One AdamW from every back end, and state that fits them all."""
+"""All back ends implement the same AdamW and share one state format."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CONFIG = TrainingConfig(learning_rate=1e-2)
 
 def _back_ends() -> list:
     can_compile = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="no C++ compiler")
-    return ["torch", pytest.param("deepspeed", marks=can_compile)]
+    return ["torch", pytest.param("deepspeed", marks=[can_compile, pytest.mark.slow])]
 
 
 @pytest.mark.parametrize("choice", _back_ends())
 def test_each_is_adamw(choice):
-    """Against PyTorch's plain loop, from a state made in advance, over steps 1 to 5."""
+    """Compare steps 1 to 5, from a state made in advance, with PyTorch's plain loop."""
     optimizer = make_optimizer(choice, _groups(), CONFIG)
     make_state(optimizer)
     assert updates(optimizer) == 0
@@ -60,7 +60,7 @@ def test_each_is_adamw(choice):
 
 @pytest.mark.parametrize("choice", _back_ends())
 def test_state_moves_between_back_ends(choice):
-    """Three steps by PyTorch, then two by another with the moments and the count of the first."""
+    """Train three steps with PyTorch, then two with another back end from the same moments and step count."""
     first, unbroken, second = (make_optimizer(c, _groups(), CONFIG) for c in ("torch", "torch", choice))
     for optimizer in (first, unbroken, second):
         make_state(optimizer)

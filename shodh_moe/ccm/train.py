@@ -18,8 +18,9 @@ from shodh_moe.config.compare import flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.operators import nrmse, rollout
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.resume import on_rank_0
 from shodh_moe.training.trainer import train
 

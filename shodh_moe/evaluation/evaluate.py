@@ -29,7 +29,8 @@ from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.model import Context
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.tokenizer.encoding import trajectory_fields
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 

@@ -27,8 +27,9 @@ from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 from shodh_moe.training.trainer import train
 

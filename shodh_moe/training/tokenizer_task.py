@@ -32,8 +32,9 @@ from shodh_moe.tokenizer.batches import draw, drawn_batches, on_device, share
 from shodh_moe.tokenizer.reconstruction import Reconstruction
 from shodh_moe.tokenizer.start import SCALES, STARTED, start_from_principal_components
 from shodh_moe.tokenizer.tokenizer import Tokenizer
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.resume import on_rank_0
 from shodh_moe.training.trainer import train
 

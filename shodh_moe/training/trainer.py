@@ -30,10 +30,11 @@ from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.stop_signals import stop_request
 from shodh_moe.launching.watchdog import Watchdog, watched
 from shodh_moe.parallel.rendezvous import versions
-from shodh_moe.training.engine import Engine, Step, leave_process_group
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
+from shodh_moe.training.process_group import leave_process_group
 from shodh_moe.training.resume import on_rank_0, random_state, start_from, weights_from
 
 

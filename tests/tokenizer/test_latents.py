@@ -16,7 +16,8 @@ from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
-from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
+from shodh_moe.tokenizer.encoding import encode_dataset
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, GRID, write_dataset
 

@@ -96,7 +96,7 @@ class _ExpertTask:
 
     def end(self, step: int, applied: bool) -> None:
         if applied:
-            self._nonfinite.all_well()
+            self._nonfinite.step_applied()
         else:
             self._nonfinite.handle(step, self._batches)
 
@@ -133,5 +133,5 @@ class _ExpertTask:
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True

@@ -76,9 +76,9 @@ class Watchdog:
                 self._last = now
             last_check = now
             if now - self._last > self.seconds:
-                self._bark()
+                self._report_and_exit()
 
-    def _bark(self) -> None:
+    def _report_and_exit(self) -> None:
         text = f"error on rank {self._rank}: no progress for {self.seconds:g} s: the stacks of the ranks are in"
         print(f"{text} {self._folder}", file=sys.stderr, flush=True)
         writing = threading.Thread(target=self._write_stack, daemon=True)

@@ -14,7 +14,9 @@ from typing import Literal
 from shodh_moe.base.errors import UserError
 
 Point = dict[str, float]
-BOTH = "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"
+EXPECTED = (
+    "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def find_layout(points: dict[str, Point], where: str) -> Layout:
     else:
         axis = max(axes, key=lambda one: len(values[one]))
         raise UserError(
-            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: {BOTH}"
+            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: {EXPECTED}"
         )
     ordered = sorted(models, key=lambda model: places[model])
     ends = {axis: (values[axis][0], values[axis][-1]) for axis in axes}
@@ -134,7 +136,7 @@ def _corners(points: dict[str, Point], values: dict[str, list[float]], where: st
     for corner in itertools.product((-1, 1), repeat=len(values)):
         if corner not in there:
             missing = {axis: values[axis][max(0, s)] for axis, s in zip(values, corner, strict=True)}
-            raise UserError(f"{where}: no model is at the corner {written(missing)}: add it; {BOTH}")
+            raise UserError(f"{where}: no model is at the corner {written(missing)}: add it; {EXPECTED}")
     return places
 
 
@@ -144,7 +146,7 @@ def _star(points: dict[str, Point], values: dict[str, list[float]], where: str) 
         ends = [axis for axis, s in zip(values, place, strict=True) if s]
         if len(ends) != 1:
             at = f"at an end of {' and of '.join(ends)}" if ends else "in the middle of all axes, as base_model is"
-            raise UserError(f"{where}: {model} ({written(points[model])}) is {at}: leave it out; {BOTH}")
+            raise UserError(f"{where}: {model} ({written(points[model])}) is {at}: leave it out; {EXPECTED}")
     return places
 
 

@@ -35,16 +35,20 @@ def encode_dataset(
     symmetries: str = "all",
     tokenizer_folder: Path | None = None,
 ) -> None:
-    """Encode every trajectory of every split into ``folder`` (which should be temporary).
+    """Encode every trajectory of every split into ``folder``, which should be temporary until this returns.
 
     Each training trajectory is encoded up to ``copies`` times: unchanged, and under different symmetries of its flow.
     Shifts by a fraction of a latent cell give latents that the first copy does not have. Only a few batches of
     snapshots are in memory at a time.
 
     Args:
+        dataset: folder of the dataset.
+        copies: number of copies of each training trajectory, including the unchanged one.
+        seed: selects the symmetries.
+        skip_bad: whether to skip unusable files (``data.skip_bad``).
         symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow with fewer symmetries gets fewer copies.
         tokenizer_folder: the folder from which ``tokenizer`` was read. Without it the cache does not record its
-            tokenizer, and `load_latents` refuses it whenever a tokenizer is named.
+            tokenizer, and `load_latents` refuses it whenever a tokenizer is given there.
 
     Raises:
         UserError: bad data, or latents that are not finite (names the trajectory).
@@ -52,16 +56,16 @@ def encode_dataset(
     tokenizer = tokenizer.to(device).eval()
     listed = {split: list_trajectories(dataset, split, tokenizer.grid, skip_bad) for split in SPLITS}
     snapshots = Snapshots([record for records in listed.values() for record in records])
-    parts, works, first = [], [], 0
+    batches, jobs, first = [], [], 0
     for split, records in listed.items():
         for number, record in enumerate(records):
             drawn = draw_copies([seed, number], record, copies if split == "train" else 1, symmetries)
             for copy, symmetry in enumerate(drawn):
                 for start in range(0, record.n_snapshots, BATCH):
-                    parts.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
-                    works.append((split, record, copy, symmetry, start))
+                    batches.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
+                    jobs.append((split, record, copy, symmetry, start))
             first += record.n_snapshots
-    reads = read_batches(snapshots, parts, WORKERS, pin=torch.device(device).type == "cuda")
+    reads = read_batches(snapshots, batches, WORKERS, pin=torch.device(device).type == "cuda")
     stats = dataset / "stats.yaml"
     origin = {
         "tokenizer_sha256": (tokenizer_folder and tokenizer_sha256(tokenizer_folder)) or "",
@@ -79,7 +83,7 @@ def encode_dataset(
         for file in files.values():
             file.attrs.update(origin)
         for (split, record, copy, symmetry, start), fields_B5XYZ in zip(
-            progress(works, "encode latents", len(works)), reads, strict=True
+            progress(jobs, "encode latents", len(jobs)), reads, strict=True
         ):
             fields_B5XYZ = symmetry.apply(fields_B5XYZ.to(device, non_blocking=True))
             name = f"{record.path.name}.{record.sample:04d}.{copy:04d}"
@@ -90,7 +94,7 @@ def encode_dataset(
             if not z_BCxyz.isfinite().all():
                 raise UserError(
                     f"{record.path}: the latents of snapshots {start} to {stop - 1} of trajectory {record.sample} are "
-                    "not finite: these data are too far from those that the tokenizer was trained on; train another"
+                    "not finite: the data differ too much from those that the tokenizer was trained on; train another"
                 )
             files[split][name]["z"][start:stop] = z_BCxyz.numpy()
 
@@ -104,12 +108,12 @@ def _new_group(
     copy: int,
     symmetry: Symmetry,
 ) -> None:
-    """Create the group of a trajectory with everything except the values of its latents."""
+    """Create the group of a trajectory. The latents ``z`` are allocated but not filled."""
     group = file.create_group(name)
     group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample, copy=copy)
     group.attrs.update(shift=symmetry.shift, mirror=symmetry.mirror, order=symmetry.order)
     shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
-    # One block: reading chunks with checksums takes 16 times as long, and training waits for it.
+    # Stored contiguously: reading chunks with checksums takes 16 times as long, and training waits for it.
     group.create_dataset("z", shape, "float32")
     group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
     group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()

@@ -1,10 +1,10 @@
-"""Latents of a whole dataset, encoded once and cached, so that pretraining never runs the encoder.
+"""Read the cached latents of a dataset, one trajectory at a time or as training samples.
 
-A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``. Each has one group per trajectory with
-``z`` [T, C, x, y, z] and ``geometry`` [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z]
-(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of
-the trajectory in that file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``,
-``order``.
+`encoding` encodes a dataset once, so that pretraining never runs the encoder. A cache folder holds ``train.hdf5``,
+``valid.hdf5`` and ``test.hdf5``. Each file has one group per trajectory with ``z`` [T, C, x, y, z] and ``geometry``
+[C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z] (fraction of solid voxels in each latent's
+patch, float32) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of the trajectory in that
+file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
@@ -36,6 +36,12 @@ class LatentTrajectory:
     """One trajectory in latent space. The latents stay on disk until they are read.
 
     Attributes:
+        domain: name of its domain.
+        source: name of the data file.
+        sample: number of the trajectory in that file.
+        z: normalised latents on disk, float32 [T, C, x, y, z].
+        geometry_Cxyz: geometry latent, float32.
+        solid_fraction_xyz: fraction of solid voxels in each latent's patch, float32.
         copy: 0 for the trajectory itself, otherwise the number of its copy under a symmetry.
     """
 
@@ -49,10 +55,11 @@ class LatentTrajectory:
 
     @property
     def snapshots(self) -> int:
+        """Number of snapshots T."""
         return self.z.shape[0]
 
     def solid_fraction_by_token(self, patch: int) -> Tensor:
-        """Share of each token's cells that are solid, [x / patch, y / patch, z / patch]."""
+        """Fraction of solid voxels in each token, float32 [x / patch, y / patch, z / patch]."""
         return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -69,12 +76,14 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
     """Open every cached trajectory of a split, ordered by name. The file stays open.
 
     Args:
+        folder: the cache folder.
+        split: ``train``, ``valid`` or ``test``.
         tokenizer: folder of the tokenizer that must have made the latents. If it is None or no longer holds a
             tokenizer, latents of any tokenizer are accepted.
 
     Raises:
-        UserError: the cache is missing, damaged or of another tokenizer (by hash, channels or grid), a trajectory has
-            no snapshots or other shapes than the first one, or a geometry is not finite.
+        UserError: the cache is missing or damaged, another tokenizer made it (by hash, channels or grid), a trajectory
+            has no snapshots, trajectories differ in shape, or a geometry is not finite.
     """
     path = folder / f"{split}.hdf5"
     with _readable(path):
@@ -82,22 +91,22 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
         found = [_trajectory(file[name]) for name in sorted(file)]
         shapes = [(one.z.shape[1:], tuple(one.geometry_Cxyz.shape), one.solid_fraction_xyz.shape) for one in found]
         made_with = str(file.attrs.get("tokenizer_sha256", "")), str(file.attrs.get("tokenizer", ""))
-    again = f"delete {folder} and run `shodh tokenizer encode` again"
+    remedy = f"delete {folder} and run `shodh tokenizer encode` again"
     if not found:
-        raise UserError(f"latents {path} hold no trajectory: {again}")
+        raise UserError(f"latents {path} hold no trajectory: {remedy}")
     shape = shapes[0][0]
     for one, own in zip(found, shapes, strict=True):
         if len(shape) != 4 or own != (shape, shape, shape[1:]):
             raise UserError(
                 f"latents {path}: {one.z.parent.name[1:]} has {_size(own[0])} and a geometry of {_size(own[1])}, "
-                f"expected {_size(shape)} in all: {again}"
+                f"expected {_size(shape)} in all: {remedy}"
             )
         if not one.snapshots:
-            raise UserError(f"latents {path}: {one.z.parent.name[1:]} has no snapshots: {again}")
+            raise UserError(f"latents {path}: {one.z.parent.name[1:]} has no snapshots: {remedy}")
         if not one.geometry_Cxyz.isfinite().all() or not one.solid_fraction_xyz.isfinite().all():
-            raise UserError(f"latents {path}: the geometry of {one.z.parent.name[1:]} is not finite: {again}")
+            raise UserError(f"latents {path}: the geometry of {one.z.parent.name[1:]} is not finite: {remedy}")
     if tokenizer:
-        _require_made_with(tokenizer, made_with, shape, path, again)
+        _require_made_with(tokenizer, made_with, shape, path, remedy)
     return found
 
 
@@ -114,23 +123,31 @@ def _trajectory(group: h5py.Group) -> LatentTrajectory:
 
 
 def _require_made_with(
-    tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, again: str
+    tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, remedy: str
 ) -> None:
-    """Raise if the folder holds a tokenizer, and the latents' hash or shape differs from that tokenizer's."""
-    (digest, folder), described = made_with, tokenizer / "tokenizer.json"
+    """Check that the tokenizer in the folder, if there is one, made the latents.
+
+    Args:
+        made_with: hash and folder of the tokenizer that made the latents, as the cache records them.
+        shape: [C, x, y, z] of the latents.
+
+    Raises:
+        UserError: hash or shape differ, or the tokenizer's description is damaged.
+    """
+    (digest, folder), meta_path = made_with, tokenizer / "tokenizer.json"
     try:
-        meta = json.loads(described.read_text(encoding="utf-8"))
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
         own_digest = str(meta["sha256"])
         own_shape = (int(meta["config"]["latent_channels"]), *(int(size) // COMPRESSION for size in meta["grid"]))
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{described} cannot be read ({type(error).__name__}): train the tokenizer again") from error
+        raise UserError(f"{meta_path} cannot be read ({type(error).__name__}): train the tokenizer again") from error
     if (digest, shape) != (own_digest, own_shape):
-        theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "a tokenizer that they do not name"
+        theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "an unknown tokenizer"
         raise UserError(
             f"latents {path}, {_size(shape)}, were made with {theirs}; the one in {tokenizer} is {own_digest[:12]} and "
-            f"makes {_size(own_shape)}: {again}, or set tokenizer.path to the tokenizer that made them"
+            f"makes {_size(own_shape)}: {remedy}, or set tokenizer.path to the tokenizer that made them"
         )
 
 
@@ -140,10 +157,10 @@ def _size(shape: tuple[int, ...]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn HDF5's errors in the block into a `UserError` that says what to do."""
+    """Turn errors of reading HDF5 in the block into a `UserError` that says what to do."""
     try:
         yield
-    # h5py raises several of these for an object of the wrong kind (a group instead of a dataset).
+    # h5py raises different ones for an object of the wrong kind, such as a group instead of a dataset.
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read latents {path} ({reason}): delete {path.parent} and run again") from error
@@ -170,12 +187,12 @@ class Batch(NamedTuple):
         return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The samples on a device, with floating-point tensors in ``dtype`` (None: as they are)."""
+        """Move the samples to a device, and convert floating-point tensors to ``dtype`` (None keeps their dtypes)."""
         return Batch(*(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in self))
 
 
 class LatentSamples:
-    """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain.
+    """Samples of a split, grouped by domain. A sample is H latents, the geometry latent, and the next latent.
 
     Args:
         trajectories: latent trajectories of one split.
@@ -184,20 +201,21 @@ class LatentSamples:
 
     Attributes:
         domains: sorted names of the domains in use.
-        trajectories: those of the domains in use.
+        trajectories: trajectories of the domains in use.
         index: for each domain, (trajectory number, first snapshot) of each sample.
-        weights, streams: of the domains in use, for `DomainSampler`. A stream is a domain's place among all domains.
+        weights: weight of each domain in use, for `DomainSampler`; None if no weights are given.
+        streams: number of each domain in use among all domains, which selects its random stream in `DomainSampler`.
 
     Raises:
         UserError: a weight is for an unknown domain, or no trajectory of a domain is long enough.
     """
 
     def __init__(self, trajectories: list[LatentTrajectory], history: int, weights: dict[str, float] | None = None):
-        everyone = sorted({trajectory.domain for trajectory in trajectories})
-        given = domain_weights(weights, everyone)
-        self.streams = tuple(n for n in range(len(everyone)) if given is None or given[n] > 0)
-        self.weights = tuple(given[n] for n in self.streams) if given else None
-        self.domains = [everyone[n] for n in self.streams]
+        all_domains = sorted({trajectory.domain for trajectory in trajectories})
+        all_weights = domain_weights(weights, all_domains)
+        self.streams = tuple(n for n in range(len(all_domains)) if all_weights is None or all_weights[n] > 0)
+        self.weights = tuple(all_weights[n] for n in self.streams) if all_weights else None
+        self.domains = [all_domains[n] for n in self.streams]
         self.trajectories = [trajectory for trajectory in trajectories if trajectory.domain in self.domains]
         self.history = history
         self.index: list[list[tuple[int, int]]] = [[] for _ in self.domains]
@@ -210,14 +228,18 @@ class LatentSamples:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of samples per domain."""
+        """Number of samples of each domain."""
         return tuple(len(samples) for samples in self.index)
 
     def batch(self, samples: list[tuple[int, int]]) -> Batch:
-        """Read the samples of these (domain, index) pairs."""
+        """Read samples, given as (domain, index within the domain).
+
+        Raises:
+            UserError: the file is damaged.
+        """
         history, geometry, target = [], [], []
-        for domain, within in samples:
-            number, start = self.index[domain][within]
+        for domain, index in samples:
+            number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
             z_TCxyz = trajectory.read(start, start + self.history + 1)
             history.append(z_TCxyz[:-1])
@@ -227,11 +249,11 @@ class LatentSamples:
         return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
 
     def context(self, domain: str) -> Context:
-        """What routers may know of one sample of a domain."""
+        """Return the context of one sample of a domain, for `LatentTransformer.forward`."""
         return Context(1, torch.tensor([self.domains.index(domain)]))
 
     def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
-        """(domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
+        """Return (domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
         number = next(number for number, one in enumerate(self.trajectories) if one is trajectory)
         domain = self.domains.index(trajectory.domain)
         return [(domain, n) for n, (owner, _) in enumerate(self.index[domain]) if owner == number]

@@ -47,7 +47,7 @@ class NonFinite:
         self.remedy = remedy  # config key of the learning rate, which is often too high
         self._in_a_row = 0
 
-    def all_well(self) -> None:
+    def step_applied(self) -> None:
         """Call after a step that was applied."""
         self._in_a_row = 0
 

@@ -150,7 +150,7 @@ class _LatentTask:
         if not applied:
             self._nonfinite.handle(step, self._batches)
             return
-        self._nonfinite.all_well()
+        self._nonfinite.step_applied()
         for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
 
@@ -181,7 +181,7 @@ class _LatentTask:
             self._counts.largest_L.copy_(mine["largest"])
             self._recorded = int(mine["told"])
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True
 
 

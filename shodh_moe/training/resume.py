@@ -15,7 +15,9 @@ from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpo
 from shodh_moe.training.engine import Engine
 
 
-def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+def restore_checkpoint(
+    checkpoints: Path, resume: str, engine: Engine
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Load weights, optimizer and, if the number of ranks is the same, random state (collective).
 
     Args:
@@ -41,14 +43,14 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
 
 
 class Starts(Protocol):
-    """The part of `trainer.Task` that `weights_from` uses."""
+    """The part of `trainer.Task` that `load_initial_weights` uses."""
 
     engine: Engine
 
     def check_start(self, state: dict[str, Any]) -> str | None: ...
 
 
-def weights_from(path: Path, task: Starts) -> dict[str, Any]:
+def load_initial_weights(path: Path, task: Starts) -> dict[str, Any]:
     """Load the weights of another run as the start of a new one (collective).
 
     Args:

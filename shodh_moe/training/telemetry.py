@@ -142,7 +142,7 @@ class Warnings:
 
     def __init__(self, config: TelemetryConfig):
         self.config = config
-        self._said: set[tuple[str, int, int | str]] = set()
+        self._warned: set[tuple[str, int, int | str]] = set()
 
     def check(self, step: int, layers: list[dict[str, Any]]) -> list[str]:
         """New warnings from one step's layer records (`RoutingCounts.summary`), one line per layer and kind."""
@@ -160,16 +160,16 @@ class Warnings:
                 for domain, share in record["dropped_fraction"].items()
                 if share > c.dropped_above
             }
-            if new := [text for key, text in starved.items() if key not in self._said]:
+            if new := [text for key, text in starved.items() if key not in self._warned]:
                 lines.append(
                     f"{place}{', '.join(new)} of the tokens, an even share is {1 / len(load):.1%}; "
                     "raise model.moe.router.balance_weight or use fewer experts (model.moe.num_experts)"
                 )
-            if new := [text for key, text in dropped.items() if key not in self._said]:
+            if new := [text for key, text in dropped.items() if key not in self._warned]:
                 lines.append(
                     f"{place}no room at their expert for {', '.join(new)} tokens; raise model.moe.capacity_factor "
                     "or model.moe.router.balance_weight, or set model.moe.dropless=true"
                 )
             now |= starved.keys() | dropped.keys()
-        self._said = now
+        self._warned = now
         return lines

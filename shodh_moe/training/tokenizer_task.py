@@ -58,13 +58,13 @@ def train_tokenizer(
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed(flatten(config.model_dump()))
-    data, sampler = on_rank_0(lambda: _look_at_data(config, dataset))
+    data, sampler = on_rank_0(lambda: _list_data(config, dataset))
     train_samples, valid = (_Samples(records) for records in data)
     tokenizer = started_tokenizer(config, train_samples, dataset, folder)
     train(_TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder), config, folder, resume, stop_file)
 
 
-def _look_at_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
+def _list_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
     """Return the trajectories for training and for validation, and the sampler that mixes their domains."""
     data = config.data
     found = [list_trajectories(dataset, split, data.grid, data.skip_bad) for split in ("train", "valid")]
@@ -202,7 +202,7 @@ class _TokenizerTask:
 
     def end(self, step: int, applied: bool) -> None:
         if applied:
-            self._nonfinite.all_well()
+            self._nonfinite.step_applied()
         else:
             self._nonfinite.handle(step, self._seen)
 
@@ -234,9 +234,9 @@ class _TokenizerTask:
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         """Set the statistics of the latents and save the tokenizer, which marks it as trained."""
-        if not set_latent_statistics(self._tokenizer, self._samples, self.tokens, go_on):
+        if not set_latent_statistics(self._tokenizer, self._samples, self.tokens, keep_going):
             return False
         on_rank_0(self._save)
         return True
@@ -249,10 +249,10 @@ class _TokenizerTask:
 
 
 @torch.no_grad()
-def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, go_on: Callable[[], bool]) -> bool:
+def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, keep_going: Callable[[], bool]) -> bool:
     """Set the per-channel mean and standard deviation of the raw latents of all samples (collective).
 
-    The latents are float32, as `encode_dataset` makes them, and the sums float64. ``go_on`` is called after every
+    The latents are float32, as `encode_dataset` makes them, and the sums float64. ``keep_going`` is called after every
     batch; returns False as soon as it does.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -264,7 +264,7 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
         for fields in islice(batches, 1):  # in the last round a rank may have no batch
             z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
             sums += torch.cat([z.sum(1), z.square().sum(1), sums.new_tensor([z.shape[1]])])
-        if not go_on():
+        if not keep_going():
             return False
     dist.all_reduce(sums)
     mean, square = (sums[:-1] / sums[-1]).split(channels)

@@ -35,7 +35,7 @@ from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
 from shodh_moe.training.process_group import leave_process_group
-from shodh_moe.training.resume import on_rank_0, random_state, start_from, weights_from
+from shodh_moe.training.resume import load_initial_weights, on_rank_0, random_state, restore_checkpoint
 
 
 class Task(Protocol):
@@ -81,10 +81,10 @@ class Task(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore a `state`. One that does not fit, or is incomplete, changes nothing."""
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         """Do the work after the last step, also in a resumed run with no steps left (collective).
 
-        Long work calls ``go_on`` now and then, equally on all ranks, and returns False as soon as it returns False.
+        Long work calls ``keep_going`` regularly, equally often on all ranks, and returns False as soon as that does.
         """
 
 
@@ -161,8 +161,8 @@ class _Start:
 
 def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> _Start:
     """Load the checkpoint to resume from, or the weights that ``start`` names (collective)."""
-    found, state = start_from(checkpoints, resume, task.engine)
-    origin = found["start"] if found else weights_from(Path(config.start), task) if config.start else None
+    found, state = restore_checkpoint(checkpoints, resume, task.engine)
+    origin = found["start"] if found else load_initial_weights(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)
@@ -224,7 +224,7 @@ class _Loop:
             if stopped:
                 break
         self.writer.finish()
-        return done, stopped or not self.task.finish(self._go_on)
+        return done, stopped or not self.task.finish(self._keep_going)
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
@@ -291,7 +291,7 @@ class _Loop:
         rank_state = random_state() | self.start.interval.state() | task.state()
         self.writer.save(done, engine.fragments(), engine.shapes(), rank_state, facts)
 
-    def _go_on(self) -> bool:
+    def _keep_going(self) -> bool:
         """Whether no rank was asked to stop (collective)."""
         self.watchdog.alive()
         stops = torch.tensor(float(bool(self.stop_requests)), device=self.task.engine.device)

@@ -202,7 +202,7 @@ Z = np.zeros((5, CHANNELS, 2, 2, 2), np.float32)
     (lambda path: path.write_bytes(b"no HDF5"), "cannot read latents"),
     (Path.unlink, "cannot read latents"),
     (not_a_group, "cannot read latents"),
-    (unnamed, "were made with a tokenizer that they do not name"),
+    (unnamed, "were made with an unknown tokenizer"),
     (empty, "hold no trajectory"),
 ])  # fmt: skip
 def test_damaged_files_are_refused(made: Path, cache: Path, damage: Callable[[Path], None], says: str) -> None:

@@ -1,7 +1,7 @@
 """Arrange ccm's experts along physical axes: find the layout of their points, and each model's coefficient.
 
-There are three layouts. With one axis, a ``line``: two models at its ends. With n axes, ``corners``: 2^n models at all
-corners of a box; or a ``star``: 2 n models, each at an end of one axis and in the middle of all others.
+There are three layouts: ``line``, two models at the ends of one axis; ``corners``, 2^n models at all corners of a box
+with n axes; and ``star``, 2 n models, each at an end of one axis and in the middle of all others.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Layout:
 
 
 def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> float:
-    """2 (x - x_mid)/(x_high - x_low), where x is the coordinate to this ``power``, or its logarithm for power 0.
+    """Return alpha = 2 (x - x_mid)/(x_high - x_low), where x is the coordinate to this ``power``, or its log for 0.
 
-    Exactly -1 and 1 at the ends. For any power except 1, coordinates must be positive.
+    The result is exactly -1 and 1 at the ends. For any power except 1, coordinates must be positive.
     """
     if power != 1:
         low, high, coordinate = (math.log(value) if power == 0 else value**power for value in (low, high, coordinate))
@@ -66,7 +66,7 @@ def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> fl
 
 
 def in_order(models: list[str], where: str) -> Layout:
-    """The line of two models without coordinates, in the order low, high.
+    """Return the line of two models without coordinates, given in the order low, high.
 
     Raises:
         UserError: there are not exactly two models.
@@ -121,7 +121,8 @@ def find_layout(points: dict[str, Point], where: str) -> Layout:
     else:
         axis = max(axes, key=lambda one: len(values[one]))
         raise UserError(
-            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: {EXPECTED}"
+            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: "
+            f"{EXPECTED}"
         )
     ordered = sorted(models, key=lambda model: places[model])
     ends = {axis: (values[axis][0], values[axis][-1]) for axis in axes}

@@ -1,7 +1,4 @@
-"""Temporary changes to DeepSpeed: how it recognises experts, handles float64, and compiles operations.
-
-All of them rely on DeepSpeed's internals, so a new version of DeepSpeed is checked against this file first.
-"""
+"""Workarounds that depend on DeepSpeed's internals: how it finds experts, handles float64, and compiles operations."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from shodh_moe.parallel import ExpertParallel
 
 
 class ExpertParallelMarker(DeepSpeedMoE):
-    """Makes DeepSpeed treat our expert parameters as experts.
+    """A module that makes DeepSpeed treat our expert parameters as experts.
 
     The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every module that
     has it, before it broadcasts parameters. This module without parameters provides both, so the model itself does not
@@ -43,10 +40,13 @@ class ExpertParallelMarker(DeepSpeedMoE):
 
 @contextmanager
 def in_float64(zero: bool) -> Iterator[None]:
-    """Let DeepSpeed treat a float64 model as such within the block, which changes nothing outside it.
+    """Within the block, let DeepSpeed keep a float64 model in float64; everything is restored afterwards.
 
     By itself DeepSpeed refuses to reduce float64 gradients, and ZeRO keeps master weights and gradients in float32. It
-    asks for the supported types at every reduction, not only while it initializes.
+    asks for the supported types at every reduction, not only while it initialises.
+
+    Args:
+        zero: whether the engine uses ZeRO.
     """
     f64 = torch.float64
     with ExitStack() as changes:
@@ -60,8 +60,8 @@ def in_float64(zero: bool) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of a class or object for the time of the block."""
-    own = vars(owner).get(name)  # None: inherited, or of the object's class
+    """Replace an attribute of a class or object within the block."""
+    own = vars(owner).get(name)  # None if it is inherited, or belongs to the object's class
     setattr(owner, name, value)
     try:
         yield
@@ -74,10 +74,10 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def without_shared_memory_operation() -> Iterator[None]:
-    """Keep DeepSpeed from compiling its shared-memory operation, which only inference uses.
+    """Within the block, keep DeepSpeed from compiling its shared-memory operation, which only inference uses.
 
-    It would take a minute or two at the first start, which would fail without a C++ compiler. DeepSpeed looks the
-    operation up only while it initializes its communication.
+    Compiling takes a minute or two at the first start, and fails without a C++ compiler. DeepSpeed looks the operation
+    up only while it initialises its communication.
     """
     operations, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
     compatible = operations.get(name)

@@ -1,9 +1,9 @@
 """The DeepSpeed engine around a network, with or without experts: process groups, optimizer, gradients, clipping.
 
-DeepSpeed initialises the parameters, averages each gradient over the right group, shards with ZeRO and makes the step.
-We replace three parts. DeepSpeed recognises only its own MoE class (see `ExpertParallelMarker`). Its global norm
-counts only the local rank's experts without ZeRO, and averages their norms with it (DeepSpeed issues 8475, 8613), so
-`Engine.step` clips. It keeps a float64 model in float32 (see `in_float64`).
+DeepSpeed broadcasts the initial parameters, averages each gradient over the right group, shards with ZeRO and makes the
+step. We replace three parts. DeepSpeed recognises only its own MoE class (see `ExpertParallelMarker`). Its global norm
+is wrong: without ZeRO it counts only the local rank's experts, and with ZeRO it averages their norms (DeepSpeed issues
+8475, 8613), so `Engine.step` clips. It keeps a float64 model in float32 (see `in_float64`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from shodh_moe.training.shards import (
 
 
 class _TrainedModule(nn.Module):
+    """The network together with the marker for DeepSpeed; calls go to the network."""
+
     def __init__(self, model: nn.Module, marker: nn.Module):
         super().__init__()
         self.model, self.marker = model, marker
@@ -67,7 +69,13 @@ class Step:
 
 
 class Engine:
-    """A DeepSpeed engine with one call per micro-batch.
+    """A DeepSpeed engine around a network. Call it, then `step`, once per micro-batch.
+
+    Args:
+        model: the network; its parameters carry `Marks`. A network with experts has an attribute ``moe_layers``.
+        config: the run's config.
+        ep: which experts this rank holds; its process group is set here.
+        norm: the library of the network's RMS norms, which is only reported.
 
     Attributes:
         model: the network.
@@ -75,7 +83,10 @@ class Engine:
         ep: the rank's expert-parallel group.
         optimizer: AdamW over DeepSpeed's parameter groups.
         optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
-        device, dtype: device and type that batches must have.
+        device, dtype: device and dtype that batches must have.
+
+    Raises:
+        UserError: the DeepSpeed section or the optimizer does not fit.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
@@ -87,7 +98,7 @@ class Engine:
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
         for parameter in model.parameters():
-            if marks(parameter).sharded:  # DeepSpeed's own marks say the same
+            if marks(parameter).sharded:  # DeepSpeed has marks of its own for this
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
@@ -111,7 +122,7 @@ class Engine:
             self._communicate_float64()
         if self._zero:
             self._shards = shards_of_zero(self.model, self._zero)
-            # DeepSpeed's own way to skip a step. We decide before it checks.
+            # This is how ZeRO skips a step; `_clipped` sets the flag before ZeRO reads it.
             self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
         else:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
@@ -121,7 +132,7 @@ class Engine:
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the network's forward pass in the precision of ``training.precision``."""
+        """Run the network's forward pass in ``training.precision``."""
         with self.autocast():
             return self._engine(*inputs)
 
@@ -130,12 +141,14 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
-        """Run the backward pass; after a step's last micro-batch, reduce gradients, clip by the global norm, update.
+        """Run the backward pass; after a step's last micro-batch also clip by the global norm and update (collective).
 
         The gradients are those of the mean loss over the step's micro-batches. The learning rate of a parameter is
         ``learning_rate`` times the ``lr_scale`` of its `Marks`.
 
         Args:
+            loss: 0-d loss of one micro-batch.
+            learning_rate: learning rate of this step.
             stop: tells the other ranks that this one wants to stop.
 
         Returns:
@@ -205,7 +218,7 @@ class Engine:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Load the weights only; the optimizer state stays as for a new run."""
+        """Load the weights only; the optimizer state stays that of a new run."""
         held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
         reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
         if self._zero:
@@ -222,7 +235,7 @@ class Engine:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each combination of weight decay and learning rate scale among the parameters' marks."""
+    """Return one optimizer group for each combination of weight decay and learning rate scale in the `Marks`."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         kind = "decay" if marks(parameter).decay else "no_decay"

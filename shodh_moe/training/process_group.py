@@ -20,7 +20,7 @@ START_SECONDS = 300.0  # maximum time between the first and last rank's start: i
 
 
 def init_distributed(facts: dict[str, Any] | None = None) -> None:
-    """Join the process group that the launcher's variables describe (a single process makes its own).
+    """Join the process group that the launcher's variables describe (collective). A single process makes its own.
 
     For the rest of the process this silences torch's deprecation warning about ``all_gather_into_tensor``, which ZeRO
     would cause at every step.
@@ -38,16 +38,16 @@ def init_distributed(facts: dict[str, Any] | None = None) -> None:
     join(backend, facts or {}, START_SECONDS)
     with without_shared_memory_operation():
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed calls a function that torch has renamed, which users cannot change.
+    # DeepSpeed calls a function that torch has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
 
 
 def leave_process_group(failed: bool = False) -> None:
-    """Destroy the process groups of this process, and those that DeepSpeed remembers.
+    """Destroy the process groups of this process, including those that DeepSpeed stores.
 
     Args:
-        failed: this rank ends with an error. NCCL, which may wait for a collective that the others never join, is
-            aborted.
+        failed: whether this rank ends with an error. NCCL is then aborted, because it may be waiting for a collective
+            that the other ranks never join.
     """
     if failed and dist.get_backend() == "nccl":
         _abort_process_group()

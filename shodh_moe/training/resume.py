@@ -1,4 +1,4 @@
-"""Resuming a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
+"""Resume a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from shodh_moe.training.engine import Engine
 def restore_checkpoint(
     checkpoints: Path, resume: str, engine: Engine
 ) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Load weights, optimizer and, if the number of ranks is the same, random state (collective).
+    """Load weights, optimizer state and, if the number of ranks is the same, random state (collective).
 
     Args:
+        checkpoints: the run's folder of checkpoints.
         resume: ``auto`` for the newest intact checkpoint of the folder, if there is one; or a checkpoint folder.
 
     Returns:

@@ -44,17 +44,18 @@ VALID_SAMPLES = 64  # per domain
 def train_tokenizer(
     config: Config, dataset: Path, folder: Path, resume: str = "auto", stop_file: Path | None = None
 ) -> None:
-    """Train to ``tokenizer.steps``.
+    """Train a tokenizer up to ``tokenizer.steps``.
 
-    The folder gets the contents of a run folder, and at the end ``tokenizer.safetensors`` and ``tokenizer.json``. For
-    other arguments and errors see `trainer.train`.
+    The folder gets the contents of a run folder, and at the end ``tokenizer.safetensors`` and ``tokenizer.json``. See
+    `trainer.train` for the other arguments and errors.
 
     Args:
         config: from `tokenizer_run`.
+        dataset: folder of the dataset.
         folder: folder of the tokenizer, visible to all ranks.
 
     Raises:
-        UserError: also if the data cannot be used, or ranks disagree.
+        UserError: in addition, if the data cannot be used or ranks differ in their configs.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed(flatten(config.model_dump()))
@@ -77,7 +78,7 @@ def _list_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSa
 def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder: Path) -> Tokenizer:
     """Return the tokenizer before its first step, equal on all ranks, on this rank's device (collective).
 
-    What it derives from the data is kept in ``start.safetensors``, because checkpoints hold only parameters.
+    Values derived from the data are stored in ``start.safetensors``, because checkpoints hold only parameters.
 
     Raises:
         UserError: on rank 0, if that file is damaged or the dataset has no statistics; the other ranks exit silently.
@@ -102,6 +103,7 @@ def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder:
 
 
 def _read_start(path: Path, start: dict[str, Tensor]) -> bool:
+    """Fill the tensors from ``start.safetensors``; return whether the file exists."""
     if not path.exists():
         return False
     try:
@@ -132,7 +134,7 @@ class _Samples(Snapshots):
     """Snapshots that can be described in reports."""
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Describe where a snapshot lies, given its index among all snapshots."""
+        """Locate a snapshot, given its index among all snapshots, and check whether its values are finite."""
         number, snapshot = self._find(index)
         record = self.records[number]
         fields = self.batch([index])
@@ -211,7 +213,7 @@ class _TokenizerTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Return reconstruction errors by domain, over about `VALID_SAMPLES` evenly spread snapshots each."""
+        """Return reconstruction errors by domain, over about `VALID_SAMPLES` evenly spaced snapshots of each."""
         engine, valid, names = self.engine, self._valid, self._errors.names
         sums = torch.zeros(len(valid.domains), len(names) + 1, dtype=torch.float64, device=engine.device)
         parts = []
@@ -252,8 +254,8 @@ class _TokenizerTask:
 def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, keep_going: Callable[[], bool]) -> bool:
     """Set the per-channel mean and standard deviation of the raw latents of all samples (collective).
 
-    The latents are float32, as `encode_dataset` makes them, and the sums float64. ``keep_going`` is called after every
-    batch; returns False as soon as it does.
+    The latents are float32, as in `encode_dataset`, and the sums float64. ``keep_going`` is called after every batch;
+    as soon as it returns False, so does this function.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels, device = tokenizer.config.latent_channels, tokenizer.velocity_rms.device
@@ -274,5 +276,5 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
 
 
 def _parts(picks: Any, size: int) -> list[list[int]]:
-    """Split into consecutive parts of at most ``size``."""
+    """Split a sequence of indices into consecutive parts of at most ``size``."""
     return [list(picks[first : first + size]) for first in range(0, len(picks), size)]

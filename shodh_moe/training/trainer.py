@@ -1,6 +1,6 @@
 """The training loop that every rank runs: optimizer steps, records, checkpoints, stop signals and resuming.
 
-What is trained is a `Task`. It owns the engine with the network, and knows its batches and losses.
+A `Task` defines what is trained: it owns the engine with the network, and provides the batches and losses.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Task(Protocol):
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to ``min_learning_rate`` at the last step."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then a cosine to ``min_learning_rate``."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
@@ -117,7 +117,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     with ExitStack() as resources:
         resources.push(_leave_process_group)
         on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
-        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # tells this start of the run from all others
+        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # identifies this start of the run
         stop_requests = resources.enter_context(stop_request())
         stall_seconds = config.training.stall_seconds
         watchdog = resources.enter_context(watched(run, rank, local_rank, attempt, stall_seconds, stop_file))
@@ -239,7 +239,7 @@ class _Loop:
             losses = task.losses(micro_batch)
             result = task.engine.step(losses["loss"], learning_rate(step, t), bool(self.stop_requests))
             batches.append({key: value.detach() for key, value in losses.items()})
-        assert result is not None  # the last micro-batch of a step has one
+        assert result is not None  # `Engine.step` returns one after the last micro-batch
         task.end(done, result.applied)
         if result.applied:
             for losses in batches:
@@ -292,7 +292,7 @@ class _Loop:
         self.writer.save(done, engine.fragments(), engine.shapes(), rank_state, facts)
 
     def _keep_going(self) -> bool:
-        """Whether no rank was asked to stop (collective)."""
+        """Return whether no rank was asked to stop (collective)."""
         self.watchdog.alive()
         stops = torch.tensor(float(bool(self.stop_requests)), device=self.task.engine.device)
         dist.all_reduce(stops)
@@ -300,13 +300,14 @@ class _Loop:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this rank: device memory on a GPU, resident memory of the process otherwise."""
+    """Return this rank's peak memory in bytes: allocated device memory on a GPU, else the process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _mean_over_ranks(interval: Interval) -> dict[str, float]:
+    """Return the interval's mean losses over all ranks, by name (collective)."""
     values = interval.means()
     dist.all_reduce(values)
     return dict(zip(interval.sums, (values / dist.get_world_size()).tolist(), strict=True))

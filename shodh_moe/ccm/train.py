@@ -50,7 +50,7 @@ class _InEngine:
 
 
 class _ExpertTask:
-    """`trainer.Task` of an expert."""
+    """`Task` of an expert."""
 
     name = "expert"
 

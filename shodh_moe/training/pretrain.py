@@ -96,7 +96,7 @@ def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) 
 
 
 class _LatentTask:
-    """`trainer.Task` of the latent transformer, with telemetry of its routers, experts and exchanges."""
+    """`Task` of the latent transformer, with telemetry of its routers, experts and exchanges."""
 
     name = "pretrain"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpoint, mismatch, resolve_checkpoint
 from shodh_moe.training.engine import Engine
+from shodh_moe.training.task import Task
 
 
 def restore_checkpoint(
@@ -43,15 +44,7 @@ def restore_checkpoint(
     return found, state
 
 
-class Starts(Protocol):
-    """The part of `trainer.Task` that `load_initial_weights` uses."""
-
-    engine: Engine
-
-    def check_start(self, state: dict[str, Any]) -> str | None: ...
-
-
-def load_initial_weights(path: Path, task: Starts) -> dict[str, Any]:
+def load_initial_weights(path: Path, task: Task) -> dict[str, Any]:
     """Load the weights of another run as the start of a new one (collective).
 
     Args:
@@ -69,7 +62,7 @@ def load_initial_weights(path: Path, task: Starts) -> dict[str, Any]:
     return found
 
 
-def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
+def _find_weights(path: Path, task: Task) -> dict[str, Any]:
     shapes = {name: shape for name, shape in task.engine.shapes().items() if name.startswith("model/")}
     remedy = "start: give a run folder or a checkpoint of the same network"
     try:

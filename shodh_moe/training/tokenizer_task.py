@@ -148,7 +148,7 @@ class _Samples(Snapshots):
 
 
 class _TokenizerTask:
-    """The tokenizer's `trainer.Task`."""
+    """The tokenizer's `Task`."""
 
     name = "train tokenizer"
 

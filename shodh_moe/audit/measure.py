@@ -28,7 +28,8 @@ from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
 from shodh_moe.metrics.fields import vrmse
 from shodh_moe.runs.plan import count_parameters
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.tokenizer.encoding import trajectory_fields
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from shodh_moe.training.records import read_run
 
 MEASURE_VERSION = 1  # increase it when the same weights would give other numbers

@@ -18,8 +18,9 @@ from shodh_moe.config.compare import flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.operators import nrmse, rollout
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.resume import on_rank_0
 from shodh_moe.training.trainer import train
 
@@ -49,7 +50,7 @@ class _InEngine:
 
 
 class _ExpertTask:
-    """`trainer.Task` of an expert."""
+    """`Task` of an expert."""
 
     name = "expert"
 
@@ -95,7 +96,7 @@ class _ExpertTask:
 
     def end(self, step: int, applied: bool) -> None:
         if applied:
-            self._nonfinite.all_well()
+            self._nonfinite.step_applied()
         else:
             self._nonfinite.handle(step, self._batches)
 
@@ -132,5 +133,5 @@ class _ExpertTask:
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True

@@ -1,6 +1,6 @@
 """Checkpoints: complete, atomic, portable between layouts, written while training goes on (DESIGN 8).
 
-`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, and `CheckpointReader` and `load_model`
+`CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, and `CheckpointReader` and `load_weights`
 read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` prints what a checkpoint holds.
 """
 
@@ -12,7 +12,7 @@ from shodh_moe.checkpoint.read import (
     damages,
     find_checkpoint,
     list_checkpoints,
-    load_model,
+    load_weights,
     mismatch,
 )
 from shodh_moe.checkpoint.state import Damaged
@@ -29,7 +29,7 @@ __all__ = [
     "find_checkpoint",
     "first_element",
     "list_checkpoints",
-    "load_model",
+    "load_weights",
     "logical_shape",
     "mismatch",
     "model_fragments",

@@ -243,7 +243,7 @@ class CheckpointReader:
         return UserError(f"checkpoint {self.path} is damaged: {rank_file(rank)} cannot be read: {error}")
 
 
-def load_model(path: Path, model: nn.Module, ep: ExpertParallel) -> None:
+def load_weights(path: Path, model: nn.Module, ep: ExpertParallel) -> None:
     """Load the weights of a checkpoint into a model that holds this rank's experts.
 
     Raises:

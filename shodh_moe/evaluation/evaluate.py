@@ -1,4 +1,4 @@
-"""Evaluation of a pretrained model on the held-out test trajectories: metrics.json and the report's arrays.
+"""Evaluate a pretrained model on the held-out test trajectories: write metrics.json and the report's arrays.
 
 Runs in one process and reads checkpoints of any expert-parallel layout. Predictions drop no tokens. Only the routing
 section uses mixed batches with the capacity of training, so that ``dropped_fraction`` is what training would drop on
@@ -29,7 +29,8 @@ from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.model import Context
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
+from shodh_moe.tokenizer.encoding import trajectory_fields
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
@@ -52,7 +53,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
 
-    ``history`` are the training records, for throughput and memory; with [] those are null.
+    Args:
+        history: the training records, for throughput and memory; with [] those are null.
+
+    Returns:
+        the content of ``metrics.json``.
     """
     train, test = (
         LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
@@ -142,7 +147,7 @@ class _OneStep:
         return torch.cat([decode_both(self.tokenizer, part, self.solid, torch.float32)[1] for part in parts])
 
     def errors(self, mean_latent: Tensor, mean_fields: Tensor) -> dict[str, Any]:
-        """Means over this trajectory's predictions (DESIGN 3.6)."""
+        """Return mean errors over this trajectory's predictions (DESIGN 3.6)."""
         rms = torch.stack([self.tokenizer.velocity_rms] * 3 + [self.tokenizer.pressure_rms]).double()[
             :, None, None, None
         ]
@@ -171,7 +176,7 @@ class _OneStep:
         }
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The arrays of the middle prediction that the report draws."""
+        """Return the arrays of the middle prediction that the report draws."""
         middle = len(self.true) // 2
         reconstruction = decode(self.tokenizer, self.z_true[middle : middle + 1], self.solid)[0]
         k, spectrum = energy_spectrum(self.true[middle, :3])
@@ -196,7 +201,7 @@ class _OneStep:
 def _rollouts(
     models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
-    """Velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
+    """Return the velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
     steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
     errors = torch.zeros(len(pairs), steps)
@@ -218,9 +223,9 @@ def _rollouts(
 
 
 def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -> dict[str, Any]:
-    """Load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
+    """Return load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
 
-    The result of a dense model has no layers.
+    A dense model has no layers in the result.
     """
     experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
     if not layers:
@@ -254,12 +259,12 @@ def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -
 
 
 def _mean_latent(train: list[LatentTrajectory]) -> Tensor:
-    """Mean over a domain's training latents, cell by cell: [C, x, y, z]."""
+    """Return the mean over a domain's training latents, cell by cell: [C, x, y, z]."""
     return torch.stack([trajectory.read().mean(0) for trajectory in train]).mean(0)
 
 
 def _mean_fields(dataset: Path, domain: str, grid: list[int], skip_bad: bool) -> Tensor:
-    """The domain's mean over all training snapshots, voxel by voxel: [4, X, Y, Z], float64."""
+    """Return the domain's mean over all training snapshots, voxel by voxel: float64 [4, X, Y, Z]."""
     total, count = torch.zeros(4, *grid, dtype=torch.float64), 0
     for record in list_trajectories(dataset, "train", grid, skip_bad):
         if record.domain == domain:

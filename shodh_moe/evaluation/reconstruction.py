@@ -1,7 +1,7 @@
-"""Evaluation of a tokenizer: how well it reconstructs the snapshots of a split, and at what cost.
+"""Evaluate a tokenizer: how well it reconstructs the snapshots of a split, and in what time.
 
 Snapshots are read, encoded and decoded in batches and compared one by one in float64; only their scores are kept. A
-direct decoder is also measured with its velocity projected, that is, made free of divergence afterwards.
+direct decoder is also measured with its velocity projected, that is, made divergence-free afterwards.
 
 Shapes: B batch, X Y Z space, N snapshots.
 """
@@ -36,12 +36,12 @@ from shodh_moe.tokenizer.batches import on_device
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
 from shodh_moe.tokenizer.tokenizer import Flow, require_fit, tokenizer_sha256
 
-# Snapshots measured per domain, evenly spread; more would change the metrics little.
+# Maximum number of snapshots measured per domain, evenly spaced; more would change the metrics little.
 MOST = 32
-# Walls and operator of the projections of a direct decoder's velocity. (Exact walls of central4 take too long.)
+# Walls and operator of each projection of a direct decoder's velocity. (Exact walls with central4 take too long.)
 PROJECTIONS = (*(("none", operator) for operator in OPERATORS), ("exact", "staggered"), ("exact", "central2"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# Numbers of one snapshot, or rows of them: means, or sums that `_summary` combines.
+# Scores of one snapshot by name: means, or sums that `_summary` combines.
 Scores = dict[str, Tensor]
 
 
@@ -49,16 +49,18 @@ Scores = dict[str, Tensor]
 def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -> dict[str, Any]:
     """Measure the config's tokenizer on a split of its dataset, write JSON, print a table, and return the JSON content.
 
-    Per domain, over at most `MOST` snapshots: errors of velocity and pressure as `evaluation.metrics` defines them
-    (means over snapshots; ``_mse`` over the training rms of the field), spectral bands, divergence under every operator
-    from a decode in float32 and one in float64, velocity in solid voxels (null without any), median milliseconds a
-    sample. For a direct decoder without a penalty ``projected`` has the same for each of `PROJECTIONS`.
+    The content has for each domain, over at most `MOST` snapshots: errors of velocity and pressure as `metrics.fields`
+    defines them (means over snapshots; ``_mse`` of fields divided by their training rms), spectral bands, divergence
+    under every operator after decoding in float32 and in float64, velocity in solid voxels (null without any), and
+    median milliseconds per sample. For a direct decoder without a divergence penalty, ``projected`` has the same for
+    each of `PROJECTIONS`.
 
-    Divergences are computed in float64 and pooled over snapshots: under the decoder's own operator of the velocity that
-    it conserves; under another of the velocity at the voxels' centres, which for ``staggered`` is averaged to the
-    faces, those of solid voxels as well (which gives the figures of ``central2``; see `differentiated`).
+    Divergences are computed in float64 and pooled over snapshots. The decoder's own operator is applied to the velocity
+    that it conserves, any other to the velocity at the voxels' centres. For ``staggered`` the latter is averaged to the
+    faces, including those of solid voxels, which gives the figures of ``central2`` (see `differentiated`).
 
     Args:
+        config: the config whose tokenizer is measured.
         split: ``train``, ``valid`` or ``test``.
         output: the JSON file; None for ``evaluation.json`` in the tokenizer's folder.
 
@@ -128,7 +130,7 @@ def _trained_on_other_data(tokenizer: Tokenizer, stats: FieldStats) -> bool:
 def _measure_domain(
     tokenizer: Tokenizer, snapshots: Snapshots, domain: int, batch_size: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """The scores of a domain: of the decoder under "", of a direct decoder's projections under ``walls/operator``."""
+    """Return a domain's scores: the decoder's under "", those of a direct decoder's projections as "walls/operator"."""
     picks = spread(snapshots.of_domain(domain), MOST)
     parts = [picks[first : first + batch_size] for first in range(0, len(picks), batch_size)]
     rms = float(tokenizer.velocity_rms), float(tokenizer.pressure_rms)
@@ -166,7 +168,7 @@ def _measure_domain(
 
 
 def spread(items: list[int], most: int) -> list[int]:
-    """Return all items, or ``most`` evenly spread ones including the first and the last."""
+    """Return all items, or ``most`` evenly spaced ones including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
@@ -180,7 +182,7 @@ def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
             torch.cuda.synchronize()
 
     if not times:
-        run(*arguments)  # warm up: choice of algorithms, compilation, memory
+        run(*arguments)  # warm up: algorithms are chosen, kernels compiled, memory allocated
     wait()
     began = time.perf_counter()
     result = run(*arguments)
@@ -190,7 +192,7 @@ def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _project(w_B3XYZ: Tensor, flow: Flow, solid_B1XYZ: Tensor, operator: str, walls: str) -> Flow:
-    """Replace the velocity of ``flow`` by w, projected to be free of divergence."""
+    """Replace the velocity of ``flow`` by w, projected to be divergence-free."""
     conserved = conserved_velocity(w_B3XYZ, solid_B1XYZ, operator, walls)
     return Flow(at_centres(conserved, operator), flow.pressure_B1XYZ, conserved)
 

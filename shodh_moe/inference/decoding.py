@@ -1,4 +1,4 @@
-"""Decode cached latents to flow fields, as a dataset in the_well's schema.
+"""Decode cached latents to flow fields, and write them as a dataset in the_well's schema.
 
 Shapes: B snapshots, C latent channels, x y z latent grid, X Y Z space.
 """
@@ -31,7 +31,7 @@ from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.latents import LatentTrajectory, load_latents
 from shodh_moe.tokenizer.tokenizer import require_fit, tokenizer_sha256
 
-VOXELS = 2**21  # voxels to decode at a time: one snapshot of 128^3
+VOXELS = 2**21  # number of voxels to decode at a time: one snapshot of 128^3
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
 def _by_file(
     latents: list[LatentTrajectory], records: dict[tuple[str, int], TrajectoryRecord], dataset: Path
 ) -> dict[str, list[tuple[TrajectoryRecord, LatentTrajectory]]]:
-    """The trajectories of each file, in order. Raises: UserError: the dataset lacks one of them."""
+    """Group the trajectories by data file, in order. Raises: UserError: the dataset lacks one of them."""
     pairs = defaultdict(list)
     for one in sorted(latents, key=lambda latent: (latent.source, latent.sample)):
         record = records.get((one.source, one.sample))
@@ -132,7 +132,7 @@ def _fill(
 
 
 def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:
-    """The solid mask [1, 1, X, Y, Z]. Raises: UserError: another mask was encoded."""
+    """Read the solid mask, float32 [1, 1, X, Y, Z]. Raises: UserError: the latents were made with another mask."""
     solid_11XYZ = torch.from_numpy(read_snapshots(record, 0, 1)[1])[None]
     if not torch.allclose(F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0], latent.solid_fraction_xyz, atol=1e-5):
         raise UserError(
@@ -143,7 +143,7 @@ def _solid(record: TrajectoryRecord, latent: LatentTrajectory) -> Tensor:
 
 
 def _time(records: list[TrajectoryRecord]) -> NDArray[np.float32]:
-    """Times of the snapshots, [T] or [B, T]; snapshot numbers if the file has no times."""
+    """Read the times of the snapshots, [T] or one row per trajectory [., T]; their numbers if the file has no times."""
     with opened(records[0].path) as file:
         if "dimensions/time" not in file:
             return np.arange(records[0].n_snapshots, dtype=np.float32)

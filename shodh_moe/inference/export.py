@@ -67,7 +67,7 @@ def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
 
 
 def _metrics(source: ModelSource, weights_sha256: str) -> dict[str, Any] | None:
-    """The run's metrics, if they were measured on exactly these weights."""
+    """Return the run's metrics if they were measured on exactly these weights, else None."""
     try:
         metrics = json.loads((source.run / "metrics.json").read_text()) if source.run else {}
     except (OSError, ValueError):

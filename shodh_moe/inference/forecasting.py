@@ -27,7 +27,7 @@ def load_model(path: Path | str, tokenizer: Path | str | None = None) -> Models:
         tokenizer: the folder of the tokenizer, if the config of a run or checkpoint no longer leads to it.
 
     Raises:
-        UserError: there is no model, a file is damaged, or the tokenizer is missing or another one.
+        UserError: there is no model, a file is damaged, or the tokenizer is missing or not the model's own.
     """
     return load_models(find_source(Path(path), Path(tokenizer) if tokenizer else None))
 
@@ -38,6 +38,7 @@ def forecast(
     """Predict the next ``steps`` snapshots of a flow; runs on a GPU if there is one.
 
     Args:
+        models: from `load_model`.
         fields_H4XYZ: velocity along x, y, z and pressure, in the units of the training data; the last
             ``model.history`` snapshots are used, which must be the training data's time step apart.
         solid_1XYZ: 1 in solid voxels, 0 in fluid.
@@ -71,6 +72,10 @@ def forecast(
 
 def continue_flow(models: Models, fields_H4XYZ: Tensor, solid_1XYZ: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Predict one snapshot after another, without end, on a GPU if there is one.
+
+    Args:
+        fields_H4XYZ: exactly H snapshots of velocity and pressure in the units of the training data, float32.
+        solid_1XYZ: 1 in solid voxels, 0 in fluid, float32.
 
     Yields:
         Velocity and pressure at the centres [4, X, Y, Z], and the velocity whose divergence vanishes [3, X, Y, Z] (see

@@ -1,4 +1,4 @@
-"""Loading a trained model from a run folder, a checkpoint or an exported folder, without DeepSpeed.
+"""Load a trained model from a run folder, a checkpoint or an exported folder, without DeepSpeed.
 
 Every file's hash is checked before use, and weights are checked against the architecture that they are loaded into.
 """
@@ -42,7 +42,7 @@ class ModelSource:
         exported: whether it is an exported model.
         state: step, config, world_size and other facts about the training.
         config: config that it was trained with.
-        run: run folder of a checkpoint, if it still lies in one.
+        run: run folder of a checkpoint, if it is still in one.
         tokenizer: folder of a tokenizer to use instead of the one in the config.
     """
 
@@ -55,11 +55,11 @@ class ModelSource:
 
     @cached_property
     def paths(self) -> Paths:
-        """The folders of ``config``, resolved once. Raises: UserError: its ``data.path`` or tokenizer is gone."""
+        """The folders of ``config``. Raises: UserError: its ``data.path`` or tokenizer no longer exists."""
         return resolve_paths(self.config)
 
     def tokenizer_folder(self) -> Path:
-        """Return the tokenizer's folder. Raises UserError if it is not where the config says."""
+        """Return the tokenizer's folder. Raises: UserError: it does not exist."""
         if self.exported:
             return self.path / "tokenizer"
         folder = self.tokenizer or self.paths.tokenizer
@@ -73,7 +73,13 @@ class ModelSource:
 
 @dataclass
 class Models:
-    """The two networks of a trained model with all experts in this process, in evaluation mode."""
+    """The two networks of a trained model with all experts in this process, in evaluation mode.
+
+    Attributes:
+        step: training step of the weights.
+        world_size, ep_size: number of ranks and expert-parallel size of the training.
+        weights_sha256: see `weights_sha256`.
+    """
 
     tokenizer: Tokenizer
     transformer: LatentTransformer
@@ -135,10 +141,11 @@ def verify_export(path: Path) -> list[str]:
 
 
 def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models:
-    """Load tokenizer and transformer.
+    """Load tokenizer and transformer on the CPU.
 
     Args:
-        model: settings of the transformer; default: those that it was trained with.
+        source: from `find_source`.
+        model: settings of the transformer; None for those that it was trained with.
 
     Raises:
         UserError: the weights belong to another architecture (names tensors and both shapes, or settings).
@@ -173,7 +180,7 @@ def read_weights(source: ModelSource) -> dict[str, Tensor]:
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes. A checkpoint and its export have the same hash."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes. A checkpoint and its export have the same hash."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name]
@@ -190,7 +197,7 @@ def _require_same_shapes(path: Path, transformer: LatentTransformer, weights: di
 
 
 def _require_same_settings(source: ModelSource, model: ModelConfig) -> None:
-    """Refuse settings that shapes do not show, such as the minimum of the routers' temperature."""
+    """Check settings that do not affect shapes, such as the minimum of the routers' temperature."""
     theirs, ours = source.config.model.model_dump(), model.model_dump()
     if differing := differing_model_keys(theirs, ours):
         flat_theirs, flat_ours = flatten(theirs), flatten(ours)

@@ -32,7 +32,12 @@ ERRORS = (
 
 
 def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | None) -> str:
-    """The text of README.md, Markdown."""
+    """Return the text of README.md in Markdown.
+
+    Args:
+        source, models: the model.
+        metrics: content of metrics.json for these weights; None if they were not evaluated.
+    """
     parts = [
         _what(source, models),
         _data(source),
@@ -64,7 +69,7 @@ mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
 |---|---|
 | parameters of the transformer | {parameters:,}, of which {experts:,} in routed experts |
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
-| routed experts a layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
+| routed experts per layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
 | training step of these weights | {models.step} |
 | weights (SHA-256 over all tensors) | {models.weights_sha256} |
 
@@ -75,7 +80,8 @@ licence here before publishing them."""
 def _conserved(tokenizer: TokenizerConfig) -> str:
     if tokenizer.decoder == "direct":
         return "The decoded velocity is not constrained to be free of divergence."
-    where = ", on the faces of the cells, whose mean it is" if tokenizer.operator == "staggered" else ""
+    faces = " (its values on the cells' faces; those at the centres are their means)"
+    where = faces if tokenizer.operator == "staggered" else ""
     return f"""The decoded velocity is divergence-free to rounding for the
 {tokenizer.operator} operator on the periodic box{where}."""
 
@@ -96,7 +102,7 @@ def _data(source: ModelSource) -> str:
     else:
         kind = (
             f"Synthetic: simulated by shodh_moe's own lattice-Boltzmann solver (D3Q19), seed {data.seed}, "
-            f"{data.snapshots} snapshots a trajectory. Lattice units: cell size, time step and mean density are 1; "
+            f"{data.snapshots} snapshots per trajectory. Lattice units: cell size, time step and mean density are 1; "
             "speeds are in cells per time step. It contains no measured flow."
         )
     lines = ["## Data", "", f"{kind} Grid {_by(data.grid)}. Splits are by trajectory."]
@@ -120,7 +126,7 @@ def _data(source: ModelSource) -> str:
 
 
 def _ranges(source: ModelSource) -> list[str]:
-    """One table row per domain with the range of every scalar in the training files; [] without the files."""
+    """Return one table row per domain with the range of every scalar in the training files; [] without the files."""
     values: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     with contextlib.suppress(UserError, OSError):

@@ -23,7 +23,7 @@ class Predicted(NamedTuple):
         windows: (domain, index) of each, as in `LatentSamples.index`.
         batch: the windows' latents, on the CPU.
         latent_BCxyz: the predictions, on the CPU.
-        routing: of every mixture layer, the tokens window by window, on the transformer's device.
+        routing: routing of every MoE layer, with the tokens window by window, on the transformer's device.
     """
 
     windows: list[tuple[int, int]]
@@ -57,10 +57,10 @@ def predict_trajectory(
     """Predict each latent of a trajectory from the H true ones before it.
 
     Args:
-        samples: those of the trajectory and maybe others.
+        samples: samples that include those of the trajectory.
 
     Returns:
-        the latents [T - H, C, x, y, z], and for each mixture layer the tokens' experts [T - H, S].
+        the latents [T - H, C, x, y, z] on the CPU, and for each MoE layer the tokens' experts [T - H, S].
     """
     windows = samples.windows_of(trajectory)
     latents, experts = [], []

@@ -1,6 +1,6 @@
-"""Predicted snapshots as VTKHDF, which ParaView opens without a plug-in and VTK reads with `vtkHDFReader`.
+"""Write predicted snapshots as VTKHDF, which ParaView opens without a plug-in and VTK reads with `vtkHDFReader`.
 
-VTK stores the x axis fastest, this project the z axis: arrays go in as [Z, Y, X], vector components in the order
+In VTK's arrays x varies fastest, in this project's z: arrays are stored as [Z, Y, X], vector components in the order
 x, y, z. Values are point data at the cell centres, so contours, streamlines and volumes need no conversion.
 """
 
@@ -61,7 +61,7 @@ def new_vtkhdf(
 
 
 def put(file: h5py.File, step: int, fields_4XYZ: NDArray[np.floating]) -> None:
-    """Store velocity and pressure of one snapshot."""
+    """Store velocity and pressure of snapshot number ``step``, as float32."""
     points = file["VTKHDF/PointData"]
     points["velocity"][step] = np.ascontiguousarray(fields_4XYZ[:3].transpose(3, 2, 1, 0), dtype=np.float32)
     points["pressure"][step] = np.ascontiguousarray(fields_4XYZ[3].T, dtype=np.float32)

@@ -30,7 +30,7 @@ from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
-UNEVEN = 1e-3  # time steps or grid spacings with a smaller relative difference count as equal
+UNEVEN = 1e-3  # time steps and grid spacings with a smaller relative difference count as equal
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
         input: an HDF5 file in the_well's schema.
         output: the new file; the ParaView files get its name.
         steps: number of snapshots to predict, N.
-        start: index of the first of the H snapshots that the model sees.
+        start: index of the first of the H snapshots that the model is given.
         sample: index of one trajectory of the file; None for all.
         dtype: dtype of the stored fields; the velocity is made divergence-free in float64 either way.
         paraview: whether to write the ``.vtkhdf`` files.
@@ -70,7 +70,13 @@ class _Axes:
 
 @dataclass
 class _Scores:
-    """Errors by predicted snapshot, one list entry per trajectory, and the largest divergence of all snapshots."""
+    """Errors and divergence of a prediction.
+
+    Attributes:
+        errors: for each predicted snapshot and trajectory: nRMSE of model and persistence, VRMSE of model and
+            persistence.
+        decoded, stored: largest relative divergence of any snapshot, as decoded in float64 and as stored.
+    """
 
     errors: dict[int, list[list[float]]] = field(default_factory=dict)
     decoded: float = 0.0
@@ -85,7 +91,7 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     vanishes; ``velocity`` is its mean at the voxel centres.
 
     Raises:
-        UserError: request, input or model are wrong, or the prediction is not finite. Nothing is written then.
+        UserError: request, input or model cannot be used, or the prediction is not finite. Nothing is written then.
     """
     records = _checked_records(request)
     axes = _checked_axes(request.input, records[0].n_snapshots)
@@ -150,7 +156,7 @@ def _divergence(u_3XYZ: Tensor, operator: str) -> float:
 
 
 def _checked_records(request: Request) -> list[TrajectoryRecord]:
-    """The trajectories to continue. Raises: UserError: the request is wrong in a way that needs no model to see."""
+    """Return the trajectories to continue, after all checks that need no model. Raises: UserError: one has failed."""
     if request.steps < 1:
         raise UserError(f"--steps {request.steps}: predict at least 1 snapshot")
     if request.start < 0:
@@ -172,7 +178,7 @@ def _checked_records(request: Request) -> list[TrajectoryRecord]:
 
 
 def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]:
-    """Paths of the ParaView files, one per trajectory."""
+    """Return the paths of the ParaView files, one per trajectory; [] if none are wanted."""
     if not request.paraview:
         return []
     if len(records) == 1:
@@ -181,7 +187,7 @@ def _companions(request: Request, records: list[TrajectoryRecord]) -> list[Path]
 
 
 def _checked_axes(path: Path, snapshots: int) -> _Axes:
-    """Times and coordinates of the file. Raises: UserError: they are missing or not evenly spaced."""
+    """Read times and coordinates. Raises: UserError: the times are missing, or either are not evenly spaced."""
     with opened(path) as file:
         if "dimensions/time" not in file:
             raise UserError(f"{path} has no dimensions/time: the model needs the times of the snapshots; add them")
@@ -209,11 +215,11 @@ def _checked_axes(path: Path, snapshots: int) -> _Axes:
 
 
 def _even_step(values: NDArray[np.float64]) -> float:
-    """The step along the last axis; 0 if the values are not ascending and evenly spaced."""
+    """Return the step along the last axis; 0 if the values are not ascending and evenly spaced."""
     steps = np.diff(values, axis=-1)
     if steps.size == 0 or not np.isfinite(values).all():
         return 0.0
-    # Stored as float32, large times are only as even as their last digit.
+    # Large times stored as float32 are evenly spaced only up to rounding.
     allowed = UNEVEN * abs(steps.mean()) + 4 * np.finfo(np.float32).eps * np.abs(values).max()
     even = steps.min() > 0 and np.ptp(steps) <= allowed
     return float(steps.mean()) if even else 0.0

@@ -31,9 +31,8 @@ class ProcessJob:
         name: label for its output and run time.
         arguments: arguments of the interpreter.
         log: file for its output.
-        cost: JSON file with its run time in seconds, summed over all its starts.
-        excused: called when it ended with an error; returns whether the error is a valid result and the other jobs
-            continue.
+        cost: JSON file with its CPU and wall time in seconds, summed over all its starts.
+        excused: called if it ends with an error; returns whether that is a valid result, so that other jobs continue.
     """
 
     name: str
@@ -70,7 +69,7 @@ class _Progress:
 
 
 def resolve_jobs(jobs: int | str) -> int:
-    """Return how many processes run at once."""
+    """Return the number of processes to run at once; ``auto`` is one per GPU, or one per CPU core without GPUs."""
     if jobs != "auto":
         return int(jobs)
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
@@ -114,6 +113,7 @@ def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> 
 
 
 def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
+    """Run a job, on GPU number ``place`` if there are GPUs; return its CPU time in seconds."""
     # Each job is a single rank, no matter what started this process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -127,7 +127,7 @@ def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
     with open(job.log, "ab") as log:
         process = subprocess.Popen([sys.executable, *job.arguments], env=environment, stdout=log, stderr=log)
         progress.running.add(process.pid)
-        if progress.stops:  # the stop request may have come after this job was chosen
+        if progress.stops:  # the stop request may have come while this job was starting
             progress.end(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         progress.running.discard(process.pid)

@@ -1,4 +1,4 @@
-"""Starting the ranks of a run with DeepSpeed's launcher, on this host or over ssh on the hosts of a hostfile.
+"""Start the ranks of a run with DeepSpeed's launcher, on this host or over ssh on the hosts of a hostfile.
 
 DeepSpeed's multi-host launch builds a command line for a remote shell with little quoting, forwards few variables, does
 not check whether a host answers, and kills every DeepSpeed job on a host when it is interrupted. Therefore we check
@@ -59,7 +59,9 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     SIGTERM and SIGUSR1 make the ranks write a checkpoint and end. A second signal, or Ctrl-C, ends them at once.
 
     Args:
-        module: module that each rank runs.
+        run: the run folder, which holds ``config.yaml``.
+        resume: ``auto``, or the folder of the checkpoint to resume.
+        module: name of the module that each rank runs.
 
     Raises:
         UserError: the hostfile or a host cannot be used.
@@ -105,6 +107,7 @@ _DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical"]
 
 
 def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts ``world`` ranks on this host, and its environment."""
     # Some clusters have a /job/hostfile, which DeepSpeed would use by default.
     command = [sys.executable, *_DEEPSPEED, "--hostfile", os.devnull, "--num_gpus", str(world)]
     command += ["--master_port", str(free_port())]
@@ -117,6 +120,7 @@ def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts ranks on the hosts of a hostfile, and its environment."""
     hosts = read_hostfile(hostfile)
     for what, text in (
         ("the hostfile's path", str(hostfile)),
@@ -137,6 +141,7 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
 
 
 def _require_plain(what: str, text: str) -> None:
+    """Check a text that DeepSpeed passes to a shell unquoted. Raises: UserError: a shell would interpret it."""
     if not _PLAIN.fullmatch(text):
         raise UserError(
             f"{what} is {text!r}, and DeepSpeed's launcher passes it to a shell on every host unquoted: "
@@ -145,7 +150,7 @@ def _require_plain(what: str, text: str) -> None:
 
 
 def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
-    """Return address and port of rank 0, after every host has answered and has this Python version."""
+    """Return address and port of rank 0, after checking that every host answers and has this Python version."""
     facts = probe_hosts([host.name for host in hosts], REACH_S)
     here = ".".join(map(str, sys.version_info[:3]))
     wrong = []

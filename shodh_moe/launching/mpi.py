@@ -10,7 +10,7 @@ from shodh_moe.base.errors import UserError
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_STOP_S = 60.0  # how long the other processes wait for the first one to report the error and end the job
+_STOP_S = 60.0  # time for the first process to report an error and end the job, while the others wait
 
 
 def in_slurm_step() -> bool:

@@ -1,4 +1,4 @@
-"""Facts about a host, collected in a fraction of a second; runs here, or as a script that is sent to other hosts.
+"""Collect facts about a host in a fraction of a second, on this host or as a script that is sent to others.
 
 `facts` uses only the standard library, because the host that runs this file may have nothing else installed.
 ``python probe.py`` prints the facts as one line of JSON.

@@ -1,12 +1,12 @@
-"""The rank of this process: each launcher sets its own variables, which are translated to those of torch.
+"""Rank variables: each launcher sets its own, which are translated to those that torch reads.
 
 ========================  =====================================================================
 started with              source
 ========================  =====================================================================
 ``deepspeed``, torchrun   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set already
-``mpirun``                the communicator of mpi4py; its first rank picks address and port
-``srun``                  SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; the first host of the step; the job's number
-none                      one process
+``mpirun``                the communicator of mpi4py; its first rank chooses address and port
+``srun``                  SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; first host of the step; port from job ID
+none                      a single process
 ========================  =====================================================================
 """
 
@@ -57,7 +57,7 @@ def unset_rank_variables() -> None:
 
 
 def require_launcher_hostfile() -> None:
-    """Refuse a missing hostfile of DeepSpeed's launcher, which only warns and then trains on this host alone.
+    """Check that the hostfile given to DeepSpeed's launcher exists; the launcher only warns and uses this host alone.
 
     Raises:
         UserError: ``deepspeed --hostfile`` was given a file that does not exist.
@@ -88,10 +88,10 @@ def _mpi_variables() -> dict[str, str | int]:
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     networks = world.gather(own_networks(), root=0)
-    meet = (common_address(networks), free_port("")) if networks else None
-    address, port = world.bcast(meet, root=0)
+    chosen = (common_address(networks), free_port("")) if networks else None  # on the first rank
+    address, port = world.bcast(chosen, root=0)
     found = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local.rank, "LOCAL_WORLD_SIZE": local.size}
-    # MPI is no longer needed. Without this, mpirun would treat a rank that ends as crashed.
+    # MPI is no longer needed. Without this call, mpirun would treat every rank that ends as crashed.
     MPI.Finalize()
     return found | {"MASTER_ADDR": address, "MASTER_PORT": port}
 

@@ -1,4 +1,4 @@
-"""Running Python source on other hosts over ssh. No shell sees the source or an unquoted argument."""
+"""Run Python source on other hosts over ssh. No shell sees the source or an unquoted argument."""
 
 from __future__ import annotations
 

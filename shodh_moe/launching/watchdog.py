@@ -1,4 +1,4 @@
-"""Ends a job that hangs, and keeps every rank's Python stack."""
+"""End a job that hangs, after writing every rank's Python stack."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Watchdog:
     them.
 
     Args:
+        run: the run folder; stacks are written to its folder ``stacks``.
         attempt: identifies this start of the run; equal on all ranks.
         local_rank: 0 starts the sentinel.
         seconds: 0 switches the watchdog off; the sentinel still obeys the stop file.
@@ -41,7 +42,7 @@ class Watchdog:
             sentinel.remove_marks(self._folder)
         self._ended = threading.Event()
         with ExitStack() as resources:
-            # Opened now, because it must be open when everything else fails.
+            # Opened now, because opening it may fail once the job hangs.
             self._file = resources.enter_context(open(self._folder / f"rank_{rank:05d}.txt", "w"))
             faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
             resources.callback(faulthandler.unregister, signal.SIGUSR2)
@@ -71,20 +72,20 @@ class Watchdog:
         last_check = time.monotonic()
         while not self._ended.wait(pause):
             now = time.monotonic()
-            # The clock runs on while a scheduler suspends a job. After such a gap this rank gets its full time again.
+            # The clock keeps running while a scheduler suspends the job. After such a gap the full time starts again.
             if now - last_check > 5 * pause + 1:
                 self._last = now
             last_check = now
             if now - self._last > self.seconds:
-                self._bark()
+                self._report_and_exit()
 
-    def _bark(self) -> None:
+    def _report_and_exit(self) -> None:
         text = f"error on rank {self._rank}: no progress for {self.seconds:g} s: the stacks of the ranks are in"
         print(f"{text} {self._folder}", file=sys.stderr, flush=True)
         writing = threading.Thread(target=self._write_stack, daemon=True)
         writing.start()
         writing.join(WRITING_S)
-        time.sleep(2 * sentinel.PAUSE_S + sentinel.WAKING_S)  # for the sentinel of this host, which ends with its rank
+        time.sleep(2 * sentinel.PAUSE_S + sentinel.WAKING_S)  # let this host's sentinel act: it ends with its rank
         os._exit(EXIT_FAILED)
 
     def _write_stack(self) -> None:

@@ -23,7 +23,7 @@ class Composition:
     alphas: Mapping[str, Setting]
 
     def coefficients(self, tensor: str) -> list[float]:
-        """Coefficients of the base and of ``layout.models`` for one tensor.
+        """Return the coefficients of the base and of ``layout.models`` for one tensor.
 
         Raises:
             UserError: no filter gives alpha for this tensor.
@@ -39,7 +39,7 @@ def compose(
     where: str,
     found: dict[str, Any] | None = None,
 ) -> tuple[Composition, dict[str, Any], list[str]]:
-    """Compose a ccm target; returns it with the manifest's record of alpha, and warnings.
+    """Compose a ccm target, and return it with the manifest's record of alpha and with warnings for the user.
 
     Args:
         shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``power`` and ``clip``.
@@ -135,7 +135,7 @@ def _from_coordinate(
 
 
 def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:
-    """Raises: UserError: only some models have a coordinate, or the coordinates do not form a layout."""
+    """Find the layout of the models. Raises: UserError: only some have a coordinate, or they do not form a layout."""
     without = [model for model in own if "coordinate" not in own[model]]
     if len(without) == len(own):
         return in_order(without, where)
@@ -157,7 +157,11 @@ def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:
 def _by_axis(
     shared: dict[str, Setting], key: str, layout: Layout, where: str, default: Single | None = None
 ) -> dict[str, Single]:
-    """A parameter's value on each axis; axes missing from a mapping get ``default``, which None forbids.
+    """Return a parameter's value on each axis.
+
+    Args:
+        default: value of axes that are missing from a mapping; None requires every axis, and a mapping if there are
+            several.
 
     Raises:
         UserError: the mapping has an unknown axis or lacks one, or one number is given but each axis needs its own.

@@ -1,7 +1,7 @@
 """Arrange ccm's experts along physical axes: find the layout of their points, and each model's coefficient.
 
-There are three layouts. With one axis, a ``line``: two models at its ends. With n axes, ``corners``: 2^n models at all
-corners of a box; or a ``star``: 2 n models, each at an end of one axis and in the middle of all others.
+There are three layouts: ``line``, two models at the ends of one axis; ``corners``, 2^n models at all corners of a box
+with n axes; and ``star``, 2 n models, each at an end of one axis and in the middle of all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Literal
 from shodh_moe.base.errors import UserError
 
 Point = dict[str, float]
-BOTH = "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"
+EXPECTED = (
+    "give 2^n models at all corners of n axes, or 2 n, each at an end of one axis and in the middle of all others"
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Layout:
 
 
 def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> float:
-    """2 (x - x_mid)/(x_high - x_low), where x is the coordinate to this ``power``, or its logarithm for power 0.
+    """Return alpha = 2 (x - x_mid)/(x_high - x_low), where x is the coordinate to this ``power``, or its log for 0.
 
-    Exactly -1 and 1 at the ends. For any power except 1, coordinates must be positive.
+    The result is exactly -1 and 1 at the ends. For any power except 1, coordinates must be positive.
     """
     if power != 1:
         low, high, coordinate = (math.log(value) if power == 0 else value**power for value in (low, high, coordinate))
@@ -64,7 +66,7 @@ def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> fl
 
 
 def in_order(models: list[str], where: str) -> Layout:
-    """The line of two models without coordinates, in the order low, high.
+    """Return the line of two models without coordinates, given in the order low, high.
 
     Raises:
         UserError: there are not exactly two models.
@@ -119,7 +121,8 @@ def find_layout(points: dict[str, Point], where: str) -> Layout:
     else:
         axis = max(axes, key=lambda one: len(values[one]))
         raise UserError(
-            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: {BOTH}"
+            f"{where}: {axis} is {_listed(axis, points)}, so the models are neither corners of a box nor a star: "
+            f"{EXPECTED}"
         )
     ordered = sorted(models, key=lambda model: places[model])
     ends = {axis: (values[axis][0], values[axis][-1]) for axis in axes}
@@ -134,7 +137,7 @@ def _corners(points: dict[str, Point], values: dict[str, list[float]], where: st
     for corner in itertools.product((-1, 1), repeat=len(values)):
         if corner not in there:
             missing = {axis: values[axis][max(0, s)] for axis, s in zip(values, corner, strict=True)}
-            raise UserError(f"{where}: no model is at the corner {written(missing)}: add it; {BOTH}")
+            raise UserError(f"{where}: no model is at the corner {written(missing)}: add it; {EXPECTED}")
     return places
 
 
@@ -144,7 +147,7 @@ def _star(points: dict[str, Point], values: dict[str, list[float]], where: str) 
         ends = [axis for axis, s in zip(values, place, strict=True) if s]
         if len(ends) != 1:
             at = f"at an end of {' and of '.join(ends)}" if ends else "in the middle of all axes, as base_model is"
-            raise UserError(f"{where}: {model} ({written(points[model])}) is {at}: leave it out; {BOTH}")
+            raise UserError(f"{where}: {model} ({written(points[model])}) is {at}: leave it out; {EXPECTED}")
     return places
 
 

@@ -16,7 +16,11 @@ from shodh_moe.merging.settings import Conditional
 
 
 def require_same_tensors(reference: InputModel, other: InputModel) -> None:
-    """Raises: UserError: tensors are missing, extra, or differ in shape or dtype; names the first, and its file."""
+    """Check that two models have the same tensors.
+
+    Raises:
+        UserError: tensors are missing, extra, or differ in shape or dtype; the message names the first and its file.
+    """
     ours, theirs = reference.tensors, other.tensors
     if missing := [name for name in ours if name not in theirs]:
         raise UserError(
@@ -44,7 +48,7 @@ def _more(names: list[str]) -> str:
 
 
 def require_same_architecture(models: list[InputModel]) -> None:
-    """Check that checkpoints of this project have the same model, as equal shapes do not prove it.
+    """Check that checkpoints of this project have the same model settings, which equal shapes do not prove.
 
     Raises:
         UserError: model settings or tokenizers differ.
@@ -62,25 +66,25 @@ def require_same_architecture(models: list[InputModel]) -> None:
 
 
 def require_matches(conditions: list[Conditional], names: list[str]) -> None:
-    """Raises: UserError: a filter matches no tensor, so it is probably misspelt."""
+    """Check that every filter matches a tensor. Raises: UserError: one matches none, so it is probably misspelt."""
     for condition in conditions:
         if condition.written and not any(condition.fits(name) for name in names):
             raise UserError(f"{condition.written} matches none of the {len(names)} tensors, such as {names[0]}")
 
 
 def require_apart(target: Target) -> None:
-    """Raises: UserError: the output and an input contain one another."""
+    """Check that the output is apart from all inputs. Raises: UserError: one contains the other."""
     output = target.output.resolve()
     for path in target.paths:
         given = Path(path).resolve()
         if output == given or output in given.parents or given in output.parents:
             raise UserError(
-                f"the output {target.output} and the input {path} contain one another: choose another output"
+                f"the output {target.output} and the input {path} contain each other: choose another output"
             )
 
 
 def require_space(outputs: dict[Path, list[OutputFile]]) -> None:
-    """Raises: UserError: the disk is too small for all outputs, or a folder cannot be written to."""
+    """Check that all outputs fit on their disks. Raises: UserError: one is too small, or a folder is not writable."""
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
     for folder, files in outputs.items():

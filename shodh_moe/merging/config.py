@@ -58,7 +58,7 @@ class MergeConfig(_Strict):
 
 @dataclass
 class Target:
-    """One output of a merge.
+    """One output of a merge, with its settings checked.
 
     Attributes:
         name: name of the sweep's entry; empty without a sweep.
@@ -69,7 +69,7 @@ class Target:
             ccm without coordinates), else sorted, so that the order in the config does not change the result.
         settings: parameters of each of ``models``.
         composition: for ccm: the coefficients of base and models.
-        alpha: for ccm: its value, and how it was found.
+        alpha: for ccm: the value of alpha and how it was found, as the manifest stores it.
         warnings: shown to the user and stored in the manifest.
     """
 
@@ -134,7 +134,7 @@ def _without_place(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(path: Path, sweep: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Entries of a sweep: a mapping from parameters to lists of values is a grid; a list has named changes of keys."""
+    """Return (name, changed keys) of each entry: a mapping from parameters to lists of values is a grid of entries."""
     if isinstance(sweep, dict) and sweep and all(isinstance(values, list) and values for values in sweep.values()):
         if key := next((key for key, values in sweep.items() if any(isinstance(one, dict) for one in values)), None):
             raise UserError(

@@ -31,12 +31,17 @@ class Drift:
         self._parts.setdefault(key, []).extend(block_sums(a * b))
 
     def sums(self) -> dict[str, float]:
-        """Sums by ``base``, or by the indices of two models."""
+        """Return the inner products: ``base`` is that of theta_0, ``"i,j"`` that of d_i and d_j."""
         return {key: math.fsum(parts) for key, parts in self._parts.items()}
 
 
 def summary(sums: list[dict[str, float]], models: list[str]) -> dict[str, Any]:
-    """Over all tensors: |d_i| / |theta_0| of each model and, for two models, the cosine of d_0 and d_1."""
+    """Return |d_i| / |theta_0| of each model over all tensors and, for two models, the cosine of d_0 and d_1.
+
+    Args:
+        sums: `Drift.sums` of every tensor.
+        models: paths of the models, in the order of the indices.
+    """
     keys = {key for one in sums for key in one}
     total = {key: math.fsum(one.get(key, 0.0) for one in sums) for key in keys}
     base = math.sqrt(total.get("base", 0.0))
@@ -49,10 +54,10 @@ def summary(sums: list[dict[str, float]], models: list[str]) -> dict[str, Any]:
 
 
 def require_near(found: dict[str, Any], base: str, limit: float) -> None:
-    """Raises: UserError: an expert is too far from the base to have been trained from it."""
+    """Check a `summary`. Raises: UserError: an expert is too far from the base to have been trained from it."""
     for path, distance in found["relative_distance_from_base"].items():
         if distance > limit:
             raise UserError(
-                f"{path} is {distance:.3g} times the norm of {base} away from it, so it was not trained from it: "
+                f"{path} differs from {base} by {distance:.3g} times its norm, so it was not trained from it: "
                 "name the right base_model, or raise the parameter distance_limit if you are sure"
             )

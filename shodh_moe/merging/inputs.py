@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -94,7 +94,7 @@ def open_input(path: str) -> InputModel:
         if where.is_dir():
             return _only_file(path, where)
     except Damaged as error:
-        raise UserError(f"{error}: copy or make it again") from None
+        raise UserError(f"{error}: copy it or create it again") from None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
     raise UserError(
@@ -135,8 +135,8 @@ def _indexed(path: str, folder: Path) -> InputModel:
         raise UserError(f"{folder / missing} is named in {INDEX} but missing: copy the model again")
     model = _safetensors(path, [folder / name for name in names])
     if differing := sorted(model.tensors.keys() ^ where.keys()):
-        there = "misses" if differing[0] in model.tensors else "names"
-        raise UserError(f"{folder / INDEX} {there} tensor {differing[0]}, unlike its files: make it again")
+        verb = "misses" if differing[0] in model.tensors else "names"
+        raise UserError(f"{folder / INDEX} {verb} tensor {differing[0]}, unlike its files: create it again")
     return model
 
 
@@ -183,17 +183,22 @@ def _pt(path: str, file: Path) -> InputModel:
     return InputModel(path, "pt", [file], stored)
 
 
+def zip_data_offset(raw: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Return the byte offset of an uncompressed record's data in the zip file that is open as ``raw``."""
+    # The data follow the local header, whose lengths may differ from those in the directory.
+    raw.seek(record.header_offset + 26)
+    lengths = raw.read(4)
+    name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+    return record.header_offset + 30 + name + extra
+
+
 def _mapped_at(file: Path, tensors: dict[str, torch.Tensor]) -> int:
-    """Address of the mapped file's first byte, from the positions of its storages in the file and in memory."""
+    """Return the address of the mapped file's first byte, from its storages' positions in the file and in memory."""
     records = []
     with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
         for record in archive.infolist():
             if "/data/" in record.filename and record.file_size:
-                # The data follow the local header, whose lengths may differ from those in the directory.
-                raw.seek(record.header_offset + 26)
-                lengths = raw.read(4)
-                name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-                records.append((record.header_offset + 30 + name + extra, record.file_size))
+                records.append((zip_data_offset(raw, record), record.file_size))
     storages = {(one.data_ptr(), one.nbytes()) for one in (t.untyped_storage() for t in tensors.values())}
     addresses = sorted(one for one in storages if one[1])
     records.sort()

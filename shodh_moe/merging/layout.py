@@ -13,7 +13,7 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint.rank_file import DTYPES as CHECKPOINT_DTYPES
 from shodh_moe.checkpoint.state import piece_key, rank_file
-from shodh_moe.merging.inputs import INDEX, MODEL
+from shodh_moe.merging.inputs import INDEX, MODEL, zip_data_offset
 from shodh_moe.merging.safetensors_file import make_header
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -35,7 +35,7 @@ class OutputFile:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
     def begin(self, path: Path) -> dict[str, int]:
-        """Create the file without the tensors' data; returns the byte offset of each tensor."""
+        """Create the file without the tensors' data, and return the byte offset of each tensor."""
         if self.format == "pt":
             return _begin_pt(path, self.tensors)
         stored = self.tensors
@@ -80,7 +80,7 @@ def _name(format: str, number: int, count: int) -> str:
 
 
 def index_of(files: list[OutputFile]) -> dict[str, str]:
-    """Index files {name: content} that map each tensor to its file; {} if there is only one file."""
+    """Return the index file as {name: content}, which maps each tensor to its file; {} if there is only one file."""
     if len(files) == 1 or files[0].format != "safetensors":
         return {}
     where = {name: file.name for file in files for name in file.tensors}
@@ -89,7 +89,10 @@ def index_of(files: list[OutputFile]) -> dict[str, str]:
 
 
 def output_dtype(stored: torch.dtype, wanted_name: str | None) -> torch.dtype:
-    """Output dtype of a tensor with dtype ``stored``. Complex tensors keep theirs if half precision is asked for."""
+    """Return the output dtype of a tensor with dtype ``stored``.
+
+    Complex tensors keep theirs if half precision is wanted, integers and booleans always.
+    """
     if wanted_name is None or not (stored.is_floating_point or stored.is_complex):
         return stored
     wanted: torch.dtype = getattr(torch, wanted_name)
@@ -97,17 +100,13 @@ def output_dtype(stored: torch.dtype, wanted_name: str | None) -> torch.dtype:
 
 
 def _begin_pt(path: Path, tensors: Described) -> dict[str, int]:
-    """Write a state dict like `torch.save`, but with holes in place of the tensors' data."""
-    # This memory is reserved but never touched.
+    """Write a state dict like `torch.save`, but with holes in place of the tensors' data; return their offsets."""
+    # This memory is reserved, but never touched.
     empty = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}
     with torch.serialization.skip_data():
         torch.save(empty, path)
     places = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
         for number, name in enumerate(tensors):  # each tensor has its own storage, in this order
-            record = archive.getinfo(f"model/data/{number}")
-            raw.seek(record.header_offset + 26)
-            lengths = raw.read(4)
-            end = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            places[name] = record.header_offset + 30 + end
+            places[name] = zip_data_offset(raw, archive.getinfo(f"model/data/{number}"))
     return places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -18,11 +19,12 @@ MANIFEST_FORMAT = 1
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a merge's result may depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("shodh_moe", "torch", "numpy")}}
 
 
 def drift_of(target: Target, written: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Distances between base and experts from the records of all files; {} without a base."""
+    """Return the `summary` of distances between base and experts, from the records of all files; {} without a base."""
     sums = [fact["drift"] for record in written.values() for fact in record["facts"].values() if "drift" in fact]
     return summary(sums, target.models) if sums else {}
 
@@ -35,7 +37,7 @@ def texts(
     inputs: dict[str, dict[str, Any]],
     reference: InputModel | None,
 ) -> dict[str, str]:
-    """The small files of an output, by name.
+    """Return the text files of an output, by name: the manifest, and if needed the index or ``state.json``.
 
     Args:
         written: size, hash and facts of every file with tensors.
@@ -73,13 +75,11 @@ def _role(target: Target, path: str) -> str:
 
 
 def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: InputModel) -> str:
-    """state.json of a checkpoint with weights only, and the step and config of ``reference``, for inference."""
+    """Return ``state.json`` of a checkpoint that has weights only, with the step and config of ``reference``."""
     tensors = {}
     for rank, file in enumerate(files):
         for name, (dtype, shape) in file.tensors.items():
-            count = 1
-            for axis in shape:
-                count *= axis
+            count = math.prod(shape)
             pieces = [[rank, 0, count]] if count else []
             described = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "pieces": pieces}
             tensors[MODEL + name] = described

@@ -24,7 +24,7 @@ from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
 from shodh_moe.merging.stream import MergeJob, Stream, slice_length
 
-AT_ONCE = 16  # outputs made in one pass over the inputs
+AT_ONCE = 16  # maximum number of outputs made in one pass over the inputs
 RESERVE = 64 << 20  # bytes for libraries loaded later, hashing, and small tables
 UNITS = {
     "": 1,
@@ -63,7 +63,7 @@ def merge(
     size: int = 1,
     found: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write the outputs of a config; returns their folders.
+    """Write the outputs of a config, and return their folders.
 
     Args:
         config: YAML file in mergekit's format (docs/merging.md).

@@ -23,14 +23,19 @@ COLINEAR = 0.9995  # above this cosine slerp is linear, as in mergekit
 
 
 class Recipe(Protocol):
-    """How to compute one tensor of one output."""
+    """A merge method, applied to one tensor of one output.
+
+    Attributes:
+        passes: number of times that the whole tensor must be observed before `result` is called.
+    """
 
     passes: int
 
     def observe(self, number: int, start: int, inputs: list[Tensor]) -> None:
         """Observe the slice from element ``start`` on in pass ``number``; ``inputs``: base (if any) and models."""
 
-    def end_pass(self, number: int) -> None: ...
+    def end_pass(self, number: int) -> None:
+        """Finish pass ``number`` after its last slice."""
 
     def result(self, start: int, inputs: list[Tensor]) -> Tensor:
         """Compute the merged slice as a new tensor."""
@@ -205,10 +210,10 @@ class TensorMerge:
         lookup: its parameters.
         name: name of the tensor.
         numel: number of its elements; twice as many for a complex tensor.
-        models: number of models beside the base.
+        models: number of models besides the base.
         base: whether there is a base.
-        dtype: what the merge is computed in.
-        composition: coefficients of the base and the models, for ccm.
+        dtype: dtype in which the merge is computed.
+        composition: for ccm: coefficients of the base and the models.
     """
 
     method: str
@@ -270,5 +275,5 @@ def recipe(
     dtype: torch.dtype,
     composition: Composition | None,
 ) -> Recipe:
-    """How ``method`` merges one tensor; the other arguments are those of `TensorMerge`."""
+    """Make the recipe of ``method`` for one tensor; the arguments are those of `TensorMerge`."""
     return METHODS[method].recipe(TensorMerge(method, lookup, name, numel, models, base, dtype, composition))

@@ -118,6 +118,7 @@ class Lookup:
         return float(default)
 
     def conditions(self) -> list[Conditional]:
+        """Return all filtered values of all parameters."""
         settings = [single for one in (self.shared, *self.own) for value in one.values() for single in singles(value)]
         return [condition for setting in settings if isinstance(setting, list) for condition in setting]
 
@@ -128,7 +129,7 @@ def singles(setting: Setting) -> list[Single]:
 
 
 def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
-    assert not isinstance(setting, dict)  # those are for ccm alone, which takes them apart (alpha.py)
+    assert not isinstance(setting, dict)  # only ccm has values by axis, and alpha.py evaluates those
     if isinstance(setting, list):
         return next((condition.value for condition in setting if condition.fits(tensor)), None)
     return setting
@@ -137,7 +138,11 @@ def _evaluate(setting: Setting | None, tensor: str) -> Number | None:
 def check_settings(
     name: str, method: Method, shared: dict[str, Setting], own: list[dict[str, Setting]], where: str
 ) -> None:
-    """Raises: UserError: a parameter that the method ``name`` does not take, or a value it cannot have."""
+    """Check the parameters of the method ``name``.
+
+    Raises:
+        UserError: the method does not take a parameter, or a value is not valid.
+    """
     for settings, valid in [(shared, (*method.shared, *method.single)), *((one, method.own) for one in own)]:
         for key, setting in settings.items():
             if key not in valid:

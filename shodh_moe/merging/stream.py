@@ -40,12 +40,23 @@ class MergeJob:
 
 
 class Work:
-    """One tensor in the stream, and the recipe of each output for it."""
+    """One tensor in the stream, and the recipe of each output for it.
+
+    Attributes:
+        real: dtype of its real numbers; for a complex tensor that of its real and imaginary parts.
+        numel: number of its real numbers.
+        exact: whether it holds integers or booleans, which are copied and not merged.
+        computed: dtype in which it is merged.
+        passes: number of passes before the one that computes the results.
+        drifts: distances between the base and the models, by the inputs' paths.
+        written: dtype of the real numbers in each output.
+        unequal: for each output, the inputs whose values differ from the copied ones.
+    """
 
     def __init__(self, name: str, stored: Stored, jobs: list[MergeJob]):
         self.name, self.stored, self.jobs = name, stored, jobs
         self.real = REAL.get(stored.dtype, stored.dtype)
-        self.numel = stored.nbytes // self.real.itemsize  # real numbers
+        self.numel = stored.nbytes // self.real.itemsize
         self.exact = not self.real.is_floating_point
         self.computed = torch.float64 if self.real == torch.float64 else torch.float32
         self.recipes: list[Recipe] = [] if self.exact else [self._recipe(job) for job in jobs]
@@ -74,7 +85,12 @@ class Step(NamedTuple):
 
 
 def slice_length(bytes_free: int, readers: list[InputReader], combined: list[int]) -> int:
-    """Largest slice, in real numbers, for which all buffers fit; ``combined``: number of inputs of each output.
+    """Return the length of the longest slice, in real numbers, for which all buffers fit.
+
+    Args:
+        bytes_free: memory for buffers.
+        readers: the inputs.
+        combined: number of inputs of each output.
 
     Raises:
         UserError: the memory limit is too small for the shortest slice.
@@ -191,7 +207,7 @@ class Stream:
         writes, buffers = self._writes[id(job)], self._out[id(job)]
         if len(writes) == BEHIND:
             writes.popleft().result()
-        buffers.append(buffers.pop(0))  # the one whose write is over
+        buffers.append(buffers.pop(0))  # the oldest one, whose write has ended
         buffer = buffers[-1][: step.length * dtype.itemsize]
         torch.from_numpy(buffer).view(dtype).copy_(values)
         writes.append(job.output.write(step.work.name, step.start * dtype.itemsize, buffer.data))

@@ -13,21 +13,26 @@ from shodh_moe.model.norm import make_norm
 
 
 def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
-    """Rotation angles [S, W / 2]: each axis rotates a third of the pairs, and the remaining pairs do not rotate.
+    """Return the rotation angle of each pair of features of each token, in radians, float64 [S, W / 2].
 
-    Rotary positions (RoFormer, arXiv 2104.09864) per axis. The base is small because a latent axis has at most a few
-    dozen positions. Tokens are ordered like the flattened grid, last axis fastest.
+    Rotary positions (RoFormer, arXiv 2104.09864) per axis: each axis rotates a third of the pairs, and the remaining
+    pairs do not rotate. The base is small because a latent axis has at most a few dozen positions.
+
+    Args:
+        grid: numbers of tokens along x, y and z; tokens are ordered like the flattened grid, last axis fastest.
+        head_width: W.
+        base: ratio of the highest frequency to the limit of the lowest.
     """
     pairs = head_width // 2 // 3
     frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in axes]
-    still = torch.zeros(angles[0].shape[0], head_width // 2 - 3 * pairs, dtype=torch.float64)
-    return torch.cat([*angles, still], dim=1)
+    unrotated = torch.zeros(angles[0].shape[0], head_width // 2 - 3 * pairs, dtype=torch.float64)
+    return torch.cat([*angles, unrotated], dim=1)
 
 
 def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+W/2}) by its token's angle, in float32 or wider."""
+    """Rotate each pair (x_i, x_{i+W/2}) by its token's angle; computes and returns float32 or wider [B, H, S, W]."""
     x_BHSW = x_BHSW.to(torch.promote_types(x_BHSW.dtype, torch.float32))
     cos, sin = angles_SP.cos().to(x_BHSW.dtype), angles_SP.sin().to(x_BHSW.dtype)
     a, b = x_BHSW.chunk(2, dim=-1)
@@ -35,7 +40,14 @@ def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Full attention among the tokens of one sample, through torch's scaled_dot_product_attention."""
+    """Full attention among the tokens of each sample, with torch's scaled_dot_product_attention.
+
+    Args:
+        dim: model width D.
+        heads: H.
+        grid: numbers of tokens along x, y and z.
+        norm: ``torch`` or ``apex`` (`available_norm`), for the norms of queries and keys.
+    """
 
     angles_SP: Tensor
 
@@ -48,9 +60,11 @@ class Attention(nn.Module):
         self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        """Outputs [B, S, D], in autocast's dtype under autocast."""
         b, s, d = x_BSD.shape
         q, k, v = self.qkv(x_BSD).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        # Autocast narrows the products only. Norms and rotations stay wide; a fused norm needs input and weight alike.
+        # Only the products are narrow under autocast, not norms and rotations. A fused norm needs input and weight in
+        # one dtype.
         wide = self.q_norm.weight.dtype
         q, k = rotate(self.q_norm(q.to(wide)), self.angles_SP), rotate(self.k_norm(k.to(wide)), self.angles_SP)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from shodh_moe.config import MoEConfig
-from shodh_moe.model.experts import add_up, shared_experts
+from shodh_moe.model.experts import shared_experts, sum_outputs
 from shodh_moe.model.routers import Context
 
 
@@ -21,6 +21,6 @@ class Dense(nn.Module):
 
     def forward(self, x_ND: Tensor, context: Context | None = None) -> tuple[Tensor, None]:
         """See `FeedForwardBlock`."""
-        y_ND = add_up(self.shared, x_ND)
-        assert y_ND is not None  # the config has at least one
+        y_ND = sum_outputs(self.shared, x_ND)
+        assert y_ND is not None  # the config ensures at least one shared expert
         return y_ND.to(x_ND.dtype), None

@@ -32,13 +32,13 @@ class FeedForward(nn.Module):
 
 
 def shared_experts(dim: int, config: MoEConfig) -> nn.ModuleList:
-    """The networks of a block that every token passes through."""
+    """Make the networks of one layer that every token passes through."""
     shared = nn.ModuleList(FeedForward(dim, config.expert_hidden) for _ in range(config.shared_experts))
     mark_all(shared, group="shared")
     return shared
 
 
-def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
+def sum_outputs(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
     """Sum of all the experts' outputs for ``x``; None if there are no experts."""
     total = None
     for expert in experts:
@@ -47,10 +47,16 @@ def add_up(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
 
 
 class Experts(nn.Module):
-    """L SwiGLU experts as stacked weights.
+    """The routed SwiGLU experts of one layer that this rank holds, as stacked weights.
 
     Each expert draws its initial weights from its own random stream (seed, layer, global index), so they do not depend
     on the rank that holds it.
+
+    Args:
+        dim: model width D.
+        hidden: hidden width F.
+        global_indices: numbers of the L local experts among all experts of the layer.
+        seed, layer: select the random streams.
     """
 
     def __init__(self, dim: int, hidden: int, global_indices: range, seed: int, layer: int):

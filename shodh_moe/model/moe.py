@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shodh_moe.base.parameters import mark
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
-from shodh_moe.model.experts import Experts, add_up, shared_experts, to_autocast
+from shodh_moe.model.experts import Experts, shared_experts, sum_outputs, to_autocast
 from shodh_moe.model.routers import ONE_SAMPLE, Context, Slots, make_router
 from shodh_moe.model.routing import Routing, routing_of
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
@@ -59,7 +59,7 @@ class MoE(nn.Module):
         slots_EKD = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, capacity)
         blocks_GLKD = slots_EKD.view(self.ep.size, -1, capacity, width)
         in_flight = start_all_to_all(blocks_GLKD, self.ep, layer=self.layer, direction="dispatch")
-        shared_ND = add_up(self.shared, x_ND)
+        shared_ND = sum_outputs(self.shared, x_ND)
         # A CPU can skip slots without a token; on a GPU, reading the counts would wait for the device.
         filled_LG = self.ep.exchange_counts(gating.kept_E, self.layer).T if x_ND.device.type == "cpu" else None
         local_LTD = in_flight.wait().transpose(0, 1).reshape(-1, self.ep.size * capacity, width)
@@ -73,12 +73,12 @@ class MoE(nn.Module):
         """Send every expert only the tokens that chose it."""
         rows_ND = dispatch(x_ND, gating.expert_N, gating.slot_N, gating.kept_E, None)
         if self.ep.size == 1:
-            shared_ND, rows_ND = add_up(self.shared, x_ND), self.experts.grouped(rows_ND, gating.kept_E)
+            shared_ND, rows_ND = sum_outputs(self.shared, x_ND), self.experts.grouped(rows_ND, gating.kept_E)
             return combine(rows_ND, gating.expert_N, gating.slot_N, gating.gate_N, gating.kept_E, shared_ND)
         received_GL = self.ep.exchange_counts(gating.kept_E, self.layer)
         send, receive = gating.kept_E.view(self.ep.size, -1).sum(1).tolist(), received_GL.sum(1).tolist()
         in_flight = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")
-        shared_ND = add_up(self.shared, x_ND)
+        shared_ND = sum_outputs(self.shared, x_ND)
         # Rows arrive sorted by rank, then by expert; the experts need them sorted by expert, then by rank.
         local_L = torch.arange(received_GL.shape[1], device=x_ND.device)
         expert_R = torch.repeat_interleave(local_L.repeat(self.ep.size), received_GL.flatten())

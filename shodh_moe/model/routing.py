@@ -10,7 +10,7 @@ from shodh_moe.kernels import Gating
 
 
 class Routing(NamedTuple):
-    """What one mixture layer did with its N tokens. Only the two losses carry gradients; see `Gating`."""
+    """How one MoE layer routed its N tokens. Only the two losses carry gradients; `Gating` describes the fields."""
 
     balance_loss: Tensor
     z_loss: Tensor
@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
 
 def routing_of(gating: Gating) -> Routing:
-    """The record of a router's decision."""
+    """Make the record of a router's decision."""
     return Routing(
         balance_loss=gating.balance_loss,
         z_loss=gating.z_loss,

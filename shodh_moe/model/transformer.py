@@ -24,9 +24,11 @@ from shodh_moe.parallel import ExpertParallel
 
 
 class Prediction(NamedTuple):
-    """The next latent [B, C, x, y, z], and each layer's routing of the B * S tokens (sample by sample).
+    """The result of a forward pass.
 
-    The routing of a dense model is [].
+    Attributes:
+        latent_BCxyz: the predicted next latents.
+        routing: each layer's routing of the B * S tokens, sample by sample; [] for a dense model.
     """
 
     latent_BCxyz: Tensor
@@ -54,7 +56,7 @@ class LatentTransformer(nn.Module):
     """z[t+1] = z[t] + f(z[t-H+1..t], geometry), where f is zero before training.
 
     Args:
-        config: sizes.
+        config: the ``model`` section of a config.
         latent_channels: C.
         latent_grid: sizes x, y, z.
         seed: determines the initial weights, at every expert-parallel size.
@@ -94,6 +96,7 @@ class LatentTransformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoE]:
+        """The MoE layers in order; [] for a dense model."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None) -> Prediction:
@@ -102,7 +105,7 @@ class LatentTransformer(nn.Module):
         Args:
             history_BHCxyz: the last H latents, the newest last.
             geometry_BCxyz: the geometry latents.
-            context: what is known of the B samples; None: nothing.
+            context: the samples' number and domains; None if the domains are unknown.
         """
         context = context or Context(len(history_BHCxyz))
         x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
@@ -111,7 +114,7 @@ class LatentTransformer(nn.Module):
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # No need to preserve the random state: blocks draw no random numbers.
+            # The random state need not be preserved, since blocks draw no random numbers.
             x_BSD, layer_routing = (
                 checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
                 if recompute

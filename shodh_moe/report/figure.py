@@ -36,7 +36,7 @@ def write_figures(drawings: Mapping[str, matplotlib_figure.Figure | None], folde
     """Write each drawing to ``folder/<name>.png``; the folder is made if missing.
 
     Args:
-        drawings: drawings by name; None where there were no data: an older file of that name is removed.
+        drawings: drawings by name; None if there were no data, which removes an older file of that name.
 
     Returns:
         the paths of the files written, in order.

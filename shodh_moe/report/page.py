@@ -80,7 +80,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its title, sections, a subtitle in grey, and the browser's title if it is another one."""
+    """A page: its title, sections, a subtitle in grey, and the browser's title if it differs from the page's."""
 
     title: str
     sections: Sequence[Section]
@@ -92,7 +92,7 @@ class Page:
         return _ENVIRONMENT.get_template("page.html.j2").render(page=self)
 
     def write(self, path: Path) -> Path:
-        """Write `html` to ``path`` and return it. Raises `UserError` if the folder cannot be written."""
+        """Write `html` to ``path``, and return ``path``. Raises: UserError: the folder cannot be written."""
         write_text(path, self.html())
         return path
 

@@ -1,4 +1,4 @@
-"""Colours and matplotlib helpers shared by all figures. No pyplot: nothing global changes."""
+"""Colours and matplotlib helpers shared by all figures. pyplot is not used, so no global state changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def domain_colour(index: int) -> str:
 
 
 def expert_colours(experts: int) -> tuple[ListedColormap, BoundaryNorm]:
-    """One colour per expert: easy to tell apart for up to 10 experts, an even ramp for more."""
+    """Return one colour per expert: easy to tell apart for up to 10 experts, an even ramp for more."""
     if experts <= 10:
         # The first two also differ in brightness: most runs have two experts, and some reports are printed in grey.
         order = (
@@ -69,7 +69,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure of ``count`` panels, ``columns`` per row, each ``height`` inches high; spare places stay blank.
 
-    ``images``: the panels keep their aspect ratio, and the space that this leaves between them is removed.
+    With ``images`` the panels keep their aspect ratio, and the space that this leaves between them is removed.
     """
     columns = max(1, min(columns, count))
     rows = math.ceil(count / columns)
@@ -104,7 +104,7 @@ def legend(axes: Axes, **options: object) -> None:
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
-    """One legend below all panels, which are too narrow to hold it. Each handle carries its label."""
+    """Draw one legend below all panels, which are too narrow to hold it. Each handle carries its label."""
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False)
 
 

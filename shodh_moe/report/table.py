@@ -13,7 +13,7 @@ class Table:
 
     Attributes:
         head: column titles.
-        rows: the cells, as many in each row as there are titles.
+        rows: rows of cells, one per title.
         numeric: indices of the columns that are aligned right.
     """
 

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, as a GPU's allocator would."""
+"""Count the bytes of live tensors, as a GPU's allocator would."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside the block that are still alive.
+    """A context manager that counts the bytes of all storages created inside its block, until they are freed.
 
-    Tensors may be fake (inside a `FakeTensorMode`); then nothing is allocated.
+    Tensors may be fake (inside a `FakeTensorMode`), which count although they have no memory. Those on the meta device
+    do not count.
 
     Args:
-        known: tensors whose storage is not counted.
-        workspace: bytes that an operation needs for itself while it runs, given its name, inputs and outputs.
+        known: tensors that exist already and are not counted.
+        workspace: returns the temporary bytes that an operation needs, given its name, inputs and outputs.
 
     Attributes:
-        now: bytes alive.
-        peak: the most there were.
-        bound: the most there were with the workspace of the operation that ran.
+        now: bytes alive now.
+        peak: the largest value of ``now`` so far.
+        bound: the largest value so far of ``now`` plus the running operation's workspace; 0 without ``workspace``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`launch/ccm_merge.py`: several processes share the outputs of one merge config."""
+"""The program of ``launch/ccm_merge.py``: several processes share the outputs of one merge config."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_merge_arguments, exit_code
-from shodh_moe.base.errors import EXIT_USER_ERROR
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 from shodh_moe.merging.merge import merge
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one process; with MPI, returns the largest exit code of all processes."""
+    """Run one process and return its exit code; with MPI, the largest exit code of all processes."""
     parser = OneLineParser(
         prog="ccm_merge.py",
-        description="Merge models: the outputs of a sweep are shared among the processes.",
+        description="Merge models. The processes divide the outputs of a sweep among themselves.",
         epilog="example: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,15 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     if communicator is None:
         return code
     # Wait until all processes have finished: mpirun kills the others as soon as one fails.
-    codes = communicator.allgather(code)
-    return EXIT_USER_ERROR if max(codes) == EXIT_USER_ERROR else max(codes)
+    codes: list[int] = communicator.allgather(code)
+    return max(codes)
 
 
 def process_place() -> tuple[Any, int, int]:
-    """MPI communicator (None without mpirun), rank of this process, and number of processes.
+    """Return the MPI communicator (None without mpirun), the rank of this process, and the number of processes.
 
     Raises:
-        UserError: mpirun started this process and mpi4py is missing.
+        UserError: mpirun started this process, but mpi4py is missing or belongs to another MPI.
     """
     if under_mpirun():
         world = mpi_world()

@@ -24,7 +24,8 @@ from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder, open_tokenizer_folder
 from shodh_moe.tokenizer import load_tokenizer
-from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
+from shodh_moe.tokenizer.encoding import encode_dataset
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.tokenizer_config import tokenizer_run
 

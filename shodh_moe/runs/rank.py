@@ -1,4 +1,4 @@
-"""The program that each rank runs for any kind of training: its arguments, device and threads."""
+"""The parts of a rank's program that all kinds of training share: command line, rank variables, device and threads."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ from shodh_moe.launching.rank_variables import require_launcher_hostfile, set_ra
 
 
 def rank_main(description: str, work: Callable[[argparse.Namespace], None], arguments: list[str] | None = None) -> int:
-    """Parse the command line, call ``work`` with the options, and return the exit code.
+    """Parse the command line, set the rank variables, call ``work`` with the options, and return the exit code.
 
-    RANK, WORLD_SIZE and the like are set before ``work``, which must call `prepare` before it trains.
+    Args:
+        description: text of ``--help``.
+        work: trains; it must call `prepare` before it imports DeepSpeed.
+        arguments: the command line; None for that of this process.
     """
     parser = OneLineParser(description=description)
     add_config_arguments(parser)
     parser.add_argument("--resume", default="auto", help="auto (the run's newest intact checkpoint) or a checkpoint")
     parser.add_argument("--stop-file", type=Path, help="file in which the launching process asks the ranks to stop")
-    parser.add_argument("--local_rank", help="set by some launchers; the environment decides")
+    parser.add_argument("--local_rank", help="set by some launchers and ignored: LOCAL_RANK is used instead")
     options = parser.parse_args(arguments)
 
-    def in_rank() -> None:
+    def set_up_and_work() -> None:
         set_rank_variables()
         work(options)
 
-    return exit_code(in_rank, options.debug)
+    return exit_code(set_up_and_work, options.debug)
 
 
 def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]], int]) -> int:
-    """Run a script of launch/, however its process was started, and return the exit code.
+    """Run a script of ``launch/`` under any launcher or none, and return the exit code.
+
+    With ``--hostfile`` the script starts ranks on the hosts of that file; otherwise this process is one rank.
 
     Args:
-        command: runs the `shodh` command with the given arguments, which starts ranks on the hosts of a hostfile.
-        train: program of one rank.
+        command: runs the `shodh` command that starts the ranks, with the given arguments.
+        train: runs one rank with the given arguments.
     """
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hostfile")
     parser.add_argument("--local_rank")
     options, rest = parser.parse_known_args()
-    # DeepSpeed's launcher only reads options before the script. Here it has started ranks on one host only.
+    # DeepSpeed's launcher does not read options that follow the script's name. If it has started this process, it has
+    # ignored --hostfile and used one host only: the first rank then starts the job again, and the others end.
     if options.hostfile and int(os.environ.get("CROSS_SIZE", 1)) == 1:
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if "CROSS_SIZE" in os.environ:
@@ -52,7 +58,7 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
 
 
 def prepare() -> None:
-    """Choose the threads and accelerator of this process. Must run before DeepSpeed is imported."""
+    """Set this rank's number of threads, accelerator and memory allocator. Must run before DeepSpeed is imported."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use all cores

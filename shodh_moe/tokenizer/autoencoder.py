@@ -33,7 +33,7 @@ def depth_to_space(x_BCXYZ: Tensor, factor: int = 2) -> Tensor:
 
 
 class _Wrap(torch.autograd.Function):
-    """Pad the box by one voxel of the opposite side.
+    """Pad each side of the box by one layer of voxels from the opposite side: [B, C, X + 2, Y + 2, Z + 2].
 
     The backward pass of torch's circular padding makes six copies of the box; this one makes a single copy and adds the
     gradient of the padding to the voxels that it came from.
@@ -57,7 +57,7 @@ class _Wrap(torch.autograd.Function):
 
 
 class WrappingConv(nn.Conv3d):
-    """3^3 convolution on the torus."""
+    """3^3 convolution on the torus, [B, C, X, Y, Z] with unchanged X, Y and Z."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3)
@@ -82,21 +82,21 @@ class Norm(nn.GroupNorm):
 
 
 def _recomputed(on: bool, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``stage(*inputs)``; if ``on``, autograd keeps only the inputs and the backward pass recomputes the stage."""
+    """Return ``stage(*inputs)``; if ``on``, autograd keeps only its inputs, and the backward pass recomputes it."""
     if on and torch.is_grad_enabled():
-        # The random state need not be kept, since a stage draws no random numbers.
+        # The random state need not be preserved, since a stage draws no random numbers.
         return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
     return stage(*inputs)
 
 
-def _silence(layer: nn.Conv3d) -> None:
-    """Set a layer's weights to zero, so that its output is zero before training."""
+def _set_to_zero(layer: nn.Conv3d) -> None:
+    """Set a layer's weights and bias to zero, so that its output is zero before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), the second convolution zero at the start."""
+    """x + conv(act(norm(conv(act(norm(x)))))), where the outer convolution's weights start at zero."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     patches' principal components, so that training only has to learn the correction.)
 
     Attributes:
-        checkpointing: keep only each stage's input in training; the backward pass recomputes the stage.
+        checkpointing: whether training stores only each stage's input and recomputes the stage in the backward pass.
     """
 
     def __init__(self, widths: list[int], blocks: int, latent_channels: int):
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
             channels = width
         self.down = nn.ModuleList(stages)
         self.head = nn.Conv3d(channels, latent_channels, 1)
-        _silence(self.head)
+        _set_to_zero(self.head)
         self.project = nn.Conv3d(4, latent_channels, 8, stride=8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
             self.up.append(nn.Conv3d(width, 8 * finer, 1))
         # Features times the mask let the last layer treat voxels next to a wall differently.
         self.head = WrappingConv(2 * self.FINE + 1, 4)
-        _silence(self.head)
+        _set_to_zero(self.head)
         self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)
 
     def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:

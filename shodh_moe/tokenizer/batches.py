@@ -1,4 +1,4 @@
-"""Batches of snapshots for the tokenizer: the snapshots of a step, each under a random symmetry of its flow."""
+"""Batches for the tokenizer's training: each snapshot is transformed by a random symmetry of its flow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(train: Snapshots, sampler: DomainSampler | None, batch_size: int, seed:
 
 
 def share(batch: Draw, rank: int, ranks: int) -> Draw:
-    """A rank's part of a batch."""
+    """Return the part of a batch that belongs to ``rank``."""
     picks, symmetries = batch
     return picks[rank::ranks], symmetries[rank::ranks]
 

@@ -14,11 +14,11 @@ from shodh_moe.tokenizer.walls import may_flow, project, ramp, to_centres, to_fa
 
 
 def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
-    """A with curl_D(A) the divergence-free, zero-mean part of u: A = (-Laplace_D)^-1 curl_D^T(u), [B, 3, X, Y, Z].
+    """Return the vector potential A of u, [B, 3, X, Y, Z]: curl_D(A) is the divergence-free, zero-mean part of u.
 
-    With D^T the transposed derivative, curl_D curl_D^T = -Laplace_D on divergence-free fields, where
-    -Laplace_D = D_x D_x^T + D_y D_y^T + D_z D_z^T, and the other parts of u vanish. A is in the Coulomb gauge: its
-    divergence taken with D^T is zero, which for the antisymmetric operators is div_D(A) = 0.
+    A = (-Laplace_D)^-1 curl_D^T(u), where D^T is the transposed derivative and -Laplace_D = D_x D_x^T + D_y D_y^T +
+    D_z D_z^T: on divergence-free fields curl_D curl_D^T = -Laplace_D, and the other parts of u vanish. A is in the
+    Coulomb gauge: its divergence taken with D^T is zero, which for the antisymmetric operators is div_D(A) = 0.
     Modes where every D vanishes (the mean; for even sizes and antisymmetric operators the Nyquist modes) have no
     potential.
     """
@@ -29,7 +29,9 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
 
 
 def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, walls: str) -> Tensor:
-    """A velocity close to w with div_D(u) = 0, [B, 3, X, Y, Z]; for ``staggered`` on the lower faces of the voxels.
+    """Return a velocity u close to w with div_D(u) = 0, [B, 3, X, Y, Z].
+
+    For ``staggered`` each component of u is on the lower faces of the voxels, otherwise at their centres.
 
     Args:
         w_B3XYZ: velocity at voxel centres, zero in solids; float32 or float64, which is the result's dtype.
@@ -59,11 +61,11 @@ def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, wall
 
 
 def at_centres(u_B3XYZ: Tensor, operator: str) -> Tensor:
-    """A `conserved_velocity` interpolated to voxel centres, where the data are."""
+    """Interpolate a `conserved_velocity` to voxel centres, where the data are."""
     return to_centres(u_B3XYZ) if operator == "staggered" else u_B3XYZ
 
 
 def _on_faces(w_B3XYZ: Tensor, mask_B3XYZ: Tensor) -> Tensor:
-    """w interpolated from centres to faces, so that `to_centres` restores it up to fourth order."""
+    """Interpolate w from centres to faces, so that `to_centres` restores it up to fourth order."""
     faces_B3XYZ = mask_B3XYZ * to_faces(w_B3XYZ)
     return faces_B3XYZ + mask_B3XYZ * to_faces(w_B3XYZ - to_centres(faces_B3XYZ))

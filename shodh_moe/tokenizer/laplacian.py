@@ -12,9 +12,9 @@ from shodh_moe.kernels import differentiation_matrix
 
 @lru_cache(maxsize=16)
 def inverse_laplacian(shape: tuple[int, int, int], operator: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1 / |k_D|^2 for every mode of a real transform, [X, Y, Z // 2 + 1], in ``dtype``; 0 where k_D = 0.
+    """Return 1 / |k_D|^2 for every mode of a real transform, [X, Y, Z // 2 + 1], in ``dtype``; 0 where k_D = 0.
 
-    Computed in float64. Cached: never write to it.
+    It is computed in float64. The result is cached, so callers must not write to it.
     """
     with torch.inference_mode(False), torch.no_grad():
         k_x, k_y, k_z = (

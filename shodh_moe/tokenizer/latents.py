@@ -1,10 +1,10 @@
-"""Latents of a whole dataset, encoded once and cached, so that pretraining never runs the encoder.
+"""Read the cached latents of a dataset, one trajectory at a time or as training samples.
 
-A cache folder holds ``train.hdf5``, ``valid.hdf5`` and ``test.hdf5``. Each has one group per trajectory with
-``z`` [T, C, x, y, z] and ``geometry`` [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z]
-(share of solid voxels under each latent) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of
-the trajectory in that file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``,
-``order``.
+`encoding` encodes a dataset once, so that pretraining never runs the encoder. A cache folder holds ``train.hdf5``,
+``valid.hdf5`` and ``test.hdf5``. Each file has one group per trajectory with ``z`` [T, C, x, y, z] and ``geometry``
+[C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z] (fraction of solid voxels in each latent's
+patch, float32) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of the trajectory in that
+file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,19 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import sha256
-from shodh_moe.base.progress import progress
 from shodh_moe.config import COMPRESSION
-from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
-from shodh_moe.data.hdf5 import new_hdf5
-from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
 from shodh_moe.data.sampler import domain_weights
-from shodh_moe.data.symmetry import Symmetry, draw_copies
 from shodh_moe.model import Context
-from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
-
-# Number of snapshots to encode at a time.
-BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,12 @@ class LatentTrajectory:
     """One trajectory in latent space. The latents stay on disk until they are read.
 
     Attributes:
+        domain: name of its domain.
+        source: name of the data file.
+        sample: number of the trajectory in that file.
+        z: normalised latents on disk, float32 [T, C, x, y, z].
+        geometry_Cxyz: geometry latent, float32.
+        solid_fraction_xyz: fraction of solid voxels in each latent's patch, float32.
         copy: 0 for the trajectory itself, otherwise the number of its copy under a symmetry.
     """
 
@@ -59,10 +55,11 @@ class LatentTrajectory:
 
     @property
     def snapshots(self) -> int:
+        """Number of snapshots T."""
         return self.z.shape[0]
 
     def solid_fraction_by_token(self, patch: int) -> Tensor:
-        """Share of each token's cells that are solid, [x / patch, y / patch, z / patch]."""
+        """Fraction of solid voxels in each token, float32 [x / patch, y / patch, z / patch]."""
         return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -75,117 +72,18 @@ class LatentTrajectory:
             return torch.from_numpy(self.z[start:stop])
 
 
-@torch.no_grad()
-def encode_dataset(
-    tokenizer: Tokenizer,
-    dataset: Path,
-    folder: Path,
-    copies: int,
-    seed: int,
-    device: str = "cpu",
-    skip_bad: bool = False,
-    symmetries: str = "all",
-    tokenizer_folder: Path | None = None,
-) -> None:
-    """Encode every trajectory of every split into ``folder`` (which should be temporary).
-
-    Each training trajectory is encoded up to ``copies`` times: unchanged, and under different symmetries of its flow.
-    Shifts by a fraction of a latent cell give latents that the first copy does not have. Only a few batches of
-    snapshots are in memory at a time.
-
-    Args:
-        symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow with fewer symmetries gets fewer copies.
-        tokenizer_folder: the folder from which ``tokenizer`` was read. Without it the cache does not record its
-            tokenizer, and `load_latents` refuses it whenever a tokenizer is named.
-
-    Raises:
-        UserError: bad data, or latents that are not finite (names the trajectory).
-    """
-    tokenizer = tokenizer.to(device).eval()
-    listed = {split: list_trajectories(dataset, split, tokenizer.grid, skip_bad) for split in SPLITS}
-    snapshots = Snapshots([record for records in listed.values() for record in records])
-    parts, works, first = [], [], 0
-    for split, records in listed.items():
-        for number, record in enumerate(records):
-            drawn = draw_copies([seed, number], record, copies if split == "train" else 1, symmetries)
-            for copy, symmetry in enumerate(drawn):
-                for start in range(0, record.n_snapshots, BATCH):
-                    parts.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
-                    works.append((split, record, copy, symmetry, start))
-            first += record.n_snapshots
-    reads = read_batches(snapshots, parts, WORKERS, pin=torch.device(device).type == "cuda")
-    stats = dataset / "stats.yaml"
-    origin = {
-        "tokenizer_sha256": (tokenizer_folder and tokenizer_sha256(tokenizer_folder)) or "",
-        "tokenizer": str(tokenizer_folder or ""),
-        "dataset": str(dataset),
-        "stats_sha256": sha256(stats) if stats.is_file() else "",
-        "grid": tokenizer.grid,
-        "latent_channels": tokenizer.config.latent_channels,
-        "copies": copies,
-        "symmetries": symmetries,
-        "seed": seed,
-    }
-    with ExitStack() as stack:
-        files = {split: stack.enter_context(new_hdf5(folder / f"{split}.hdf5")) for split in SPLITS}
-        for file in files.values():
-            file.attrs.update(origin)
-        for (split, record, copy, symmetry, start), fields_B5XYZ in zip(
-            progress(works, "encode latents", len(works)), reads, strict=True
-        ):
-            fields_B5XYZ = symmetry.apply(fields_B5XYZ.to(device, non_blocking=True))
-            name = f"{record.path.name}.{record.sample:04d}.{copy:04d}"
-            if not start:
-                _new_group(files[split], name, record, tokenizer, fields_B5XYZ[:1, 4:], copy, symmetry)
-            stop = start + len(fields_B5XYZ)
-            z_BCxyz = tokenizer.encode(fields_B5XYZ).cpu()
-            if not z_BCxyz.isfinite().all():
-                raise UserError(
-                    f"{record.path}: the latents of snapshots {start} to {stop - 1} of trajectory {record.sample} are "
-                    "not finite: these data are too far from those that the tokenizer was trained on; train another"
-                )
-            files[split][name]["z"][start:stop] = z_BCxyz.numpy()
-
-
-def _new_group(
-    file: h5py.File,
-    name: str,
-    record: TrajectoryRecord,
-    tokenizer: Tokenizer,
-    solid_11XYZ: Tensor,
-    copy: int,
-    symmetry: Symmetry,
-) -> None:
-    """Create the group of a trajectory with everything except the values of its latents."""
-    group = file.create_group(name)
-    group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample, copy=copy)
-    group.attrs.update(shift=symmetry.shift, mirror=symmetry.mirror, order=symmetry.order)
-    shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
-    # One block: reading chunks with checksums takes 16 times as long, and training waits for it.
-    group.create_dataset("z", shape, "float32")
-    group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
-    group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
-
-
-def trajectory_fields(trajectory: Trajectory) -> Tensor:
-    """Convert a data trajectory to encoder input, float32 [T, 5, X, Y, Z]: velocity, pressure, solid mask."""
-    velocity, pressure, solid = (
-        torch.from_numpy(array)
-        for array in (trajectory.velocity_T3XYZ, trajectory.pressure_T1XYZ, trajectory.solid_1XYZ)
-    )
-    return torch.cat([velocity, pressure, solid.expand(len(velocity), -1, -1, -1, -1)], dim=1)
-
-
 def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> list[LatentTrajectory]:
     """Open every cached trajectory of a split, ordered by name. The file stays open.
 
     Args:
+        folder: the cache folder.
+        split: ``train``, ``valid`` or ``test``.
         tokenizer: folder of the tokenizer that must have made the latents. If it is None or no longer holds a
             tokenizer, latents of any tokenizer are accepted.
 
     Raises:
-        UserError: the cache is missing, damaged or of another tokenizer (by hash, channels or grid), a trajectory has
-            no snapshots or other shapes than the first one, or a geometry is not finite.
+        UserError: the cache is missing or damaged, another tokenizer made it (by hash, channels or grid), a trajectory
+            has no snapshots, trajectories differ in shape, or a geometry is not finite.
     """
     path = folder / f"{split}.hdf5"
     with _readable(path):
@@ -193,22 +91,22 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
         found = [_trajectory(file[name]) for name in sorted(file)]
         shapes = [(one.z.shape[1:], tuple(one.geometry_Cxyz.shape), one.solid_fraction_xyz.shape) for one in found]
         made_with = str(file.attrs.get("tokenizer_sha256", "")), str(file.attrs.get("tokenizer", ""))
-    again = f"delete {folder} and run `shodh tokenizer encode` again"
+    remedy = f"delete {folder} and run `shodh tokenizer encode` again"
     if not found:
-        raise UserError(f"latents {path} hold no trajectory: {again}")
+        raise UserError(f"latents {path} hold no trajectory: {remedy}")
     shape = shapes[0][0]
     for one, own in zip(found, shapes, strict=True):
         if len(shape) != 4 or own != (shape, shape, shape[1:]):
             raise UserError(
                 f"latents {path}: {one.z.parent.name[1:]} has {_size(own[0])} and a geometry of {_size(own[1])}, "
-                f"expected {_size(shape)} in all: {again}"
+                f"expected {_size(shape)} in all: {remedy}"
             )
         if not one.snapshots:
-            raise UserError(f"latents {path}: {one.z.parent.name[1:]} has no snapshots: {again}")
+            raise UserError(f"latents {path}: {one.z.parent.name[1:]} has no snapshots: {remedy}")
         if not one.geometry_Cxyz.isfinite().all() or not one.solid_fraction_xyz.isfinite().all():
-            raise UserError(f"latents {path}: the geometry of {one.z.parent.name[1:]} is not finite: {again}")
+            raise UserError(f"latents {path}: the geometry of {one.z.parent.name[1:]} is not finite: {remedy}")
     if tokenizer:
-        _require_made_with(tokenizer, made_with, shape, path, again)
+        _require_made_with(tokenizer, made_with, shape, path, remedy)
     return found
 
 
@@ -225,23 +123,31 @@ def _trajectory(group: h5py.Group) -> LatentTrajectory:
 
 
 def _require_made_with(
-    tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, again: str
+    tokenizer: Path, made_with: tuple[str, str], shape: tuple[int, ...], path: Path, remedy: str
 ) -> None:
-    """Raise if the folder holds a tokenizer, and the latents' hash or shape differs from that tokenizer's."""
-    (digest, folder), described = made_with, tokenizer / "tokenizer.json"
+    """Check that the tokenizer in the folder, if there is one, made the latents.
+
+    Args:
+        made_with: hash and folder of the tokenizer that made the latents, as the cache records them.
+        shape: [C, x, y, z] of the latents.
+
+    Raises:
+        UserError: hash or shape differ, or the tokenizer's description is damaged.
+    """
+    (digest, folder), meta_path = made_with, tokenizer / "tokenizer.json"
     try:
-        meta = json.loads(described.read_text(encoding="utf-8"))
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
         own_digest = str(meta["sha256"])
         own_shape = (int(meta["config"]["latent_channels"]), *(int(size) // COMPRESSION for size in meta["grid"]))
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{described} cannot be read ({type(error).__name__}): train the tokenizer again") from error
+        raise UserError(f"{meta_path} cannot be read ({type(error).__name__}): train the tokenizer again") from error
     if (digest, shape) != (own_digest, own_shape):
-        theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "a tokenizer that they do not name"
+        theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "an unknown tokenizer"
         raise UserError(
             f"latents {path}, {_size(shape)}, were made with {theirs}; the one in {tokenizer} is {own_digest[:12]} and "
-            f"makes {_size(own_shape)}: {again}, or set tokenizer.path to the tokenizer that made them"
+            f"makes {_size(own_shape)}: {remedy}, or set tokenizer.path to the tokenizer that made them"
         )
 
 
@@ -251,10 +157,10 @@ def _size(shape: tuple[int, ...]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn HDF5's errors in the block into a `UserError` that says what to do."""
+    """Turn errors of reading HDF5 in the block into a `UserError` that says what to do."""
     try:
         yield
-    # h5py raises several of these for an object of the wrong kind (a group instead of a dataset).
+    # h5py raises different ones for an object of the wrong kind, such as a group instead of a dataset.
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read latents {path} ({reason}): delete {path.parent} and run again") from error
@@ -281,12 +187,12 @@ class Batch(NamedTuple):
         return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The samples on a device, with floating-point tensors in ``dtype`` (None: as they are)."""
+        """Move the samples to a device, and convert floating-point tensors to ``dtype`` (None keeps their dtypes)."""
         return Batch(*(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in self))
 
 
 class LatentSamples:
-    """Training samples of a split: H latents, the geometry latent, the next latent; grouped by domain.
+    """Samples of a split, grouped by domain. A sample is H latents, the geometry latent, and the next latent.
 
     Args:
         trajectories: latent trajectories of one split.
@@ -295,20 +201,21 @@ class LatentSamples:
 
     Attributes:
         domains: sorted names of the domains in use.
-        trajectories: those of the domains in use.
+        trajectories: trajectories of the domains in use.
         index: for each domain, (trajectory number, first snapshot) of each sample.
-        weights, streams: of the domains in use, for `DomainSampler`. A stream is a domain's place among all domains.
+        weights: weight of each domain in use, for `DomainSampler`; None if no weights are given.
+        streams: number of each domain in use among all domains, which selects its random stream in `DomainSampler`.
 
     Raises:
         UserError: a weight is for an unknown domain, or no trajectory of a domain is long enough.
     """
 
     def __init__(self, trajectories: list[LatentTrajectory], history: int, weights: dict[str, float] | None = None):
-        everyone = sorted({trajectory.domain for trajectory in trajectories})
-        given = domain_weights(weights, everyone)
-        self.streams = tuple(n for n in range(len(everyone)) if given is None or given[n] > 0)
-        self.weights = tuple(given[n] for n in self.streams) if given else None
-        self.domains = [everyone[n] for n in self.streams]
+        all_domains = sorted({trajectory.domain for trajectory in trajectories})
+        all_weights = domain_weights(weights, all_domains)
+        self.streams = tuple(n for n in range(len(all_domains)) if all_weights is None or all_weights[n] > 0)
+        self.weights = tuple(all_weights[n] for n in self.streams) if all_weights else None
+        self.domains = [all_domains[n] for n in self.streams]
         self.trajectories = [trajectory for trajectory in trajectories if trajectory.domain in self.domains]
         self.history = history
         self.index: list[list[tuple[int, int]]] = [[] for _ in self.domains]
@@ -321,14 +228,18 @@ class LatentSamples:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of samples per domain."""
+        """Number of samples of each domain."""
         return tuple(len(samples) for samples in self.index)
 
     def batch(self, samples: list[tuple[int, int]]) -> Batch:
-        """Read the samples of these (domain, index) pairs."""
+        """Read samples, given as (domain, index within the domain).
+
+        Raises:
+            UserError: the file is damaged.
+        """
         history, geometry, target = [], [], []
-        for domain, within in samples:
-            number, start = self.index[domain][within]
+        for domain, index in samples:
+            number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
             z_TCxyz = trajectory.read(start, start + self.history + 1)
             history.append(z_TCxyz[:-1])
@@ -338,11 +249,11 @@ class LatentSamples:
         return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
 
     def context(self, domain: str) -> Context:
-        """What routers may know of one sample of a domain."""
+        """Return the context of one sample of a domain, for `LatentTransformer.forward`."""
         return Context(1, torch.tensor([self.domains.index(domain)]))
 
     def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
-        """(domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
+        """Return (domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
         number = next(number for number, one in enumerate(self.trajectories) if one is trajectory)
         domain = self.domains.index(trajectory.domain)
         return [(domain, n) for n, (owner, _) in enumerate(self.index[domain]) if owner == number]

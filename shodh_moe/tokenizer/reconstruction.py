@@ -1,4 +1,4 @@
-"""The training objective of a tokenizer: errors of reconstructed fields.
+"""The terms of a tokenizer's training loss: errors of reconstructed fields.
 
 Shapes: B batch, X Y Z space.
 """
@@ -13,7 +13,11 @@ from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 
 class Reconstruction(nn.Module):
-    """Errors of a tokenizer on fields that pass through its encoder and decoder."""
+    """A module that encodes and decodes fields with a tokenizer and returns their errors.
+
+    Attributes:
+        names: names of the errors, in the order of the results of `forward`.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -23,10 +27,13 @@ class Reconstruction(nn.Module):
             self.names.append("divergence_mse")
 
     def forward(self, fields_B5XYZ: Tensor) -> Tensor:
-        """Mean squares over each sample's voxels and components, [names, B], in the order of `names`.
+        """Return mean squares over each sample's voxels and components, float32 or wider [len(names), B].
 
-        They are the errors of velocity and pressure over their training rms, and cell width times divergence of that
-        velocity under the config's operator.
+        ``velocity_mse`` and ``pressure_mse`` are errors of the fields divided by their training rms. A direct decoder
+        also has ``divergence_mse``, the cell width times the divergence of that velocity under the config's operator.
+
+        Args:
+            fields_B5XYZ: velocity, pressure and solid mask in the data's units.
         """
         tokenizer = self.tokenizer
         normalised = tokenizer.normalise(fields_B5XYZ)

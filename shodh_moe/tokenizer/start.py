@@ -16,8 +16,8 @@ from shodh_moe.tokenizer.autoencoder import space_to_depth
 from shodh_moe.tokenizer.batches import drawn_batches
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
-SAMPLES = 512
-# Names in the tokenizer's state that the initialisation sets; the scales of the fields must be set before.
+SAMPLES = 512  # maximum number of snapshots whose patches are analysed
+# Names in the tokenizer's state: the scales of the fields, which must be set first, and what the initialisation sets.
 SCALES = ("velocity_rms", "pressure_rms")
 STARTED = ("encoder.project.weight", "decoder.patches.weight", "geometry_mean_P", "geometry_basis_CP")
 
@@ -31,13 +31,16 @@ def start_from_principal_components(
     ranks: int = 1,
     reduce: Callable[[Tensor], object] = lambda sums: None,
 ) -> None:
-    """Set the linear parts of encoder and decoder, and the geometry latent's basis, from training patches.
+    """Set the linear parts of encoder and decoder, and the basis of the geometry latent, from training patches.
 
     The principal components are not centred, so that a field at rest has the latent zero. They are computed from at
     most `SAMPLES` randomly shifted snapshots, which are divided among the ranks.
 
     Args:
-        reduce: replaces float64 sums on the tokenizer's device by those over all ranks.
+        train: the snapshots of the training split.
+        seed: selects the snapshots and their symmetries; equal on all ranks.
+        rank, ranks: this rank and the number of ranks.
+        reduce: replaces a float64 tensor on the tokenizer's device by its sum over all ranks, in place.
     """
     rng = np.random.default_rng([seed, 0x7C4])
     channels, patch = tokenizer.config.latent_channels, COMPRESSION**3
@@ -59,14 +62,14 @@ def start_from_principal_components(
     tokenizer.encoder.project.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     tokenizer.decoder.patches.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     vectors, values = _leading(solid - torch.outer(mean, mean), channels)
-    present = values > 1e-6 * values[0].clamp(min=1.0)  # discards mere rounding: the mask is 0 or 1
+    present = values > 1e-6 * values[0].clamp(min=1.0)  # smaller ones are rounding errors: the mask is 0 or 1
     scaled = torch.where(present[:, None], vectors / values.clamp(min=1e-12).sqrt()[:, None], 0.0)
     tokenizer.geometry_mean_P.copy_(mean)
     tokenizer.geometry_basis_CP[: len(scaled)].copy_(scaled)
 
 
 def _leading(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` leading eigenvectors as rows, with signs fixed by their largest entries, and their eigenvalues."""
+    """Return the ``count`` leading eigenvectors as rows, with positive largest entries, and their eigenvalues."""
     size = len(covariance)
     # Several times faster than torch.linalg.eigh, which computes all eigenvectors.
     values, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(size - count, 0), size - 1])

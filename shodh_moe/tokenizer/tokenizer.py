@@ -49,8 +49,12 @@ class Tokenizer(nn.Module):
     ``tokenizer.walls`` zero in solids. Thus the linear patches can start from principal components of velocities, and
     no layer has to learn to invert a curl, whose gain grows with the wave number (our choice; see docs/tokenizer.md).
 
-    One velocity scale and one pressure scale (rms over every domain of the training split) normalise the
-    fields; latents are normalised per channel. All statistics are buffers and travel with the weights.
+    One velocity scale and one pressure scale (rms over all domains of the training split) normalise the fields;
+    latents are normalised per channel. All statistics are buffers and are saved with the weights.
+
+    Args:
+        config: the ``tokenizer`` section of a config.
+        grid: numbers of voxels along x, y and z.
     """
 
     velocity_rms: Tensor
@@ -75,15 +79,16 @@ class Tokenizer(nn.Module):
 
     @property
     def latent_grid(self) -> list[int]:
+        """Numbers of latents along x, y and z."""
         return [size // COMPRESSION for size in self.grid]
 
     def normalise(self, fields_B5XYZ: Tensor) -> Tensor:
-        """Velocity and pressure over their training rms; the solid mask unchanged."""
+        """Divide velocity and pressure by their training rms; the solid mask stays as it is, [B, 5, X, Y, Z]."""
         velocity, pressure, solid = fields_B5XYZ.split([3, 1, 1], dim=1)
         return torch.cat([velocity / self.velocity_rms, pressure / self.pressure_rms, solid], dim=1)
 
     def encode(self, fields_B5XYZ: Tensor) -> Tensor:
-        """Velocity (3), pressure, solid mask in the data's units -> normalised latents [B, C, x, y, z]."""
+        """Encode velocity (3), pressure and solid mask in the data's units to normalised latents [B, C, x, y, z]."""
         z = self.encoder(self.normalise(fields_B5XYZ))
         return (z - _column(self.latent_mean_C)) / _column(self.latent_std_C)
 
@@ -96,7 +101,13 @@ class Tokenizer(nn.Module):
         return torch.einsum("cp,bpxyz->bcxyz", self.geometry_basis_CP, patches_BPxyz)
 
     def decode_normalised(self, z_raw: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
-        """Raw latents -> fields over their training rms; the velocity is made conservative in ``dtype``, or float32."""
+        """Decode raw latents to fields divided by their training rms.
+
+        Args:
+            z_raw: latents as the encoder returns them, [B, C, x, y, z].
+            solid_B1XYZ: 1 in solid voxels, 0 elsewhere.
+            dtype: dtype in which the velocity is made divergence-free; None for float32, or float64 if ``z_raw`` is.
+        """
         raw, pressure = self.decoder(z_raw, solid_B1XYZ)
         raw, pressure = raw.to(dtype or compute_dtype(raw.dtype)), pressure.to(compute_dtype(pressure.dtype))
         if self.config.decoder == "direct":
@@ -106,7 +117,10 @@ class Tokenizer(nn.Module):
             return Flow(at_centres(conserved, self.config.operator), pressure, conserved)
 
     def decode(self, z: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
-        """Normalised latents -> fields in the data's units; div_D(conserved) vanishes to the rounding of ``dtype``."""
+        """Decode normalised latents [B, C, x, y, z] to fields in the data's units; see `decode_normalised`.
+
+        Unless the decoder is direct, div_D of the conserved velocity vanishes to the rounding of ``dtype``.
+        """
         z_raw = z * _column(self.latent_std_C) + _column(self.latent_mean_C)
         velocity, pressure, conserved = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
         return Flow(velocity * self.velocity_rms, pressure * self.pressure_rms, conserved * self.velocity_rms)
@@ -158,7 +172,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tokenizer_sha256(folder: Path) -> str | None:
-    """Hash of a saved tokenizer's weights; None if there is no tokenizer."""
+    """Return the SHA-256 of a saved tokenizer's weights; None if there is no tokenizer."""
     try:
         return str(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError):
@@ -170,7 +184,11 @@ def _column(x_C: Tensor) -> Tensor:
 
 
 def require_fit(tokenizer: Tokenizer, config: Config, paths: Paths) -> None:
-    """Raise UserError if the tokenizer's grid is not the data's (its fields are checked when it is loaded)."""
+    """Check that the tokenizer's grid is that of the data (its fields are checked when it is loaded).
+
+    Raises:
+        UserError: the grids differ.
+    """
     if tokenizer.grid != config.data.grid:
         raise UserError(
             f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, data.grid is "

@@ -47,8 +47,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 REDUCTION = 1e-5
 ROUNDS = 8
 MAX_ITERATIONS = 1000
-RAMP = 3
-_T = (-1 / 6, 8 / 6)  # beside the middle, in the middle
+RAMP = 3  # width of the rise of `ramp`, in voxels
+_T = (-1 / 6, 8 / 6)  # coefficients of T: of both neighbours, and of the voxel itself
 
 
 def to_faces(u_B3XYZ: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ def to_centres(u_B3XYZ: Tensor) -> Tensor:
 
 
 def may_flow(solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """Mask [B, 3, X, Y, Z], bool, of components that may be nonzero: fluid voxels, or faces between two of them.
+    """Return the mask of velocity components that may be nonzero, bool [B, 3, X, Y, Z].
 
-    A voxel is fluid where ``solid`` is 0; ``staggered`` has faces. For ``central4`` it is the mask of v above: fluid
-    voxels with only fluid transverse neighbours.
+    They are those of fluid voxels, where ``solid`` is 0. For ``staggered`` they are on faces between two fluid voxels;
+    for ``central4`` the mask is that of v (see above): fluid voxels with only fluid transverse neighbours.
     """
     fluid = (solid_B1XYZ == 0).expand(-1, 3, -1, -1, -1)
     if operator == "staggered":
@@ -76,7 +76,7 @@ def may_flow(solid_B1XYZ: Tensor, operator: str) -> Tensor:
 
 
 def project(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """The velocity nearest to w with div_D(u) = 0 that is zero in solid voxels, [B, 3, X, Y, Z].
+    """Return the velocity u nearest to w with div_D(u) = 0 that is zero in solid voxels, [B, 3, X, Y, Z].
 
     For ``staggered`` w and u are on faces (`to_faces`). For ``central4`` v is nearest to (T_y T_z)^-1 w_x and cyclic.
     Values of w in solids are ignored; a NaN or an infinity elsewhere makes its sample NaN.
@@ -98,11 +98,12 @@ def project(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str) -> Tensor:
 
 
 def ramp(solid_B1XYZ: Tensor, operator: str) -> Tensor:
-    """Factor for a vector potential that makes its curl zero in solid voxels, [B, 1 or 3, X, Y, Z] (DESIGN 3.1).
+    """Return a factor for a vector potential that makes its curl zero in solid voxels, [B, 1, X, Y, Z] (DESIGN 3.1).
 
     It is 0 within reach of a solid voxel's curl, 1 from `RAMP` voxels farther on, and a cubic with zero slope at both
-    ends in between. A distance is the largest of the three coordinates' distances. For ``staggered`` the potential is
-    on edges and the velocity on faces; an edge has the distance of the nearest of its four voxels.
+    ends in between. Distances are Chebyshev distances: the largest of those along the three axes. For ``staggered`` the
+    potential is on edges and the velocity on faces; an edge has the distance of the nearest of its four voxels, so each
+    component has its own factor, [B, 3, X, Y, Z].
 
     Args:
         solid_B1XYZ: 1 in solid voxels, 0 elsewhere; float32 or float64, which is the result's dtype.
@@ -149,30 +150,33 @@ _projected.register_autograd(_projected_grad, setup_context=_projected_context)
 
 def _remove_divergence(u_B3XYZ: Tensor, mask_B3XYZ: Tensor, operator: str) -> None:
     """u -= m D^T phi, for u that is zero where the mask is and has a largest component of about 1."""
-    # Where nothing can flow, each round leaves 1e-5 of the velocity; below this level it counts as zero. (Where
-    # something can flow, the rounding of a large u is made divergence-free like the rest.)
-    nothing_B = torch.finfo(u_B3XYZ.dtype).eps ** 2 * _rms(u_B3XYZ)
+    # In a sample where nothing can flow, each round leaves 1e-5 of the velocity; below this floor it is set to zero.
+    # (Where something can flow, the rounding errors of a large u are made divergence-free like the rest.)
+    floor_B = torch.finfo(u_B3XYZ.dtype).eps ** 2 * _rms(u_B3XYZ)
     flows_B3XYZ = mask_B3XYZ.float()
     for rounds_left in reversed(range(ROUNDS + 1)):
         residual_BXYZ = divergence(u_B3XYZ, operator)
         size_B, speed_B = _rms(residual_BXYZ), _rms(u_B3XYZ)
         limit_B = TOLERANCE[u_B3XYZ.dtype] * speed_B
-        u_B3XYZ.masked_fill_(_spatial((size_B > limit_B) & (size_B <= nothing_B))[:, None], 0.0)
-        open_B = (size_B > limit_B) & (size_B > nothing_B)
-        if not open_B.any():
+        u_B3XYZ.masked_fill_(_spatial((size_B > limit_B) & (size_B <= floor_B))[:, None], 0.0)
+        active_B = (size_B > limit_B) & (size_B > floor_B)
+        if not active_B.any():
             return
         if not rounds_left:
-            _warn(float((size_B / speed_B)[open_B].max()), operator, u_B3XYZ.dtype)
+            _warn(float((size_B / speed_B)[active_B].max()), operator, u_B3XYZ.dtype)
             return
-        unit_B = torch.where(open_B, size_B, torch.inf)
-        aim_B = (limit_B / (2 * size_B)).clamp(min=REDUCTION)
-        phi_BXYZ = _solve((residual_BXYZ / _spatial(unit_B)).float(), flows_B3XYZ, operator, aim_B)
-        phi_BXYZ = torch.where(_spatial(open_B), phi_BXYZ * _spatial(size_B), 0.0)
+        unit_B = torch.where(active_B, size_B, torch.inf)
+        target_B = (limit_B / (2 * size_B)).clamp(min=REDUCTION)
+        phi_BXYZ = _solve((residual_BXYZ / _spatial(unit_B)).float(), flows_B3XYZ, operator, target_B)
+        phi_BXYZ = torch.where(_spatial(active_B), phi_BXYZ * _spatial(size_B), 0.0)
         u_B3XYZ -= divergence_adjoint(phi_BXYZ, operator).mul_(mask_B3XYZ)
 
 
-def _solve(r_BXYZ: Tensor, mask_B3XYZ: Tensor, operator: str, aim_B: Tensor) -> Tensor:
-    """phi with D m D^T phi = r up to a residual of rms ``aim_B``, float32. r has rms 1, or 0 for samples to skip."""
+def _solve(r_BXYZ: Tensor, mask_B3XYZ: Tensor, operator: str, target_B: Tensor) -> Tensor:
+    """Solve D m D^T phi = r by conjugate gradients down to a residual with rms ``target_B``, float32 [B, X, Y, Z].
+
+    r has rms 1, or 0 for samples to skip, and is overwritten.
+    """
     shape = (r_BXYZ.shape[1], r_BXYZ.shape[2], r_BXYZ.shape[3])
     inverse_xyz = inverse_laplacian(shape, operator, r_BXYZ.dtype, r_BXYZ.device)
 
@@ -182,15 +186,15 @@ def _solve(r_BXYZ: Tensor, mask_B3XYZ: Tensor, operator: str, aim_B: Tensor) -> 
     phi_BXYZ = torch.zeros_like(r_BXYZ)
     direction_BXYZ = z_BXYZ = precondition(r_BXYZ)
     rz_B = _dot(r_BXYZ, z_BXYZ)
-    open_B = rz_B > 0
+    active_B = rz_B > 0
     for _ in range(MAX_ITERATIONS):
         product_BXYZ = divergence(divergence_adjoint(direction_BXYZ, operator).mul_(mask_B3XYZ), operator)
         # A converged sample no longer changes.
-        step_B = _ratio(rz_B, _dot(direction_BXYZ, product_BXYZ)) * open_B
+        step_B = _ratio(rz_B, _dot(direction_BXYZ, product_BXYZ)) * active_B
         phi_BXYZ.addcmul_(_spatial(step_B), direction_BXYZ)
         r_BXYZ.addcmul_(_spatial(step_B), product_BXYZ, value=-1)
-        open_B = open_B & (_rms(r_BXYZ) > aim_B)
-        if not open_B.any():
+        active_B = active_B & (_rms(r_BXYZ) > target_B)
+        if not active_B.any():
             break
         z_BXYZ = precondition(r_BXYZ)
         rz_B, before_B = _dot(r_BXYZ, z_BXYZ), rz_B
@@ -206,7 +210,7 @@ def _warn(reached: float, operator: str, dtype: torch.dtype) -> None:
     if not _warned:
         _warned = True
         message = f"h rms(div u) / rms(u) is {reached:.1e} for {operator}, not below {TOLERANCE[dtype]:.0e}, after "
-        message += f"{ROUNDS} rounds of conjugate gradients: a geometry harder than any tried; said once"
+        message += f"{ROUNDS} rounds of conjugate gradients: the geometry is harder than any tested (shown only once)"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -216,7 +220,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product per sample, [B]; a sum, because a matrix product may round its factors to TF32."""
+    """Scalar product per sample, [B]; computed as a sum, because a matrix product may round its factors to TF32."""
     return (a * b).flatten(1).sum(1)
 
 
@@ -244,7 +248,7 @@ def _on_edges(solid_BXYZ: Tensor, own: int) -> Tensor:
 
 
 def _t(u_B3XYZ: Tensor) -> Tensor:
-    """T along the two axes other than the component's own."""
+    """Apply T along the two axes other than the component's own."""
     side, middle = _T
 
     def along_others(u_BXYZ: Tensor, own: int) -> Tensor:
@@ -256,7 +260,7 @@ def _t(u_B3XYZ: Tensor) -> Tensor:
 
 
 def _t_inverse(u_B3XYZ: Tensor) -> Tensor:
-    """The inverse of `_t`."""
+    """Apply the inverse of `_t`, by FFT."""
     shape = u_B3XYZ.shape[2:]
     symbols = []
     for axis, size in enumerate(shape, 1):
@@ -271,6 +275,6 @@ def _t_inverse(u_B3XYZ: Tensor) -> Tensor:
     return _by_component(u_B3XYZ, along_others)
 
 
-def _by_component(u_B3XYZ: Tensor, what: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Apply ``what`` to each component and its axis in [B, X, Y, Z]."""
-    return torch.stack([what(u, axis) for axis, u in zip((1, 2, 3), u_B3XYZ.unbind(1), strict=True)], 1)
+def _by_component(u_B3XYZ: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Apply ``function`` to each component [B, X, Y, Z] with the index of its own axis in that shape (1, 2 or 3)."""
+    return torch.stack([function(u, axis) for axis, u in zip((1, 2, 3), u_B3XYZ.unbind(1), strict=True)], 1)

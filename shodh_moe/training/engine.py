@@ -1,42 +1,32 @@
 """The DeepSpeed engine around a network, with or without experts: process groups, optimizer, gradients, clipping.
 
-DeepSpeed initialises the parameters, averages each gradient over the right group, shards with ZeRO and makes the step.
-We replace three parts. DeepSpeed recognises only its own MoE class (see `_ExpertParallelMarker`). Its global norm
-counts only the local rank's experts without ZeRO, and averages their norms with it (DeepSpeed issues 8475, 8613), so
-`Engine.step` clips. It keeps a float64 model in float32 (see `_in_float64`).
+DeepSpeed broadcasts the initial parameters, averages each gradient over the right group, shards with ZeRO and makes the
+step. We replace three parts. DeepSpeed recognises only its own MoE class (see `ExpertParallelMarker`). Its global norm
+is wrong: without ZeRO it counts only the local rank's experts, and with ZeRO it averages their norms (DeepSpeed issues
+8475, 8613), so `Engine.step` clips. It keeps a float64 model in float32 (see `in_float64`).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
-from deepspeed.utils import groups
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _abort_process_group
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.rank_variables import set_rank_variables
 from shodh_moe.model import MoE
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.parallel.rendezvous import join
 from shodh_moe.training.deepspeed_config import deepspeed_config
+from shodh_moe.training.deepspeed_patches import ExpertParallelMarker, in_float64
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
 from shodh_moe.training.shards import (
     Shard,
@@ -48,27 +38,9 @@ from shodh_moe.training.shards import (
 )
 
 
-class _ExpertParallelMarker(DeepSpeedMoE):
-    """Makes DeepSpeed treat our expert parameters as experts.
-
-    The engine looks for instances of its own MoE class, then calls ``set_deepspeed_parallelism`` on every module that
-    has it, before it broadcasts parameters. This module without parameters provides both, so the model itself does not
-    depend on DeepSpeed.
-    """
-
-    def __init__(self, num_experts: int, ep: ExpertParallel):
-        nn.Module.__init__(self)  # DeepSpeed's own constructor would build its layer
-        self.num_experts = num_experts
-        self._ep = ep
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        name = f"ep_size_{self._ep.size}"
-        if name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self._ep.size)
-        self._ep.group = groups._get_expert_parallel_group(name)
-
-
 class _TrainedModule(nn.Module):
+    """The network together with the marker for DeepSpeed; calls go to the network."""
+
     def __init__(self, model: nn.Module, marker: nn.Module):
         super().__init__()
         self.model, self.marker = model, marker
@@ -97,7 +69,13 @@ class Step:
 
 
 class Engine:
-    """A DeepSpeed engine with one call per micro-batch.
+    """A DeepSpeed engine around a network. Call it, then `step`, once per micro-batch.
+
+    Args:
+        model: the network; its parameters carry `Marks`. A network with experts has an attribute ``moe_layers``.
+        config: the run's config.
+        ep: which experts this rank holds; its process group is set here.
+        norm: the library of the network's RMS norms, which is only reported.
 
     Attributes:
         model: the network.
@@ -105,7 +83,10 @@ class Engine:
         ep: the rank's expert-parallel group.
         optimizer: AdamW over DeepSpeed's parameter groups.
         optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
-        device, dtype: device and type that batches must have.
+        device, dtype: device and dtype that batches must have.
+
+    Raises:
+        UserError: the DeepSpeed section or the optimizer does not fit.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
@@ -117,11 +98,11 @@ class Engine:
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
         for parameter in model.parameters():
-            if marks(parameter).sharded:  # DeepSpeed's own marks say the same
+            if marks(parameter).sharded:  # DeepSpeed has marks of its own for this
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
-        marker = _ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
+        marker = ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
         module = _TrainedModule(self.model, marker)
         parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
@@ -141,7 +122,7 @@ class Engine:
             self._communicate_float64()
         if self._zero:
             self._shards = shards_of_zero(self.model, self._zero)
-            # DeepSpeed's own way to skip a step. We decide before it checks.
+            # This is how ZeRO skips a step; `_clipped` sets the flag before ZeRO reads it.
             self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
         else:
             self._shards = shards_without_zero(self.model, rank, world, self.ep)
@@ -151,7 +132,7 @@ class Engine:
         self._layer_of = {s.name: experts[id(s.parameter)] for s in self._shards if id(s.parameter) in experts}
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the network's forward pass in the precision of ``training.precision``."""
+        """Run the network's forward pass in ``training.precision``."""
         with self.autocast():
             return self._engine(*inputs)
 
@@ -160,12 +141,14 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def step(self, loss: Tensor, learning_rate: float, stop: bool = False) -> Step | None:
-        """Run the backward pass; after a step's last micro-batch, reduce gradients, clip by the global norm, update.
+        """Run the backward pass; after a step's last micro-batch also clip by the global norm and update (collective).
 
         The gradients are those of the mean loss over the step's micro-batches. The learning rate of a parameter is
         ``learning_rate`` times the ``lr_scale`` of its `Marks`.
 
         Args:
+            loss: 0-d loss of one micro-batch.
+            learning_rate: learning rate of this step.
             stop: tells the other ranks that this one wants to stop.
 
         Returns:
@@ -235,14 +218,14 @@ class Engine:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Load the weights only; the optimizer state stays as for a new run."""
+        """Load the weights only; the optimizer state stays that of a new run."""
         held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
         reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
         if self._zero:
             self._zero.update_lp_params()
 
     def _deepspeed_precision(self) -> AbstractContextManager[None]:
-        return _in_float64(self._sharded) if self._float64 else nullcontext()
+        return in_float64(self._sharded) if self._float64 else nullcontext()
 
     def _communicate_float64(self) -> None:
         self._engine.communication_data_type = torch.float64
@@ -251,39 +234,8 @@ class Engine:
             self._zero.ipg_buckets = {torch.float64: IPGBucket()}
 
 
-@contextmanager
-def _in_float64(zero: bool) -> Iterator[None]:
-    """Let DeepSpeed treat a float64 model as such within the block, which changes nothing outside it.
-
-    By itself DeepSpeed refuses to reduce float64 gradients, and ZeRO keeps master weights and gradients in float32. It
-    asks for the supported types at every reduction, not only while it initializes.
-    """
-    f64 = torch.float64
-    with ExitStack() as changes:
-        types = [torch.float32, torch.bfloat16, torch.float16, f64]
-        changes.enter_context(_replaced(get_accelerator(), "supported_dtypes", lambda: types))
-        if zero:
-            changes.enter_context(_replaced(DeepSpeedEngine, "get_data_types", lambda self: (f64, f64)))
-            changes.enter_context(_replaced(ZeROOptimizer, "_configure_master_weights", lambda self, **settings: f64))
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of a class or object for the time of the block."""
-    own = vars(owner).get(name)  # None: inherited, or of the object's class
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each combination of weight decay and learning rate scale among the parameters' marks."""
+    """Return one optimizer group for each combination of weight decay and learning rate scale in the `Marks`."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         kind = "decay" if marks(parameter).decay else "no_decay"
@@ -297,61 +249,3 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
         }
         for (kind, scale), parameters in sorted(members.items(), key=lambda member: member[0])
     ]
-
-
-START_SECONDS = 300.0  # maximum time between the first and last rank's start: imports from a shared disk can be slow
-
-
-def init_distributed(facts: dict[str, Any] | None = None) -> None:
-    """Join the process group that the launcher's variables describe (a single process makes its own).
-
-    For the rest of the process this silences torch's deprecation warning about ``all_gather_into_tensor``, which ZeRO
-    would cause at every step.
-
-    Args:
-        facts: values that must be equal on every rank, by name.
-
-    Raises:
-        UserError: ranks differ in their facts, world size or library versions, or one is missing.
-    """
-    set_rank_variables()
-    backend = "nccl" if os.environ.get("DS_ACCELERATOR") == "cuda" else "gloo"
-    if backend == "nccl":  # before there is an engine, ranks exchange tensors on their own GPUs too
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    join(backend, facts or {}, START_SECONDS)
-    with _without_shared_memory_operation():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed calls a function that torch has renamed, which users cannot change.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-
-
-@contextmanager
-def _without_shared_memory_operation() -> Iterator[None]:
-    """Keep DeepSpeed from compiling its shared-memory operation, which only inference uses.
-
-    It would take a minute or two at the first start, which would fail without a C++ compiler. DeepSpeed looks the
-    operation up only while it initializes its communication.
-    """
-    operations, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
-    compatible = operations.get(name)
-    operations[name] = False
-    try:
-        yield
-    finally:
-        operations[name] = compatible
-
-
-def leave_process_group(failed: bool = False) -> None:
-    """Destroy the process groups of this process, and those that DeepSpeed remembers.
-
-    Args:
-        failed: this rank ends with an error. NCCL, which may wait for a collective that the others never join, is
-            aborted.
-    """
-    if failed and dist.get_backend() == "nccl":
-        _abort_process_group()
-        groups._release_process_group_references(group=None)
-    elif deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    else:
-        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""TensorBoard event files, written synchronously: its own writers use a thread, where a full disk goes unnoticed."""
+"""Write TensorBoard event files synchronously: its own writers use a thread, in which a full disk goes unnoticed."""
 
 from __future__ import annotations
 

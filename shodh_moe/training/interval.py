@@ -1,4 +1,4 @@
-"""Sums of a rank between two train records. Checkpoints keep them, so that a stop does not show in the records."""
+"""Sums of a rank between two train records. Checkpoints keep them, so that stopping does not change the records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interval:
     Attributes:
         sums: sum of each loss over the micro-batches of applied steps, 0-d tensors by name.
         micro_batches: number of micro-batches in ``sums``.
-        times: duration of each applied step that this process made, in seconds.
+        times: duration of each applied step that this process made, in seconds; checkpoints do not keep it.
         skipped: number of steps that were not applied since the run began.
     """
 
@@ -45,7 +45,7 @@ class Interval:
         return {NUMBERS: torch.tensor([self.skipped, self.micro_batches]), **sums}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore a `state`. One without these entries changes nothing."""
+        """Restore a `state`; one that lacks these entries changes nothing."""
         if NUMBERS in state:
             self.skipped, self.micro_batches = state[NUMBERS].tolist()
             self.sums = {

@@ -1,4 +1,4 @@
-"""Writing ``metrics.jsonl`` and TensorBoard events on rank 0 (docs/telemetry.md)."""
+"""Write ``metrics.jsonl`` and TensorBoard events on rank 0 (docs/telemetry.md)."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ STARVED, EVEN, BUSY = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 class LoadMaps:
     """Load of the experts over time: one experts-by-time map per layer and domain.
 
-    At `COLUMNS` columns, neighbours are merged, so that each column covers twice as many records.
+    As soon as a map has `COLUMNS` columns, neighbours are averaged, so that each column covers twice as many records.
+
+    Attributes:
+        columns: loads [layers, domains, experts], oldest first.
+        domains: names of the domains.
     """
 
     def __init__(self) -> None:
-        self.columns: list[np.ndarray] = []  # [layers, domains, experts]
+        self.columns: list[np.ndarray] = []
         self.domains: list[str] = []
         self._records_per_column = 1
         self._waiting: list[np.ndarray] = []
 
     def add(self, layers: list[dict[str, Any]]) -> None:
+        """Add one routing record: a dict with ``load`` by domain for each layer."""
         self.domains = list(layers[0]["load"])
         self._waiting.append(np.array([list(layer["load"].values()) for layer in layers]))
         if len(self._waiting) < self._records_per_column:
@@ -121,7 +126,7 @@ class Log:
             self._events.add(image_summary(f"routing_load_map/{name}", image, dataformats="HWC"), self._step)
 
     def close(self) -> None:
-        """Draw the load maps a last time. `write` is refused from here on."""
+        """Draw the load maps a last time. `write` raises ValueError from then on."""
         if not self.closed:
             self.closed = True
             if self._records % RECORDS_PER_MAP:

@@ -21,11 +21,19 @@ MAX_SKIPPED = 10  # in a row; after that the network itself must be broken
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One call of the model: its samples as (domain, index), its losses, and its routing."""
+    """One call of the model.
+
+    Attributes:
+        picks: the samples as (domain, index).
+        domain_B: int64, number of each sample's domain.
+        error_B: mean squared error of each sample.
+        losses: 0-d losses by name.
+        routing: routing of each MoE layer.
+    """
 
     picks: list[tuple[int, int]]
     domain_B: Tensor
-    error_B: Tensor  # mean squared error of each sample
+    error_B: Tensor
     losses: dict[str, Tensor]
     routing: list[Routing]
 
@@ -40,15 +48,22 @@ class Samples(Protocol):
 
 
 class NonFinite:
-    """Applies ``training.on_nonfinite``. Every rank calls `handle` for the same steps."""
+    """Applies ``training.on_nonfinite``. Every rank calls `handle` for the same steps.
+
+    Args:
+        policy: ``halt`` or ``skip``.
+        run: the run folder.
+        samples: the source of the micro-batches.
+        remedy: config key of the learning rate, which is often too high.
+    """
 
     def __init__(self, policy: str, run: Path, samples: Samples, remedy: str = "training.learning_rate"):
         self.policy, self.run, self.samples = policy, run, samples
-        self.remedy = remedy  # config key of the learning rate, which is often too high
+        self.remedy = remedy
         self._in_a_row = 0
 
-    def all_well(self) -> None:
-        """Call after a step that was applied."""
+    def step_applied(self) -> None:
+        """Note that a step was applied, which ends a series of skipped steps."""
         self._in_a_row = 0
 
     def handle(self, step: int, batches: list[MicroBatch]) -> None:

@@ -37,7 +37,7 @@ def resolve_optimizer(config: TrainingConfig) -> str:
 
 
 def make_optimizer(choice: str, groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """Make an AdamW over parameter groups; `make_state` makes its state.
+    """Make an AdamW over parameter groups; `make_state` creates its state.
 
     Args:
         choice: the result of `resolve_optimizer`.

@@ -27,8 +27,9 @@ from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 from shodh_moe.training.trainer import train
 
@@ -36,10 +37,11 @@ ROUTING = "interval/routing/"
 
 
 def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> tuple[dict[str, Tensor], Tensor]:
-    """Latent MSE plus the weighted balance and z losses, each a mean over layers.
+    """Return the latent MSE plus the weighted balance and z losses, each a mean over layers.
 
     Returns:
-        the three parts and their sum ``loss``, by name; and the MSE of each sample, [B], without gradient.
+        the three parts without weights and the weighted sum ``loss``, 0-d tensors by name; and the MSE of each sample,
+        [B], without gradient.
     """
     layers, router = prediction.routing, config.model.moe.router
     error_B = sample_mse(prediction.latent_BCxyz, target_BCxyz)
@@ -61,14 +63,14 @@ def pretrain(
     tokenizer: Path | None = None,
     stop_file: Path | None = None,
 ) -> None:
-    """Train to ``training.steps``. See `trainer.train` for the other arguments and errors.
+    """Pretrain the transformer up to ``training.steps``. See `trainer.train` for the other arguments and errors.
 
     Args:
         latents: folder of the latent cache.
-        tokenizer: folder of the tokenizer that made the latents; checkpoints record its hash. None: unknown.
+        tokenizer: folder of the tokenizer that made the latents, whose hash checkpoints record; None if unknown.
 
     Raises:
-        UserError: also if ranks disagree.
+        UserError: in addition, if the latents cannot be used or ranks differ in their configs or data.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     train_samples, valid = (
@@ -94,7 +96,7 @@ def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) 
 
 
 class _LatentTask:
-    """`trainer.Task` of the latent transformer; also counts what its routers, experts and exchanges do."""
+    """`Task` of the latent transformer, with telemetry of its routers, experts and exchanges."""
 
     name = "pretrain"
 
@@ -149,7 +151,7 @@ class _LatentTask:
         if not applied:
             self._nonfinite.handle(step, self._batches)
             return
-        self._nonfinite.all_well()
+        self._nonfinite.step_applied()
         for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
 
@@ -180,7 +182,7 @@ class _LatentTask:
             self._counts.largest_L.copy_(mine["largest"])
             self._recorded = int(mine["told"])
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True
 
 
@@ -190,7 +192,7 @@ def _tokens(config: Config, grid: list[int]) -> int:
 
 
 def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:
-    """Facts that must be equal on all ranks, or the exchanges between them would hang or mix up tokens."""
+    """Return facts that must be equal on all ranks; otherwise exchanges between them would hang or mix up tokens."""
     shape = list(train.trajectories[0].z.shape[1:])
     tokens = _tokens(config, shape[1:])
     moe = config.model.moe
@@ -208,7 +210,7 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
 
 @torch.no_grad()
 def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, dict[str, float]]:
-    """Latent MSE of the model and of persistence, by domain, over the whole validation split (collective)."""
+    """Return the latent MSE of the model and of persistence, by domain, over the validation split (collective)."""
     rank, world, size = dist.get_rank(), dist.get_world_size(), config.evaluation.batch_size
     engine.model.eval()
     totals = torch.zeros(len(valid.domains), 3, dtype=torch.float64, device=engine.device)

@@ -1,4 +1,4 @@
-"""Reading the records that a training appended to its ``metrics.jsonl`` (docs/telemetry.md)."""
+"""Read the records that a training appended to its ``metrics.jsonl`` (docs/telemetry.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 
-METRICS = "metrics.jsonl"  # in a run folder, and in that of a tokenizer
+METRICS = "metrics.jsonl"  # name in a run folder and in a tokenizer's folder
 Record = dict[str, Any]
 
 
@@ -46,6 +46,6 @@ def read_run(run: Path, kind: str = "") -> list[Record]:
 
 
 def records(history: Iterable[Record], kind: str) -> list[Record]:
-    """Select the records of one kind, by step. Of a step that a resumed run repeated, the later record counts."""
+    """Select the records of one kind, sorted by step. If a resumed run has repeated a step, its later record counts."""
     by_step = {record["step"]: record for record in history if record.get("kind") == kind and "step" in record}
     return [by_step[step] for step in sorted(by_step)]

@@ -1,10 +1,10 @@
-"""Resuming a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
+"""Resume a run: rank 0 chooses and checks the checkpoint, and every rank reads its own part of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,16 @@ from torch import Tensor
 from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpoint, mismatch, resolve_checkpoint
 from shodh_moe.training.engine import Engine
+from shodh_moe.training.task import Task
 
 
-def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Load weights, optimizer and, if the number of ranks is the same, random state (collective).
+def restore_checkpoint(
+    checkpoints: Path, resume: str, engine: Engine
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Load weights, optimizer state and, if the number of ranks is the same, random state (collective).
 
     Args:
+        checkpoints: the run's folder of checkpoints.
         resume: ``auto`` for the newest intact checkpoint of the folder, if there is one; or a checkpoint folder.
 
     Returns:
@@ -40,15 +44,7 @@ def start_from(checkpoints: Path, resume: str, engine: Engine) -> tuple[dict[str
     return found, state
 
 
-class Starts(Protocol):
-    """The part of `trainer.Task` that `weights_from` uses."""
-
-    engine: Engine
-
-    def check_start(self, state: dict[str, Any]) -> str | None: ...
-
-
-def weights_from(path: Path, task: Starts) -> dict[str, Any]:
+def load_initial_weights(path: Path, task: Task) -> dict[str, Any]:
     """Load the weights of another run as the start of a new one (collective).
 
     Args:
@@ -66,7 +62,7 @@ def weights_from(path: Path, task: Starts) -> dict[str, Any]:
     return found
 
 
-def _find_weights(path: Path, task: Starts) -> dict[str, Any]:
+def _find_weights(path: Path, task: Task) -> dict[str, Any]:
     shapes = {name: shape for name, shape in task.engine.shapes().items() if name.startswith("model/")}
     remedy = "start: give a run folder or a checkpoint of the same network"
     try:

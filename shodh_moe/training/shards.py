@@ -1,8 +1,8 @@
-"""Shards: the elements of the model and the optimizer's state that this rank holds, at every ZeRO stage.
+"""Shards: the elements of weights and optimizer state that this rank updates, at every ZeRO stage.
 
 Without ZeRO a rank updates whole parameters; with ZeRO it updates a contiguous part of each flattened parameter group.
-In both cases it holds consecutive elements of a parameter. They are also consecutive in the logical tensor, whose
-first axis counts all experts.
+In both cases a shard is a run of consecutive elements of a parameter. They are also consecutive in the logical tensor,
+whose first axis counts the experts of all ranks.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Shard:
     owned: bool
 
     def of(self, flat: Tensor) -> Tensor:
-        """The shard's part of a tensor with the shape of ``master``."""
+        """Return the shard's part, [count], of a tensor with the shape of ``master``."""
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
 def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParallel) -> list[Shard]:
-    """One shard per whole parameter. Ranks that hold the same elements take turns to own them, to share the writing."""
+    """Return one shard per parameter. Ranks that hold the same parameters own them in turn, to share the writing."""
     found = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
         replicas, replica = (world // ep.size, rank // ep.size) if marks(parameter).sharded else (world, rank)
@@ -58,7 +58,7 @@ def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParal
 
 
 def shards_of_zero(model: nn.Module, zero: Any) -> list[Shard]:
-    """This rank's shards in DeepSpeed's ZeRO 1 and 2 optimizer; no two ranks hold the same elements."""
+    """Return this rank's shards in DeepSpeed's ZeRO 1 and 2 optimizer; no two ranks hold the same elements."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for group, parameters in enumerate(zero.bit16_groups):
@@ -73,7 +73,7 @@ def shards_of_zero(model: nn.Module, zero: Any) -> list[Shard]:
 def fragments(
     shards: list[Shard], optimizer: torch.optim.Optimizer, ep: ExpertParallel, all_held: bool
 ) -> list[Fragment]:
-    """Weights and moments of the shards as parts of logical tensors.
+    """Return weights and moments of the shards as parts of logical tensors.
 
     Args:
         all_held: include shards that another rank owns; needed to load, not to save.
@@ -90,7 +90,7 @@ def fragments(
 
 
 def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]:
-    """Shapes of all logical tensors in a checkpoint of this model."""
+    """Return the shapes of all logical tensors in a checkpoint of this model, by name."""
     shapes = {}
     for name, parameter in model.named_parameters():
         shape = logical_shape(parameter, ep)
@@ -101,7 +101,7 @@ def logical_shapes(model: nn.Module, ep: ExpertParallel) -> dict[str, list[int]]
 def squared_norms(
     gradients: list[tuple[Shard, Tensor]], layer_of: dict[str, int], layers: int, experts: int, ep: ExpertParallel
 ) -> Tensor:
-    """Squared L2 norms of the gradients this rank owns. Their sum over all ranks counts every element once.
+    """Return squared L2 norms of the gradients that this rank owns. Summed over all ranks, every element counts once.
 
     Args:
         gradients: shards and their flat gradients.

@@ -1,4 +1,4 @@
-"""Telemetry of routers, experts and exchanges: sums are kept on the device and turned into one record per layer.
+"""Telemetry of routers, experts and exchanges: sums are accumulated on the device, then made into one record per layer.
 
 Shapes: L layers, B samples, S tokens per sample, N = B S tokens, D domains, E experts.
 """
@@ -20,7 +20,7 @@ DIRECTIONS = ("dispatch", "combine")
 
 
 class RoutingCounts:
-    """Sums over steps and ranks of the routers' decisions; adding to them never waits for the device.
+    """Sums of one rank's routing decisions over steps. `add` never waits for the device; `summary` sums over ranks.
 
     Attributes:
         table_LDM: for each layer and domain, the number of tokens of each expert and the sums for `SUMS`, M = E + 3
@@ -77,7 +77,7 @@ class RoutingCounts:
         return layers
 
     def clear(self) -> None:
-        """Start the sums again at zero."""
+        """Reset the sums to zero."""
         self.table_LDM.zero_()
         self.largest_L.fill_(-torch.inf)
 
@@ -127,8 +127,8 @@ def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]) -> tuple[int, str] | None:
-    """The first layer with router logits that have no softmax (NaN or infinite), and the domain of the first such
-    token; None if all logits are finite. Waits for the device.
+    """Return the first layer with router logits that have no softmax (NaN or infinite), and the domain of the first
+    such token; None if all logits are finite. Waits for the device.
     """
     for layer, record in enumerate(routing):
         broken_B = ~record.logsumexp_N.isfinite().view(len(domain_B), -1).all(dim=1)
@@ -142,10 +142,10 @@ class Warnings:
 
     def __init__(self, config: TelemetryConfig):
         self.config = config
-        self._said: set[tuple[str, int, int | str]] = set()
+        self._warned: set[tuple[str, int, int | str]] = set()
 
     def check(self, step: int, layers: list[dict[str, Any]]) -> list[str]:
-        """New warnings from one step's layer records (`RoutingCounts.summary`), one line per layer and kind."""
+        """Return new warnings from one step's layer records (`RoutingCounts.summary`), one line per layer and kind."""
         c, lines = self.config, []
         now: set[tuple[str, int, int | str]] = set()
         for record in layers:
@@ -160,16 +160,16 @@ class Warnings:
                 for domain, share in record["dropped_fraction"].items()
                 if share > c.dropped_above
             }
-            if new := [text for key, text in starved.items() if key not in self._said]:
+            if new := [text for key, text in starved.items() if key not in self._warned]:
                 lines.append(
                     f"{place}{', '.join(new)} of the tokens, an even share is {1 / len(load):.1%}; "
                     "raise model.moe.router.balance_weight or use fewer experts (model.moe.num_experts)"
                 )
-            if new := [text for key, text in dropped.items() if key not in self._said]:
+            if new := [text for key, text in dropped.items() if key not in self._warned]:
                 lines.append(
                     f"{place}no room at their expert for {', '.join(new)} tokens; raise model.moe.capacity_factor "
                     "or model.moe.router.balance_weight, or set model.moe.dropless=true"
                 )
             now |= starved.keys() | dropped.keys()
-        self._said = now
+        self._warned = now
         return lines

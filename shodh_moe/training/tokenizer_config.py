@@ -1,4 +1,4 @@
-"""The config of the run that trains a config's tokenizer, in the form that the trainer and the launcher take."""
+"""Derive the config of a tokenizer's training run, in the form that the trainer and the launcher need."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ from shodh_moe.tokenizer.batches import draw, drawn_batches, on_device, share
 from shodh_moe.tokenizer.reconstruction import Reconstruction
 from shodh_moe.tokenizer.start import SCALES, STARTED, start_from_principal_components
 from shodh_moe.tokenizer.tokenizer import Tokenizer
-from shodh_moe.training.engine import Engine, Step, init_distributed
+from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.resume import on_rank_0
 from shodh_moe.training.trainer import train
 
@@ -43,27 +44,28 @@ VALID_SAMPLES = 64  # per domain
 def train_tokenizer(
     config: Config, dataset: Path, folder: Path, resume: str = "auto", stop_file: Path | None = None
 ) -> None:
-    """Train to ``tokenizer.steps``.
+    """Train a tokenizer up to ``tokenizer.steps``.
 
-    The folder gets the contents of a run folder, and at the end ``tokenizer.safetensors`` and ``tokenizer.json``. For
-    other arguments and errors see `trainer.train`.
+    The folder gets the contents of a run folder, and at the end ``tokenizer.safetensors`` and ``tokenizer.json``. See
+    `trainer.train` for the other arguments and errors.
 
     Args:
         config: from `tokenizer_run`.
+        dataset: folder of the dataset.
         folder: folder of the tokenizer, visible to all ranks.
 
     Raises:
-        UserError: also if the data cannot be used, or ranks disagree.
+        UserError: in addition, if the data cannot be used or ranks differ in their configs.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed(flatten(config.model_dump()))
-    data, sampler = on_rank_0(lambda: _look_at_data(config, dataset))
+    data, sampler = on_rank_0(lambda: _list_data(config, dataset))
     train_samples, valid = (_Samples(records) for records in data)
     tokenizer = started_tokenizer(config, train_samples, dataset, folder)
     train(_TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder), config, folder, resume, stop_file)
 
 
-def _look_at_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
+def _list_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
     """Return the trajectories for training and for validation, and the sampler that mixes their domains."""
     data = config.data
     found = [list_trajectories(dataset, split, data.grid, data.skip_bad) for split in ("train", "valid")]
@@ -76,7 +78,7 @@ def _look_at_data(config: Config, dataset: Path) -> tuple[list[list[Any]], Domai
 def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder: Path) -> Tokenizer:
     """Return the tokenizer before its first step, equal on all ranks, on this rank's device (collective).
 
-    What it derives from the data is kept in ``start.safetensors``, because checkpoints hold only parameters.
+    Values derived from the data are stored in ``start.safetensors``, because checkpoints hold only parameters.
 
     Raises:
         UserError: on rank 0, if that file is damaged or the dataset has no statistics; the other ranks exit silently.
@@ -101,6 +103,7 @@ def started_tokenizer(config: Config, samples: Snapshots, dataset: Path, folder:
 
 
 def _read_start(path: Path, start: dict[str, Tensor]) -> bool:
+    """Fill the tensors from ``start.safetensors``; return whether the file exists."""
     if not path.exists():
         return False
     try:
@@ -131,7 +134,7 @@ class _Samples(Snapshots):
     """Snapshots that can be described in reports."""
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Describe where a snapshot lies, given its index among all snapshots."""
+        """Locate a snapshot, given its index among all snapshots, and check whether its values are finite."""
         number, snapshot = self._find(index)
         record = self.records[number]
         fields = self.batch([index])
@@ -145,7 +148,7 @@ class _Samples(Snapshots):
 
 
 class _TokenizerTask:
-    """The tokenizer's `trainer.Task`."""
+    """The tokenizer's `Task`."""
 
     name = "train tokenizer"
 
@@ -201,7 +204,7 @@ class _TokenizerTask:
 
     def end(self, step: int, applied: bool) -> None:
         if applied:
-            self._nonfinite.all_well()
+            self._nonfinite.step_applied()
         else:
             self._nonfinite.handle(step, self._seen)
 
@@ -210,7 +213,7 @@ class _TokenizerTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Return reconstruction errors by domain, over about `VALID_SAMPLES` evenly spread snapshots each."""
+        """Return reconstruction errors by domain, over about `VALID_SAMPLES` evenly spaced snapshots of each."""
         engine, valid, names = self.engine, self._valid, self._errors.names
         sums = torch.zeros(len(valid.domains), len(names) + 1, dtype=torch.float64, device=engine.device)
         parts = []
@@ -233,9 +236,9 @@ class _TokenizerTask:
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def finish(self, go_on: Callable[[], bool]) -> bool:
+    def finish(self, keep_going: Callable[[], bool]) -> bool:
         """Set the statistics of the latents and save the tokenizer, which marks it as trained."""
-        if not set_latent_statistics(self._tokenizer, self._samples, self.tokens, go_on):
+        if not set_latent_statistics(self._tokenizer, self._samples, self.tokens, keep_going):
             return False
         on_rank_0(self._save)
         return True
@@ -248,11 +251,11 @@ class _TokenizerTask:
 
 
 @torch.no_grad()
-def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, go_on: Callable[[], bool]) -> bool:
+def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, keep_going: Callable[[], bool]) -> bool:
     """Set the per-channel mean and standard deviation of the raw latents of all samples (collective).
 
-    The latents are float32, as `encode_dataset` makes them, and the sums float64. ``go_on`` is called after every
-    batch; returns False as soon as it does.
+    The latents are float32, as in `encode_dataset`, and the sums float64. ``keep_going`` is called after every batch;
+    as soon as it returns False, so does this function.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels, device = tokenizer.config.latent_channels, tokenizer.velocity_rms.device
@@ -263,7 +266,7 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
         for fields in islice(batches, 1):  # in the last round a rank may have no batch
             z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
             sums += torch.cat([z.sum(1), z.square().sum(1), sums.new_tensor([z.shape[1]])])
-        if not go_on():
+        if not keep_going():
             return False
     dist.all_reduce(sums)
     mean, square = (sums[:-1] / sums[-1]).split(channels)
@@ -273,5 +276,5 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
 
 
 def _parts(picks: Any, size: int) -> list[list[int]]:
-    """Split into consecutive parts of at most ``size``."""
+    """Split a sequence of indices into consecutive parts of at most ``size``."""
     return [list(picks[first : first + size]) for first in range(0, len(picks), size)]

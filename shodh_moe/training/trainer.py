@@ -1,6 +1,6 @@
 """The training loop that every rank runs: optimizer steps, records, checkpoints, stop signals and resuming.
 
-What is trained is a `Task`. It owns the engine with the network, and knows its batches and losses.
+A `Task` defines what is trained: it owns the engine with the network, and provides the batches and losses.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import resource
 import statistics
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from shodh_moe.base.errors import EXIT_REQUEUE
 from shodh_moe.base.progress import progress
@@ -30,65 +28,17 @@ from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.stop_signals import stop_request
 from shodh_moe.launching.watchdog import Watchdog, watched
 from shodh_moe.parallel.rendezvous import versions
-from shodh_moe.training.engine import Engine, Step, leave_process_group
+from shodh_moe.training.engine import Step
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.lock import lock_run
 from shodh_moe.training.log import Log
-from shodh_moe.training.resume import on_rank_0, random_state, start_from, weights_from
-
-
-class Task(Protocol):
-    """One rank's part of a training. All ranks call all methods in the same order.
-
-    Attributes:
-        engine: holds the network.
-        name: label of the progress bar.
-        tokens: number of tokens in one rank's micro-batch, from which records compute the speed. A network without
-            tokens counts samples.
-        facts: entries that checkpoints keep in addition to the trainer's own.
-    """
-
-    engine: Engine
-    name: str
-    tokens: int
-    facts: dict[str, Any]
-
-    def check_start(self, state: dict[str, Any]) -> str | None:
-        """Return why the weights of another run, given its ``state.json``, would mean something else here, or None."""
-
-    def begin(self, step: int, logs: bool) -> None:
-        """Prepare for the micro-batches of the step that ends as ``step``; ``logs`` says whether it gets a record."""
-
-    def losses(self, micro_batch: int) -> dict[str, Tensor]:
-        """Run the forward pass of one micro-batch, numbered over the whole run.
-
-        Returns 0-d losses by name; the one called ``loss`` is minimised.
-        """
-
-    def end(self, step: int, applied: bool) -> None:
-        """Finish a step. It was not applied if a loss or gradient was not finite. May raise to stop the training."""
-
-    def record(self, step: int, result: Step) -> dict[str, Any]:
-        """Return entries for a train record besides losses, norms and speed (collective)."""
-
-    def validate(self) -> dict[str, Any]:
-        """Return the entries of a validation record (collective)."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what this rank accumulates over steps, 1-D tensors by name, for a checkpoint."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore a `state`. One that does not fit, or is incomplete, changes nothing."""
-
-    def finish(self, go_on: Callable[[], bool]) -> bool:
-        """Do the work after the last step, also in a resumed run with no steps left (collective).
-
-        Long work calls ``go_on`` now and then, equally on all ranks, and returns False as soon as it returns False.
-        """
+from shodh_moe.training.process_group import leave_process_group
+from shodh_moe.training.resume import load_initial_weights, on_rank_0, random_state, restore_checkpoint
+from shodh_moe.training.task import Task
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to ``min_learning_rate`` at the last step."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then a cosine to ``min_learning_rate``."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
@@ -116,7 +66,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     with ExitStack() as resources:
         resources.push(_leave_process_group)
         on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
-        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # tells this start of the run from all others
+        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # identifies this start of the run
         stop_requests = resources.enter_context(stop_request())
         stall_seconds = config.training.stall_seconds
         watchdog = resources.enter_context(watched(run, rank, local_rank, attempt, stall_seconds, stop_file))
@@ -160,8 +110,8 @@ class _Start:
 
 def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> _Start:
     """Load the checkpoint to resume from, or the weights that ``start`` names (collective)."""
-    found, state = start_from(checkpoints, resume, task.engine)
-    origin = found["start"] if found else weights_from(Path(config.start), task) if config.start else None
+    found, state = restore_checkpoint(checkpoints, resume, task.engine)
+    origin = found["start"] if found else load_initial_weights(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)
@@ -223,7 +173,7 @@ class _Loop:
             if stopped:
                 break
         self.writer.finish()
-        return done, stopped or not self.task.finish(self._go_on)
+        return done, stopped or not self.task.finish(self._keep_going)
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
@@ -238,7 +188,7 @@ class _Loop:
             losses = task.losses(micro_batch)
             result = task.engine.step(losses["loss"], learning_rate(step, t), bool(self.stop_requests))
             batches.append({key: value.detach() for key, value in losses.items()})
-        assert result is not None  # the last micro-batch of a step has one
+        assert result is not None  # `Engine.step` returns one after the last micro-batch
         task.end(done, result.applied)
         if result.applied:
             for losses in batches:
@@ -290,8 +240,8 @@ class _Loop:
         rank_state = random_state() | self.start.interval.state() | task.state()
         self.writer.save(done, engine.fragments(), engine.shapes(), rank_state, facts)
 
-    def _go_on(self) -> bool:
-        """Whether no rank was asked to stop (collective)."""
+    def _keep_going(self) -> bool:
+        """Return whether no rank was asked to stop (collective)."""
         self.watchdog.alive()
         stops = torch.tensor(float(bool(self.stop_requests)), device=self.task.engine.device)
         dist.all_reduce(stops)
@@ -299,13 +249,14 @@ class _Loop:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this rank: device memory on a GPU, resident memory of the process otherwise."""
+    """Return this rank's peak memory in bytes: allocated device memory on a GPU, else the process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _mean_over_ranks(interval: Interval) -> dict[str, float]:
+    """Return the interval's mean losses over all ranks, by name (collective)."""
     values = interval.means()
     dist.all_reduce(values)
     return dict(zip(interval.sums, (values / dist.get_world_size()).tolist(), strict=True))

@@ -11,7 +11,8 @@ from shodh_moe.data import list_trajectories, read_trajectory
 from shodh_moe.inference.loading import find_source, load_models
 from shodh_moe.inference.rollout import decode
 from shodh_moe.runs import pipeline
-from shodh_moe.tokenizer.latents import LatentSamples, load_latents, trajectory_fields
+from shodh_moe.tokenizer.encoding import trajectory_fields
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from tests.trained import HISTORY, SNAPSHOTS, make_run, run_config
 
 

@@ -278,7 +278,7 @@ def test_configs_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd:
     config(Path(), "ccm", [MODELS[0], "absent"], output="merged")
     says_no(capfd, "absent does not exist")
     config(Path(), "ccm", MODELS, output=MODELS[1])
-    says_no(capfd, "contain one another")
+    says_no(capfd, "contain each other")
     says_no(capfd, "absent.yaml", path="absent.yaml")
 
 

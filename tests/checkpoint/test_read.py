@@ -28,7 +28,7 @@ from shodh_moe.checkpoint import (
     damages,
     find_checkpoint,
     list_checkpoints,
-    load_model,
+    load_weights,
     mismatch,
     model_fragments,
 )
@@ -290,7 +290,7 @@ def test_a_model_loads_at_any_expert_parallel_size(tmp_path: Path, saved_at: int
     for rank in range(loaded_at):
         ep = ExpertParallel(loaded_at, rank)
         model = transformer(ep)
-        load_model(tmp_path / "1", model, ep)
+        load_weights(tmp_path / "1", model, ep)
         experts = 0
         for name, parameter in model.named_parameters():
             want = whole.get_parameter(name)
@@ -306,4 +306,4 @@ def test_a_model_of_another_architecture_is_refused_by_tensor(tmp_path: Path) ->
     fragments, shapes = model_fragments(transformer(), ExpertParallel())
     Ranks(tmp_path, world_size=1).saved(1, {name: values.view(shapes[name]) for name, _, values in fragments})
     with pytest.raises(UserError, match=r"refused: .*model/embed.weight is \[24, .*\] there and \[32, .*and \d+ more"):
-        load_model(tmp_path / "1", transformer(dim=32), ExpertParallel())
+        load_weights(tmp_path / "1", transformer(dim=32), ExpertParallel())

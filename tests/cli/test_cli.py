@@ -82,7 +82,7 @@ def test_a_plan_needs_no_gpu(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert shodh("plan", "--world", "4", "model.moe.num_experts=4") == 0
     shown = capsys.readouterr().out
     assert "4: EP 4, EDP 1" in shown
-    assert "memory of a GPU" in shown
+    assert "memory per GPU" in shown
     refused(capsys, "plan", "--config", "tiny.yaml", "--world", "0", says=("--world 0", "at least 1"))
 
 

@@ -20,7 +20,7 @@ from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.metrics.fields import band_errors, nrmse, vrmse
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from shodh_moe.tokenizer.latents import trajectory_fields
+from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.tokenizer.walls import to_faces
 from tests.tiny import CONFIG, refused, tree, write_dataset

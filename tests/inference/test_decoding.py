@@ -21,7 +21,8 @@ from shodh_moe.inference import decoding
 from shodh_moe.inference.decoding import decode_latents
 from shodh_moe.kernels import divergence
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from shodh_moe.tokenizer.latents import encode_dataset, load_latents
+from shodh_moe.tokenizer.encoding import encode_dataset
+from shodh_moe.tokenizer.latents import load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.tokenizer.walls import to_centres
 from tests.tiny import CONFIG, GRID, refused, tree, write_dataset

@@ -130,8 +130,8 @@ def test_disk_is_what_the_files_hold():
 
 def test_the_table_says_the_main_things():
     text = plan.plan(_config(64, 96, 1, 3, 4, 8, steps=20, batch_size=4, accumulation=2), 2)
-    tokens = "64 a sample, 256 a micro-batch, 1,024 a step"
-    for words in ("2: EP 2, EDP 1, ZeRO 0, float32", tokens, "20 of 16 samples"):
+    tokens = "64 per sample, 256 per micro-batch, 1,024 per step"
+    for words in ("2: EP 2, EDP 1, ZeRO 0, float32", tokens, "20 with 16 samples each"):
         assert words in text
 
 

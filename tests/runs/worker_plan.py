@@ -18,8 +18,8 @@ from shodh_moe.base.command import end_rank
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.runs.live_bytes import LiveBytes
-from shodh_moe.training.engine import init_distributed
 from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.process_group import init_distributed
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
-from shodh_moe.tokenizer.latents import LatentSamples, encode_dataset, load_latents
+from shodh_moe.tokenizer.encoding import encode_dataset
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, GRID, write_dataset
 
@@ -201,7 +202,7 @@ Z = np.zeros((5, CHANNELS, 2, 2, 2), np.float32)
     (lambda path: path.write_bytes(b"no HDF5"), "cannot read latents"),
     (Path.unlink, "cannot read latents"),
     (not_a_group, "cannot read latents"),
-    (unnamed, "were made with a tokenizer that they do not name"),
+    (unnamed, "were made with an unknown tokenizer"),
     (empty, "hold no trajectory"),
 ])  # fmt: skip
 def test_damaged_files_are_refused(made: Path, cache: Path, damage: Callable[[Path], None], says: str) -> None:

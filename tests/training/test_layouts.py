@@ -33,7 +33,7 @@ def _worker(rank: int, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), DS_ACCELERATOR="cpu", DEEPSPEED_LOG_LEVEL="error")
     torch.set_num_threads(1)
-    from shodh_moe.training.engine import init_distributed
+    from shodh_moe.training.process_group import init_distributed
 
     init_distributed()
     results = {}

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.engine import init_distributed
 from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.process_group import init_distributed
 
 folder, name, *overrides = sys.argv[-7:]
 config = load_config(Path(folder, "config.yaml"), overrides)

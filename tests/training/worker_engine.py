@@ -14,8 +14,9 @@ from shodh_moe.base.parameters import marks
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.engine import Step, init_distributed
+from shodh_moe.training.engine import Step
 from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.process_group import init_distributed
 
 folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
 config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"model.moe.dropless={dropless}"])

@@ -18,8 +18,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.engine import _in_float64, init_distributed
+from shodh_moe.training.deepspeed_patches import in_float64
 from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.process_group import init_distributed
 
 
 def state() -> dict[str, Any]:
@@ -58,7 +59,7 @@ for stage in ("0", "1", "2"):
 
 
 def fail_inside() -> None:
-    with _in_float64(True):
+    with in_float64(True):
         assert torch.float64 in get_accelerator().supported_dtypes()
         assert state() != before
         raise RuntimeError("inside")

@@ -21,7 +21,7 @@ from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.config.load import load_config
 from shodh_moe.training import tokenizer_task as training
 from shodh_moe.training import trainer
-from shodh_moe.training.engine import init_distributed
+from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 folder, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

@@ -1,4 +1,4 @@
-"""Routers: which expert each token goes to. `Router` is the protocol, `config.routers.ROUTERS` the registry."""
+"""Routers choose an expert for each token. `Router` is the protocol, and `config.routers.ROUTERS` the registry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ONE_SAMPLE", "Context", "Router", "Slots", "make_router"]
 
 
 def make_router(config: RouterConfig, dim: int, num_experts: int) -> Router:
-    """The router of one layer.
+    """Make the router of one layer.
 
     Args:
         config: ``model.moe.router``.

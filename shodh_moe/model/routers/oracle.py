@@ -1,4 +1,4 @@
-"""Oracle router, a control: each sample goes to its domain's expert."""
+"""Oracle router, a control experiment: each sample goes to the expert of its domain."""
 
 from __future__ import annotations
 

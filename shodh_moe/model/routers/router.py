@@ -17,11 +17,11 @@ from shodh_moe.kernels import Gating
 
 @dataclass(frozen=True)
 class Context:
-    """The samples of one forward pass, as every layer and its router see them.
+    """Facts about the samples of one forward pass, which every layer passes to its router.
 
     Attributes:
-        samples: B.
-        domain_B: int64, number of each sample's domain; None: unknown.
+        samples: number of samples B.
+        domain_B: int64, number of each sample's domain; None if unknown.
     """
 
     samples: int = 1
@@ -32,7 +32,7 @@ class Context:
         return value_B.repeat_interleave(tokens // self.samples, dim=0)
 
     def sample_N(self, x_ND: Tensor) -> Tensor:
-        """The sample that each token belongs to, int64 [N]."""
+        """Number of the sample that each token belongs to, int64 [N]."""
         return self.by_token(torch.arange(self.samples, device=x_ND.device), len(x_ND))
 
 
@@ -40,7 +40,13 @@ ONE_SAMPLE = Context()
 
 
 class Slots(NamedTuple):
-    """How many tokens an expert takes; the arguments of `kernels.top1_gating` that are not the router's choice."""
+    """Arguments of `kernels.top1_gating` that are the same for every router.
+
+    Attributes:
+        capacity: largest number of tokens that an expert takes from this rank.
+        drop_order: which tokens an overfull expert keeps (``model.moe.drop_order``).
+        check_finite: whether to raise if a logit is not finite.
+    """
 
     capacity: int
     drop_order: str = "position"

@@ -17,20 +17,20 @@ TOKENIZER_COLOURS = {"loss": "black", "velocity_mse": "#c2410c", "pressure_mse":
 def loss_curves(run: RunData) -> Figure | None:
     """Draw losses over steps: the training terms, held-out latent error with persistence, the tokenizer's losses."""
     train, valid = records(run.history, "train"), records(run.history, "valid")
-    fits = records(run.tokenizer_history, "train")
-    held_out = records(run.tokenizer_history, "valid")
-    count = bool(train) + bool(valid) + bool(fits) + bool(held_out)
+    tokenizer_train = records(run.tokenizer_history, "train")
+    tokenizer_valid = records(run.tokenizer_history, "valid")
+    count = bool(train) + bool(valid) + bool(tokenizer_train) + bool(tokenizer_valid)
     if not count:
         return None
     figure, grid = style.panels(count, 2, 4.2, title="Losses")
-    left = iter(grid)
+    panels = iter(grid)
     if train:
-        axes = next(left)
+        axes = next(panels)
         for key, name in TRAIN_TERMS.items():
             _line(axes, train, key, name, color=TRAIN_COLOURS[key])
         _finish(axes, "transformer, training batches", "loss (no unit)")
     if valid:
-        axes = next(left)
+        axes = next(panels)
         for index, domain in enumerate(run.domains):
             colour, name = style.domain_colour(index), style.words(domain)
             _domain_line(axes, valid, "latent_mse", domain, name, color=colour)
@@ -38,17 +38,17 @@ def loss_curves(run: RunData) -> Figure | None:
                 axes, valid, "latent_mse_persistence", domain, f"{name}, persistence", color=colour, linestyle=":"
             )
         _finish(axes, "transformer, held-out data", "latent MSE (no unit)")
-    if fits:
-        axes = next(left)
+    if tokenizer_train:
+        axes = next(panels)
         for key, colour in TOKENIZER_COLOURS.items():
-            _line(axes, fits, key, "total" if key == "loss" else key.replace("_mse", ""), color=colour)
+            _line(axes, tokenizer_train, key, "total" if key == "loss" else key.replace("_mse", ""), color=colour)
         _finish(axes, "tokenizer, training batches", "MSE of normalised fields")
-    if held_out:
-        axes = next(left)
+    if tokenizer_valid:
+        axes = next(panels)
         for index, domain in enumerate(run.domains):
             for key, dash in (("velocity_mse", "-"), ("pressure_mse", "--")):
                 name = f"{style.words(domain)}, {key.removesuffix('_mse')}"
-                _domain_line(axes, held_out, key, domain, name, color=style.domain_colour(index), linestyle=dash)
+                _domain_line(axes, tokenizer_valid, key, domain, name, color=style.domain_colour(index), linestyle=dash)
         _finish(axes, "tokenizer, held-out data", "MSE of normalised fields")
     return figure
 

@@ -54,7 +54,7 @@ def _sections(run: RunData, folder: Path) -> list[Section]:
 
 
 def _verdict(metrics: tables.Metrics) -> list[Block]:
-    """A box that answers a reader's first two questions."""
+    """Return a box that answers a reader's first two questions."""
     answers = {domain: _beats_both(scores) for domain, scores in metrics.get("domains", {}).items()}
     lines = [
         f"**{words(domain)}**: beats both baselines, latent and physical MSE: "
@@ -128,13 +128,13 @@ def _divergence(metrics: tables.Metrics) -> list[Block]:
 def _figure(
     path: Path, drawing: matplotlib_figure.Figure | None, alternative: str, caption: str, absent: str
 ) -> Figure | Note:
-    """Write the drawing to ``path`` for the page; without one, a note that says ``absent``."""
+    """Write the drawing to ``path`` and return its figure; without a drawing, return a note that says ``absent``."""
     written = write_figures({path.stem: drawing}, path.parent)
     return Figure(path, alternative, caption) if written else Note(absent)
 
 
 def _table(table: Table, caption: str, absent: str = "") -> list[Block]:
-    """The table above its caption; if it has no rows, a note that says ``absent`` (no note if that is empty)."""
+    """Return the table above its caption; if it has no rows, a note that says ``absent`` (no note if that is empty)."""
     if not table.rows:
         return [Note(absent)] if absent else []
     return [table, Text(caption)] if caption else [table]

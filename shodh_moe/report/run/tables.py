@@ -50,7 +50,7 @@ def band_errors(metrics: Metrics) -> Table:
 
 
 def _divergences(metrics: Metrics) -> list[Metrics]:
-    """Every measured divergence; a row without a norm or spacing has that of the main one."""
+    """Return every measured divergence; an entry without norm or spacing gets those of the main one."""
     main = metrics.get("divergence") or {}
     entries = metrics.get("divergence_table") or ([{"what": "prediction", **main}] if main else [])
     shared = {key: main[key] for key in ("norm", "spacing") if key in main}
@@ -58,7 +58,7 @@ def _divergences(metrics: Metrics) -> list[Metrics]:
 
 
 def divergence_norm(metrics: Metrics) -> str:
-    """The norm that all measured divergences share; empty if they share none."""
+    """Return the norm that all measured divergences share; empty if they share none."""
     norms = {entry.get("norm") for entry in _divergences(metrics)}
     return str(norms.pop()) if len(norms) == 1 and None not in norms else ""
 

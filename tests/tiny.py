@@ -1,4 +1,4 @@
-"""A config and a dataset so small that every stage takes seconds, and the `shodh` command around them."""
+"""A config and a dataset so small that every stage takes seconds, and a helper for refused `shodh` commands."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_config(folder: Path) -> Path:
 
 
 def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Random fields of a few long waves, [*shape]; the last three axes are space."""
+    """Random fields made of a few long waves, [*shape]; the last three axes are space."""
     spectrum = np.fft.rfftn(rng.standard_normal(shape), axes=(-3, -2, -1))
     k = np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in shape[-3:-1]], np.fft.rfftfreq(shape[-1], 1 / shape[-1]))
     return np.fft.irfftn(spectrum * (np.swapaxes(sum(a**2 for a in k), 0, 1) <= 4), s=shape[-3:], axes=(-3, -2, -1))
@@ -60,7 +60,7 @@ def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def write_dataset(
     folder: Path, grid: tuple[int, int, int] = GRID, snapshots: int = 5, domains: tuple[str, ...] = ("calm", "wild")
 ) -> Path:
-    """A dataset of someone else's: one trajectory per split and domain, with statistics."""
+    """Write a foreign dataset: one trajectory per split and domain, with statistics."""
     for number, (split, domain) in enumerate((s, d) for s in ("train", "valid", "test") for d in domains):
         rng = np.random.default_rng(number)
         simulation = Simulation(
@@ -78,12 +78,12 @@ def write_dataset(
 
 
 def tree(folder: Path) -> dict[str, int]:
-    """Every file and folder below, with the time files were last changed."""
+    """Every file and folder below ``folder``, with the modification times of files."""
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns if p.is_file() else 0 for p in sorted(folder.rglob("*"))}
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str, says: tuple[str, ...]) -> str:
-    """Run the command; it must end with code 2 and one line on stderr that holds each of ``says``."""
+    """Run the command, which must exit with code 2 and one line on stderr that contains each of ``says``."""
     capfd.readouterr()
     code = main(list(arguments))
     error = capfd.readouterr().err

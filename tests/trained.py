@@ -1,4 +1,4 @@
-"""A run as training leaves it, made without training: dataset, tokenizer, one checkpoint, one line of telemetry."""
+"""Make the files of a trained run without training: dataset, tokenizer, one checkpoint, one line of telemetry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shodh_moe.tokenizer import Tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, write_dataset
 
-GRID = (16, 8, 24)  # three different sizes: an axis in the wrong place does not fit
+GRID = (16, 8, 24)  # three different sizes, so that swapped axes do not fit
 SNAPSHOTS = 5
 HISTORY = 2
 RECORD = {"kind": "train", "step": 7, "tokens_per_second": 5.0, "step_ms": 2.0, "peak_memory_bytes": 9}
@@ -48,9 +48,9 @@ def run_config(folder: Path, **tokenizer: Any) -> Config:
 
 
 def make_run(folder: Path, **settings: Any) -> Path:
-    """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
+    """Make ``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
 
-    ``settings`` are of the tokenizer.
+    ``settings`` are tokenizer settings.
     """
     write_dataset(folder / "theirs", GRID, SNAPSHOTS)
     (folder / "tok").mkdir()
@@ -61,7 +61,9 @@ def make_run(folder: Path, **settings: Any) -> Path:
     torch.nn.init.normal_(tokenizer.geometry_basis_CP, std=0.1)
     tokenizer.save(folder / "tok")
     transformer = LatentTransformer(config.model, 16, tokenizer.latent_grid, 3, ExpertParallel())
-    torch.nn.init.normal_(transformer.head.weight, std=0.3)  # zero at the start: every prediction would be persistence
+    torch.nn.init.normal_(
+        transformer.head.weight, std=0.3
+    )  # initially zero, which would make every prediction persistence
     run = folder / "runs" / "trained"
     writer = CheckpointWriter(run / "checkpoints", 0, 1, 2, 0, "test")
     fragments, shapes = model_fragments(transformer, ExpertParallel())
@@ -74,7 +76,7 @@ def make_run(folder: Path, **settings: Any) -> Path:
 
 
 def two_trajectories(path: Path, dataset: Path) -> Path:
-    """A file with the test trajectories of both domains, the second one's first axis of time and scalars its own."""
+    """Write the test trajectories of both domains to one file, with one Reynolds number for each."""
     files = [dataset / "data" / "test" / f"{domain}.hdf5" for domain in ("calm", "wild")]
     with h5py.File(path, "w") as file, h5py.File(files[0]) as first, h5py.File(files[1]) as second:
         for key, value in first.attrs.items():

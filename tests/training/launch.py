@@ -18,10 +18,10 @@ from tests.forked import ENVIRONMENT, context
 
 
 def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run a script on every rank until all end; the first exit code that is not 0 ends the others and is returned.
+    """Run a script on every rank until all end; the first nonzero exit code ends the others and is returned.
 
     This is what launchers do, in a fraction of the time: the ranks need not import torch and DeepSpeed (see
-    tests/forked.py), which DeepSpeed's launcher does twice more before they begin.
+    tests/forked.py), which DeepSpeed's launcher itself imports twice more before they start.
     """
     environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -47,7 +47,7 @@ def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> s
 
 
 def _rank(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    """Become the process that ``python -u command`` would be."""
+    """Run ``command`` in this process as ``python -u`` would."""
     os.setsid()
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
@@ -76,7 +76,7 @@ def _wait(processes: list[ForkServerProcess], command: list[str], timeout: float
 
 
 def start(ranks: int, script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``deepspeed --num_gpus RANKS script arguments`` in a session of its own; the caller waits for it."""
+    """Start ``deepspeed --num_gpus RANKS script arguments`` in its own session; the caller waits for it."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), str(script), *arguments]
     environment = {**os.environ, **ENVIRONMENT}

@@ -1,8 +1,8 @@
 """Settings for all tests: which ones run, how many processes share them, and in which order.
 
-The whole suite is shared by two pytest-xdist workers, a file at a time, so that its fixtures are made once. All files
+Two pytest-xdist workers share the whole suite, one file at a time, so that a file's fixtures are made once. All files
 with tests that start several ranks go to one worker: ranks never run beside other ranks. Files with slow tests come
-first, so that no worker is left with a long one at the end. A command that narrows the tests down runs in one process.
+first, so that no worker is left with a long one at the end. A command that selects tests runs in one process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 WORKERS = 2
 RANKS = "ranks"  # the group of all tests that start several ranks
 
-# On a machine that is busy with other tests the wall time of one example means nothing.
+# The wall time of one example means nothing on a machine that is busy with other tests.
 settings.register_profile("busy machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
@@ -37,9 +37,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not _wants_clusters(config):  # real clusters need root, install packages and start daemons
-        left_out = [item for item in items if item.get_closest_marker("cluster")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        deselected = [item for item in items if item.get_closest_marker("cluster")]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
     if _is_worker(config):
         with_ranks, slow = (
             {item.path for item in items if item.get_closest_marker(m)} for m in ("distributed", "slow")
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Take off the group that pytest-xdist appends to a test's name, so that the name can be given to pytest again."""
+    """Remove the group that pytest-xdist appends to a test's name, so that the name can be passed to pytest again."""
     if hasattr(report, "node"):  # comes from a worker
         report.nodeid = report.nodeid.rpartition("@")[0] or report.nodeid
 
@@ -67,6 +67,6 @@ def _wants_clusters(config: pytest.Config) -> bool:
 
 @pytest.fixture(autouse=True)
 def _memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Report the memory of a fresh process: a merge's limit covers all of this one, which other tests have grown."""
+    """Report the memory of a fresh process: a merge's limit covers memory that earlier tests left in this one."""
     module = importlib.import_module("shodh_moe.merging.merge")  # the package has a function of that name
     monkeypatch.setattr(module, "resident", lambda: 300 << 20)

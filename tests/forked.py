@@ -1,7 +1,7 @@
 """Processes that start fast: each is forked from a server that has already imported torch and DeepSpeed.
 
 Importing them takes longer than most of what the tests' ranks do. The server is started on first use, once per pytest
-process, and has run nothing but imports. As ranks on a CPU do, it uses one thread.
+process, and runs nothing but imports. Like ranks on a CPU, it uses one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMPORTS += ["shodh_moe.training.tokenizer_task", "shodh_moe.parallel.rendezvous"
 
 
 def context() -> ForkServerContext:
-    """The multiprocessing context whose processes are forked from the server."""
+    """Return a multiprocessing context that forks its processes from the server."""
     with mock.patch.dict(os.environ, ENVIRONMENT):  # DeepSpeed reads it when it is imported
         found = multiprocessing.get_context("forkserver")
         found.set_forkserver_preload(IMPORTS)
@@ -39,7 +39,7 @@ def context() -> ForkServerContext:
 
 
 def spawn(worker: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
-    """Run ``worker(rank, *arguments)`` on every rank; raise what a rank raises."""
+    """Run ``worker(rank, *arguments)`` on every rank; raise the error of a rank that fails."""
     context()
     torch.multiprocessing.start_processes(worker, arguments, nprocs=ranks, start_method="forkserver")
 

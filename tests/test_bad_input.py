@@ -26,21 +26,21 @@ from tests.tiny import CONFIG, config, refused, tree, write_config, write_datase
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config in it."""
+    """The working folder, with a config in it."""
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture
-def dataset(theirs: Path, here: Path) -> Path:
+def dataset(sound_dataset: Path, here: Path) -> Path:
     """An existing dataset that a test may damage."""
-    return Path(shutil.copytree(theirs, here / "theirs"))
+    return Path(shutil.copytree(sound_dataset, here / "theirs"))
 
 
 def save_tokenizer(folder: Path, grid: list[int]) -> Path:
@@ -127,7 +127,7 @@ def test_a_missing_data_file_or_split_is_named(dataset: Path, capfd: pytest.Capt
         ("training.batch_size=3", ("training.batch_size 3", "2 domains")),
     ],
 )
-def test_a_dataset_that_does_not_fit_the_config(
+def test_a_dataset_that_does_not_fit_the_config_is_refused(
     dataset: Path, capfd: pytest.CaptureFixture[str], override: str, says: tuple[str, ...]
 ) -> None:
     before = tree(dataset.parent)
@@ -135,7 +135,7 @@ def test_a_dataset_that_does_not_fit_the_config(
     assert tree(dataset.parent) == before
 
 
-def test_a_domain_of_one_split_only_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_domain_in_only_one_split_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     other_domain(dataset / "data/valid/wild.hdf5")
     refused(
         capfd,
@@ -148,7 +148,7 @@ def test_a_domain_of_one_split_only_is_refused(dataset: Path, capfd: pytest.Capt
     )
 
 
-def test_a_sound_dataset_is_accepted_and_left_alone(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_dataset_is_accepted_and_not_changed(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = tree(dataset)
     assert shodh("data", "generate", "data.path=theirs") == 0
     assert tree(dataset) == before
@@ -172,7 +172,7 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
 ) -> None:
     made, run = [], generation.simulate_and_write
 
-    def stops(job: Any, *arguments: object) -> Path:
+    def interrupt(job: Any, *arguments: object) -> Path:
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(job.path)
@@ -180,7 +180,7 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(generation, "simulation_threads", lambda config, cores: 1)
-        patch.setattr(generation, "simulate_and_write", stops)
+        patch.setattr(generation, "simulate_and_write", interrupt)
         assert shodh("data", "generate") == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: no partial files are left")
     assert not list(here.rglob("manifest.json"))
@@ -195,7 +195,9 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
 
 
 @pytest.mark.parametrize("data", [[], ["data.path=theirs"]])
-def test_a_tokenizer_of_another_grid(dataset: Path, capfd: pytest.CaptureFixture[str], data: list[str]) -> None:
+def test_a_tokenizer_of_another_grid_is_refused(
+    dataset: Path, capfd: pytest.CaptureFixture[str], data: list[str]
+) -> None:
     save_tokenizer(dataset.parent / "tok", [16, 16, 32])
     before = tree(dataset.parent)
     says = ("tokenizer tok", "[16, 16, 32]", "[16, 16, 16]", "set tokenizer.path")
@@ -203,7 +205,7 @@ def test_a_tokenizer_of_another_grid(dataset: Path, capfd: pytest.CaptureFixture
     assert tree(dataset.parent) == before
 
 
-def test_a_start_that_does_not_exist(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_start_is_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
     refused(
         capfd, "run", "--config", "tiny.yaml", "start=nowhere", says=("start: nowhere is not a run folder", "or null")
@@ -230,7 +232,7 @@ def rewrite(key: str, value: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "tokenizer.json").unlink(), ("holds no finished tokenizer", "shodh tokenizer train")),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used(
+def test_an_unusable_tokenizer_is_refused(
     dataset: Path,
     tokenizer: Path,
     capfd: pytest.CaptureFixture[str],
@@ -243,7 +245,7 @@ def test_a_tokenizer_that_cannot_be_used(
     assert tree(dataset.parent) == before
 
 
-def test_latents_of_a_given_tokenizer_do_not_go_into_its_folder(dataset: Path, tokenizer: Path) -> None:
+def test_latents_of_a_given_tokenizer_are_stored_outside_its_folder(dataset: Path, tokenizer: Path) -> None:
     before = tree(tokenizer)
     settings = ["data.path=theirs", "tokenizer.path=tok"]
     assert shodh("tokenizer", "encode", *settings) == 0
@@ -277,10 +279,10 @@ def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest
     error = refused(capfd, "run", "--config", "tiny.yaml", *changed, says=says)
     assert "rollout_steps" not in error
     assert tree(here) == before
-    # Layout, logging and kernel libraries do not change what is learned.
+    # Layout, logging and kernel libraries do not change the trained model.
     layout = {"parallel": {"ep_size": 1, "zero_stage": 2}, "telemetry": {"every": 3}}
     pipeline.claim_run_folder(config(**layout, training={**CONFIG["training"], "keep_last": 5}), write=False)
-    # A key that was added after the run began has its default there.
+    # A key added after the run started has its default value there.
     stored = yaml.safe_load((here / "runs/tiny/config.yaml").read_text())
     del stored["telemetry"], stored["training"]["precision"]
     (here / "runs/tiny/config.yaml").write_text(yaml.safe_dump(stored))
@@ -290,17 +292,17 @@ def test_a_run_folder_of_another_config_names_the_keys(here: Path, capfd: pytest
 
 
 @pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
-def test_a_folder_under_a_file(here: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
+def test_a_folder_below_a_file_is_refused(here: Path, capfd: pytest.CaptureFixture[str], key: str) -> None:
     (here / "file").write_text("")
     refused(capfd, "run", "--config", "tiny.yaml", f"{key}=file/x", says=("file/x", "a file stands", "another folder"))
     assert set(tree(here)) == {"tiny.yaml", "file"}
 
 
 @pytest.mark.parametrize("key", ["runs", "data.root", "tokenizer.root"])
-def test_a_folder_without_permission(
+def test_a_folder_without_write_permission_is_refused(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """Simulates what users other than root see; root may write anywhere."""
+    """Simulates users other than root, who may write anywhere."""
     (here / "locked").mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
     says = ("locked/x", "permission denied; choose another folder")
@@ -313,7 +315,7 @@ def test_a_folder_without_permission(
     [(OSError(errno.ENOSPC, "No space left on device"), "no space left"), (PermissionError(13, "x"), "permission")],
 )
 @pytest.mark.parametrize("command", ["data generate", "tokenizer train", "tokenizer encode", "pretrain"])
-def test_a_disk_that_fills_up_while_a_stage_writes(
+def test_a_disk_that_fills_up_during_a_stage_leaves_no_files(
     dataset: Path,
     tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +357,9 @@ def test_a_full_file_system(dataset: Path, tokenizer: Path, size: int) -> None:
     command = f"{sys.executable} -m shodh_moe.cli tokenizer encode --config tiny.yaml data.path=theirs"
     script = f"{mount} && {command} tokenizer.path=tok tokenizer.root=small; echo $?; find small -type f"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["2"], done.stdout + done.stderr  # the exit code, and no file after it
+    assert done.stdout.splitlines()[-1:] == ["2"], (
+        done.stdout + done.stderr
+    )  # only the exit code, and no file names after it
     lines = [line for line in done.stderr.splitlines() if not line.startswith("encode latents: ")]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: cannot write small/")

@@ -1,4 +1,4 @@
-"""Every config that we ship loads and fits its ranks, and its comments are correct."""
+"""Every shipped config loads and fits its number of ranks, and its comments are correct."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _comments(path: Path) -> str:
 
 
 def _world(path: Path) -> int:
-    """Number of ranks that the comments state; the quickstart states none and uses two on a laptop."""
+    """Return the number of ranks that the comments state; the quickstart states none and uses two on a laptop."""
     stated = re.search(r"^#   ranks +(\d+):", _comments(path), re.MULTILINE)
     return int(stated[1]) if stated else 2
 
 
-def test_fits_its_ranks(path):
+def test_the_config_fits_its_ranks(path):
     config, world = load_config(path), _world(path)
     ep = expert_parallel_size(config, world)
     deepspeed_config(config, world)
@@ -44,7 +44,7 @@ def test_fits_its_ranks(path):
     assert count.rank_expert * ep == count.expert
 
 
-def test_schedule_is_sensible(path):
+def test_the_schedule_is_sensible(path):
     config = load_config(path)
     t = config.training
     assert t.warmup_steps <= t.steps / 10
@@ -55,7 +55,7 @@ def test_schedule_is_sensible(path):
     assert t.stall_seconds >= 600, "the first step may compile kernels"
 
 
-def test_comments_say_what_the_plan_computes(path):
+def test_comments_agree_with_the_plan(path):
     comments, world = _comments(path), _world(path)
     if path.stem == "quickstart":
         return
@@ -65,18 +65,18 @@ def test_comments_say_what_the_plan_computes(path):
     smaller = re.findall(r"^#   ((?:[a-z_.]+=\S+ ?)+): ([\d.]+) GiB$", comments, re.MULTILINE)
     assert smaller
     whole = plan.step_samples(load_config(path), world)
-    for overrides, said in smaller:
+    for overrides, stated in smaller:
         other = load_config(path, overrides.split())
-        assert f"{plan.memory(other, world)['sum'] / 2**30:.1f}" == said
+        assert f"{plan.memory(other, world)['sum'] / 2**30:.1f}" == stated
         assert plan.step_samples(other, world) == whole
 
 
-def test_every_command_in_the_comments_names_the_file_itself(path):
+def test_commands_in_the_comments_name_this_config(path):
     named = re.findall(r"configs/[a-z0-9_]+\.yaml", _comments(path))
     assert set(named) <= {f"configs/{path.name}"}
 
 
-def test_the_long_run():
+def test_the_cluster_config_is_the_long_run():
     config = load_config(Path(CONFIGS[0]).with_name("cluster_8x8.yaml"))
     assert config.training.steps == 20_000
     assert config.data.grid == [128] * 3
@@ -85,7 +85,7 @@ def test_the_long_run():
     assert plan.sample_tokens(config) == 4096
 
 
-def test_the_readme_lists_every_config_with_its_numbers():
+def test_the_readme_lists_every_config_with_correct_numbers():
     text = (CONFIGS[0].parent / "README.md").read_text()
     for path in CONFIGS:
         row = next(line for line in text.splitlines() if line.startswith(f"| [{path.name}]({path.name})"))

@@ -1,4 +1,4 @@
-"""What an installation holds, and that the files that describe it agree with each other."""
+"""The contents of an installation, and the agreement of the files that describe it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def constraints() -> list[Requirement]:
 
 
 def pinned(name: str, python: str) -> list[Version]:
-    """The versions that constraints.txt gives a package on Linux under one Python."""
+    """Return the versions that constraints.txt pins for a package on Linux under one Python version."""
     environment = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux"}
     return [
         Version(next(iter(pin.specifier)).version)
@@ -35,7 +35,7 @@ def pinned(name: str, python: str) -> list[Version]:
 
 
 def installed() -> metadata.Distribution:
-    """The installation, and not the egg-info folder that an editable install leaves in the checkout."""
+    """Return the installation, not the egg-info folder that an editable install leaves in the checkout."""
     found = [one for one in metadata.distributions(name="shodh_moe") if one.read_text("RECORD") is not None]
     assert found, "shodh_moe is not installed: `make venv` does it"
     return found[0]
@@ -82,7 +82,7 @@ def test_version_is_the_same_everywhere() -> None:
     assert getattr(importlib.import_module("shodh_moe"), "__version__", declared[1]) == declared[1]
 
 
-def test_command_is_declared() -> None:
+def test_the_command_is_declared() -> None:
     scripts = [entry for entry in installed().entry_points if entry.group == "console_scripts"]
     assert [(entry.name, entry.value) for entry in scripts] == [("shodh", "shodh_moe.cli:main")]
 
@@ -104,14 +104,14 @@ def test_every_dependency_is_pinned_once_and_within_its_range(python: str) -> No
 
 
 def test_apex_is_in_no_extra() -> None:
-    """The registry's `apex` is another project: it must never be pulled in by name."""
+    """`apex` on PyPI is an unrelated project, which must never be installed by name."""
     names = {canonical(Requirement(line).name) for line in installed().requires or []}
     names |= {canonical(pin.name) for pin in constraints()}
     assert "apex" not in names
 
 
 def dry_run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What launch/make_venv.sh would do; nothing is installed."""
+    """Run launch/make_venv.sh without installing anything."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash here")
@@ -125,7 +125,7 @@ def dry_run(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def fake_python(folder: Path, *, torch: str, cuda: str | None) -> str:
-    """An interpreter whose torch only has a version."""
+    """Make an interpreter whose torch has only a version."""
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text(f"__version__ = {torch!r}\nfrom . import version\n", encoding="utf-8")
     (folder / "torch" / "version.py").write_text(f"cuda = {cuda!r}\n", encoding="utf-8")
@@ -152,7 +152,7 @@ def test_make_venv_refuses_bad_settings_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch", "cuda", "setting", "takes"),
+    ("torch", "cuda", "setting", "expected"),
     [
         ("2.9.0+cu130", "13.0", "auto", "2.9.0+cu130 (gpu build)"),
         ("2.10.0a0+nv25.10", "13.0", "auto", "2.10.0a0+nv25.10 (gpu build)"),
@@ -162,9 +162,9 @@ def test_make_venv_refuses_bad_settings_in_one_line(tmp_path: Path) -> None:
         ("2.9.0+cu130", "13.0", "pinned", "pinned"),
     ],
 )
-def test_make_venv_chooses_the_torch(tmp_path: Path, torch: str, cuda: str | None, setting: str, takes: str) -> None:
+def test_make_venv_chooses_a_torch(tmp_path: Path, torch: str, cuda: str | None, setting: str, expected: str) -> None:
     result = dry_run(tmp_path, PYTHON=fake_python(tmp_path, torch=torch, cuda=cuda), TORCH=setting)
     assert result.returncode == 0, result.stderr
-    assert takes in result.stdout
+    assert expected in result.stdout
     assert len(result.stdout.strip().splitlines()) == 1
     assert not (tmp_path / "venv").exists()

@@ -1,4 +1,4 @@
-"""What the quickstart must show, checked on the run that `make pretrain` left in this checkout, if there is one."""
+"""Results that the quickstart must reach, checked on the run that `make pretrain` left in this checkout, if any."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def metrics() -> dict[str, Any]:
 
 @pytest.mark.parametrize("domain", ["open_channel", "porous_media"])
 @pytest.mark.parametrize("quantity", ["latent_mse", "physical_mse"])
-def test_beats_persistence_and_the_mean_predictor(metrics, domain, quantity):
+def test_the_model_beats_persistence_and_the_mean_predictor(metrics, domain, quantity):
     scores = metrics["domains"][domain]
     assert scores[quantity] < scores[f"{quantity}_persistence"]
     assert scores[quantity] < scores[f"{quantity}_mean"]
 
 
-def test_velocity_is_divergence_free_to_rounding(metrics):
+def test_the_velocity_is_divergence_free_up_to_rounding(metrics):
     divergence = metrics["divergence"]
     assert (divergence["operator"], divergence["dtype"]) == ("staggered", "float64")
     assert 0 < divergence["rms_relative"] <= 1e-12
 
 
-def test_experts_were_sharded_over_two_ranks_where_there_is_no_gpu(metrics):
+def test_without_a_gpu_experts_were_sharded_over_two_ranks(metrics):
     environment = json.loads((METRICS.parent / "environment.json").read_text())
     if not environment["devices"]:
         assert (metrics["world_size"], metrics["ep_size"]) == (2, 2)

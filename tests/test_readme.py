@@ -1,4 +1,4 @@
-"""README.md: its Python code runs, the paths that the first pages name exist, and it stays short."""
+"""README.md: its Python code runs, the paths that it and the main docs name exist, and it stays short."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_file
 
 
 def named_paths(text: str) -> set[str]:
-    """The paths of this repository that a page names, relative to its root."""
+    """Return the paths in this repository that a page names, relative to the root."""
     return {
         path.rstrip("./")
         for path in re.findall(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./*-]*|{FILES})(?![\w<])", text)
@@ -37,7 +37,7 @@ def named_paths(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an exported model and the dataset that it belongs to."""
+    """A folder with an exported model and its dataset."""
     folder = tmp_path_factory.mktemp("readme")
     export(make_run(folder), folder / "quickstart_model")
     return folder
@@ -55,7 +55,7 @@ def test_the_python_example_runs(folder: Path) -> None:
     assert done.stdout.strip() == str((3, 4, *GRID))
 
 
-def test_forecast_gives_what_predict_writes(folder: Path) -> None:
+def test_forecast_returns_what_predict_writes(folder: Path) -> None:
     trajectory = list_trajectories(folder / "theirs", "test")[0]
     fields_T4XYZ, solid_1XYZ = read_snapshots(trajectory)
     output = folder / "prediction.hdf5"
@@ -68,7 +68,7 @@ def test_forecast_gives_what_predict_writes(folder: Path) -> None:
     np.testing.assert_array_equal(predicted_N4XYZ[:, 3], pressure_NXYZ)
 
 
-def test_forecast_refuses_what_does_not_fit(folder: Path) -> None:
+def test_forecast_refuses_invalid_fields(folder: Path) -> None:
     model = load_model(folder / "quickstart_model")
     solid_1XYZ = np.zeros((1, *GRID), np.float32)
     with pytest.raises(UserError, match="do not fit the model"):
@@ -82,11 +82,11 @@ def test_forecast_refuses_what_does_not_fit(folder: Path) -> None:
 
 
 def test_forecast_refuses_a_prediction_that_is_not_finite(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exploding(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
+    def diverging(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 
-    monkeypatch.setattr("shodh_moe.inference.forecasting.rollout", exploding)
+    monkeypatch.setattr("shodh_moe.inference.forecasting.rollout", diverging)
     fields_H4XYZ, solid_1XYZ = np.ones((2, 4, *GRID), np.float32), np.zeros((1, *GRID), np.float32)
     with pytest.raises(UserError, match="not finite at step 2"):
         forecast(load_model(folder / "quickstart_model"), fields_H4XYZ, solid_1XYZ, 2)
@@ -100,7 +100,7 @@ def test_every_named_path_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [*sorted(path.name for path in (ROOT / "docs").glob("*.md")), "../README.md"])
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     path = ROOT / "docs" / page
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []

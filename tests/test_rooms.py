@@ -1,6 +1,6 @@
 """The order of the package's folders: no import runs upwards, and no two files import each other.
 
-docs/design.md, section 4, says what each folder is for. Imports inside functions count too.
+docs/design.md, section 4, describes the folders. Imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOMS = [
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package and of kernels/, by its name without ``shodh_moe.``."""
+    """Return every module of the package and of kernels/ by its name without ``shodh_moe.``."""
     found = {}
     for folder, prefix in (("shodh_moe", ()), ("kernels", ("kernels",))):
         for path in (ROOT / folder).rglob("*.py"):
@@ -31,13 +31,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path], package: str = "shodh_moe.") -> Iterator[str]:
-    """The modules in ``known`` that a file imports."""
+    """Yield the modules in ``known`` that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             full = [f"{node.module}.{alias.name}" for alias in node.names]
-            # `from shodh_moe.data import listing` names a file, `from shodh_moe.data import SPLITS` the folder's face.
+            # `from shodh_moe.data import listing` imports a module, `... import SPLITS` a name of the package.
             names = [name if name.removeprefix(package) in known else node.module for name in full]
         else:
             continue
@@ -46,8 +46,8 @@ def imports(path: Path, known: dict[str, Path], package: str = "shodh_moe.") -> 
                 yield short
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of files that import each other, directly or through others (Tarjan's components of more than one)."""
+def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return groups of files that import each other, directly or indirectly (Tarjan's components of several files)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -79,7 +79,7 @@ def package_graph() -> dict[str, set[str]]:
     return {name: {other for other in imports(path, known) if other != name} for name, path in known.items()}
 
 
-def test_every_folder_has_its_place() -> None:
+def test_every_folder_is_in_the_order() -> None:
     folders = {path.name for path in (ROOT / "shodh_moe").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders | {"kernels"} == set(ROOMS)
     loose = [path.name for path in (ROOT / "shodh_moe").glob("*.py")]
@@ -97,11 +97,11 @@ def test_no_import_runs_upwards() -> None:
 
 
 def test_no_two_files_import_each_other() -> None:
-    assert circles(package_graph()) == []
+    assert import_cycles(package_graph()) == []
 
 
 def script_graph(folder: str) -> dict[str, set[str]]:
-    """Scripts of a folder, by the name under which they import each other, and what each imports."""
+    """Return the imports of each script in a folder, by the names under which the scripts import each other."""
     scripts = {}
     for path in (ROOT / folder).rglob("*.py"):
         parts = path.relative_to(ROOT / folder).with_suffix("").parts
@@ -111,10 +111,10 @@ def script_graph(folder: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("folder", ["benchmarks", "launch"])
 def test_no_two_scripts_import_each_other(folder: str) -> None:
-    assert circles(script_graph(folder)) == []
+    assert import_cycles(script_graph(folder)) == []
 
 
-def test_benchmark_scripts_share_code_through_support_only() -> None:
+def test_benchmark_scripts_share_code_only_through_support() -> None:
     graph = script_graph("benchmarks")
     assert "support.timing" in graph["gating"]
     assert "studies.lattice_flows" in graph["studies.lattice_validation"]
@@ -124,5 +124,5 @@ def test_benchmark_scripts_share_code_through_support_only() -> None:
         assert {other.split(".")[0] for other in others} <= allowed, name
 
 
-def test_a_circle_is_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+def test_an_import_cycle_is_found() -> None:
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]

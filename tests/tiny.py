@@ -1,4 +1,4 @@
-"""A config and a dataset so small that every stage takes seconds, and the `shodh` command around them."""
+"""A config and a dataset so small that every stage takes seconds, and a helper for refused `shodh` commands."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_config(folder: Path) -> Path:
 
 
 def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Random fields of a few long waves, [*shape]; the last three axes are space."""
+    """Random fields made of a few long waves, [*shape]; the last three axes are space."""
     spectrum = np.fft.rfftn(rng.standard_normal(shape), axes=(-3, -2, -1))
     k = np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in shape[-3:-1]], np.fft.rfftfreq(shape[-1], 1 / shape[-1]))
     return np.fft.irfftn(spectrum * (np.swapaxes(sum(a**2 for a in k), 0, 1) <= 4), s=shape[-3:], axes=(-3, -2, -1))
@@ -83,7 +83,7 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str, says: tuple[str, ...]) -> str:
-    """Run the command; it must end with code 2 and one line on stderr that holds each of ``says``."""
+    """Run the command, which must exit with code 2 and one line on stderr that contains each of ``says``."""
     capfd.readouterr()
     code = main(list(arguments))
     error = capfd.readouterr().err

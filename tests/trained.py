@@ -19,7 +19,7 @@ from shodh_moe.tokenizer import Tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from tests.tiny import CONFIG, write_dataset
 
-GRID = (16, 8, 24)  # three different sizes: an axis in the wrong place does not fit
+GRID = (16, 8, 24)  # three different sizes, so that swapped axes do not fit
 SNAPSHOTS = 5
 HISTORY = 2
 RECORD = {"kind": "train", "step": 7, "tokens_per_second": 5.0, "step_ms": 2.0, "peak_memory_bytes": 9}
@@ -48,7 +48,7 @@ def run_config(folder: Path, **tokenizer: Any) -> Config:
 
 
 def make_run(folder: Path, **settings: Any) -> Path:
-    """``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
+    """Make ``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
 
     ``settings`` override tokenizer settings.
     """
@@ -61,7 +61,9 @@ def make_run(folder: Path, **settings: Any) -> Path:
     torch.nn.init.normal_(tokenizer.geometry_basis_CP, std=0.1)
     tokenizer.save(folder / "tok")
     transformer = LatentTransformer(config.model, 16, tokenizer.latent_grid, 3, ExpertParallel())
-    torch.nn.init.normal_(transformer.head.weight, std=0.3)  # zero at the start: every prediction would be persistence
+    torch.nn.init.normal_(
+        transformer.head.weight, std=0.3
+    )  # initially zero, which would make every prediction persistence
     run = folder / "runs" / "trained"
     writer = CheckpointWriter(run / "checkpoints", 0, 1, 2, 0, "test")
     fragments, shapes = model_fragments(transformer, ExpertParallel())

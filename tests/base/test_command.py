@@ -1,4 +1,4 @@
-"""How commands end. test_bad_input.py tests what each command refuses."""
+"""Exit codes of commands. test_bad_input.py tests what each command refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ end_rank(lambda: exit_code(work))
     ("last", "code"),
     [("pass", 0), ("raise UserError('wrong')", 2), ("raise SystemExit(75)", 75), ("raise SystemExit('text')", 1)],
 )
-def test_a_rank_ends_with_its_own_exit_code_whatever_happens_at_the_interpreters_end(last: str, code: int) -> None:
+def test_a_rank_keeps_its_exit_code_even_if_interpreter_shutdown_fails(last: str, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", RANK.format(last=last)], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stdout == "said before the end\n"

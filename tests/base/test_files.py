@@ -1,4 +1,4 @@
-"""Files and folders are complete or absent, whatever fails during writing."""
+"""Files and folders are complete or absent after any failure during writing."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TROUBLES = [
     (PermissionError(errno.EACCES, "Permission denied"), "permission denied; choose another folder"),
     (OSError(errno.EROFS, "Read-only file system"), "read-only; choose another folder"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "a file stands where a folder is needed"),
-    # As HDF5 at closing and safetensors say it.
+    # Messages of HDF5 on closing a file and of safetensors.
     (RuntimeError("Can't decrement id ref count (errno = 28, error message = 'No space left on device')"), "no space"),
     (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space"),
 ]
 
 
 @pytest.mark.parametrize(("error", "reason"), TROUBLES)
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, error: Exception, reason: str) -> None:
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, error: Exception, reason: str) -> None:
     assert reason in str(disk_trouble(error))
     file, folder = tmp_path / "a.txt", tmp_path / "b"
     write_text(file, "old")
@@ -65,7 +65,7 @@ def test_other_exceptions_pass_through(tmp_path: Path, error: BaseException) -> 
     assert os.listdir(tmp_path) == []
 
 
-def test_a_finished_write_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+def test_a_finished_write_replaces_the_old_content_completely(tmp_path: Path) -> None:
     for text in ("one", "two"):
         write_text(tmp_path / "deep" / "a.txt", text)
         with whole_folder(tmp_path / "deep" / "b") as temporary:
@@ -109,19 +109,19 @@ def writers(target: Path, *modes: str) -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate()
 
 
-def test_of_several_processes_the_first_makes_the_folder(tmp_path: Path) -> None:
+def test_the_first_of_several_processes_creates_the_folder(tmp_path: Path) -> None:
     target = tmp_path / "b"
     with writers(target, "first", "alone", "first") as processes:
-        said = []
+        outputs = []
         for process in (processes[2], processes[0], processes[1]):
-            said.append(process.communicate("\n", timeout=60)[0])
+            outputs.append(process.communicate("\n", timeout=60)[0])
             assert os.listdir(target) == ["2"]
-    assert said[:2] == ["done\n", "done\n"]
-    assert f"{target} was written by another process meanwhile" in said[2]
+    assert outputs[:2] == ["done\n", "done\n"]
+    assert f"{target} was written by another process meanwhile" in outputs[2]
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "b"
     with writers(target, "alone", "alone") as (killed, alive):
         killed.kill()
@@ -135,7 +135,7 @@ def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path)
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_messages_name_the_folder_to_be(tmp_path: Path) -> None:
+def test_messages_name_the_final_folder(tmp_path: Path) -> None:
     def write() -> None:
         with whole_folder(tmp_path / "b") as temporary, atomic_file(temporary / "x"):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -144,7 +144,7 @@ def test_messages_name_the_folder_to_be(tmp_path: Path) -> None:
         write()
 
 
-def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_writable_refuses_files_and_missing_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "not" / "there" / "yet")
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")
@@ -155,6 +155,6 @@ def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         require_writable(tmp_path / "run")
 
 
-def test_sha256(tmp_path: Path) -> None:
+def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")

@@ -1,4 +1,4 @@
-"""Marks of parameters: defaults, and those of the latent transformer."""
+"""Marks of parameters: the defaults, and the marks of the latent transformer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_matrices_decay_and_vectors_do_not():
     assert not marks(nn.Parameter(torch.zeros(2))).decay
 
 
-def test_a_mark_keeps_the_others_and_survives_a_change_of_type():
+def test_a_mark_keeps_other_marks_and_survives_a_dtype_change():
     module = nn.Linear(2, 2)
     mark(module.weight, lr_scale=0.5)
     mark(module.weight, group="head")
@@ -29,7 +29,7 @@ def test_a_mark_keeps_the_others_and_survives_a_change_of_type():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_transformer_marks_its_parameters(frozen):
-    """By name, as it was decided before there were marks."""
+    """The marks equal the former decisions by parameter name."""
     moe = MoEConfig(expert_hidden=16, router=RouterConfig(frozen=frozen))
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
     model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel())

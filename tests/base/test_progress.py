@@ -14,13 +14,13 @@ for _ in progress(range(3), 'working', 3): time.sleep(0.15)
 """
 
 
-def test_terminal_gets_a_bar_with_the_time_left_even_without_a_width():
-    ours, theirs = pty.openpty()  # a new pseudo-terminal has 0 columns
-    process = subprocess.Popen([sys.executable, "-c", LOOP], stderr=theirs, env={**os.environ, "COLUMNS": "0"})
-    os.close(theirs)
+def test_a_terminal_gets_a_bar_with_an_eta_even_without_a_width():
+    terminal_end, process_end = pty.openpty()  # a new pseudo-terminal has 0 columns
+    process = subprocess.Popen([sys.executable, "-c", LOOP], stderr=process_end, env={**os.environ, "COLUMNS": "0"})
+    os.close(process_end)
     shown = b""
     try:
-        while block := os.read(ours, 4096):
+        while block := os.read(terminal_end, 4096):
             shown += block
     except OSError:  # the other end is closed
         pass

@@ -13,7 +13,7 @@ from shodh_moe.base.tensors import save_tensors
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_a_team_can_read_what_one_of_them_wrote(tmp_path: Path, umask: int, mode: int) -> None:
+def test_saved_tensors_respect_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         save_tensors({"x": torch.arange(6.0).view(2, 3).T}, tmp_path / "x.safetensors")

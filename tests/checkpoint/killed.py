@@ -1,5 +1,5 @@
-"""Script of test_write: a process that saves a checkpoint is killed before its first file operation, before its second,
-and so on; after each kill the folder must hold a whole checkpoint, and the next start must be able to save."""
+"""Script of test_write: kill a process that saves a checkpoint before its first file operation, before its second, and
+so on; after each kill the folder must have a complete checkpoint, and the next attempt must be able to save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.checkpoint.ranks import Ranks
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 KILLED = 9
-folder, there = Path(sys.argv[1]), sys.argv[2]
+folder, existing = Path(sys.argv[1]), sys.argv[2]
 
 
 def content(step: int) -> dict[str, torch.Tensor]:
@@ -24,7 +24,7 @@ def content(step: int) -> dict[str, torch.Tensor]:
 
 
 def die_at(number: int) -> None:
-    """End this process, as a kill would, before its ``number``-th change of the disk."""
+    """End this process, as a kill would, before its ``number``-th change on the disk."""
     done = 0
 
     def count() -> None:
@@ -38,14 +38,14 @@ def die_at(number: int) -> None:
             count()
 
     def counted_sync(descriptor: int) -> None:
-        count()  # a kill takes nothing from the page cache, so there is no need to sync
+        count()  # no real sync: a kill does not lose the page cache
 
     os.fsync = counted_sync
     sys.addaudithook(hook)
 
 
 def save_in_child(checkpoints: Path, number: int) -> int:
-    """Exit code of a process that saves step 3 and is killed at its ``number``-th change."""
+    """Return the exit code of a process that saves step 3 and is killed at its ``number``-th change."""
     child = os.fork()
     if child == 0:
         die_at(number)
@@ -70,7 +70,7 @@ def check(checkpoints: Path) -> None:
 os.fsync = lambda descriptor: None
 before = folder / "before"
 earlier = Ranks(before).saved(2, content(2))
-if there == "same":
+if existing == "same":
     earlier.saved(3, content(30))
 number = 0
 while True:

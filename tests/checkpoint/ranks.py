@@ -1,4 +1,4 @@
-"""The writers of several ranks in one process."""
+"""The checkpoint writers of several ranks in one process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def halves(tensors: dict[str, Tensor], rank: int, world_size: int) -> list[Fragment]:
-    """This rank's share when every tensor is cut into ``world_size`` runs."""
+def rank_share(tensors: dict[str, Tensor], rank: int, world_size: int) -> list[Fragment]:
+    """Return this rank's share of tensors that are each divided into ``world_size`` runs."""
     fragments = []
     for name, tensor in tensors.items():
         bounds = [tensor.numel() * r // world_size for r in (rank, rank + 1)]
@@ -27,7 +27,7 @@ def halves(tensors: dict[str, Tensor], rank: int, world_size: int) -> list[Fragm
 
 
 class Ranks:
-    """All ranks of one start of a run."""
+    """All ranks of one attempt of a run."""
 
     def __init__(self, folder: Path, world_size: int = 2, attempt: str = "first", keep_last: int = 9, **keep: int):
         self.writers = [
@@ -36,15 +36,15 @@ class Ranks:
         ]
 
     def save(self, step: int, tensors: dict[str, Tensor] | None = None, **facts: Any) -> None:
-        """Every rank begins to save its share."""
+        """Start saving on every rank."""
         tensors = TENSORS if tensors is None else tensors
         world_size = len(self.writers)
         for rank, writer in enumerate(self.writers):
             state = {"rng/cpu": torch.full((5,), rank, dtype=torch.uint8)}
-            writer.save(step, halves(tensors, rank, world_size), shapes_of(tensors), state, facts)
+            writer.save(step, rank_share(tensors, rank, world_size), shapes_of(tensors), state, facts)
 
     def errors(self) -> list[BaseException | None]:
-        """What `finish` raises on each rank."""
+        """Return the error that `finish` raises on each rank, or None."""
         found: list[BaseException | None] = []
         for writer in self.writers:
             try:
@@ -55,7 +55,7 @@ class Ranks:
         return found
 
     def saved(self, step: int, tensors: dict[str, Tensor] | None = None, **facts: Any) -> Ranks:
-        """Save and wait for success."""
+        """Save, and wait until every rank has succeeded."""
         self.save(step, tensors, **facts)
         assert self.errors() == [None] * len(self.writers)
         return self

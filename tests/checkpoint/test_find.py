@@ -1,4 +1,4 @@
-"""The checkpoint that a path names: every kind of path, from one place."""
+"""Finding the checkpoint that a path refers to, for every kind of path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_its_checkpoints_and_a_checkpoint(run: Path) -> None:
+def test_paths_of_a_run_of_its_checkpoints_and_of_one_checkpoint(run: Path) -> None:
     steps = [run / "checkpoints" / step for step in ("9", "10")]
     assert checkpoints_at(run) == checkpoints_at(run / "checkpoints") == steps
     assert resolve_checkpoint(run) == resolve_checkpoint(run / "checkpoints") == steps[1]
@@ -26,13 +26,13 @@ def test_a_run_its_checkpoints_and_a_checkpoint(run: Path) -> None:
         assert resolve_checkpoint(step) == step
 
 
-def test_a_checkpoint_under_another_name(run: Path) -> None:
+def test_a_renamed_checkpoint(run: Path) -> None:
     path = (run / "checkpoints" / "9").rename(run.parent / "kept")
     assert checkpoints_at(path) == [path]
     assert resolve_checkpoint(path) == path
 
 
-def test_a_run_without_checkpoints_and_folders_that_are_neither(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_and_unrelated_folders(tmp_path: Path) -> None:
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     assert checkpoints_at(tmp_path / "new") == []
     assert resolve_checkpoint(tmp_path / "new") is None
@@ -43,7 +43,7 @@ def test_a_run_without_checkpoints_and_folders_that_are_neither(tmp_path: Path) 
             resolve_checkpoint(path)
 
 
-def test_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_refused_or_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest, older = run / "checkpoints" / "10", run / "checkpoints" / "9"
     (newest / "state.json").unlink()
     with pytest.raises(Damaged, match=r"state\.json is missing"):

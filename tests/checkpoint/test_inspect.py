@@ -1,4 +1,4 @@
-"""What people are told about a checkpoint."""
+"""The table that describes a checkpoint, and the check of every file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table(run: Path) -> None:
+def test_the_table_describes_the_checkpoint(run: Path) -> None:
     table = inspect(run)
     assert inspect(run / "checkpoints") == inspect(run / "checkpoints" / "200") == table
     rows = dict(line.strip().split("  ", 1) for line in table.splitlines())
@@ -53,11 +53,11 @@ def test_the_table(run: Path) -> None:
     assert rows["written"][:2] == "20"
 
 
-def test_facts_that_were_not_given_are_said_to_be_missing(run: Path) -> None:
+def test_missing_facts_are_shown_as_not_recorded(run: Path) -> None:
     assert inspect(run / "checkpoints" / "100").count("not recorded") == 3
 
 
-def test_verify_names_every_damage_of_every_checkpoint(run: Path) -> None:
+def test_verify_names_all_damage_in_every_checkpoint(run: Path) -> None:
     assert verify(run) == verify(run / "checkpoints" / "100") == []
     (run / "checkpoints" / "100" / "state.json").unlink()
     (run / "checkpoints" / "200" / "rank_00001.safetensors").write_bytes(b"")
@@ -69,7 +69,7 @@ def test_verify_names_every_damage_of_every_checkpoint(run: Path) -> None:
         inspect(run / "checkpoints" / "100")
 
 
-def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no checkpoint and holds none"):
             inspect(path)

@@ -1,4 +1,4 @@
-"""Reading checkpoints at another partition, and refusing by name what is damaged or of something else."""
+"""Reading checkpoints at another partition, and refusing damaged or unrelated ones by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int6
 
 @st.composite
 def partitions(draw: st.DrawFn, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Every tensor cut into runs (name, start, end), in any order."""
+    """Draw a partition of every tensor into runs (name, start, end), in any order."""
     runs = []
     for name, size in sizes.items():
         cuts = sorted(draw(st.sets(st.integers(1, max(size - 1, 1)), max_size=5)) if size > 1 else [])
@@ -54,7 +54,7 @@ def partitions(draw: st.DrawFn, sizes: dict[str, int]) -> list[tuple[str, int, i
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_partition_reads_what_any_other_wrote(data: st.DataObject) -> None:
+def test_any_partition_can_read_what_any_other_wrote(data: st.DataObject) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4), label="shapes")
     tensors: dict[str, Tensor] = {}
     for number, shape in enumerate(shapes):
@@ -67,8 +67,8 @@ def test_any_partition_reads_what_any_other_wrote(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writers = [CheckpointWriter(Path(folder), rank, world, 1, 0, "a") for rank in range(world)]
         for rank, writer in enumerate(writers):
-            mine = [run for run, owner in zip(runs, owners, strict=True) if owner == rank]
-            pieces = [Fragment(name, a, tensors[name].view(-1)[a:b]) for name, a, b in mine]
+            own_runs = [run for run, owner in zip(runs, owners, strict=True) if owner == rank]
+            pieces = [Fragment(name, a, tensors[name].view(-1)[a:b]) for name, a, b in own_runs]
             writer.save(1, pieces, shapes_of(tensors), {}, {})
         for writer in writers:
             writer.finish()
@@ -88,7 +88,7 @@ def test_any_partition_reads_what_any_other_wrote(data: st.DataObject) -> None:
             assert torch.equal(live[name], tensor.double().view(-1))
 
 
-def test_only_the_range_asked_for(tmp_path: Path) -> None:
+def test_only_the_requested_range_is_read(tmp_path: Path) -> None:
     Ranks(tmp_path, world_size=3).saved(1)
     reader = CheckpointReader(tmp_path / "1")
     assert reader.read("model/a.weight", 3, 6).tolist() == [3, 4, 5, 6, 7, 8]
@@ -101,7 +101,7 @@ def test_only_the_range_asked_for(tmp_path: Path) -> None:
         reader.tensor("model/b")
 
 
-def test_random_state_of_each_rank(tmp_path: Path) -> None:
+def test_each_rank_reads_its_own_random_state(tmp_path: Path) -> None:
     Ranks(tmp_path, world_size=3).saved(1)
     reader = CheckpointReader(tmp_path / "1")
     for rank in range(3):
@@ -109,7 +109,7 @@ def test_random_state_of_each_rank(tmp_path: Path) -> None:
     assert reader.rank_state(3) == {}
 
 
-def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "none") is None
     ranks = Ranks(tmp_path / "c")
     for step in (9, 10):
@@ -132,14 +132,14 @@ def pickled(path: Path) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """As a forger would: with a right hash."""
+    """Change entries of state.json and store the matching hash, as a forger would."""
     state = json.loads(path.read_text())
     del state["sha256"]
     path.write_text(seal({**state, **changes}))
 
 
 def forge(path: Path) -> None:
-    """A pickle in the place of a rank's file, the hashes made to fit."""
+    """Replace a rank's file by a pickle with matching hashes."""
     file = path.parent / "rank_00001.safetensors"
     pickled(file)
     files = json.loads(path.read_text())["files"]
@@ -147,16 +147,16 @@ def forge(path: Path) -> None:
 
 
 def other_tensors(path: Path) -> None:
-    """A sound safetensors file that holds something else, the hashes made to fit."""
+    """Replace a rank's file by a valid safetensors file of other tensors, with matching hashes."""
     file = path.parent / "rank_00001.safetensors"
     save_file({"model/a.weight@6": torch.zeros(6)}, file)
     files = json.loads(path.read_text())["files"]
     rewrite(path, files={**files, file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}})
 
 
-def second_piece(path: Path, *instead: list[int]) -> None:
+def replace_second_piece(path: Path, *pieces: list[int]) -> None:
     tensors = json.loads(path.read_text())["tensors"]
-    tensors["model/a.weight"]["pieces"][1:] = instead
+    tensors["model/a.weight"]["pieces"][1:] = pieces
     rewrite(path, tensors=tensors)
 
 
@@ -187,15 +187,15 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
         lambda p: rewrite(p, files={"../1/x.safetensors": {"bytes": 1, "sha256": ""}}),
         f"{STATE} does not list one file for each of 2 ranks",
     ),
-    "elements missing": (STATE, second_piece, "model/a.weight: elements 6 to 11 of 12 are missing"),
+    "elements missing": (STATE, replace_second_piece, "model/a.weight: elements 6 to 11 of 12 are missing"),
     "elements twice": (
         STATE,
-        lambda p: second_piece(p, [1, 5, 7]),
+        lambda p: replace_second_piece(p, [1, 5, 7]),
         "model/a.weight: elements 5 to 5 of 12 are there more than once",
     ),
     "elements outside": (
         STATE,
-        lambda p: second_piece(p, [1, 6, 7]),
+        lambda p: replace_second_piece(p, [1, 6, 7]),
         "model/a.weight has elements 6 to 12 of only 12",
     ),
     "unknown type": (
@@ -210,19 +210,21 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_named_and_the_one_before_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    name, damaging, says = DAMAGES[kind]
+def test_damage_is_named_and_the_previous_checkpoint_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name, damage_file, message = DAMAGES[kind]
     ranks = Ranks(tmp_path)
     for step in (1, 2):
         ranks.saved(step, learning_rate=0.125)
-    damaging(tmp_path / "2" / name)
+    damage_file(tmp_path / "2" / name)
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert found[0].name == "1"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"checkpoint {tmp_path / '2'} is refused: ")
     assert line.endswith("; trying the one before it")
-    assert re.search(says, line), line
+    assert re.search(message, line), line
 
 
 def test_every_damage_is_listed(tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_every_damage_is_listed(tmp_path: Path) -> None:
     assert damage(tmp_path / "2") == "it does not exist"
 
 
-def test_only_damaged_checkpoints_is_an_error_not_a_silent_restart(
+def test_having_only_damaged_checkpoints_is_an_error_not_a_silent_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (1, 2):
@@ -248,17 +250,17 @@ def test_only_damaged_checkpoints_is_an_error_not_a_silent_restart(
     assert [line.count("trying") for line in capsys.readouterr().out.splitlines()] == [1, 0]
 
 
-def test_tensors_of_another_model_are_named_and_the_one_before_used(
+def test_tensors_of_another_model_are_named_and_the_previous_checkpoint_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shapes = {"model/a": [2, 3], "model/b": [4], "model/c": []}
-    right = {name: torch.ones(shape) for name, shape in shapes.items()}
-    wrong = {"model/a": torch.ones(3, 2), "model/b": torch.ones(4), "model/d": torch.ones(1)}
-    Ranks(tmp_path).saved(1, right).saved(2, wrong)
+    matching = {name: torch.ones(shape) for name, shape in shapes.items()}
+    other = {"model/a": torch.ones(3, 2), "model/b": torch.ones(4), "model/d": torch.ones(1)}
+    Ranks(tmp_path).saved(1, matching).saved(2, other)
     reason = mismatch(tmp_path / "2", shapes)
     assert reason is not None
-    for says in ("model/a is [3, 2] there and [2, 3] here", "missing there: model/c", "unknown here: model/d"):
-        assert says in reason
+    for message in ("model/a is [3, 2] there and [2, 3] here", "missing there: model/c", "unknown here: model/d"):
+        assert message in reason
     assert "model/b" not in reason
     assert mismatch(CheckpointReader(tmp_path / "1").state, shapes) is None
     found = find_checkpoint(tmp_path, shapes)
@@ -293,16 +295,16 @@ def test_a_model_loads_at_any_expert_parallel_size(tmp_path: Path, saved_at: int
         load_weights(tmp_path / "1", model, ep)
         experts = 0
         for name, parameter in model.named_parameters():
-            want = whole.get_parameter(name)
+            expected = whole.get_parameter(name)
             if ".experts." in name:
                 experts += 1
-                mine = ep.local_experts(len(want))
-                want = want[mine.start : mine.stop]
-            assert torch.equal(parameter, want), name
+                own_runs = ep.local_experts(len(expected))
+                expected = expected[own_runs.start : own_runs.stop]
+            assert torch.equal(parameter, expected), name
         assert experts == 4
 
 
-def test_a_model_of_another_architecture_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_a_model_of_another_architecture_is_refused_with_the_tensors_name(tmp_path: Path) -> None:
     fragments, shapes = model_fragments(transformer(), ExpertParallel())
     Ranks(tmp_path, world_size=1).saved(1, {name: values.view(shapes[name]) for name, _, values in fragments})
     with pytest.raises(UserError, match=r"refused: .*model/embed.weight is \[24, .*\] there and \[32, .*and \d+ more"):

@@ -1,4 +1,4 @@
-"""Checkpoints written by several ranks in the background: whole or absent, whatever fails and whenever it is killed."""
+"""Several ranks write checkpoints in the background: each is complete or absent after any failure or kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter, Fragment, damage, find_checkpoint, list_checkpoints
 from shodh_moe.checkpoint import rank_file as rank_file_module
 from shodh_moe.checkpoint import write as write_module
-from tests.checkpoint.ranks import TENSORS, Ranks, halves, shapes_of
+from tests.checkpoint.ranks import TENSORS, Ranks, rank_share, shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_module, "HEAD_START_S", 0.05)
 
 
-def test_a_checkpoint_has_one_file_a_rank_and_latest_points_at_it(tmp_path: Path) -> None:
+def test_a_checkpoint_has_one_file_per_rank_and_latest_points_at_it(tmp_path: Path) -> None:
     Ranks(tmp_path, world_size=3).saved(7, config={"name": "tiny"}, sampler={"position": 21})
     assert sorted(os.listdir(tmp_path)) == ["7", "latest"]
     files = [f"rank_0000{rank}.safetensors" for rank in range(3)]
@@ -41,8 +41,8 @@ def test_a_checkpoint_has_one_file_a_rank_and_latest_points_at_it(tmp_path: Path
     assert (state["step"], state["world_size"], state["sampler"]) == (7, 3, {"position": 21})
 
 
-class Slow:
-    """Holds up every write of a rank's file until it is let go."""
+class BlockedWrites:
+    """Blocks every write of a rank's file until ``go`` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.go = threading.Event()
@@ -55,8 +55,8 @@ class Slow:
         monkeypatch.setattr(rank_file_module.HostCopy, "write", wait_and_write)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, ranks = Slow(monkeypatch), Ranks(tmp_path)
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked, ranks = BlockedWrites(monkeypatch), Ranks(tmp_path)
     live = {name: tensor.clone() for name, tensor in TENSORS.items()}
     facts = {"losses": [1.0]}
     ranks.save(1, live, facts=facts)
@@ -66,7 +66,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     for writer in ranks.writers:
         writer.check()  # neither waits nor raises
     assert list_checkpoints(tmp_path) == []
-    slow.go.set()
+    blocked.go.set()
     assert ranks.errors() == [None, None]
     reader = CheckpointReader(tmp_path / "1")
     for name, tensor in TENSORS.items():
@@ -74,10 +74,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert reader.state["facts"] == {"losses": [1.0]}
 
 
-def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, ranks = Slow(monkeypatch), Ranks(tmp_path)
+def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked, ranks = BlockedWrites(monkeypatch), Ranks(tmp_path)
     ranks.save(1)
-    threading.Timer(0.2, slow.go.set).start()
+    threading.Timer(0.2, blocked.go.set).start()
     ranks.save(2, {name: tensor + 1 for name, tensor in TENSORS.items()})
     assert 1 in list_checkpoints(tmp_path)
     assert ranks.errors() == [None, None]
@@ -86,7 +86,7 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(stored, TENSORS["model/a.weight"] + step - 1)
 
 
-def test_the_newest_and_every_tenth_stay(tmp_path: Path) -> None:
+def test_the_newest_and_every_tenth_are_kept(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, keep_last=2, every=10)
     for step in (5, 10, 15, 20, 25, 30, 35):
         ranks.saved(step)
@@ -96,7 +96,7 @@ def test_the_newest_and_every_tenth_stay(tmp_path: Path) -> None:
 
 
 def test_later_steps_of_an_abandoned_history_are_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run went on from step 2, so neither `find_checkpoint` nor ``keep_last`` may take step 4 for its newest."""
+    """The run resumed from step 2, so `find_checkpoint` and ``keep_last`` must not take step 4 for its newest."""
     for attempt in ("first", "second"):
         for step in (2, 4):
             Ranks(tmp_path, attempt=f"{attempt}{step}").saved(step)
@@ -118,11 +118,11 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["1", "latest"]
 
 
-# What goes wrong.
+# Failures.
 
 
 def no_space_for(monkeypatch: pytest.MonkeyPatch, *ranks: int) -> None:
-    """The files of these ranks lie on a disk that the kernel says is full."""
+    """Write the files of these ranks to a device that is always full."""
     names = {f"rank_{rank:05d}.safetensors" for rank in ranks}
 
     def open_file(path: Path, mode: str) -> Any:
@@ -133,7 +133,9 @@ def no_space_for(monkeypatch: pytest.MonkeyPatch, *ranks: int) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("full", [(0,), (1,), (2,), (0, 1, 2)])
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[int, ...]) -> None:
+def test_a_full_disk_fails_the_save_and_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[int, ...]
+) -> None:
     ranks = Ranks(tmp_path, world_size=3).saved(1)
     with monkeypatch.context() as patch:
         no_space_for(patch, *full)
@@ -145,32 +147,32 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[
     assert str(errors[0]).endswith(where)
     for rank in {0, *full}:
         assert "no space left on the disk" in str(errors[rank])
-    # What was there stays, nothing else does, and the next one succeeds.
+    # Only the old checkpoint remains, and the next save succeeds.
     assert sorted(os.listdir(tmp_path)) == ["1", "latest"]
     assert damage(tmp_path / "1") is None
     ranks.saved(3)
     assert list_checkpoints(tmp_path) == [1, 3]
 
 
-def test_an_error_arrives_at_check_and_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_raised_by_check_or_by_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_space_for(monkeypatch, 0)
     (writer,) = Ranks(tmp_path, world_size=1).writers
 
     def save(step: int) -> None:
-        writer.save(step, halves(TENSORS, 0, 1), shapes_of(TENSORS), {}, {})
+        writer.save(step, rank_share(TENSORS, 0, 1), shapes_of(TENSORS), {}, {})
 
     save(1)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint 1"]
     thread.join(20)
     with pytest.raises(UserError, match="no space left"):
         writer.check()
-    writer.check()  # told once
+    writer.check()  # raised only once
     save(2)
     with pytest.raises(UserError, match="no space left"):
         save(3)
 
 
-def test_no_space_for_the_last_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_state_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path).saved(1)
 
     def full(*arguments: Any) -> None:
@@ -184,7 +186,7 @@ def test_no_space_for_the_last_small_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(os.listdir(tmp_path)) == ["1", "latest"]
 
 
-def test_a_failed_rename_leaves_the_one_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_keeps_the_old_checkpoint_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path).saved(1)
     replace = os.replace
 
@@ -202,16 +204,16 @@ def test_a_failed_rename_leaves_the_one_of_the_same_step(tmp_path: Path, monkeyp
 
 def test_a_rank_that_never_reports_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_module, "PATIENCE_S", 0.2)
-    for present, says in ((0, "ranks 1, 2 did not report"), (1, "rank 0 did not finish it")):
+    for present, message in ((0, "ranks 1, 2 did not report"), (1, "rank 0 did not finish it")):
         writer = Ranks(tmp_path, world_size=3).writers[present]
-        writer.save(1, halves(TENSORS, present, 3), shapes_of(TENSORS), {}, {})
-        with pytest.raises(UserError, match=says):
+        writer.save(1, rank_share(TENSORS, present, 3), shapes_of(TENSORS), {}, {})
+        with pytest.raises(UserError, match=message):
             writer.finish()
         assert list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("fragments", "says"),
+    ("fragments", "message"),
     [
         ([(0, 0, 12), (1, 6, 6)], r"tensor model/a: elements 6 to 11 of 12 are there more than once"),
         ([(0, 0, 4), (1, 6, 6)], r"tensor model/a: elements 4 to 5 of 12 are missing"),
@@ -220,51 +222,51 @@ def test_a_rank_that_never_reports_is_named(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_every_element_comes_from_exactly_one_rank(
-    tmp_path: Path, fragments: list[tuple[int, int, int]], says: str
+    tmp_path: Path, fragments: list[tuple[int, int, int]], message: str
 ) -> None:
     ranks = Ranks(tmp_path)
     for rank, start, count in fragments:
         pieces = [Fragment("model/a", start, torch.zeros(count))]
         ranks.writers[rank].save(1, pieces, {"model/a": [3, 4]}, {}, {})
-    with pytest.raises(RuntimeError, match=says):
+    with pytest.raises(RuntimeError, match=message):
         ranks.writers[0].finish()
     assert list_checkpoints(tmp_path) == []
 
 
-def test_ranks_that_differ_about_a_type_or_save_the_unknown(tmp_path: Path) -> None:
-    for second, says in (("model/a", "is float32 on one rank and float64 on rank 1"), ("model/b", "has no shape")):
+def test_differing_types_and_tensors_without_a_shape_are_errors(tmp_path: Path) -> None:
+    for second, message in (("model/a", "is float32 on one rank and float64 on rank 1"), ("model/b", "has no shape")):
         ranks = Ranks(tmp_path)
         ranks.writers[0].save(1, [Fragment("model/a", 0, torch.zeros(2))], {"model/a": [4]}, {}, {})
         ranks.writers[1].save(1, [Fragment(second, 2, torch.zeros(2).double())], {"model/a": [4]}, {}, {})
-        with pytest.raises(RuntimeError, match=says):
+        with pytest.raises(RuntimeError, match=message):
             ranks.writers[0].finish()
 
 
-def test_wrong_calls_are_refused_at_once(tmp_path: Path) -> None:
+def test_invalid_calls_are_refused_at_once(tmp_path: Path) -> None:
     (writer,) = Ranks(tmp_path, world_size=1).writers
-    wrong = [
+    cases = [
         ([Fragment("a", 0, torch.zeros(2, 2))], {}, "2 axes"),
         ([Fragment("a", 0, torch.zeros(2, dtype=torch.complex64))], {}, "complex64"),
         ([Fragment("a", 0, torch.zeros(2)), Fragment("a", 0, torch.zeros(3))], {}, "two fragments"),
         ([], {"tensors": 1}, "may not be called"),
     ]
-    for fragments, facts, says in wrong:
-        with pytest.raises(ValueError, match=says):
+    for fragments, facts, message in cases:
+        with pytest.raises(ValueError, match=message):
             writer.save(1, fragments, {}, {}, facts)
     with pytest.raises(ValueError, match="attempt"):
         CheckpointWriter(tmp_path, 0, 1, 1, 0, attempt="a-b")
 
 
-# What a killed run leaves.
+# Leftovers of killed runs.
 
 
 def test_leftovers_of_another_attempt_are_never_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 of a killed run had written and reported; in the next run rank 1 is slow."""
+    """Rank 1 of a killed run had written and reported its file; in the next run, rank 1 is slow."""
     first = Ranks(tmp_path, attempt="killed")
     old = {name: tensor - 100 for name, tensor in TENSORS.items()}
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "PATIENCE_S", 0.1)
-        first.writers[1].save(2, halves(old, 1, 2), shapes_of(old), {}, {})
+        first.writers[1].save(2, rank_share(old, 1, 2), shapes_of(old), {}, {})
         with pytest.raises(UserError):
             first.writers[1].finish()
     assert len(os.listdir(tmp_path / ".writing-2-killed-1")) == 2
@@ -272,19 +274,19 @@ def test_leftovers_of_another_attempt_are_never_mixed_in(tmp_path: Path, monkeyp
 
     again = Ranks(tmp_path, attempt="again")
     assert os.listdir(tmp_path) == []
-    shutil.copytree(kept, tmp_path / ".writing-2-killed-1")  # as if its removal had come too late
-    again.writers[0].save(2, halves(TENSORS, 0, 2), shapes_of(TENSORS), {}, {})
+    shutil.copytree(kept, tmp_path / ".writing-2-killed-1")  # as if it had been removed too late
+    again.writers[0].save(2, rank_share(TENSORS, 0, 2), shapes_of(TENSORS), {}, {})
     time.sleep(0.1)
     assert list_checkpoints(tmp_path) == []
-    again.writers[1].save(2, halves(TENSORS, 1, 2), shapes_of(TENSORS), {}, {})
+    again.writers[1].save(2, rank_share(TENSORS, 1, 2), shapes_of(TENSORS), {}, {})
     assert again.errors() == [None, None]
     assert torch.equal(CheckpointReader(tmp_path / "2").tensor("model/a.weight"), TENSORS["model/a.weight"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("there", ["earlier", "same"])
-def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, there: str) -> None:
-    command = [sys.executable, "-m", "tests.checkpoint.killed", str(tmp_path), there]
+@pytest.mark.parametrize("existing", ["earlier", "same"])
+def test_a_kill_at_any_file_operation_leaves_a_complete_checkpoint(tmp_path: Path, existing: str) -> None:
+    command = [sys.executable, "-m", "tests.checkpoint.killed", str(tmp_path), existing]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr

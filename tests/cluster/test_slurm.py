@@ -1,4 +1,4 @@
-"""The batch scripts in launch/slurm on a real SLURM of two nodes: to the end, and through what SLURM does to a job."""
+"""The batch scripts in launch/slurm on a real SLURM of two nodes: normal ends, time limits, cancelling and failures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Cluster:
         return self.folder / "runs" / name
 
     def ranks(self, name: str) -> dict[int, psutil.Process]:
-        """The processes of a run by rank."""
+        """Return the processes of a run by rank."""
         found = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -66,7 +66,7 @@ class Cluster:
         return found
 
     def once_training(self, job: str, name: str) -> dict[int, psutil.Process]:
-        """The ranks, as soon as the run has logged a step."""
+        """Return the ranks as soon as the run has logged a step."""
         deadline = time.monotonic() + 90
         log = self.run(name) / "metrics.jsonl"
         while not (log.exists() and log.stat().st_size):
@@ -105,26 +105,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module", autouse=True)
 def jobs(cluster: Cluster) -> Jobs:
-    """Both are submitted before the first test: SLURM looks for time limits every 30 s only.
+    """Submit both jobs before the first test, since SLURM checks time limits only every 30 s.
 
-    The limited one is stopped until then, so that it is not at its end when the signal comes, however fast it is;
-    SLURM wakes it with SIGCONT before.
+    The limited job is suspended until then, so that it cannot finish before the signal comes; SLURM first wakes it
+    with SIGCONT.
     """
-    limited = cluster.pretrain("limited", "--time=2", "--signal=USR1@70")  # at the first look 20 s after it began
+    # SLURM sends the signal at its first check from 20 s after the start on.
+    limited = cluster.pretrain("limited", "--time=2", "--signal=USR1@70")
     ranks = cluster.once_training(limited, "limited")
     for rank in ranks.values():
         rank.suspend()
     return Jobs(limited, cluster.pretrain("whole"))
 
 
-def ended_well(cluster: Cluster, job: str) -> dict[str, str]:
+def check_completed(cluster: Cluster, job: str) -> dict[str, str]:
     ended = cluster.slurm.wait(job, 120)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.slurm.output(job)
     return ended
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what was measured of time and memory."""
+    """Read metrics.jsonl without the measurements of time and memory."""
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
@@ -135,7 +136,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sbatch")))
-def test_a_job_without_its_config_is_refused(cluster, script):
+def test_a_job_without_a_usable_config_or_interpreter_is_refused(cluster, script):
     cases = (
         ({"CONFIG": ""}, "CONFIG is not set"),
         ({"CONFIG": "no such.yaml"}, "there is no file no such.yaml"),
@@ -143,20 +144,20 @@ def test_a_job_without_its_config_is_refused(cluster, script):
         ({"REPOSITORY": "/no such"}, "/no such is not this project's"),
     )
     submitted = [cluster.slurm.submit(SCRIPTS / script, cwd=cluster.folder, **variables) for variables, _ in cases]
-    for job, (_, says) in zip(submitted, cases, strict=True):
+    for job, (_, message) in zip(submitted, cases, strict=True):
         job = f"{job}_0" if "data" in script else job
         assert cluster.slurm.wait(job, 60)["ExitCode"] == f"{EXIT_USER_ERROR}:0"
-        said = cluster.slurm.output(job)
-        assert says in said
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1, said
+        output = cluster.slurm.output(job)
+        assert message in output
+        assert output.startswith("error: ")
+        assert output.count("\n") == 1, output
     outside = subprocess.run(["bash", SCRIPTS / script], cwd=REPOSITORY, capture_output=True, text=True)
     assert outside.returncode == EXIT_USER_ERROR
     assert outside.stderr == "error: this is not a SLURM job: submit the script with sbatch\n"
 
 
-def test_restarts_have_a_limit_and_arguments_may_have_spaces(cluster):
-    """An interpreter that stops at once with a checkpoint, every time."""
+def test_restarts_are_limited_and_arguments_may_contain_spaces(cluster):
+    """The interpreter always exits at once with the requeue code."""
     python = cluster.folder / "a python"
     python.write_text('#!/bin/bash\n[ "$1" = -c ] || printf "[%s]" "$@"\nexit 75\n')
     python.chmod(0o755)
@@ -171,21 +172,21 @@ def test_restarts_have_a_limit_and_arguments_may_have_spaces(cluster):
     )
     ended = cluster.slurm.wait(job, 60)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{EXIT_REQUEUE}:0", "1")
-    said = cluster.slurm.output(job)
-    assert "error: stopped by a signal after 1 restarts, MAX_RESTARTS is 1: submit again to go on\n" in said
+    output = cluster.slurm.output(job)
+    assert "error: stopped by a signal after 1 restarts, MAX_RESTARTS is 1: submit again to go on\n" in output
     first = f"[--config][{cluster.folder}/a config.yaml][--name][trial][--resume][a checkpoint]"
-    assert said.count(first) == 2
-    assert said.count(f"{first}[--resume][auto]") == 1
+    assert output.count(first) == 2
+    assert output.count(f"{first}[--resume][auto]") == 1
 
 
-def test_two_nodes_train_to_the_end(cluster, jobs):
-    ended = ended_well(cluster, jobs.whole)
+def test_two_nodes_finish_training(cluster, jobs):
+    ended = check_completed(cluster, jobs.whole)
     assert (ended["NumNodes"], ended["Restarts"]) == ("2", "0")
     assert "2 ranks, EP 2" in cluster.slurm.output(jobs.whole)
     assert list_checkpoints(cluster.run("whole") / "checkpoints") == [STEPS]
 
 
-def test_scancel_ends_a_job_for_good_and_a_killed_rank_fails_it(cluster):
+def test_scancel_ends_a_job_for_good_and_a_killed_rank_fails_its_job(cluster):
     endless = ("training.steps=100000", *SETTINGS[1:])
     cancelled, killed = (cluster.pretrain(name, settings=endless) for name in ("cancelled", "killed"))
     cluster.once_training(cancelled, "cancelled")
@@ -198,51 +199,51 @@ def test_scancel_ends_a_job_for_good_and_a_killed_rank_fails_it(cluster):
     ended = cluster.slurm.job(killed)
     assert (ended["ExitCode"], ended["Restarts"]) == ("137:0", "0"), cluster.slurm.output(killed)
 
-    # The script's last line comes when the ranks have written their checkpoint, and after its decision.
-    said = once_said(cluster, cancelled, "does not requeue itself")
-    assert "stopped by a signal after step" in said
+    # The script prints its last line after the ranks have written their checkpoint and it has decided not to requeue.
+    output = wait_for_output(cluster, cancelled, "does not requeue itself")
+    assert "stopped by a signal after step" in output
     assert find_checkpoint(cluster.run("cancelled") / "checkpoints") is not None
     ended = cluster.slurm.wait(cancelled, 30)
-    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), said
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), output
     for name in ("cancelled", "killed"):
         assert cluster.ranks(name) == {}
 
 
-def once_said(cluster: Cluster, job: str, words: str) -> str:
+def wait_for_output(cluster: Cluster, job: str, words: str) -> str:
     deadline = time.monotonic() + 60
-    while words not in (said := cluster.slurm.output(job)):
-        assert time.monotonic() < deadline, said
+    while words not in (output := cluster.slurm.output(job)):
+        assert time.monotonic() < deadline, output
         time.sleep(0.1)
-    return said
+    return output
 
 
-def test_a_job_at_its_time_limit_goes_on_in_the_queue_and_loses_nothing(cluster, jobs):
-    assert int(ended_well(cluster, jobs.limited)["Restarts"]) > 0
-    said = cluster.slurm.output(jobs.limited)
-    stopped = re.search(r"stopped by a signal after step (\d+)", said)
-    assert stopped, said
-    assert f"from step {stopped[1]} of" in said
-    assert "the job is in the queue again" in said
-    ended_well(cluster, jobs.whole)
+def test_a_job_at_its_time_limit_is_requeued_and_loses_nothing(cluster, jobs):
+    assert int(check_completed(cluster, jobs.limited)["Restarts"]) > 0
+    output = cluster.slurm.output(jobs.limited)
+    stopped = re.search(r"stopped by a signal after step (\d+)", output)
+    assert stopped, output
+    assert f"from step {stopped[1]} of" in output
+    assert "the job is in the queue again" in output
+    check_completed(cluster, jobs.whole)
     limited, whole = cluster.run("limited"), cluster.run("whole")
     assert {record["kind"] for record in records(whole)} >= {"train", "valid"}
     assert records(limited) == records(whole)
-    mine, theirs = (CheckpointReader(run / "checkpoints" / str(STEPS)) for run in (limited, whole))
-    assert all(torch.equal(mine.tensor(name), theirs.tensor(name)) for name in theirs.names())
+    resumed, reference = (CheckpointReader(run / "checkpoints" / str(STEPS)) for run in (limited, whole))
+    assert all(torch.equal(resumed.tensor(name), reference.tensor(name)) for name in reference.names())
 
 
-def test_the_outputs_of_a_merge_are_shared_out_over_the_nodes(cluster):
+def test_the_nodes_share_the_outputs_of_a_merge(cluster):
     for number, name in enumerate(("anchor", "low", "high")):
         save_file({"weight": torch.full((8,), float(number))}, cluster.folder / f"{name}.safetensors")
     config = cluster.folder / "merge.yaml"
     config.write_text((REPOSITORY / "configs/merge/example.yaml").read_text())
     options = ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1")
     job = cluster.slurm.submit(SCRIPTS / "ccm_merge.sbatch", *options, cwd=cluster.folder, CONFIG=str(config))
-    ended_well(cluster, job)
+    check_completed(cluster, job)
     assert len(list((cluster.folder / "merged_models").glob("*/*.safetensors"))) == 5, cluster.slurm.output(job)
 
 
-def test_an_array_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(cluster):
+def test_an_array_job_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(cluster):
     config = str(write_config(cluster.folder))
     paths = resolve_paths(load_config(config, [], None))
     array = cluster.slurm.submit(SCRIPTS / "generate_data.sbatch", "--array=1-2", cwd=cluster.folder, CONFIG=config)
@@ -251,8 +252,8 @@ def test_an_array_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(
         SCRIPTS / "tokenizer.sbatch", then, *TWO_NODES, "--", "tokenizer.steps=2", cwd=cluster.folder, CONFIG=config
     )
     for part in (1, 2):
-        ended_well(cluster, f"{array}_{part}")
+        check_completed(cluster, f"{array}_{part}")
     assert (cluster.folder / paths.dataset / "stats.yaml").is_file()
-    ended_well(cluster, latents)
+    check_completed(cluster, latents)
     paths = resolve_paths(load_config(config, ["tokenizer.steps=2"], None))
     assert (cluster.folder / paths.latents / "train.hdf5").is_file()

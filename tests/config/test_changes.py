@@ -1,4 +1,4 @@
-"""Each config key says which artefact it changes, and nothing else has to be told about a new key."""
+"""Each config key states which artefact it changes; a new key needs no other registration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN_CONFIGS = (Config, ExpertConfig)
 
 
 def leaves(kind: type[Section], prefix: str = "") -> list[str]:
-    """The dotted keys that hold a value and not a section."""
+    """Return the dotted keys whose values are not sections."""
     found = []
     for name, field in kind.model_fields.items():
         inner = section_of(field)
@@ -26,30 +26,30 @@ def leaves(kind: type[Section], prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("kind", RUN_CONFIGS)
-def test_every_key_says_what_it_changes(kind: type[Section]) -> None:
+def test_every_key_states_what_it_changes(kind: type[Section]) -> None:
     keys = leaves(kind)
     assert len(keys) > 30
     assert {first_changed(kind, key) for key in keys} <= set(ARTEFACTS)
 
 
-def test_a_key_changes_an_artefact_whose_name_is_made_from_its_section() -> None:
-    """`resolve_paths` and `differing_model_keys` look at these sections alone."""
-    homes = {"data": ("data.",), "tokenizer": ("data.", "tokenizer.", "seed"), "latents": ("tokenizer.",)}
-    homes["model"] = ("model.",)
+def test_an_artefacts_name_depends_on_the_sections_that_change_it() -> None:
+    """`resolve_paths` and `differing_model_keys` consider only these sections."""
+    sections = {"data": ("data.",), "tokenizer": ("data.", "tokenizer.", "seed"), "latents": ("tokenizer.",)}
+    sections["model"] = ("model.",)
     for key in leaves(Config):
-        if artefact := homes.get(first_changed(Config, key)):
+        if artefact := sections.get(first_changed(Config, key)):
             assert key.startswith(artefact), key
 
 
-def test_a_key_that_says_nothing_or_two_things_is_an_error() -> None:
+def test_a_key_that_states_no_artefact_or_two_is_an_error() -> None:
     class Silent(Section):
         size: int = 1
 
     class Contradictory(Section, changes="run"):
         size: int = setting(1, changes="nothing")
 
-    for kind, says in ((Silent, "neither"), (Contradictory, "both")):
-        with pytest.raises(TypeError, match=rf"{kind.__name__}\.size: {says}"):
+    for kind, message in ((Silent, "neither"), (Contradictory, "both")):
+        with pytest.raises(TypeError, match=rf"{kind.__name__}\.size: {message}"):
             first_changed(kind, "size")
 
 
@@ -71,7 +71,7 @@ class Toy(Section):
     inner: ParallelConfig = ParallelConfig()
 
 
-def test_dotted_keys_find_what_they_change() -> None:
+def test_dotted_keys_are_resolved_to_artefacts() -> None:
     expected = {
         "flow.size": "data",
         "flow.more": "data",
@@ -79,7 +79,7 @@ def test_dotted_keys_find_what_they_change() -> None:
         "codes.a.b": "tokenizer",
         "steps": "run",
         "inner.ep_size": "nothing",
-        # Keys of earlier versions: their class answers, and otherwise they change everything.
+        # Keys of earlier versions: their section decides, and without one they change everything.
         "inner.removed": "nothing",
         "removed": "data",
         "removed.key": "data",
@@ -95,7 +95,7 @@ def test_settings_are_selected_with_their_sections() -> None:
     assert settings_that_change(toy, "model") == {}
 
 
-def test_a_new_key_needs_nothing_else_for_its_run_folder(tmp_path: Path) -> None:
+def test_run_folders_follow_the_declarations_of_keys(tmp_path: Path) -> None:
     toy = Toy(runs=str(tmp_path))
     claim_run_folder(toy)
     claim_run_folder(toy.model_copy(update={"threads": 9, "inner": ParallelConfig(ep_size=2)}), write=False)
@@ -106,7 +106,7 @@ def test_a_new_key_needs_nothing_else_for_its_run_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", RUN_CONFIGS)
-def test_a_run_folder_accepts_what_changes_nothing(tmp_path: Path, kind: type[Config]) -> None:
+def test_a_run_folder_accepts_keys_that_change_nothing(tmp_path: Path, kind: type[Config]) -> None:
     config = kind(runs=str(tmp_path))
     claim_run_folder(config)
     training = TrainingConfig(norm="torch", keep_every=7, stall_seconds=5.0)

@@ -33,7 +33,7 @@ def test_a_file_states_only_what_differs_from_the_defaults(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_we_ship_is_valid(path: Path) -> None:
+def test_every_shipped_config_is_valid(path: Path) -> None:
     assert load_config(path).name
 
 
@@ -89,7 +89,7 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("training.steps=abc", "training.steps should be a valid integer, not 'abc'"),
         ("training.steps=1.5", "training.steps should be a valid integer, not 1.5"),
@@ -116,11 +116,11 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
         ("name=5", "name should be a valid string, not 5"),
     ],
 )
-def test_a_wrong_value_is_explained_in_one_line(tmp_path: Path, override: str, says: str) -> None:
+def test_an_invalid_value_is_explained_in_one_line(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(write_config(tmp_path), [override])
     assert str(error.value).startswith(f"override {override!r}: ")
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -134,7 +134,7 @@ def test_a_name_that_would_leave_its_folder_is_refused(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["quickstart", "a.b-c_d", "seed=3", "2026-01-01", "lr1e-3+wd"])
-def test_ordinary_names_are_fine(tmp_path: Path, name: str) -> None:
+def test_ordinary_names_are_accepted(tmp_path: Path, name: str) -> None:
     assert load_config(write_config(tmp_path), name=name).name == name
 
 
@@ -151,8 +151,10 @@ def test_an_override_of_bad_yaml_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(key=st.text(max_size=12), value=st.text(max_size=12))
-def test_no_override_ever_fails_in_another_way(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
-    """Any input gives a config or a `UserError`."""
+def test_any_override_gives_a_config_or_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: str
+) -> None:
+    """No input raises another exception."""
     path = written(tmp_path_factory.getbasetemp(), "")
     with suppress(UserError):
         assert isinstance(load_config(path, [f"{key}={value}"]), Config)

@@ -1,4 +1,4 @@
-"""Which settings make new artefacts, and which find the existing ones."""
+"""Settings that create new artefacts, and settings that keep the existing ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shodh_moe.training.tokenizer_config import tokenizer_run
 from tests.tiny import CONFIG, config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Folder names from before each key said what it changes: artefacts that users have must still be found.
+# Folder names of earlier versions, in which keys did not state what they change: users' artefacts must still be found.
 GOLDEN = [
     ("quickstart", [], "quickstart-68051653", "quickstart-d7274af0", "quickstart-86d6959c"),
     ("quickstart", ["tokenizer.seed=7", "seed=3"], "quickstart-68051653", "quickstart-7b5de9f8", "quickstart-8ee93781"),
@@ -43,7 +43,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "dataset", "tokenizer", "latents"), GOLDEN)
-def test_folder_names_stay_as_they_are(
+def test_folder_names_equal_those_of_earlier_versions(
     name: str, overrides: list[str], dataset: str, tokenizer: str, latents: str
 ) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
@@ -67,8 +67,8 @@ def test_the_tokenizers_own_seed_takes_precedence() -> None:
         assert another.latents != own.latents
 
 
-def test_the_tokenizers_run_is_the_same_for_both_ways_to_give_its_seed() -> None:
+def test_the_tokenizer_run_is_the_same_for_both_ways_to_set_its_seed() -> None:
     sections = {**CONFIG["tokenizer"], "seed": 3}
-    given = tokenizer_run(config(seed=7, tokenizer=sections), 1)
-    assert given == tokenizer_run(config(seed=3), 1)
-    assert tokenizer_run(Config.model_validate(given.model_dump()), 1) == given
+    run = tokenizer_run(config(seed=7, tokenizer=sections), 1)
+    assert run == tokenizer_run(config(seed=3), 1)
+    assert tokenizer_run(Config.model_validate(run.model_dump()), 1) == run

@@ -22,8 +22,8 @@ FIRST = "data/train/calm.hdf5"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound dataset: rotating flows, at rest in solids."""
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound dataset: curls of random fields, at rest in solids."""
     folder = write_dataset(tmp_path_factory.mktemp("audit"), snapshots=4)
     for path in folder.rglob("*.hdf5"):
         with h5py.File(path, "a") as file:
@@ -43,8 +43,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "theirs"))
+def dataset(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "theirs"))
 
 
 def change(path: Path, name: str, value: object) -> None:
@@ -53,16 +53,16 @@ def change(path: Path, name: str, value: object) -> None:
         file[name] = value
 
 
-def test_sound_data_have_no_findings_and_do_not_change(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sound_data_have_no_findings_and_are_not_changed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(dataset)
     report = check_files(dataset)
     assert [finding.line() for finding in report.findings] == []
     assert [one["file"] for one in report.trajectories][:2] == [FIRST, "data/train/wild.hdf5"]
     assert all(0 < one["divergence"] < DIVERGENCE for one in report.trajectories)
     assert main(["data", "check", str(dataset)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{FIRST}: rms of the divergence 0.")
-    assert said[-1] == "6 trajectories, 0 errors, 0 warnings"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{FIRST}: rms of the divergence 0.")
+    assert lines[-1] == "6 trajectories, 0 errors, 0 warnings"
     assert tree(dataset) == before
     assert main(["data", "check", str(dataset / FIRST), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trajectories"][0]["file"] == "calm.hdf5"
@@ -136,7 +136,7 @@ def small(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "severity", "says"),
+    ("damage", "severity", "messages"),
     [
         (nan, "error", ("pressure of snapshot 2", "not finite")),
         (uneven_time, "error", ("dimensions/time", "time step 2 after value 2", "constant time step")),
@@ -155,15 +155,15 @@ def small(path: Path) -> None:
         (small, "error", ("grid [8, 8, 8], expected [16, 16, 16] as data/train/calm.hdf5",)),
     ],
 )
-def test_what_is_wrong_with_one_file(
-    dataset: Path, damage: Callable[[Path], None], severity: str, says: tuple[str, ...]
+def test_each_kind_of_damage_is_found(
+    dataset: Path, damage: Callable[[Path], None], severity: str, messages: tuple[str, ...]
 ) -> None:
     damage(dataset / "data/valid/wild.hdf5")
     lines = [finding.line() for finding in check_files(dataset).findings]
     assert any(
-        line.startswith(f"{severity}: data/valid/wild.hdf5: ") and all(w in line for w in says) for line in lines
+        line.startswith(f"{severity}: data/valid/wild.hdf5: ") and all(w in line for w in messages) for line in lines
     )
-    # Nothing is said of files that are sound.
+    # Sound files have no findings.
     assert not [line for line in lines if "wild" not in line and "data/valid: " not in line]
 
 
@@ -177,9 +177,9 @@ def test_the_same_trajectory_in_two_splits(dataset: Path) -> None:
     ]
 
 
-def test_stale_statistics_name_the_number(dataset: Path) -> None:
+def test_stale_statistics_are_named(dataset: Path) -> None:
     stats = yaml.safe_load((dataset / "stats.yaml").read_text())
-    right = stats["rms"]["velocity"][1]
+    correct = stats["rms"]["velocity"][1]
     stats["rms"]["velocity"][1] *= 1.01
     del stats["std_delta"]["pressure"]
     (dataset / "stats.yaml").write_text(yaml.safe_dump(stats))
@@ -188,15 +188,15 @@ def test_stale_statistics_name_the_number(dataset: Path) -> None:
         ("error", "stats.yaml", "rms.velocity"),
         ("error", "stats.yaml", "std_delta.pressure"),
     ]
-    assert f"{right:.6g}" in found[0].text
-    for content, says in ((None, "missing"), ("a: [", "cannot be read"), ("text", "the training split has")):
+    assert f"{correct:.6g}" in found[0].text
+    for content, messages in ((None, "missing"), ("a: [", "cannot be read"), ("text", "the training split has")):
         (dataset / "stats.yaml").unlink(missing_ok=True)
         if content:
             (dataset / "stats.yaml").write_text(content)
-        assert says in check_files(dataset).findings[0].text
+        assert messages in check_files(dataset).findings[0].text
 
 
-def test_splits_and_domains(dataset: Path) -> None:
+def test_missing_splits_and_unmatched_domains(dataset: Path) -> None:
     with h5py.File(dataset / "data/valid/wild.hdf5", "a") as file:
         file.attrs["domain"] = "third"
     shutil.rmtree(dataset / "data/test")
@@ -207,7 +207,9 @@ def test_splits_and_domains(dataset: Path) -> None:
     assert any("has the domains calm, third" in line for line in lines)
 
 
-def test_exit_codes_all_findings_at_once_and_skip_bad(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_findings_are_reported_at_once_and_skip_bad_changes_the_exit_code(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     truncate(dataset / "data/test/calm.hdf5")
     shutil.copy(dataset / "data/test/wild.hdf5", dataset / "data/test/third.hdf5")
     fast_solids(dataset / "data/valid/calm.hdf5")
@@ -228,12 +230,12 @@ def test_a_folder_without_data_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "no HDF5 files" in capsys.readouterr().err
 
 
-def test_divergence_leaves_out_solids_and_open_ends(dataset: Path) -> None:
+def test_divergence_excludes_solids_and_open_ends(dataset: Path) -> None:
     record = open_trajectories(dataset / FIRST)[0]
     x = np.arange(16.0)[:, None, None] * np.ones((16, 16, 16))
     zero, fluid = np.zeros_like(x), np.zeros((16, 16, 16), dtype=bool)
     walls = record.__class__(record.path, 0, "d", 1, (16, 16, 16), (False, True, True))
-    # The only slope is du/dx: all of the gradient is divergence, and none once it is the shear of v.
+    # The only slope is du/dx, so the whole gradient is divergence; a shear dv/dx has none.
     assert relative_divergence(np.stack([x, zero, zero]), fluid, walls) == pytest.approx(1)
     assert relative_divergence(np.stack([zero, x, zero]), fluid, walls) == 0
     solid = fluid.copy()

@@ -1,4 +1,4 @@
-"""The estimate of data generation: the solver's time steps, the files' size, and the duration in words."""
+"""The estimate of data generation: the solver's time steps, the size of the files, and the duration in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE = {"train": 1, "valid": 1, "test": 1}
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_steps_are_those_that_the_solver_makes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimated_time_steps_match_the_solver(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = (16, 8, 24)
     settings: dict[str, Any] = {"spinup_steps": 7, "steps_per_snapshot": 5}
     if name == "porous_media":
@@ -45,7 +45,7 @@ def test_steps_are_those_that_the_solver_makes(name: str, monkeypatch: pytest.Mo
     assert time_steps(domain, setup, grid, 3) == made
 
 
-def test_room_is_what_the_files_need(tmp_path: Path) -> None:
+def test_estimated_disk_space_covers_the_files(tmp_path: Path) -> None:
     flow = {"trajectories": ONE, "spinup_steps": 2, "steps_per_snapshot": 2}
     domains = {"open_channel": flow, "porous_media": None}
     config = DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 5, "domains": domains})
@@ -54,13 +54,13 @@ def test_room_is_what_the_files_need(tmp_path: Path) -> None:
     assert size <= needed_bytes(3, config) <= 1.5 * size + 2**20
 
 
-def test_the_full_dataset_is_the_one_that_the_cluster_trains_on() -> None:
+def test_the_full_config_generates_the_dataset_of_the_cluster_config() -> None:
     full, cluster = (load_config(CONFIGS / f"{name}.yaml") for name in ("data/full", "cluster_8x8"))
     assert resolve_paths(full).dataset == resolve_paths(cluster).dataset
     assert full.data == cluster.data
 
 
-def test_the_line_for_the_full_dataset(tmp_path: Path) -> None:
+def test_estimate_line_of_the_full_dataset(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "data" / "full.yaml").data
     jobs = planned_trajectories(config, tmp_path)
     assert worth_measuring(jobs, config, ["cpu"])
@@ -83,7 +83,7 @@ def test_the_line_for_the_full_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flows", [1, 2])
-def test_the_rate_is_measured(flows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_update_rate_is_measured(flows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shodh_moe.data.estimate._SECONDS", 0.02)
     config = DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 5})
     assert 1e4 < update_rate(config, flows, 1) < 1e11
@@ -92,15 +92,15 @@ def test_the_rate_is_measured(flows: int, monkeypatch: pytest.MonkeyPatch) -> No
 # Devices.
 
 
-class OnGPU:
-    """A config whose key `device` is set."""
+class DeviceConfig:
+    """Stands for a config with the key `device` set."""
 
     def __init__(self, device: str):
         self.device, self.grid = device, [16, 16, 16]
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "rank", "wanted"),
+    ("device", "gpus", "rank", "expected"),
     [
         ("cpu", 4, None, ["cpu"] * 3),
         ("auto", 0, 5, ["cpu"] * 3),
@@ -109,17 +109,17 @@ class OnGPU:
         ("cuda", 2, 3, ["cuda:1"]),
     ],
 )
-def test_a_flow_at_a_time_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, rank: int | None, wanted: list[str]
+def test_each_gpu_simulates_one_flow_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, rank: int | None, expected: list[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    config: Any = OnGPU(device)
-    assert flow_devices(config, 3, rank) == wanted
+    config: Any = DeviceConfig(device)
+    assert flow_devices(config, 3, rank) == expected
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    config: Any = OnGPU("cuda")
+    config: Any = DeviceConfig("cuda")
     with pytest.raises(UserError, match=r"data\.device is cuda, but"):
         flow_devices(config, 3)
 

@@ -1,4 +1,4 @@
-"""Mutated files, a few of those that benchmarks/studies/fuzz_reader.py reads by the ten thousand."""
+"""A few of the mutated files that benchmarks/studies/fuzz_reader.py reads by the ten thousand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = 150
 
 @pytest.fixture(autouse=True, scope="module")
 def importable() -> Iterator[None]:
-    """The folder of a script is on the path when it runs."""
+    """Put the benchmarks folder on the path, as running a script in it does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield
@@ -57,13 +57,13 @@ def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
         path.parent.mkdir(parents=True)
         path.write_bytes(base.content)
         (record,) = list_trajectories(tmp_path / base.name, "train")
-        for got, wanted in zip(read_snapshots(record), base.values, strict=True):
-            np.testing.assert_array_equal(got, wanted)
+        for got, expected in zip(read_snapshots(record), base.values, strict=True):
+            np.testing.assert_array_equal(got, expected)
         assert len(base.sealed) > 10 or "new_format" not in base.name
-    assert lookup3(b"Four score and seven years ago") == 0x17770551  # of its author
+    assert lookup3(b"Four score and seven years ago") == 0x17770551  # from the reference implementation
 
 
-def test_a_fault_is_told_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_reported_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies import fuzz_reader
 
     child = "import json, os; print(json.dumps({'number': 3}), flush=True); os.abort()"

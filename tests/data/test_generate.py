@@ -1,4 +1,4 @@
-"""Data generation: files and their content, resumed and parallel runs, statistics, and errors."""
+"""Data generation: the files and their content, resumed and parallel runs, statistics, and errors."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def files(folder: Path) -> dict[str, int]:
 
 def test_folder_has_the_promised_files_and_nothing_else(dataset: Path) -> None:
     names = {str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.is_file()}
-    wanted = {"stats.yaml", "dataset.yaml"}
+    expected = {"stats.yaml", "dataset.yaml"}
     for split, count in TRAJECTORIES.items():
-        wanted |= {f"data/{split}/{d}_{i:04d}.hdf5" for d in ("open_channel", "porous_media") for i in range(count)}
-    assert names == wanted
+        expected |= {f"data/{split}/{d}_{i:04d}.hdf5" for d in ("open_channel", "porous_media") for i in range(count)}
+    assert names == expected
 
 
 def test_file_follows_the_schema(dataset: Path) -> None:
@@ -73,7 +73,7 @@ def is_flag(value: object) -> bool:
 
 
 def check_schema(file: h5py.File) -> None:
-    """the_well's rules, as far as our files use them (REFERENCE: schema)."""
+    """Check the rules of the_well that apply to our files (REFERENCE: schema)."""
     attrs = file.attrs
     assert attrs["dataset_name"] == "quickstart"
     assert attrs["grid_type"] == "cartesian"
@@ -118,7 +118,7 @@ def check_schema(file: h5py.File) -> None:
         assert isinstance(boundary.attrs["associated_fields"], np.ndarray)
 
 
-def test_the_well_itself_reads_the_folder(dataset: Path) -> None:
+def test_the_well_reads_the_folder(dataset: Path) -> None:
     well = pytest.importorskip("the_well.data")
     normalization = pytest.importorskip("the_well.data.normalization")
     data = well.WellDataset(
@@ -139,7 +139,7 @@ def test_the_well_itself_reads_the_folder(dataset: Path) -> None:
     np.testing.assert_array_equal(np.moveaxis(plain["input_fields"][0, ..., 1:].numpy(), -1, 0), ours.velocity_T3XYZ[0])
 
 
-def test_provenance_says_what_was_run(dataset: Path) -> None:
+def test_provenance_describes_the_simulation(dataset: Path) -> None:
     provenance = read_provenance(dataset / "data/valid/porous_media_0000.hdf5")
     assert provenance["label"] == "synthetic"
     assert "lattice units" in str(provenance["units"])
@@ -151,7 +151,7 @@ def test_provenance_says_what_was_run(dataset: Path) -> None:
     assert 0 < parameters["mach"] < 0.6
 
 
-def test_a_second_run_keeps_complete_files_and_makes_the_missing_ones(copy: Path) -> None:
+def test_a_second_run_keeps_complete_files_and_regenerates_missing_ones(copy: Path) -> None:
     before = files(copy)
     (copy / "data/train/open_channel_0001.hdf5").unlink()
     torn = copy / "data/valid/porous_media_0000.hdf5"
@@ -165,9 +165,9 @@ def test_a_second_run_keeps_complete_files_and_makes_the_missing_ones(copy: Path
     assert fresh.exists(), "a fresh one may belong to a run beside this one"
     assert not old.exists()
     after = files(copy)
-    remade = {"data/train/open_channel_0001.hdf5", "data/valid/porous_media_0000.hdf5"}
+    regenerated = {"data/train/open_channel_0001.hdf5", "data/valid/porous_media_0000.hdf5"}
     assert set(after) == set(before)
-    assert {name for name in before if before[name] != after[name]} == remade
+    assert {name for name in before if before[name] != after[name]} == regenerated
     assert (copy / "stats.yaml").read_bytes() == stats, "the remade files hold the same bits"
 
 
@@ -191,10 +191,10 @@ def test_the_summary_states_mach_reynolds_and_units(copy: Path, capsys: pytest.C
     assert [line.split()[1:4] for line in lines[1:]] == [["open_channel", "4", "0.005"], ["porous_media", "4", "0.02"]]
 
 
-def test_a_run_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> None:
+def test_a_run_killed_half_way_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Path) -> None:
     done = 0
 
-    def dies(iterable: Any, desc: str, total: int) -> Any:
+    def interrupted(iterable: Any, desc: str, total: int) -> Any:
         nonlocal done
         for item in iterable:
             done += 1
@@ -203,7 +203,7 @@ def test_a_run_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        generate(config(), tmp_path, dies)
+        generate(config(), tmp_path, interrupted)
     kept = files(tmp_path)
     assert kept
     assert not (tmp_path / "stats.yaml").exists()
@@ -213,7 +213,7 @@ def test_a_run_killed_half_way_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "stats.yaml").read_bytes() == (dataset / "stats.yaml").read_bytes()
 
 
-def test_trajectories_do_not_depend_on_how_many_there_are(dataset: Path, tmp_path: Path) -> None:
+def test_trajectories_do_not_depend_on_their_number(dataset: Path, tmp_path: Path) -> None:
     fewer = config(
         domains={
             "open_channel": None,
@@ -232,7 +232,7 @@ def test_trajectories_do_not_depend_on_how_many_there_are(dataset: Path, tmp_pat
 def test_files_do_not_depend_on_threads(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flows: int, parallel: bool
 ) -> None:
-    """The same bytes from one flow at a time, from two, and from one that uses all threads."""
+    """One flow at a time, two at a time, and one that uses all threads give the same bytes."""
     monkeypatch.setattr("shodh_moe.data.generation.simulation_threads", lambda config, cores: flows)
     monkeypatch.setattr("shodh_moe.data.generation._is_large", lambda config: parallel)
     generate(config(), tmp_path, quiet)
@@ -244,13 +244,13 @@ def test_splits_and_domains_share_no_trajectory(dataset: Path) -> None:
     assert len(flows) == 8
 
 
-def test_another_seed_makes_every_file_again(copy: Path) -> None:
+def test_another_seed_regenerates_every_file(copy: Path) -> None:
     before = files(copy)
     generate(config(seed=1), copy, quiet)
     assert all(before[name] != mtime for name, mtime in files(copy).items())
 
 
-def test_files_nobody_asked_for_are_refused(copy: Path) -> None:
+def test_unexpected_files_are_refused(copy: Path) -> None:
     (copy / "data/test/other.hdf5").write_bytes(b"x")
     with pytest.raises(UserError, match=r"other\.hdf5.*data\.name"):
         generate(config(), copy, quiet)
@@ -291,7 +291,9 @@ def test_bad_statistics_are_refused(tmp_path: Path, text: str) -> None:
         FieldStats.load(tmp_path / "nowhere")
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(UserError, match=r"need 0\.00\d* GB but .* free"):
@@ -309,14 +311,14 @@ def test_a_disk_that_fills_up_leaves_no_file(tmp_path: Path, monkeypatch: pytest
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot write"):
         generate(config(), tmp_path, quiet)
 
 
-def test_a_really_full_disk(tmp_path: Path) -> None:
-    """In a mount namespace of its own: HDF5 and not Python meets the failure, in the middle of a file."""
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """Fill a small disk in a mount namespace: HDF5, not Python, hits the failure in the middle of a file."""
     mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here; the injected errors stand in")
@@ -353,7 +355,7 @@ print("made", len(list(folder.glob("data/*/*.hdf5"))), (folder / "stats.yaml").e
 
 
 def filling(folder: Path) -> Any:
-    """A progress callback that fills the disk to all but half a file once two files exist."""
+    """A progress callback that leaves room for half a file on the disk once two files exist."""
 
     def progress(iterable: Any, desc: str, total: int) -> Any:
         for number, item in enumerate(iterable, 1):
@@ -368,32 +370,32 @@ def filling(folder: Path) -> Any:
 # Corrupted writes.
 
 
-def written_wrongly(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    """Let every write to a new file store ``change(bytes)``."""
+def corrupt_writes(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Make every write to a new file store ``change(bytes)``."""
     write = _Sink.write
     monkeypatch.setattr(_Sink, "write", lambda self, data: write(self, memoryview(change(bytearray(data)))))
 
 
-def test_a_file_that_stores_other_values_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_bit(block: bytearray) -> bytearray:
+def test_a_file_with_corrupted_values_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip_bit(block: bytearray) -> bytearray:
         if len(block) > 16**3 * 4:  # a field
             block[len(block) // 2] ^= 1
         return block
 
-    written_wrongly(monkeypatch, one_bit)
+    corrupt_writes(monkeypatch, flip_bit)
     with pytest.raises(UserError, match=r"_000\d\.hdf5 is not correct when read back .*other values"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_file_that_lost_its_bytes_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written_wrongly(monkeypatch, lambda block: bytearray(len(block)))
+def test_a_file_whose_bytes_are_lost_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupt_writes(monkeypatch, lambda block: bytearray(len(block)))
     with pytest.raises(UserError, match=r"_000\d\.hdf5 is not correct when read back .*not an HDF5 file"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_no_domain_at_all_is_refused(tmp_path: Path) -> None:
+def test_a_config_without_domains_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no domain"):
         generate(config(domains={"open_channel": None, "porous_media": None}), tmp_path, quiet)
 
@@ -413,7 +415,7 @@ def made(here: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Hashes of the files of tests/tiny.py's config, by their names."""
+    """Hashes of the files that tests/tiny.py's config generates, by name."""
     here = tmp_path_factory.mktemp("whole")
     write_config(here)
     assert run_part(here) == EXIT_DONE
@@ -441,7 +443,9 @@ def test_parts_in_any_order_make_the_same_files(
     assert made(here) == whole
 
 
-def test_the_tasks_of_srun_make_a_part_each(here: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_task_of_srun_generates_one_part(
+    here: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("PMI_SIZE", "2")
@@ -453,7 +457,7 @@ def test_the_tasks_of_srun_make_a_part_each(here: Path, whole: dict[str, str], m
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--part", "4", "--of", "4"], "--part 4 --of 4: parts are numbered from 0 to 3"),
         (["--part", "-1", "--of", "4"], "--part -1 --of 4: parts are numbered from 0 to 3"),
@@ -462,17 +466,17 @@ def test_the_tasks_of_srun_make_a_part_each(here: Path, whole: dict[str, str], m
         (["--of", "2"], "--part and --of belong together"),
     ],
 )
-def test_wrong_parts_are_refused(
-    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+def test_invalid_parts_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert run_part(here, *arguments) == EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {says}")
+    assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert not (here / "data").exists()
 
 
-def test_the_estimate_is_all_that_is_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_estimate_generates_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_part(here, "--estimate") == EXIT_DONE
     out = capsys.readouterr().out
     assert out.startswith("[data] 8 trajectories, 40 snapshots of 16^3: a minute or so on th"), out
@@ -483,15 +487,15 @@ def test_the_estimate_is_all_that_is_made(here: Path, capsys: pytest.CaptureFixt
     assert not (here / "data").exists()
 
 
-def test_the_estimate_is_told_before_a_small_disk_is_refused(
+def test_the_estimate_is_printed_before_a_small_disk_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     assert run_part(here, "--estimate") == EXIT_USER_ERROR
-    told = capsys.readouterr()
-    assert "40 snapshots of 16^3" in told.out
-    assert "8 trajectories need 0.00 GB but" in told.err
+    output = capsys.readouterr()
+    assert "40 snapshots of 16^3" in output.out
+    assert "8 trajectories need 0.00 GB but" in output.err
 
 
 def start(here: Path, *settings: str) -> subprocess.Popen[str]:
@@ -500,7 +504,7 @@ def start(here: Path, *settings: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.distributed
-def test_two_at_once_in_a_folder_do_no_harm(here: Path, whole: dict[str, str]) -> None:
+def test_two_generators_may_share_a_folder(here: Path, whole: dict[str, str]) -> None:
     for process in [start(here), start(here)]:
         out, error = process.communicate(timeout=100)
         assert process.returncode == EXIT_DONE, out + error
@@ -509,7 +513,7 @@ def test_two_at_once_in_a_folder_do_no_harm(here: Path, whole: dict[str, str]) -
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_part_at_once_with_the_exit_code_that_requeues(here: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_a_part_at_once_with_the_requeue_exit_code(here: Path, number: signal.Signals) -> None:
     endless = "data.domains.porous_media.spinup_steps=100000000"
     process = start(here, "--part", "0", "--of", "2", endless)
     deadline = time.monotonic() + 60

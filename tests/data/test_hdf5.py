@@ -1,4 +1,4 @@
-"""A disk that fills up under HDF5, at every single write: an exception each time, and no crash afterwards."""
+"""A disk that fills up during any HDF5 write raises an exception, and nothing crashes afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from shodh_moe.data.hdf5 import new_hdf5
 
 
-def test_what_is_written_is_there(tmp_path: Path) -> None:
+def test_written_data_is_read_back(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((3, 50_000))
     with new_hdf5(tmp_path / "a.hdf5") as file:
         file["group/values"] = values
@@ -62,7 +62,7 @@ assert len(outcomes) > 10 and set(outcomes[:-1]) == {errno.ENOSPC} and outcomes[
 """
 
 
-def test_whichever_write_fails(tmp_path: Path) -> None:
+def test_a_full_disk_at_any_write_raises_an_exception(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "a.hdf5")], capture_output=True, text=True, timeout=100
     )

@@ -1,4 +1,4 @@
-"""Importing a user's arrays: what lands in our layout, and which mistakes are named."""
+"""Importing a user's arrays: the files in our layout, and the errors that name mistakes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def flow(seed: int, snapshots: int = 3, grid: tuple[int, ...] = GRID) -> tuple[n
 def write_cutout(
     path: Path, velocity: np.ndarray | None, pressure: np.ndarray | None, points: list[np.ndarray], first: int = 1
 ) -> None:
-    """A file as JHTDB's cutout service writes it: numbered datasets [z, y, x, component], 1D coordinates."""
+    """Write a file in the format of JHTDB's cutout service: numbered datasets [z, y, x, component], 1D coordinates."""
     with h5py.File(path, "w") as file:
         for axis, values in zip("xyz", points, strict=True):
             file[f"{axis}coor"] = values.astype(np.float32)
@@ -68,7 +68,7 @@ def write_cutout(
                 file[f"{name}_{number:04d}"] = stored[..., None] if name == "Pressure" else stored
 
 
-def even(grid: tuple[int, ...] = GRID, spacing: float = 0.5) -> list[np.ndarray]:
+def even_points(grid: tuple[int, ...] = GRID, spacing: float = 0.5) -> list[np.ndarray]:
     return [spacing * np.arange(size) for size in grid]
 
 
@@ -77,7 +77,7 @@ def cutouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three trajectories of cutouts in the working folder."""
     monkeypatch.chdir(tmp_path)
     for seed, split in enumerate(("train", "valid", "test")):
-        write_cutout(tmp_path / f"{split}.h5", *flow(seed), even())
+        write_cutout(tmp_path / f"{split}.h5", *flow(seed), even_points())
     return tmp_path
 
 
@@ -92,7 +92,7 @@ def imported(folder: Path, **changes: Any) -> Path:
     return import_data(load_mapping(mapping_file(folder, **changes)), folder / "out", progress=quiet)
 
 
-def test_imported_files_train(cutouts: Path) -> None:
+def test_imported_files_can_be_trained_on(cutouts: Path) -> None:
     out = imported(cutouts, scalars={"viscosity": 0.01})
     velocity, pressure = flow(0)
     (record,) = list_trajectories(out, "train")
@@ -102,7 +102,7 @@ def test_imported_files_train(cutouts: Path) -> None:
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure)
     require_trainable(out, GRID, history=2, batch_size=4)
     assert FieldStats.load(out).velocity_rms == pytest.approx(1, rel=0.05)
-    # The statistics are those that reading whole trajectories gives, to the last digit.
+    # The statistics equal those of whole trajectories, to the last digit.
     assert yaml.safe_load((out / "stats.yaml").read_text()) == compute_stats([trajectory])
     provenance = read_provenance(record.path)
     assert provenance["label"] == "imported"
@@ -115,7 +115,7 @@ def test_imported_files_train(cutouts: Path) -> None:
         assert file["boundary_conditions/x_periodic"].attrs["bc_type"] == "PERIODIC"
 
 
-def test_the_well_itself_reads_an_imported_folder(cutouts: Path) -> None:
+def test_the_well_reads_an_imported_folder(cutouts: Path) -> None:
     well = pytest.importorskip("the_well.data")
     out = imported(cutouts, boundaries={"x": "periodic", "y": ["wall", "free slip"], "z": "open"})
     data = well.WellDataset(path=str(out), well_split_name="train")
@@ -127,7 +127,7 @@ def test_the_well_itself_reads_an_imported_folder(cutouts: Path) -> None:
     np.testing.assert_array_equal(np.moveaxis(sample["input_fields"][0, ..., 1:].numpy(), -1, 0), velocity[0])
 
 
-def test_a_second_import_keeps_what_is_there(cutouts: Path) -> None:
+def test_a_second_import_keeps_existing_files(cutouts: Path) -> None:
     out = imported(cutouts)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.hdf5")}
     (out / "data/valid/box_0000.hdf5").unlink()
@@ -138,11 +138,11 @@ def test_a_second_import_keeps_what_is_there(cutouts: Path) -> None:
     np.testing.assert_array_equal(read_trajectory(out / "data/train/box_0000.hdf5").velocity_T3XYZ, 2 * flow(0)[0])
 
 
-def test_velocity_and_pressure_in_files_of_their_own_and_one_snapshot_each(cutouts: Path) -> None:
+def test_velocity_and_pressure_in_separate_files_of_one_snapshot(cutouts: Path) -> None:
     velocity, pressure = flow(0, 12)
     for number in range(12):
-        write_cutout(cutouts / f"part_u_{number}.h5", velocity[number : number + 1], None, even(), number + 1)
-        write_cutout(cutouts / f"part_p_{number}.h5", None, pressure[number : number + 1], even(), number + 1)
+        write_cutout(cutouts / f"part_u_{number}.h5", velocity[number : number + 1], None, even_points(), number + 1)
+        write_cutout(cutouts / f"part_p_{number}.h5", None, pressure[number : number + 1], even_points(), number + 1)
     out = imported(cutouts, files={"train": [["part_p_*.h5", "part_u_*.h5"]]}, snapshots={"train": [8, 11]})
     trajectory = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity[8:11])
@@ -151,7 +151,7 @@ def test_velocity_and_pressure_in_files_of_their_own_and_one_snapshot_each(cutou
 
 
 def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.ndarray) -> None:
-    """The same flow as three arrays with a time axis, in the format that the name ends with."""
+    """Write the flow as one array per component with a time axis, in the format of the file's extension."""
     arrays = {**dict(zip("uvw", velocity.swapaxes(0, 1), strict=True)), "p": pressure, "fluid": mask}
     times = 3 + 0.25 * np.arange(len(pressure))
     if path.suffix == ".npz":
@@ -175,7 +175,7 @@ def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.
 
 
 @pytest.mark.parametrize("ending", ["npz", "h5", "nc"])
-def test_formats_with_a_mask(cutouts: Path, ending: str) -> None:
+def test_file_formats_and_a_mask(cutouts: Path, ending: str) -> None:
     fluid = np.ones(GRID)
     fluid[2:4, 5, 6:9] = 0
     velocity, pressure = (values.astype(np.float64) for values in flow(3))
@@ -194,8 +194,8 @@ def test_formats_with_a_mask(cutouts: Path, ending: str) -> None:
     )
     trajectory = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_array_equal(trajectory.solid_1XYZ[0], 1 - fluid)
-    wanted = np.where(fluid, np.nan_to_num(velocity), 0)
-    np.testing.assert_allclose(trajectory.velocity_T3XYZ, wanted, rtol=1e-6, atol=1e-6)
+    expected = np.where(fluid, np.nan_to_num(velocity), 0)
+    np.testing.assert_allclose(trajectory.velocity_T3XYZ, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(trajectory.pressure_T1XYZ[:, 0], np.where(fluid, pressure, 0), rtol=1e-6)
     provenance = read_provenance(trajectory.record.path)
     assert provenance["start_time"] == 3
@@ -241,7 +241,7 @@ def channel(walls: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("method", ["linear", "cubic"])
 def test_the_channel_mapping_resamples_to_cubic_cells(cutouts: Path, method: str) -> None:
-    """The shipped mapping of JHTDB's channel, on a small cutout with points closer at the walls."""
+    """Use the shipped mapping of JHTDB's channel on a small cutout with points denser near the walls."""
     points = channel(np.tanh(np.linspace(-2, 2, 33)) / np.tanh(2))
     degree = {"linear": 1, "cubic": 3}[method]
     x, y, z = np.meshgrid(*[one.astype(np.float32).astype(float) for one in points], indexing="ij")
@@ -260,8 +260,8 @@ def test_the_channel_mapping_resamples_to_cubic_cells(cutouts: Path, method: str
     assert str(out) == "data/jhtdb_channel"
     assert [(r.grid, r.periodic) for r in records] == [((40, 16, 32), (False,) * 3)] * 2
     trajectory = read_trajectory(records[0])
-    wanted = -1 + 0.125 * (np.arange(16) + 0.5)
-    assert np.abs(trajectory.velocity_T3XYZ[0, 0] - (wanted**degree)[:, None]).max() < 1e-5
+    expected = -1 + 0.125 * (np.arange(16) + 0.5)
+    assert np.abs(trajectory.velocity_T3XYZ[0, 0] - (expected**degree)[:, None]).max() < 1e-5
     assert np.abs(trajectory.velocity_T3XYZ[1, 2, :, 0, 0] - 2 * 0.125 * (np.arange(40) + 0.5)).max() < 1e-5
     assert np.abs(trajectory.pressure_T1XYZ[0, 0, 0, 0] - 1 - 0.125 * (np.arange(32) + 0.5)).max() < 1e-5
     resampled = read_provenance(records[0].path)["resampled"]
@@ -274,22 +274,24 @@ def test_the_channel_mapping_resamples_to_cubic_cells(cutouts: Path, method: str
         ]
 
 
-def test_the_isotropic_mapping(cutouts: Path) -> None:
+def test_the_isotropic_mapping_keeps_the_values(cutouts: Path) -> None:
     (cutouts / "cutouts").mkdir()
     for seed, name in enumerate("abcd"):
-        write_cutout(cutouts / f"cutouts/isotropic_{name}_1.h5", *flow(seed), even(GRID, 2 * np.pi / 1024), first=9)
+        write_cutout(
+            cutouts / f"cutouts/isotropic_{name}_1.h5", *flow(seed), even_points(GRID, 2 * np.pi / 1024), first=9
+        )
     out = import_data(load_mapping(CONFIGS / "jhtdb_isotropic.yaml"), progress=quiet)
     np.testing.assert_array_equal(read_trajectory(list_trajectories(out, "test")[0]).velocity_T3XYZ, flow(3)[0])
 
 
-def test_the_examples_of_the_docs_are_valid(tmp_path: Path) -> None:
+def test_the_examples_in_the_docs_are_valid(tmp_path: Path) -> None:
     text = (CONFIGS.parents[1] / "docs" / "import.md").read_text(encoding="utf-8")
     examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     for example in examples:
         (tmp_path / "mapping.yaml").write_text(example)
         load_mapping(tmp_path / "mapping.yaml")
     assert len(examples) == 2
-    # Every key is in the table.
+    # The table lists every key.
     assert [key for key in Mapping.model_fields if f"`{key}" not in text] == []
 
 
@@ -309,9 +311,9 @@ def test_projection_removes_the_divergence_and_nothing_else(cutouts: Path, capsy
     again, left = project(projected, ["periodic"] * 3)
     np.testing.assert_allclose(again, projected, atol=1e-14)
     assert left < 1e-28
-    # The removed part is a gradient, so it is orthogonal to what stays.
+    # The removed part is a gradient, so it is orthogonal to the rest.
     assert abs(np.sum((u - projected) * projected)) < 1e-12
-    write_cutout(cutouts / "train.h5", np.stack([u, u]), flow(0)[1][:2], even())
+    write_cutout(cutouts / "train.h5", np.stack([u, u]), flow(0)[1][:2], even_points())
     out = imported(cutouts, project=True)
     stored = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_allclose(stored.velocity_T3XYZ[1], projected, atol=1e-7)
@@ -334,7 +336,7 @@ def test_projection_between_walls_and_at_open_ends() -> None:
     kept, share = project(free, ["open", "periodic", "wall"])
     np.testing.assert_allclose(kept, free, atol=1e-14)
     assert share < 1e-28
-    # A gradient that fits the same ends goes away as a whole.
+    # A gradient that satisfies the same boundary conditions is removed completely.
     potential_slopes = np.stack(
         [
             np.cos(np.pi * x) * np.cos(2 * np.pi * y) * np.cos(np.pi * z),
@@ -346,32 +348,32 @@ def test_projection_between_walls_and_at_open_ends() -> None:
     np.testing.assert_allclose(kept, free, atol=1e-14)
 
 
-def write_wrong(folder: Path, what: str) -> None:
+def write_faulty(folder: Path, fault: str) -> None:
     velocity, pressure = flow(0)
-    points = even()
-    if what == "nan":
+    points = even_points()
+    if fault == "nan":
         pressure[1, 2, 3, 4] = np.nan
-    if what == "uneven":
+    if fault == "uneven":
         points[1] = points[1] ** 1.5
-    if what == "backwards":
+    if fault == "backwards":
         points[2] = points[2][::-1]
-    if what == "short":
+    if fault == "short":
         pressure = pressure[:2]
-    if what == "odd":
+    if fault == "odd":
         velocity, pressure, points = velocity[..., :-1], pressure[..., :-1], [*points[:2], points[2][:-1]]
     write_cutout(folder / "train.h5", velocity, pressure, points)
-    if what == "truncated":
+    if fault == "truncated":
         (folder / "train.h5").write_bytes((folder / "train.h5").read_bytes()[:20_000])
-    if what == "text":
+    if fault == "text":
         (folder / "train.h5").write_text("x")
-    if what == "link":
+    if fault == "link":
         with h5py.File(folder / "train.h5", "a") as file:
             del file["Pressure_0002"]
             file["Pressure_0002"] = h5py.ExternalLink("valid.h5", "Pressure_0002")
 
 
 @pytest.mark.parametrize(
-    ("what", "changes", "says"),
+    ("fault", "changes", "messages"),
     [
         ("", {"velosity": 1}, ("mapping.yaml", "unknown key 'velosity'", "'velocity'")),
         ("", {"resample": {"metod": "cubic", "spacing": 1.0}}, ("resample.metod", "resample.method")),
@@ -400,16 +402,16 @@ def write_wrong(folder: Path, what: str) -> None:
         ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
     ],
 )
-def test_mistakes_are_named_in_one_line(
-    cutouts: Path, capfd: pytest.CaptureFixture[str], what: str, changes: dict[str, Any], says: tuple[str, ...]
+def test_each_mistake_is_named_in_one_line(
+    cutouts: Path, capfd: pytest.CaptureFixture[str], fault: str, changes: dict[str, Any], messages: tuple[str, ...]
 ) -> None:
-    write_wrong(cutouts, what)
-    refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
+    write_faulty(cutouts, fault)
+    refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=messages)
     assert not list(cutouts.rglob("out/data/train/*"))
 
 
 def test_crop_and_pressure_of_zero(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_wrong(cutouts, "odd")
+    write_faulty(cutouts, "odd")
     ends = {"x": "periodic", "y": "wall", "z": "open"}
     out = imported(cutouts, files={"train": ["train.h5"]}, crop={"y": [1, 9], "z": [3, 19]}, boundaries=ends)
     velocity, _ = flow(0)
@@ -422,24 +424,24 @@ def test_crop_and_pressure_of_zero(cutouts: Path, capsys: pytest.CaptureFixture[
     assert "pressure is zero everywhere" in capsys.readouterr().out
 
 
-def test_skip_bad_goes_on_and_lists_what_it_left_out(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cutouts / "bad.h5").write_bytes(b"no HDF5")
     mapping = mapping_file(cutouts, files={"train": ["bad.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
     assert main(["data", "import", str(mapping)]) == 2
     assert main(["data", "import", str(mapping), "--skip-bad"]) == 0
-    told = capsys.readouterr().out
-    assert "left out: box_0000.hdf5: bad.h5 is none of" in told
-    assert "no trajectories for test" in told
+    output = capsys.readouterr().out
+    assert "left out: box_0000.hdf5: bad.h5 is none of" in output
+    assert "no trajectories for test" in output
     assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
 
 
-def test_other_domains_in_the_folder_stay_and_count(cutouts: Path) -> None:
+def test_other_domains_in_the_folder_are_kept_and_counted(cutouts: Path) -> None:
     imported(cutouts)
     out = imported(cutouts, domain="second", scale={"velocity": 3.0})
     assert [record.domain for record in list_trajectories(out, "train")] == ["box", "second"]
     assert FieldStats.load(out).velocity_rms == pytest.approx(5**0.5, rel=0.05)
     with pytest.raises(UserError, match="1 trajectories of second that this mapping does not name"):
         imported(cutouts, domain="second", files={"train": ["train.h5"], "valid": ["valid.h5"]})
-    write_cutout(cutouts / "train.h5", *flow(0, grid=(8, 8, 8)), even((8, 8, 8)))
+    write_cutout(cutouts / "train.h5", *flow(0, grid=(8, 8, 8)), even_points((8, 8, 8)))
     with pytest.raises(UserError, match=r"gives the grid \[8, 8, 8\], the dataset has \[8, 16, 24\]"):
         imported(cutouts, domain="second")

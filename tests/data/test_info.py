@@ -1,4 +1,4 @@
-"""`shodh data info`: the numbers of the table are those of the files."""
+"""`shodh data info`: the numbers in the table match the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("info"), snapshots=5)
 
 
-def test_the_numbers(dataset: Path) -> None:
+def test_the_summary_matches_the_files(dataset: Path) -> None:
     found = describe(dataset)
     assert (found["trajectories"], found["snapshots"], found["statistics"]) == (6, 30, True)
     assert found["bytes"] == sum(path.stat().st_size for path in dataset.rglob("*.hdf5"))
@@ -41,19 +41,19 @@ def test_the_numbers(dataset: Path) -> None:
     assert first["scalars"]["viscosity"] == [pytest.approx(0.1)] * 2
 
 
-def test_the_table(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_or_json(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "info", str(dataset)]) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[0].startswith(f"{dataset}: 6 trajectories, 30 snapshots, ")
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].startswith(f"{dataset}: 6 trajectories, 30 snapshots, ")
     for words in ("16 x 16 x 16", "reynolds 1", "synthetic", "lattice units", "periodic    x, y, z", "float32"):
-        assert words in said
+        assert words in output
     assert main(["data", "info", str(dataset / "data/test/wild.hdf5"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["domain"] for one in found["entries"]] == ["wild"]
     assert found["statistics"] is None
 
 
-def test_files_of_others_and_damaged_ones(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_foreign_and_damaged_files(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bare = tmp_path / "data/train"
     bare.mkdir(parents=True)
     with h5py.File(bare / "bare.hdf5", "w") as file:
@@ -61,8 +61,8 @@ def test_files_of_others_and_damaged_ones(dataset: Path, tmp_path: Path, capfd: 
         file["t0_fields/pressure"] = np.ones((2, 3, 8, 8, 8))
     (bare / "bad.hdf5").write_bytes(b"x")
     assert main(["data", "info", str(tmp_path)]) == 0
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     for words in ("2 trajectories, 6 snapshots", "no stats.yaml", "gzip", "not stated", "bad.hdf5 is not an HDF5 file"):
-        assert words in said
+        assert words in output
     (bare / "bare.hdf5").unlink()
     refused(capfd, "data", "info", str(tmp_path), says=("bad.hdf5 is not an HDF5 file",))

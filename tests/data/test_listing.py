@@ -1,4 +1,4 @@
-"""The index of a dataset folder: bad files left out, and links that lead out of it."""
+"""The index of a dataset folder: bad files are left out, links to files outside are refused."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_a_bad_first_file_does_not_set_the_grid(dataset: Path, monkeypatch: pyte
     assert names(dataset, skip_bad=True) == ["b.hdf5", "c.hdf5"]
 
 
-def test_values_are_not_read_where_there_are_too_many(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_large_datasets_are_not_read(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "READ_BYTES", 0)
     with h5py.File(dataset / "data/train/b.hdf5", "r+") as file:
         file["t0_fields/pressure"][0, 1, 0, 0, 0] = np.nan
     assert names(dataset, skip_bad=True) == ["a.hdf5", "b.hdf5", "c.hdf5"]
 
 
-def test_symbolic_links_out_of_the_folder_are_refused(dataset: Path, tmp_path: Path) -> None:
+def test_symbolic_links_that_leave_the_folder_are_refused(dataset: Path, tmp_path: Path) -> None:
     path = dataset / "data/train/a.hdf5"
     path.rename(tmp_path / "a.hdf5")
     path.symlink_to(tmp_path / "a.hdf5")
@@ -66,5 +66,5 @@ def test_symbolic_links_out_of_the_folder_are_refused(dataset: Path, tmp_path: P
     path.unlink()
     path.symlink_to("b.hdf5")
     assert names(dataset) == ["a.hdf5", "b.hdf5", "c.hdf5"]
-    (tmp_path / "alias").symlink_to(dataset)  # of the folder itself: nothing leads out of it
+    (tmp_path / "alias").symlink_to(dataset)  # a link to the folder itself stays inside it
     assert len(list_trajectories(tmp_path / "alias", "train")) == 3

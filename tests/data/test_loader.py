@@ -1,4 +1,4 @@
-"""The reader: the same values as the library gives, in the order that was asked for, from any kind of file."""
+"""The reader returns the values that the library reads, in the requested order, from any kind of file."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def expected(snapshots: Snapshots, index: int) -> np.ndarray:
     return np.concatenate([fields_T4XYZ[0], solid_1XYZ])
 
 
-def test_each_snapshot_is_what_the_library_reads(snapshots: Snapshots) -> None:
+def test_each_snapshot_equals_what_the_library_reads(snapshots: Snapshots) -> None:
     assert len(snapshots) == 5 * T
-    for _ in range(2):  # by the library and then directly
+    for _ in range(2):  # first by the library, then directly
         batch = snapshots.batch(range(5 * T))
         assert (batch.dtype, batch.shape) == (torch.float32, (5 * T, 5, *GRID))
         np.testing.assert_array_equal(batch, np.stack([expected(snapshots, index) for index in range(5 * T)]))
 
 
-def test_what_belongs_to_a_snapshot(snapshots: Snapshots) -> None:
+def test_indices_map_to_domains_and_records(snapshots: Snapshots) -> None:
     assert snapshots.domains == ["calm", "wild"]
     assert snapshots.sizes == (2 * T, 3 * T)
     assert snapshots.of_domain(0) == list(range(2 * T))
@@ -82,7 +82,7 @@ def test_what_belongs_to_a_snapshot(snapshots: Snapshots) -> None:
         Snapshots(snapshots.records, domains=["calm"])
 
 
-def test_after_the_first_time_the_library_is_not_asked(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_used_only_for_the_first_read(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshots.batch([0, 1, 2])
 
     def never(*arguments: object) -> None:
@@ -94,7 +94,9 @@ def test_after_the_first_time_the_library_is_not_asked(snapshots: Snapshots, mon
 
 
 @pytest.mark.parametrize("grid", [LARGE, (3, 5, 7)])
-def test_snapshots_of_many_blocks(tmp_path: Path, grid: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshots_larger_than_a_block(
+    tmp_path: Path, grid: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(direct, "_BLOCK", 3 * 2**10)
     data = Snapshots(open_trajectories(written(tmp_path, "d", 0, grid)))
     for _ in range(2):
@@ -108,12 +110,12 @@ def batches_of(snapshots: Snapshots, start: int, count: int, **options: Any) -> 
 
 @pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 3}, {"workers": 2, "ahead": 0}, {"workers": 8}])
 def test_the_order_does_not_depend_on_the_workers(snapshots: Snapshots, options: dict[str, int]) -> None:
-    wanted, got = batches_of(snapshots, 0, 12), batches_of(snapshots, 0, 12, **options)
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-    assert len({batch.numpy().tobytes() for batch in wanted}) > 6
+    reference, got = batches_of(snapshots, 0, 12), batches_of(snapshots, 0, 12, **options)
+    assert all(torch.equal(a, b) for a, b in zip(reference, got, strict=True))
+    assert len({batch.numpy().tobytes() for batch in reference}) > 6
 
 
-def test_it_goes_on_at_any_step(snapshots: Snapshots) -> None:
+def test_batches_resume_at_any_step(snapshots: Snapshots) -> None:
     whole, rest = batches_of(snapshots, 0, 10, workers=2), batches_of(snapshots, 7, 3, workers=1)
     assert all(torch.equal(a, b) for a, b in zip(whole[7:], rest, strict=True))
 
@@ -124,7 +126,7 @@ def test_every_batch_mixes_the_domains_by_weight(snapshots: Snapshots) -> None:
         assert snapshots.labels(indices).tolist() == [0, 1, 1, 1]
 
 
-def test_no_more_is_read_than_so_far_ahead(snapshots: Snapshots) -> None:
+def test_reading_ahead_is_limited(snapshots: Snapshots) -> None:
     asked: list[int] = []
     batches = ([asked.append(step) or step % 15] for step in range(100))
     reader = read_batches(snapshots, batches, workers=2, ahead=3)
@@ -136,7 +138,7 @@ def test_no_more_is_read_than_so_far_ahead(snapshots: Snapshots) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_file_is_named_when_its_turn_comes(tmp_path: Path, workers: int) -> None:
+def test_a_bad_file_is_named_when_its_batch_is_read(tmp_path: Path, workers: int) -> None:
     good, bad = (written(tmp_path, "d", index) for index in range(2))
     data = Snapshots(list_trajectories(tmp_path, "train"))
     with h5py.File(bad, "r+") as file:
@@ -159,7 +161,7 @@ def read_once(tmp_path: Path) -> tuple[Path, Snapshots]:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.1e18])
 @pytest.mark.parametrize("field", ["t1_fields/velocity", "t0_fields/pressure"])
 def test_each_value_is_checked(read_once: tuple[Path, Snapshots], value: float, field: str) -> None:
-    """In place and with the old time of change, as only a broken disk does it."""
+    """The value changes in place and the modification time stays, as only a broken disk does it."""
     path, data = read_once
     times = os.stat(path)
     with h5py.File(path, "r+") as file:
@@ -169,7 +171,7 @@ def test_each_value_is_checked(read_once: tuple[Path, Snapshots], value: float, 
         data.batch([1])
 
 
-def test_what_is_barely_sound_passes(read_once: tuple[Path, Snapshots]) -> None:
+def test_values_just_within_the_limits_pass(read_once: tuple[Path, Snapshots]) -> None:
     path, data = read_once
     with h5py.File(path, "r+") as file:
         file["t1_fields/velocity"][0, 1] = -9.99e17
@@ -178,7 +180,7 @@ def test_what_is_barely_sound_passes(read_once: tuple[Path, Snapshots]) -> None:
     assert (data.batch([1])[0, 3] < 0).all()
 
 
-def test_a_file_that_changes_is_read_anew(read_once: tuple[Path, Snapshots]) -> None:
+def test_a_changed_file_is_read_again(read_once: tuple[Path, Snapshots]) -> None:
     path, data = read_once
     before = data.batch([1])
     with h5py.File(path, "r+") as file:
@@ -196,18 +198,18 @@ def test_a_file_that_changes_is_read_anew(read_once: tuple[Path, Snapshots]) -> 
         data.batch([1])
 
 
-def stored(**how: Any) -> Callable[[Path], None]:
-    """Store velocity and pressure in another way."""
+def stored(**layout: Any) -> Callable[[Path], None]:
+    """Return a function that stores a file's velocity and pressure with other dataset options."""
 
-    def again(path: Path) -> None:
+    def rewrite(path: Path) -> None:
         with h5py.File(path, "r+") as file:
             for name in ("t1_fields/velocity", "t0_fields/pressure"):
                 values = file[name][()]
-                options = {**how, "chunks": how["chunks"](values.shape)} if "chunks" in how else how
+                options = {**layout, "chunks": layout["chunks"](values.shape)} if "chunks" in layout else layout
                 del file[name]
                 file.create_dataset(name, data=values, **options)
 
-    return again
+    return rewrite
 
 
 def two_trajectories(path: Path) -> None:
@@ -245,7 +247,7 @@ def half_solid(path: Path) -> None:
         (half_solid, True),
     ],
 )  # fmt: skip
-def test_however_it_is_stored(tmp_path: Path, change: Callable[[Path], None], is_direct: bool) -> None:
+def test_any_storage_layout_is_read(tmp_path: Path, change: Callable[[Path], None], is_direct: bool) -> None:
     path = written(tmp_path, "d", 3)
     change(path)
     data = Snapshots(open_trajectories(path))
@@ -255,11 +257,11 @@ def test_however_it_is_stored(tmp_path: Path, change: Callable[[Path], None], is
             np.testing.assert_array_equal(data.batch([index])[0], expected(data, index))
 
 
-def test_masks_take_a_bounded_part_of_memory(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_cached_masks_is_bounded(snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MASK_BUDGET_BYTES", 2 * int(np.prod(GRID)) // 8)
-    wanted = snapshots.batch(range(5 * T))
+    reference = snapshots.batch(range(5 * T))
     assert len(snapshots._masks._kept) == 2
-    assert torch.equal(snapshots.batch(range(5 * T)), wanted)
+    assert torch.equal(snapshots.batch(range(5 * T)), reference)
 
 
 def resident_bytes() -> int:
@@ -269,7 +271,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_does_not_grow(tmp_path: Path, workers: int) -> None:
-    """A tenth of a batch kept of each would show: 200 batches of 1.5 MB."""
+    """Keeping a tenth of each batch would exceed the limit: there are 200 batches of 1.5 MB."""
     written(tmp_path, "d", 0, LARGE)
     data = Snapshots(list_trajectories(tmp_path, "train"))
     reader = read_batches(data, ([step % T] for step in range(300)), workers)

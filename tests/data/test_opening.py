@@ -1,4 +1,4 @@
-"""The process that looks through files first: it may crash, hang or be forked, and the next file is read."""
+"""The process that inspects files before they are read: it may crash, hang or be forked, and the next file is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
         (LOOP, "does not finish reading"),
     ],
 )
-def test_a_file_that_ends_the_process_is_refused(
+def test_a_file_that_crashes_or_hangs_the_process_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
     opening._stop()
@@ -49,32 +49,32 @@ def test_a_file_that_ends_the_process_is_refused(
         assert file["x"][0] == 1.0
 
 
-def test_a_file_is_asked_about_once_until_it_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_file_is_inspected_once_until_it_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspected_paths = []
     ask = opening._ask
-    monkeypatch.setattr(opening, "_ask", lambda path: asked.append(path) or ask(path))
+    monkeypatch.setattr(opening, "_ask", lambda path: inspected_paths.append(path) or ask(path))
     for _ in range(3):
         with opening.opened(path):
             pass
-    assert len(asked) == 1
+    assert len(inspected_paths) == 1
     with h5py.File(path, "r+") as file:
         file["soft"] = h5py.SoftLink("/x")
     with pytest.raises(UserError, match="soft is a soft link to /x"), opening.opened(path):
         pass
-    assert len(asked) == 2
+    assert len(inspected_paths) == 2
 
 
-def test_a_file_of_another_kind_opens_but_is_no_flow(path: Path) -> None:
+def test_a_file_without_a_flow_opens_but_has_no_flow(path: Path) -> None:
     assert "no_flow" in opening.inspected(path)
     with pytest.raises(UserError, match="has no t1_fields/velocity"):
         opening.flow_of(path)
 
 
-def test_a_forked_process_asks_its_own(path: Path, tmp_path: Path) -> None:
-    """As the workers of a data loader do: two that read one pipe would take each other's answers."""
+def test_a_forked_process_starts_its_own_inspector(path: Path, tmp_path: Path) -> None:
+    """Data loaders fork workers: two processes that read one pipe would take each other's answers."""
     opening.inspected(path)
     assert opening._process is not None
-    ours = opening._process[1].pid
+    process_id = opening._process[1].pid
     other = tmp_path / "b.h5"
     other.write_bytes(path.read_bytes())
     child = os.fork()
@@ -83,10 +83,10 @@ def test_a_forked_process_asks_its_own(path: Path, tmp_path: Path) -> None:
         try:
             opening.inspected(other)
             assert opening._process is not None
-            code = int(opening._process[1].pid == ours)
+            code = int(opening._process[1].pid == process_id)
             opening._stop()
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     opening.inspected(other)
-    assert opening._process[1].pid == ours
+    assert opening._process[1].pid == process_id

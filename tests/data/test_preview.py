@@ -1,4 +1,4 @@
-"""`shodh data preview`: which pictures are written, and that the numbers in them are right."""
+"""`shodh data preview`: which pictures it writes, and the correct vorticity in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import refused, write_dataset
 
 
 def test_pictures_of_a_folder_and_of_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    # One with a long axis: planes are turned so that it lies.
+    # A long z axis: planes are turned so that the long side is horizontal.
     dataset = write_dataset(tmp_path / "theirs", grid=(8, 8, 16), snapshots=1, domains=("calm",))
     for split in ("valid", "test"):
         shutil.rmtree(dataset / "data" / split)

@@ -1,4 +1,4 @@
-"""Reading: other people's files, and every kind of bad file."""
+"""Reading foreign files, and refusing every kind of bad file."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def written(folder: Path, domain: str = "open_channel", index: int = 0, split: s
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), grid=st.tuples(*[st.sampled_from([1, 2, 5, 8])] * 3))
-def test_what_is_written_is_read_back_bit_for_bit(
+def test_written_values_are_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, seed: int, grid: tuple[int, int, int]
 ) -> None:
     path = tmp_path_factory.mktemp("roundtrip") / "a.hdf5"
-    wanted = simulation(seed, grid)
-    write_trajectory(path, wanted, dataset_name="test", domain="d", provenance={})
+    expected = simulation(seed, grid)
+    write_trajectory(path, expected, dataset_name="test", domain="d", provenance={})
     got = read_trajectory(path, grid)
-    np.testing.assert_array_equal(got.velocity_T3XYZ, wanted.velocity_T3XYZ)
-    np.testing.assert_array_equal(got.pressure_T1XYZ[:, 0], wanted.pressure_TXYZ)
-    np.testing.assert_array_equal(got.solid_1XYZ[0], wanted.solid_XYZ)
+    np.testing.assert_array_equal(got.velocity_T3XYZ, expected.velocity_T3XYZ)
+    np.testing.assert_array_equal(got.pressure_T1XYZ[:, 0], expected.pressure_TXYZ)
+    np.testing.assert_array_equal(got.solid_1XYZ[0], expected.solid_XYZ)
     assert got.velocity_T3XYZ.dtype == got.pressure_T1XYZ.dtype == got.solid_1XYZ.dtype == np.float32
 
 
-def test_index_of_a_folder(tmp_path: Path) -> None:
+def test_list_the_trajectories_of_a_folder(tmp_path: Path) -> None:
     for domain in ("porous_media", "open_channel"):
         for index in range(2):
             written(tmp_path, domain, index)
@@ -72,15 +72,15 @@ def test_index_of_a_folder(tmp_path: Path) -> None:
     assert domain_names(records) == ["open_channel", "porous_media"]
 
 
-def test_part_of_a_trajectory(tmp_path: Path) -> None:
+def test_read_part_of_a_trajectory(tmp_path: Path) -> None:
     (record,) = open_trajectories(written(tmp_path))
     fields, solid = read_snapshots(record, 1, 3)
     np.testing.assert_array_equal(fields[:, :3], simulation().velocity_T3XYZ[1:3])
     assert solid.shape == (1, *GRID)
 
 
-def test_files_of_others(tmp_path: Path) -> None:
-    """Several trajectories in a file, float64, no solid and none of our attributes."""
+def test_foreign_files_are_read(tmp_path: Path) -> None:
+    """A file with several trajectories, float64, no solid and none of our attributes."""
     path = tmp_path / "other.h5"
     rng = np.random.default_rng(0)
     velocity, pressure = rng.standard_normal((2, T, *GRID, 3)), rng.standard_normal((2, T, *GRID))
@@ -162,7 +162,7 @@ def replaced(path: Path, name: str, values: object, **options: object) -> None:
 
 
 def damage_swapped(path: Path) -> None:
-    """Bytes of the other order, under the name of this one."""
+    """The bytes are swapped, but the declared byte order is not."""
     replaced(path, "t0_fields/pressure", simulation().pressure_TXYZ[None].byteswap())
 
 
@@ -262,7 +262,7 @@ def damage_time_length(path: Path) -> None:
 
 
 def damage_claimed_size(path: Path) -> None:
-    """Chunks of one value, a few of them written."""
+    """Declares a huge array and writes only one of its chunks."""
     with h5py.File(path, "r+") as file:
         del file["t0_fields/pressure"]
         big = file.create_dataset("t0_fields/pressure", (1, T, 2**20, 2**20, 2**20), chunks=(1, 1, 8, 8, 8), dtype="f4")
@@ -276,7 +276,7 @@ def damage_unwritten(path: Path) -> None:
 
 
 def damage_filter(path: Path) -> None:
-    """A filter that is not there: those of numbers up to 32767 have been given away."""
+    """Uses a filter that does not exist: only numbers up to 32767 are assigned to filters."""
     with h5py.File(path, "r+") as file:
         del file["t0_fields/pressure"]
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -300,7 +300,7 @@ def damage_checksum(path: Path) -> None:
 
 
 def damage_chunk_size(path: Path) -> None:
-    """A chunk that is shorter than HDF5 reads: it reads beyond its memory."""
+    """A chunk is shorter than HDF5 assumes, so that HDF5 would read beyond its memory."""
     flip_in_chunk(path, 1, fletcher32=True)
     size = (4 * 8 * 16 * 8 + 4).to_bytes(4, "little")
     content = path.read_bytes()
@@ -317,7 +317,7 @@ def damage_last_chunk(path: Path) -> None:
 
 
 def damage_root_object(path: Path) -> None:
-    """The address of the root group leads beyond the file."""
+    """The address of the root group lies beyond the end of the file."""
     content = bytearray(path.read_bytes())
     content[64:72] = (2**40).to_bytes(8, "little")
     path.write_bytes(content)
@@ -383,7 +383,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, damage, message: str) -> 
     assert "\n" not in str(error.value)
 
 
-def test_the_other_byte_order_is_read(tmp_path: Path) -> None:
+def test_both_byte_orders_are_read(tmp_path: Path) -> None:
     path = written(tmp_path)
     replaced(path, "t0_fields/pressure", simulation().pressure_TXYZ[None].astype(">f4"))
     np.testing.assert_array_equal(read_trajectory(path).pressure_T1XYZ[:, 0], simulation().pressure_TXYZ)
@@ -410,12 +410,12 @@ def test_spacing_interval_and_units(tmp_path: Path) -> None:
     assert (record.spacing, record.interval, record.units) == (None, None, "")
 
 
-def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a file"):
         open_trajectories(tmp_path)
 
 
-def test_wrong_grid_and_mixed_grids(tmp_path: Path) -> None:
+def test_wrong_and_mixed_grids_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
     with pytest.raises(UserError, match=r"grid \[8, 16, 8\], not \[32, 32, 32\]"):
         open_trajectories(path, (32, 32, 32))
@@ -425,7 +425,7 @@ def test_wrong_grid_and_mixed_grids(tmp_path: Path) -> None:
         list_trajectories(tmp_path, "train")
 
 
-def test_empty_or_unknown_split(tmp_path: Path) -> None:
+def test_empty_and_unknown_splits_are_refused(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(UserError, match=r"no HDF5 files in .*valid"):
         list_trajectories(tmp_path, "valid")
@@ -433,7 +433,7 @@ def test_empty_or_unknown_split(tmp_path: Path) -> None:
         list_trajectories(tmp_path, "dev")
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path)
     before = path.read_bytes()
 

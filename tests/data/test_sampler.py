@@ -1,4 +1,4 @@
-"""The sampler is a pure function: mixed domains, epochs without repetition, independent of the ranks."""
+"""The sampler is a pure function that mixes domains, never repeats within an epoch and ignores the number of ranks."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_seed_changes_the_order():
     assert DomainSampler((50,), 10, seed=0).batch(0, 0) != DomainSampler((50,), 10, seed=1).batch(0, 0)
 
 
-def test_batch_that_cannot_be_mixed_is_refused():
+def test_a_batch_that_the_domains_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"batch_size 5 is not divisible by the 2 domains"):
         DomainSampler((10, 10), batch_size=5, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "weights", "wanted"),
+    ("batch_size", "weights", "expected"),
     [
         (6, (1, 1), (3, 3)),
         (8, (2, 1, 1), (4, 2, 2)),
@@ -64,12 +64,12 @@ def test_batch_that_cannot_be_mixed_is_refused():
         (7, (1e-300, 6e-300), (1, 6)),
     ],
 )
-def test_weights_divide_the_micro_batch(batch_size: int, weights: tuple[float, ...], wanted: tuple[int, ...]) -> None:
-    assert shares(batch_size, weights) == wanted
+def test_weights_divide_the_micro_batch(batch_size: int, weights: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    assert shares(batch_size, weights) == expected
     sampler = DomainSampler((10,) * len(weights), batch_size, seed=0, world_size=2, weights=weights)
     for step in range(3):
         drawn = [domain for domain, _ in sampler.batch(step, 1)]
-        assert tuple(drawn.count(domain) for domain in range(len(weights))) == wanted
+        assert tuple(drawn.count(domain) for domain in range(len(weights))) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -77,7 +77,7 @@ def test_weights_divide_the_micro_batch(batch_size: int, weights: tuple[float, .
     weights=st.lists(st.floats(0, 1e300), min_size=1, max_size=6).filter(any),
     spare=st.integers(0, 20),
 )
-def test_shares_are_whole_near_what_was_asked_and_leave_nobody_out(weights: list[float], spare: int) -> None:
+def test_shares_are_integers_near_the_weights_and_leave_no_domain_out(weights: list[float], spare: int) -> None:
     used = sum(weight > 0 for weight in weights)
     batch_size = used + spare
     counts = shares(batch_size, weights)
@@ -85,11 +85,11 @@ def test_shares_are_whole_near_what_was_asked_and_leave_nobody_out(weights: list
     assert [count > 0 for count in counts] == [weight > 0 for weight in weights]
     for count, weight in zip(counts, weights, strict=True):
         exact = batch_size * (weight / max(weights)) / sum(w / max(weights) for w in weights)
-        # Those lifted to one sample take it from the others.
+        # Domains raised to one sample take it from the others.
         assert exact - used - 1e-6 <= count <= max(exact + 1, 1)
 
 
-def test_equal_weights_draw_what_no_weights_draw() -> None:
+def test_equal_weights_draw_the_same_as_no_weights() -> None:
     plain, weighted = (DomainSampler((10, 7), 6, 0, 2, weights) for weights in (None, (0.5, 0.5)))
     for step in range(10):
         assert plain.batch(step, 1) == weighted.batch(step, 1)
@@ -112,7 +112,7 @@ def test_unequal_shares_still_visit_every_sample_once_an_epoch() -> None:
         ((1, 1, 1), "batch_size 2 is less than the 3 domains"),
     ],
 )
-def test_weights_that_cannot_be_kept_are_refused(weights: tuple[float, ...], message: str) -> None:
+def test_impossible_weights_are_refused(weights: tuple[float, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DomainSampler((9,) * len(weights), batch_size=2, seed=0, weights=weights)
 

@@ -1,4 +1,4 @@
-"""What is written is what is read: compressed files, a passive scalar, and the checksum of what is compressed."""
+"""Written values are read back unchanged: compressed files and their checksums, and a passive scalar."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(path: Path, made: Simulation, compression: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize("compression", [None, "lzf", "gzip"])
-def test_values_are_the_same_however_they_are_stored(tmp_path: Path, compression: str | None) -> None:
+def test_values_do_not_depend_on_the_compression(tmp_path: Path, compression: str | None) -> None:
     made = simulation(scalar=True)
     path = write(tmp_path / "d.hdf5", made, compression)
     got = read_trajectory(path)
@@ -88,7 +88,7 @@ def test_a_scalar_follows_the_schema(tmp_path: Path) -> None:
             assert list(boundary.attrs["associated_fields"]) == ["velocity", "pressure", "concentration"]
 
 
-def test_a_scalar_that_is_not_finite_gets_no_file(tmp_path: Path) -> None:
+def test_no_file_is_written_for_a_scalar_that_is_not_finite(tmp_path: Path) -> None:
     made = simulation(scalar=True)
     assert made.scalar_TXYZ is not None
     made.scalar_TXYZ[1, 2, 3, 4] = np.inf
@@ -97,7 +97,7 @@ def test_a_scalar_that_is_not_finite_gets_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_statistics_have_the_scalar_where_every_file_has_it(tmp_path: Path) -> None:
+def test_statistics_include_the_scalar_only_if_every_file_has_it(tmp_path: Path) -> None:
     made = simulation(scalar=True)
     folder = tmp_path / "data" / "train"
     write(folder / "a.hdf5", made)
@@ -117,12 +117,12 @@ def config(**domains: object) -> DataConfig:
     return DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 2, "domains": domains})
 
 
-def test_a_domain_with_a_scalar_and_one_without_are_refused(tmp_path: Path) -> None:
+def test_mixing_domains_with_and_without_a_scalar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.domains\.porous_media\.scalar is null while"):
         unfinished(config(open_channel={**FLOW, "scalar": {}}, porous_media={**FLOW, "grain": 3.0}), tmp_path)
 
 
-def test_a_generated_dataset_with_a_scalar(tmp_path: Path) -> None:
+def test_generation_writes_the_scalar_and_its_statistics(tmp_path: Path) -> None:
     both = config(open_channel={**FLOW, "scalar": {}}, porous_media={**FLOW, "grain": 3.0, "scalar": {}})
     generate(both, tmp_path)
     stats = compute_stats(read_trajectory(record) for record in list_trajectories(tmp_path, "train"))
@@ -130,7 +130,7 @@ def test_a_generated_dataset_with_a_scalar(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "stats.yaml").read_text()) == stats, "to the last bit"
 
 
-def test_the_well_itself_reads_compressed_files_with_a_scalar(tmp_path: Path) -> None:
+def test_the_well_reads_compressed_files_with_a_scalar(tmp_path: Path) -> None:
     well = pytest.importorskip("the_well.data")
     normalization = pytest.importorskip("the_well.data.normalization")
     made = simulation(scalar=True)

@@ -1,4 +1,4 @@
-"""Chunks read past HDF5's filters: the same values, and no crash on what does not fill a chunk."""
+"""Reading chunks without HDF5's filters: the same values, and no crash on data of the wrong size."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from shodh_moe.data.unpacking import fletcher32, read_gzip
 @pytest.mark.parametrize("dtype", ["<f4", ">f8", "u1"])
 @pytest.mark.parametrize("more", [{}, {"shuffle": True}, {"fletcher32": True}, {"shuffle": True, "fletcher32": True}])
 @pytest.mark.parametrize("chunks", [(1, 2, 3, 4), (2, 3, 5, 7), (1, 1, 5, 7)])
-def test_as_the_library_reads(tmp_path: Path, dtype: str, more: dict[str, Any], chunks: tuple[int, ...]) -> None:
-    wanted = np.random.default_rng(0).integers(0, 99, (2, 3, 5, 7)).astype(dtype)
+def test_values_equal_those_that_the_library_reads(
+    tmp_path: Path, dtype: str, more: dict[str, Any], chunks: tuple[int, ...]
+) -> None:
+    expected = np.random.default_rng(0).integers(0, 99, (2, 3, 5, 7)).astype(dtype)
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        dataset = file.create_dataset("a", data=wanted, chunks=chunks, compression="gzip", **more)
+        dataset = file.create_dataset("a", data=expected, chunks=chunks, compression="gzip", **more)
         for first, stop in [((), ()), ((1,), (2,)), ((0, 1), (1, 3))]:
             got = read_gzip(dataset, first, stop)
-            assert got.dtype == wanted.dtype
-            np.testing.assert_array_equal(got, wanted[tuple(map(slice, first, stop))])
+            assert got.dtype == expected.dtype
+            np.testing.assert_array_equal(got, expected[tuple(map(slice, first, stop))])
 
 
 @pytest.mark.parametrize("size", [2, 3, 254, 255, 4096, 100_001])
 @pytest.mark.parametrize("fill", [0, 255, None])
-def test_the_checksum_is_the_library_s(tmp_path: Path, size: int, fill: int | None) -> None:
+def test_the_checksum_equals_the_librarys(tmp_path: Path, size: int, fill: int | None) -> None:
     values = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
     values = values if fill is None else np.full(size, fill, np.uint8)
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -42,7 +44,7 @@ def test_the_checksum_is_the_library_s(tmp_path: Path, size: int, fill: int | No
     [zlib.compress(bytes(8)), zlib.compress(bytes(401)), zlib.compress(bytes(405)), zlib.compress(bytes(10**6)),
      zlib.compress(bytes(400))[:-3], b"x" * 20],
 )  # fmt: skip
-def test_what_does_not_fill_a_chunk_is_refused(tmp_path: Path, stored: bytes) -> None:
+def test_data_of_the_wrong_size_is_refused(tmp_path: Path, stored: bytes) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset("a", (100,), "f4", chunks=(100,), compression="gzip")
         dataset.id.write_direct_chunk((0,), stored)

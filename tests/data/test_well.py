@@ -1,4 +1,4 @@
-"""Files of predictions: what they take over from the file that is continued, and what they leave out."""
+"""Prediction files: what they copy from the file they continue, and what they leave out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FLAGS = {"sample_varying": np.False_, "time_varying": np.False_}
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Path:
-    """Two trajectories with everything the schema allows, axes named in another way, and foreign attributes."""
+def source(tmp_path: Path) -> Path:
+    """Two trajectories with everything the schema allows, unusual axis names, and foreign attributes."""
     path = tmp_path / "given.hdf5"
     with h5py.File(path, "w") as file:
         file.attrs.update(dataset_name="theirs", grid_type="cartesian", n_spatial_dims=3, n_trajectories=2, Re=5.0)
@@ -46,13 +46,13 @@ def given(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_taken_over_for_one_trajectory(given: Path, tmp_path: Path) -> None:
-    records, time = open_trajectories(given)[1:], np.array([3, 4], dtype=np.float32)
+def test_metadata_is_copied_for_one_trajectory(source: Path, tmp_path: Path) -> None:
+    records, time = open_trajectories(source)[1:], np.array([3, 4], dtype=np.float32)
     with new_prediction(tmp_path / "out.hdf5", records, time, "float32", {"steps": 2, "list": [1]}) as file:
         file["t1_fields/velocity"][0, 1] = 7
         file["t0_fields/pressure"][:] = 0
-    wanted = {"label": "prediction", "units": "those of the input", "steps": 2, "list": [1], "complete": True}
-    assert read_provenance(tmp_path / "out.hdf5") == wanted
+    expected = {"label": "prediction", "units": "those of the input", "steps": 2, "list": [1], "complete": True}
+    assert read_provenance(tmp_path / "out.hdf5") == expected
     got = read_trajectory(tmp_path / "out.hdf5", GRID)
     assert got.record.domain == "theirs"
     assert got.velocity_T3XYZ.reshape(2, -1).tolist() == [[0.0] * 72, [7.0] * 72]
@@ -60,7 +60,7 @@ def test_what_is_taken_over_for_one_trajectory(given: Path, tmp_path: Path) -> N
     with h5py.File(tmp_path / "out.hdf5") as file:
         assert "references" not in file.attrs
         assert (file.attrs["n_trajectories"], file.attrs["Re"]) == (1, 5.0)
-        # A drive of the past says nothing about the predicted times.
+        # A drive that varies over the input's times does not apply to the predicted times.
         assert list(file["scalars"]) == ["Re", "angle"]
         assert (
             list(file.attrs["simulation_parameters"]) == list(file["scalars"].attrs["field_names"]) == ["Re", "angle"]
@@ -81,7 +81,7 @@ def test_what_is_taken_over_for_one_trajectory(given: Path, tmp_path: Path) -> N
         assert list(file["t2_fields"].attrs["field_names"]) == []
 
 
-def test_a_file_with_the_bare_fields_gets_what_the_schema_needs(tmp_path: Path) -> None:
+def test_a_file_of_bare_fields_gets_the_metadata_that_the_schema_requires(tmp_path: Path) -> None:
     path = tmp_path / "bare.hdf5"
     with h5py.File(path, "w") as file:
         file["t1_fields/velocity"] = np.zeros((1, T, *GRID, 3))
@@ -101,8 +101,8 @@ def test_a_file_with_the_bare_fields_gets_what_the_schema_needs(tmp_path: Path) 
     assert [r.n_snapshots for r in open_trajectories(tmp_path / "out.hdf5", GRID)] == [1]
 
 
-def test_a_failure_leaves_nothing(given: Path, tmp_path: Path) -> None:
+def test_a_failure_leaves_no_file(source: Path, tmp_path: Path) -> None:
     time = np.zeros(1, dtype=np.float32)
-    with pytest.raises(KeyError), new_prediction(tmp_path / "o.hdf5", open_trajectories(given), time, "float32", {}):
+    with pytest.raises(KeyError), new_prediction(tmp_path / "o.hdf5", open_trajectories(source), time, "float32", {}):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["given.hdf5"]

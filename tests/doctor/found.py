@@ -79,6 +79,6 @@ def torch(**changes: Any) -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """Return the changes that turn it into a host without GPUs."""
+    """Return the changes that make it a host without GPUs."""
     without = torch(version="2.13.0+cpu", cuda=None, devices=[], nccl=None, apex="none")
     return {"torch": without, "nvidia": [], "deepspeed": {"version": "0.19.8", "accelerator": "cpu"}}

@@ -1,4 +1,4 @@
-"""Lines of the table about the hosts of a hostfile."""
+"""The table's lines about the hosts of a hostfile."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ def hosts(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def checks(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    fine: dict[str, Any] = {
+    healthy: dict[str, Any] = {
         "folders": {FOLDER: {"error": "", "free": FREE}},
         "reached": {"10.0.0.1": ""},
         "listened": "",
     }
-    return {name: fine | changes.get(name, {}) for name in ("n0", "n1", "n2")}
+    return {name: healthy | changes.get(name, {}) for name in ("n0", "n1", "n2")}
 
 
-def the(what: str, lines: list[Line]) -> Line:
+def line_about(what: str, lines: list[Line]) -> Line:
     (one,) = (line for line in lines if line.what == what)
     assert bool(one.remedy) == (one.status != "ok")
     return one
 
 
-def about(found: dict[str, dict[str, Any]], slots: int = 2) -> list[Line]:
+def lines_of(found: dict[str, dict[str, Any]], slots: int = 2) -> list[Line]:
     return fact_lines([Host(name, slots) for name in found], found, facts())
 
 
-def test_equal_hosts_have_no_complaint() -> None:
+def test_equal_hosts_are_all_ok() -> None:
     found = hosts()
-    lines = [*answer_lines(found), *about(found), *between_lines(found, checks(), [FOLDER])]
+    lines = [*answer_lines(found), *lines_of(found), *between_lines(found, checks(), [FOLDER])]
     assert {line.status for line in lines} == {"ok"}
-    assert the("hosts", lines).value.startswith("3 of 3 answer")
-    assert the("same packages", lines).value.startswith("torch 2.13.0, deepspeed 0.19.8")
+    assert line_about("hosts", lines).value.startswith("3 of 3 answer")
+    assert line_about("same packages", lines).value.startswith("torch 2.13.0, deepspeed 0.19.8")
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_equal_hosts_have_no_complaint() -> None:
         ("no answer within 8 s", "ssh n1 true"),
     ],
 )
-def test_a_silent_host_is_one_error_with_its_remedy(error: str, remedy: str) -> None:
+def test_a_silent_host_gives_one_error_with_a_remedy(error: str, remedy: str) -> None:
     lines = answer_lines({"n0": facts(), "n1": {"error": error}})
     assert [line.status for line in lines] == ["error", "ok"]
-    assert the("host n1", lines).value == error
-    assert remedy in the("host n1", lines).remedy
-    assert the("hosts", lines).value.startswith("1 of 2")
+    assert line_about("host n1", lines).value == error
+    assert remedy in line_about("host n1", lines).remedy
+    assert line_about("hosts", lines).value.startswith("1 of 2")
 
 
 def test_a_slow_host_is_named() -> None:
-    line = the("hosts", answer_lines(hosts(n2={"seconds": 6.0})))
+    line = line_about("hosts", answer_lines(hosts(n2={"seconds": 6.0})))
     assert (line.status, "n2" in line.value) == ("warning", True)
 
 
@@ -91,15 +91,15 @@ def test_a_slow_host_is_named() -> None:
         ("ssh keepalive", {"n1": {"keepalive": None}}, "ok", "unknown"),
     ],
 )
-def test_each_difference(what: str, changes: dict[str, Any], status: str, text: str) -> None:
-    line = the(what, about(hosts(**changes)))
+def test_each_difference_between_hosts_is_reported(what: str, changes: dict[str, Any], status: str, text: str) -> None:
+    line = line_about(what, lines_of(hosts(**changes)))
     assert line.status == status
     assert text in line.value
 
 
-def test_many_different_hosts_stay_one_short_line() -> None:
+def test_many_differing_hosts_give_one_short_line() -> None:
     found = {f"node-{number}": facts(python="3.11.2") for number in range(100)}
-    assert "node-4 and 95 more" in the("same python", about(found)).value
+    assert "node-4 and 95 more" in line_about("same python", lines_of(found)).value
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,16 @@ def test_many_different_hosts_stay_one_short_line() -> None:
         ({"n0": {"error": "no answer within 7 s"}}, "error", "too few hosts answer"),
     ],
 )
-def test_ports(changes: dict[str, Any], status: str, text: str) -> None:
-    line = the("ports", between_lines(hosts(), checks(**changes), [FOLDER]))
+def test_port_problems_are_reported(changes: dict[str, Any], status: str, text: str) -> None:
+    line = line_about("ports", between_lines(hosts(), checks(**changes), [FOLDER]))
     assert line.status == status
     assert text in line.value
 
 
-def test_an_address_that_others_do_not_reach_is_passed_over() -> None:
+def test_an_address_that_others_cannot_reach_is_skipped() -> None:
     found = hosts(n0={"addresses": ["172.17.0.1", "10.0.0.1"]})
-    told = {"reached": {"172.17.0.1": "Connection refused", "10.0.0.1": ""}}
-    line = the("ports", between_lines(found, checks(n1=told, n2=told), []))
+    reached = {"reached": {"172.17.0.1": "Connection refused", "10.0.0.1": ""}}
+    line = line_about("ports", between_lines(found, checks(n1=reached, n2=reached), []))
     assert (line.status, line.remedy.split(";")[0]) == ("warning", "export MASTER_ADDR=10.0.0.1")
 
 
@@ -137,19 +137,19 @@ def test_one_host_needs_no_ports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "status", "text"),
+    ("result", "status", "text"),
     [
         ({"error": "does not exist"}, "error", "on n1 it does not exist"),
         ({"error": "", "free": 2 * 2**30}, "warning", "2 GiB free on n1"),
     ],
 )
-def test_shared_folder(told: dict[str, Any], status: str, text: str) -> None:
-    line = the(f"shared {FOLDER}", between_lines(hosts(), checks(n1={"folders": {FOLDER: told}}), [FOLDER]))
+def test_problems_of_a_shared_folder_are_reported(result: dict[str, Any], status: str, text: str) -> None:
+    line = line_about(f"shared {FOLDER}", between_lines(hosts(), checks(n1={"folders": {FOLDER: result}}), [FOLDER]))
     assert line.status == status
     assert text in line.value
 
 
-def test_a_host_that_falls_silent_between_the_rounds_is_told() -> None:
+def test_a_host_that_stops_answering_is_reported() -> None:
     lines = between_lines(hosts(), checks(n2={"error": "no answer within 7 s"}), [FOLDER])
-    assert the("host n2", lines).status == "error"
-    assert the("ports", lines).status == "ok"
+    assert line_about("host n2", lines).status == "error"
+    assert line_about("ports", lines).status == "ok"

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.distributed
 Lines = dict[str, dict[str, str]]
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> Lines:
+def printed_lines(capsys: pytest.CaptureFixture[str]) -> Lines:
     return {line["what"]: line for line in json.loads(capsys.readouterr().out)["lines"]}
 
 
-def test_the_real_host(tmp_path: Path) -> None:
-    """As users start it: one line per check, a matching exit code, and nothing left behind."""
+def test_the_doctor_on_the_real_host(tmp_path: Path) -> None:
+    """As users run it: one line per check, a matching exit code, and no files left behind."""
     script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor(json=True))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.stderr == ""
@@ -43,7 +43,7 @@ def test_the_real_host(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_facts_are_the_same_in_the_process_and_as_a_script() -> None:
+def test_facts_are_the_same_in_this_process_and_in_a_script() -> None:
     own, sent = probe.facts(), run_part(Path(probe.__file__))
     for key in ("python", "executable", "versions", "code", "addresses", "cores", "gpus"):
         assert own[key] == sent[key]
@@ -54,9 +54,9 @@ def test_facts_are_the_same_in_the_process_and_as_a_script() -> None:
 def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
     """A copy elsewhere has the same hash until one of its files changes."""
     copy = tmp_path / "shodh_moe"
-    left_out = shutil.ignore_patterns("__pycache__", "kernels")
-    shutil.copytree(Path(shodh_moe.__file__).parent, copy, ignore=left_out)
-    shutil.copytree(Path(shodh_moe.kernels.__file__).parent, copy / "kernels", ignore=left_out)
+    excluded = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(Path(shodh_moe.__file__).parent, copy, ignore=excluded)
+    shutil.copytree(Path(shodh_moe.kernels.__file__).parent, copy / "kernels", ignore=excluded)
 
     def code() -> str:
         script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + Path(probe.__file__).read_text().replace(
@@ -81,24 +81,24 @@ def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
         ("print('no JSON')", "exit code 0"),
     ],
 )
-def test_a_part_that_breaks_is_one_line(tmp_path: Path, script: str, error: str) -> None:
+def test_a_failing_part_gives_one_line(tmp_path: Path, script: str, error: str) -> None:
     path = tmp_path / "part.py"
     path.write_text(script)
     assert run_part(path, seconds=1 if "sleep" in script else 30) == {"error": error}
 
 
-def test_a_folder_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+def test_the_reason_why_a_folder_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "file" / "runs"))
-    assert told["refused"] == "Not a directory"
-    told = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "runs" / "later"))
-    assert told["exists"] is False
-    assert told["free"] > 0
-    assert "refused" not in told
+    result = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "file" / "runs"))
+    assert result["refused"] == "Not a directory"
+    result = run_part(PACKAGE / "doctor" / "local_script.py", "folder", str(tmp_path / "runs" / "later"))
+    assert result["exists"] is False
+    assert result["free"] > 0
+    assert "refused" not in result
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_broken_torch_is_a_line_and_not_the_end(tmp_path: Path) -> None:
+def test_a_broken_torch_gives_a_line_and_the_doctor_continues(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
     (tmp_path / "hostfile").write_text("a slots=1\n")
     script = "import sys; from shodh_moe.doctor import doctor; sys.exit(doctor('hostfile', json=True))"
@@ -114,11 +114,11 @@ def test_a_broken_torch_is_a_line_and_not_the_end(tmp_path: Path) -> None:
     assert lines["python"]["status"] == "ok"
 
 
-# Tests with a hostfile: processes of this host replace ssh.
+# Tests with a hostfile, in which local processes replace ssh.
 
 
 class Cluster:
-    """Hosts by name, with errors, changes to their orders, and changes to their answers."""
+    """Fake hosts by name, with errors, changed orders and changed answers."""
 
     def __init__(self) -> None:
         self.silent: dict[str, str] = {}
@@ -173,11 +173,11 @@ def shared(tmp_path: Path) -> Path:
     return folder
 
 
-def test_hosts_that_are_well(
+def test_healthy_hosts_are_all_ok(
     cluster: Cluster, hostfile: Path, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     doctor(hostfile, [str(shared)], json=True)
-    lines = told(capsys)
+    lines = printed_lines(capsys)
     for what in ("hosts", "same python", "same packages", "same code", "clocks", "ports"):
         assert lines[what]["status"] == "ok", lines[what]
     assert lines["ports"]["value"].startswith("every other host connects to a at 127.0.0.1")
@@ -185,7 +185,7 @@ def test_hosts_that_are_well(
     assert not list(shared.iterdir())
 
 
-def test_hosts_with_something_wrong_each(
+def test_the_problem_of_each_host_is_reported(
     cluster: Cluster,
     hostfile: Path,
     shared: Path,
@@ -193,7 +193,7 @@ def test_hosts_with_something_wrong_each(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One host is silent. Another has other code, a wrong clock, another folder, and cannot reach the port."""
+    """One host is silent. Another has different code, a wrong clock, another folder, and cannot reach the port."""
     monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
     cluster.silent["b"] = "no answer within 8 s"
     cluster.answers["c"] = {"code": "ffff", "time": time.time() + 100}
@@ -201,7 +201,7 @@ def test_hosts_with_something_wrong_each(
         closed.bind(("127.0.0.1", 0))
         cluster.orders["c"] = {"port": closed.getsockname()[1], "folders": [[str(shared), ".not-the-one"]]}
         assert doctor(hostfile, [str(shared)], json=True) == 2
-    lines = told(capsys)
+    lines = printed_lines(capsys)
     assert lines["host b"]["value"] == "no answer within 8 s"
     assert lines["hosts"]["value"].startswith("2 of 3")
     assert "ffff on c" in lines["same code"]["value"]
@@ -213,7 +213,7 @@ def test_hosts_with_something_wrong_each(
     assert not list(shared.iterdir())
 
 
-def test_a_folder_that_takes_files_which_do_not_arrive(
+def test_a_folder_whose_files_other_hosts_do_not_see_is_reported(
     cluster: Cluster, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather_remote, "PORT_SECONDS", 1.0)
@@ -224,30 +224,30 @@ def test_a_folder_that_takes_files_which_do_not_arrive(
     assert checks["b"]["folders"][str(shared)]["error"] == "accepts files that this host does not see"
 
 
-def test_no_host_answers(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_answer_from_any_host(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.silent = dict.fromkeys("abc", "ssh: connect to host port 22: No route to host")
     assert doctor(hostfile, json=True) == 2
-    lines = told(capsys)
+    lines = printed_lines(capsys)
     assert [what for what in lines if what.startswith("host")] == ["host a", "host b", "host c"]
 
 
-def test_an_answer_that_is_none(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For example from a login script that writes to the terminal."""
+def test_an_answer_that_is_not_json_is_an_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login script that writes to the terminal can cause this."""
     monkeypatch.setattr(ssh, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
     assert "welcome" in probe.probe_hosts(["a"])["a"]["error"]
 
 
-def test_a_wrong_hostfile_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_missing_hostfile_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-hostfile"):
         doctor(tmp_path / "no-such-hostfile")
 
 
-def test_without_ssh_the_rest_is_still_told(
+def test_without_ssh_the_other_checks_are_still_reported(
     hostfile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ssh.shutil, "which", lambda name: None)
     monkeypatch.setattr(diagnose, "gather", lambda folders: found.here())
     assert doctor(hostfile, json=True) == 2
-    lines = told(capsys)
+    lines = printed_lines(capsys)
     assert lines["hosts"]["value"].startswith("not asked: no ssh")
     assert lines["torch"]["status"] == "ok"

@@ -1,4 +1,4 @@
-"""Lines of the table about the machine and its folders."""
+"""The table's lines about the machine and its folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def line(what: str, found: dict[str, Any], with_hostfile: bool) -> tuple[str, st
 
 
 @pytest.mark.parametrize("with_hostfile", [False, True])
-def test_a_healthy_host_has_no_complaint(with_hostfile: bool) -> None:
+def test_a_healthy_host_is_all_ok(with_hostfile: bool) -> None:
     assert {one.status for one in machine_lines(here(), with_hostfile)} == {"ok"}
 
 
@@ -78,7 +78,9 @@ def folder(**changes: Any) -> dict[str, Any]:
         ("folder", folder(error="no answer within 5 s"), False, "error", "no answer"),
     ],
 )
-def test_each_finding(what: str, changes: dict[str, Any], with_hostfile: bool, status: str, text: str) -> None:
-    told = line(what, here(**changes), with_hostfile)
-    assert told[0] == status
-    assert text in told[1]
+def test_each_problem_of_the_machine_is_reported(
+    what: str, changes: dict[str, Any], with_hostfile: bool, status: str, text: str
+) -> None:
+    result = line(what, here(**changes), with_hostfile)
+    assert result[0] == status
+    assert text in result[1]

@@ -1,4 +1,4 @@
-"""Lines of the table about Python and its packages."""
+"""The table's lines about Python and its packages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def line(what: str, found: dict[str, Any]) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("found", [here(), here(**cpu())])
-def test_a_healthy_host_has_no_complaint(found: dict[str, Any]) -> None:
+def test_a_healthy_host_is_all_ok(found: dict[str, Any]) -> None:
     assert {one.status for one in software_lines(found)} == {"ok"}
 
 
@@ -81,13 +81,13 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("what", "changes", "status", "text"), CASES)
-def test_each_finding(what: str, changes: dict[str, Any], status: str, text: str) -> None:
-    told = line(what, here(**changes))
-    assert told[0] == status
-    assert text in told[1]
+def test_each_problem_of_the_software_is_reported(what: str, changes: dict[str, Any], status: str, text: str) -> None:
+    result = line(what, here(**changes))
+    assert result[0] == status
+    assert text in result[1]
 
 
-def test_missing_packages_can_be_installed_with_the_remedy() -> None:
+def test_the_remedy_installs_missing_packages() -> None:
     assert line("packages", here(installed={}))[2] == "pip install 'torch>=2.8' 'numpy>=1.26'"
 
 
@@ -98,7 +98,7 @@ def test_everything_may_be_broken_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("Open MPI v5.0.11, package: Open MPI user@host, ident: 5.0.11", ("Open MPI", "5.0.11")),
         ("mpirun (Open MPI) 4.1.4", ("Open MPI", "4.1.4")),
@@ -110,5 +110,5 @@ def test_everything_may_be_broken_at_once() -> None:
         ("", ("an unknown MPI", "")),
     ],
 )
-def test_whose_mpi_it_is(text: str, told: tuple[str, str]) -> None:
-    assert implementation(text) == told
+def test_mpi_implementations_are_recognised(text: str, expected: tuple[str, str]) -> None:
+    assert implementation(text) == expected

@@ -1,4 +1,4 @@
-"""The format of the table."""
+"""The format of the doctor's table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_columns_are_aligned_and_remedies_stay_in_one_piece() -> None:
     assert rows[-1] == "1 error, 1 warning"
 
 
-def test_colours_change_nothing_else() -> None:
+def test_colours_do_not_change_the_text() -> None:
     coloured = as_text(LINES, colours=True)
     assert "\033[31merror" in coloured
     for code in ("\033[31m", "\033[32m", "\033[33m", "\033[0m"):
@@ -32,10 +32,10 @@ def test_colours_change_nothing_else() -> None:
 
 
 def test_json_counts_and_keeps_every_line() -> None:
-    told = json.loads(as_json(LINES))
-    assert (told["errors"], told["warnings"]) == (1, 1)
-    assert told["lines"][2] == {"status": "error", "what": "hdf5", "value": "fails", "remedy": "pip install h5py"}
+    report = json.loads(as_json(LINES))
+    assert (report["errors"], report["warnings"]) == (1, 1)
+    assert report["lines"][2] == {"status": "error", "what": "hdf5", "value": "fails", "remedy": "pip install h5py"}
 
 
-def test_summary_without_trouble() -> None:
+def test_the_summary_without_problems() -> None:
     assert as_text(LINES[:1]).splitlines()[-1] == "all is well"

@@ -9,7 +9,7 @@ from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.kernels import curl, divergence
 
 
-def test_rows_carry_precision_and_tell_exact_from_inexact():
+def test_rows_state_the_precision_and_separate_exact_from_inexact_fields():
     torch.manual_seed(0)
     u = curl(torch.randn(1, 3, 8, 8, 8, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
     table = divergence_table(
@@ -24,12 +24,12 @@ def test_rows_carry_precision_and_tell_exact_from_inexact():
     assert all({"operator", "norm", "spacing", "rms", "max"} <= row.keys() for row in table)
 
 
-def test_staggered_predictions_are_on_faces_and_data_are_brought_there():
+def test_staggered_predictions_are_on_faces_and_data_are_averaged_to_faces():
     torch.manual_seed(0)
     faces = curl(torch.randn(1, 3, 8, 8, 8, dtype=torch.float64), operator="staggered")
     data = torch.randn_like(faces)
-    exact, theirs = divergence_table({torch.float64: faces}, {"open_channel": data}, "staggered")
+    exact, averaged = divergence_table({torch.float64: faces}, {"open_channel": data}, "staggered")
     assert exact["rms_relative"] < 1e-14
-    assert ("on faces" in exact["what"], "averaged to faces" in theirs["what"]) == (True, True)
-    # Between means of two centres it is the central difference of the centres.
-    assert theirs["rms"] == pytest.approx(float(divergence(data, "central2").square().mean().sqrt()), rel=1e-12)
+    assert ("on faces" in exact["what"], "averaged to faces" in averaged["what"]) == (True, True)
+    # The staggered difference of means of two centres is the central difference of the centres.
+    assert averaged["rms"] == pytest.approx(float(divergence(data, "central2").square().mean().sqrt()), rel=1e-12)

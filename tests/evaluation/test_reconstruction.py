@@ -1,4 +1,4 @@
-"""`shodh tokenizer evaluate`: its numbers are those of a direct computation, and what it refuses."""
+"""`shodh tokenizer evaluate`: its numbers equal a direct computation, and invalid requests are refused."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data: Path, folder: Path, **tokenizer: Any) -> Config:
     settings = {**CONFIG["tokenizer"], "batch_size": 2, "path": str(folder), **tokenizer}
-    of_data = {"name": "theirs", "path": str(data), "grid": list(GRID)}
-    return Config.model_validate({**CONFIG, "data": of_data, "tokenizer": settings})
+    data_settings = {"name": "theirs", "path": str(data), "grid": list(GRID)}
+    return Config.model_validate({**CONFIG, "data": data_settings, "tokenizer": settings})
 
 
 def make(data: Path, folder: Path, **settings: Any) -> Config:
-    """A tokenizer with random weights and the statistics of the data, and the config that names it."""
+    """Save a tokenizer with random weights and the statistics of the data; return the config that names it."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     config = config_of(data, folder, **settings)
@@ -56,7 +56,7 @@ def make(data: Path, folder: Path, **settings: Any) -> Config:
 
 
 @pytest.mark.parametrize(("operator", "walls"), WALLS)
-def test_every_decoder_is_free_of_divergence_and_zero_behind_its_walls(
+def test_every_decoder_is_divergence_free_and_zero_in_solids(
     data: Path, tmp_path: Path, operator: str, walls: str
 ) -> None:
     config = make(data, tmp_path / "tok", operator=operator, walls=walls, batch_size=SNAPSHOTS)
@@ -69,7 +69,7 @@ def test_every_decoder_is_free_of_divergence_and_zero_behind_its_walls(
         assert 0 < own["float64"]["rms_relative"] < 1e-13
         assert own["float64"]["rms_relative"] < own["float32"]["rms_relative"] < 1e-5
         assert own["float64"]["max"] >= own["float64"]["rms"] > 0
-        if operator == "central2":  # the staggered difference of faces that are means of two centres
+        if operator == "central2":  # also free of staggered divergence, since its faces are means of two centres
             assert found["divergence"].pop("staggered")["float64"]["rms_relative"] < 1e-13
         assert found["divergence"].keys() == set(OPERATORS) - {operator, operator == "central2" and "staggered"}
         assert min(other["float64"]["rms_relative"] for other in found["divergence"].values()) > 1e-4
@@ -80,7 +80,7 @@ def test_every_decoder_is_free_of_divergence_and_zero_behind_its_walls(
             assert solid == {"rms_relative": 0.0, "max_relative": 0.0, "max": 0.0}
 
 
-def test_the_numbers_are_those_of_a_direct_computation(data: Path, tmp_path: Path) -> None:
+def test_the_numbers_equal_a_direct_computation(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tok"
     result = evaluate_tokenizer(make(data, folder, operator="staggered", walls="none"), "valid")
     assert json.loads((folder / "evaluation.json").read_text()) == result
@@ -91,14 +91,16 @@ def test_the_numbers_are_those_of_a_direct_computation(data: Path, tmp_path: Pat
         with torch.no_grad():
             flow = tokenizer.decode(tokenizer.encode(fields), fields[:, 4:], torch.float64)
         u, p, true = flow.velocity_B3XYZ, flow.pressure_B1XYZ.double(), fields.double()
-        wanted = {
+        expected = {
             "velocity_vrmse": vrmse(u, true[:, :3]).mean(),
             "pressure_vrmse": vrmse(p, true[:, 3:4]).mean(),
             "velocity_nrmse": nrmse(u, true[:, :3]).mean(),
             "velocity_mse": ((u - true[:, :3]) / stats.velocity_rms).square().mean(),
             "pressure_mse": ((p - true[:, 3:4]) / stats.pressure_rms).square().mean(),
         }
-        assert {key: found[key] for key in wanted} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-5)
+        assert {key: found[key] for key in expected} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-5
+        )
         for name, values, truth in (("velocity", u, true[:, :3]), ("pressure", p, true[:, 3:4])):
             assert found["band_errors"][name] == pytest.approx(band_errors(values, truth).mean(0).tolist(), rel=1e-5)
         speed = u.square().sum(1).mean().sqrt()
@@ -126,7 +128,7 @@ def test_the_numbers_are_those_of_a_direct_computation(data: Path, tmp_path: Pat
     assert [result["settings"][name] for name in names] == ["staggered", "none", "helmholtz", 0.0, 16, [8, 8, 8]]
 
 
-def test_a_direct_decoder_is_measured_projected_too(
+def test_a_direct_decoder_is_also_measured_after_projection(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = evaluate_tokenizer(
@@ -171,14 +173,16 @@ def test_a_direct_decoder_is_measured_projected_too(
     square = (kept**2).sum(0)
     along = np.einsum("cxyz,bcxyz->bxyz", kept, spectrum) / np.where(square > 0, square, 1)
     spectrum = np.where((square > 0) | (np.indices(GRID).sum(0) == 0), spectrum - kept[None] * along[:, None], 0)
-    wanted = torch.from_numpy(np.fft.ifftn(spectrum, axes=(2, 3, 4)).real)
-    errors = vrmse(wanted, fields[:, :3].double())
+    expected = torch.from_numpy(np.fft.ifftn(spectrum, axes=(2, 3, 4)).real)
+    errors = vrmse(expected, fields[:, :3].double())
     assert result["projected"]["none/spectral"]["calm"]["velocity_vrmse"] == pytest.approx(
         float(errors.mean()), rel=1e-5
     )
 
 
-def test_at_most_so_many_snapshots_evenly_spread(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_a_given_number_of_evenly_spread_snapshots_is_used(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert spread(list(range(9)), 3) == [0, 4, 8]
     assert spread([5, 6], 2) == [5, 6]
     many = spread(list(range(1000)), 64)
@@ -195,13 +199,15 @@ def test_a_domain_without_solids_has_no_velocity_there() -> None:
     rows[0] |= {name: torch.ones(()) for name in ("velocity_mse", "pressure_mse")}
     rows[0] |= {name: torch.ones(3) for name in ("velocity_bands", "pressure_bands")}
     rows[0] |= {f"{operator}/{dtype}": torch.zeros(3) for operator in OPERATORS for dtype in ("float32", "float64")}
-    for solid, wanted in (([0.0, 0, 0, 1], None), ([0.0, 5, 0, 0], 0.0)):  # no solids; a blocked box at rest
+    for solid, expected in (([0.0, 0, 0, 1], None), ([0.0, 5, 0, 0], 0.0)):  # no solids; a blocked box at rest
         found = reconstruction._summary([{**rows[0], "solid": torch.tensor(solid)}])
-        assert set(found["solid_velocity"].values()) == {wanted}
+        assert set(found["solid_velocity"].values()) == {expected}
         assert found["divergence"]["spectral"]["float64"]["rms_relative"] == 0
 
 
-def test_a_tokenizer_of_other_data_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_trained_on_other_data_is_reported(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make(data, tmp_path / "tok")
     tokenizer = load_tokenizer(tmp_path / "tok")
     tokenizer.pressure_rms.mul_(1.001)
@@ -210,7 +216,7 @@ def test_a_tokenizer_of_other_data_is_told(data: Path, tmp_path: Path, capsys: p
     assert "was trained on other data" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_what_is_refused(
+def test_invalid_requests_are_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = make(data, tmp_path / "tok")

@@ -1,4 +1,4 @@
-"""A model whose tokenizer conserves on faces and keeps walls: what predict and evaluate write, what the card says."""
+"""A model whose tokenizer has a staggered operator and exact walls: its predictions, metrics and model card."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("walls"), operator="staggered", walls="exact")
 
 
-def relative(velocity: np.ndarray) -> float:
-    """h rms(div u) / rms(u) of [T, X, Y, Z, 3] on faces."""
+def relative_divergence(velocity: np.ndarray) -> float:
+    """Return h rms(div u) / rms(u) of a velocity [T, X, Y, Z, 3] on faces."""
     u = torch.from_numpy(np.moveaxis(velocity, -1, 1).copy()).double()
     return float(divergence(u, "staggered").square().mean().sqrt() / u.square().sum(1).mean().sqrt())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-13)])
-def test_a_prediction_has_the_velocity_on_faces_too(
+def test_a_prediction_also_has_the_velocity_on_faces(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, limit: float
 ) -> None:
     flow, output = run.parent.parent / "theirs/data/test/calm.hdf5", tmp_path / "out.hdf5"
@@ -45,8 +45,8 @@ def test_a_prediction_has_the_velocity_on_faces_too(
         velocity, faces, solid = vectors["velocity"][0], vectors["velocity_face"][0], file["t0_fields/solid"][0] == 1
         assert velocity.dtype == faces.dtype == dtype
     assert velocity.shape == faces.shape == (2, *GRID, 3)
-    assert relative(faces) < limit
-    assert relative(velocity) > 1e-3  # the mean of the faces conserves nothing by itself
+    assert relative_divergence(faces) < limit
+    assert relative_divergence(velocity) > 1e-3  # the average of the faces is not itself divergence-free
     assert 0 < solid.sum() < solid.size
     assert not velocity[:, solid].any()
     assert not faces[:, solid].any()
@@ -60,7 +60,7 @@ def test_a_prediction_has_the_velocity_on_faces_too(
     assert "divergence of the velocity on faces, staggered operator" in capsys.readouterr().out
 
 
-def test_evaluation_reports_the_velocity_that_is_conserved(run: Path, tmp_path: Path) -> None:
+def test_evaluation_reports_the_divergence_on_faces(run: Path, tmp_path: Path) -> None:
     config = load_config(run / "config.yaml")
     paths = resolve_paths(config)
     pipeline.make_latents(config, paths)
@@ -73,7 +73,7 @@ def test_evaluation_reports_the_velocity_that_is_conserved(run: Path, tmp_path: 
     assert metrics["divergence"]["rms_relative"] == exact["rms_relative"]
     assert all("averaged to faces" in row["what"] and row["rms_relative"] > 1e-3 for row in data)
     arrays = np.load(run / "evaluation.npz")
-    # What is compared and drawn is the velocity at the centres, where the data are.
+    # Comparisons and pictures use the velocity at the centres, where the data are.
     assert not arrays["calm/pred"][:3, arrays["calm/solid"] == 1].any()
     card = (export(run, tmp_path / "model") / "README.md").read_text()
     assert "Velocity in solid voxels is exactly zero." in card

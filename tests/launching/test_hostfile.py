@@ -16,13 +16,13 @@ def _read(folder: Path, text: str) -> list[Host]:
     return read_hostfile(folder / "hosts")
 
 
-def test_hosts_in_their_order(tmp_path: Path) -> None:
+def test_hosts_keep_their_order(tmp_path: Path) -> None:
     text = "# training\nworker-1 slots=8\n\n  user@worker-0.cluster   slots=4  # the old one\n10.0.0.3 slots=1\n"
     assert _read(tmp_path, text) == [Host("worker-1", 8), Host("user@worker-0.cluster", 4), Host("10.0.0.3", 1)]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "names no host"),
         ("# nobody\n\n", "names no host"),
@@ -46,14 +46,14 @@ def test_hosts_in_their_order(tmp_path: Path) -> None:
         ("worker-0 slots=٣\n", "is not of the form"),
     ],
 )
-def test_a_wrong_hostfile_is_refused_by_line(tmp_path: Path, text: str, says: str) -> None:
+def test_an_invalid_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as refusal:
         _read(tmp_path, text)
-    assert says in str(refusal.value)
+    assert message in str(refusal.value)
     assert str(tmp_path / "hosts") in str(refusal.value)
 
 
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist: check --hostfile"):
         read_hostfile(tmp_path / "nowhere")
     with pytest.raises(UserError, match="Is a directory"):
@@ -63,7 +63,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         read_hostfile(tmp_path / "binary")
 
 
-def test_the_ranks_of_a_run_are_its_hostfiles(tmp_path: Path) -> None:
+def test_the_hostfile_determines_the_number_of_ranks(tmp_path: Path) -> None:
     _read(tmp_path, "a slots=2\nb slots=3\n")
     parallel = {"hostfile": str(tmp_path / "hosts")}
     assert count_ranks(Config.model_validate({"parallel": parallel})) == 5

@@ -1,4 +1,4 @@
-"""The effect of a signal on several jobs. tests/ccm/bench/test_run.py has the other tests of jobs."""
+"""The effect of a signal on concurrent jobs. tests/ccm/bench/test_run.py has the other tests of jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ run_jobs([ProcessJob(n, ["-c", child, str(folder / n)], folder / f"{n}.log", fol
 
 
 @pytest.mark.distributed
-def test_a_signal_ends_those_that_run_and_starts_no_other(tmp_path: Path) -> None:
+def test_a_signal_ends_running_jobs_and_starts_no_others(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
         deadline = time.monotonic() + 50
         while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"):

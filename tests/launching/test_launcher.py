@@ -1,4 +1,4 @@
-"""All ways to start the same training. tests/cluster covers several hosts."""
+"""Every way to start the same training on one host. tests/cluster covers several hosts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the working folder of a training: a config whose latents exist."""
+    """Make a working folder for training: a config and its latents."""
     folder = tmp_path_factory.mktemp("launch")
     settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
     settings["training"] |= {"steps": 2, "checkpoint_every": 2}
@@ -75,8 +75,8 @@ def test_deepspeed_torchrun_and_one_process_start_the_same_training(case: Path) 
     assert len(_weights(case, "alone")) == 1
 
 
-def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
-    """DeepSpeed's launcher only warns, and would train on this host only."""
+def test_a_missing_hostfile_that_deepspeed_ignores_is_refused(case: Path) -> None:
+    """DeepSpeed's launcher would only warn and train on this host alone."""
     script = [str(SCRIPT), "--config", "config.yaml", "--name", "missing"]
     done = _run(case, *DEEPSPEED, "--hostfile", "nowhere", "--num_gpus", "1", *script)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -87,13 +87,19 @@ def test_a_hostfile_that_deepspeed_lets_pass_is_refused(case: Path) -> None:
     assert done.stderr.count("error: hostfile nowhere does not exist: check --hostfile") == 1
 
 
-def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
+def test_a_port_in_use_is_reported_with_its_holder(case: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = _script(case, "--config", "config.yaml", "--name", "taken", **told)
+        ranks = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = _script(case, "--config", "config.yaml", "--name", "taken", **ranks)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"error: rank 0 cannot listen on 127.0.0.1:{port}" in done.stderr
     assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
@@ -103,8 +109,8 @@ def test_a_port_that_is_taken_is_told_with_its_holder(case: Path) -> None:
 
 
 @pytest.fixture
-def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Fake an ``ssh`` that runs on this host; ``dead`` never answers, ``old`` has another Python, ``bare`` has none."""
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ``ssh`` that runs commands on this host; ``dead`` never answers, ``old`` has another Python, ``bare`` none."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ssh").write_text(
@@ -127,7 +133,7 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "says"),
+    ("hosts", "message"),
     [
         ("good slots=1\ndead slots=1\n", "hosts cannot be used: dead: no answer within 10 s: see `shodh doctor"),
         ("good slots=1\nclosed slots=1\n", "closed: ssh: connect to host closed port 22: Connection refused"),
@@ -137,17 +143,17 @@ def false_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("good slots=1\n$(id) slots=1\n", "'$(id)' is not a valid host name"),
     ],
 )
-def test_hosts_that_cannot_be_used(case: Path, false_ssh: Path, tmp_path: Path, hosts: str, says: str) -> None:
+def test_unusable_hosts_are_named(case: Path, fake_ssh: Path, tmp_path: Path, hosts: str, message: str) -> None:
     (tmp_path / "hosts").write_text(hosts)
     command = ["--config", "config.yaml", "--name", "none", "--hostfile", str(tmp_path / "hosts")]
     done = _script(case, *command)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert says in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (false_ssh / "pdsh.log").exists(), "nothing was started"
+    assert not (fake_ssh / "pdsh.log").exists(), "nothing was started"
 
 
-def test_what_a_remote_shell_would_interpret_never_gets_there(case: Path, false_ssh: Path, tmp_path: Path) -> None:
+def test_values_that_a_remote_shell_would_interpret_are_refused(case: Path, fake_ssh: Path, tmp_path: Path) -> None:
     def start(folder: Path, **variables: str) -> str:
         folder.mkdir(exist_ok=True)
         (folder / "hosts").write_text("good slots=1\nfine slots=1\n")
@@ -167,16 +173,16 @@ def test_what_a_remote_shell_would_interpret_never_gets_there(case: Path, false_
         assert "the variable NCCL_X is" in start(tmp_path / "f", NCCL_X=value)
     assert "the variable PYTHONPATH is" in start(tmp_path / "f", PYTHONPATH="/$(touch x)")
     assert "the name of a variable is 'PYTHON;touch x'" in start(tmp_path / "f", **{"PYTHON;touch x": "1"})
-    assert not (false_ssh / "pdsh.log").exists()
+    assert not (fake_ssh / "pdsh.log").exists()
     start(tmp_path / "f", NCCL_X="good,1=2", FINE="yes")
-    words = (false_ssh / "pdsh.log").read_text().splitlines()
+    words = (fake_ssh / "pdsh.log").read_text().splitlines()
     assert words[words.index("-w") + 1] == "good,fine"
     assert any("export NCCL_X=good,1=2;" in word for word in words)
     assert not list(tmp_path.rglob("x"))
 
 
 def test_the_ranks_meet_at_an_address_of_the_first_host(
-    case: Path, false_ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Path, fake_ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(case)
     (tmp_path / "hosts").write_text("good slots=1\nfine slots=1\n")
@@ -184,7 +190,7 @@ def test_the_ranks_meet_at_an_address_of_the_first_host(
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.7")
     (tmp_path / "run").mkdir()
     assert launch_ranks(config, tmp_path / "run", "auto", "shodh_moe.runs.pretrain_rank") == 0
-    told = (false_ssh / "pdsh.log").read_text()
-    assert "--master_addr=192.0.2.7" in told
-    assert re.search(r"--master_port=\d{4,5}\n", told)
+    pdsh_arguments = (fake_ssh / "pdsh.log").read_text()
+    assert "--master_addr=192.0.2.7" in pdsh_arguments
+    assert re.search(r"--master_port=\d{4,5}\n", pdsh_arguments)
     assert not list((tmp_path / "run").glob(".stop-*"))

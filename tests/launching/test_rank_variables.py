@@ -1,4 +1,4 @@
-"""The rank of a process, from the variables that each launcher sets."""
+"""The rank of a process, derived from the variables that each launcher sets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in os.environ:
         if name in NAMES or name.startswith(("SLURM", "OMPI", "PMI", "MPI", "LOCAL_SIZE", "CUDA_VISIBLE")):
             monkeypatch.delenv(name)
-    for name in NAMES:  # so that the changes of the function are undone
+    for name in NAMES:  # registers the names, so that what the function sets is undone
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -46,45 +46,45 @@ def _set(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> list[str]:
     return [os.environ[name] for name in NAMES]
 
 
-def test_alone_it_is_one_process_with_a_port_of_its_own(environment: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_there_is_one_process_with_its_own_port(environment: pytest.MonkeyPatch) -> None:
     *ranks, port = _set(environment, {})
     assert ranks == ["0", "1", "0", "1", "127.0.0.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(port)))
 
 
-def test_what_torchrun_and_deepspeed_say_stays(environment: pytest.MonkeyPatch) -> None:
+def test_variables_of_torchrun_and_deepspeed_are_kept(environment: pytest.MonkeyPatch) -> None:
     own = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert _set(environment, own | {"LOCAL_SIZE": "2"} | SRUN) == ["3", "4", "1", "2", "a", "1"]
 
 
-def test_ranks_of_srun(environment: pytest.MonkeyPatch) -> None:
+def test_variables_of_srun(environment: pytest.MonkeyPatch) -> None:
     assert _set(environment, SRUN) == ["4", "5", "1", "2", "gpu03", "24321"]
 
 
-def test_what_an_sbatch_script_picks_stays(environment: pytest.MonkeyPatch) -> None:
+def test_master_variables_of_an_sbatch_script_are_kept(environment: pytest.MonkeyPatch) -> None:
     assert _set(environment, SRUN | {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "4711"})[-2:] == ["10.1.1.1", "4711"]
 
 
-def test_a_task_that_sees_its_own_gpu_alone_uses_that(environment: pytest.MonkeyPatch) -> None:
+def test_a_task_that_sees_only_its_own_gpu_uses_it(environment: pytest.MonkeyPatch) -> None:
     assert _set(environment, SRUN | {"CUDA_VISIBLE_DEVICES": "0"})[2] == "0"
     environment.delenv("RANK")
     assert _set(environment, SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"})[2] == "1"
 
 
-def test_a_python_of_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
+def test_python_in_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
     batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
     assert _set(environment, batch)[:2] == ["0", "1"]
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"])
-def test_srun_without_a_needed_variable_is_refused_by_its_name(environment: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_srun_variable_is_refused_by_name(environment: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(UserError, match=f"without {name}: start ranks with srun"):
         _set(environment, {key: value for key, value in SRUN.items() if key != name})
 
 
 @pytest.mark.parametrize(("name", "value"), [("SLURM_PROCID", "x"), ("SLURM_STEP_TASKS_PER_NODE", "3(y2)")])
-def test_srun_with_a_strange_variable_is_refused(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_an_invalid_srun_variable_is_refused(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     with pytest.raises(UserError, match=r"not a number|not a whole number"):
         _set(environment, SRUN | {name: value})
 
@@ -99,7 +99,7 @@ def test_srun_with_a_strange_variable_is_refused(environment: pytest.MonkeyPatch
         ("b-1,b-2", "b-1"),
     ],
 )
-def test_the_first_node_of_a_list_without_slurms_commands(
+def test_the_first_node_of_a_node_list_is_found_without_scontrol(
     environment: pytest.MonkeyPatch, nodelist: str, first: str
 ) -> None:
     environment.setenv("PATH", "")
@@ -112,19 +112,19 @@ def test_mpirun_without_mpi4py_is_refused(environment: pytest.MonkeyPatch) -> No
         _set(environment, {"OMPI_COMM_WORLD_SIZE": "2"})
 
 
-def test_ranks_of_several_hosts_meet_where_all_can_reach() -> None:
+def test_hosts_meet_at_an_address_that_all_can_reach() -> None:
     docker, first = "172.17.0.1/16", ["172.17.0.1/16", "192.168.5.1/24", "10.0.0.1/8"]
     assert common_address([first, [docker, "10.0.3.2/8"], ["10.9.0.1/8"]]) == "10.0.0.1"
     assert common_address([first, first]) == "127.0.0.1"
     assert common_address([["10.0.0.1/24"], ["10.0.9.1/24"]]) == "10.0.0.1"
 
 
-def test_the_interface_towards_a_host() -> None:
+def test_the_network_interface_towards_a_host() -> None:
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no.such.host.invalid") == ""
 
 
-def test_who_holds_a_port() -> None:
+def test_the_process_that_holds_a_port() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()

@@ -1,4 +1,4 @@
-"""Script of test_merge: a merge that is killed when so many files of its output are complete."""
+"""Script of test_merge: a merge that is killed once a given number of its output files are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models on disk in every form, and merges of them."""
+"""Small models on disk in every format, and merges of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 
 
 def network(seed: int = 0, *, near: State | None = None, distance: float = 0.1) -> State:
-    """Tensors of every kind; or those of ``near``, moved a little."""
+    """Return tensors of every kind, or the tensors of ``near`` with a little noise."""
     random = torch.Generator().manual_seed(seed)
     if near is not None:
         return {name: _moved(tensor, random, distance) for name, tensor in near.items()}
@@ -44,7 +44,7 @@ def _moved(tensor: Tensor, random: torch.Generator, distance: float) -> Tensor:
 
 
 def save(tensors: State, path: Path) -> str:
-    """As safetensors or, where ``path`` says so, as a state dict of torch; returns the path."""
+    """Save as safetensors, or as a torch state dict if ``path`` ends in .pt; return the path."""
     if path.suffix == ".pt":
         torch.save(tensors, path)
     else:
@@ -53,7 +53,7 @@ def save(tensors: State, path: Path) -> str:
 
 
 def save_checkpoint(tensors: State, folder: Path, ranks: int, step: int = 7, **facts: Any) -> str:
-    """As a checkpoint that ``ranks`` ranks wrote, each a share of every tensor, with moments; returns its folder."""
+    """Save as a checkpoint with moments, of which each rank wrote a share of every tensor; return its folder."""
     logical = {f"{kind}/{name}": tensor for kind in ("model", "exp_avg") for name, tensor in tensors.items()}
     shapes = {name: list(tensor.shape) for name, tensor in logical.items()}
     writers = [CheckpointWriter(folder, rank, ranks, 9, 0, "first") for rank in range(ranks)]
@@ -71,7 +71,7 @@ def save_checkpoint(tensors: State, folder: Path, ranks: int, step: int = 7, **f
 
 
 def config(folder: Path, method: str, models: list[Any], name: str = "merge.yaml", **words: Any) -> Path:
-    """A config file; a model is a path, or a path and its parameters."""
+    """Write a config file; a model is a path, or a path and its parameters."""
     entries = [{"model": m} if isinstance(m, str) else {"model": m[0], "parameters": m[1]} for m in models]
     path = folder / name
     path.write_text(yaml.safe_dump({"merge_method": method, "models": entries, **words}, sort_keys=False))
@@ -79,7 +79,7 @@ def config(folder: Path, method: str, models: list[Any], name: str = "merge.yaml
 
 
 def merged(folder: Path, method: str, models: list[Any], **words: Any) -> State:
-    """The tensors of a merge; it is made in ``folder / "out"``, or in ``output``."""
+    """Merge into ``folder / "out"``, or into ``output``, and return the tensors."""
     output = folder / words.pop("output", "out")
     limits = {key: words.pop(key) for key in ("memory_limit", "out_shard_size") if key in words}
     merge(config(folder, method, models, **words), output, **limits)

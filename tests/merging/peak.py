@@ -1,4 +1,4 @@
-"""Script of test_merge: a merge under a memory limit; prints the peak resident memory of the process in bytes."""
+"""Script of test_merge: merge under a memory limit and print the process's peak resident memory in bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from shodh_moe.runs.merge_rank import main
 
 code = main(sys.argv[1:])
-# Linux starts the count of a child at the peak of the process that started it: VmHWM begins anew with exec.
+# On Linux, ru_maxrss of a child starts at its parent's peak, while exec resets VmHWM.
 with open("/proc/self/status") as status:
     lines = dict(line.split(":", 1) for line in status)
 peak = (

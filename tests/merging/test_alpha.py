@@ -1,4 +1,4 @@
-"""Where a ccm target lies: gamma, logarithms, limits, an alpha from outside, and what is refused."""
+"""The alpha of a ccm target: gamma, logarithms, limits, an alpha found elsewhere, and refused settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def target(parameters: dict[str, Any], coordinates: dict[str, Any] = LINE, **wor
 
 
 def alpha(parameters: dict[str, Any], coordinates: dict[str, Any] = LINE) -> dict[str, Any]:
-    """What the manifest will say."""
+    """Return the entry ``alpha`` of the manifest."""
     found = target(parameters, coordinates).alpha
     assert found is not None
     return found
@@ -54,7 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_gamma_scales_before_the_cut() -> None:
+def test_gamma_scales_before_clipping() -> None:
     made = target({"coordinate": 3.5, "gamma": 0.8})
     common = {"found": "scale", "coordinate": 3.5, "low": 1.0, "high": 3.0, "clip": 1.5, "gamma": 0.8}
     assert made.alpha == {**common, "value": pytest.approx(1.2), "unclipped": pytest.approx(1.2)}
@@ -62,12 +62,12 @@ def test_gamma_scales_before_the_cut() -> None:
     made = target({"coordinate": 3.5, "gamma": 2})
     assert made.alpha == {**common, "gamma": 2.0, "value": 1.5, "unclipped": 3}
     assert "alpha 3 is clipped to 1.5" in made.warnings[0]
-    # gamma 1 is the readout `scale` too: it was chosen.
+    # An explicit gamma of 1 also counts as the readout `scale`.
     assert alpha({"coordinate": 3, "gamma": 1})["found"] == "scale"
     assert alpha({"coordinate": 3})["found"] == "coordinate"
 
 
-def test_logarithms() -> None:
+def test_power_0_interpolates_logarithms() -> None:
     ends = {"low": 1e-4, "high": 1e-2}
     middle = alpha({"coordinate": 1e-3, "power": 0}, ends)
     assert (middle["value"], middle["power"]) == (pytest.approx(0, abs=1e-12), 0)
@@ -78,11 +78,11 @@ def test_logarithms() -> None:
     assert found["power"] == {"viscosity": 0, "gravity": 1}
 
 
-def test_leaving_the_range_where_the_path_is_straight() -> None:
+def test_leaving_the_straight_range_of_the_path_warns() -> None:
     text = "alpha 1.4 is beyond +-1.2, the range in which the path was measured to be straight: expect lower accuracy"
     assert target({"alpha": 1.4, "straight": 1.2}).warnings == [text]
     assert target({"alpha": -1.4, "straight": 1.4}).warnings == []
-    # Measured to be straight: the usual guess does not count.
+    # A measured straight range replaces the usual guess.
     assert target({"alpha": 2.5, "straight": 3}).warnings == []
     assert len(target({"alpha": [{"filter": "a", "value": 2}, {"value": -1.1}], "straight": 1}).warnings) == 2
     assert target({"coordinate": 9, "straight": 1.5}).warnings == [
@@ -93,7 +93,7 @@ def test_leaving_the_range_where_the_path_is_straight() -> None:
     assert len(target({"alpha": {"viscosity": 1.4, "gravity": -1.3}, "straight": 1.2}, BOX).warnings) == 2
 
 
-def test_gamma_and_log_may_stand_beside_alpha_in_a_sweep() -> None:
+def test_gamma_and_coordinate_may_be_combined_with_alpha_in_a_sweep() -> None:
     sweep = [{"name": "given", "parameters": {"alpha": 0.5}}, {"name": "at", "parameters": {"coordinate": 2}}]
     made = load_targets(path_of({"coordinate": 3, "gamma": 0.9}, LINE, sweep=sweep))
     assert [(one.alpha or {})["found"] for one in made] == ["given", "scale"]
@@ -102,14 +102,14 @@ def test_gamma_and_log_may_stand_beside_alpha_in_a_sweep() -> None:
     assert [(one.alpha or {})["value"] for one in made] == [CENTRE, {"viscosity": 0, "gravity": 0}]
 
 
-def test_an_alpha_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_alpha_found_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     base = network()
     paths = [save(network(i, near=base), Path(f"{i}.safetensors")) for i in range(2)]
     for i, parameters in enumerate(({}, {"alpha": [{"filter": "lift", "value": 9}]}, {"straight": 0.5})):
         merge(config(Path(), "ccm", paths, parameters=parameters), Path(f"out{i}"), found=FOUND)
-        told = json.loads(Path(f"out{i}/merge.json").read_text())
-        assert told["alpha"] == FOUND
-        assert "alpha" not in told["merge"].get("parameters", {})
+        manifest = json.loads(Path(f"out{i}/merge.json").read_text())
+        assert manifest["alpha"] == FOUND
+        assert "alpha" not in manifest["merge"].get("parameters", {})
     assert "alpha 0.85 is beyond +-0.5" in capsys.readouterr().err
     merge(config(Path(), "ccm", paths, parameters={"alpha": 0.85}), Path("given"))
     assert same_bits(load(Path("out1")), load(Path("given")))
@@ -119,7 +119,7 @@ def test_an_alpha_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
         merge(config(Path(), "ccm", paths), Path("out0"), found={**FOUND, "frames": 5})
 
 
-def test_an_alpha_from_outside_with_coordinates() -> None:
+def test_an_alpha_found_elsewhere_with_coordinates() -> None:
     made = target({"coordinate": 3}, {"high": 3, "low": 1}, found=FOUND)
     assert made.models == ["low", "high"]
     assert made.composition is not None
@@ -135,7 +135,7 @@ def test_the_example_of_two_axes_loads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "coordinates", "words", "says"),
+    ("parameters", "coordinates", "words", "messages"),
     [
         ({"coordinate": 2, "power": 0}, {"low": 0, "high": 1}, {}, ("coordinate of low is 0", "positive")),
         ({"coordinate": -2, "power": 0}, LINE, {}, ("coordinate of the target is -2",)),
@@ -170,9 +170,11 @@ def test_the_example_of_two_axes_loads() -> None:
         ({}, BOX, {"found": FOUND}, ("prefix", "2 axes")),
     ],
 )
-def test_refused(parameters: dict[str, Any], coordinates: dict[str, Any], words: dict[str, Any], says: Any) -> None:
+def test_invalid_targets_are_refused(
+    parameters: dict[str, Any], coordinates: dict[str, Any], words: dict[str, Any], messages: Any
+) -> None:
     with pytest.raises(UserError) as caught:
         target(parameters, coordinates, **words)
     assert "\n" not in str(caught.value)
-    for text in says:
+    for text in messages:
         assert text in str(caught.value)

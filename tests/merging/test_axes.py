@@ -1,4 +1,4 @@
-"""Several axes: which layout models form, and merges of them against the plain formulas."""
+"""Several axes: the layout that models form, and merges compared with the plain formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def point(viscosity: float, gravity: float) -> dict[str, float]:
 
 
 def experts(places: dict[str, tuple[float, float]]) -> tuple[list[Any], dict[str, State]]:
-    """Models on disk in the current folder with their coordinates, beside base.safetensors; and their tensors."""
+    """Save models beside base.safetensors in the current folder; return them with coordinates, and all tensors."""
     base = network()
     save(base, Path("base.safetensors"))
     states = {name: network(i + 1, near=base) for i, name in enumerate(places)}
@@ -48,7 +48,7 @@ def wide(states: dict[str, State], tensor: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.3, -0.8), (-1.4, 1.2)])
-def test_corners_are_multilinear(alphas: tuple[float, float]) -> None:
+def test_corners_are_interpolated_multilinearly(alphas: tuple[float, float]) -> None:
     entries, states = experts(BOX)
     v, g = alphas
     made = merged(Path(), "ccm", entries, parameters={"alpha": point(v, g)})
@@ -61,7 +61,7 @@ def test_corners_are_multilinear(alphas: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.3, -0.8), (-1.4, 1.2)])
-def test_a_star_is_the_base_and_a_step_along_each_axis(alphas: tuple[float, float]) -> None:
+def test_a_star_is_the_base_plus_a_step_along_each_axis(alphas: tuple[float, float]) -> None:
     entries, states = experts(STAR)
     v, g = alphas
     made = merged(Path(), "ccm", entries, base_model="base.safetensors", parameters={"alpha": point(v, g)})
@@ -74,7 +74,7 @@ def test_a_star_is_the_base_and_a_step_along_each_axis(alphas: tuple[float, floa
 
 
 @pytest.mark.parametrize("power", [1, 0.5, 0])
-def test_at_its_own_coordinate_a_corner_comes_out_bit_for_bit(power: float) -> None:
+def test_a_corner_is_reproduced_bit_for_bit_at_its_coordinate(power: float) -> None:
     entries, states = experts(BOX)
     sweep = [{"name": name, "parameters": {"coordinate": point(*BOX[name])}} for name in BOX]
     merge(config(Path(), "ccm", entries, parameters={"power": power}, sweep=sweep, output="out"))
@@ -132,7 +132,7 @@ def test_the_order_of_models_and_axes_does_not_change_a_bit(places: dict[str, tu
     assert same_bits(first, again)
 
 
-def test_filters_by_axis() -> None:
+def test_filters_for_one_axis() -> None:
     entries, states = experts(BOX)
     alpha = {"viscosity": [{"filter": "lift", "value": 1}, {"value": -1}], "gravity": 1}
     made = merged(Path(), "ccm", entries, parameters={"alpha": alpha})
@@ -144,26 +144,26 @@ def test_filters_by_axis() -> None:
         merge(config(Path(), "ccm", entries, parameters={"alpha": alpha}), Path("not"))
 
 
-def test_one_axis_may_have_a_name() -> None:
+def test_a_single_axis_may_be_named() -> None:
     entries, states = experts(BOX)
     line = [(path, {"coordinate": {"viscosity": value}}) for (path, _), value in zip(entries, (3, 1), strict=False)]
     merge(config(Path(), "ccm", line, sweep={"alpha": [-1, 0.5]}, output="grid"))
     assert same_bits(load(Path("grid/alpha=-1")), states["thick"])
     merge(config(Path(), "ccm", line, sweep={"coordinate": [2.5]}, output="places"))
     assert bits(load(Path("places/coordinate=2.5"))["double"]) == bits(load(Path("grid/alpha=0.5"))["double"])
-    told = json.loads(Path("places/coordinate=2.5/merge.json").read_text())
-    assert (told["alpha"]["layout"], told["alpha"]["value"]) == ("line", {"viscosity": 0.5})
+    manifest = json.loads(Path("places/coordinate=2.5/merge.json").read_text())
+    assert (manifest["alpha"]["layout"], manifest["alpha"]["value"]) == ("line", {"viscosity": 0.5})
 
 
-def test_the_manifest_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manifest_lists_alpha_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
     entries, _ = experts(STAR)
     parameters = {"coordinate": point(0.004, 12), "gamma": {"gravity": 0.5}, "clip": {"gravity": 1.25}}
     path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters)
     merge(path, Path("out"))
     warning = "gravity 12 is far outside 2 to 7: alpha 1.5 is clipped to 1.25"
     assert f"warning: out: {warning}" in capsys.readouterr().err
-    told = json.loads(Path("out/merge.json").read_text())
-    assert told["alpha"] == {
+    manifest = json.loads(Path("out/merge.json").read_text())
+    assert manifest["alpha"] == {
         "found": "scale",
         "layout": "star",
         "value": point(1.0, 1.25),
@@ -174,19 +174,19 @@ def test_the_manifest_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
         "clip": point(1.5, 1.25),
         "gamma": point(1.0, 0.5),
     }
-    assert told["notes"][0] == warning
-    roles = {path: one["role"] for path, one in told["inputs"].items()}
+    assert manifest["notes"][0] == warning
+    roles = {path: one["role"] for path, one in manifest["inputs"].items()}
     assert roles["base.safetensors"] == "base"
     assert (roles["thin.safetensors"], roles["heavy.safetensors"]) == ("viscosity=low", "gravity=high")
-    assert len(told["relative_distance_from_base"]) == 4
-    merge(path, Path("out"))  # by the same plan
+    assert len(manifest["relative_distance_from_base"]) == 4
+    merge(path, Path("out"))  # the same plan
     assert "exists already" in capsys.readouterr().out
     parameters["gamma"] = {"gravity": 0.4}
     with pytest.raises(UserError, match="is not this merge"):
         merge(config(Path(), "ccm", entries, base_model="base.safetensors", parameters=parameters), Path("out"))
 
 
-def test_an_expert_of_another_anchor_in_a_box() -> None:
+def test_a_corner_trained_from_another_anchor_is_refused() -> None:
     entries, _ = experts(BOX)
     save(network(77), Path("both.safetensors"))
     path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters={"alpha": point(0, 0)})
@@ -199,7 +199,7 @@ def without(places: dict[str, tuple[float, float]], name: str) -> dict[str, dict
 
 
 @pytest.mark.parametrize(
-    ("points", "says"),
+    ("points", "messages"),
     [
         (without(BOX, "heavy"), ("no model is at the corner gravity=7, viscosity=0.001", "add it")),
         ({**without(BOX, "heavy"), "heavy": point(0.0011, 7)}, ("viscosity is 0.001 in dry; 0.0011 in heavy",)),
@@ -215,9 +215,9 @@ def without(places: dict[str, tuple[float, float]], name: str) -> dict[str, dict
         ({"a": {"": 1}, "b": {"": 1}}, ("a and b have the same coordinate 1",)),
     ],
 )
-def test_points_that_form_no_layout(points: dict[str, dict[str, float]], says: tuple[str, ...]) -> None:
+def test_points_that_form_no_layout_are_refused(points: dict[str, dict[str, float]], messages: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
         find_layout(points, "out")
     assert str(caught.value).startswith("out: ")
-    for text in says:
+    for text in messages:
         assert text in str(caught.value).replace("gravity and of viscosity", "viscosity and of gravity")

@@ -1,4 +1,4 @@
-"""What is wrong is said in one line that names it; nothing is written and no input is touched."""
+"""Invalid input: one line names the error, nothing is written and no input is changed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
     return base
 
 
-def refused(*says: str, path: Path | None = None, method: str = "ccm", models: Any = PAIR, **words: Any) -> str:
-    """The merge must be refused in one line that holds each of ``says``, and change nothing."""
+def refused(*messages: str, path: Path | None = None, method: str = "ccm", models: Any = PAIR, **words: Any) -> str:
+    """Check that the merge is refused in one line that contains each of ``messages``, and changes nothing."""
     limits = {key: words.pop(key) for key in ("memory_limit", "out_shard_size") if key in words}
     words = {"parameters": {"alpha": 0.5}, "output": "out", **words}
     path = path or config(Path(), method, models, **words)
@@ -41,13 +41,13 @@ def refused(*says: str, path: Path | None = None, method: str = "ccm", models: A
     with pytest.raises(UserError) as caught:
         merge(path, **limits)
     assert tree(Path()) == before
-    for text in says:
+    for text in messages:
         assert text in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("settings", "messages"),
     [
         ({"method": "cmm"}, ("cmm", "ccm")),
         ({"merge_methd": 1}, ("merge_methd", "merge_method")),
@@ -83,17 +83,17 @@ def refused(*says: str, path: Path | None = None, method: str = "ccm", models: A
         ({"memory_limit": "much"}, ("much",)),
     ],
 )
-def test_words(words: dict[str, Any], says: tuple[str, ...]) -> None:
-    refused(*says, **words)
+def test_invalid_settings_are_named(settings: dict[str, Any], messages: tuple[str, ...]) -> None:
+    refused(*messages, **settings)
 
 
-def test_no_config_or_no_yaml() -> None:
+def test_a_missing_config_and_invalid_yaml() -> None:
     refused("absent.yaml", path=Path("absent.yaml"))
     Path("bad.yaml").write_text("models: [")
     refused("bad.yaml", "YAML", path=Path("bad.yaml"))
 
 
-def test_equal_coordinates_and_far_targets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_and_missing_coordinates_are_refused_and_far_targets_warn(capsys: pytest.CaptureFixture[str]) -> None:
     ends = [("low.safetensors", {"coordinate": 1}), ("high.safetensors", {"coordinate": 1})]
     refused("and high.safetensors have the same coordinate 1", models=ends, parameters={"coordinate": 2})
     refused("those of the models", parameters={"coordinate": 2})
@@ -105,7 +105,7 @@ def test_equal_coordinates_and_far_targets(capsys: pytest.CaptureFixture[str]) -
     assert "outside +-1.5" in capsys.readouterr().err
 
 
-def test_tensors_that_differ(experts: State) -> None:
+def test_models_with_different_tensors(experts: State) -> None:
     def other(state: State) -> None:
         save(state, Path("high.safetensors"))
 
@@ -131,12 +131,12 @@ def test_numbers_that_are_not_finite(bad: float, experts: State) -> None:
     refused("high.pt: tensor spectral.weight", "[1, 2, 3]", models=["low.safetensors", "high.pt"])
 
 
-def test_too_large_for_the_type(experts: State) -> None:
+def test_a_value_too_large_for_the_output_type(experts: State) -> None:
     save({**experts, "lift.bias": torch.full((40,), 1e6)}, Path("high.safetensors"))
     refused("lift.bias", "too large for float16", dtype="float16")
 
 
-def test_an_expert_of_another_anchor() -> None:
+def test_an_expert_trained_from_another_anchor() -> None:
     save(network(77), Path("stranger.safetensors"))
     message = refused(
         "it was not trained from it", models=["low.safetensors", "stranger.safetensors"], base_model="base.safetensors"
@@ -157,7 +157,7 @@ def test_an_expert_of_another_anchor() -> None:
 
 def test_damaged_files() -> None:
     whole = Path("high.safetensors").read_bytes()
-    for content, says in [
+    for content, messages in [
         (whole[:-10], "truncated"),
         (whole[:100], "truncated"),
         (whole + b"x", "longer"),
@@ -166,7 +166,7 @@ def test_damaged_files() -> None:
         (whole.replace(b'"F32"', b'"F99"'), "F99"),
     ]:
         Path("high.safetensors").write_bytes(content)
-        refused("high.safetensors", says)
+        refused("high.safetensors", messages)
 
 
 def test_a_missing_shard() -> None:
@@ -195,7 +195,7 @@ class Evil:
         {"w": torch.arange(6.0).view(2, 3).T},
     ],
 )
-def test_pickles_that_are_no_state_dict(content: Any) -> None:
+def test_pickles_that_are_not_plain_state_dicts(content: Any) -> None:
     torch.save(content, "x.pt")
     refused("x.pt", "save it again", models=["low.safetensors", "x.pt"])
     assert not Path("executed").exists()
@@ -240,7 +240,7 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("the outputs need")
 
 
-def test_a_disk_that_becomes_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_fills_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*arguments: Any) -> int:
         raise OSError(28, os.strerror(28))
 
@@ -255,7 +255,7 @@ def test_a_disk_that_becomes_full(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert not Path(".merging-out").exists()
 
 
-def test_an_output_that_another_process_is_making() -> None:
+def test_an_output_that_another_process_is_writing() -> None:
     work = Path(".merging-out")
     work.mkdir()
     with open(work / "lock", "a") as lock:

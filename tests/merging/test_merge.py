@@ -1,4 +1,4 @@
-"""Whole merges: every kind of input and output, limits, kills, sweeps."""
+"""Complete merges: every kind of input and output, limits, kills, sweeps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[State, State
 
 
 def words(method: str) -> dict[str, object]:
-    """A config of this method for the files of `three`, but for its models."""
+    """Return config settings of this method for the files of `three`, without the models."""
     if method == "ccm":
         return {"parameters": HALF, "base_model": "base.safetensors"}
     if method == "slerp":
@@ -57,7 +57,7 @@ def models(method: str) -> list[str]:
     return ["high.safetensors"] if method == "slerp" else ["low.safetensors", "high.safetensors"]
 
 
-def test_ccm_of_every_type(three: tuple[State, State, State]) -> None:
+def test_ccm_of_every_data_type(three: tuple[State, State, State]) -> None:
     _, low, high = three
     made = merged(Path(), "ccm", ["low.safetensors", "high.safetensors"], parameters=HALF)
     assert made.keys() == low.keys()
@@ -66,7 +66,7 @@ def test_ccm_of_every_type(three: tuple[State, State, State]) -> None:
         if tensor.is_floating_point() or tensor.is_complex():
             wide = torch.complex128 if tensor.is_complex() else torch.float64
             parts = 0.25 * tensor.to(wide), 0.75 * high[name].to(wide)
-            # Three roundings, of the terms and of their sum; two of them to float32 at least.
+            # There are three roundings: of the two terms, at least to float32, and of their sum.
             bound = torch.finfo(tensor.dtype).eps * (parts[0].abs() + parts[1].abs())
             assert torch.all((made[name].to(wide) - sum(parts)).abs() <= bound), name
         else:
@@ -74,7 +74,7 @@ def test_ccm_of_every_type(three: tuple[State, State, State]) -> None:
 
 
 def test_half_precision_is_accumulated_in_float32(tmp_path: Path) -> None:
-    """In bfloat16 256 + 1 is 256 again."""
+    """In bfloat16, 256 + 1 rounds to 256."""
     parts = [
         save({"w": torch.tensor([x], dtype=torch.bfloat16)}, tmp_path / f"{i}.safetensors")
         for i, x in enumerate([256.0, 1.0, 1.0])
@@ -94,7 +94,7 @@ def test_filters_choose_tensors(three: tuple[State, State, State]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("limits", [{"memory_limit": "100GB", "out_shard_size": "1KB"}, {"memory_limit": "64GB"}])
-def test_slices_and_files_do_not_change_a_bit(
+def test_slicing_and_sharding_do_not_change_a_bit(
     method: str, limits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,11 +128,11 @@ def test_the_order_of_models_does_not_change_a_bit(order: list[int], method: str
 
 
 @pytest.mark.parametrize("method", ["ccm", "ties"])
-def test_the_form_of_the_inputs_does_not_change_a_bit(method: str, three: tuple[State, State, State]) -> None:
+def test_the_format_of_the_inputs_does_not_change_a_bit(method: str, three: tuple[State, State, State]) -> None:
     plain = merged(Path(), method, models(method), **words(method))
     for name, state in zip(("low", "high"), three[1:], strict=True):
         save(state, Path(f"{name}.pt"))
-        # One merge of one model: a copy in several files.
+        # A merge of one model copies it into several files.
         merge(
             config(Path(), "linear", [f"{name}.safetensors"], parameters={"weight": 1}),
             Path(name),
@@ -144,7 +144,7 @@ def test_the_form_of_the_inputs_does_not_change_a_bit(method: str, three: tuple[
         assert same_bits(plain, again)
 
 
-def test_a_merged_checkpoint_is_a_model_to_evaluate(tmp_path: Path) -> None:
+def test_a_merged_checkpoint_can_be_evaluated(tmp_path: Path) -> None:
     base = {"w": torch.randn(50)}
     described = tiny_config().model_dump()
     paths = [save_checkpoint(network(i, near=base), tmp_path / str(i), 2, config=described) for i in (1, 2)]
@@ -171,25 +171,25 @@ def test_ep_size_of_checkpoints_does_not_change_a_bit(tmp_path: Path) -> None:
     expected = 0.25 * states[0]["lift.weight"] + 0.75 * states[1]["lift.weight"]
     torch.testing.assert_close(reader.tensor("model/lift.weight"), expected)
     assert all(name.startswith("model/") for name in reader.names())
-    # And such an output is an input again.
+    # Such an output can be an input again.
     words = {"parameters": {"weight": 1}, "format": "safetensors"}
     again = merged(tmp_path, "linear", [str(tmp_path / "out2")], output="again", **words)
     assert bits(again["lift.weight"]) == bits(reader.tensor("model/lift.weight"))
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_state_dict_comes_out_as_torch_would_save_it(mapped: bool, three: tuple[State, State, State]) -> None:
+def test_a_merged_state_dict_loads_with_torch(mapped: bool, three: tuple[State, State, State]) -> None:
     plain = merged(Path(), "ccm", models("ccm"), parameters=HALF)
     merge(config(Path(), "ccm", models("ccm"), parameters=HALF, format="pt"), Path("pt"))
     assert same_bits(plain, torch.load("pt/model.pt", weights_only=True, mmap=mapped))
 
 
-def test_dtype_and_complex128(tmp_path: Path) -> None:
+def test_output_dtypes_including_complex128(tmp_path: Path) -> None:
     state = {"z": torch.randn(5, 4, dtype=torch.complex64), "x": torch.randn(9), "i": torch.arange(4)}
     path = save(state, tmp_path / "a.safetensors")
     wide = merged(tmp_path, "linear", [path], parameters={"weight": 1}, dtype="float64")
     assert (wide["x"].dtype, wide["i"].dtype) == (torch.float64, torch.int64)
-    # safetensors knows no complex128: the parts on a last axis, and a note in the file.
+    # safetensors has no complex128: the real and imaginary parts are a last axis, and the file's metadata says so.
     assert torch.equal(torch.view_as_complex(wide["z"]), state["z"].to(torch.complex128))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["complex128"]) == ["z"]
@@ -199,7 +199,7 @@ def test_dtype_and_complex128(tmp_path: Path) -> None:
     assert (narrow["x"].dtype, narrow["z"].dtype) == (torch.bfloat16, torch.complex64)
 
 
-def test_the_manifest_has_true_hashes_and_says_how(three: tuple[State, State, State]) -> None:
+def test_the_manifest_has_correct_hashes_and_describes_the_merge(three: tuple[State, State, State]) -> None:
     other = {**three[2], "steps": torch.tensor(9)}
     save(other, Path("high.safetensors"))
     entries = [("low.safetensors", {"coordinate": 1.0}), ("high.safetensors", {"coordinate": 3.0})]
@@ -209,8 +209,8 @@ def test_the_manifest_has_true_hashes_and_says_how(three: tuple[State, State, St
         Path("out"),
         out_shard_size="2KB",
     )
-    told = json.loads(Path("out/merge.json").read_text())
-    assert told["alpha"] == {
+    manifest = json.loads(Path("out/merge.json").read_text())
+    assert manifest["alpha"] == {
         "found": "coordinate",
         "value": 0.5,
         "unclipped": 0.5,
@@ -219,28 +219,28 @@ def test_the_manifest_has_true_hashes_and_says_how(three: tuple[State, State, St
         "high": 3.0,
         "clip": 1.5,
     }
-    assert {path: one["role"] for path, one in told["inputs"].items()} == {
+    assert {path: one["role"] for path, one in manifest["inputs"].items()} == {
         "base.safetensors": "base",
         "low.safetensors": "low",
         "high.safetensors": "high",
     }
-    for path, one in told["inputs"].items():
+    for path, one in manifest["inputs"].items():
         assert one["files"][path]["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    for name, one in told["outputs"].items():
+    for name, one in manifest["outputs"].items():
         assert one["sha256"] == hashlib.sha256((Path("out") / name).read_bytes()).hexdigest()
-    assert any("steps" in note and "high.safetensors" in note for note in told["notes"])
+    assert any("steps" in note and "high.safetensors" in note for note in manifest["notes"])
     assert load(Path("out"))["steps"].item() == 3
-    distances = told["relative_distance_from_base"].values()
+    distances = manifest["relative_distance_from_base"].values()
     assert all(0.08 < distance < 0.12 for distance in distances)
-    assert abs(told["cosine_of_task_vectors"]) < 0.2
+    assert abs(manifest["cosine_of_task_vectors"]) < 0.2
 
 
-def test_a_killed_merge_goes_on_and_ends_the_same(three: tuple[State, State, State]) -> None:
+def test_a_killed_merge_resumes_and_gives_the_same_files(three: tuple[State, State, State]) -> None:
     path = config(Path(), "ccm", models("ccm"), base_model="base.safetensors", parameters=HALF)
     merge(path, Path("unbroken"), out_shard_size="2KB")
     count = len(list(Path("unbroken").glob("*.safetensors")))
     assert count > 3
-    for files in (1, 3):  # the second process goes on from the first
+    for files in (1, 3):  # the second process resumes the first
         script = str(ROOT / "tests" / "merging" / "killed.py")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         ended = subprocess.run([sys.executable, script, str(path), "again", str(files)], env=environment, timeout=100)
@@ -260,7 +260,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_left_of_other_inputs_is_not_used(
+def test_leftovers_of_a_merge_of_other_inputs_are_not_used(
     three: tuple[State, State, State], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config(Path(), "ccm", models("ccm"), parameters=HALF)
@@ -273,13 +273,13 @@ def test_what_is_left_of_other_inputs_is_not_used(
     assert same_bits(load(Path("out")), merged(Path(), "ccm", models("ccm"), parameters=HALF, output="fresh"))
 
 
-def test_a_sweep_is_many_outputs(three: tuple[State, State, State], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_writes_several_outputs(three: tuple[State, State, State], capsys: pytest.CaptureFixture[str]) -> None:
     path = config(Path(), "ccm", models("ccm"), parameters={}, sweep={"alpha": [-1, 0.5, 1.0]}, output="grid")
     assert [one.name for one in merge(path)] == ["alpha=-1", "alpha=0.5", "alpha=1.0"]
     assert bits(load(Path("grid/alpha=-1"))["double"]) == bits(three[1]["double"])
     alone = merged(Path(), "ccm", models("ccm"), parameters=HALF, output="alone", name="alone.yaml")
     assert same_bits(load(Path("grid/alpha=0.5")), alone)
-    # Again: what is there stays.
+    # A second merge keeps existing outputs.
     before = Path("grid/alpha=-1/merge.json").stat().st_mtime_ns
     shutil.rmtree("grid/alpha=1.0")
     merge(path)
@@ -306,7 +306,7 @@ def test_processes_share_a_sweep(three: tuple[State, State, State]) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_below_the_limit(tmp_path: Path) -> None:
-    """600 MB of inputs, one tensor of 160 MB, ties with its three passes, 400 MiB: as one would need 900 MB."""
+    """Merge 600 MB of inputs, with a tensor of 160 MB, by ties in three passes; in one piece it would need 900 MB."""
     base = {"large": torch.randn(40_000_000), "small": torch.randn(10_000_000)}
     paths = [save(network(i, near=base, distance=0.1 * i), tmp_path / f"{i}.safetensors") for i in range(3)]
     path = config(tmp_path, "ties", paths[1:], base_model=paths[0], parameters=TWO_WEIGHTS)

@@ -1,4 +1,4 @@
-"""Each method against numbers worked out by hand, and what must hold of them for any numbers."""
+"""Each method against numbers computed by hand, and properties that hold for any numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO = torch.tensor([2.0, 0.0, 0.5, 1.25])  # d = 1, -1, -0.5, 0.25
 
 
 def apply(recipe: Recipe, inputs: list[Tensor], length: int = 10**9) -> Tensor:
-    """The result of a recipe that sees its tensor in slices of ``length``."""
+    """Return the result of a recipe that gets its tensors in slices of ``length``."""
     starts = range(0, inputs[0].numel(), length)
     for number in range(recipe.passes):
         for start in starts:
@@ -81,7 +81,7 @@ def test_ties_by_hand() -> None:
     assert made.tolist() == [4.0, -2.0, -1.5, 2.25]
 
 
-def test_dare_keeps_a_share_and_divides_by_it() -> None:
+def test_dare_keeps_a_random_share_and_divides_by_the_density() -> None:
     n, density = 200_000, 0.25
     base, other = torch.zeros(n), torch.ones(n)
     made = apply(vectors("dare", n, (1.0,), density=density, seed=3), [base, other])
@@ -92,7 +92,7 @@ def test_dare_keeps_a_share_and_divides_by_it() -> None:
     assert 0.3 < float((made != again).float().mean()) < 0.45  # independent: 2 * 1/4 * 3/4
 
 
-def test_dare_ties_lets_only_the_sign_of_the_sum_pass() -> None:
+def test_dare_ties_keeps_only_values_with_the_sign_of_the_sum() -> None:
     made = apply(vectors("dare_ties", weights=(1.0, 3.0)), [BASE, ONE, TWO])
     assert made.tolist() == [4.0, -2.0, -1.5, 2.25]
 
@@ -108,7 +108,7 @@ def test_slerp_by_hand() -> None:
     torch.testing.assert_close(apply(Slerp(0.5), [a, b]), torch.tensor([half, 2 * half]))
     third = apply(Slerp(1 / 3), [a, b])
     torch.testing.assert_close(third, torch.tensor([math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)]))
-    # Colinear, and a zero vector: the straight line.
+    # Collinear vectors and a zero vector are interpolated linearly.
     assert apply(Slerp(0.25), [a, 3 * a]).tolist() == [1.5, 0.0]
     assert apply(Slerp(0.25), [a, 0 * a]).tolist() == [0.75, 0.0]
 
@@ -118,7 +118,7 @@ numbers = st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=300)
 
 @settings(max_examples=60, deadline=None)
 @given(numbers, st.integers(0, 2**16))
-def test_ends_are_given_bit_for_bit(values: list[float], seed: int) -> None:
+def test_ends_are_reproduced_bit_for_bit(values: list[float], seed: int) -> None:
     a = torch.tensor(values)
     b = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
     for made, expected in [
@@ -137,7 +137,7 @@ def test_ends_are_given_bit_for_bit(values: list[float], seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(numbers, st.floats(0.01, 1.0), st.booleans())
-def test_the_kth_largest_is_that_of_sorting(values: list[float], density: float, double: bool) -> None:
+def test_the_kth_largest_equals_the_sorted_one(values: list[float], density: float, double: bool) -> None:
     tensor = torch.tensor(values, dtype=torch.float64 if double else torch.float32)
     k = max(1, int(density * len(values)))
     found = KthLargest(k, tensor.dtype)
@@ -150,7 +150,7 @@ def test_the_kth_largest_is_that_of_sorting(values: list[float], density: float,
 
 @pytest.mark.parametrize("method", ["ccm", "linear", "slerp", "task_arithmetic", "ties", "dare", "dare_ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_how_a_tensor_is_cut_does_not_change_a_bit(method: str, dtype: torch.dtype) -> None:
+def test_slicing_a_tensor_does_not_change_a_bit(method: str, dtype: torch.dtype) -> None:
     n = 3 * BLOCK + 77
     random = torch.Generator().manual_seed(1)
     inputs = list(torch.randn(3, n, dtype=dtype, generator=random))

@@ -1,4 +1,4 @@
-"""A router of one file, for test_routers: sample number n goes to expert n modulo E."""
+"""A router in one file for test_routers: sample number n goes to expert n modulo E."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shodh_moe.model.routers import Context, Slots
 
 
 class RoundRobinRouter(nn.Module):
-    """Learns how sure it is of its choice, and nothing else."""
+    """Learns only its confidence in the choice."""
 
     temperature = None
 

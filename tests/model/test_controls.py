@@ -1,4 +1,4 @@
-"""What the mixture of experts is compared with: dense blocks, a router that knows the domain, one that never learns."""
+"""Control models for the mixture of experts: dense blocks, a router that knows the domain, a frozen router."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_block_needs_an_expert():
 def test_the_oracle_sends_each_sample_to_the_named_expert_with_gate_1():
     model = _model(MoEConfig(num_experts=3, expert_hidden=16, router=RouterConfig(kind="oracle")))
     expert_B = torch.tensor([2, 0, 2, 1])
-    context = Context(4, torch.tensor([2, 3, 5, 1]))  # of more domains than experts
+    context = Context(4, torch.tensor([2, 3, 5, 1]))  # more domains than experts
     for training in (False, True):
         for routing in model.train(training)(*_inputs(), context).routing:
             assert torch.equal(routing.expert_N.view(4, -1), expert_B[:, None].expand(4, 32))
@@ -56,14 +56,14 @@ def test_the_oracle_sends_each_sample_to_the_named_expert_with_gate_1():
         model(*_inputs())
 
 
-def test_other_routers_do_not_look_at_the_domain():
+def test_other_routers_ignore_the_domain():
     model = _model(MoEConfig(expert_hidden=16)).eval()
-    told = model(*_inputs(), Context(4, torch.tensor([0, 1, 0, 1]))).latent_BCxyz
-    assert torch.equal(told, model(*_inputs()).latent_BCxyz)
+    with_domains = model(*_inputs(), Context(4, torch.tensor([0, 1, 0, 1]))).latent_BCxyz
+    assert torch.equal(with_domains, model(*_inputs()).latent_BCxyz)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_a_frozen_router_chooses_as_a_learning_one_but_gets_no_gradient(kind):
+def test_a_frozen_router_chooses_like_a_learning_one_but_gets_no_gradient(kind):
     frozen, learning = (
         _model(MoEConfig(expert_hidden=16, router=RouterConfig(kind=kind, frozen=value))) for value in (True, False)
     )
@@ -75,7 +75,7 @@ def test_a_frozen_router_chooses_as_a_learning_one_but_gets_no_gradient(kind):
         if ".router." in name:
             assert marks(parameter).lr_scale == 0
             assert parameter.grad.abs().max() == 0
-    for mine, theirs in zip(frozen.moe_layers, learning.moe_layers, strict=True):
-        assert theirs.router.projection.weight.grad.abs().max() > 0
-        # The experts learn all the same.
-        torch.testing.assert_close(mine.experts.down_LFD.grad, theirs.experts.down_LFD.grad)
+    for frozen_layer, learning_layer in zip(frozen.moe_layers, learning.moe_layers, strict=True):
+        assert learning_layer.router.projection.weight.grad.abs().max() > 0
+        # The experts still learn.
+        torch.testing.assert_close(frozen_layer.experts.down_LFD.grad, learning_layer.experts.down_LFD.grad)

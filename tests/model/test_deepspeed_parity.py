@@ -1,7 +1,7 @@
 """Our mixture-of-experts layer against DeepSpeed's own, with the same weights, tokens and gate.
 
-The layers run in processes of their own, since DeepSpeed's groups outlive a test. What is the same: linear router,
-Top-1, SwiGLU experts, capacity per rank, l_aux. Ours has no shared expert here.
+The layers run in separate processes, since DeepSpeed's groups outlive a test. Both have a linear router, Top-1, SwiGLU
+experts, capacity per rank and l_aux. Our layer has no shared expert here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.forked import spawn
 pytestmark = pytest.mark.distributed
 
 TOKENS, DIM, HIDDEN, EXPERTS = 48, 8, 6, 4
-# Name: tokens and capacity factor. No token is dropped; 6 slots an expert; a capacity that rounding decides.
+# Name: tokens and capacity factor. No token is dropped; 6 slots per expert; a capacity that depends on rounding.
 CASES = {"room": (TOKENS, float(EXPERTS)), "tight": (TOKENS, 0.5), "rounded": (50, 1.2)}
 
 
@@ -48,7 +48,7 @@ def _ours(ep: ExpertParallel, factor: float) -> MoE:
 
 
 def _theirs(ours: MoE, factor: float) -> Any:
-    """DeepSpeed's layer with our weights; without random token selection, as the latter ignores token order."""
+    """DeepSpeed's layer with our weights, without random token selection, which would ignore token order."""
     from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
     layer = DeepSpeedMoE(
@@ -86,7 +86,7 @@ def _compare(ep: ExpertParallel, factor: float, tokens: int, rank: int) -> dict[
         "router": (ours.router.projection.weight.grad, theirs.deepspeed_moe.gate.wg.weight.grad),
         "gate_up": (ours.experts.gate_up_LDF.grad, torch.stack([e.gate_up.weight.grad.T for e in experts])),
         "down": (ours.experts.down_LFD.grad, torch.stack([e.down.weight.grad.T for e in experts])),
-        # A dropped token leaves DeepSpeed's layer as zeros; which expert it wanted, both routers agree on.
+        # DeepSpeed's layer outputs zeros for a dropped token; both routers agree on the token's expert.
         "kept": (kept(routing.expert_N[routing.kept_N]), kept(routing.expert_N[their_y.detach().any(dim=1)])),
     }
 
@@ -97,7 +97,7 @@ def _worker(rank: int, world: int, size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for a minute or two
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it compiles for a minute or two
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
     ep = ExpertParallel(size, rank % size, groups[rank // size])
@@ -110,7 +110,7 @@ def _worker(rank: int, world: int, size: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "EP 2"])
 def ranks(request, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What both layers gave, [case][rank][name]: (ours, theirs)."""
+    """The results of both layers, [case][rank][name]: (ours, theirs)."""
     world, folder = request.param, tmp_path_factory.mktemp("parity")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

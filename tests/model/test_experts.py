@@ -1,4 +1,4 @@
-"""Routed experts against one expert at a time, whatever rows they get and in whatever form."""
+"""Routed experts compared with one expert at a time, for every form of input."""
 
 from __future__ import annotations
 

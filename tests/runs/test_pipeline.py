@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, including file times, that a test may change; it is the working folder."""
+    """A copy of `finished`, including file times, that a test may change; the test runs in it."""
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.chdir(copy)
     return copy
@@ -76,7 +76,7 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-def test_every_artefact_is_there(finished: Path) -> None:
+def test_every_artefact_exists(finished: Path) -> None:
     run = finished / "runs/tiny"
     files = ["config.yaml", "environment.json", "metrics.jsonl", "metrics.json", "report/index.html"]
     assert [name for name in files if not (run / name).stat().st_size] == []
@@ -115,7 +115,7 @@ def test_metrics_have_every_public_key_and_only_finite_numbers(finished: Path) -
     assert all(math.isfinite(number) for number in found)
 
 
-def test_telemetry_has_a_line_a_step_from_the_two_ranks(finished: Path) -> None:
+def test_telemetry_has_one_line_per_step_from_two_ranks(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == [1, 2, 3, 4]
@@ -123,13 +123,13 @@ def test_telemetry_has_a_line_a_step_from_the_two_ranks(finished: Path) -> None:
     assert all(math.isfinite(number) for number in numbers(lines))
 
 
-def test_it_ends_with_the_table_and_the_reports_path(finished: Path) -> None:
+def test_the_output_ends_with_the_table_and_the_path_of_the_report(finished: Path) -> None:
     lines = (finished / "stdout.txt").read_text().splitlines()
     assert lines[-1] == "report: runs/tiny/report/index.html"
     assert [line for line in lines if line.startswith("open_channel") and "latent MSE" in line]
 
 
-# Put on PYTHONPATH: every process notes each time that it lists the files of a dataset at data.path.
+# A module on PYTHONPATH that makes every process record each time it lists the files of a dataset at data.path.
 COUNT_LISTINGS = """
 import os, pathlib
 glob = pathlib.Path.glob
@@ -142,7 +142,7 @@ pathlib.Path.glob = counted
 """
 
 
-def test_every_process_resolves_the_paths_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_lists_the_dataset_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tmp_path)
     write_dataset(tmp_path / "theirs")
     (tmp_path / "hook").mkdir()
@@ -156,18 +156,18 @@ def test_every_process_resolves_the_paths_once(tmp_path: Path, monkeypatch: pyte
     assert len(set(processes)) == 5
 
 
-def test_a_second_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_changes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert main(["run", "--config", "tiny.yaml"]) == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - started_at < 20
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     stages = ["data", "tokenizer", "latents", "pretrain", "evaluate", "report"]
     assert [line.partition(",")[0] for line in said] == [f"[{stage}] unchanged" for stage in stages]
     assert tree(here) == before
 
 
-def test_another_name_reuses_all_but_the_run(
+def test_another_name_reuses_everything_but_the_run(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
@@ -197,7 +197,7 @@ def test_a_training_key_under_the_same_name_is_refused(here: Path, capfd: pytest
     assert tree(here) == before
 
 
-def test_evaluation_keys_measure_and_report_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_evaluation_keys_repeat_evaluation_and_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, run = tree(here), here / "runs/tiny"
     assert np.load(run / "evaluation.npz")["open_channel/rollout_error"].shape == (2,)
     assert main(["run", "--config", "tiny.yaml", "evaluation.rollout_steps=1"]) == 0
@@ -209,7 +209,7 @@ def test_evaluation_keys_measure_and_report_again(here: Path, capsys: pytest.Cap
     assert not [name for name in changed if "checkpoints" in name or not name.startswith("runs/tiny")]
 
 
-def test_a_measurement_that_fails_half_way_is_done_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_fails_half_way_is_repeated(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, *arguments: Any, **arrays: Any) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -221,7 +221,7 @@ def test_a_measurement_that_fails_half_way_is_done_again(here: Path, monkeypatch
     assert np.load(here / "runs/tiny/evaluation.npz")["open_channel/rollout_error"].shape == (2,)
 
 
-def test_stages_before_their_inputs_name_the_missing_one(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_name_a_missing_input(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     at = ("--config", "tiny.yaml", "--name", "none")
     refused(capfd, "evaluate", *at, says=("runs/none/checkpoints", "shodh pretrain"))
     refused(capfd, "report", *at, says=("runs/none",))
@@ -235,7 +235,7 @@ def test_stages_before_their_inputs_name_the_missing_one(here: Path, capfd: pyte
 
 
 def test_a_disk_that_fills_up_at_a_checkpoint(here: Path) -> None:
-    """The kernel refuses files over 60 KB. Only those of the checkpoint are larger."""
+    """The kernel refuses files over 60 KB; only the checkpoint's files are larger."""
     command = f"ulimit -f 60; exec {sys.executable} -m shodh_moe.cli pretrain --config tiny.yaml --name full"
     done = subprocess.run(["bash", "-c", command], cwd=here, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -245,8 +245,8 @@ def test_a_disk_that_fills_up_at_a_checkpoint(here: Path) -> None:
     assert list((here / "runs/full/checkpoints").iterdir()) == []
 
 
-def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
-    """At SIGTERM, which schedulers send, the ranks write a checkpoint and exit with the code for a restart."""
+def test_terminating_the_command_ends_its_ranks(here: Path) -> None:
+    """On SIGTERM, which schedulers send, the ranks write a checkpoint and exit with the requeue code."""
     settings = ["--name", "long", "training.steps=1000000", "training.checkpoint_every=5", "training.log_every=1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "tiny.yaml", *settings],
@@ -271,26 +271,26 @@ def test_a_killed_command_takes_its_ranks_along(here: Path) -> None:
     assert ranks(here) == []
     found = find_checkpoint(here / "runs/long/checkpoints")
     assert found is not None
-    # At the step where it was stopped, not at the next scheduled checkpoint.
+    # The checkpoint is of the step at which it was stopped, not of the next scheduled one.
     assert f"stopped by a signal after step {found[1]['step']}: the same command resumes from there" in out
 
 
 def ranks(folder: Path) -> list[int]:
-    """Process ids of the ranks that run in ``folder``."""
+    """Return the process ids of the ranks that run in ``folder``."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                works_here = (entry / "cwd").readlink() == folder
-                if works_here and b"shodh_moe.runs.pretrain_rank\0--local_rank" in (entry / "cmdline").read_bytes():
+                in_folder = (entry / "cwd").readlink() == folder
+                if in_folder and b"shodh_moe.runs.pretrain_rank\0--local_rank" in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue
     return found
 
 
-def test_a_run_that_another_launcher_started_can_be_evaluated_and_reported(here: Path) -> None:
-    """The README's way on a cluster: the ranks are started directly, without the pipeline."""
+def test_a_run_started_by_another_launcher_can_be_evaluated_and_reported(here: Path) -> None:
+    """The ranks are started directly, without the pipeline, as the README does on a cluster."""
     script = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
     started = launch(2, script, "--config", "tiny.yaml", "--name", "by_hand")
     assert started.returncode == 0, started.stdout + started.stderr

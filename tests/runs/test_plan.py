@@ -1,4 +1,4 @@
-"""Compare the plan with what autograd keeps and what a DeepSpeed engine allocates."""
+"""Compare the plan with the tensors that autograd keeps and a DeepSpeed engine allocates."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_activations_are_what_autograd_keeps(as_on_a_gpu, size, precision, checkpointing):
+def test_planned_activations_match_what_autograd_keeps(as_on_a_gpu, size, precision, checkpointing):
     config = _config(*size, precision=precision, activation_checkpointing=checkpointing)
     channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
     model = LatentTransformer(
@@ -101,7 +101,7 @@ def test_activations_are_what_autograd_keeps(as_on_a_gpu, size, precision, check
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
-def test_parameters_are_those_of_the_model(ep):
+def test_planned_parameters_match_the_model(ep):
     config = _config(64, 96, 1, 3, 4, 8)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
     count = plan.count_parameters(config, world=4)
@@ -118,8 +118,8 @@ def test_a_layout_that_does_not_fit_is_refused():
         plan.plan(config, 6)
 
 
-def test_disk_is_what_the_files_hold():
-    """By hand: two domains of 16 + 4 + 4 trajectories with 24 snapshots, four latent copies of the training split."""
+def test_planned_disk_space_matches_the_files():
+    """Expected by hand: two domains of 16 + 4 + 4 trajectories, 24 snapshots, four latent copies in training."""
     config = Config.model_validate({"data": {"grid": [16, 16, 16]}, "tokenizer": {"latent_channels": 8}})
     assert plan.snapshots(config) == 48 * 24
     assert plan.dataset_bytes(config) == 48 * (24 * 4 + 1) * 16**3 * 4
@@ -128,7 +128,7 @@ def test_disk_is_what_the_files_hold():
     assert plan.checkpoint_bytes(config, 1) == 12 * plan.count_parameters(config, 1).total
 
 
-def test_the_table_says_the_main_things():
+def test_the_table_shows_layout_tokens_and_epochs():
     text = plan.plan(_config(64, 96, 1, 3, 4, 8, steps=20, batch_size=4, accumulation=2), 2)
     tokens = "64 per sample, 256 per micro-batch, 1,024 per step"
     for words in ("2: EP 2, EDP 1, ZeRO 0, float32", tokens, "20 with 16 samples each"):
@@ -158,7 +158,7 @@ def counted(tmp_path_factory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_states_are_what_an_engine_allocates(counted, layout):
+def test_planned_states_match_what_an_engine_allocates(counted, layout):
     config = load_config(counted / "config.yaml", LAYOUTS[layout].split())
     count = json.loads((counted / "counts.json").read_text())[list(LAYOUTS).index(layout)]
     sizes = plan.memory(config, 2)

@@ -44,7 +44,7 @@ def _fields(config: Config) -> torch.Tensor:
         ("exact", "float32", True),
     ],
 )
-def test_a_step_holds_what_the_plan_says(decoder: str, precision: str, checkpointing: bool) -> None:
+def test_a_step_uses_the_planned_memory(decoder: str, precision: str, checkpointing: bool) -> None:
     config = _config([24, 16, 40], precision=precision, **DECODERS[decoder])
     plan = tokenizer_plan.activation_bytes(config, 2, checkpointing)
     tokenizer = Tokenizer(config.tokenizer, config.data.grid)
@@ -61,8 +61,8 @@ def test_a_step_holds_what_the_plan_says(decoder: str, precision: str, checkpoin
     assert plan["activations"] + plan["passes"] == pytest.approx(live.peak, rel=0.03)
 
 
-def test_activations_are_what_autograd_saves() -> None:
-    """Counts the storages that autograd packs, and the batch."""
+def test_planned_activations_match_what_autograd_saves() -> None:
+    """Count the storages that autograd packs, and the batch."""
     config = _config([24, 16, 40], **DECODERS["exact"])
     tokenizer = Tokenizer(config.tokenizer, config.data.grid)
     own = {p.untyped_storage().data_ptr() for p in (*tokenizer.parameters(), *tokenizer.buffers())}
@@ -89,7 +89,7 @@ def test_checkpointing_lowers_memory() -> None:
 
 
 @pytest.mark.parametrize("operator", ["staggered", "central2"])
-def test_the_solver_holds_no_more_fields_than_planned(operator: str) -> None:
+def test_the_solver_keeps_no_more_fields_than_planned(operator: str) -> None:
     solid = torch.zeros(1, 1, 16, 16, 16)
     solid[..., 4:8, 4:9, 3:7] = 1
     w, mask = torch.randn(1, 3, 16, 16, 16), walls.may_flow(solid, operator)
@@ -99,7 +99,7 @@ def test_the_solver_holds_no_more_fields_than_planned(operator: str) -> None:
     assert 0.6 * tokenizer_plan.SOLVER_FIELDS < fields <= tokenizer_plan.SOLVER_FIELDS
 
 
-def test_states_are_shared_out_by_zero() -> None:
+def test_zero_divides_the_states_among_ranks() -> None:
     config = _config([16, 16, 16], batch_size=4)
     count = sum(parameter.numel() for parameter in Tokenizer(config.tokenizer, config.data.grid).parameters())
     whole = tokenizer_plan.memory(config, 4, False)
@@ -109,7 +109,7 @@ def test_states_are_shared_out_by_zero() -> None:
     assert tokenizer_plan.memory(zero, 4, False)["optimizer"] == 12 * -(-count // 4)
 
 
-def test_the_table_says_the_main_things() -> None:
+def test_the_table_shows_ranks_latents_and_memory() -> None:
     text = tokenizer_plan.tokenizer_plan(_config([24, 16, 40], batch_size=6, activation_checkpointing=True), 2)
     for words in (
         "2, 3 samples each; ZeRO 0, float32",

@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def _released(all_reduce: Any) -> Any:
-    """Wrap ``all_reduce`` to wait until gloo's thread has released the tensor. NCCL has no such thread."""
+    """Wrap ``all_reduce`` so that it waits until gloo's thread has released the tensor. NCCL has no such thread."""
 
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         before = tensor._use_count()
@@ -48,7 +48,7 @@ def _released(all_reduce: Any) -> Any:
 
 
 def measure(config: Config) -> dict[str, int]:
-    """Bytes that live between two steps, and the peak during two steps."""
+    """Measure the bytes alive between two steps, and the peak during two steps."""
     t, channels = config.training, config.tokenizer.latent_channels
     grid = [size // 8 for size in config.data.grid]
     with LiveBytes() as live:

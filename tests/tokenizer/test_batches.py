@@ -1,4 +1,4 @@
-"""The snapshots of a training step of the tokenizer, and their symmetries."""
+"""The snapshots of a tokenizer training step, and their symmetries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def snapshots(dataset: Path) -> Snapshots:
     return Snapshots(list_trajectories(dataset, "train"))
 
 
-def test_training_snapshots_come_under_random_symmetries(dataset: Path) -> None:
+def test_training_snapshots_are_transformed_by_random_symmetries(dataset: Path) -> None:
     data = snapshots(dataset)
     draws = [draw(data, None, 4, seed=0, step=step) for step in range(3)]
     assert draws == [draw(data, None, 4, seed=0, step=step) for step in range(3)], "a step alone decides"
@@ -43,7 +43,7 @@ def test_weights_mix_the_domains_of_a_batch(dataset: Path) -> None:
     assert drawn == [[0, 0, 0, 1]] * 3
 
 
-def test_ranks_share_a_batch_out(dataset: Path) -> None:
+def test_ranks_divide_a_batch(dataset: Path) -> None:
     picks, symmetries = draw(snapshots(dataset), None, 6, seed=0, step=0)
     parts = [share((picks, symmetries), rank, 3) for rank in range(3)]
     assert [len(part) for part, _ in parts] == [2, 2, 2]
@@ -51,8 +51,8 @@ def test_ranks_share_a_batch_out(dataset: Path) -> None:
     assert sorted(pairs, key=str) == sorted(zip(picks, symmetries, strict=True), key=str)
 
 
-def test_a_batch_larger_than_the_dataset_is_whole(dataset: Path) -> None:
-    """A batch must be whole, to be divided evenly among ranks."""
+def test_a_batch_larger_than_the_dataset_is_filled(dataset: Path) -> None:
+    """A batch must have its full size so that ranks can divide it evenly."""
     picks, symmetries = draw(snapshots(dataset), None, 16, seed=0, step=0)
     assert len(picks) == len(symmetries) == 16
     assert set(picks) <= set(range(10))

@@ -58,9 +58,9 @@ def test_principal_components_reconstruct_a_field_of_low_rank() -> None:
     assert not tokenizer.geometry_basis_CP.any(), "without solids the geometry has no component"
 
 
-def test_the_start_is_deterministic_signs_included(dataset: Path) -> None:
+def test_the_start_is_deterministic_including_signs(dataset: Path) -> None:
     states = []
-    for seed in (0, 1):  # of the initial weights, which the start must overwrite
+    for seed in (0, 1):  # seeds of the initial weights, which the start must overwrite
         torch.manual_seed(seed)
         tokenizer = Tokenizer(config().tokenizer, [16, 16, 16])
         start_from_principal_components(tokenizer, snapshots(dataset), seed=0)
@@ -73,8 +73,8 @@ def test_the_start_is_deterministic_signs_included(dataset: Path) -> None:
     torch.testing.assert_close(rows @ rows.T, torch.eye(16), atol=1e-5, rtol=0)
 
 
-def test_one_unvarying_geometry_gives_no_noise(dataset: Path) -> None:
-    """If all training masks are equal, only rounding is left, which must not be scaled up."""
+def test_a_constant_geometry_gives_no_noise(dataset: Path) -> None:
+    """If all training masks are equal, only rounding errors remain, which must not be amplified."""
 
     class AllSolid(Snapshots):
         def read(self, index: int, out_5XYZ: np.ndarray) -> None:
@@ -87,8 +87,8 @@ def test_one_unvarying_geometry_gives_no_noise(dataset: Path) -> None:
     assert tokenizer.encode_geometry(torch.ones(1, 1, 16, 16, 16)).abs().max() < 1e-3
 
 
-def test_ranks_that_share_the_snapshots_find_the_same_start(dataset: Path) -> None:
-    """Each rank sees its part of the snapshots; the second gets the sums of the first."""
+def test_ranks_that_divide_the_snapshots_find_the_same_start(dataset: Path) -> None:
+    """Each rank reads its part of the snapshots, and the second rank adds the sums of the first."""
     alone, first, second = (Tokenizer(config().tokenizer, [16, 16, 16]) for _ in range(3))
     data = snapshots(dataset)
     start_from_principal_components(alone, data, seed=0)

@@ -12,7 +12,7 @@ from tests import forked
 
 
 def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run a script on every rank until all end; the first exit code that is not 0 ends the others and is returned.
+    """Run a script on every rank until all end; the first nonzero exit code ends the others and is returned.
 
     This is what launchers do, in a fraction of the time: DeepSpeed's imports itself twice before its ranks do.
     """
@@ -23,7 +23,7 @@ def launch(ranks: int, script: Path, *arguments: str, timeout: float = 180) -> s
 
 
 def start(ranks: int, script: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``deepspeed --num_gpus RANKS script arguments`` in a session of its own; the caller waits for it."""
+    """Start ``deepspeed --num_gpus RANKS script arguments`` in its own session; the caller waits for it."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), str(script), *arguments]
     environment = {**os.environ, **forked.ENVIRONMENT}

@@ -1,4 +1,4 @@
-"""A small latent cache and config, so that training can be tested without flow data."""
+"""A small latent cache and config for testing training without flow data."""
 
 from __future__ import annotations
 

@@ -14,8 +14,10 @@ from tests.training.synthetic import write_case
 pytestmark = pytest.mark.distributed
 
 
-def test_two_micro_batches_train_as_one_of_twice_the_size_at_every_zero_stage(tmp_path):
-    """Without the balance loss, which is not a mean over samples, and dropless, since capacity depends on the batch."""
+def test_two_micro_batches_train_like_one_of_twice_the_size_at_every_zero_stage(tmp_path):
+    """The balance loss is off since it is no mean over samples, and routing is dropless since capacity depends on the
+    batch.
+    """
     write_case(tmp_path)
     worker = Path(__file__).with_name("worker_accumulation.py")
     plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")

@@ -1,4 +1,4 @@
-"""Training the control models of the mixture on real ranks."""
+"""Training the control models of the mixture of experts on real ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.training.synthetic import CONFIG, write_case
 WORKER = Path(__file__).with_name("worker_pretrain.py")
 
 
-def _run(folder: Path, old: str, new: str, more: str = "") -> Path:
+def _run(folder: Path, old: str, new: str, extra_config: str = "") -> Path:
     write_case(folder)
     assert old in CONFIG
-    (folder / "config.yaml").write_text(CONFIG.replace(old, new) + more)
+    (folder / "config.yaml").write_text(CONFIG.replace(old, new) + extra_config)
     run = folder / "run"
     run.mkdir()
     done = launch(2, WORKER, str(folder), str(run))
@@ -27,9 +27,11 @@ def _run(folder: Path, old: str, new: str, more: str = "") -> Path:
 
 
 @pytest.mark.distributed
-def test_a_frozen_router_ends_as_it_began_under_zero(tmp_path):
-    moe = "capacity_factor: 1.0"
-    run = _run(tmp_path, moe, f"{moe}, router: {{frozen: true}}", "parallel: {zero_stage: 2}\n")
+def test_a_frozen_router_does_not_change_under_zero(tmp_path):
+    capacity_setting = "capacity_factor: 1.0"
+    run = _run(
+        tmp_path, capacity_setting, f"{capacity_setting}, router: {{frozen: true}}", "parallel: {zero_stage: 2}\n"
+    )
     first, last = (CheckpointReader(run / "checkpoints" / step) for step in ("3", "6"))
     for name in (name for name in first.names() if name.startswith("model/")):
         same = torch.equal(first.tensor(name), last.tensor(name))
@@ -37,7 +39,7 @@ def test_a_frozen_router_ends_as_it_began_under_zero(tmp_path):
 
 
 @pytest.mark.distributed
-def test_dense_blocks_train_on_one_domain_alone(tmp_path):
+def test_dense_blocks_train_on_a_single_domain(tmp_path):
     run = _run(
         tmp_path, "expert_hidden: 16,", "expert_hidden: 16, num_experts: 0,", "data: {weights: {open_channel: 0}}\n"
     )

@@ -1,4 +1,4 @@
-"""A disk that fills up while a run logs: a real file system of a few MB in memory."""
+"""A disk that fills up while a run writes its log: a real in-memory file system of a few MB."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SETTINGS = (
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)]
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(mount_point)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root may mount a file system of a few MB, so logging to a full disk is not tested")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
 def fill(disk: Path) -> Path:
@@ -61,7 +61,7 @@ def write_steps(log: Log) -> Iterator[int]:
         yield step
 
 
-def test_neither_file_of_a_log_gets_half_a_record(small_disk: Path) -> None:
+def test_a_full_disk_leaves_no_partial_record_in_either_log(small_disk: Path) -> None:
     log = Log(small_disk, 0)
     filler = fill(small_disk)
     logged: list[int] = []
@@ -97,7 +97,7 @@ def started(folder: Path, run: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
-def test_a_run_that_cannot_log_ends_keeps_its_checkpoint_and_goes_on_with_room(
+def test_a_run_that_cannot_log_keeps_its_checkpoint_and_resumes_after_space_is_freed(
     small_disk: Path, tmp_path: Path
 ) -> None:
     folder = write_case(tmp_path / "case")

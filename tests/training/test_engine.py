@@ -1,4 +1,4 @@
-"""The DeepSpeed engine on two real ranks: sharded experts, real gradients, EP 2 equal to EP 1."""
+"""The DeepSpeed engine on two real ranks: sharded experts, real gradients, and EP 2 equal to EP 1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _experts(run: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {k: v for k, v in run.items() if k.startswith(prefix) and ".experts." in k}
 
 
-def test_each_rank_holds_its_own_experts_only(runs):
+def test_each_rank_holds_only_its_own_experts(runs):
     """Fails if experts are replicated: both ranks would hold the same two."""
     first, second = _experts(runs[2, 0], "local/"), _experts(runs[2, 1], "local/")
     assert len(first) == 4  # two layers, two weights
@@ -55,7 +55,7 @@ def test_each_rank_holds_its_own_experts_only(runs):
         assert value.shape[0] == 2
 
 
-def test_expert_gradients_are_real_and_their_own(runs):
+def test_expert_gradients_are_nonzero_and_differ_between_ranks(runs):
     first, second = _experts(runs[2, 0], "grad/"), _experts(runs[2, 1], "grad/")
     for name, value in first.items():
         assert value.abs().max() > 0, name
@@ -63,7 +63,7 @@ def test_expert_gradients_are_real_and_their_own(runs):
         assert not torch.allclose(value, second[name])
 
 
-def test_router_gets_a_gradient_shared_by_all_ranks(runs):
+def test_router_gradients_are_nonzero_and_equal_on_all_ranks(runs):
     names = [name for name in runs[2, 0] if name.startswith("grad/") and ".router." in name]
     assert len(names) == 6  # projection, prototypes, temperature of two layers
     for name in names:
@@ -82,12 +82,12 @@ def test_capacity_binds_in_this_setting(runs):
     assert runs[2, 0]["dropped"].sum() > 0
 
 
-def test_dropless_drops_nothing_and_ep_2_trains_as_ep_1(dropless_runs):
+def test_dropless_drops_nothing_and_ep_2_trains_like_ep_1(dropless_runs):
     assert not any(run["dropped"].any() for run in dropless_runs.values())
     _check_ep_2_equals_ep_1(dropless_runs)
 
 
-def test_ep_2_trains_as_ep_1(runs):
+def test_ep_2_trains_like_ep_1(runs):
     _check_ep_2_equals_ep_1(runs)
 
 
@@ -103,7 +103,7 @@ def _check_ep_2_equals_ep_1(runs: Runs) -> None:
             torch.testing.assert_close(runs[2, 0][name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_float64_leaves_the_global_state_of_deepspeed_as_it_was(tmp_path):
+def test_float64_does_not_change_the_global_state_of_deepspeed(tmp_path):
     """In all ZeRO stages, between steps and after an error."""
     write_case(tmp_path)
     done = launch(2, Path(__file__).with_name("worker_float64.py"), str(tmp_path))

@@ -1,4 +1,4 @@
-"""Faults on clusters: signals, hangs, a second start. Real ranks under the DeepSpeed launcher."""
+"""Faults on clusters, with real ranks under the DeepSpeed launcher: signals, hangs, a second start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
 KILLS = int(os.environ.get("SHODH_KILLS", "3"))
-STEPS = 80 + 25 * max(KILLS - 3, 0)  # more steps than are made between this many kills
+STEPS = 80 + 25 * max(KILLS - 3, 0)  # enough steps that training does not finish before the last kill
 LONG = (
     f"training.steps={STEPS}",
     "training.checkpoint_every=1000",
@@ -53,7 +53,7 @@ def _check_same_weights(run: Path, unbroken: Path) -> None:
 
 
 def _records(run: Path) -> list[dict]:
-    """Read the records without times."""
+    """Read the run's records without their timings."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for key in ("step_ms", "tokens_per_second", "peak_memory_bytes"):
@@ -94,7 +94,7 @@ def _end(process: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(folder, unbroken, number):
+def test_a_signal_to_one_rank_makes_all_save_a_checkpoint_and_stop(folder, unbroken, number):
     run = folder / number.name
     process = start(2, WORKER, str(folder), str(run), "auto", *LONG)
     _once_training(process, run)[1].send_signal(number)
@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_lost(fo
 
 @pytest.mark.timeout(900)
 def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
-    """SHODH_KILLS=20 kills twenty times. Each time the whole job must end within 30 s with an error."""
+    """Each kill must end the whole job with an error within 30 s. SHODH_KILLS=20 makes twenty kills."""
     run, random = folder / "killed", np.random.default_rng(0)
     settings = (*LONG, "training.checkpoint_every=3")
     for _ in range(KILLS):
@@ -121,9 +121,9 @@ def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
         ranks = _once_training(process, run, before)
         time.sleep(random.uniform(0, 0.4))
         ranks[random.integers(2)].kill()
-        began = time.monotonic()
+        started = time.monotonic()
         out, error = _end(process, 60)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - started < 30
         assert process.returncode != 0, out + error
         assert not any(_alive(rank) for rank in ranks)
     done = launch(2, WORKER, str(folder), str(run), "auto", *settings)
@@ -131,13 +131,13 @@ def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
     _check_same_weights(run, unbroken)
 
 
-def test_a_stopped_rank_ends_the_job_and_every_stack_is_kept_but_a_suspended_job_goes_on(folder):
+def test_a_stopped_rank_ends_the_job_and_keeps_stacks_but_a_suspended_job_continues(folder):
     run = folder / "hung"
     process = start(
         2, WORKER, str(folder), str(run), "auto", *LONG, "training.steps=100000", "training.stall_seconds=4"
     )
     ranks = _once_training(process, run)
-    # A job that was suspended as a whole continues when it is woken, however late.
+    # A job that was suspended as a whole continues when it is woken, no matter how late.
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             rank.send_signal(number)
@@ -145,9 +145,9 @@ def test_a_stopped_rank_ends_the_job_and_every_stack_is_kept_but_a_suspended_job
             time.sleep(7)
     _once_training(process, run, (run / "metrics.jsonl").read_text())
     ranks[1].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
+    started = time.monotonic()
     out, error = _end(process, 60)
-    assert time.monotonic() - began < 4 + 30
+    assert time.monotonic() - started < 4 + 30
     assert process.returncode not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), out + error
     assert "no progress for 4 s" in error
     assert not any(_alive(rank) for rank in ranks)
@@ -169,7 +169,7 @@ def test_a_second_start_in_the_same_run_folder_is_refused(folder):
     lock_run(run).close()
 
 
-def test_the_lock_names_its_holder_and_ends_with_it(tmp_path):
+def test_the_lock_names_its_holder_and_is_released_when_it_closes(tmp_path):
     with lock_run(tmp_path) as lock:
         with pytest.raises(UserError, match=rf'"process": {os.getpid()}'):
             lock_run(tmp_path)

@@ -1,6 +1,6 @@
-"""All layouts of experts and optimizer state train equally, and each resumes from every other one's checkpoint.
+"""All layouts of experts and optimizer state train alike, and each resumes from the checkpoints of every other.
 
-Four processes train all nine layouts, that is, pairs of ZeRO stage and expert-parallel size.
+Four processes train all nine layouts, which are pairs of ZeRO stage and expert-parallel size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ WORLD, STEPS, SAVED_AT, AFTER, RATE = 4, 20, 3, 2, 1e-2
 LAYOUTS = list(itertools.product((0, 1, 2), (1, 2, 4)))
 SETTINGS = ("model.moe.num_experts=8", "model.moe.dropless=true", "training.grad_clip=0.05")
 PRECISIONS = ("float64", "float32")
-# (source, target) of each resumed run: all pairs; in float32, which takes the same paths, itself and the next one.
+# Pairs (layout that saves, layout that resumes): all in float64; in float32, which runs the same code, a layout with
+# itself and with the next.
 PAIRS = [("float64", *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
 PAIRS += [("float32", source, (LAYOUTS * 2)[number + k]) for number, source in enumerate(LAYOUTS) for k in (0, 1)]
 
@@ -41,13 +42,13 @@ def _worker(rank: int, folder: Path, port: int) -> None:
         runs = {layout: _Run(rank, folder, precision, layout) for layout in LAYOUTS}
         for layout, run in runs.items():
             results["alike", precision, layout] = run.train(STEPS) | {"weights": run.logical()}
-            # The layout's own unbroken run, from a checkpoint in its middle to its end.
+            # The layout's own uninterrupted run, after a checkpoint in its middle.
             run.restart()
             run.train(SAVED_AT)
             run.save()
             results["unbroken", precision, layout] = run.train(AFTER) | {"weights": run.logical()}
         for source, target in [pair for which, *pair in PAIRS if which == precision]:
-            run = runs[target]  # still in the state of its last use, all of which loading must replace
+            run = runs[target]  # still in the state of its last use, which loading must replace completely
             run.load(runs[source].checkpoint)
             before = run.logical()
             run.train(1, rate=0.0)
@@ -72,8 +73,8 @@ class _Run:
         from shodh_moe.training.pretrain import latent_engine
 
         zero, ep = layout
-        mine = (f"parallel.zero_stage={zero}", f"parallel.ep_size={ep}", f"training.precision={precision}")
-        self.config = load_config(folder / "config.yaml", [*SETTINGS, *mine])
+        layout_settings = (f"parallel.zero_stage={zero}", f"parallel.ep_size={ep}", f"training.precision={precision}")
+        self.config = load_config(folder / "config.yaml", [*SETTINGS, *layout_settings])
         self.rank, self.step = rank, 0
         self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, WORLD)
@@ -91,11 +92,11 @@ class _Run:
         for fragment, values in zip(self.engine.fragments(), self.start, strict=True):
             fragment.values.copy_(values)
         set_updates(self.engine.optimizer, 0)
-        self._spread()
+        self._distribute()
         self.step = 0
 
-    def _spread(self) -> None:
-        """What the fragments' owners hold, to everyone: through a checkpoint, as training does."""
+    def _distribute(self) -> None:
+        """Distribute the fragments from their owners to all ranks through a checkpoint, as training does."""
         self.step = 0
         self.save()
         self.load(self.folder / "0")
@@ -124,7 +125,7 @@ class _Run:
         return {"losses": torch.stack(losses), "norms": torch.stack(norms), "routes": torch.cat(everyone, dim=2)}
 
     def logical(self, moments: bool = False) -> dict[str, torch.Tensor]:
-        """Every logical tensor in full, on every rank."""
+        """Return every logical tensor in full, on every rank."""
         shapes = {name: s for name, s in self.engine.shapes().items() if moments or name.startswith("model/")}
         sizes = [math.prod(shape) for shape in shapes.values()]
         first = dict(zip(shapes, itertools.accumulate([0, *sizes]), strict=False))
@@ -164,7 +165,7 @@ def results(tmp_path_factory) -> dict:
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
 
 
@@ -174,8 +175,8 @@ def _worst(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_are_alike_in_float64(results, layout):
-    """Losses, every gradient norm (total, shared, each expert's) and every weight."""
+def test_twenty_steps_agree_in_float64(results, layout):
+    """Compare losses, every gradient norm (total, shared, each expert's) and every weight."""
     one, other = (results["alike", "float64", key] for key in ((0, 1), layout))
     assert torch.equal(one["routes"], other["routes"])
     torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-9, atol=0)
@@ -183,7 +184,7 @@ def test_twenty_steps_are_alike_in_float64(results, layout):
     assert _worst(other, one) < 1e-9
 
 
-def test_the_setting_trains_and_clips(results):
+def test_the_setting_learns_and_clips_gradients(results):
     run = results["alike", "float64", (0, 1)]
     assert run["losses"][-1] < run["losses"][0]
     assert (run["norms"][:, 0] > 0.05).any()
@@ -191,8 +192,8 @@ def test_the_setting_trains_and_clips(results):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_first_step_is_alike_in_float32_and_flips_are_counted(results, layout, record_property):
-    """Later, rounding may send a nearly tied token to another expert; the test report counts these tokens."""
+def test_the_first_step_agrees_in_float32_and_flips_are_counted(results, layout, record_property):
+    """Later, rounding may send a nearly tied token to the other expert; the test report counts these flips."""
     one, other = (results["alike", "float32", key] for key in ((0, 1), layout))
     torch.testing.assert_close(other["losses"][0], one["losses"][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(other["norms"][0], one["norms"][0], rtol=1e-6, atol=1e-9)
@@ -205,7 +206,7 @@ def test_the_first_step_is_alike_in_float32_and_flips_are_counted(results, layou
 
 
 @pytest.mark.parametrize(("precision", "source", "target"), PAIRS)
-def test_a_checkpoint_goes_on_at_any_layout(results, precision, source, target):
+def test_a_checkpoint_resumes_at_any_layout(results, precision, source, target):
     unbroken, continued = results["unbroken", precision, source], results["continued", precision, source, target]
     for name, value in results["continued", precision, source, source]["loaded"].items():
         assert torch.equal(continued["loaded"][name], value), f"{name} is not what was saved"
@@ -218,7 +219,7 @@ def test_a_checkpoint_goes_on_at_any_layout(results, precision, source, target):
         assert _worst(continued, unbroken) < (1e-9 if precision == "float64" else 1e-5)
 
 
-def test_experts_differ_so_that_a_swap_would_show(results):
+def test_experts_differ_so_that_a_swap_would_be_detected(results):
     for name, value in results["unbroken", "float64", (0, 1)]["weights"].items():
         if ".experts." in name:
             for first, second in itertools.combinations(value, 2):

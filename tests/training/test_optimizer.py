@@ -1,4 +1,4 @@
-"""All back ends implement the same AdamW and share one state format."""
+"""Every back end is the same AdamW, and their states are interchangeable."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _back_ends() -> list:
 
 
 @pytest.mark.parametrize("choice", _back_ends())
-def test_each_is_adamw(choice):
-    """Compare steps 1 to 5, from a state made in advance, with PyTorch's plain loop."""
+def test_each_back_end_is_adamw(choice):
+    """Compare with PyTorch's plain loop over steps 1 to 5, from a state created in advance."""
     optimizer = make_optimizer(choice, _groups(), CONFIG)
     make_state(optimizer)
     assert updates(optimizer) == 0
@@ -54,13 +54,13 @@ def test_each_is_adamw(choice):
     _train(optimizer, range(5))
     _train(plain, range(5))
     assert updates(optimizer) == 5
-    for ours, theirs in zip(_weights(optimizer), _weights(plain), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(_weights(optimizer), _weights(plain), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("choice", _back_ends())
 def test_state_moves_between_back_ends(choice):
-    """Train three steps with PyTorch, then two with another back end from the same moments and step count."""
+    """PyTorch makes three steps; another back end makes two more with its moments and step count."""
     first, unbroken, second = (make_optimizer(c, _groups(), CONFIG) for c in ("torch", "torch", choice))
     for optimizer in (first, unbroken, second):
         make_state(optimizer)
@@ -73,18 +73,18 @@ def test_state_moves_between_back_ends(choice):
                 second.state[copy][key].copy_(first.state[parameter][key])
     set_updates(second, updates(first))
     _train(second, range(3, 5))
-    for ours, theirs in zip(_weights(second), _weights(unbroken), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(_weights(second), _weights(unbroken), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_registrys_apex_is_not_taken_for_nvidias(monkeypatch):
+def test_the_apex_on_pypi_is_not_mistaken_for_nvidias(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     assert resolve_optimizer(TrainingConfig(optimizer="auto")) == "torch"
     with pytest.raises(UserError, match="NVIDIA's apex is not installed"):
         resolve_optimizer(TrainingConfig(optimizer="apex"))
 
 
-def test_float64_needs_a_kernel_for_it():
+def test_float64_needs_a_float64_kernel():
     with pytest.raises(UserError, match="deepspeed has no float64 kernel"):
         resolve_optimizer(TrainingConfig(optimizer="deepspeed", precision="float64"))
     assert resolve_optimizer(TrainingConfig(precision="float64")) == "torch"

@@ -46,7 +46,7 @@ def _check_same_end(run: Path, other: Path) -> None:
     for first, second in zip(_records(run, "train"), _records(other, "train"), strict=True):
         assert [first[key] for key in keys] == [second[key] for key in keys]
         for layer, same in zip(first["routing"], second["routing"], strict=True):
-            assert {**layer, "all_to_all": 0} == {**same, "all_to_all": 0}  # which holds times
+            assert {**layer, "all_to_all": 0} == {**same, "all_to_all": 0}  # which holds timings
 
 
 def _records(run: Path, kind: str) -> list[dict]:
@@ -73,7 +73,7 @@ def test_a_crash_after_a_checkpoint_changes_nothing(folder, unbroken):
 
 
 @pytest.mark.distributed
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(folder, unbroken):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_is_used(folder, unbroken):
     run = folder / "damaged"
     shutil.copytree(unbroken, run)
     path = run / "checkpoints" / "6" / "rank_00001.safetensors"
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(folder,
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_of_another_architecture_is_refused_by_tensor(folder, unbroken):
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensors_name(folder, unbroken):
     run = folder / "wider"
     shutil.copytree(unbroken, run)
     done = launch(2, WORKER, str(folder), str(run), "auto", "model.moe.expert_hidden=24")
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_tensor(folder, unbro
 
 
 @pytest.mark.distributed
-def test_a_named_checkpoint_is_gone_on_from_at_another_layout(folder, unbroken):
+def test_a_named_checkpoint_resumes_at_another_layout(folder, unbroken):
     run = folder / "named"
     run.mkdir()
     start = unbroken / "checkpoints" / "3"
@@ -115,7 +115,7 @@ def test_a_named_checkpoint_is_gone_on_from_at_another_layout(folder, unbroken):
 
 
 @pytest.mark.distributed
-def test_another_number_of_ranks_goes_on_and_says_so(folder, unbroken):
+def test_a_different_number_of_ranks_resumes_with_a_notice(folder, unbroken):
     run = folder / "alone"
     shutil.copytree(unbroken, run)
     at_3 = str(run / "checkpoints" / "3")
@@ -127,7 +127,7 @@ def test_another_number_of_ranks_goes_on_and_says_so(folder, unbroken):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("precision", ["bfloat16", "float64"])
-def test_other_precisions_train_with_everything_else_on(folder, precision):
+def test_other_precisions_train_with_checkpointing_and_accumulation(folder, precision):
     run = folder / precision
     run.mkdir()
     settings = (f"training.precision={precision}", "training.activation_checkpointing=true", "training.accumulation=2")
@@ -167,7 +167,7 @@ def test_a_step_that_is_not_finite_halts_or_is_skipped(folder, stage):
 
 
 @pytest.mark.distributed
-def test_ranks_that_disagree_end_with_both_values(folder):
+def test_ranks_with_different_configs_end_with_both_values(folder):
     """Rank 1 gets a different batch size, so capacities would differ and the exchange would hang."""
     run = folder / "disagree"
     run.mkdir()
@@ -176,7 +176,7 @@ def test_ranks_that_disagree_end_with_both_values(folder):
     assert "ranks disagree on training.batch_size: 4 on rank 0, 8 on rank 1" in done.stderr
 
 
-def test_telemetry_in_both_places(unbroken):
+def test_telemetry_reaches_metrics_jsonl_and_tensorboard(unbroken):
     train, valid = _records(unbroken, "train"), _records(unbroken, "valid")
     assert [r["step"] for r in train] == [r["step"] for r in valid] == [3, 6]
     for record in train:
@@ -190,7 +190,7 @@ def test_telemetry_in_both_places(unbroken):
     events = EventAccumulator(str(unbroken / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = {
+    expected = {
         "train/loss",
         "train/learning_rate",
         "train/step_ms",
@@ -199,12 +199,12 @@ def test_telemetry_in_both_places(unbroken):
         "routing_dropped/layer_1/porous_media",
         "routing_entropy/layer_1/open_channel",
     }
-    assert wanted <= tags
+    assert expected <= tags
     assert [event.step for event in events.Scalars("train/loss")] == [3, 6]
     assert events.Scalars("train/loss")[1].value == pytest.approx(train[1]["loss"], rel=1e-6)
 
 
-def test_checkpoint_stacks_all_experts_of_all_ranks(unbroken):
+def test_checkpoints_stack_the_experts_of_all_ranks(unbroken):
     experts = {name: value for name, value in _tensors(unbroken).items() if ".experts." in name}
     assert len(experts) == 12  # two layers, two weights, each with two moments
     for value in experts.values():

@@ -16,17 +16,17 @@ def _lines(*found: dict[str, Any]) -> str:
     return "".join(json.dumps(record) + "\n" for record in found)
 
 
-def test_what_a_resumed_run_repeats_replaces_what_was_there(tmp_path: Path) -> None:
+def test_repeated_steps_of_a_resumed_run_replace_the_old_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     killed = [{"kind": "train", "step": step, "loss": 9.0} for step in (10, 20, 30)]
-    again = [{"kind": "valid", "step": 20}, *({"kind": "train", "step": step, "loss": 1.0} for step in (20, 30))]
-    path.write_text(_lines(*killed, *again))
+    resumed = [{"kind": "valid", "step": 20}, *({"kind": "train", "step": step, "loss": 1.0} for step in (20, 30))]
+    path.write_text(_lines(*killed, *resumed))
     train = records(read_history(path), "train")
     assert [(record["step"], record["loss"]) for record in train] == [(10, 9.0), (20, 1.0), (30, 1.0)]
     assert records(read_history(path), "valid") == [{"kind": "valid", "step": 20}]
 
 
-def test_half_a_last_line_is_not_a_record(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(_lines({"kind": "train", "step": 1}) + '{"kind": "tra')
     assert read_history(path) == [{"kind": "train", "step": 1}]

@@ -1,4 +1,4 @@
-"""A run that starts from the weights of another: which weights, what is new, what it records, what it refuses."""
+"""A run that starts from another run's weights: what it loads, resets, records and refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.synthetic import write_case
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("worker_pretrain.py")
-# Too small for float32: steps are made, but no weight changes.
+# A rate too small for float32: steps are made, but no weight changes.
 STILL = ("training.learning_rate=1e-300", "training.min_learning_rate=0", "training.warmup_steps=0")
 ONE_STEP = ("training.steps=1", "training.log_every=1")
 
@@ -55,49 +55,49 @@ def _losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-def test_begins_with_exactly_the_weights_and_a_fresh_optimizer(folder, origin):
+def test_a_run_starts_with_exactly_the_weights_and_a_fresh_optimizer(folder, origin):
     """At another EP size and ZeRO stage."""
     layout = ("parallel.ep_size=1", "parallel.zero_stage=2")
     run = _train(folder, "still", f"start={origin}", *layout, *STILL, *ONE_STEP)
-    newest, begun = origin / "checkpoints" / "2", run / "checkpoints" / "1"
+    newest, started = origin / "checkpoints" / "2", run / "checkpoints" / "1"
     assert f"with the weights of {newest}: 2 ranks, EP 1, ZeRO 2" in (run / "stdout").read_text()
-    _check_same(_tensors(begun, "model/"), _tensors(newest, "model/"))
+    _check_same(_tensors(started, "model/"), _tensors(newest, "model/"))
 
-    before, state = CheckpointReader(newest).state, CheckpointReader(begun).state
+    before, state = CheckpointReader(newest).state, CheckpointReader(started).state
     assert (before["updates"], state["updates"], state["step"]) == (2, 1, 1)
     assert state["start"] == {"path": str(newest), "step": 2, "sha256": before["sha256"]}
-    # From zero, one step makes the moments (1 - beta1) g and (1 - beta2) g^2; an older moment would show.
+    # From zero moments, one step gives (1 - beta1) g and (1 - beta2) g^2; leftover moments would break this.
     first, second = TrainingConfig().betas
-    means, squares = _tensors(begun, "exp_avg/"), _tensors(begun, "exp_avg_sq/")
-    assert means.keys() == {name.replace("model/", "exp_avg/") for name in _tensors(begun, "model/")}
+    means, squares = _tensors(started, "exp_avg/"), _tensors(started, "exp_avg_sq/")
+    assert means.keys() == {name.replace("model/", "exp_avg/") for name in _tensors(started, "model/")}
     for name, mean in means.items():
         square = (1 - second) * (mean / (1 - first)) ** 2
         torch.testing.assert_close(squares[name.replace("/", "_sq/", 1)], square, rtol=1e-4, atol=1e-20)
 
 
-def test_begins_with_a_merged_checkpoint(folder, origin):
+def test_a_run_starts_from_a_merged_checkpoint(folder, origin):
     """A merged checkpoint has no moments. This one was made by two ranks; here one rank holds all experts."""
-    words = folder / "merge.yaml"
+    config_path = folder / "merge.yaml"
     models = "".join(f"  - model: {origin / 'checkpoints' / step}\n" for step in ("1", "2"))
-    words.write_text(f"merge_method: linear\nmodels:\n{models}parameters: {{weight: 0.5}}\n")
-    merge(words, folder / "merged")
+    config_path.write_text(f"merge_method: linear\nmodels:\n{models}parameters: {{weight: 0.5}}\n")
+    merge(config_path, folder / "merged")
     run = _train(folder, "of_merged", f"start={folder / 'merged'}", *STILL, *ONE_STEP, ranks=1)
     _check_same(_tensors(run / "checkpoints" / "1", "model/"), _tensors(folder / "merged", "model/"))
 
 
-def test_goes_on_bit_for_bit_and_remembers_its_start(folder, origin):
-    away = folder / "away"
-    shutil.copytree(origin, away)
-    settings = (f"start={away}", "training.steps=2", "training.checkpoint_every=1", "training.log_every=1")
+def test_a_resumed_run_is_bit_identical_and_remembers_its_start(folder, origin):
+    moved = folder / "away"
+    shutil.copytree(origin, moved)
+    settings = (f"start={moved}", "training.steps=2", "training.checkpoint_every=1", "training.log_every=1")
     whole = _train(folder, "whole", *settings)
     first = CheckpointReader(whole / "checkpoints" / "1").state["start"]
-    assert first["path"] == str(away / "checkpoints" / "2")
+    assert first["path"] == str(moved / "checkpoints" / "2")
 
     broken = folder / "broken"
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoints" / "2")
     (broken / "checkpoints" / "latest").write_text("1\n")
-    shutil.rmtree(away)  # is not needed any more
+    shutil.rmtree(moved)  # resuming does not need it
     _train(folder, "broken", *settings)
     output = (broken / "stdout").read_text()
     assert f"from step 1 of {broken / 'checkpoints' / '1'}" in output
@@ -107,28 +107,28 @@ def test_goes_on_bit_for_bit_and_remembers_its_start(folder, origin):
     assert CheckpointReader(broken / "checkpoints" / "2").state["start"] == first
 
 
-@pytest.mark.parametrize("what", ["missing", "another network", "another meaning", "damaged"])
-def test_refuses_in_one_line_of_rank_0(folder, origin, what):
-    start, settings, says = folder / "nowhere", (), "it does not exist"
-    if what == "another network":
+@pytest.mark.parametrize("case", ["missing", "another network", "another meaning", "damaged"])
+def test_a_refused_start_is_one_line_from_rank_0(folder, origin, case):
+    start, settings, message = folder / "nowhere", (), "it does not exist"
+    if case == "another network":
         start, settings = origin, ("model.moe.expert_hidden=24",)
-        says = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here"
-    if what == "another meaning":  # of the same shapes
+        message = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here"
+    if case == "another meaning":  # of the same shapes
         start, settings = origin, ("model.moe.router.min_temperature=0.02",)
-        says = "it is of another model, which differs in model.moe.router.min_temperature"
-    if what == "damaged":
+        message = "it is of another model, which differs in model.moe.router.min_temperature"
+    if case == "damaged":
         start = folder / "hurt"
         shutil.copytree(origin / "checkpoints" / "2", start)
         path = start / "rank_00001.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        says = "rank_00001.safetensors does not match its hash"
-    run = folder / f"refused {what}"
+        message = "rank_00001.safetensors does not match its hash"
+    run = folder / f"refused {case}"
     done = launch(2, WORKER, str(folder), str(run), "auto", f"start={start}", *settings)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert line.startswith(f"error: cannot start from {start}")
-    assert says in line
+    assert message in line
     assert line.endswith("; start: give a run folder or a checkpoint of the same network")
     assert not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("[0-9]*"))

@@ -1,4 +1,4 @@
-"""Sums over tokens against plain loops, warnings that come once, and what reaches metrics.jsonl and TensorBoard."""
+"""Telemetry: sums over tokens against plain loops, warnings given once, records in metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _model(**moe) -> LatentTransformer:
     return LatentTransformer(config, 4, [2, 2, 2], 0, ExpertParallel()).train()
 
 
-def test_sums_equal_those_of_a_loop_over_tokens():
+def test_sums_equal_a_loop_over_tokens():
     steps = [[_routing(0), _routing(1)], [_routing(2), _routing(3)]]
     counts = RoutingCounts(2, DOMAINS, 3)
     for routing in steps:
@@ -53,11 +53,11 @@ def test_sums_equal_those_of_a_loop_over_tokens():
             for n in range(12)
         ]
         for domain in ("calm", "wild"):
-            of = [t for t in tokens if t[0] == domain]
-            assert record["load"][domain] == pytest.approx([sum(t[1] == e for t in of) / 12 for e in range(3)])
-            assert record["dropped_fraction"][domain] == pytest.approx(sum(not t[2] for t in of) / 12)
-            assert record["entropy"][domain] == pytest.approx(sum(t[3] for t in of) / 12)
-            assert record["mean_gate"][domain] == pytest.approx(sum(t[4] for t in of) / 12)
+            in_domain = [t for t in tokens if t[0] == domain]
+            assert record["load"][domain] == pytest.approx([sum(t[1] == e for t in in_domain) / 12 for e in range(3)])
+            assert record["dropped_fraction"][domain] == pytest.approx(sum(not t[2] for t in in_domain) / 12)
+            assert record["entropy"][domain] == pytest.approx(sum(t[3] for t in in_domain) / 12)
+            assert record["mean_gate"][domain] == pytest.approx(sum(t[4] for t in in_domain) / 12)
         assert record["load_all"] == pytest.approx([sum(t[1] == e for t in tokens) / 24 for e in range(3)])
         assert record["load"]["absent"] == [0, 0, 0]
         assert record["dropped_fraction"]["absent"] == 0
@@ -67,7 +67,7 @@ def test_sums_equal_those_of_a_loop_over_tokens():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_largest_logit_is_the_largest_the_router_gave(kind):
+def test_largest_logit_is_the_routers_largest(kind):
     model = _model(router={"kind": kind})
     seen = []
     gating_of = model.blocks[1].moe.router.forward
@@ -83,7 +83,7 @@ def test_largest_logit_is_the_largest_the_router_gave(kind):
     assert counts.summary()[1]["largest_logit"] == pytest.approx(float(logits.detach().max()), abs=1e-4)
 
 
-def test_tokens_that_are_not_finite_do_not_spoil_the_rest():
+def test_tokens_that_are_not_finite_do_not_affect_the_others():
     routing = _routing(0)
     routing.entropy_N[0] = routing.gate_N[0] = routing.logsumexp_N[0] = torch.nan
     counts = RoutingCounts(1, DOMAINS, 3)
@@ -93,7 +93,7 @@ def test_tokens_that_are_not_finite_do_not_spoil_the_rest():
     assert math.isfinite(record["largest_logit"])
 
 
-def test_first_broken_layer_and_domain_are_found():
+def test_the_first_nonfinite_layer_and_domain_are_found():
     routing = [_routing(layer) for layer in range(3)]
     assert first_nonfinite(routing, DOMAIN_B, DOMAINS) is None
     routing[2].logsumexp_N[0] = torch.inf
@@ -101,8 +101,8 @@ def test_first_broken_layer_and_domain_are_found():
     assert first_nonfinite(routing, DOMAIN_B, DOMAINS) == (1, "wild")
 
 
-def test_a_broken_sample_raises_in_evaluation_but_never_in_training():
-    """In training another rank would wait for this one for ever; the training loop looks at the loss instead."""
+def test_a_nonfinite_sample_raises_in_evaluation_but_never_in_training():
+    """If training raised on one rank, the others would wait forever; the training loop checks the loss instead."""
     model = _model()
     history, geometry = torch.randn(4, 2, 4, 2, 2, 2), torch.randn(4, 4, 2, 2, 2)
     history[2, 0, 0, 0, 0, 0] = torch.nan
@@ -141,11 +141,11 @@ def _layer(load: list[float], dropped: float, layer: int = 0) -> dict:
     return {"layer": layer, "load_all": load, "dropped_fraction": {"calm": 0.0, "wild": dropped}}
 
 
-def test_a_warning_comes_once_until_its_cause_is_over():
+def test_a_warning_is_given_once_while_its_cause_lasts():
     warnings = Warnings(TelemetryConfig())  # an expert of four starves below 2.5 %, a domain loses above 10 %
-    well, ill = _layer([0.25, 0.25, 0.25, 0.25], 0.1), _layer([0.5, 0.026, 0.464, 0.01], 0.2)
-    assert warnings.check(10, [well, well]) == []
-    starved, dropped = warnings.check(20, [well, {**ill, "layer": 1}])
+    healthy, starving = _layer([0.25, 0.25, 0.25, 0.25], 0.1), _layer([0.5, 0.026, 0.464, 0.01], 0.2)
+    assert warnings.check(10, [healthy, healthy]) == []
+    starved, dropped = warnings.check(20, [healthy, {**starving, "layer": 1}])
     assert starved.startswith("warning: step 20, layer 1: expert 3 gets 1.00% of the tokens, an even share is 25.0%; ")
     assert "expert 1" not in starved
     assert "model.moe.router.balance_weight" in starved
@@ -153,13 +153,13 @@ def test_a_warning_comes_once_until_its_cause_is_over():
     assert "calm" not in dropped
     assert "model.moe.capacity_factor" in dropped
     assert "model.moe.dropless=true" in dropped
-    assert warnings.check(30, [well, {**ill, "layer": 1}]) == []
+    assert warnings.check(30, [healthy, {**starving, "layer": 1}]) == []
     worse = _layer([0.6, 0.0, 0.4, 0.0], 0.3, layer=1)
-    (another,) = warnings.check(40, [well, worse])  # another expert of the same layer
+    (another,) = warnings.check(40, [healthy, worse])  # another expert of the same layer
     assert "expert 1" in another
     assert "expert 3" not in another
-    assert warnings.check(50, [well, {**well, "layer": 1}]) == []
-    assert len(warnings.check(60, [well, worse])) == 2
+    assert warnings.check(50, [healthy, {**healthy, "layer": 1}]) == []
+    assert len(warnings.check(60, [healthy, worse])) == 2
     assert warnings.check(70, [_layer([0.0] * 4, 0.0)]) == []  # nothing was counted
 
 
@@ -177,7 +177,7 @@ def _events(folder) -> EventAccumulator:
     return events.Reload()
 
 
-def test_both_places_get_every_number(tmp_path):
+def test_metrics_jsonl_and_tensorboard_get_every_number(tmp_path):
     log = Log(tmp_path, 0)
     log.write(_record(10, [0.25, 0.75]))
     log.write({"kind": "valid", "step": 10, "latent_mse": {"calm": math.nan, "wild": 0.125}})
@@ -214,7 +214,7 @@ def test_many_experts_become_two_scalars(tmp_path):
     assert sorted(tags) == ["routing_load/layer_0/calm/largest", "routing_load/layer_0/calm/smallest"]
 
 
-def test_maps_are_drawn_now_and_then_and_go_on_after_a_crash(tmp_path, monkeypatch):
+def test_load_maps_are_drawn_periodically_and_continue_after_a_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "RECORDS_PER_MAP", 3)
     log = Log(tmp_path, 0)
     for step in range(1, 6):
@@ -229,7 +229,7 @@ def test_maps_are_drawn_now_and_then_and_go_on_after_a_crash(tmp_path, monkeypat
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_map_shows_experts_by_time():
+def test_a_load_map_shows_experts_over_time():
     maps = LoadMaps()
     for load in ([0.0, 1.0], [0.5, 0.5]):
         maps.add(_record(0, load)["routing"])
@@ -238,12 +238,12 @@ def test_a_map_shows_experts_by_time():
     height, width, _ = image.shape
     top, bottom = image[0], image[-1]
     assert tuple(top[0]) == STARVED  # expert 0, first record
-    assert bottom[0, 0] > bottom[0, 2]  # expert 1 has it all: red
+    assert bottom[0, 0] > bottom[0, 2]  # expert 1 gets all tokens: red
     assert tuple(top[-1]) == tuple(bottom[-1]) == EVEN
     assert (height, width) == (128, 4)
 
 
-def test_a_long_run_keeps_a_short_map():
+def test_the_load_map_of_a_long_run_stays_short():
     maps = LoadMaps()
     records = 5 * COLUMNS + 3
     for number in range(records):

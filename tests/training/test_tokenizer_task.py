@@ -1,4 +1,4 @@
-"""Training the tokenizer under the common trainer: on any number of ranks, after a break, and what it leaves."""
+"""Training the tokenizer with the common trainer: number of ranks, interruptions, and the files it writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks made, and one alone."""
+    """A folder with the trainings of worker_tokenizer.py: most by two ranks, one by a single rank."""
     folder = tmp_path_factory.mktemp("trained")
     write_config(folder)
     write_dataset(folder / "theirs")
@@ -63,7 +63,7 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-def test_it_leaves_what_the_next_stages_need(trained: Path) -> None:
+def test_training_writes_what_the_next_stages_need(trained: Path) -> None:
     whole = trained / "whole"
     assert load_tokenizer(whole).grid == [16, 16, 16]
     assert [record["step"] for record in records(whole, "train")] == [2, 3]
@@ -76,7 +76,7 @@ def test_it_leaves_what_the_next_stages_need(trained: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_validation_is_over_the_validation_split(trained: Path) -> None:
+def test_validation_uses_the_validation_split(trained: Path) -> None:
     tokenizer = load_tokenizer(trained / "whole")
     data = Snapshots(list_trajectories(trained / "theirs", "valid"))
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_latents_of_the_training_split_have_mean_0_and_deviation_1(trained: Path
 
 
 @pytest.mark.distributed
-def test_one_rank_trains_the_same_tokenizer_but_for_rounding(trained: Path) -> None:
+def test_one_rank_trains_the_same_tokenizer_up_to_rounding(trained: Path) -> None:
     two, one = weights(trained / "whole"), weights(trained / "alone")
     assert two.keys() == one.keys()
     for name, tensor in two.items():
@@ -105,7 +105,7 @@ def test_one_rank_trains_the_same_tokenizer_but_for_rounding(trained: Path) -> N
 
 
 @pytest.mark.distributed
-def test_a_break_changes_no_bit_and_other_splits_no_statistic(trained: Path) -> None:
+def test_an_interruption_changes_no_bit_and_other_splits_no_statistic(trained: Path) -> None:
     whole, broken = weights(trained / "whole"), weights(trained / "broken")
     assert all(torch.equal(broken[name], whole[name]) for name in whole)
     assert records(trained / "broken", "train") == records(trained / "whole", "train")
@@ -115,7 +115,7 @@ def test_a_break_changes_no_bit_and_other_splits_no_statistic(trained: Path) -> 
 
 
 @pytest.mark.distributed
-def test_an_end_after_the_last_step_costs_nothing_but_the_statistics(trained: Path) -> None:
+def test_an_interruption_after_the_last_step_only_repeats_the_statistics(trained: Path) -> None:
     whole, asked = weights(trained / "whole"), weights(trained / "asked")
     assert all(torch.equal(asked[name], whole[name]) for name in whole)
     assert records(trained / "asked", "train") == records(trained / "whole", "train")
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_names_the_key_and_the_snapshots(trained: Path
     assert not (high / "tokenizer.json").exists()
 
 
-def test_ranks_leave_a_trained_tokenizer_alone(
+def test_ranks_do_not_change_a_trained_tokenizer(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -158,8 +158,8 @@ def test_ranks_leave_a_trained_tokenizer_alone(
     assert tree(tmp_path) == before
 
 
-def test_the_run_of_a_tokenizer_depends_on_its_own_settings_alone() -> None:
-    """So that any run whose tokenizer is the same goes on with it, and the ranks can read it back."""
+def test_the_tokenizer_run_depends_only_on_tokenizer_settings() -> None:
+    """Any run with the same tokenizer can then resume its training, and the ranks can read the config back."""
     run = tokenizer_run(config(), 2)
     others = config(name="other", runs="elsewhere", training={**CONFIG["training"], "learning_rate": 1.0, "steps": 9})
     assert tokenizer_run(others, 2) == run
@@ -178,7 +178,7 @@ def test_the_run_of_a_tokenizer_depends_on_its_own_settings_alone() -> None:
         ({"decoder": "direct", "walls": "none", "divergence_weight": 0.1}, False, False),
     ],
 )
-def test_a_folder_is_named_after_what_decides_its_content(
+def test_folder_names_change_only_with_settings_that_change_the_content(
     settings: dict[str, Any], same_tokenizer: bool, same_latents: bool
 ) -> None:
     one, other = resolve_paths(config()), resolve_paths(config(tokenizer={**CONFIG["tokenizer"], **settings}))
@@ -186,12 +186,12 @@ def test_a_folder_is_named_after_what_decides_its_content(
     assert (one.latents == other.latents) == same_latents
 
 
-def test_a_batch_that_cannot_be_shared_out_names_both_numbers() -> None:
+def test_an_indivisible_batch_size_is_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match=r"tokenizer\.batch_size 4 cannot be divided among 3 ranks"):
         tokenizer_run(config(), 3)
 
 
-def test_a_damaged_start_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_damaged_initial_state_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     start = {"velocity_rms": torch.ones(()), "geometry_mean_P": torch.ones(512)}
     assert not training._read_start(path, start)
@@ -204,8 +204,8 @@ def test_a_damaged_start_is_refused_by_name(tmp_path: Path) -> None:
         training._read_start(path, blank)
 
 
-def test_it_learns(dataset: Path) -> None:
-    """A few steps from the same start lower the error of the snapshots they train on."""
+def test_a_few_steps_lower_the_error(dataset: Path) -> None:
+    """The error is measured on the snapshots that the steps train on."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(config().tokenizer, [16, 16, 16])
     fields = Snapshots(list_trajectories(dataset, "train")).batch(range(4))

@@ -1,4 +1,4 @@
-"""However a training ends, it leaves nothing behind: a later one starts in the same process."""
+"""A training leaves nothing behind however it ends, so that another can start in the same process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shodh_moe.base.network import free_port
 from tests.training.launch import launch
 from tests.training.synthetic import write_case
 
-# Of rank 0 and of rank 1.
+# The outcomes on rank 0 and on rank 1.
 ENDINGS = {
     "a step raises": ("RuntimeError: of a step",) * 2,
     "a step exits": ("SystemExit: 7",) * 2,
@@ -22,7 +22,7 @@ ENDINGS = {
 
 
 @pytest.mark.distributed
-def test_lock_log_watchdog_and_process_group_are_closed_on_every_way_out(tmp_path: Path) -> None:
+def test_lock_log_watchdog_and_process_group_are_closed_on_every_exit_path(tmp_path: Path) -> None:
     folder = write_case(tmp_path / "case")
     ports = [str(free_port()) for _ in ENDINGS]
     done = launch(2, Path(__file__).with_name("worker_endings.py"), str(folder), *ports)

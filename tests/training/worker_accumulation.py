@@ -1,4 +1,4 @@
-"""Makes three optimizer steps on one rank with the given overrides; writes weights and gradient norms."""
+"""Run three optimizer steps on one rank with the given overrides; write weights and gradient norms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ init_distributed()
 samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.model.history)
 engine = latent_engine(config, 6, [2, 2, 2])
 torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
-for shard in engine._shards:  # ZeRO has copied the weights before
+for shard in engine._shards:  # ZeRO copied the weights before they were initialized here
     shard.of(shard.master).copy_(shard.parameter.detach().view(-1)[shard.start :][: shard.count])
 sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
 norms: list[float] = []

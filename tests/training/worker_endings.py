@@ -1,7 +1,7 @@
-"""One rank of test_trainer: starts trainings one after the other in this process, and ends each in another way.
+"""One rank of test_trainer: run several trainings in this process, each with a different ending.
 
-Arguments: a folder from `write_case`, then the ports at which the ranks meet, one for each training. Writes the outcome
-of each training and what it left behind to ``endings_<rank>.json``.
+Arguments: a folder from `write_case`, then one rendezvous port for each training. Writes the outcome of each training
+and anything it left behind to ``endings_<rank>.json``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def ask_to_stop() -> None:
+def terminate_rank_1() -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -78,9 +78,9 @@ def outcome(resume: str) -> str:
 ENDINGS: dict[str, tuple[int, Callable[[], None], str]] = {
     "a step raises": (2, lambda: fail(RuntimeError("of a step")), "auto"),
     "a step exits": (3, lambda: fail(SystemExit(7)), "auto"),
-    "rank 0 refuses": (-1, ask_to_stop, str(folder / "nowhere")),
-    "a signal": (4, ask_to_stop, "auto"),
-    "to the end": (-1, ask_to_stop, "auto"),
+    "rank 0 refuses": (-1, terminate_rank_1, str(folder / "nowhere")),
+    "a signal": (4, terminate_rank_1, "auto"),
+    "to the end": (-1, terminate_rank_1, "auto"),
 }
 
 

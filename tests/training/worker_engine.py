@@ -1,4 +1,4 @@
-"""One rank of test_engine: makes three optimizer steps at a given EP size and writes the results."""
+"""One rank of test_engine: run three optimizer steps at a given EP size and write the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ clip = engine._clipped
 
 
 def keep_gradients(stop: bool) -> Step:
-    """Called between DeepSpeed's reduction and our clipping."""
+    """Copy the gradients; called between DeepSpeed's reduction and our clipping."""
     if not gradients:
         gradients.update({name: p.grad.clone() for name, p in engine.model.named_parameters()})
     return clip(stop)

@@ -1,4 +1,4 @@
-"""One rank of test_engine: two float64 steps; fails if DeepSpeed's global state is changed outside of them."""
+"""One rank of test_engine: run two float64 steps; fail if DeepSpeed's global state changes outside of them."""
 
 from __future__ import annotations
 

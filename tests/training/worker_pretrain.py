@@ -1,6 +1,6 @@
-"""One rank of test_pretrain: pretrains on a folder that holds config.yaml and latents.
+"""One rank of test_pretrain: pretrain on a folder that holds config.yaml and latents.
 
-Arguments: folder, run folder, what to resume from, then overrides; ``rank1:key=value`` applies to that rank only.
+Arguments: folder, run folder, checkpoint to resume from, then overrides; ``rank1:key=value`` applies to rank 1 only.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from shodh_moe.training.pretrain import pretrain
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 folder, run, resume = Path(arguments[0]), Path(arguments[1]), arguments[2] if arguments[2:] else "auto"
-mine = f"rank{os.environ['RANK']}:"
-overrides = [o.removeprefix(mine) for o in arguments[3:] if o.startswith(mine) or not o.startswith("rank")]
+own_prefix = f"rank{os.environ['RANK']}:"
+overrides = [o.removeprefix(own_prefix) for o in arguments[3:] if o.startswith(own_prefix) or not o.startswith("rank")]
 run.mkdir(exist_ok=True)
 config = load_config(folder / "config.yaml", overrides)
 end_rank(lambda: exit_code(lambda: pretrain(config, run, folder / "latents", resume)))

@@ -1,7 +1,7 @@
-"""One rank of test_tokenizer_task: trains tokenizers in one process group, one after the other.
+"""One rank of test_tokenizer_task: train several tokenizers, one after the other, in one process group.
 
 Arguments: a folder with tiny.yaml and the datasets ``theirs`` and ``altered``, which share the training split; then the
-names of the trainings, see below.
+names of the trainings, which `main` lists.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ end_of_step = training._TokenizerTask.end
 set_latent_statistics = training.set_latent_statistics
 
 
-class BrokenOff(Exception):
+class Interrupted(Exception):
     pass
 
 
 def train(name: str, *overrides: str, data: str = "theirs") -> None:
-    """In a folder of that name, from the start that ``whole`` has computed."""
+    """Train in the folder ``name``, from the initial state that the training ``whole`` has computed."""
     start = folder / "whole/start.safetensors"
     if dist.get_rank() == 0 and name != "alone" and start.exists() and not (folder / name).exists():
         (folder / name).mkdir()
@@ -46,13 +46,13 @@ def train(name: str, *overrides: str, data: str = "theirs") -> None:
     training.train_tokenizer(config, folder / data, folder / name)
 
 
-def break_off(task: Any, step: int, applied: bool) -> None:
+def interrupt(task: Any, step: int, applied: bool) -> None:
     if step == 3:
-        raise BrokenOff
+        raise Interrupted
     end_of_step(task, step, applied)
 
 
-def asked_to_end(*arguments: Any) -> bool:
+def terminate_first(*arguments: Any) -> bool:
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return set_latent_statistics(*arguments)
@@ -62,15 +62,15 @@ def main() -> int:
     for name in names:
         if name in ("whole", "alone"):
             train(name)
-        if name == "broken":  # after the checkpoint of step 2; meanwhile the other splits become other flows
-            training._TokenizerTask.end = break_off  # type: ignore[method-assign]
-            with pytest.raises(BrokenOff):
+        if name == "broken":  # interrupted after the checkpoint of step 2; resumed with other flows in the other splits
+            training._TokenizerTask.end = interrupt  # type: ignore[method-assign]
+            with pytest.raises(Interrupted):
                 train(name)
             training._TokenizerTask.end = end_of_step  # type: ignore[method-assign]
             assert not (folder / name / "tokenizer.json").exists()
             train(name, data="altered")
-        if name == "asked":  # one rank, to end while the statistics of the latents are made: no step is left then
-            training.set_latent_statistics = asked_to_end
+        if name == "asked":  # rank 1 gets SIGTERM while the latent statistics are computed, after the last step
+            training.set_latent_statistics = terminate_first
             with pytest.raises(SystemExit, match=str(EXIT_REQUEUE)):
                 train(name)
             training.set_latent_statistics = set_latent_statistics

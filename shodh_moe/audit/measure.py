@@ -14,15 +14,14 @@ from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
 from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
 from shodh_moe.audit.plasticity import plasticity
-from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
-from shodh_moe.audit.speed import local_speeds
+from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, trajectory_records, unseen
 from shodh_moe.audit.swap import swap_growth
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import list_trajectories, read_trajectory
+from shodh_moe.data import read_trajectory
 from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
@@ -135,13 +134,12 @@ def heldout_errors(
     See DESIGN 3.6. The errors are ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of
     the tokenizer's training data, decoded in float32; and ``velocity_vrmse`` (`vrmse`).
     """
-    listed = list_trajectories(dataset, "test", config.data.grid, config.data.skip_bad)
-    records_of = {(record.path.name, record.sample): record for record in listed}
+    records = trajectory_records(config, dataset, "test")
     tokenizer, h = models.tokenizer, config.model.history
     rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
     rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}
     for latent in test:
-        truth = read_trajectory(records_of[latent.source, latent.sample])
+        truth = read_trajectory(records[latent.source, latent.sample])
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size

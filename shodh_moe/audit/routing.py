@@ -6,15 +6,18 @@ Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from shodh_moe.audit.speed import Speeds
 from shodh_moe.audit.windows import all_windows, latent_errors
-from shodh_moe.config import Config
+from shodh_moe.base.errors import UserError
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.routing import (
@@ -29,8 +32,11 @@ from shodh_moe.metrics.routing import (
 from shodh_moe.model import LatentTransformer
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
 
-SPEED_CATEGORIES = 5  # quartiles of the tokens that hold fluid, and the tokens that are all solid
+SPEED_CATEGORIES = 5  # quartiles of the tokens that contain fluid, and the tokens that are all solid
+SNAPSHOTS_AT_ONCE = 8  # number of snapshots that `local_speed` reads together
 MOST_RECORDS = 100
+TrajectoryKey = tuple[str, int]  # name of a data file, and index of the trajectory in it
+Speeds = dict[TrajectoryKey, Tensor]  # `local_speed` of each trajectory
 
 
 def heldout_routing(
@@ -141,3 +147,43 @@ def unseen(
         "errors": latent_errors(transformer, samples, config.evaluation.batch_size),
         "routing": heldout_routing(transformer, trajectories, speeds, config),
     }
+
+
+def trajectory_records(config: Config, dataset: Path, split: str) -> dict[TrajectoryKey, TrajectoryRecord]:
+    """The records of a split's trajectories, by the file name and index that their latents store."""
+    listed = list_trajectories(dataset, split, config.data.grid, config.data.skip_bad)
+    return {(record.path.name, record.sample): record for record in listed}
+
+
+def local_speed(record: TrajectoryRecord, patch: int, compression: int = COMPRESSION) -> Tensor:
+    """Mean of |u| over the cells of each token, including solid cells: float32 [T, x, y, z] in the data's units.
+
+    A token is a cube with ``patch * compression`` cells along each axis; T is the number of snapshots.
+
+    Raises:
+        UserError: see `read_snapshots`.
+    """
+    parts = []
+    for start in range(0, record.n_snapshots, SNAPSHOTS_AT_ONCE):
+        fields_T4XYZ, _ = read_snapshots(record, start, min(start + SNAPSHOTS_AT_ONCE, record.n_snapshots))
+        speed_T1XYZ = torch.from_numpy(fields_T4XYZ[:, :3]).norm(dim=1, keepdim=True)
+        parts.append(F.avg_pool3d(speed_T1XYZ, patch * compression)[:, 0])
+    return torch.cat(parts)
+
+
+def local_speeds(config: Config, dataset: Path, split: str, trajectories: Iterable[LatentTrajectory]) -> Speeds:
+    """`local_speed` of the data that each latent trajectory of a split was encoded from.
+
+    Raises:
+        UserError: a trajectory's data are not in ``dataset``, or cannot be read.
+    """
+    records = trajectory_records(config, dataset, split)
+    speeds = {}
+    for one in trajectories:
+        if (one.source, one.sample) not in records:
+            raise UserError(
+                f"trajectory {one.sample} of {one.source} has latents but is not in the {split} split of {dataset}: "
+                "give the dataset that the latents were made from"
+            )
+        speeds[one.source, one.sample] = local_speed(records[one.source, one.sample], config.model.patch)
+    return speeds

@@ -139,8 +139,8 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
 def golden_section(error: Callable[[float], float], low: float, high: float, steps: int = 7) -> tuple[float, float]:
     """Minimise a function with one minimum in [low, high]; return the best point and its value.
 
-    Kiefer 1953: each step evaluates one point and leaves 61.8 % of the interval. `scipy.optimize.golden` has no fixed
-    number of evaluations, and it returns NaN where the function is infinite.
+    Kiefer 1953: each step evaluates one point and leaves 61.8 % of the interval. `scipy.optimize.golden` does not
+    replace it: it first searches for a bracket, which may leave [low, high] and fails where the function is infinite.
     """
     a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_a, at_b = error(a), error(b)

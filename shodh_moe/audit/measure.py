@@ -1,4 +1,4 @@
-"""Measure one trained run and write the result as JSON. No choice is based on these measurements."""
+"""Measure one trained run and write the result as JSON. Nothing is selected by these measurements."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, trajectory_fields
 from shodh_moe.training.records import read_run
 
-MEASURE_VERSION = 1  # increase it when the same weights would give other numbers
+MEASURE_VERSION = 1  # increase it when the same weights would give different numbers
 
 
 def result_path(audit: AuditConfig, run: Run) -> Path:
@@ -38,7 +38,7 @@ def result_path(audit: AuditConfig, run: Run) -> Path:
 
 
 def measured(audit: AuditConfig, run: Run) -> bool:
-    """Whether there is a result for the current weights and settings."""
+    """Whether a result for the current weights and settings exists."""
     try:
         return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
     except (OSError, ValueError, KeyError):
@@ -72,7 +72,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def measure(audit: AuditConfig, run: Run) -> Path:
-    """Measure a run that has ended, and write its result file and, beside it, the arrays of its routing maps.
+    """Measure a run that has ended. Write its result file (JSON) and, beside it, the arrays of its routing maps (npz).
 
     Raises:
         UserError: a checkpoint, the data or the latents are missing or damaged.
@@ -88,15 +88,15 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     )
     samples = LatentSamples(test, config.model.history)
     speeds = local_speeds(config, paths.dataset, "test", test)
-    # `test` holds only the domains the run was trained on, and the weights name others too.
-    plain = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
-    routing = heldout_routing(transformer, test, speeds, plain)
+    # `test` contains only the domains the run was trained on, but the weights name other domains too.
+    unweighted = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
+    routing = heldout_routing(transformer, test, speeds, unweighted)
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")),
         "swap": swap_growth(transformer, samples, routing, batch),
-        "unseen": _unseen(audit, run, models, plain),
+        "unseen": _unseen(audit, run, models, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
         "plasticity": plasticity(transformer, samples, count, batch),
     }
@@ -115,24 +115,25 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
     return path
 
 
-def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
-    """Measurements on unseen geometry; None if no domain of the run has any."""
+def _unseen(audit: AuditConfig, run: Run, models: Models, unweighted: Config) -> dict[str, Any] | None:
+    """Measurements on unseen geometry; None if no domain of the run has unseen geometry."""
     config = unseen_config(audit)
     paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     if not test:
         return None
-    return unseen(models.transformer, test, plain, local_speeds(config, paths.dataset, "test", test))
+    return unseen(models.transformer, test, unweighted, local_speeds(config, paths.dataset, "test", test))
 
 
 @torch.no_grad()
 def heldout_errors(
     models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, dict[str, float]]:
-    """One-step errors of the model and of persistence by domain, means over all windows of its test trajectories.
+    """One-step errors of the model and of persistence by domain, means over all windows of the test trajectories.
 
-    See DESIGN 3.6. The errors are ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of
-    the tokenizer's training data, decoded in float32; and ``velocity_vrmse`` (`vrmse`).
+    The errors (DESIGN 3.6) are ``latent_mse``; ``physical_mse``, that of velocity and pressure decoded in float32 and
+    divided by the rms of the tokenizer's training data; and ``velocity_vrmse`` (`vrmse`). Those of persistence have the
+    suffix ``_persistence``.
     """
     records = trajectory_records(config, dataset, "test")
     tokenizer, h = models.tokenizer, config.model.history
@@ -161,8 +162,8 @@ def routing_maps(
     """Arrays of the routing maps, from the middle window of each domain's first test trajectory.
 
     Returns:
-        by ``<domain>/<name>``: ``expert_map`` int32 [L, x, y, z], the tokens' experts, and ``solid_fraction`` float32
-        [x, y, z] of their cells.
+        by ``<domain>/<name>``: ``expert_map``, the expert of each token, int32 [L, x, y, z], and ``solid_fraction``,
+        that of the token's cells, float32 [x, y, z]. L is the number of MoE layers.
     """
     arrays: dict[str, np.ndarray] = {}
     patch, h = config.model.patch, config.model.history

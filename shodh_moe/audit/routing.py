@@ -1,4 +1,4 @@
-"""Routing of held-out tokens, its information about the domain, and the step at which training split the domains.
+"""Routing of held-out tokens, what it reveals about the domain, and the step at which training split the domains.
 
 Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 """
@@ -44,17 +44,17 @@ def heldout_routing(
 ) -> dict[str, Any] | None:
     """`summarise_routing` over all one-step windows without dropping tokens, plus mutual information.
 
-    ``mutual_information`` of each layer is that of the expert, in nats, with: ``domain``, ``solid_fraction``, ``speed``
-    (mean |u| of the token's cells), and the domain beyond what these two show, ``domain_given_solid_fraction`` and
-    ``domain_given_speed``.
+    Each layer's ``mutual_information``, in nats, is that between a token's expert and its ``domain``,
+    ``solid_fraction`` and ``speed`` (mean |u| of its cells); ``domain_given_solid_fraction`` and ``domain_given_speed``
+    are conditional mutual information between expert and domain.
 
-    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles of all tokens that
-    hold fluid, over all domains together, and the tokens that are all solid. It is taken from the newest snapshot of
-    the window: the router sees that one and older ones, never the one to predict.
+    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: quartiles over the tokens of all
+    domains that contain fluid, and the tokens that are all solid. It is that of the window's newest snapshot, because
+    the router sees that one and older ones but never the one to predict.
 
     Args:
         transformer: the model in evaluation mode.
-        speeds: `local_speeds` of the trajectories; None: values that need them are None.
+        speeds: `local_speeds` of the trajectories; if None, values that need them are None.
         config: provides history, patch, ``data.weights`` (the domains to use) and ``evaluation.batch_size``.
 
     Returns:
@@ -99,7 +99,7 @@ def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
 
 
 def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:
-    """Category of each token's speed: for each trajectory [windows, x, y, z], by the window's first snapshot."""
+    """Category of each token's speed, one tensor [windows, x, y, z] per trajectory."""
     newest = [speeds[one.source, one.sample][samples.history - 1 : one.snapshots - 1] for one in samples.trajectories]
     wet = [(category < SOLID_CATEGORIES - 1).expand_as(u) for u, category in zip(newest, solid, strict=True)]
     fluid = torch.cat([u[where] for u, where in zip(newest, wet, strict=True)])
@@ -117,7 +117,7 @@ def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THR
     Returns:
         ``step``: step of the first record from which every layer stays bifurcated (`bifurcated`) up to the last record;
         None if the last record is not bifurcated. ``loads``: at most 100 evenly thinned records, including the last
-        one, of ``step`` and ``load`` (by layer, {domain: [E]}). None if no record has a routing (a dense model).
+        one, with ``step`` and ``load`` (for each layer {domain: [E]}). None if no record has routing (a dense model).
     """
     kept = [
         {"step": record["step"], "load": [layer["load"] for layer in record["routing"]]}
@@ -140,7 +140,7 @@ def unseen(
 ) -> dict[str, Any]:
     """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories with unseen geometries.
 
-    The trajectories must cover the domains of training, because the oracle router goes by the number of the domain.
+    The trajectories must cover the domains of training, because the oracle router uses the index of the domain.
     """
     samples = LatentSamples(trajectories, config.model.history, config.data.weights)
     return {

@@ -69,9 +69,7 @@ class AuditConfig(Section):
         if self.experts != sorted(set(self.experts)) or min(self.experts, default=2) < 2:
             raise ValueError(f"experts {self.experts} must be different numbers, at least 2, in increasing order")
         if more := sorted(set(self.more_seeds) - set(self.seeds)):
-            raise ValueError(
-                f"more_seeds: {more[0]} is not among seeds, from whose runs relearning starts: add it there"
-            )
+            raise ValueError(f"more_seeds: {more[0]} is not among seeds, from whose runs relearning starts: add it")
         if both := sorted(set(self.tuning_seeds) & set(self.seeds)):
             raise ValueError(f"tuning_seeds: {both[0]} is also among seeds: give seeds used only for choosing rates")
         return self

@@ -227,7 +227,7 @@ def plasticity(sets: Sets) -> list[dict[str, Any]]:
 
 
 def relearning(sets: Sets) -> list[dict[str, Any]]:
-    """Errors after learning a new domain in equally many steps from the checkpoint and from scratch, one row per arm."""
+    """Errors after learning a new domain from the checkpoint and from scratch, in equally many steps; a row per arm."""
     rows = []
     for name, arms in sets.items():
         relearned = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]

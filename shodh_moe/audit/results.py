@@ -77,7 +77,7 @@ def relative_difference(errors: Mapping[int, float | None], base: Mapping[int, f
 
 
 def arm_name(run: Run) -> str:
-    """Name of a run's arm within its set: the arm, ``moe_4`` if the number of experts varies, or ``single:<domain>``."""
+    """Name of a run's arm within its set: the arm, ``moe_4`` if the number of experts varies, ``single:<domain>``."""
     if run["arm"] == "single":
         return f"single:{run['domains'][0]}"
     return f"moe_{run['experts']}" if run["set"] == "four" and run["arm"] == "moe" else str(run["arm"])

@@ -1,1 +1,1 @@
-"""Does joint training harm a domain, and does a mixture of experts prevent it? Runs, measurements and a verdict."""
+"""Test whether joint training harms a domain and whether a mixture of experts prevents it."""

@@ -1,4 +1,4 @@
-"""One process of the audit: ``python -m shodh_moe.audit CONFIG RUN`` measures a run."""
+"""Measure one run of the audit in a separate process: ``python -m shodh_moe.audit CONFIG RUN``."""
 
 from __future__ import annotations
 

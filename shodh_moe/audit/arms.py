@@ -1,13 +1,13 @@
-"""The runs of the audit: one config for each arm, seed and learning rate. Only the arm differs.
+"""The runs of the audit: one config for each arm, seed and learning rate. All other settings are equal.
 
-``moe`` is the mixture of the audit's base config. ``dense_active`` and ``dense_total`` are dense networks with as many
-parameters as one token uses in the mixture, and as many as the mixture has (both without the router). ``single`` is
-``dense_active`` trained on one domain, with the same samples of it in the same order. ``oracle`` routes by the domain's
-label, ``random`` by a router that keeps its initial weights. ``no_shared`` has no shared experts, and routed experts
-that are wider by as much.
+``moe`` is the mixture of the audit's base config. Not counting the router, ``dense_active`` is a dense network with as
+many parameters as one token uses in the mixture, and ``dense_total`` one with as many as the whole mixture. ``single``
+is ``dense_active`` trained on one domain, with the same samples of that domain in the same order. ``oracle`` routes by
+the domain's label, ``random`` by a router that keeps its initial weights. ``no_shared`` has no shared experts and
+routed experts that are wider to make up for them.
 
-Learning rates are chosen in the same way for each arm, on validation data, at seeds used for nothing else. One seed is
-not enough: a high rate that is best at one seed can be unstable at the next.
+The learning rate of every arm is chosen in the same way: on validation data, with seeds used for nothing else. One seed
+is not enough, because a high rate that is best for one seed can be unstable for the next.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ class Run:
     """One training run in a set of the audit.
 
     Attributes:
+        set: name of the set, a key of `SET_ARMS`.
+        arm: name of the arm.
         experts: number of routed experts; 0 for dense networks.
         domains: the domains it is trained on, sorted.
+        config: the config that it is trained with.
     """
 
     set: str
@@ -50,7 +53,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run folder. Equal runs of two sets share it."""
+        """Name of the run folder. Two sets that contain the same run share its folder."""
         return self.config.name
 
     @property
@@ -101,7 +104,7 @@ def unseen_config(audit: AuditConfig) -> Config:
 
 
 def arm_moe(moe: MoEConfig, arm: str, experts: int) -> MoEConfig:
-    """The ``moe`` section of an arm, from that of the base config, with ``experts`` routed experts."""
+    """Derive an arm's ``moe`` section, with ``experts`` routed experts, from that of the base config."""
     changes: dict[str, Any] = {
         "moe": {"num_experts": experts},
         "dense_active": {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
@@ -130,8 +133,8 @@ def arm_config(
     """The config of one run, for one rank.
 
     Args:
-        experts: number of routed experts; None for that of the base config.
-        domain: the domain of a ``single`` run.
+        experts: number of routed experts; None uses the base config's.
+        domain: the only domain of a ``single`` run.
 
     Returns:
         a config whose name ends in a hash of its other settings.
@@ -160,9 +163,14 @@ def run_config(
     training: dict[str, Any],
     start: str | None = None,
 ) -> Config:
-    """A run of the shared config on some domains; its name starts with ``label`` and ends in a hash of its settings."""
-    config, everyone = shared_config(audit), audit.all_domains
-    weights = {name: float(name in domains) for name in everyone} if len(domains) < len(everyone) else None
+    """The shared config for a run on some domains. Its name starts with ``label`` and ends in a hash of its settings.
+
+    Args:
+        training: training settings that replace those of the shared config.
+        start: run folder whose trained network the run starts from; None starts from scratch.
+    """
+    config, available = shared_config(audit), audit.all_domains
+    weights = {name: float(name in domains) for name in available} if len(domains) < len(available) else None
     config = config.model_copy(
         update={
             "name": "",
@@ -184,7 +192,7 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
     """Yield the runs of a set, arm by arm.
 
     Args:
-        rates: learning rates by `tuned_as`. A single-domain run without one takes that of the first main domain.
+        rates: learning rates by `tuned_as`. A single-domain run without an entry uses that of the first main domain.
     """
     mixed = set_domains(audit, set_name)
     for arm in SET_ARMS[set_name]:
@@ -200,7 +208,7 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
 
 
 def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
-    """All runs that are measured."""
+    """All runs to measure, set by set."""
     runs = list(set_runs(audit, "main", audit.seeds, rates))
     if audit.hard:
         runs += set_runs(audit, "hard", audit.more_seeds, rates)
@@ -210,7 +218,7 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
 
 
 def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, list[Run]]]:
-    """The runs that learning rates are chosen from, by `tuned_as` and rate."""
+    """The runs among which learning rates are chosen, by `tuned_as` and rate."""
     found: dict[str, dict[float, list[Run]]] = {}
     names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] for one in audit.domains}
     for rate in audit.learning_rates:
@@ -225,8 +233,8 @@ def tuning(audit: AuditConfig) -> dict[str, Any]:
     Returns:
         by `tuned_as`: ``learning_rates``; ``valid_latent_mse`` of each, relative to persistence (mean of
         `validation_score` over ``tuning_seeds``), infinite where a run diverged; ``chosen``, the best rate, or the
-        smallest if all diverged; ``at_edge``, whether a better one might lie outside. A single rate is chosen without
-        a run and has no errors.
+        smallest if all diverged; ``at_edge``, whether a better rate may lie outside the range. If the config gives a
+        single rate, it is chosen without runs and ``valid_latent_mse`` is empty.
     """
     rates, found = audit.learning_rates, {}
     for name, runs in tuning_runs(audit).items():
@@ -247,7 +255,7 @@ def choose_rates(audit: AuditConfig) -> dict[str, float]:
 
 
 def find_run(audit: AuditConfig, name: str) -> Run:
-    """Find a run by name among those with the chosen learning rates.
+    """Find a run to measure by its name.
 
     Raises:
         UserError: no run has this name.

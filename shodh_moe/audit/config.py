@@ -14,8 +14,8 @@ from shodh_moe.config import Config, Domains
 class AuditConfig(Section):
     """All settings of the audit.
 
-    Sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to tell apart;
-    ``four``, all domains with several numbers of experts.
+    There are three sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to
+    tell apart; ``four``, all domains with several numbers of experts.
     """
 
     name: Name = "audit"
@@ -23,24 +23,31 @@ class AuditConfig(Section):
     seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="seeds of the main set, for weights and data order")
     more_seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
     tuning_seeds: list[NonNegative] = Field(
-        [1000, 1001, 1002], description="seeds of the runs that learning rates are chosen from; not used otherwise"
+        [1000, 1001, 1002], description="seeds of the runs for choosing learning rates; not used otherwise"
     )
     learning_rates: list[PositiveFloat] = Field(
         [5e-4, 1e-3, 2e-3, 4e-3],
-        description="each arm uses the best one on validation data, mean over tuning_seeds",
+        description="learning rates to try, in increasing order; each arm uses the best on validation data, mean over "
+        "tuning_seeds",
     )
     domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main domains")
     third: Name = Field("decaying_turbulence", description="domain that the trained networks learn afterwards")
-    hard: list[Name] = Field(["open_channel", "obstacle_wake"], description="two similar domains; [] for no such set")
-    experts: list[Positive] = Field(
-        [2, 4, 8], description="numbers of experts of the set with all domains; [] for no such set"
+    hard: list[Name] = Field(
+        ["open_channel", "obstacle_wake"], description="two similar domains; [] to leave out the set `hard`"
     )
-    relearning_steps: Positive = 300
+    experts: list[Positive] = Field(
+        [2, 4, 8], description="numbers of experts in the set with all domains; [] to leave out the set `four`"
+    )
+    relearning_steps: Positive = Field(300, description="training steps on the third domain")
     gradient_samples: Positive = Field(16, description="samples per domain for comparing gradients")
     probes: Positive = Field(5, description="checkpoints during training at which gradients are compared")
     jobs: Positive | Literal["auto"] = Field("auto", description="concurrent runs; auto: one per GPU, or one per core")
-    base: Config = Field(Config(), description="data of all domains, tokenizer, and the mixture of experts")
-    unseen: Domains = Field(Domains(), description="geometry unseen in training; its test split is measured")
+    base: Config = Field(
+        Config(), description="config of the mixture arm, with the data of all domains; other arms vary it"
+    )
+    unseen: Domains = Field(
+        Domains(), description="domains with geometry unseen in training, of which the test split is measured"
+    )
 
     @property
     def folder(self) -> Path:
@@ -60,9 +67,9 @@ class AuditConfig(Section):
         if self.learning_rates != sorted(self.learning_rates):
             raise ValueError(f"learning_rates {self.learning_rates} must be in increasing order")
         if self.experts != sorted(set(self.experts)) or min(self.experts, default=2) < 2:
-            raise ValueError(f"experts {self.experts} must be different numbers from 2 on, in rising order")
+            raise ValueError(f"experts {self.experts} must be different numbers, at least 2, in increasing order")
         if more := sorted(set(self.more_seeds) - set(self.seeds)):
-            raise ValueError(f"more_seeds: {more[0]} is not among seeds, and relearning starts from their runs")
+            raise ValueError(f"more_seeds: {more[0]} is not among seeds, from whose runs relearning starts: add it")
         if both := sorted(set(self.tuning_seeds) & set(self.seeds)):
             raise ValueError(f"tuning_seeds: {both[0]} is also among seeds: give seeds used only for choosing rates")
         return self

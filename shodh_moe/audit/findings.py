@@ -1,4 +1,4 @@
-"""Rows of the audit's summary other than errors: routing, interventions, gradients, plasticity, relearning."""
+"""Rows of the audit's summary other than errors: routing, swaps, unseen geometry, gradients, plasticity, relearning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shodh_moe.audit.results import (
 
 INFORMATION = ("domain", "solid_fraction", "speed", "domain_given_solid_fraction", "domain_given_speed")
 CURVES = ("from_checkpoint", "from_scratch")
-LEAST_INFORMATION = 0.01  # nats: below it the expert carries no information on the domain
+LEAST_INFORMATION = 0.01  # nats; with less, the expert counts as carrying no information about the domain
 
 
 def bifurcated(run: Run) -> bool:
@@ -33,14 +33,14 @@ def bifurcated(run: Run) -> bool:
 
 
 def beyond_mask(run: Run) -> float | None:
-    """I(expert; domain | solid fraction) / I(expert; domain), each a mean over layers."""
+    """I(expert; domain | solid fraction) / I(expert; domain), each a mean over layers; None without information."""
     layers = [layer["mutual_information"] for layer in (run.get("routing") or {}).get("layers", [])]
     total = fmean(one["domain"] for one in layers) if layers else 0.0
     return fmean(one["domain_given_solid_fraction"] for one in layers) / total if total >= LEAST_INFORMATION else None
 
 
 def _routed(sets: Sets) -> Iterator[tuple[str, str, Seeds]]:
-    """The arms with a router and at least one run that did not diverge."""
+    """Yield set, arm and runs of the arms that have a router and at least one run that did not diverge."""
     for name, arm, seeds in arms_of(sets):
         if any(run.get("routing") for run in finished(seeds).values()):
             yield name, arm, seeds
@@ -52,7 +52,7 @@ def _over_seeds(seeds: Seeds, layers: dict[int, Run], key: str, entry: str) -> E
 
 
 def routing(sets: Sets) -> list[dict[str, Any]]:
-    """Purity, information, load and bifurcation, one row per layer."""
+    """Purity, information, load and bifurcation, one row per arm and layer."""
     rows = []
     for name, arm, seeds in _routed(sets):
         first, example = next(iter(finished(seeds).items()))
@@ -75,7 +75,7 @@ def routing(sets: Sets) -> list[dict[str, Any]]:
 
 
 def bifurcation(sets: Sets) -> list[dict[str, Any]]:
-    """Whether all layers are bifurcated on held-out data after training, and since which training step, by seed."""
+    """By seed, whether all layers are bifurcated on held-out data, and the training step from which they stayed so."""
     return [
         {
             "set": name,
@@ -90,7 +90,7 @@ def bifurcation(sets: Sets) -> list[dict[str, Any]]:
 
 
 def swap(sets: Sets) -> list[dict[str, Any]]:
-    """How much errors grow when domains swap experts, one row per domain."""
+    """Factor by which errors grow when domains swap experts, one row per arm and domain."""
     rows = []
     for name, arm, seeds in _routed(sets):
         for domain in domains_of(seeds):
@@ -119,7 +119,7 @@ def swap(sets: Sets) -> list[dict[str, Any]]:
 
 
 def unseen(sets: Sets) -> list[dict[str, Any]]:
-    """Unseen geometry: its error, the growth relative to the test split, and the routing there."""
+    """Errors on unseen geometry, their growth relative to the test split, and routing, one row per arm and domain."""
     rows = []
     for name, arm, seeds in arms_of(sets):
         for domain in domains_of(seeds):
@@ -159,12 +159,12 @@ def unseen(sets: Sets) -> list[dict[str, Any]]:
 
 
 def gradient_group(name: str) -> str:
-    """Pool all experts into one group: which of them serves a domain differs between seeds."""
+    """Map all experts to one group, because it differs between seeds which expert serves a domain."""
     return "experts" if name.startswith("expert") else name
 
 
 def gradient_means(record: dict[str, Any], kind: str) -> dict[str, float]:
-    """Means of one record by group: of ``cosine`` over pairs of domains, or of ``within`` over domains."""
+    """Mean of ``kind`` by group in one record: of ``cosine`` over pairs of domains, or of ``within`` over domains."""
     values: dict[str, list[float]] = {}
     for group, one in record["groups"].items():
         found = [value for value in one.get(kind, {}).values() if value is not None]
@@ -180,7 +180,7 @@ def _norm_ratio(record: dict[str, Any], group: str) -> float | None:
 
 
 def gradients(sets: Sets) -> list[dict[str, Any]]:
-    """Gradient cosines by parameter group, at the first, the middle and the last record."""
+    """Gradient cosines at the first, middle and last record, one row per arm and parameter group."""
     rows = []
     for name, arm, seeds in arms_of(sets):
         recorded = {s: run["gradients"] for s, run in finished(seeds).items() if run.get("gradients")}
@@ -227,7 +227,7 @@ def plasticity(sets: Sets) -> list[dict[str, Any]]:
 
 
 def relearning(sets: Sets) -> list[dict[str, Any]]:
-    """Errors after learning a further domain from the checkpoint and from scratch, in equally many steps."""
+    """Errors after learning a new domain from the checkpoint and from scratch, in equally many steps; a row per arm."""
     rows = []
     for name, arms in sets.items():
         relearned = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]
@@ -252,7 +252,7 @@ def relearning(sets: Sets) -> list[dict[str, Any]]:
 
 
 def _reached(one: dict[str, Any]) -> int | None:
-    """The first step at which training from the checkpoint matches the final error of training from scratch."""
+    """The first step at which training from the checkpoint reaches the final error of training from scratch."""
     goal = one["from_scratch"][-1]
     pairs = zip(one["steps"], one["from_checkpoint"], strict=True)
     return next((step for step, e in pairs if goal is not None and e is not None and e <= goal), None)

@@ -1,7 +1,7 @@
 """Gradient conflict: whether domains pull the same weights in opposite directions (DESIGN 3.6).
 
-The cosine between the gradients of two tasks is that of PCGrad (Yu et al., arXiv 2001.06782, section 2): below 0 they
-conflict. PCGrad's magnitude similarity is 2 r / (1 + r^2), where r is the ratio of the norms reported here.
+Two gradients conflict if their cosine is below 0, as in PCGrad (Yu et al., arXiv 2001.06782, section 2). PCGrad's
+magnitude similarity is 2 r / (1 + r^2), where r is the ratio of norms reported here.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def gradients_over_training(run: Path, config: Config, samples: LatentSamples, p
 def gradient_conflict(
     transformer: LatentTransformer, samples: LatentSamples, per_domain: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Compare the domains' gradients of the mean squared prediction error, without the router's losses.
+    """Compare the domains' gradients of the mean squared prediction error; the router's losses are left out.
 
     A domain's gradient is the mean over ``per_domain`` of its samples (all, if it has fewer), evenly spread and the
-    same at every call. No token is dropped. The model's mode and ``.grad`` do not change.
+    same in every call. No token is dropped. The model's mode and ``.grad`` do not change.
 
     Args:
         transformer: the model, with all experts in this process.
         batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
-        By group of parameters (the ``group`` of their `Marks`; experts one by one, each over all layers):
-        ``cosine`` ``{"a|b": float}`` of every pair of domains, in [-1, 1];
+        by group of parameters (the ``group`` of their `Marks`; each expert is a group, over all layers):
+        ``cosine`` ``{"a|b": float}`` for every pair of domains, in [-1, 1];
         ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
         ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
         domain's samples, which come from different trajectories if there are several. It separates noise from
@@ -81,7 +81,7 @@ def gradient_conflict(
     finally:
         transformer.train(training)
     groups: dict[str, dict[str, Any]] = {}
-    # Each half holds the sum over its samples, so the mean is the sum of both over the number of samples.
+    # Each half is a sum over its samples, so the mean is the sum of both halves divided by the number of samples.
     for name in halves[samples.domains[0]][0]:
         whole = {
             domain: (first[name] + second[name]) / len(chosen)
@@ -100,7 +100,7 @@ def gradient_conflict(
 def _gradient(
     transformer: LatentTransformer, samples: LatentSamples, windows: Windows, batch_size: int
 ) -> dict[str, Tensor]:
-    """Gradient of the summed error over windows, by group of parameters: flat, float64, all zero without a window."""
+    """Gradient of the error summed over windows, flat float64 by group of parameters; zero if there are no windows."""
     parameters = list(transformer.parameters())
     sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     device, dtype = transformer.head.weight.device, transformer.head.weight.dtype

@@ -1,4 +1,4 @@
-"""Measure one trained run and write the result as JSON. No choice is based on these measurements."""
+"""Measure one trained run and write the result as JSON. Nothing is selected by these measurements."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
 from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
 from shodh_moe.audit.plasticity import plasticity
-from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
-from shodh_moe.audit.speed import local_speeds
+from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, trajectory_records, unseen
 from shodh_moe.audit.swap import swap_growth
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import list_trajectories, read_trajectory
+from shodh_moe.data import read_trajectory
 from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
@@ -32,7 +31,7 @@ from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from shodh_moe.training.records import read_run
 
-MEASURE_VERSION = 1  # increase it when the same weights would give other numbers
+MEASURE_VERSION = 1  # increase it when the same weights would give different numbers
 
 
 def result_path(audit: AuditConfig, run: Run) -> Path:
@@ -40,7 +39,7 @@ def result_path(audit: AuditConfig, run: Run) -> Path:
 
 
 def measured(audit: AuditConfig, run: Run) -> bool:
-    """Whether there is a result for the current weights and settings."""
+    """Whether a result for the current weights and settings exists."""
     try:
         return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
     except (OSError, ValueError, KeyError):
@@ -74,7 +73,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def measure(audit: AuditConfig, run: Run) -> Path:
-    """Measure a run that has ended, and write its result file and, beside it, the arrays of its routing maps.
+    """Measure a run that has ended. Write its result file (JSON) and, beside it, the arrays of its routing maps (npz).
 
     Raises:
         UserError: a checkpoint, the data or the latents are missing or damaged.
@@ -90,15 +89,15 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     )
     samples = LatentSamples(test, config.model.history)
     speeds = local_speeds(config, paths.dataset, "test", test)
-    # `test` holds only the domains the run was trained on, and the weights name others too.
-    plain = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
-    routing = heldout_routing(transformer, test, speeds, plain)
+    # `test` contains only the domains the run was trained on, but the weights name other domains too.
+    unweighted = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
+    routing = heldout_routing(transformer, test, speeds, unweighted)
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")),
         "swap": swap_growth(transformer, samples, routing, batch),
-        "unseen": _unseen(audit, run, models, plain),
+        "unseen": _unseen(audit, run, models, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
         "plasticity": plasticity(transformer, samples, count, batch),
     }
@@ -117,32 +116,32 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
     return path
 
 
-def _unseen(audit: AuditConfig, run: Run, models: Models, plain: Config) -> dict[str, Any] | None:
-    """Measurements on unseen geometry; None if no domain of the run has any."""
+def _unseen(audit: AuditConfig, run: Run, models: Models, unweighted: Config) -> dict[str, Any] | None:
+    """Measurements on unseen geometry; None if no domain of the run has unseen geometry."""
     config = unseen_config(audit)
     paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     if not test:
         return None
-    return unseen(models.transformer, test, plain, local_speeds(config, paths.dataset, "test", test))
+    return unseen(models.transformer, test, unweighted, local_speeds(config, paths.dataset, "test", test))
 
 
 @torch.no_grad()
 def heldout_errors(
     models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, dict[str, float]]:
-    """One-step errors of the model and of persistence by domain, means over all windows of its test trajectories.
+    """One-step errors of the model and of persistence by domain, means over all windows of the test trajectories.
 
-    See DESIGN 3.6. The errors are ``latent_mse``; ``physical_mse``, of velocity and pressure over the squared rms of
-    the tokenizer's training data, decoded in float32; and ``velocity_vrmse`` (`vrmse`).
+    The errors (DESIGN 3.6) are ``latent_mse``; ``physical_mse``, that of velocity and pressure decoded in float32 and
+    divided by the rms of the tokenizer's training data; and ``velocity_vrmse`` (`vrmse`). Those of persistence have the
+    suffix ``_persistence``.
     """
-    listed = list_trajectories(dataset, "test", config.data.grid, config.data.skip_bad)
-    records_of = {(record.path.name, record.sample): record for record in listed}
+    records = trajectory_records(config, dataset, "test")
     tokenizer, h = models.tokenizer, config.model.history
     rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
     rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}
     for latent in test:
-        truth = read_trajectory(records_of[latent.source, latent.sample])
+        truth = read_trajectory(records[latent.source, latent.sample])
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size
@@ -164,8 +163,8 @@ def routing_maps(
     """Arrays of the routing maps, from the middle window of each domain's first test trajectory.
 
     Returns:
-        by ``<domain>/<name>``: ``expert_map`` int32 [L, x, y, z], the tokens' experts, and ``solid_fraction`` float32
-        [x, y, z] of their cells.
+        by ``<domain>/<name>``: ``expert_map``, the expert of each token, int32 [L, x, y, z], and ``solid_fraction``,
+        that of the token's cells, float32 [x, y, z]. L is the number of MoE layers.
     """
     arrays: dict[str, np.ndarray] = {}
     patch, h = config.model.patch, config.model.history

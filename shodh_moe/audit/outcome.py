@@ -1,4 +1,4 @@
-"""The outcome of a training run: whether it ended, whether it diverged, and its validation error."""
+"""The outcome of a training run: whether it has ended, whether it diverged, and its validation error."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def last_checkpoint(config: Config) -> Path:
 
 
 def ended(config: Config) -> bool:
-    """Whether nothing is left to train: the last checkpoint exists, or the run diverged."""
+    """Whether the run needs no more training: its last checkpoint exists, or it diverged."""
     return (last_checkpoint(config) / "state.json").exists() or diverged(config) is not None
 
 
 def diverged(config: Config) -> str | None:
-    """Say why and at which step a run diverged; None if it did not, or has not ended.
+    """Say why and at which step a run diverged; None if it did not diverge or has not ended.
 
     A run diverged if it stopped at a loss or gradient that was not finite, or if its last validation error is not
     finite or more than `DIVERGED_ABOVE` times that of persistence.
@@ -47,10 +47,7 @@ def diverged(config: Config) -> str | None:
 
 
 def validation_score(config: Config) -> float:
-    """Last validation latent MSE relative to persistence, mean over the run's domains with equal weights.
-
-    Infinite for a run that diverged.
-    """
+    """The last validation latent MSE relative to persistence, unweighted mean over domains; infinite if diverged."""
     if diverged(config):
         return math.inf
     last = read_run(run_folder(config), "valid")[-1]

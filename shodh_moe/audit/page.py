@@ -18,32 +18,35 @@ from shodh_moe.report.table import Table
 Row = dict[str, Any]
 TITLE = "Does the mixture of experts end negative transfer?"
 GOOD, BAD = ("shown", "no harm to end"), ("refuted",)
-ESTIMATES = f"""Mean over seeds and 95 % Student t interval over seeds. No interval is given with fewer than {MIN_SEEDS}
-seeds, or where a run diverged."""
+ESTIMATES = f"""Mean over seeds with the 95 % Student t interval over seeds. There is no interval with fewer than
+{MIN_SEEDS} seeds or where a run diverged."""
 QUESTIONS = {
-    "dense_total": "Is it the routing rather than only more parameters? Mixture against the dense model of the same "
-    "total size, which computes more for each token:",
-    "random": "Does it matter that the routing is learned? Mixture against frozen random routing:",
-    "oracle": f"Is it as good as knowing the domain, within {verdict.MARGIN:.0%}? Mixture against oracle routing:",
-    "no_shared": "Do shared experts matter? Mixture against the same without them:",
-    "splits": "Does the router give each domain an expert of its own?",
+    "dense_total": "Is it the routing, and not just the number of parameters? The mixture compared with the dense "
+    "model of the same total size, which computes more per token:",
+    "random": "Does it matter that the routing is learned? The mixture compared with frozen random routing:",
+    "oracle": f"Is learned routing as good as routing by domain, within {verdict.MARGIN:.0%}? The mixture compared "
+    "with oracle routing:",
+    "no_shared": "Do shared experts matter? The mixture compared with a mixture without them:",
+    "splits": "Does the router give each domain its own expert?",
     "reads_mask": "Does the router only read the solid mask?",
 }
 CAPTIONS = {
-    "transfer": "Right of the black line joint training costs accuracy. Paired by seed.",
-    "four": "Left of the black line the mixture is better than the dense model of the same active size.",
-    "load": """Every seed is a line. Domains that part and stay apart have experts of their own: of which number
-    differs between seeds, so the share is that at the expert which serves the first domain in the end.""",
-    "gradients": """Below 0 a step that helps one domain hurts the other. Dotted: how well two halves of one domain's
-    batch agree, the most that could be hoped for. A line ends where an expert sees one domain only.""",
-    "swap": "Bars: mean over seeds. 1 (black line): it does not matter which expert the tokens go to.",
-    "relearning": "A solid line below the dashed one: what was learned before helps.",
-    "routing_map": "Colour: the expert of each token in the middle plane, beside the solid fraction (one run).",
+    "transfer": "To the right of the black line, joint training costs accuracy. Differences are paired by seed.",
+    "four": "To the left of the black line, the mixture is better than the dense model of the same active size.",
+    "load": """One line per seed and domain. Where the lines of the domains separate and stay apart, each domain has
+    its own expert. Which expert serves which domain differs between seeds, so the figure shows the share of tokens at
+    the expert that serves the first domain at the end of training.""",
+    "gradients": """Below 0, a step that helps one domain hurts the other. Dotted: agreement between two halves of one
+    domain's batch, the most that two domains can be expected to reach. A line ends where an expert sees only one
+    domain.""",
+    "swap": "Bars: mean over seeds. At 1 (black line), it does not matter which expert the tokens go to.",
+    "relearning": "Where a solid line lies below the dashed one, what was learned before helps.",
+    "routing_map": "Colour: expert of each token in the middle plane, beside the solid fraction (one run).",
 }
 
 
 def markdown(summary: Row) -> str:
-    """GitHub Markdown without figures. ``summary`` is what `summarise` returns."""
+    """Format the summary as GitHub Markdown, without figures. ``summary`` is what `summarise` returns."""
     return report_page.markdown(sections(summary))
 
 
@@ -52,7 +55,7 @@ def write_page(summary: Row, pictures: Sequence[Path], folder: Path) -> Path:
 
     Args:
         summary: what `shodh_moe.audit.summary.summarise` returns.
-        pictures: the PNG files that `shodh_moe.audit.pictures.draw` wrote; the page contains them.
+        pictures: the PNG files that `shodh_moe.audit.pictures.draw` wrote; they are embedded in the page.
         folder: made if missing.
 
     Raises:
@@ -62,10 +65,10 @@ def write_page(summary: Row, pictures: Sequence[Path], folder: Path) -> Path:
 
 
 def sections(summary: Row, pictures: Sequence[Path] = ()) -> list[Section]:
-    """The sections that have something to show, in the order a reader needs them; the verdict is the first."""
+    """List the sections that have data, starting with the verdict and ending with the rules it follows."""
 
     def section(title: str, text: str, table: Table, *more: Table, figures: Sequence[str] = ()) -> Section:
-        """``figures``: the first part of the names of the figures that belong here."""
+        """Make a section. ``figures``: prefixes of the file names of its figures."""
         blocks: list[Block] = [Text(" ".join(text.split()))] if text else []
         for name in figures:
             caption = " ".join(CAPTIONS[name].split())
@@ -74,51 +77,53 @@ def sections(summary: Row, pictures: Sequence[Path] = ()) -> list[Section]:
 
     found = [
         section("Runs that diverged", _diverged_text(summary["diverged"]), tables.diverged(summary["diverged"])),
-        section("Negative transfer", f"""(error - error of a model of the domain alone) / error of that model, paired
-            by seed. That model has the same active size and saw the same samples of the domain. {ESTIMATES}""",
+        section("Negative transfer", f"""(error - error of the single-domain model) / error of the single-domain
+            model, paired by seed. The single-domain model has the same active size and saw the same samples of its
+            domain. {ESTIMATES}""",
             tables.differences(summary["transfer"]), figures=["transfer"]),
-        section("Mixture of experts against the other arms", f"""Relative difference of the error, paired by seed:
-            below 0 the mixture is better. {ESTIMATES}""",
+        section("Mixture of experts against the other arms", f"""Relative difference of the error, paired by seed;
+            negative where the mixture is better. {ESTIMATES}""",
             tables.differences(summary["pairs"]), figures=["four"]),
         section("Errors", f"On held-out trajectories. {ESTIMATES}", tables.errors(summary["errors"])),
         section("Arms", "", tables.arms(summary["arms"])),
         section("Routing", """Purity: share of a domain's tokens at its majority expert. Bifurcated: the majority
-            experts differ and every purity is at least 0.99, on held-out data. The step is the first record of training
-            from which on every layer stays bifurcated.""",
+            experts differ and every purity is at least 0.99, on held-out data. The step is that of the first training
+            record from which every layer stays bifurcated.""",
             tables.bifurcation(summary["bifurcation"]), tables.purity(summary["routing"]),
             figures=["load", "routing_map"]),
-        section("What the expert tells", """Mutual information of the expert with the domain, the solid fraction and
-            the speed of a token, in nats. With the solid fraction known it says what the router reads beyond the
-            mask.""",
+        section("What the expert reveals", """Mutual information between a token's expert and its domain, solid
+            fraction and speed, in nats. Given the solid fraction, it shows what the router knows of the domain beyond
+            the mask.""",
             tables.information(summary["routing"])),
-        section("Swapped experts", """How many times the domain's latent MSE grows when tokens go to another domain's
-            majority expert, in one layer alone or in all of them. There is nothing to swap on seeds where the domains
-            have the same expert.""",
+        section("Swapped experts", """Factor by which a domain's latent MSE grows when its tokens go to another
+            domain's majority expert, in a single layer or in all layers. There is nothing to swap for seeds where the
+            domains share a majority expert.""",
             tables.swap(summary["swap"]), figures=["swap"]),
-        section("Geometry never seen", "", tables.unseen(summary["unseen"])),
-        section("Four domains", """Distinct majority experts in each layer, by seed, and the load of the experts on the
-            first seed.""",
+        section("Unseen geometry", "", tables.unseen(summary["unseen"])),
+        section("Four domains", """Number of distinct majority experts in each layer, by seed, and the load of the
+            experts for the first seed.""",
             tables.load(summary["routing"])),
-        section("Gradients", """Cosine between the gradients of two domains (mean over pairs), and in brackets between
-            two halves of one domain's batch, at the first, middle and last record. Conflicting: share of records below
-            0. Norms: the larger over the smaller one, geometric mean over pairs, at the last record.""",
+        section("Gradients", """Cosine between the gradients of two domains (mean over pairs) and, in brackets, between
+            two halves of one domain's batch, at the first, middle and last record. Conflicting: share of records with
+            a cosine below 0. Norm ratio: the larger gradient norm over the smaller one at the last record, geometric
+            mean over pairs.""",
             tables.gradients(summary["gradients"]), figures=["gradients"]),
         section("Plasticity", "", tables.plasticity(summary["plasticity"])),
-        section("Relearning", """Validation latent MSE of a domain not trained on, after as many steps from the
-            checkpoint and from scratch. The last column: the step at which training from the checkpoint is as good as
-            training from scratch in the end, by seed.""",
+        section("Relearning", """Validation latent MSE of a new domain after equally many steps from the checkpoint and
+            from scratch. Last column: the step, by seed, at which training from the checkpoint reaches the final error
+            of training from scratch.""",
             tables.relearning(summary["relearning"]), figures=["relearning"]),
-        section("Learning rates", """Chosen on validation data alone: mean over domains of latent MSE over that of
-            persistence.""",
+        section("Learning rates", """Chosen on validation data only, by the latent MSE relative to that of persistence,
+            mean over domains.""",
             tables.tuning(summary["tuning"])),
     ]  # fmt: skip
     shown = [one for one in found if any(isinstance(block, Table) for block in one.blocks)]
-    return [Section("Verdict", [_verdict(summary)]), *shown, Section("Rule of the verdicts", [_rule()])]
+    return [Section("Verdict", [_verdict(summary)]), *shown, Section("Rules of the verdicts", [_rules()])]
 
 
-def _rule() -> Preformatted:
-    rule = inspect.cleandoc(verdict.__doc__ or "").partition("\n\n")[2]
-    return Preformatted(rule.replace("``", ""), markdown=rule)
+def _rules() -> Preformatted:
+    rules = inspect.cleandoc(verdict.__doc__ or "").partition("\n\n")[2]
+    return Preformatted(rules.replace("``", ""), markdown=rules)
 
 
 def _verdict(summary: Row) -> Box:
@@ -136,8 +141,8 @@ def _verdict(summary: Row) -> Box:
     return Box(lines, "good" if answer in GOOD else "bad" if answer in BAD else "")
 
 
-def _domains(summary: Row, name: str) -> str:
-    return " and ".join(dict.fromkeys(row["domain"] for row in summary["transfer"] if row["set"] == name))
+def _domains(summary: Row, set_name: str) -> str:
+    return " and ".join(dict.fromkeys(row["domain"] for row in summary["transfer"] if row["set"] == set_name))
 
 
 def _diverged_text(rows: list[Row]) -> str:

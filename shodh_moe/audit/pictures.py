@@ -1,6 +1,6 @@
 """Figures of the audit: errors of the arms, load and gradients over training, swapped experts, relearning, routing.
 
-A seed that diverged has no place on an axis; it is named beside its arm.
+Seeds that diverged have no value to plot; they are named beside their arm.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ GROUP_COLOURS = {
     "rest": "#64748b",
 }
 LOST = "#b91c1c"
-FAR = 200  # percent: beyond this an axis is no longer linear
-TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # of an axis that is not linear
+FAR = 200  # percent; an axis that reaches further is symmetric logarithmic
+TICKS = (-1000, -300, -100, -50, -20, -10, 0, 10, 20, 50, 100, 300, 1000)  # of a symmetric logarithmic axis
 
 
 def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None = None) -> list[Path]:
-    """Draw every figure that has data, and return the paths. An old file of a figure without data is removed.
+    """Draw every figure that has data and return the paths. For a figure without data, an existing file is removed.
 
     Args:
         results: the result files; see `shodh_moe.audit.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: the figures go here; it is made if missing.
-        maps: for one run of the mixture, by domain: ``expert_map``, the expert of every token, [layers, X, Y, Z], and
-            ``solid_fraction`` of the tokens' cells, [X, Y, Z].
+        folder: where to write the figures; created if missing.
+        maps: arrays of one run of the mixture by domain and name; see `shodh_moe.audit.measure.routing_maps`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -123,7 +122,7 @@ def _point(axes: Axes, height: int, one: dict[str, Any], colour: str) -> None:
     if one["low"] is not None:
         axes.plot([100 * one["low"], 100 * one["high"]], [height] * 2, color=colour, linewidth=2.2)
     if one["diverged"]:
-        # At the right edge, off the scale.
+        # The cross is at the right edge, whatever the scale of the axis.
         across = axes.get_yaxis_transform()
         axes.plot(0.98, height, "x", color=LOST, markersize=8, markeredgewidth=2, transform=across, clip_on=False)
         look = {"color": LOST, "fontsize": style.TICK - 0.5, "ha": "right"}
@@ -166,12 +165,12 @@ def _load(results: list[Run]) -> Figure | None:
 
 
 def _gradients(results: list[Run]) -> Figure | None:
-    """Draw cosines of gradients by group, means over seeds: between domains and, dotted, within one."""
+    """Draw cosines of gradients by group, means over seeds: between domains and, dotted, within one domain."""
     arms = by_arm(results).get("main", {})
     shown = {}
     for arm in ("moe", "dense_active"):
         recorded = [run["gradients"] for run in arms.get(arm, {}).values() if run.get("gradients")]
-        if recorded or (arm in arms and not finished(arms[arm])):  # an arm that diverged keeps its place
+        if recorded or (arm in arms and not finished(arms[arm])):  # an arm that diverged keeps its panel
             shown[arm] = recorded
     if not any(shown.values()):
         return None
@@ -202,7 +201,7 @@ def _gradients(results: list[Run]) -> Figure | None:
 
 
 def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> tuple[list[int], list[float]]:
-    """Means over seeds by step; NaN, which is not drawn, where there is no cosine."""
+    """Steps, and means over seeds at each step; NaN, which is not drawn, where no seed has a cosine."""
     values: dict[int, list[float]] = {}
     for records in recorded:
         for record in records:
@@ -213,7 +212,7 @@ def _over_steps(recorded: list[list[dict[str, Any]]], kind: str, group: str) -> 
 
 
 def _swap(rows: list[dict[str, Any]]) -> Figure | None:
-    """Draw the growth of the error with swapped experts, per layer and for all layers, in the main domains."""
+    """Draw the growth of the main domains' errors with swapped experts, for each layer and for all layers."""
     here = [row for row in rows if row["set"] == "main" and row["all"]["value"] is not None]
     domains = list(dict.fromkeys(row["domain"] for row in here))
     if not domains:
@@ -248,7 +247,7 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
 
 
 def _relearning(results: list[Run]) -> Figure | None:
-    """Draw the validation error of a further domain over steps, from the checkpoint and from scratch."""
+    """Draw the validation error of the new domain over steps, from the checkpoint and from scratch."""
     arms = by_arm(results).get("main", {})
     found = [run["relearning"] for seeds in arms.values() for run in seeds.values() if run.get("relearning")]
     if not found:
@@ -257,7 +256,7 @@ def _relearning(results: list[Run]) -> Figure | None:
         arm: seeds
         for arm, seeds in arms.items()
         if any(run.get("relearning") for run in seeds.values())
-        or not (finished(seeds) or arm.startswith("single"))  # an arm that diverged keeps its place
+        or not (finished(seeds) or arm.startswith("single"))  # an arm that diverged keeps its panel
     }
     figure, grid = style.panels(len(shown), 3, 2.9, title=f"Learning {style.words(found[0]['domain'])} afterwards")
     looks = {"from_checkpoint": {"linestyle": "-"}, "from_scratch": {"linestyle": "--", "color": "0.45"}}
@@ -287,7 +286,7 @@ def _relearning(results: list[Run]) -> Figure | None:
 
 
 def _routing_map(domain: str, arrays: Mapping[str, Array]) -> Figure | None:
-    """Draw the routing map as in the report of a run."""
+    """Draw the routing map of one domain as in the report of a run."""
     examples = {f"{domain}/{name}": np.asarray(arrays[name]) for name in ("expert_map", "solid_fraction")}
     run = RunData("", {}, [], [], examples, [domain], "", {})
     return routing.routing_map(run, domain)

@@ -1,4 +1,4 @@
-"""Plasticity at the end of training: share of dormant units, and effective rank of the features."""
+"""Measures of plasticity at the end of training: share of dormant units, and effective rank of the features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shodh_moe.model import LatentTransformer, MoE, Routing
 from shodh_moe.model.experts import Experts, FeedForward
 from shodh_moe.tokenizer.latents import LatentSamples
 
-TAU = 0.025  # of a layer's mean activation (Sokar et al., arXiv 2302.12902)
+TAU = 0.025  # threshold of dormant units, as a share of the layer's mean activation (Sokar et al., arXiv 2302.12902)
 
 
 def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: int, batch_size: int) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
         batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
-        ``dormant``: share of `dormant_units` among the hidden units of the SwiGLU networks (silu(gate) * up) over all
-        layers, by group: ``shared``, and ``expert 0`` and so on over the tokens that the router sends there. Each
-        network of each block counts as a layer. All units of an expert without tokens are dormant.
+        ``dormant``: share of `dormant_units` among the hidden units (silu(gate) * up) of the SwiGLU networks of all
+        blocks, by group: ``shared`` over all tokens, and ``expert 0``, ``expert 1``, ... over the tokens routed to that
+        expert. Each network of each block counts as a layer. All units of an expert without tokens are dormant.
         ``effective_rank``: `effective_rank` of the token features after the last norm, which enter the head. They are
-        centred: the head has a bias, so the mean over tokens is not a direction that the features use.
+        centred: the head has a bias, so the features need no direction for their mean over tokens.
         ``width``: number of features, the largest possible rank.
 
     Raises:
@@ -79,7 +79,7 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
 def dormant_units(activation_F: Tensor, tau: float = TAU) -> Tensor:
     """Mask of a layer's tau-dormant units, bool [F]: E|h_i| <= tau mean_k E|h_k| (Sokar et al., definition 3.1).
 
-    ``activation_F`` is each unit's mean absolute activation over tokens, or any multiple of it. If all activations are
+    ``activation_F`` is each unit's mean absolute activation over tokens, up to a common factor. If all activations are
     zero, all units are dormant.
     """
     return activation_F <= tau * activation_F.mean()
@@ -107,7 +107,7 @@ class _Moments:
 
     def add(self, x: Tensor) -> None:
         x_TD = x.flatten(0, -2).double()
-        # The origin does not affect the result, but with the first token as origin constant features give exactly 0.
+        # The origin does not affect the result, but with the first token as origin, constant features give exactly 0.
         self.origin_D = x_TD[0] if self.origin_D is None else self.origin_D
         x_TD = x_TD - self.origin_D
         self.tokens += len(x_TD)
@@ -119,6 +119,6 @@ class _Moments:
 
 
 def _hidden(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:
-    """Hidden units [T, F] of one routed expert, which `Experts` computes but does not keep."""
+    """Recompute the hidden units [T, F] of one routed expert, which `Experts` does not return."""
     gate, up = (x_TD @ experts.gate_up_LDF[expert]).chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -1,7 +1,7 @@
-"""How fast trained networks learn a third domain, compared with the same networks from scratch.
+"""Compare how fast trained networks and the same networks from scratch learn a third domain.
 
 A network that has lost its plasticity learns a new domain more slowly than an untrained one (Dohare et al., Nature 632,
-2024). Both are trained on the third domain alone, with the same samples, steps and learning rate.
+2024). Both are trained on the third domain only, with the same samples, steps and learning rate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shodh_moe.audit.outcome import diverged, run_folder
 from shodh_moe.config import Config
 from shodh_moe.training.records import read_run
 
-POINTS = 12  # per curve
+POINTS = 12  # number of validations per curve
 
 
 def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
@@ -35,13 +35,16 @@ def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
 
 
 def relearns(audit: AuditConfig, run: Run) -> bool:
-    """Whether this run is followed by relearning: it is in a joint arm of the main set, with one of ``more_seeds``."""
+    """Whether relearning follows a run: a joint arm of the main set, one of ``more_seeds``, and not diverged."""
     chosen = run.set == "main" and run.arm in JOINT and run.config.seed in audit.more_seeds
     return chosen and diverged(run.config) is None
 
 
 def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
-    """Validation latent MSE of the third domain over steps, for a result's ``relearning``; None without relearning."""
+    """A result's entry ``relearning``: validation latent MSE of the third domain over steps; None if not relearned.
+
+    ``from_checkpoint`` and ``from_scratch`` have a value for each of ``steps``; None after a run diverged.
+    """
     if not relearns(audit, run):
         return None
     both = [_curve(run_folder(config), audit.third) for config in pair(audit, run)]
@@ -49,7 +52,6 @@ def curves(audit: AuditConfig, run: Run) -> dict[str, Any] | None:
     return {
         "domain": audit.third,
         "steps": steps,
-        # A run that diverged has no points after that.
         "from_checkpoint": [both[0].get(step) for step in steps],
         "from_scratch": [both[1].get(step) for step in steps],
     }

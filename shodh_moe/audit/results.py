@@ -1,4 +1,4 @@
-"""The audit's results by set, arm and seed, and estimates of means and relative differences over seeds."""
+"""Group the audit's results by set, arm and seed, and estimate means and relative differences over seeds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shodh_moe.base.errors import UserError
 ARMS = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared", "single")
 SETS = ("main", "hard", "four")
 
-Run = dict[str, Any]
-Seeds = dict[int, Run]  # the runs of one arm
-Sets = dict[str, dict[str, Seeds]]
+Run = dict[str, Any]  # content of a result file
+Seeds = dict[int, Run]  # the runs of one arm, by seed
+Sets = dict[str, dict[str, Seeds]]  # by set and arm name
 QUANTITIES = ("latent_mse", "physical_mse", "velocity_vrmse")  # the first is what training minimises
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
@@ -28,9 +28,8 @@ class Estimate:
     """A mean over seeds with its interval.
 
     Attributes:
-        value: the mean over the seeds that did not diverge; None if there is none.
-        low: lower end of the 95 % interval. None, as is ``high``, with fewer than `MIN_SEEDS` seeds or a diverged one.
-        high: upper end.
+        value: the mean over the seeds that did not diverge; None if there are none.
+        low, high: ends of the 95 % interval; None with fewer than `MIN_SEEDS` seeds or a diverged one.
         by_seed: the values averaged.
         diverged: seeds that have no value because a run diverged.
     """
@@ -62,13 +61,13 @@ def estimate(by_seed: Mapping[int, float | None]) -> Estimate:
 
 
 def relative_difference(errors: Mapping[int, float | None], base: Mapping[int, float | None]) -> Estimate:
-    """(error - base) / base of each seed that both arms have: positive if the arm is worse than its base.
+    """Estimate (error - base) / base over the seeds that both arms have; positive if the arm is worse than its base.
 
-    With single-domain models as the base this is the negative transfer of the arm (no unit; 0.1 is 10 % more error).
+    With single-domain models as the base, this is the arm's negative transfer (no unit; 0.1 means 10 % more error).
 
     Args:
         errors: errors of the arm by seed; None where its run diverged.
-        base: errors of the arm it is compared with; None where that run diverged. A base of 0 counts as diverged.
+        base: errors of the arm to compare with; None where its run diverged. A base error of 0 counts as diverged.
     """
     differences: dict[int, float | None] = {}
     for seed in sorted(set(errors) & set(base)):
@@ -78,7 +77,7 @@ def relative_difference(errors: Mapping[int, float | None], base: Mapping[int, f
 
 
 def arm_name(run: Run) -> str:
-    """Name of a run's arm within its set: ``moe``, ``moe_4`` if the experts vary, ``single:<domain>``."""
+    """Name of a run's arm within its set: the arm, ``moe_4`` if the number of experts varies, ``single:<domain>``."""
     if run["arm"] == "single":
         return f"single:{run['domains'][0]}"
     return f"moe_{run['experts']}" if run["set"] == "four" and run["arm"] == "moe" else str(run["arm"])
@@ -94,7 +93,7 @@ def by_arm(results: list[Run]) -> Sets:
         if run["arm"] not in ARMS or run["set"] not in SETS:
             raise UserError(
                 f"the result of {run['run']} has an unknown arm or set ({run['arm']}, {run['set']}): "
-                f"arms are {', '.join(ARMS)}, sets {', '.join(SETS)}"
+                f"arms are {', '.join(ARMS)}; sets are {', '.join(SETS)}"
             )
     found: Sets = {}
 
@@ -128,7 +127,7 @@ def error_of(seeds: Seeds, domain: str, quantity: str) -> dict[int, float | None
 
 
 def measured(seeds: Seeds, get: Callable[[Run], float | None]) -> Estimate:
-    """Estimate a value that some runs may lack: these are skipped, but runs that diverged count as such."""
+    """Estimate a value that some runs may lack. Runs without it are skipped; diverged runs count as diverged."""
     values = {seed: None if run["diverged"] else get(run) for seed, run in seeds.items()}
     return estimate({seed: v for seed, v in values.items() if v is not None or seeds[seed]["diverged"]})
 

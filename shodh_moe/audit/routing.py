@@ -1,4 +1,4 @@
-"""Routing of held-out tokens, its information about the domain, and the step at which training split the domains.
+"""Routing of held-out tokens, what it reveals about the domain, and the step at which training split the domains.
 
 Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 """
@@ -6,15 +6,18 @@ Shapes: L layers, D domains, E experts, C categories of a token, N tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from shodh_moe.audit.speed import Speeds
 from shodh_moe.audit.windows import all_windows, latent_errors
-from shodh_moe.config import Config
+from shodh_moe.base.errors import UserError
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.routing import (
@@ -29,8 +32,11 @@ from shodh_moe.metrics.routing import (
 from shodh_moe.model import LatentTransformer
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
 
-SPEED_CATEGORIES = 5  # quartiles of the tokens that hold fluid, and the tokens that are all solid
+SPEED_CATEGORIES = 5  # quartiles of the tokens that contain fluid, and the tokens that are all solid
+SNAPSHOTS_AT_ONCE = 8  # number of snapshots that `local_speed` reads together
 MOST_RECORDS = 100
+TrajectoryKey = tuple[str, int]  # name of a data file, and index of the trajectory in it
+Speeds = dict[TrajectoryKey, Tensor]  # `local_speed` of each trajectory
 
 
 def heldout_routing(
@@ -38,17 +44,17 @@ def heldout_routing(
 ) -> dict[str, Any] | None:
     """`summarise_routing` over all one-step windows without dropping tokens, plus mutual information.
 
-    ``mutual_information`` of each layer is that of the expert, in nats, with: ``domain``, ``solid_fraction``, ``speed``
-    (mean |u| of the token's cells), and the domain beyond what these two show, ``domain_given_solid_fraction`` and
-    ``domain_given_speed``.
+    Each layer's ``mutual_information``, in nats, is that between a token's expert and its ``domain``,
+    ``solid_fraction`` and ``speed`` (mean |u| of its cells); ``domain_given_solid_fraction`` and ``domain_given_speed``
+    are conditional mutual information between expert and domain.
 
-    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: the quartiles of all tokens that
-    hold fluid, over all domains together, and the tokens that are all solid. It is taken from the newest snapshot of
-    the window: the router sees that one and older ones, never the one to predict.
+    The solid fraction has 4 categories (`solid_fraction_category`). The speed has 5: quartiles over the tokens of all
+    domains that contain fluid, and the tokens that are all solid. It is that of the window's newest snapshot, because
+    the router sees that one and older ones but never the one to predict.
 
     Args:
         transformer: the model in evaluation mode.
-        speeds: `local_speeds` of the trajectories; None: values that need them are None.
+        speeds: `local_speeds` of the trajectories; if None, values that need them are None.
         config: provides history, patch, ``data.weights`` (the domains to use) and ``evaluation.batch_size``.
 
     Returns:
@@ -93,7 +99,7 @@ def _solid_category(trajectory: LatentTrajectory, patch: int) -> Tensor:
 
 
 def _speed_categories(samples: LatentSamples, speeds: Speeds, solid: list[Tensor]) -> list[Tensor]:
-    """Category of each token's speed: for each trajectory [windows, x, y, z], by the window's first snapshot."""
+    """Category of each token's speed, one tensor [windows, x, y, z] per trajectory."""
     newest = [speeds[one.source, one.sample][samples.history - 1 : one.snapshots - 1] for one in samples.trajectories]
     wet = [(category < SOLID_CATEGORIES - 1).expand_as(u) for u, category in zip(newest, solid, strict=True)]
     fluid = torch.cat([u[where] for u, where in zip(newest, wet, strict=True)])
@@ -111,7 +117,7 @@ def bifurcation(records: Iterable[dict[str, Any]], threshold: float = PURITY_THR
     Returns:
         ``step``: step of the first record from which every layer stays bifurcated (`bifurcated`) up to the last record;
         None if the last record is not bifurcated. ``loads``: at most 100 evenly thinned records, including the last
-        one, of ``step`` and ``load`` (by layer, {domain: [E]}). None if no record has a routing (a dense model).
+        one, with ``step`` and ``load`` (for each layer {domain: [E]}). None if no record has routing (a dense model).
     """
     kept = [
         {"step": record["step"], "load": [layer["load"] for layer in record["routing"]]}
@@ -134,10 +140,50 @@ def unseen(
 ) -> dict[str, Any]:
     """``errors`` (`latent_errors`) and ``routing`` (`heldout_routing`) on trajectories with unseen geometries.
 
-    The trajectories must cover the domains of training, because the oracle router goes by the number of the domain.
+    The trajectories must cover the domains of training, because the oracle router uses the index of the domain.
     """
     samples = LatentSamples(trajectories, config.model.history, config.data.weights)
     return {
         "errors": latent_errors(transformer, samples, config.evaluation.batch_size),
         "routing": heldout_routing(transformer, trajectories, speeds, config),
     }
+
+
+def trajectory_records(config: Config, dataset: Path, split: str) -> dict[TrajectoryKey, TrajectoryRecord]:
+    """The records of a split's trajectories, by the file name and index that their latents store."""
+    listed = list_trajectories(dataset, split, config.data.grid, config.data.skip_bad)
+    return {(record.path.name, record.sample): record for record in listed}
+
+
+def local_speed(record: TrajectoryRecord, patch: int, compression: int = COMPRESSION) -> Tensor:
+    """Mean of |u| over the cells of each token, including solid cells: float32 [T, x, y, z] in the data's units.
+
+    A token is a cube with ``patch * compression`` cells along each axis; T is the number of snapshots.
+
+    Raises:
+        UserError: see `read_snapshots`.
+    """
+    parts = []
+    for start in range(0, record.n_snapshots, SNAPSHOTS_AT_ONCE):
+        fields_T4XYZ, _ = read_snapshots(record, start, min(start + SNAPSHOTS_AT_ONCE, record.n_snapshots))
+        speed_T1XYZ = torch.from_numpy(fields_T4XYZ[:, :3]).norm(dim=1, keepdim=True)
+        parts.append(F.avg_pool3d(speed_T1XYZ, patch * compression)[:, 0])
+    return torch.cat(parts)
+
+
+def local_speeds(config: Config, dataset: Path, split: str, trajectories: Iterable[LatentTrajectory]) -> Speeds:
+    """`local_speed` of the data that each latent trajectory of a split was encoded from.
+
+    Raises:
+        UserError: a trajectory's data are not in ``dataset``, or cannot be read.
+    """
+    records = trajectory_records(config, dataset, split)
+    speeds = {}
+    for one in trajectories:
+        if (one.source, one.sample) not in records:
+            raise UserError(
+                f"trajectory {one.sample} of {one.source} has latents but is not in the {split} split of {dataset}: "
+                "give the dataset that the latents were made from"
+            )
+        speeds[one.source, one.sample] = local_speed(records[one.source, one.sample], config.model.patch)
+    return speeds

@@ -1,4 +1,4 @@
-"""`shodh audit`: data, tuning, runs, relearning, measurements, report. Finished work is kept."""
+"""`shodh audit`: data, tuning, runs, relearning, measurements, report. Finished work is skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
-    """Do all work that is not done yet, and return the summary.
+    """Do all unfinished work and return the summary.
 
     Writes ``summary.json``, ``summary.md``, figures and ``index.html`` to ``<runs>/<name>/report``, and copies them to
     ``output`` if given.
@@ -56,13 +56,13 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
     for one in runs:
         if reason := diverged(one.config):
             print(f"[audit] {one.name} diverged: {reason}", flush=True)
-    waiting = {one.name: one for one in runs if not measured(audit, one)}
-    run_jobs([_measure_job(audit, one) for one in waiting.values()], at_once, "audit")
+    unmeasured = {one.name: one for one in runs if not measured(audit, one)}
+    run_jobs([_measure_job(audit, one) for one in unmeasured.values()], at_once, "audit")
     return report(audit, output)
 
 
 def make_latents(audit: AuditConfig) -> None:
-    """Make the data, the tokenizer and the latents that all runs share, and those of unseen geometry."""
+    """Make the data, tokenizer and latents that all runs share, and the data and latents of unseen geometry."""
     base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
     paths = resolve_paths(base)
     check(base, paths)
@@ -76,15 +76,15 @@ def make_latents(audit: AuditConfig) -> None:
 
 
 def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
-    """Train the runs that have not ended. A run that diverges has ended.
+    """Train the runs that have not ended. A run that diverges counts as ended.
 
     Raises:
-        UserError: a run failed for another reason; the message has the end of its output.
+        UserError: a run failed for another reason; the message contains the end of its output.
     """
-    left = {config.name: config for config in configs if not ended(config)}
-    for config in left.values():
+    unfinished = {config.name: config for config in configs if not ended(config)}
+    for config in unfinished.values():
         claim_run_folder(config, write=False)
-    run_jobs([_training_job(audit, config) for config in left.values()], at_once, "audit")
+    run_jobs([_training_job(audit, config) for config in unfinished.values()], at_once, "audit")
 
 
 def _training_job(audit: AuditConfig, config: Config) -> ProcessJob:
@@ -135,7 +135,7 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 
 def _maps(audit: AuditConfig, results: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]] | None:
-    """The routing maps of the first run of the mixture that has some, by domain and name."""
+    """The routing maps of the first mixture run that has them, by domain and name; None if there is no such run."""
     for result in results:
         path = audit.folder / "results" / f"{result['run']}.npz"
         if (result["set"], result["arm"], result["diverged"]) == ("main", "moe", None) and path.exists():

@@ -24,7 +24,7 @@ from shodh_moe.audit.results import (
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json
 
-AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # the mixture is compared with these
+AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # arms that the mixture is compared with
 
 
 def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``verdicts``, ``diverged`` and lists of rows: ``arms``, ``errors``, ``transfer``, ``pairs``, ``routing``,
         ``bifurcation``, ``swap``, ``unseen``, ``gradients``, ``plasticity``, ``relearning``; each row names its ``set``
-        and ``arm``. Estimates are `Estimate` as dictionaries, with seeds as text. ``tuning`` as given.
+        and ``arm``. Each `Estimate` is a dictionary with seeds as strings. ``tuning`` is returned as given.
 
     Raises:
-        UserError: there are no results, or they do not fit together.
+        UserError: there are no results, or they do not fit together (`by_arm`).
     """
     if not results:
         raise UserError("there are no results of the audit to summarise: run `shodh audit` first")
@@ -135,21 +135,22 @@ def _pairs(sets: Sets) -> list[dict[str, Any]]:
 
 
 def _verdicts(sets: Sets, transfer: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Verdicts by latent MSE; questions other than the main one are answered on the main set."""
+    """Verdicts by latent MSE. Questions other than the main one are answered with the main set only."""
 
-    def of(rows: list[dict[str, Any]], **wanted: str) -> dict[str, Estimate]:
+    def latent_mse(rows: list[dict[str, Any]], **wanted: str) -> dict[str, Estimate]:
+        """The estimates by domain of the rows with these entries."""
         return {
             row["domain"]: row[QUANTITIES[0]] for row in rows if all(row[key] == value for key, value in wanted.items())
         }
 
     main, harms = {}, {}
     for name in [one for one in SETS if any(row["set"] == one for row in transfer)]:
-        dense = of(transfer, set=name, arm="dense_active")
-        moe = of(transfer, set=name, arm="moe")
-        against = of(pairs, set=name, arm="moe", base="dense_active")
+        dense = latent_mse(transfer, set=name, arm="dense_active")
+        moe = latent_mse(transfer, set=name, arm="moe")
+        against = latent_mse(pairs, set=name, arm="moe", base="dense_active")
         harms[name] = {domain: verdict.harm(one) for domain, one in dense.items()}
         main[name] = verdict.ends_negative_transfer(dense, moe, against)
-    differences = {base: of(pairs, set="main", arm="moe", base=base) for base in AGAINST}
+    differences = {base: latent_mse(pairs, set="main", arm="moe", base=base) for base in AGAINST}
     seeds = sets.get("main", {}).get("moe", {})
     split = {seed: None if run["diverged"] else findings.bifurcated(run) for seed, run in seeds.items()}
     return {

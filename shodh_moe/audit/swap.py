@@ -1,4 +1,4 @@
-"""Expert swap: send a domain's tokens to another domain's expert, and measure by what factor its error grows."""
+"""Expert swap: send a domain's tokens to another domain's expert, and measure the factor by which its error grows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pair = tuple[int, int]
 
 @contextmanager
 def exchanged(transformer: LatentTransformer, pairs: Sequence[Pair | None]) -> Iterator[None]:
-    """Exchange the weights of two experts in each MoE layer within the block; None leaves a layer unchanged.
+    """Within the block, exchange the weights of a pair of experts in each MoE layer; None leaves a layer unchanged.
 
     Tokens that chose one expert of a pair are processed by the other, with the same gate. On exit, even after an
     error, every weight is restored bit for bit.
@@ -37,9 +37,8 @@ def exchanged(transformer: LatentTransformer, pairs: Sequence[Pair | None]) -> I
 
 @torch.no_grad()
 def _exchange(experts: Experts, pair: Pair) -> None:
-    there, back = list(pair), list(reversed(pair))
     for weights in (experts.gate_up_LDF, experts.down_LFD):
-        weights[there] = weights[back]
+        weights[list(pair)] = weights[list(reversed(pair))]
 
 
 def swap_growth(
@@ -52,18 +51,18 @@ def swap_growth(
     """Factor by which a domain's latent error grows when its tokens go to another domain's expert, gates unchanged.
 
     In each layer, the majority experts of the domain and of another domain exchange their tokens. The other domain is
-    the first by name whose majority expert in this layer differs; with two domains, it is the other one. Later layers
-    route the changed tokens they receive.
+    the first by name whose majority expert in this layer is a different one. Later layers route the changed tokens that
+    they receive.
 
     Args:
         transformer: the model in evaluation mode, with all experts in this process.
-        routing: `heldout_routing` of the same samples, for the majority experts.
-        count: number of evenly spread windows to use from each domain; None: all.
+        routing: `heldout_routing` of the same samples, which gives the majority experts.
+        count: number of evenly spread windows to use from each domain; None uses all.
 
     Returns:
         ``{domain: {"layers", "all"}}``: latent MSE with the swap over that without it. ``layers`` has one value per
-        layer (None if all domains have the same majority expert there); ``all`` is for the swap in all layers at once
-        (None if no layer can be swapped). None for a dense model.
+        layer (None if all domains have the same majority expert there); ``all`` is that of the swap in all layers at
+        once (None if no layer can be swapped). None for a dense model.
     """
     if not transformer.moe_layers or routing is None:
         return None
@@ -72,9 +71,9 @@ def swap_growth(
         windows = [window for window in all_windows(samples, count) if window[0] == number]
         before = latent_errors(transformer, samples, batch_size, windows)[domain]["latent_mse"]
         pairs = [_pair(layer["majority_expert"], domain) for layer in routing["layers"]]
-        alone = [[pair if at == layer else None for at, pair in enumerate(pairs)] for layer in range(len(pairs))]
+        single = [[pair if at == layer else None for at, pair in enumerate(pairs)] for layer in range(len(pairs))]
         found: list[float | None] = []
-        for plan in (*alone, pairs):
+        for plan in (*single, pairs):
             if not any(plan):
                 found.append(None)
                 continue
@@ -86,6 +85,6 @@ def swap_growth(
 
 
 def _pair(majority: dict[str, int], domain: str) -> Pair | None:
-    """The domain's majority expert, and the first different one of another domain; None if all are the same."""
+    """The domain's majority expert and the first different one of another domain; None if all are the same."""
     own = majority[domain]
     return next(((own, majority[other]) for other in sorted(majority) if majority[other] != own), None)

@@ -73,7 +73,7 @@ def diverged(rows: list[Row]) -> Table:
 
 def differences(rows: list[Row]) -> Table:
     against = any(not row["base"].startswith("single:") for row in rows)
-    head = ("set", "arm", *(["against"] if against else []), "domain", *map(_quantity, QUANTITIES), "latent MSE says")
+    head = ("set", "arm", *(["against"] if against else []), "domain", *map(_quantity, QUANTITIES), "by latent MSE")
     cells = [
         [
             *_place(row),
@@ -106,13 +106,14 @@ def errors(rows: list[Row]) -> Table:
 
 def arms(rows: list[Row]) -> Table:
     def cells(row: Row) -> list[str]:
-        edge = {True: "yes, the best may lie beyond", False: "no"}.get(row["at_edge"], DASH)
+        edge = {True: "yes, the best may lie outside", False: "no"}.get(row["at_edge"], DASH)
         counts = [number((row["parameters"] or {}).get(key)) for key in ("active", "total")]
         rate = DASH if row["learning_rate"] is None else f"{row['learning_rate']:.3g}"
         seeds = f"{len(row['seeds'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else "")
         return [*_place(row), *counts, number(row["steps"]), rate, edge, seeds]
 
-    head = ("set", "arm", "parameters active", "total", "steps", "learning rate", "at the edge of those tried", "seeds")
+    counts = ("active parameters", "total parameters", "steps")
+    head = ("set", "arm", *counts, "learning rate", "at the edge of the range", "seeds")
     return Table(head, [cells(row) for row in rows], _numbers(2, 5))
 
 
@@ -122,7 +123,7 @@ def bifurcation(rows: list[Row]) -> Table:
         lost = f"{count}, {len(row['diverged'])} diverged" if row["diverged"] else count
         return [*_place(row), lost, ", ".join("never" if s is None else f"{s:,}" for s in row["step"].values()) or DASH]
 
-    return Table(("set", "arm", "bifurcated seeds", "since step, by seed"), [cells(row) for row in rows])
+    return Table(("set", "arm", "bifurcated seeds", "from step, by seed"), [cells(row) for row in rows])
 
 
 def purity(rows: list[Row]) -> Table:
@@ -135,17 +136,17 @@ def purity(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table(("set", "arm", "layer", "purity: mean over seeds (least)", "bifurcated seeds"), cells)
+    return Table(("set", "arm", "layer", "purity: mean over seeds (smallest)", "bifurcated seeds"), cells)
 
 
 def _least(one: Row) -> str:
-    """The smallest value over seeds, truncated rather than rounded: 0.9899 must not read as 0.99."""
+    """Format the smallest value over seeds, truncated rather than rounded: 0.9899 must not appear as 0.99."""
     least = min(one["by_seed"].values(), default=math.nan)
     return f"{math.floor(least * 1000) / 1000:.3f}" if math.isfinite(least) else DASH
 
 
 def information(rows: list[Row]) -> Table:
-    names = ("domain", "solid fraction", "speed", "domain, solid fraction known", "domain, speed known")
+    names = ("domain", "solid fraction", "speed", "domain given solid fraction", "domain given speed")
     cells = [[*_place(row), str(row["layer"]), *map(_mean, row["information"].values())] for row in rows]
     return Table(("set", "arm", "layer", *names), cells, _numbers(3, 7))
 
@@ -161,7 +162,7 @@ def swap(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    head = ("set", "arm", "domain", "growth, all layers", "each layer alone, mean", "seeds with nothing to swap")
+    head = ("set", "arm", "domain", "growth, all layers", "each layer alone (mean)", "seeds with nothing to swap")
     return Table(head, cells, _numbers(3, 5))
 
 
@@ -178,7 +179,7 @@ def unseen(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    names = ("latent MSE", "of persistence", "against the test split", "least purity", "bifurcated")
+    names = ("latent MSE", "of persistence", "relative to the test split", "smallest purity", "bifurcated seeds")
     head = ("set", "arm", "domain", *names)
     return Table(head, cells, _numbers(3, 6))
 
@@ -212,7 +213,8 @@ def gradients(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table(("set", "arm", "parameters", "first", "middle", "last", "conflicting", "norms"), cells, _numbers(3, 7))
+    head = ("set", "arm", "parameters", "first", "middle", "last", "conflicting", "norm ratio")
+    return Table(head, cells, _numbers(3, 7))
 
 
 def _signed(value: float | None) -> str:
@@ -249,7 +251,16 @@ def relearning(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    head = ("set", "arm", "domain", "steps", "from checkpoint", "from scratch", "difference", "as good at step")
+    head = (
+        "set",
+        "arm",
+        "domain",
+        "steps",
+        "from checkpoint",
+        "from scratch",
+        "difference",
+        "reached at step",
+    )
     return Table(head, cells, _numbers(3, 7))
 
 
@@ -266,4 +277,4 @@ def tuning(choices: Row) -> Table:
                 "yes" if one["at_edge"] else "no",
             ]
         )
-    return Table(("arm", "learning rates", "validation error over that of persistence", "chosen", "at the edge"), cells)
+    return Table(("arm", "learning rates", "validation error over persistence's", "chosen", "at the edge"), cells)

@@ -1,11 +1,11 @@
-"""The verdicts in words: pure functions of the intervals, by a rule that was stated before the runs.
+"""The verdicts in words: pure functions of the intervals, by rules that were written before the runs.
 
-All intervals are 95 % Student t intervals over seeds of differences paired by seed, relative to the base. There is none
-with fewer than 3 seeds, or where a run diverged; a rule that asks for one is then not met. The margin is 2 %.
+All intervals are 95 % Student t intervals over seeds of relative differences paired by seed. An estimate from fewer
+than 3 seeds or with a diverged run has no interval, and a rule that requires one is then not met. The margin is 2 %.
 
-Joint training of the dense model with the same active parameters, on one domain:
+Joint training of the dense model with the same active parameters as the mixture, judged on one domain:
 - ``harms``: the interval of its negative transfer lies wholly above 0;
-- ``does not harm``: it lies wholly below the margin;
+- ``does not harm``: the interval lies wholly below the margin;
 - ``not shown``: neither.
 
 Does the mixture of experts end negative transfer?
@@ -13,18 +13,20 @@ Does the mixture of experts end negative transfer?
 - ``shown``: the dense model harms at least one domain; in every domain the upper end of the interval of the mixture's
   negative transfer is at most the margin; and in each harmed domain the mixture is better than the dense model (the
   interval of their difference lies wholly below 0);
-- ``refuted``: the dense model harms a domain, and there the interval of the mixture lies wholly above the margin;
-- ``not shown``: everything else.
+- ``refuted``: the dense model harms a domain in which the mixture's interval, too, lies wholly above the margin;
+- ``not shown``: anything else.
 
-Two arms on one domain are ``better`` or ``worse`` where the interval of their difference lies wholly below or above 0,
-otherwise ``no difference shown``. Over several domains: ``better`` if on one or more and worse on none, ``worse`` the
-other way round, ``mixed`` if both occur. As good as oracle routing: ``as good`` if in every domain the upper end is at
-most the margin, ``worse`` if in one the interval lies wholly above it, else ``not shown``.
+On one domain, an arm is ``better`` or ``worse`` than another if the interval of their difference lies wholly below or
+above 0, otherwise ``no difference shown``. Over several domains: ``better`` if better on at least one and worse on
+none, ``worse`` in the opposite case, ``mixed`` if both occur. Compared with oracle routing: ``as good`` if in every
+domain the upper end of the interval is at most the margin, ``worse`` if in any domain the interval lies wholly above
+the margin, else ``not shown``.
 
-The router ``splits`` the domains if every layer is bifurcated on every seed, at least 3, and none diverged; it ``does
-not split`` them if this holds on no seed, of at least 3; else ``on some seeds`` or, with fewer, ``not shown``. It
-``reads more than the mask`` if the interval of I(expert; domain | solid fraction) / I(expert; domain) lies wholly above
-the margin, and ``tells no more than the mask`` if it lies wholly below it, else ``not shown``.
+The router ``splits`` the domains if every layer is bifurcated for every seed and no run diverged; it ``does not split``
+them if there is no seed for which every layer is bifurcated; otherwise the verdict is ``on some seeds``. With fewer
+than 3 seeds that did not diverge it is ``not shown``. The router ``reads more than the mask`` if the interval of
+I(expert; domain | solid fraction) / I(expert; domain) lies wholly above the margin, and ``tells no more than the mask``
+if it lies wholly below the margin, else ``not shown``.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Domains = Mapping[str, Estimate]
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer, which is a fixed phrase of the rules above, and the reason for it in words."""
+    """An answer, one of the fixed phrases in the rules above, and the reason for it in words."""
 
     answer: str
     reason: str
@@ -63,7 +65,7 @@ def at_most(one: Estimate, bound: float) -> bool:
 
 
 def harm(transfer: Estimate) -> str:
-    """Does joint training harm this domain? ``transfer``: the dense model's negative transfer there."""
+    """Whether joint training harms a domain, given the dense model's negative transfer on it."""
     return "harms" if above(transfer, 0.0) else "does not harm" if below(transfer, MARGIN) else NOT_SHOWN
 
 
@@ -78,18 +80,18 @@ def ends_negative_transfer(dense: Domains, moe: Domains, against_dense: Domains)
     Args:
         dense: negative transfer of the dense model with the same active parameters, by domain.
         moe: negative transfer of the mixture of experts.
-        against_dense: relative difference of the mixture to the dense model.
+        against_dense: relative difference between the errors of the mixture and of the dense model.
     """
     if not dense or set(dense) != set(moe) or set(dense) != set(against_dense):
-        return Verdict(NOT_SHOWN, "some of the runs it takes are missing")
+        return Verdict(NOT_SHOWN, "some of the required runs are missing")
     harms = {domain: harm(one) for domain, one in dense.items()}
     harmed = [domain for domain, answer in harms.items() if answer == "harms"]
     if all(answer == "does not harm" for answer in harms.values()):
         return Verdict("no harm to end", f"dense joint training costs less than {MARGIN:.0%} in {_list(dense)}")
     if not harmed:
-        open_ones = [domain for domain, answer in harms.items() if answer == NOT_SHOWN]
-        why = "; ".join(f"{_word(domain)}: {_uncertain(dense[domain])}" for domain in open_ones)
-        return Verdict(NOT_SHOWN, f"that dense joint training harms a domain is itself not shown ({why})")
+        undecided = [domain for domain, answer in harms.items() if answer == NOT_SHOWN]
+        why = "; ".join(f"{_word(domain)}: {_uncertain(dense[domain])}" for domain in undecided)
+        return Verdict(NOT_SHOWN, f"it is not shown that dense joint training harms any domain ({why})")
     if refuted := [domain for domain in harmed if above(moe[domain], MARGIN)]:
         return Verdict(
             "refuted",
@@ -101,17 +103,17 @@ def ends_negative_transfer(dense: Domains, moe: Domains, against_dense: Domains)
         return Verdict(
             "shown",
             f"dense joint training harms {_list(harmed)}; the mixture is better there, "
-            f"and in {_list(moe)} at most {MARGIN:.0%} worse than a model of that domain alone",
+            f"and in {_list(moe)} at most {MARGIN:.0%} worse than the single-domain model",
         )
     reasons = [
-        f"that the mixture is at most {MARGIN:.0%} worse than a model of {_word(domain)} alone: "
-        f"{_uncertain(moe[domain])}"
+        f"that the mixture is at most {MARGIN:.0%} worse than the single-domain model of {_word(domain)} "
+        f"({_uncertain(moe[domain])})"
         for domain in worse
     ] + [
-        f"that it is better than the dense model in {_word(domain)}: {_uncertain(against_dense[domain])}"
+        f"that the mixture is better than the dense model in {_word(domain)} ({_uncertain(against_dense[domain])})"
         for domain in not_better
     ]
-    return Verdict(NOT_SHOWN, f"dense joint training harms {_list(harmed)}, but not shown is " + "; ".join(reasons))
+    return Verdict(NOT_SHOWN, f"dense joint training harms {_list(harmed)}, but it is not shown {'; '.join(reasons)}")
 
 
 def compare(differences: Domains) -> Verdict:
@@ -123,7 +125,7 @@ def compare(differences: Domains) -> Verdict:
 
 
 def as_good(differences: Domains) -> Verdict:
-    """Whether an arm is as good as another, within the margin, in every domain."""
+    """Judge whether an arm is as good as another in every domain, within the margin."""
     if any(above(one, MARGIN) for one in differences.values()):
         answer = "worse"
     else:
@@ -132,27 +134,32 @@ def as_good(differences: Domains) -> Verdict:
 
 
 def splits(bifurcated: Mapping[int, bool | None]) -> Verdict:
-    """Does the router give each domain its own expert?
+    """Judge whether the router gives each domain its own expert.
 
     Args:
-        bifurcated: by seed, whether every layer is; None where the run diverged.
+        bifurcated: whether every layer is bifurcated, by seed; None where the run diverged.
     """
     count = sum(value is True for value in bifurcated.values())
     diverged = [seed for seed, value in bifurcated.items() if value is None]
     reason = f"bifurcated on {count} of {len(bifurcated)} seeds" + (f", {len(diverged)} diverged" if diverged else "")
     if len(bifurcated) - len(diverged) < MIN_SEEDS:
-        return Verdict(NOT_SHOWN, f"{reason}; it takes at least {MIN_SEEDS} that did not diverge")
+        return Verdict(NOT_SHOWN, f"{reason}; at least {MIN_SEEDS} that did not diverge are needed")
     if count == 0:
         return Verdict("does not split", reason)
     return Verdict("splits" if count == len(bifurcated) else "on some seeds", reason)
 
 
 def reads_mask(share: Estimate) -> Verdict:
-    """Does the router only read the mask? ``share``: I(expert; domain | solid fraction) / I(expert; domain)."""
+    """Judge whether the router only reads the solid mask.
+
+    Args:
+        share: I(expert; domain | solid fraction) / I(expert; domain).
+    """
     if share.value is None:
-        return Verdict(NOT_SHOWN, "the expert tells nothing of the domain")
+        return Verdict(NOT_SHOWN, "the expert carries no information about the domain")
     reason = (
-        f"with the solid fraction known the expert still tells of the domain {share.value:.0%} of what it tells without"
+        "given the solid fraction, the expert carries "
+        f"{share.value:.0%} of the information about the domain that it carries otherwise"
     )
     if above(share, MARGIN):
         return Verdict("reads more than the mask", reason)
@@ -166,7 +173,7 @@ def _uncertain(one: Estimate) -> str:
     if one.diverged:
         return f"seed {', '.join(map(str, one.diverged))} diverged"
     if one.low is None or one.high is None:
-        return f"{len(one.by_seed)} of the {MIN_SEEDS} seeds that an interval takes"
+        return f"{len(one.by_seed)} of the {MIN_SEEDS} seeds that an interval requires"
     return f"the interval is {interval(one)}"
 
 
@@ -177,7 +184,7 @@ def interval(one: Estimate) -> str:
 
 def _each(answers: Mapping[str, str], differences: Domains) -> str:
     if not answers:
-        return "these runs are missing"
+        return "the runs to compare are missing"
     return "; ".join(f"{_word(d)}: {answer} ({_uncertain(differences[d])})" for d, answer in answers.items())
 
 

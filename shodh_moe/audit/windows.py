@@ -11,7 +11,7 @@ from shodh_moe.tokenizer.latents import LatentSamples
 
 
 def all_windows(samples: LatentSamples, count: int | None = None) -> list[tuple[int, int]]:
-    """(domain, index) of every window, or of ``count`` evenly spread windows per domain (all, if it has fewer)."""
+    """List (domain, index) of every window, or of ``count`` evenly spread windows per domain (all, if it has fewer)."""
     used = [size if count is None else min(count, size) for size in samples.sizes]
     return [
         (domain, n * size // use)
@@ -28,7 +28,8 @@ def latent_errors(
 ) -> dict[str, dict[str, float]]:
     """One-step errors by domain: ``{domain: {"latent_mse", "latent_mse_persistence"}}``.
 
-    They are unweighted means over ``windows`` (None: all). Domains without a window are left out.
+    They are unweighted means over ``windows``, a list of (domain, index); None uses all. Domains without a window are
+    left out.
     """
     windows = all_windows(samples) if windows is None else windows
     totals_D2 = torch.zeros(len(samples.domains), 2, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""`shodh merge calibrate`: fit the factor of the readout ``scale`` and measure how far the path is straight.
+"""`shodh merge calibrate`: fit gamma for the readout ``scale`` and measure how far the path is straight.
 
-Only the family's ``validation`` files are opened.
+Only the family's ``validation`` files are read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
     """Fit gamma for the two experts of a ccm config, print the result, and return it.
 
     Args:
-        config: a config of `shodh merge`; its models may also be run folders. Its target settings are ignored.
+        config: a config of `shodh merge`; its models may also be run folders. Its alpha or coordinate is ignored.
         output: a new JSON file for the result.
 
     Raises:
-        UserError: the config is not a ccm config with two models or has a sweep, experts or validation data are
-            missing, damaged or do not fit each other, rollouts are not finite at any gamma, or ``output`` exists.
+        UserError: the config is not a ccm config with two models, or has a sweep; experts or validation data are
+            missing, damaged or do not fit each other; no gamma gives finite rollouts; or ``output`` exists.
     """
     target = load_targets(config, config, {"found": "scale", "value": 0.0})[0]
     if output is not None:
@@ -72,7 +72,7 @@ def calibrate(config: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def _require_ends(target: Target, low: Expert, high: Expert) -> None:
-    """Refuse experts at the wrong ends, and coordinates for which gamma would differ from that of s."""
+    """Refuse experts at the wrong ends, and coordinates for which gamma would mean something else than for s."""
     for expert, other in ((low, "endpoint_high"), (high, "endpoint_low")):
         if expert.config.splits == [other]:
             raise UserError(f"{expert.path} was trained on {other} and belongs at the other end: swap the two models")
@@ -89,11 +89,11 @@ def _require_ends(target: Target, low: Expert, high: Expert) -> None:
 
 def _validation(low: Expert, high: Expert) -> list[Trajectories]:
     family, folder = low.config.family.family(), low.config.family.folder()
-    regimes, theirs = (
+    regimes, high_regimes = (
         [regime for regime in data.regimes(one.config.family.family(), folder) if regime.split == SPLIT]
         for one in (low, high)
     )
-    if [regime.request for regime in regimes] != [regime.request for regime in theirs]:
+    if [regime.request for regime in regimes] != [regime.request for regime in high_regimes]:
         raise UserError(
             f"{low.path} and {high.path} have different validation data of the family {family.name}: "
             "train them with the same grid, snapshots and seed of the family"
@@ -102,7 +102,7 @@ def _validation(low: Expert, high: Expert) -> list[Trajectories]:
         if not regime.path.exists():
             raise UserError(
                 f"the validation data {regime.path} do not exist: make them with `shodh expert data --config CONFIG`, "
-                f"with the config that {low.path} was trained with"
+                f"and the config that {low.path} was trained with"
             )
     return data.read_split(family, folder, SPLIT)
 
@@ -119,7 +119,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"{key:5.1f}   {error:.4g}{'   smallest' if key == gamma else ''}" for key, error in shown.items()]
     lines += ["", f"gamma = 1: error {shown[1.0]:.4g}, {more:.1%} more than at {gamma:g}"]
     if gamma in (GAMMAS[0], GAMMAS[-1]):
-        lines.append(f"gamma {gamma:g} is at the end of what was tried: the coordinates say little about these experts")
+        lines.append(f"gamma {gamma:g} is at the end of the range: the coordinates say little about these experts")
     lines += ["", "alpha    bend"]
     lines += [f"{alpha}   {math.nan if value is None else value:.3f}" for alpha, value in found["bend"].items()]
     lines += ["", f"straight (bend at most {BEND_TOLERANCE:g}) up to |alpha| = {found['straight']:g}"]

@@ -18,7 +18,7 @@ Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "inter
 
 
 class FamilyConfig(Section):
-    """The data: one of the families (shodh_moe/ccm/family.py), generated under ``root`` where files are missing."""
+    """The data: one of the families in shodh_moe/ccm/family.py. Missing files are generated under ``root``."""
 
     name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = setting(
         "reaction_diffusion", changes="data"
@@ -27,7 +27,7 @@ class FamilyConfig(Section):
     grid: Positive = setting(48, changes="data", description="cells along each side")
     snapshots: Positive = setting(21, changes="data", description="stored states per trajectory")
     trajectories: dict[Split, Positive] = setting(
-        {}, changes="data", description="trajectories per regime of a split, in place of the family's number"
+        {}, changes="data", description="trajectories per regime of a split, instead of the family's default"
     )
     seed: NonNegative = setting(0, changes="data")
 
@@ -44,13 +44,13 @@ class FamilyConfig(Section):
 
 
 class NetworkConfig(Section, changes="model"):
-    """The neural operator (shodh_moe/operators)."""
+    """The neural operator (see shodh_moe/operators)."""
 
     kind: Literal["fno", "dpot"] = "fno"
     size: str = Field("tiny", description="one of FNO_SIZES or DPOT_SIZES")
     history: Positive = Field(1, description="frames from which the network predicts the next one")
     coordinates: Coordinates = Field(
-        "none", description="input channels that tell a cell's position: cells, or waves for a periodic domain"
+        "none", description="extra input channels that encode a cell's position: cells, or waves for a periodic domain"
     )
     padding: Fraction = Field(0.0, description="FNO: width of the zero padding, as a share of the domain's side")
     conditioned: bool = Field(False, description="the regime's coordinate s is an input of the network")
@@ -93,13 +93,13 @@ class ExpertConfig(Section):
     @model_validator(mode="after")
     def _check_lists(self) -> ExpertConfig:
         if not self.splits or len(set(self.splits)) < len(self.splits):
-            raise ValueError(f"splits needs one or more different splits, not {self.splits}")
+            raise ValueError(f"splits {self.splits} must be one or more different splits")
         if not self.rollout:
-            raise ValueError("rollout needs one or more numbers of steps")
+            raise ValueError("rollout must have one or more numbers of steps")
         frames = self.network.history + max(self.rollout)
         if frames > self.family.snapshots:
             raise ValueError(
-                f"network.history {self.network.history} and rollout {max(self.rollout)} need {frames} snapshots, "
+                f"network.history {self.network.history} and rollout {max(self.rollout)} need {frames} snapshots, but "
                 f"family.snapshots is {self.family.snapshots}: change one of them"
             )
         return self

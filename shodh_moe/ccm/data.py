@@ -1,7 +1,7 @@
-"""The data of a family: one HDF5 file for each regime, made by the planar solvers, and read back as tensors.
+"""Generate the data of a family with the planar solvers, one HDF5 file per regime, and read them as tensors.
 
-Files: ``<folder>/<family>/<split>/s<coordinate>.hdf5``, like PDEBench's ``tensor`` files except that channels come
-before space: ``tensor`` [N, T, C, H, W] float32 and ``x-``, ``y-``, ``t-coordinate``.
+Files are ``<folder>/<family>/<split>/s<coordinate>.hdf5``. They are like PDEBench's ``tensor`` files except that
+channels come before space: ``tensor`` [N, T, C, H, W] float32, ``x-coordinate``, ``y-coordinate``, ``t-coordinate``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ Progress = Callable[..., Iterator[Any]]
 
 @dataclass(frozen=True)
 class Regime:
-    """One file of a family: a split, a coordinate and the parameter's value there."""
+    """One file of a family.
+
+    Attributes:
+        split: name of its split.
+        coordinate: s.
+        value: the family's parameter at s.
+        path: the file, which may not exist yet.
+        request: everything that the file's content depends on; stored in the file.
+    """
 
     split: str
     coordinate: float
@@ -51,7 +59,7 @@ class Trajectories:
 
     Attributes:
         fields: [N, T, C, H, W] float32.
-        coordinate, value: s and the parameter of all N trajectories.
+        coordinate, value: s and the family's parameter, the same for all N trajectories.
         interval: time between snapshots.
         channels: names of the C channels.
     """
@@ -64,7 +72,7 @@ class Trajectories:
 
 
 def regimes(family: Family, folder: Path) -> list[Regime]:
-    """List the regimes of a family with their files, split by split.
+    """List the regimes of a family, split by split.
 
     Raises:
         UserError: the family is invalid.
@@ -94,8 +102,8 @@ def generate(
 ) -> Path:
     """Make the files of ``family`` that are missing, damaged or of another request; return ``<folder>/<family>``.
 
-    Solved in float64. On a CPU the bits do not depend on the batch or on other regimes; another device agrees to
-    rounding. ``progress`` is called as ``progress(iterable, desc, total)`` and must yield the items.
+    Solutions are computed in float64. On a CPU the bits depend neither on the batch nor on other regimes; other devices
+    agree to rounding. ``progress`` is called as ``progress(iterable, desc, total)`` and must yield the items.
 
     Raises:
         UserError: the family is invalid, the disk is too small or not writable, or a solution diverged.
@@ -105,9 +113,10 @@ def generate(
     require_writable(home)
     for split in SPLITS:
         remove_leftovers(home / split)
-    left = [regime for regime in wanted if not is_done(regime)]
-    _require_space(family, left, home)
-    for _ in progress((_make(family, regime, device) for regime in left), family.name.replace("_", " "), len(left)):
+    unfinished = [regime for regime in wanted if not is_done(regime)]
+    _require_space(family, unfinished, home)
+    files = (_make(family, regime, device) for regime in unfinished)
+    for _ in progress(files, family.name.replace("_", " "), len(unfinished)):
         pass
     return home
 
@@ -116,7 +125,7 @@ def is_done(regime: Regime) -> bool:
     """Whether the file exists, is complete, and was made by the same request."""
     try:
         with h5py.File(regime.path, "r") as file:
-            return _is_of(file, regime)
+            return _matches(file, regime)
     except (OSError, KeyError):
         return False
 
@@ -125,7 +134,7 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
     """Read trajectories ``start`` to ``stop`` (default: all) of one file.
 
     Raises:
-        UserError: the file is missing, incomplete, not a family's, or holds values that are not finite.
+        UserError: the file is missing, incomplete, not of a family, or has values that are not finite.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -138,7 +147,7 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and generate the data again") from error
     if not bool(torch.isfinite(fields).all()):
-        raise UserError(f"{path} holds values that are not finite: give finite ones, or generate the data again")
+        raise UserError(f"{path} has values that are not finite: give finite ones, or generate the data again")
     return Trajectories(
         fields,
         float(attributes["coordinate"]),
@@ -152,7 +161,7 @@ def read_split(family: Family, folder: Path, split: str) -> list[Trajectories]:
     """Read all regimes of a split, in the order of ``family.coordinates[split]``.
 
     Raises:
-        UserError: as in `read`, or a file was made by another request.
+        UserError: as in `read`; or a file was made by another request, or the split has no regimes.
     """
     found = []
     for regime in regimes(family, folder):
@@ -184,7 +193,7 @@ def _make(family: Family, regime: Regime, device: str | torch.device) -> Path:
 def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.ndarray) -> None:
     file.create_dataset("tensor", data=tensor_NTCHW)
     settings = family.settings
-    # The torus has grid points from its corner on; the other two grids are cell centres around the origin.
+    # On the torus, grid points start at the corner; the other two grids are cell centres around the origin.
     shift = 0.0 if isinstance(settings, NavierStokes) else 0.5 - family.grid / 2
     axis = (np.arange(family.grid) + shift) * settings.side / family.grid
     file["x-coordinate"] = file["y-coordinate"] = axis.astype(np.float32)
@@ -207,18 +216,18 @@ def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.nda
     file.attrs["complete"] = True
 
 
-def _is_of(file: h5py.File, regime: Regime) -> bool:
-    whole = bool(file.attrs.get("complete", False)) and "tensor" in file
-    return whole and file.attrs.get("request_hash") == _hash(regime.request)
+def _matches(file: h5py.File, regime: Regime) -> bool:
+    complete = bool(file.attrs.get("complete", False)) and "tensor" in file
+    return complete and file.attrs.get("request_hash") == _hash(regime.request)
 
 
 def _hash(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _require_space(family: Family, left: list[Regime], home: Path) -> None:
-    cells = family.snapshots * len(family.channels) * family.grid**2
-    needed = sum(4 * cells * family.trajectories[regime.split] + 2**16 for regime in left)
+def _require_space(family: Family, unfinished: list[Regime], home: Path) -> None:
+    numbers = family.snapshots * len(family.channels) * family.grid**2
+    needed = sum(4 * numbers * family.trajectories[regime.split] + 2**16 for regime in unfinished)
     existing = next(path for path in (home, *home.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

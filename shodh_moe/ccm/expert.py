@@ -1,4 +1,4 @@
-"""A trained expert: load it from a run folder or checkpoint without DeepSpeed, compare it with others, merge it."""
+"""Load trained experts from run folders or checkpoints without DeepSpeed, compare them, and merge them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
 @dataclass
 class Expert:
-    """A network with the units it works in.
+    """A trained network and the units it works in.
 
     Attributes:
         path: the checkpoint it was read from.
@@ -69,7 +69,7 @@ class Expert:
 
 
 def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPOT2d:
-    """Make a new network for fields of C channels."""
+    """Make an untrained network for fields with ``channels`` channels."""
     common: dict[str, Any] = {"history": config.history, "conditions": int(config.conditioned), "seed": seed}
     common["coordinates"] = config.coordinates
     if config.kind == "dpot":
@@ -78,7 +78,7 @@ def make_network(config: NetworkConfig, channels: int, seed: int) -> FNO2d | DPO
 
 
 def facts_of(scale: Scale, channels: tuple[str, ...], dataset: str) -> dict[str, Any]:
-    """What a checkpoint of an expert stores besides its weights; ``dataset`` is the name of its family's folder."""
+    """The facts that an expert's checkpoint stores besides weights; ``dataset`` is the name of its family's folder."""
     units = {"mean": list(scale.mean), "std": list(scale.std)}
     return {"expert": {"channels": list(channels), **units, "dataset": dataset}}
 
@@ -87,14 +87,14 @@ def require_same_dataset(config: ExpertConfig) -> None:
     """Refuse to resume a run whose family has been redefined since.
 
     Raises:
-        UserError: the newest checkpoint of the run was trained on other data than the config names now.
+        UserError: the run's newest checkpoint was trained on data other than those that the config now names.
     """
     run = Path(config.runs) / config.name
     if found := find_checkpoint(run / "checkpoints"):
-        there, here = found[1].get("expert", {}).get("dataset"), config.family.folder().name
-        if there != here:
+        trained, current = found[1].get("expert", {}).get("dataset"), config.family.folder().name
+        if trained != current:
             raise UserError(
-                f"run folder {run} was trained on {there}, and family {config.family.name} is {here} now: "
+                f"run folder {run} was trained on {trained}, but family {config.family.name} is now {current}: "
                 f"choose another name or remove {run}"
             )
 
@@ -117,7 +117,7 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def described(path: Path) -> tuple[ExpertConfig, Scale]:
-    """Config and scale of a checkpoint. Raises `UserError` if it is not an expert's."""
+    """Read config and scale from a checkpoint. Raises `UserError` if it is not an expert's."""
     state = CheckpointReader(path).state
     try:
         kept = state["expert"]
@@ -125,7 +125,7 @@ def described(path: Path) -> tuple[ExpertConfig, Scale]:
         return ExpertConfig.model_validate(state["config"]), scale
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise UserError(
-            f"checkpoint {path} is not a checkpoint of an expert, or of another version ({error})"
+            f"{path} is not a checkpoint of an expert, or is one of another version ({error}): give another checkpoint"
         ) from error
 
 
@@ -133,7 +133,7 @@ def units_of_start(config: ExpertConfig) -> Scale:
     """The units of the anchor that a config starts from. A run that resumes has stored them and needs no anchor.
 
     Raises:
-        UserError: there is no usable anchor, or its network or fields differ.
+        UserError: there is no usable anchor, or its network or number of channels differs.
     """
     assert config.start
     run = Path(config.runs) / config.name
@@ -142,7 +142,7 @@ def units_of_start(config: ExpertConfig) -> Scale:
     path = checkpoint_of(Path(config.start))
     anchor, scale = described(path)
     if anchor.network != config.network:
-        raise UserError(f"start: {path} has another network than this config: change the network section")
+        raise UserError(f"start: {path} has a different network from this config: change the network section")
     if len(scale.mean) != len(config.family.family().channels):
         raise UserError(f"start: {path} has fields with {len(scale.mean)} channels: give an anchor of this family")
     return scale
@@ -152,7 +152,7 @@ def load_expert(path: Path, device: str | torch.device = "cpu") -> Expert:
     """Load the expert at ``path``, a run folder or a checkpoint.
 
     Raises:
-        UserError: there is none, it is damaged, or its weights do not fit its config's network.
+        UserError: there is no expert, it is damaged, or its weights do not fit its config's network.
     """
     path = checkpoint_of(path)
     config, scale = described(path)
@@ -167,7 +167,7 @@ def load_expert(path: Path, device: str | torch.device = "cpu") -> Expert:
 
 
 def require_same_network(experts: list[Expert]) -> None:
-    """Refuse experts of different networks or units. Raises `UserError`."""
+    """Refuse experts with different networks or units. Raises `UserError`."""
     first = experts[0]
     for other in experts[1:]:
         if other.config.network != first.config.network:
@@ -180,25 +180,25 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
     """Load the low and the high expert of a ccm target with one axis, on a GPU if there is one.
 
     Raises:
-        UserError: one is not an expert, is damaged, not finite, or conditioned on the coordinate; or their networks,
-            units or families differ; or their weights are the same.
+        UserError: one of them is not an expert, is damaged, not finite or conditioned on the coordinate; or their
+            networks, units or families differ; or their weights are the same.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low, high = (load_expert(Path(path), device) for path in target.models)
     require_same_network([low, high])
     if low.config.family.name != high.config.family.name:
         raise UserError(
-            f"{low.path} belongs to the family {low.config.family.name}, {high.path} to {high.config.family.name}: "
+            f"{low.path} belongs to family {low.config.family.name}, {high.path} to {high.config.family.name}: "
             "give experts of one family"
         )
     if low.config.network.conditioned:
         raise UserError(
-            f"{low.path} has a network that takes the coordinate as input: give experts of one that does not"
+            f"{low.path} has a network that takes the coordinate as input: give experts whose network does not"
         )
     for expert in (low, high):
         for name, values in expert.weights().items():
             if not bool(torch.isfinite(values).all()):
-                raise UserError(f"{expert.path}: tensor {name} has NaN or infinity: use another checkpoint of its run")
+                raise UserError(f"{expert.path}: tensor {name} has NaN or infinite values: use another checkpoint")
     weights = high.weights()
     if all(torch.equal(values, weights[name]) for name, values in low.weights().items()):
         raise UserError(f"{low.path} and {high.path} have the same weights: give the experts of both ends")
@@ -213,11 +213,9 @@ def compose(low: Expert, high: Expert, alpha: float) -> Expert:
 
 
 def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: dict[str, Setting]) -> Expert:
-    """Merge by task arithmetic, TIES or DARE, with the parameters of `shodh merge` configs (docs/merging.md)."""
-    inputs, lookup = (
-        [anchor.weights(), *(model.weights() for model in models)],
-        Lookup(parameters, [{} for _ in models]),
-    )
+    """Merge by task arithmetic, TIES or DARE, with parameters as in `shodh merge` configs (docs/merging.md)."""
+    inputs = [anchor.weights(), *(model.weights() for model in models)]
+    lookup = Lookup(parameters, [{} for _ in models])
     with torch.no_grad():
         return anchor.with_weights({name: _tensor(method, lookup, name, inputs) for name in inputs[0]})
 

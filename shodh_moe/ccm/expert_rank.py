@@ -13,7 +13,7 @@ from shodh_moe.runs.rank import is_first, prepare, rank_main
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return rank_main("Train an expert, a neural operator of a family of regimes (one rank).", _work, arguments)
+    return rank_main("Run one rank of the training of an expert (a neural operator).", _work, arguments)
 
 
 def _work(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Families of regimes: one equation, one physical parameter, and its values for training, validation and testing.
 
-A regime is located by its coordinate s: -1 at the low endpoint, +1 at the high one, linear in the parameter, its square
-root or its logarithm.
+A regime is identified by its coordinate s, which is -1 at the low endpoint, +1 at the high one, and linear in the
+parameter, its square root or its logarithm.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Family:
     Attributes:
         name: name of the family and its folder.
         parameter: ``diffusivity`` (D_u, reaction-diffusion), ``viscosity`` (Navier-Stokes), ``dam_height`` or
-            ``gravity`` (shallow water); with gravity dams have the height ``fixed_dam_height``.
+            ``gravity`` (shallow water).
         low, high: the parameter at s = -1 and +1.
-        scale: s is linear in the parameter (``linear``), its root (``sqrt``) or its logarithm (``log``).
+        scale: s is linear in the parameter (``linear``), its square root (``sqrt``) or its logarithm (``log``).
         settings: settings of the solver; their type selects the equation.
         grid: cells per side.
         snapshots: stored states per trajectory, including the initial one.
@@ -66,6 +66,7 @@ class Family:
         coordinates: the s of the regimes of each split.
         trajectories: trajectories per regime of each split.
         seed: seed of all random initial states.
+        fixed_dam_height: height of the dams if the parameter is ``gravity``.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Family:
 
     @property
     def power(self) -> float:
-        """s is linear in the parameter to this power; 0 is the logarithm."""
+        """The power of the parameter in which s is linear; 0 means its logarithm."""
         return {"linear": 1.0, "sqrt": 0.5, "log": 0.0}[self.scale]
 
     @property
@@ -124,7 +125,7 @@ FAMILIES = {
     ),
     "navier_stokes": Family("navier_stokes", "viscosity", 3e-3, 1.1e-2, "linear", NavierStokes(), interval=0.5),
     "shallow_water": Family("shallow_water", "gravity", 0.4, 2.5, "sqrt", ShallowWater(), interval=0.1),
-    # Its parameter is visible in the state: a network sees the height of the dam and needs no experts for it.
+    # This parameter is visible in the state: a network sees the height of the dam and needs no experts for it.
     "dam_height": Family("dam_height", "dam_height", 1.5, 2.5, "linear", ShallowWater(), interval=0.1),
 }
 
@@ -132,7 +133,7 @@ FAMILIES = {
 def initial_states(
     family: Family, seeds: Sequence[np.random.SeedSequence], value: float, device: str | torch.device = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random initial fields [B, C, H, W] float64 at a value of the parameter, and the parameter [B] of the solver."""
+    """Random initial fields [B, C, H, W] and the solver's parameter [B], both float64, for a value of the family's."""
     settings, parameter = family.settings, torch.full((len(seeds),), value, dtype=torch.float64)
     if isinstance(settings, ReactionDiffusion):
         fields = reaction_diffusion.random_initial(seeds, family.grid, settings)
@@ -154,7 +155,8 @@ def simulate(
     """Solve one trajectory per seed at a value of the parameter: [B, T, C, H, W] float64.
 
     Raises:
-        UserError, DivergedError: raised by the solvers.
+        UserError: a setting or the input is refused by the solver.
+        DivergedError: a solution diverged.
     """
     fields, parameter = initial_states(family, seeds, value, device)
     module = SOLVERS[type(family.settings)]
@@ -170,16 +172,16 @@ def require_sound(family: Family) -> None:
         choices = " or ".join(known)
         raise UserError(f"{name}: {equation.__name__} has no parameter {family.parameter!r}: give {choices}")
     if not 0 < family.low < family.high:
-        raise UserError(f"{name}: low is {family.low:g} and high {family.high:g}: give 0 < low < high")
+        raise UserError(f"{name}: low is {family.low:g} and high is {family.high:g}: give 0 < low < high")
     if min(family.grid, family.snapshots) < 2 or not family.interval > 0:
-        raise UserError(f"{name}: give a grid and snapshots of at least 2, and a positive interval")
+        raise UserError(f"{name}: give at least 2 for grid and snapshots, and a positive interval")
     for split, coordinates in family.coordinates.items():
         if split not in SPLITS:
             raise UserError(f"{name}: unknown split {split!r}: choose from {', '.join(SPLITS)}")
         if family.trajectories.get(split, 0) < 1:
             raise UserError(f"{name}: trajectories needs a positive number for split {split}")
         if len({f"{coordinate:+.3f}" for coordinate in coordinates}) < len(coordinates):
-            raise UserError(f"{name}: two coordinates of {split} are the same to three decimals")
+            raise UserError(f"{name}: two coordinates of {split} are equal to three decimals: give different ones")
         for coordinate in coordinates:
             if not family.value(coordinate) > 0:
                 raise UserError(

@@ -1,8 +1,8 @@
-"""Read the two-dimensional HDF5 files that PDEBench publishes (Takamoto et al. 2022), as its generators write them.
+"""Read the two-dimensional HDF5 files that PDEBench publishes (Takamoto et al. 2022), in its generators' layouts.
 
 - ``2D_diff-react_*.h5``: a group for each trajectory ("0000", "0001", ...) with ``data`` [T, Y, X, 2] (activator,
   inhibitor) and ``grid/x``, ``grid/y``, ``grid/t``.
-- ``2D_rdb_*.h5`` (radial dam breaks): the same with ``data`` [T, X, Y, 1] (depth).
+- ``2D_rdb_*.h5`` (radial dam breaks): the same groups with ``data`` [T, X, Y, 1] (depth).
 - ``ns_incom_inhom_2d_*.h5``: ``velocity`` [N, T, X, Y, 2], ``particles`` [N, T, X, Y, 1], ``t`` [N, T]. The attribute
   ``latestIndex`` is the last snapshot that was written.
 """
@@ -31,10 +31,10 @@ class PDEBenchFile:
 
     Attributes:
         fields: [N, T, C, H, W] float32, rows (H) along y, columns (W) along x.
-        times: [T] float64.
+        times: times of the snapshots, [T] float64.
         interval: time between snapshots.
         channels: names of the C channels.
-        config: the generator's settings, if the file has them; else empty.
+        config: the generator's settings; empty if the file has none.
     """
 
     fields: torch.Tensor
@@ -45,7 +45,7 @@ class PDEBenchFile:
 
 
 def read(path: Path, start: int = 0, stop: int | None = None) -> PDEBenchFile:
-    """Read trajectories ``start`` to ``stop`` (default: all) of a file. Published files are large: give a range.
+    """Read trajectories ``start`` to ``stop`` (default: all) of a file. Published files are large, so give a range.
 
     Raises:
         UserError: the file is missing or damaged, its keys or shapes are not those of a layout above, snapshots are
@@ -61,7 +61,7 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> PDEBenchFile:
                 found = _read_flow(path, file, start, stop)
             else:
                 keys = ", ".join(sorted(file)[:5]) or "nothing"
-                raise UserError(f"{path} holds {keys}: neither numbered groups nor velocity; {_DOWNLOAD}")
+                raise UserError(f"{path} contains {keys}: neither numbered groups nor velocity; {_DOWNLOAD}")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: give the path of a PDEBench file") from error
     except OSError as error:
@@ -101,8 +101,8 @@ def _read_flow(path: Path, file: h5py.File, start: int, stop: int | None) -> PDE
     velocity, particles = (_dataset(path, file, name, 5) for name in ("velocity", "particles"))
     if velocity.shape[:-1] != particles.shape[:-1] or velocity.shape[-1] != 2 or particles.shape[-1] != 1:
         raise UserError(
-            f"{path}: velocity has shape {velocity.shape} and particles {particles.shape}, expected the same but for "
-            f"2 and 1 channels in the last axis; {_DOWNLOAD}"
+            f"{path}: velocity has shape {velocity.shape} and particles {particles.shape}, expected equal shapes "
+            f"except for 2 and 1 channels in the last axis; {_DOWNLOAD}"
         )
     written = int(file.attrs.get("latestIndex", velocity.shape[1] - 1)) + 1
     if not 1 <= written <= velocity.shape[1]:
@@ -140,9 +140,9 @@ def _times(path: Path, file: h5py.File, name: str, snapshots: int) -> np.ndarray
 
 def _require_even(path: Path, name: str, times: np.ndarray) -> np.ndarray:
     steps = np.diff(times)
-    # Times are stored in float32.
+    # The tolerance allows for times that were stored in float32.
     if not np.isfinite(times).all() or (len(steps) and (steps.min() <= 0 or np.ptp(steps) > 1e-2 * steps.mean())):
-        raise UserError(f"{path}: the times in {name} are not equally far apart: keep a range of snapshots that are")
+        raise UserError(f"{path}: the times in {name} are not evenly spaced: keep a range of snapshots that are")
     return times
 
 

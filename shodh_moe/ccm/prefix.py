@@ -1,4 +1,4 @@
-"""`shodh merge prefix`: find alpha from the first frames of a user's trajectories, and merge there."""
+"""`shodh merge prefix`: find alpha from the first frames of a user's trajectories, and merge at that alpha."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shodh_moe.merging.config import load_targets
 from shodh_moe.merging.inputs import open_input
 from shodh_moe.merging.merge import parse_size
 
-TRAJECTORIES = 16  # read from a file; published files have a thousand, which add little
+TRAJECTORIES = 16  # number read from a file; published files have a thousand, but more of them add little
 
 
 def merge_by_prefix(
@@ -45,7 +45,7 @@ def merge_by_prefix(
 
     Raises:
         UserError: as in `merge`; or the models are not experts of one network and family; or the file is missing,
-            damaged, too short, has other channels or another time step, or no prediction of it is finite.
+            damaged, too short or has other channels or another time step, or no prediction is finite.
     """
     for size in (memory_limit, out_shard_size):
         parse_size(size)
@@ -62,7 +62,7 @@ def merge_by_prefix(
 
 
 class Input(NamedTuple):
-    """``fields``: [N, T, C, H, W] float32; ``interval``: time between frames; ``channels``: their names."""
+    """Trajectories of a file: ``fields`` [N, T, C, H, W] float32, time ``interval``, and names of ``channels``."""
 
     fields: Tensor
     interval: float
@@ -73,7 +73,7 @@ def read_input(path: Path) -> Input:
     """Read the first trajectories of a file of a family or of PDEBench.
 
     Raises:
-        UserError: the file is missing, damaged, of neither kind, or has values that are not finite.
+        UserError: the file is missing, damaged or of neither kind, or has values that are not finite.
     """
     remedy = "give a file of a family (`shodh expert data`) or of PDEBench"
     try:
@@ -87,42 +87,43 @@ def read_input(path: Path) -> Input:
     found = kind.read(path, 0, TRAJECTORIES)
     if found.fields.ndim != 5 or not len(found.fields) or found.fields.shape[2] != len(found.channels):
         shape = list(found.fields.shape)
-        raise UserError(f"{path}: tensor has shape {shape} and names of {len(found.channels)} channels: {remedy}")
+        raise UserError(f"{path}: tensor has shape {shape}, with names for {len(found.channels)} channels: {remedy}")
     return Input(found.fields, found.interval, found.channels)
 
 
 def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
-    """Fit the prefix of a file; also return its record for the manifest."""
+    """Fit the prefix to a file. Returns it and its record for the manifest."""
     found = read_input(path)
     family, network = low.config.family.family(), low.config.network
     if found.channels != family.channels:
         raise UserError(
-            f"{path} has the channels {', '.join(found.channels)}, and the experts of {family.name} have "
+            f"{path} has the channels {', '.join(found.channels)}, but the experts of {family.name} have "
             f"{', '.join(family.channels)}: give trajectories of the same equation"
         )
     if found.fields.shape[1] < 2:
-        raise UserError(f"{path} has 1 frame, {frames} are needed: give a longer file")
+        raise UserError(f"{path} has 1 frame, but {frames} are needed: give a longer file")
     every = max(1, round(family.interval / found.interval)) if found.interval > 0 else 0
     if not every or not math.isclose(every * found.interval, family.interval, rel_tol=1e-3):
         raise UserError(
-            f"{path} has a frame every {found.interval:g}, and the experts predict {family.interval:g} ahead: "
-            "give a file of that interval, or of a whole fraction of it"
+            f"{path} has a frame every {found.interval:g}, but the experts predict {family.interval:g} ahead: "
+            "give a file with that interval, or an integer fraction of it"
         )
     fields = found.fields[:, ::every]
     if fields.shape[1] < frames:
         steps = f" {family.interval:g} apart" if every > 1 else ""
         raise UserError(
-            f"{path} has {fields.shape[1]} frames{steps}, {frames} are needed: give a longer file, or fewer --frames"
+            f"{path} has {fields.shape[1]} frames{steps}, but {frames} are needed: "
+            "give a longer file, or fewer --frames"
         )
     if frames <= network.history:
-        raise UserError(f"--frames {frames}: the network sees {network.history}, give at least {network.history + 1}")
+        raise UserError(f"--frames {frames}: the network sees {network.history}; give at least {network.history + 1}")
     prefix = fit_prefix(low, high, fields[:, :frames], frames)
     if not math.isfinite(prefix.error):
         raise UserError(
             f"{path}: the error of its first {frames} frames is not finite at any alpha: a frame is zero everywhere, "
             "or values are far from the training data of the experts"
         )
-    # Four digits: the last bits depend on device and number of threads, and a repeated merge must be recognised.
+    # Four digits, because the last bits depend on device and threads, and a repeated merge must be recognised.
     record = {
         "file": str(path),
         "sha256": sha256(path),
@@ -153,13 +154,13 @@ def _warnings(prefix: Prefix) -> list[str]:
     at_end = abs(prefix.alpha) >= BANK[-1]
     if at_end:
         warnings.append(
-            f"alpha {prefix.alpha:+g} is at the end of the bank, and the best one may lie beyond it: expect less than "
-            "between the experts"
+            f"alpha {prefix.alpha:+g} is at the end of the bank, and the best one may lie beyond it: expect a larger "
+            "error than between the experts"
         )
-    # At the end of the bank the error may be smaller further out, which is not flat.
+    # At the end of the bank the error may still fall further out; such an optimum is not flat.
     if prefix.flat and not (at_end and prefix.sharpness < -FLAT):
         warnings.append(
-            f"the optimum is flat: {_sharpness(prefix)}, less than {FLAT:.0%}, so these frames hardly tell one alpha "
-            "from another: give more frames or trajectories, or use the coordinate"
+            f"the optimum is flat: {_sharpness(prefix)}, less than {FLAT:.0%}, so these frames hardly distinguish one "
+            "alpha from another: give more frames or trajectories, or use the coordinate"
         )
     return warnings

@@ -1,10 +1,11 @@
 """The line between two experts: where a regime lies on it (readouts, DESIGN 3.7), and how far it is straight.
 
-coordinate   alpha = clip(s)             s of the regime, known
-scale        alpha = clip(gamma s)       gamma chosen once, on validation regimes
-prefix       alpha that predicts the first K frames of the regime best, out of a bank, refined by golden section
+coordinate   alpha = clip(s)             s is the regime's known coordinate
+scale        alpha = clip(gamma s)       gamma is chosen once, on validation regimes
+prefix       the alpha that best predicts the regime's first K frames: the best of a bank, refined by golden section
 
-CCM extrapolates along a line of weights. Predictions follow it only as far as the network is linear in its weights.
+CCM extrapolates along a line in weight space. Predictions follow a line too only as far as the network is linear in its
+weights along it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.merging.alpha import REACH
 from shodh_moe.operators import nrmse
 
-BANK = tuple(step / 4 for step in range(-6, 7))  # 13 values
+BANK = tuple(step / 4 for step in range(-6, 7))  # alphas that the prefix tries: -1.5, -1.25, ..., 1.5
 FRAMES = 4  # K
-FLAT = 0.05  # an optimum whose error rises by less, a step of the bank away, is flat
-GAMMAS = tuple(step / 10 for step in range(4, 17))  # 0.4 ... 1.6
-BEND_ALPHAS = (0.0, 0.5, 1.25, 1.5, 1.75, 2.0)  # asked for on both sides
+FLAT = 0.05  # an optimum is flat if the relative rise of the error one step of the bank away is smaller
+GAMMAS = tuple(step / 10 for step in range(4, 17))  # 0.4, 0.5, ..., 1.6
+BEND_ALPHAS = (0.0, 0.5, 1.25, 1.5, 1.75, 2.0)  # |alpha| at which the bend is measured, with both signs
 BEND_TOLERANCE = 0.25
-PROBES = 8  # trajectories of each regime
+PROBES = 8  # trajectories per regime for measuring the bend
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -39,9 +40,9 @@ def clip(alpha: float, reach: float = REACH) -> float:
 
 
 def rollout_errors(expert: Expert, fields_NTCHW: Tensor, coordinate: float, given: int, batch: int = 16) -> Tensor:
-    """nRMSE of the frames after the first ``given`` ones, predicted from those alone: [N, T - given].
+    """nRMSE [N, T - given], on the CPU, of the frames after the first ``given`` ones, predicted from only those.
 
-    Computed in physical units, on the network's device and in its dtype.
+    Computed in physical units, on the network's device and in its dtype, ``batch`` trajectories at a time.
     """
     parameter = next(expert.network.parameters())
     found = []
@@ -53,7 +54,7 @@ def rollout_errors(expert: Expert, fields_NTCHW: Tensor, coordinate: float, give
 
 
 def fit_scale(low: Expert, high: Expert, validation: list[Trajectories], given: int = FRAMES) -> dict[str, Any]:
-    """Find the gamma with the smallest mean error over all validation regimes; of equal ones, the nearest to 1.
+    """Find the gamma with the smallest mean error over all validation regimes; among equals, the one nearest to 1.
 
     Returns:
         ``{"gamma": ..., "errors": {gamma: error}}``.
@@ -81,10 +82,10 @@ class Prefix:
 
     Attributes:
         alpha: the best alpha.
-        error: its nRMSE on the frames; infinite where no alpha has a finite one.
-        sharpness: relative rise of the error one step of the bank (0.25) away, the smaller of both sides; below `FLAT`
-            the frames hardly tell one alpha from another.
-        bank: error by alpha.
+        error: its nRMSE on the frames; infinite if no alpha has a finite error.
+        sharpness: relative rise of the error one step of the bank (0.25) away, on the side where it is smaller; below
+            `FLAT` the frames hardly distinguish one alpha from another.
+        bank: error by alpha, as ``{"+0.25": error}``.
         frames: K.
     """
 
@@ -113,15 +114,16 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     """
     history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
-        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, {frames} are needed: give a longer prefix")
+        raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, but {frames} are needed: give a longer prefix")
     if frames <= history:
         raise UserError(
-            f"a prefix of {frames} frames leaves none to predict after the network's {history}: give more frames"
+            f"a prefix of {frames} frames leaves none to predict after the {history} that the network sees: "
+            "give more frames"
         )
     seen = fields_NTCHW[:, :frames]
 
     def error(alpha: float) -> float:
-        # The coordinate is unknown here: a network conditioned on it needs no prefix.
+        # The coordinate is unknown here; only a conditioned network would use it, and that needs no prefix.
         return _finite(rollout_errors(compose(low, high, alpha), seen, 0.0, history).mean())
 
     bank = {alpha: error(alpha) for alpha in BANK}
@@ -130,17 +132,17 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
     alpha, smallest = golden_section(error, max(best - step, BANK[0]), min(best + step, BANK[-1]))
     if bank[best] <= smallest:
         alpha, smallest = best, bank[best]
-    # Also beyond the end of the bank: an optimum there is not flat just because one side is missing.
-    beside = min(error(alpha - step), error(alpha + step))
-    sharpness = math.inf if smallest == 0 else beside / smallest - 1 if math.isfinite(smallest) else 0.0
+    # Look beyond the end of the bank too: an optimum there is not flat just because one side is missing.
+    nearby = min(error(alpha - step), error(alpha + step))
+    sharpness = math.inf if smallest == 0 else nearby / smallest - 1 if math.isfinite(smallest) else 0.0
     return Prefix(alpha, smallest, sharpness, {f"{key:+.2f}": value for key, value in bank.items()}, frames)
 
 
 def golden_section(error: Callable[[float], float], low: float, high: float, steps: int = 7) -> tuple[float, float]:
     """Minimise a function with one minimum in [low, high]; return the best point and its value.
 
-    Kiefer 1953: each step evaluates one point and leaves 61.8 % of the interval. `scipy.optimize.golden` has no fixed
-    number of evaluations, and it returns NaN where the function is infinite.
+    Kiefer 1953: each step evaluates one point and leaves 61.8 % of the interval. `scipy.optimize.golden` does not
+    replace it: it first searches for a bracket, which may leave [low, high] and fails where the function is infinite.
     """
     a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_a, at_b = error(a), error(b)
@@ -175,14 +177,14 @@ def probes(regimes: list[Trajectories], history: int) -> Tensor:
 
 
 def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:
-    """How far a one-step prediction from the frames leaves the straight line, by alpha.
+    """Distance of one-step predictions from the straight line between those of the experts, by alpha.
 
-    With g(alpha) the prediction of the expert at alpha, |g(alpha) - l(alpha)| / (|g(1) - g(-1)| / 2), l the line
-    through g(-1) and g(1). 0: on the line; 1: as far off it as an expert is from the middle. Norms are over all
-    frames.
+    With g(alpha) the prediction of the expert composed at alpha, and l the line through g(-1) and g(1), the bend is
+    |g(alpha) - l(alpha)| / (|g(1) - g(-1)| / 2): 0 on the line, 1 at the distance of an expert from the middle of the
+    line. Norms are over all frames.
 
     Args:
-        frames_NTCHW: the network's ``history`` frames of several states of one or more regimes, physical units.
+        frames_NTCHW: inputs of the network, T = ``history`` frames each, of one or more regimes, in physical units.
     """
 
     def predicted(alpha: float) -> Tensor:
@@ -199,7 +201,7 @@ def bend(low: Expert, high: Expert, frames_NTCHW: Tensor) -> dict[float, float]:
 
 
 def straight_to(bends: dict[float, float]) -> float:
-    """The largest |alpha| of `bend` up to which no side leaves the line by more than `BEND_TOLERANCE`; at least 1."""
+    """The largest |alpha| in ``bends`` up to which no bend on either side exceeds `BEND_TOLERANCE`; at least 1."""
     reached = 1.0
     for size in sorted({abs(alpha) for alpha in bends}):
         if any(not value <= BEND_TOLERANCE for alpha, value in bends.items() if abs(alpha) == size):

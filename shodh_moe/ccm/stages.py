@@ -22,10 +22,11 @@ from shodh_moe.training.optimizer import resolve_optimizer
 
 
 def check(config: ExpertConfig) -> None:
-    """Check everything about a config that can be checked before any work starts.
+    """Check a config before any work starts.
 
     Raises:
-        UserError: the layout, DeepSpeed section, batch, anchor or run folder do not fit, or a folder cannot be written.
+        UserError: the layout, DeepSpeed section, splits, batch size, anchor or run folder do not fit, or the run folder
+            cannot be written.
     """
     world = count_ranks(config)
     deepspeed_config(config, world)
@@ -33,7 +34,7 @@ def check(config: ExpertConfig) -> None:
     family = config.family.family()
     regimes = [regime for regime in data.regimes(family, config.family.folder()) if regime.split in config.splits]
     if not regimes:
-        raise UserError(f"splits {', '.join(config.splits)} have no regimes in family {family.name}")
+        raise UserError(f"family {family.name} has no regimes in the splits {', '.join(config.splits)}: change splits")
     coordinates = {regime.coordinate for regime in regimes}
     DomainSampler(tuple(1 for _ in coordinates), config.training.batch_size, config.seed, world)
     if config.start:

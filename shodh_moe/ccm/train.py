@@ -1,4 +1,4 @@
-"""Train an expert with the common trainer: windows of its regimes, a rollout loss, validation."""
+"""Train an expert with the common trainer, on windows of its regimes, with a rollout loss and validation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train_expert(
     """Train to ``training.steps``; arguments as in `trainer.train`.
 
     Raises:
-        UserError: as in `trainer.train`; or the data or the anchor is missing or does not fit, or ranks disagree.
+        UserError: as in `trainer.train`; or the data or the anchor are missing or do not fit, or ranks disagree.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed({f"config.{key}": value for key, value in flatten(config.model_dump()).items()})
@@ -50,14 +50,14 @@ class _InEngine:
 
 
 class _ExpertTask:
-    """`Task` of an expert."""
+    """The `Task` of an expert."""
 
     name = "expert"
 
     def __init__(self, config: ExpertConfig, run: Path):
         family, folder, t = config.family.family(), config.family.folder(), config.training
         regimes = [regime for split in config.splits for regime in read_split(family, folder, split)]
-        # Experts of one anchor use its units, or their weights could not be merged.
+        # Experts of one anchor use its units; otherwise their weights could not be merged.
         scale = on_rank_0(lambda: units_of_start(config)) if config.start else None
         scale = scale or Scale.of(regimes)
         self._config, self._family, self._scale = config, family, scale
@@ -105,7 +105,7 @@ class _ExpertTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """nRMSE of full rollouts on the validation regimes, in physical units, by s."""
+        """Mean nRMSE of full rollouts in physical units, by s of the validation regimes."""
         engine, config, history = self.engine, self._config, self._config.network.history
         engine.model.eval()
         rank, world, size = dist.get_rank(), dist.get_world_size(), config.training.batch_size

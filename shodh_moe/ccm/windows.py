@@ -1,4 +1,4 @@
-"""Training samples of regimes: short windows of consecutive frames, in the network's units."""
+"""Training samples: short windows of consecutive frames of regimes, in the network's units."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shodh_moe.ccm.data import Trajectories
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and standard deviation of each channel: networks see (field - mean) / std.
+    """Mean and standard deviation of each channel. Networks see (field - mean) / std.
 
     Attributes:
-        mean, std: one number per channel, in the field's units.
+        mean, std: one number per channel, in physical units.
     """
 
     mean: tuple[float, ...]
@@ -49,12 +49,13 @@ class Scale:
 
 
 class Windows:
-    """Windows of ``frames`` consecutive frames of regimes.
+    """Windows of ``frames`` consecutive frames of the regimes' trajectories.
 
-    Each coordinate is a domain of the sampler: one in several splits is sampled no more often than others.
+    The sampler treats each coordinate as a domain, so a coordinate in several splits is sampled as often as others.
 
     Attributes:
         domains: one name per coordinate.
+        frames: number of frames in a window.
         sizes: number of windows per coordinate.
     """
 
@@ -79,7 +80,7 @@ class Windows:
         return torch.stack(windows), self._coordinates[domain_B], domain_B
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Say where a window lies and whether its values are finite."""
+        """Describe a window, for the report on a loss that is not finite: its place, and whether it is finite."""
         trajectory, start = divmod(index, self._starts)
         finite = bool(torch.isfinite(self._fields[domain][trajectory, start : start + self.frames]).all())
         return {"domain": self.domains[domain], "trajectory": trajectory, "first_snapshot": start, "finite": finite}

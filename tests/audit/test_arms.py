@@ -129,7 +129,7 @@ def test_the_config_that_comes_with_the_project():
         ({"domains": ["open_channel"]}, "must be two different domains"),
         ({"hard": ["open_channel", "obstacle_wake"]}, "no obstacle_wake"),
         ({"third": "porous_media"}, "new to the networks"),
-        ({"experts": [1, 2]}, "from 2 on"),
+        ({"experts": [1, 2]}, "must be different numbers, at least 2"),
         ({"base.data.weights": {"open_channel": 2.0}}, "base.data.weights must be null"),
         ({"base.training.batch_size": 4}, "not divisible by 3 domains"),
         ({"base.model.moe.shared_experts": 0}, "must be the mixture itself"),

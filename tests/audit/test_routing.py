@@ -10,8 +10,7 @@ import h5py
 import pytest
 import torch
 
-from shodh_moe.audit.routing import bifurcation, heldout_routing, unseen
-from shodh_moe.audit.speed import Speeds, local_speed, local_speeds
+from shodh_moe.audit.routing import Speeds, bifurcation, heldout_routing, local_speed, local_speeds, unseen
 from shodh_moe.audit.windows import all_windows, latent_errors
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config

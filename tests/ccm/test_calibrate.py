@@ -152,7 +152,7 @@ def test_a_gamma_at_the_end_of_the_range_is_said_so(
 ) -> None:
     write_validation(*ends, gamma=0.1)
     assert main(["merge", "calibrate", "merge.yaml"]) == 0
-    assert "gamma 0.4 is at the end of what was tried" in capsys.readouterr().out
+    assert "gamma 0.4 is at the end of the range" in capsys.readouterr().out
 
 
 def test_missing_or_damaged_validation_data(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

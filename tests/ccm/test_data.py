@@ -157,7 +157,7 @@ def test_a_missing_or_spoilt_file_is_named(tmp_path: Path) -> None:
         ({"parameter": "viscosity"}, "no parameter 'viscosity': give diffusivity"),
         ({"low": 6e-3, "high": 6e-3}, "low < high"),
         ({"coordinates": {"suport": (0.0,)}}, "unknown split 'suport'"),
-        ({"coordinates": {"support": (0.5, 0.50001)}}, "the same to three decimals"),
+        ({"coordinates": {"support": (0.5, 0.50001)}}, "are equal to three decimals"),
         ({"scale": "linear", "coordinates": {"support": (-3.0,)}}, "is -0.002 at s = -3"),
         ({"trajectories": {}}, "needs a positive number for split support"),
         ({"interval": 0.0}, "positive interval"),

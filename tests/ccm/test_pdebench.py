@@ -82,7 +82,7 @@ def replaced(file: h5py.File, name: str, value: np.ndarray) -> None:
         (lambda f: replaced(f, "0000/data", np.zeros((T, Y, X))), "expected 4 axes"),
         (lambda f: replaced(f, "0000/data", np.zeros((T, Y, X, 3))), "has 3 channels, expected 1 or 2"),
         (lambda f: replaced(f, "0000/grid/t", np.zeros(T + 1)), "6 times for 5 snapshots"),
-        (lambda f: replaced(f, "0000/grid/t", np.array([0.0, 1, 2, 3, 5])), "not equally far apart"),
+        (lambda f: replaced(f, "0000/grid/t", np.array([0.0, 1, 2, 3, 5])), "not evenly spaced"),
         (lambda f: replaced(f, "0001/grid/t", np.arange(T) * 2.0), "0001/grid/t differs"),
         (lambda f: replaced(f, "0001/data", np.full((T, Y, X, 2), np.inf)), "trajectory 1 has values"),
     ],
@@ -103,7 +103,7 @@ def test_groups_that_do_not_fit_are_refused(spoil: Callable[[h5py.File], None], 
         (lambda f: f.__delitem__("particles"), "no dataset particles"),
         (lambda f: f.__delitem__("t"), "no dataset t"),
         (lambda f: replaced(f, "velocity", np.zeros((2, T, X, Y, 3))), r"velocity has shape \(2, 5, 6, 8, 3\)"),
-        (lambda f: replaced(f, "t", np.zeros((2, T))), "not equally far apart"),
+        (lambda f: replaced(f, "t", np.zeros((2, T))), "not evenly spaced"),
         (lambda f: f.attrs.__setitem__("latestIndex", -1), "counts 0 of 5 snapshots"),
     ],
 )
@@ -123,7 +123,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         pdebench.read(tmp_path / "text.h5")
     with h5py.File(tmp_path / "cfd.h5", "w") as file:
         file["density"] = np.zeros((1, 2, 3, 3))
-    with pytest.raises(UserError, match="holds density: neither"):
+    with pytest.raises(UserError, match="contains density: neither"):
         pdebench.read(tmp_path / "cfd.h5")
     write_groups(tmp_path / "a.h5", 1)
     with pytest.raises(UserError, match="no trajectories 7 to 9"):

@@ -201,11 +201,11 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
     says_no(capfd, "mine.hdf5", "truncated")
     with h5py.File("mine.hdf5", "w") as file:
         file["else"] = np.zeros(3)
-    says_no(capfd, "mine.hdf5 holds else")
+    says_no(capfd, "mine.hdf5 contains else")
     write(fields, complete=False)
     says_no(capfd, "mine.hdf5 is not a complete file")
     write(fields[:, :3])
-    says_no(capfd, "mine.hdf5 has 3 frames, 4 are needed")
+    says_no(capfd, "mine.hdf5 has 3 frames, but 4 are needed")
     write(fields[:, :1])
     says_no(capfd, "mine.hdf5 has 1 frame")
     write(fields[:0])
@@ -213,7 +213,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
     write(fields[:, :, 0], channels=["activator"])
     says_no(capfd, "mine.hdf5", "shape")
     write(fields[:, :, :1], channels=["activator"])
-    says_no(capfd, "mine.hdf5 has the channels activator, and the experts", "activator, inhibitor")
+    says_no(capfd, "mine.hdf5 has the channels activator, but the experts", "activator, inhibitor")
     write(fields, channels=["inhibitor", "activator"])
     says_no(capfd, "has the channels inhibitor, activator")
     for wrong in (float("nan"), float("inf")):
@@ -231,7 +231,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
         write(fields, dt=interval)
         says_no(capfd, f"a frame every {interval:g}", "0.25 ahead")
     write_pdebench(fields, interval=0.125)
-    says_no(capfd, "pdebench.h5 has 2 frames 0.25 apart, 4 are needed", input="pdebench.h5")
+    says_no(capfd, "pdebench.h5 has 2 frames 0.25 apart, but 4 are needed", input="pdebench.h5")
 
 
 def test_no_more_frames_than_the_network_sees(
@@ -242,7 +242,7 @@ def test_no_more_frames_than_the_network_sees(
         says_no(capfd, f"--frames {frames}", "give at least 2", more=("--frames", frames))
     two = make_ends(network={"history": 2})
     save_ends(here, two)
-    says_no(capfd, "the network sees 2, give at least 3", more=("--frames", "2"))
+    says_no(capfd, "the network sees 2; give at least 3", more=("--frames", "2"))
 
 
 @pytest.mark.parametrize(

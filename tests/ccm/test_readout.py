@@ -123,7 +123,7 @@ def test_frames_that_do_not_depend_on_alpha_are_flat(ends: tuple[Expert, Expert]
 
 def test_too_few_frames(ends: tuple[Expert, Expert]) -> None:
     fields = truth(*ends, 0.6, frames=3)
-    with pytest.raises(UserError, match="has 3 frames, 4 are needed"):
+    with pytest.raises(UserError, match="has 3 frames, but 4 are needed"):
         fit_prefix(*ends, fields)
     with pytest.raises(UserError, match="leaves none to predict"):
         fit_prefix(*ends, fields, frames=1)

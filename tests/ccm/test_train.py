@@ -122,8 +122,8 @@ def test_a_coordinate_that_two_splits_have_is_one_domain(folder):
         ({"start": "nothing"}, "nothing is neither a run folder nor a checkpoint"),
         ({"network": {"size": "huge"}}, "fno has no size 'huge': choose from tiny, small, medium, large"),
         ({"splits": ["suport"]}, "splits.0"),
-        ({"splits": []}, "splits needs one or more different splits"),
-        ({"rollout": [9]}, "need 10 snapshots, family.snapshots is 6"),
+        ({"splits": []}, "splits [] must be one or more different splits"),
+        ({"rollout": [9]}, "need 10 snapshots, but family.snapshots is 6"),
         ({"family": {"name": "burgers"}}, "family.name should be"),
         ({"training": {"batch_size": 4}}, "training.batch_size 4 is not divisible by the 5 domains"),
         ({"grid": 3}, "unknown key 'grid'; the nearest valid key is 'family.grid'"),
@@ -142,7 +142,7 @@ def test_wrong_settings_are_named(tmp_path, capfd, changes, words):
 def test_an_anchor_of_another_network_is_refused(folder, capfd):
     path = _write(folder, name="other", start=str(folder / "runs" / "anchor"), network={"coordinates": "waves"})
     assert shodh(["expert", "train", "--config", str(path)]) == 2
-    assert "has another network than this config" in capfd.readouterr().err
+    assert "has a different network from this config" in capfd.readouterr().err
 
 
 def test_the_configs_that_are_shipped_can_be_read():

@@ -1,6 +1,6 @@
 """The rows that the benchmark compares, and the aims that it judges them by.
 
-Each readout is judged by itself: picking the readout with the smallest test error would be choosing on test data.
+Each readout is judged separately: picking the one with the smallest test error would be a choice made on test data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FAMILIES = {
 }
 
 REDUCTIONS = {"reaction_diffusion": 0.60, "navier_stokes": 0.50, "shallow_water": 0.25}
-PAPER = {  # arXiv 2605.14546: reduction and the readout it was reached with
+PAPER = {  # arXiv 2605.14546: reduction, and the readout that reached it
     "reaction_diffusion": (0.542, "ccm_coordinate"),
     "navier_stokes": (0.428, "ccm_scale"),
     "shallow_water": (0.138, "ccm_prefix"),
@@ -44,11 +44,11 @@ PAPER = {  # arXiv 2605.14546: reduction and the readout it was reached with
 WORSE_THAN_ENDPOINT = 1.02
 WORSE_THAN_ORACLE = 1.10
 
-REDUCTION = "OOD error reduced against the anchor's"
-BETTER_ENDPOINT = "error over that of the better endpoint expert of the same regime, worst regime"
-CHOSEN_ENDPOINT = "error over that of the best endpoint expert by validation, worst regime"
-ORACLE_WORST = "error over that of the oracle alpha, worst OOD regime"
-ORACLE_MEAN = "error over that of the oracle alpha, mean over OOD regimes"
+REDUCTION = "reduction of the OOD error relative to the anchor"
+BETTER_ENDPOINT = "error relative to the better endpoint expert in the same regime, worst regime"
+CHOSEN_ENDPOINT = "error relative to the best endpoint expert by validation, worst regime"
+ORACLE_WORST = "error relative to the oracle alpha, worst OOD regime"
+ORACLE_MEAN = "error relative to the oracle alpha, mean over OOD regimes"
 
 
 def family_title(name: str) -> str:
@@ -61,11 +61,12 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
 
     Args:
         name: name of the family.
-        family: its ``rows`` and ``regimes``, as `summarise` makes them; errors that blew up are infinite.
+        family: its ``rows`` and ``regimes``, as `summarise` makes them; errors of rollouts that blew up are infinite.
 
     Returns:
-        records of ``family``, ``readout``, ``aim``, ``target``, ``value``, ``held`` and ``where`` (the worst regime, or
-        what the value is a mean over). A reduction is to be at least its target, a ratio at most.
+        records with ``family``, ``readout``, ``aim``, ``target``, ``value``, ``held`` (whether the aim is met) and
+        ``where`` (the worst regime, or what the value is a mean over). A reduction must be at least its target, a ratio
+        at most.
     """
     regimes = family["regimes"]
     ood = [regime for regime in regimes if regime["split"] in OOD]
@@ -73,7 +74,7 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
     for readout in READOUTS:
 
         def record(aim: str, target: float, value: float, where: str, readout: str = readout) -> None:
-            held = value >= target if aim == REDUCTION else value <= target  # NaN: not held
+            held = value >= target if aim == REDUCTION else value <= target  # NaN: not met
             found.append(
                 {
                     "family": name,
@@ -102,7 +103,7 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ratios(regimes: list[dict[str, Any]], row: str, base: tuple[str, ...]) -> list[tuple[str, float]]:
-    """By regime, the row's error over the smallest error of the base rows; infinite where the row blew up."""
+    """The row's error over the smallest error of the base rows, by regime; infinite where the row blew up."""
     found = []
     for regime in regimes:
         errors = regime["errors"]

@@ -1,12 +1,12 @@
 """Means, intervals and aims from the benchmark's result files (one for each family and seed).
 
-Errors depend on the training seed and on the trajectory. The intervals come from a paired, crossed bootstrap: a
+Errors depend on the training seed and on the trajectory. The intervals come from a paired, crossed bootstrap: each
 resample draws seeds, and trajectories of each regime, with replacement, and uses the same draw for all rows, so that
-what is hard for every row does not widen the interval of a difference. All seeds see the same trajectories, so one draw
-of trajectories serves all seeds of a resample. `scipy.stats.bootstrap` does not replace it: it resamples a single axis,
-and its interpolated percentiles are NaN where resamples are infinite.
+a seed or trajectory that is hard for every row does not widen the interval of a difference. All seeds see the same
+trajectories, so one draw of trajectories serves all seeds of a resample. `scipy.stats.bootstrap` does not replace it:
+it resamples a single axis, and its interpolated percentiles are NaN where resamples are infinite.
 
-Arrays over B = 1 + resamples hold the data as they are at index 0 and the resamples after it.
+Shapes: S seeds, N trajectories, B = 1 + resamples (index 0 is the original data).
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ GROUPS = {"interpolation": ("interpolation",), "ood": OOD, "ood_low": ("ood_low"
 
 
 def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """Compute the numbers of the tables and figures, ready for JSON; an error that blew up (infinite) is None.
+    """Compute the numbers of the tables and figures, ready for JSON. The error of a rollout that blew up is None.
 
-    Means weight regimes equally. A row counts in a regime if every seed has it there, and in a group of regimes if it
-    counts in all of them.
+    Means weight regimes equally. A regime includes a row only if every seed has it there, and a group of regimes only
+    if all of its regimes include it.
 
     Args:
-        results: the benchmark's results, one per family and seed, in any order. Errors of None and NaN are rollouts
-            that blew up.
+        results: the benchmark's results, one per family and seed, in any order. An error of None or NaN means that the
+            rollout blew up.
         seed: seed of the bootstrap.
 
     Returns:
-        ``aims`` (see `judge`), ``cpu_seconds`` and ``resamples`` of all, and for each of ``families``:
-        ``parameter``, ``frames``, ``seeds``; ``rows``: by row and group (`GROUPS`) an estimate (``value``, ``low``,
-        ``high``: 95 % interval), under ``reduction`` those against ``anchor`` and ``best_endpoint`` (OOD), and
-        ``blew_up``, how many of ``rollouts`` did; ``regimes``: mean ``errors`` by row and ``alpha`` by CCM row of each
-        one; ``incomplete``: rows that some seeds lack; ``chosen`` and ``straight_to`` by seed; ``sharpness`` by
-        coordinate; ``cpu_seconds`` by stage.
+        ``aims`` (see `judge`), total ``cpu_seconds``, ``resamples``, and for each of ``families``:
+        ``parameter``, ``frames``, ``seeds``; ``rows``: for each row an estimate (``value``, ``low``, ``high``: 95 %
+        interval) by group (`GROUPS`), ``reduction``, the estimates relative to ``anchor`` and ``best_endpoint`` (OOD),
+        and ``blew_up``, the number of ``rollouts`` that did; ``regimes``: for each regime the mean ``errors`` by row
+        and ``alpha`` by CCM row; ``incomplete``: rows that some seeds lack; ``chosen`` and ``straight_to`` by seed;
+        ``sharpness`` by coordinate; ``cpu_seconds`` by stage.
 
     Raises:
-        UserError: there are no results, two of one family and seed, or results of one family do not fit together.
+        UserError: there are no results, two with the same family and seed, or results of a family do not fit together.
     """
     if not results:
         raise UserError("there are no results of the CCM benchmark to summarise: run it first")
@@ -71,24 +71,25 @@ def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str
     _require_same(results)
     first = results[0]
     seeds_BS = resampling_weights(len(results), rng)
-    regimes, means = [], []  # of each regime: its record, and its rows' means [B]
+    regimes, means = [], []  # for each regime: its record, and the mean errors [B] by row
     blew_up, rollouts = dict.fromkeys(ROWS, 0), dict.fromkeys(ROWS, 0)
     incomplete: set[str] = set()
     for number, regime in enumerate(first["regimes"]):
-        of_seeds = [result["regimes"][number]["rows"] for result in results]
-        trajectories_BN = resampling_weights(len(next(iter(of_seeds[0].values()))["errors"]), rng)
+        seed_rows = [result["regimes"][number]["rows"] for result in results]
+        trajectories_BN = resampling_weights(len(next(iter(seed_rows[0].values()))["errors"]), rng)
         here: dict[str, Array] = {}
         for row in ROWS:
-            if not all(row in one for one in of_seeds):
-                incomplete.update({row} if any(row in one for one in of_seeds) else ())
+            if not all(row in one for one in seed_rows):
+                incomplete.update({row} if any(row in one for one in seed_rows) else ())
                 continue
-            errors_SN = np.array([[_error(value) for value in one[row]["errors"]] for one in of_seeds])
+            errors_SN = np.array([[_error(value) for value in one[row]["errors"]] for one in seed_rows])
             here[row] = resampled_means(errors_SN, seeds_BS, trajectories_BN)
             blew_up[row] += int(np.isinf(errors_SN).sum())
             rollouts[row] += errors_SN.size
         means.append(here)
         alpha = {
-            row: [one[row]["alpha"] for one in of_seeds if "alpha" in one.get(row, {})] for row in (*READOUTS, "oracle")
+            row: [one[row]["alpha"] for one in seed_rows if "alpha" in one.get(row, {})]
+            for row in (*READOUTS, "oracle")
         }
         regimes.append(
             {key: regime[key] for key in ("split", "coordinate", "value")}
@@ -108,11 +109,11 @@ def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str
         "rows": rows,
         "regimes": regimes,
         "incomplete": [row for row in ROWS if row in incomplete],
-        **_besides(results),
+        **_other_entries(results),
     }
 
 
-def _besides(results: list[dict[str, Any]]) -> dict[str, Any]:
+def _other_entries(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The entries of a family's summary other than errors."""
     sharpness = defaultdict(list)
     stages: dict[str, float] = defaultdict(float)
@@ -155,14 +156,14 @@ def _require_same(results: list[dict[str, Any]]) -> None:
     """Check that the results of one family have the same regimes, trajectories and frames. Raises `UserError`."""
     first = results[0]
     for number, result in enumerate(results):
-        name = f"the results of {result['family']}, seed {result['seed']}"
+        name = f"the results of {result['family']} for seed {result['seed']}"
         if number and result["seed"] == results[number - 1]["seed"]:
             raise UserError(f"{name} are given twice: leave one out")
         places = [[(one["split"], one["coordinate"]) for one in each["regimes"]] for each in (first, result)]
         if places[0] != places[1] or result["frames"] != first["frames"]:
             raise UserError(f"{name} have different regimes or frames from seed {first['seed']}: run one of them again")
         for regime, expected in zip(result["regimes"], first["regimes"], strict=True):
-            where = f"{name}, {regime['split']} at s = {regime['coordinate']:+g}"
+            where = f"{name}, {regime['split']} at s = {regime['coordinate']:+g},"
             if unknown := sorted(set(regime["rows"]) - set(ROWS)):
                 raise UserError(f"{where} have an unknown row {unknown[0]}: rows are {', '.join(ROWS)}")
             counts = {len(row["errors"]) for rows in (regime["rows"], expected["rows"]) for row in rows.values()}
@@ -173,18 +174,18 @@ def _require_same(results: list[dict[str, Any]]) -> None:
 
 
 def _error(value: float | None) -> float:
-    """An error from a result file; infinite if it blew up."""
+    """An error from a result file; infinite if the rollout blew up."""
     return float("inf") if value is None or np.isnan(value) else float(value)
 
 
 def resampling_weights(count: int, rng: np.random.Generator, resamples: int = RESAMPLES) -> Array:
-    """Weights of ``count`` items in each resample: [B, count]; rows sum to 1, row 0 weights all equally."""
+    """Weights of ``count`` items in each resample, [B, count]. Each row sums to 1; row 0 weights all items equally."""
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
     return np.concatenate([np.ones((1, count)), drawn]) / count
 
 
 def resampled_means(errors_SN: Array, seeds_BS: Array, trajectories_BN: Array) -> Array:
-    """Mean error of each resample: [B]; infinite where it drew an infinite error."""
+    """Mean error of each resample, [B]; infinite if the resample drew an infinite error."""
     finite = np.isfinite(errors_SN)
     # 0 * inf is NaN: an infinite error that a resample did not draw must not count.
     mean_B = np.einsum("bs,sn,bn->b", seeds_BS, np.where(finite, errors_SN, 0.0), trajectories_BN, optimize=True)
@@ -193,14 +194,14 @@ def resampled_means(errors_SN: Array, seeds_BS: Array, trajectories_BN: Array) -
 
 
 def reduction(errors_B: Array, base_B: Array) -> Array:
-    """1 - error / error of the base: [B]; NaN where the base is infinite or 0."""
+    """1 - error / error of the base, [B]; NaN where the base is infinite or 0."""
     usable = np.isfinite(base_B) & (base_B > 0)
     return np.where(usable, 1 - errors_B / np.where(usable, base_B, 1.0), np.nan)
 
 
 def estimate(values_B: Array) -> dict[str, Any]:
-    """The ``value`` of the data, and ``low`` and ``high`` of its 95 % percentile interval."""
-    # Order statistics: between an infinite value and its neighbour there is nothing to interpolate.
+    """The ``value`` of the original data, and the ends ``low`` and ``high`` of its 95 % percentile interval."""
+    # Use order statistics: one cannot interpolate between an infinite value and its neighbour.
     resampled = np.sort(values_B[1:])
     outside = (1 - COVERAGE) / 2 * len(resampled)
     low, high = resampled[math.floor(outside)], resampled[len(resampled) - 1 - math.floor(outside)]

@@ -16,7 +16,7 @@ NOT_MEASURED = "-"
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Sections for the aims, each family, and the cost. ``summary`` is what `summarise` returns."""
+    """Format the sections on the aims, each family and the cost. ``summary`` is what `summarise` returns."""
     sections = [Section("Aims", [_aims(summary["aims"]), *_paper(summary)])]
     for name, family in summary["families"].items():
         title = family_title(name)
@@ -41,7 +41,7 @@ def _error(value: float | None) -> str:
 
 
 def _estimate(estimate: dict[str, Any] | None) -> str:
-    """``0.0815 [0.0790, 0.0841]``"""
+    """Format as ``0.0815 [0.0790, 0.0841]``."""
     if estimate is None:
         return NOT_MEASURED
     if estimate["value"] is None:
@@ -50,7 +50,7 @@ def _estimate(estimate: dict[str, Any] | None) -> str:
 
 
 def _percent(estimate: dict[str, Any] | None) -> str:
-    """``54.2 % [48.1, 59.0]``"""
+    """Format as ``54.2 % [48.1, 59.0]``."""
     if estimate is None:
         return NOT_MEASURED
     if estimate["value"] is None:
@@ -60,7 +60,7 @@ def _percent(estimate: dict[str, Any] | None) -> str:
 
 
 def _aims(records: list[dict[str, Any]]) -> Table:
-    """One row per family and aim, one column per readout."""
+    """A table with one row per family and aim, and one column per readout."""
     lines: dict[tuple[str, str], list[str]] = {}
     for record in records:
         reduction, target = record["aim"] == REDUCTION, record["target"]
@@ -72,7 +72,7 @@ def _aims(records: list[dict[str, Any]]) -> Table:
         value = record["value"]
         shown = BLEW_UP if value is None else f"{100 * value:.1f} %" if reduction else f"{value:.3f}"
         where = f" at {record['where']}" if record["where"].startswith("s =") else ""
-        line[3 + READOUTS.index(record["readout"])] = f"{'held' if record['held'] else '**missed**'}: {shown}{where}"
+        line[3 + READOUTS.index(record["readout"])] = f"{'met' if record['held'] else '**missed**'}: {shown}{where}"
     return _table(("family", "aim", "target", *(ROWS[readout] for readout in READOUTS)), list(lines.values()), 6)
 
 
@@ -84,8 +84,8 @@ def _paper(summary: dict[str, Any]) -> Iterator[Block]:
     ]
     if known:
         yield Text(
-            "Each readout is judged by itself: the one with the smallest test error would be chosen on test data. "
-            f"Reductions that arXiv 2605.14546 reports, on data and splits of its own: {', '.join(known)}."
+            "Each readout is judged separately: picking the one with the smallest test error would be a choice made on "
+            f"test data. Reductions that arXiv 2605.14546 reports, on its own data and splits: {', '.join(known)}."
         )
 
 
@@ -95,9 +95,9 @@ def _family(family: dict[str, Any], resamples: int) -> Iterator[Block]:
         f"Parameter: {_words(family['parameter'])}. Seeds: {', '.join(map(str, seeds))}. "
         f"The first K = {family['frames']} frames are given; errors are the nRMSE of the later ones. "
         f"In brackets: 95 % interval by a paired bootstrap over seeds and trajectories ({resamples:,} resamples)."
-        + (" With so few seeds it is a rough one." if len(seeds) < 5 else "")
+        + (" With so few seeds the interval is rough." if len(seeds) < 5 else "")
     )
-    bases = {"anchor": "reduction against the anchor (OOD)", "best_endpoint": "against the best endpoint (OOD)"}
+    bases = {"anchor": "OOD reduction relative to the anchor", "best_endpoint": "relative to the best endpoint"}
     yield _table(
         ("row", "interpolation nRMSE", "OOD nRMSE", "OOD low", "OOD high", *bases.values()),
         [
@@ -113,7 +113,9 @@ def _family(family: dict[str, Any], resamples: int) -> Iterator[Block]:
             for row, found in family["rows"].items()
         ],
     )
-    yield Text("Each OOD regime by itself: nRMSE, mean over seeds and trajectories (alpha, mean over seeds).")
+    yield Text(
+        "Each OOD regime separately: nRMSE, mean over seeds and trajectories (in brackets alpha, mean over seeds)."
+    )
     yield _regimes(family)
     yield from map(Text, _notes(family))
 
@@ -140,20 +142,20 @@ def _notes(family: dict[str, Any]) -> Iterator[str]:
     if by_seed:
         numbers = " / ".join(map(str, family["seeds"]))
         listed = "; ".join(f"{name} = {_same(values)}" for name, values in by_seed.items())
-        yield f"Chosen on validation regimes (seeds {numbers}, one number where they agree): {listed}."
+        yield f"Chosen on validation regimes (seeds {numbers}; one value where all agree): {listed}."
     if straight := list(family["straight_to"].values()):
         reached = _same([f"{one:g}" for one in straight])
-        yield f"The path is straight (bend at most {BEND_TOLERANCE:g}) to |alpha| = {reached}."
+        yield f"The path is straight (bend at most {BEND_TOLERANCE:g}) up to |alpha| = {reached}."
     if sharp := [value for value in family["sharpness"].values() if value is not None]:
         yield (
             f"Sharpness of the prefix's optimum, by regime: {min(sharp):.3f} to {max(sharp):.3f} "
-            f"(below {FLAT:g} the frames hardly tell one alpha from another)."
+            f"(below {FLAT:g} the frames hardly distinguish one alpha from another)."
         )
     blown = [f"{ROWS[row]} {r['blew_up']} of {r['rollouts']}" for row, r in family["rows"].items() if r["blew_up"]]
     if blown:
         yield f"Rollouts that blew up: {', '.join(blown)}."
     if family["incomplete"]:
-        yield f"Left out where a seed lacks it: {', '.join(ROWS[row] for row in family['incomplete'])}."
+        yield f"Left out of regimes that some seed lacks: {', '.join(ROWS[row] for row in family['incomplete'])}."
 
 
 def _same(values: list[str]) -> str:
@@ -161,7 +163,7 @@ def _same(values: list[str]) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """``{"ties": {"density": 0.5}}`` as ``("ties density", "0.5")``; validation errors are left out."""
+    """Flatten ``{"ties": {"density": 0.5}}`` to ``("ties density", "0.5")``; validation errors are left out."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not key.startswith("validation_error"):
@@ -178,9 +180,9 @@ def _cost(summary: dict[str, Any]) -> Iterator[Block]:
         for name, spent in ((name, family["cpu_seconds"]) for name, family in families.items())
     ]
     if stages:
-        yield Text("CPU minutes, all seeds:")
-        yield _table(("family", *map(_words, stages), "all"), rows)
-    yield Text(f"In all {summary['cpu_seconds'] / 3600:.2f} CPU hours.")
+        yield Text("CPU minutes, sum over seeds:")
+        yield _table(("family", *map(_words, stages), "total"), rows)
+    yield Text(f"Total: {summary['cpu_seconds'] / 3600:.2f} CPU hours.")
 
 
 def _minutes(seconds: float | None) -> str:

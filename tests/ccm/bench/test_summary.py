@@ -177,7 +177,7 @@ def test_missing_rows_are_skipped() -> None:
     assert family["incomplete"] == ["high"]
     text = markdown(summary)
     assert "TIES" not in text
-    assert "Left out where a seed lacks it: high expert." in text
+    assert "Left out of regimes that some seed lacks: high expert." in text
 
 
 def test_markdown_has_every_table() -> None:
@@ -190,11 +190,11 @@ def test_markdown_has_every_table() -> None:
     assert headings == ["## Aims", "## Reaction-diffusion", "## Navier-Stokes", "## Shallow water", "## Cost"]
     for title in ROWS.values():
         assert sum(line.startswith(f"| {title} |") for line in text.splitlines()) == 6
-    assert "| held: " in text
+    assert "| met: " in text
     assert "| **missed**: " in text
     assert "gamma = 0.9 / 0.9 / 0.95; task arithmetic lambda = 0.5;" in text
-    assert "to |alpha| = 1.5." in text
-    assert "In all 1.50 CPU hours." in text
+    assert "up to |alpha| = 1.5." in text
+    assert "Total: 1.50 CPU hours." in text
     tables = [[line.count("|") for line in block.splitlines()] for block in text.split("\n\n") if block[0] == "|"]
     assert len(tables) == 1 + 2 * 3 + 1
     assert all(len(set(columns)) == 1 for columns in tables)

@@ -79,7 +79,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except BlockingIOError as error:
-        raise UserError(f"{path} is locked: another process writes it; wait until that has ended") from error
+        raise UserError(f"{path} is locked: another process is writing it; wait until it has finished") from error
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(_sentence(path, f"is damaged or unreadable ({' '.join(str(error).split())[:200]})")) from error
 

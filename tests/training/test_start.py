@@ -112,7 +112,7 @@ def test_refuses_in_one_line_of_rank_0(folder, origin, what):
     start, settings, says = folder / "nowhere", (), "it does not exist"
     if what == "another network":
         start, settings = origin, ("model.moe.expert_hidden=24",)
-        says = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here"
+        says = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] as saved and [48, 24] in the model"
     if what == "another meaning":  # of the same shapes
         start, settings = origin, ("model.moe.router.min_temperature=0.02",)
         says = "it is of another model, which differs in model.moe.router.min_temperature"

@@ -36,7 +36,7 @@ def write_trajectory(
     provenance: dict[str, Any],
     compression: str | None = None,
 ) -> None:
-    """Write one trajectory to ``path``, read it back and compare; a file at ``path`` is always complete.
+    """Write one trajectory, read it back and compare; only a complete file appears at ``path``.
 
     Args:
         provenance: attributes of the group ``provenance``: numbers, text and booleans; other values are stored as
@@ -69,7 +69,7 @@ def new_prediction(
 ) -> Iterator[h5py.File]:
     """Create a file of predicted or decoded snapshots; it appears at ``path`` only if the block succeeds.
 
-    Scalars, axes, boundary conditions and the solid mask are copied from the input, except those that vary with time.
+    Scalars, axes, boundary conditions and the solid mask are copied from the input, unless they vary with time.
     The block fills ``t1_fields/velocity`` [B, N, X, Y, Z, 3] and ``t0_fields/pressure`` [B, N, X, Y, Z].
 
     Args:

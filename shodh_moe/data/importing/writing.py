@@ -21,7 +21,7 @@ _AXES = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class Header:
-    """Everything about a trajectory except its fields.
+    """All data of a trajectory except for its fields.
 
     Attributes:
         dataset_name, domain: names of the dataset and of the kind of flow.
@@ -47,8 +47,8 @@ class Header:
 def new_trajectory_file(path: Path, header: Header) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
     """Create a file with one trajectory; it appears at ``path`` only if the block succeeds.
 
-    The block fills ``t1_fields/velocity`` [1, T, X, Y, Z, 3] and ``t0_fields/pressure`` [1, T, X, Y, Z], float32, and
-    the dictionary that becomes the file's provenance.
+    Yields the open file and a dictionary. The block fills ``t1_fields/velocity`` [1, T, X, Y, Z, 3] and
+    ``t0_fields/pressure`` [1, T, X, Y, Z], float32, and the dictionary, which becomes the file's provenance.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission).
@@ -91,7 +91,7 @@ def _write_root(file: h5py.File, header: Header) -> None:
 def _write_dimensions(file: h5py.File, header: Header) -> None:
     group = file.create_group("dimensions")
     group.attrs["spatial_dims"] = list(_AXES)
-    # Times start at 0, as float32 cannot resolve small steps far from it.
+    # Times start at 0, because float32 cannot resolve small steps far from it.
     time = np.arange(header.snapshots) * header.time_step
     _flag(group.create_dataset("time", data=time.astype(np.float32)), time_varying=True)
     for axis, size in zip(_AXES, header.solid_XYZ.shape, strict=True):

@@ -20,10 +20,10 @@ EXIT_INTERRUPTED = 130
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports wrong arguments like any other wrong input: one line, exit code 2.
+    """An argument parser that reports wrong arguments like any other wrong input: one line, exit code 2.
 
     Attributes:
-        commands: names of the commands, if one of them is the default.
+        commands: names of the commands; empty if there is no default command.
         default_command: command to run if the first argument is neither an option nor one of ``commands``.
     """
 
@@ -49,10 +49,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `shodh merge` and launch/ccm_merge.py."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="what to merge: configs/merge/example.yaml")
-    parser.add_argument("--output", type=Path, help="the new folder, in place of the config's")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="merge config, e.g. configs/merge/example.yaml")
+    parser.add_argument("--output", type=Path, help="folder to write; default: the config's")
     parser.add_argument(
-        "--memory-limit", default="1GiB", metavar="SIZE", help="of the whole process; default: %(default)s"
+        "--memory-limit", default="1GiB", metavar="SIZE", help="limit for the whole process; default: %(default)s"
     )
     parser.add_argument(
         "--out-shard-size", default="5GB", metavar="SIZE", help="largest file of an output; default: %(default)s"
@@ -60,13 +60,13 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
-    """Run ``work`` and translate what it raises: 0 done, 2 wrong input, 130 Ctrl-C, 1 everything else."""
+    """Run ``work`` and return an exit code: 0 done, 2 wrong input, 130 Ctrl-C, 1 any other exception."""
     try:
         work()
     except UserError as error:
         return _wrong_input(str(error), debug)
     except KeyboardInterrupt:
-        message = "interrupted: no partial files are left, the same command resumes or starts over"
+        message = "interrupted: no partial files are left; run the same command to resume or start over"
         print(message, file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except OSError as error:
@@ -79,7 +79,11 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
             # The rank that ended first has reported why, and its exit code counts: wait for the launcher to stop us.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-            print("a rank stopped because another ended first: see that one's message", file=sys.stderr, flush=True)
+            print(
+                "this rank stopped because another rank ended first: see that rank's message",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             traceback.print_exc()
         return EXIT_FAILED
@@ -103,12 +107,13 @@ def end_rank(main: Callable[[], int]) -> NoReturn:
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because the peer process has ended."""
+    """Whether a collective operation failed because the peer process has ended."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(f"Connection {end} by peer" in text for end in ("closed", "reset"))
 
 
 def _wrong_input(message: str, debug: bool) -> int:
+    """Print ``message`` as one line on stderr, after a traceback if ``debug``; return the exit code."""
     if debug:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", 0))

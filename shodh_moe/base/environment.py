@@ -64,7 +64,7 @@ def _commit() -> str | None:
 def has_apex(*modules: str) -> bool:
     """Whether NVIDIA's apex is installed with its fused optimizers and the given modules.
 
-    The package registry has an unrelated package of the same name.
+    PyPI has an unrelated package of the same name, which does not count.
     """
     try:
         for name in ("apex.optimizers", *modules):

@@ -90,13 +90,14 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``target`` if the block succeeds, and is removed otherwise.
 
-    Several processes may do this at once. If ``target`` did not exist at the start, the first one to finish creates it.
+    An existing ``target`` is replaced. Several processes may write the same ``target`` at once: if it did not exist at
+    the start, the first one to finish creates it.
 
     Args:
-        keep_first: all processes write the same content, so later ones accept an existing ``target``.
+        keep_first: all processes write the same content, so later ones keep the ``target`` that the first one wrote.
 
     Raises:
-        UserError: the disk is full, writing is not permitted, or another process was first.
+        UserError: the disk is full, writing is not permitted, or another process was first and not ``keep_first``.
     """
     workshop = target.with_name(f".writing-{target.name}-{uuid.uuid4().hex}")
     temporary, replaces, lock = workshop / target.name, target.exists(), None
@@ -108,7 +109,7 @@ def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        _put(temporary, target, replaces, keep_first)
+        _move_into_place(temporary, target, replaces, keep_first)
     except BaseException as error:
         if reason := disk_trouble(error):
             raise UserError(f"cannot write {target}: {reason}") from error
@@ -121,7 +122,7 @@ def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
             lock.close()
 
 
-def _put(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> None:
+def _move_into_place(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> None:
     try:
         if replaces:
             replace_folder(temporary, target)
@@ -138,9 +139,9 @@ def _put(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> Non
 
 
 def _lock_file(workshop: Path) -> IO[str]:
-    """Open a file that stays locked until it is closed or this process ends."""
+    """Open a file in ``workshop`` that stays locked until it is closed or this process ends."""
     file = open(workshop / "lock.new", "w", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as it is open
-    with suppress(OSError):  # a disk without locks
+    with suppress(OSError):  # some network disks have no locks
         fcntl.flock(file, fcntl.LOCK_EX)
         # Renamed only now, so that other processes never see it unlocked.
         os.rename(workshop / "lock.new", workshop / "lock")
@@ -148,7 +149,7 @@ def _lock_file(workshop: Path) -> IO[str]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove the temporary folders of processes that were killed within `whole_folder` of ``target``."""
+    """Remove the temporary folders of `whole_folder` calls for ``target`` whose process was killed."""
     prefix = f".writing-{target.name}-"
     for workshop in target.parent.iterdir():
         if workshop.name.startswith(prefix):
@@ -158,9 +159,12 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a synced folder to ``target``, and remove the old ``target``.
+    """Rename the synced folder ``temporary`` to ``target``, and remove the old ``target``, if any.
 
-    If the process is killed half-way, the old folder remains next to it as ``.old-<name>``.
+    If the process is killed half-way, the old folder remains next to ``target`` as ``.old-<name>``.
+
+    Raises:
+        OSError: ``target`` could not be replaced; the old folder is restored if possible.
     """
     old = target.with_name(f".old-{target.name}")
     # Two renames instead of a slow removal first, so that ``target`` is missing only for a moment.
@@ -178,10 +182,10 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be created or written to, before any work is done for it.
+    """Check that a folder can be created or written to, before any work is done for it.
 
     Raises:
-        UserError: a file is in the way, or permission is missing.
+        UserError: a file stands where a folder is needed, or permission is missing.
     """
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -193,8 +197,9 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {disk_trouble(error) or error.strerror}") from error
 
 
-# HDF5 and safetensors raise exceptions of their own for these, which only their text distinguishes.
-_TROUBLES = (
+# Error numbers and their explanations. HDF5 and safetensors raise their own exceptions, without a number: these are
+# recognised by the system's error text in their message.
+_DISK_TROUBLES = (
     ((errno.ENOSPC, errno.EDQUOT), "no space left on the disk; free some and run the same command again"),
     ((errno.EFBIG,), "the file is too large for this disk or for your limit (ulimit -f); raise it or use another disk"),
     ((errno.EACCES, errno.EPERM), "permission denied; choose another folder or fix its permissions"),
@@ -205,17 +210,17 @@ _TROUBLES = (
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """Explain a write error and what to do about it; None if the error is of another kind."""
+    """Explain a disk error and what to do about it; None if ``error`` is not a disk error."""
     if isinstance(error, UserError):
         return None
     number, text = getattr(error, "errno", None), str(error)
-    for numbers, reason in _TROUBLES:
-        if number in numbers or (number is None and any(os.strerror(one) in text for one in numbers)):
+    for numbers, reason in _DISK_TROUBLES:
+        if number in numbers or (number is None and any(os.strerror(known) in text for known in numbers)):
             return reason
     return None
 
 
 def require_made(path: Path, command: str) -> None:
-    """Refuse to continue without the output of an earlier stage."""
+    """Raise `UserError`, which names ``command``, unless that command has written ``path``."""
     if not path.exists():
         raise UserError(f"{path} is missing: run `{command}` with this config first")

@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process instead of returning it to the system after every layer.
+    """Make glibc keep freed memory in the process instead of returning it to the system after every layer.
 
     A training step allocates and frees the same large tensors again and again. By default glibc maps and unmaps each
     of them, and zeroing new pages took a third of the tokenizer's step. Does nothing without glibc.
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return the freed memory that `keep_freed_memory` keeps to the system. Does nothing without glibc."""
+    """Return to the system the freed memory that `keep_freed_memory` retained. Does nothing without glibc."""
     if sys.platform.startswith("linux"):
         with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -14,13 +14,13 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def port_holder(port: int) -> str:
-    """Return who listens on a port of this host, such as ``python, process 4711``; "" if unknown."""
+    """Return the process that listens on a port of this host, such as ``python, process 4711``; "" if unknown."""
     import psutil
 
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
-                if connection.pid is None:  # another user's
+                if connection.pid is None:  # the system hides other users' processes
                     return "a process of another user"
                 return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
     except psutil.Error:
@@ -38,8 +38,10 @@ def interface_towards(host: str) -> str:
         except OSError:
             return ""
         own = probe.getsockname()[0]
-    names = [name for name, there in psutil.net_if_addrs().items() if own in (address.address for address in there)]
-    return names[0] if names else ""
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (address.address for address in addresses):
+            return name
+    return ""
 
 
 def own_networks() -> list[str]:
@@ -55,10 +57,17 @@ def own_networks() -> list[str]:
 
 
 def common_address(networks: list[list[str]]) -> str:
-    """Return an address of the first rank's host in a network that all other hosts share."""
+    """Return the address at which all hosts can reach the first one.
+
+    It is the first host's address in a network that all other hosts share; if there is none, its first address; if
+    there is only one host, the loopback.
+
+    Args:
+        networks: `own_networks` of each host, the first rank's host first.
+    """
     first = [ipaddress.ip_interface(text) for text in networks[0]]
     others = [[ipaddress.ip_interface(text) for text in texts] for texts in networks[1:] if texts != networks[0]]
     for own in first if others else []:
-        if all(any(other.ip in own.network for other in there) for there in others):
+        if all(any(other.ip in own.network for other in host) for host in others):
             return str(own.ip)
     return str(first[0].ip) if others and first else "127.0.0.1"

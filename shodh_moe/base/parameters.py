@@ -1,4 +1,4 @@
-"""Marks on parameters: facts that training, checkpoints and reports need, set where a parameter is made.
+"""Marks on parameters: facts that training, checkpoints and reports need, set where a parameter is created.
 
 Code that treats some parameters differently reads their marks; it never looks at their names.
 """
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Marks:
-    """What a parameter is.
+    """The marks of one parameter.
 
     Attributes:
         decay: whether weight decay applies. Default: matrices decay (two or more axes), vectors do not.
-        sharded: whether each rank holds its own experts, stacked along axis 0. Default: every rank holds the same.
+        sharded: whether each rank holds only its own experts, stacked along axis 0. Default: all ranks hold the same.
         lr_scale: factor on the learning rate.
-        group: name under which reports put the parameter together with others.
+        group: name of the group of parameters to which reports add this one.
     """
 
     decay: bool
@@ -29,7 +29,7 @@ class Marks:
 
 
 def marks(parameter: Tensor) -> Marks:
-    """The marks of a parameter, or the defaults if it has none."""
+    """Return the marks of a parameter, or the defaults if it has none."""
     found = getattr(parameter, "marks", None)
     return Marks(decay=parameter.dim() >= 2) if found is None else found
 

@@ -45,12 +45,13 @@ def progress(iterable: Iterable[Item], desc: str, total: int | None = None) -> I
 
 
 def _rate(each: float) -> str:
-    """Format a rate per second, minute or hour, whichever gives at least one, from the seconds that ``each`` takes."""
+    """Format a rate per second, minute or hour, whichever gives at least one, from the seconds ``each`` item takes."""
     unit, name = (1, "second") if each <= 1 else (60, "minute") if each <= 60 else (3600, "hour")
     return f"{unit / max(each, 1e-9):.3g} a {name}"
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

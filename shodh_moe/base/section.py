@@ -26,8 +26,8 @@ ARTEFACTS: tuple[Artefact, ...] = get_args(Artefact)
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values keep their YAML type, and instances are immutable.
 
-    The sections of a run's config say what their keys change: each key by `setting`, or the class for all of its keys
-    (``class TelemetryConfig(Section, changes="nothing")``), including those of its subclasses.
+    The sections of a run's config declare which artefact their keys change: `setting` does so for one key, and a class
+    argument for all keys of the class and its subclasses (``class TelemetryConfig(Section, changes="nothing")``).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
@@ -46,11 +46,11 @@ class Section(BaseModel):
 def setting(
     default: Any, *, changes: Artefact, for_tokenizer: bool = False, description: str | None = None, **field: Any
 ) -> Any:
-    """A key of a section: pydantic's ``Field`` that also says what the key changes.
+    """Declare a key of a section: pydantic's ``Field``, plus the artefact that the key changes.
 
     Args:
         changes: the first artefact that the key changes.
-        for_tokenizer: the tokenizer's training takes this key of the ``training`` section as well.
+        for_tokenizer: the tokenizer's training uses this key of the ``training`` section as well.
         field: further arguments of ``Field``, such as ``gt``.
     """
     extra: JsonDict = {"changes": changes, "for_tokenizer": for_tokenizer}
@@ -58,22 +58,22 @@ def setting(
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a key holds, also of an optional one; None for a plain value."""
+    """Return the section class of a key, also if the section is optional; None for a plain value."""
     for kind in (field.annotation, *get_args(field.annotation)):
-        # Python 3.10 takes list[int] for a class, which issubclass then refuses.
+        # Python 3.10 considers list[int] a class, which issubclass then refuses.
         if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section):
             return kind
     return None
 
 
 def first_changed(kind: type[Section], key: str) -> Artefact:
-    """The first artefact that a dotted key changes; "data", the first of all, for an unknown key.
+    """Return the first artefact that a dotted key changes; "data", the first of all, for an unknown key.
 
-    A key that holds a section changes what the keys in it change, and a key inside a dictionary what the dictionary
-    changes.
+    For a key that holds a section, this is the first artefact that any key in the section changes. A key inside a
+    dictionary changes the same artefact as the dictionary.
 
     Raises:
-        TypeError: the key's section does not say what the key changes.
+        TypeError: neither or both of the key and its section declare what the key changes.
     """
     name, _, rest = key.partition(".")
     field = kind.model_fields.get(name)
@@ -91,12 +91,12 @@ def first_changed(kind: type[Section], key: str) -> Artefact:
 
 
 def settings_that_change(section: Section, artefact: Artefact) -> dict[str, Any]:
-    """The part of ``section.model_dump()`` whose keys change that artefact first."""
+    """Return the part of ``section.model_dump()`` whose keys have ``artefact`` as the first that they change."""
     return _select(type(section), section.model_dump(), artefact)
 
 
 def taken_by_tokenizer(section: Section) -> dict[str, Any]:
-    """The keys of a section, with their values, that the tokenizer's training takes as well."""
+    """Return the keys of a section, with their values, that the tokenizer's training uses as well."""
     extras = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
     return {
         name: getattr(section, name)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete, atomic, portable between layouts, written while training goes on (DESIGN 8).
+"""Checkpoints: complete, atomic, portable between layouts, written while training continues (DESIGN 8).
 
 `CheckpointWriter` writes them from all ranks, `find_checkpoint` chooses one, and `CheckpointReader` and `load_weights`
 read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspect`` prints what a checkpoint holds.

@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a path names: a checkpoint folder, a run folder, or a run's ``checkpoints`` folder."""
+"""Find the checkpoint that a path names: a checkpoint folder, a run folder, or a run's ``checkpoints`` folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shodh_moe.checkpoint.state import STATE, Damaged
 
 
 def checkpoints_at(path: Path) -> list[Path] | None:
-    """List the checkpoint folders that ``path`` names, oldest first, without looking into them.
+    """List the checkpoint folders that ``path`` names, oldest first, without reading them.
 
     Returns:
         The checkpoints of a run, [] if it has none yet; ``path`` alone if it is a checkpoint; None if it is neither.
@@ -26,14 +26,14 @@ def checkpoints_at(path: Path) -> list[Path] | None:
 def resolve_checkpoint(path: Path) -> Path | None:
     """Return the intact checkpoint that ``path`` names: the newest one of a run, or the checkpoint at ``path``.
 
-    All its files are read to compare their hashes, so let one rank call it.
+    All files of the checkpoint are read to verify their hashes, so only one rank should call this.
 
     Returns:
-        None for a run without checkpoints.
+        The checkpoint's folder; None for a run without checkpoints.
 
     Raises:
-        Damaged: ``path`` is not a run, and not an intact checkpoint either.
-        UserError: it is a run, and none of its checkpoints can be used.
+        Damaged: ``path`` is neither a run nor an intact checkpoint.
+        UserError: it is a run, but none of its checkpoints can be used.
     """
     found = checkpoints_at(path)
     if found and found != [path]:

@@ -1,7 +1,7 @@
 """Fragments: the parts of a checkpoint's logical tensors that one rank holds.
 
-A logical tensor is a parameter (or one of its optimizer moments) as it would be without parallelism: all experts of a
-layer stacked along axis 0. At any expert-parallel size and ZeRO stage, a rank holds runs of consecutive elements.
+A logical tensor is a parameter (or one of its optimizer moments) as it would be without parallelism, with all experts
+of a layer stacked along axis 0. At any expert-parallel size and ZeRO stage, a rank holds runs of consecutive elements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Fragment(NamedTuple):
 
 
 def logical_shape(local: Tensor, ep: ExpertParallel) -> list[int]:
-    """Shape of the logical tensor that belongs to ``local``, a parameter (or buffer) on this rank."""
+    """Shape of the logical tensor to which ``local``, a parameter (or buffer) on this rank, belongs."""
     shape = list(local.shape)
     return [shape[0] * ep.size, *shape[1:]] if marks(local).sharded else shape
 
@@ -34,9 +34,9 @@ def first_element(local: Tensor, ep: ExpertParallel) -> int:
 
 
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
-    """This rank's fragments of all ``model/*`` tensors, and the shapes of the logical tensors.
+    """Return this rank's fragments of all ``model/*`` tensors, and the shapes of the logical tensors by name.
 
-    Every rank holds all tensors outside the experts. When saving, each of those must come from only one rank.
+    Every rank holds all tensors outside the experts. When saving, only one rank may contribute each of them.
     """
     fragments, shapes = [], {}
     for name, local in model.state_dict(keep_vars=True).items():

@@ -11,7 +11,7 @@ from shodh_moe.checkpoint.find import checkpoints_at
 from shodh_moe.checkpoint.read import damages
 from shodh_moe.checkpoint.state import Damaged, load_state
 
-# The only place that knows experts by name: `state.json` has no marks.
+# `state.json` has no marks, so this file alone recognises experts by their name.
 EXPERTS = ".experts."
 NOT_RECORDED = "not recorded"
 
@@ -59,16 +59,19 @@ def verify(path: Path) -> list[str]:
     Raises:
         UserError: there is no checkpoint.
     """
-    return [f"checkpoint {one}: {reason}" for one in _checkpoints(path) for reason in damages(one)]
+    return [f"checkpoint {folder}: {reason}" for folder in _checkpoints(path) for reason in damages(folder)]
 
 
 def _checkpoints(path: Path) -> list[Path]:
     if found := checkpoints_at(path):
         return found
-    raise UserError(f"{path} is no checkpoint and holds none: name a run folder, its checkpoints, or one of them")
+    raise UserError(
+        f"{path} is not a checkpoint and contains none: give a run folder, its checkpoints folder, or one checkpoint"
+    )
 
 
 def _counts(shapes: dict[str, list[int]]) -> str:
+    """Count the tensors of each kind, such as ``40 model, 40 exp_avg``."""
     kinds: dict[str, int] = {}
     for name in shapes:
         kind = name.partition("/")[0]
@@ -77,6 +80,7 @@ def _counts(shapes: dict[str, list[int]]) -> str:
 
 
 def _by_module(model: dict[str, int]) -> dict[str, int]:
+    """Add up the parameter counts of each top-level module."""
     modules: dict[str, int] = {}
     for name, count in model.items():
         module = name.partition(".")[0]
@@ -85,7 +89,7 @@ def _by_module(model: dict[str, int]) -> dict[str, int]:
 
 
 def _experts(shapes: dict[str, list[int]]) -> str:
-    """Number of routed experts in each MoE layer, in layer order."""
+    """List the number of routed experts in each MoE layer, in layer order."""
     layers: dict[str, int] = {}
     for name, shape in shapes.items():
         if name.startswith("model/") and EXPERTS in name and shape:

@@ -29,7 +29,7 @@ BLOCK = 4 << 20  # bytes written and hashed at a time
 
 
 class HostCopy:
-    """Copies of 1-D tensors in one reusable buffer of host memory, laid out as in the file."""
+    """Copies of 1-D tensors in one reusable buffer of host memory, laid out as in a safetensors file."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -38,10 +38,10 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """Copy ``tensors``; they may change as soon as this returns.
+        """Copy ``tensors``, which replaces the previous copies; the originals may change as soon as this returns.
 
         Raises:
-            ValueError: a tensor is not 1-D, or its type cannot be stored.
+            ValueError: a tensor is not 1-D, or its dtype is not in `DTYPES`.
         """
         for key, tensor in tensors.items():
             if tensor.dim() != 1 or tensor.dtype not in DTYPES:
@@ -64,7 +64,11 @@ class HostCopy:
         self._header = len(text).to_bytes(8, "little") + text
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write and sync the file; return its ``bytes`` and ``sha256``. Other threads can run meanwhile."""
+        """Write and sync the file; return its ``bytes`` and ``sha256``. Other threads can run meanwhile.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         digest = hashlib.sha256(self._header)
         data = self._buffer.numpy().data[: self._bytes]
         with open(path, "wb") as file:

@@ -1,6 +1,6 @@
 """Find the newest usable checkpoint and read any part of it (DESIGN 8).
 
-Files are JSON and safetensors, so that reading one never runs code from it.
+The files are JSON and safetensors, so reading one never runs code from it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending."""
+    """List the steps of the checkpoints in a folder, ascending."""
     return sorted(int(path.name) for path in folder.glob("*") if re.fullmatch(r"\d+", path.name, re.ASCII))
 
 
 def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is intact and fits, with its ``state.json``; None if there are no checkpoints.
+    """Return the newest checkpoint that is intact and fits, with its ``state.json``; None if there are no checkpoints.
 
-    Prints the name of every checkpoint that it refuses. Reads all files to hash them, so only one rank should call it.
+    Prints every checkpoint that it refuses, and why. Reads all files to hash them, so only one rank should call it.
 
     Args:
+        folder: the run's ``checkpoints``.
         shapes: required shapes of the logical tensors; None: check for damage only.
 
     Raises:
@@ -64,13 +65,13 @@ def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) ->
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if every byte is as it was written."""
+    """Describe the damage to a checkpoint folder in one line; None if every byte is as it was written."""
     found = damages(path)
     return f"{found[0]} (and {len(found) - 1} more)" if len(found) > 1 else found[0] if found else None
 
 
 def damages(path: Path) -> list[str]:
-    """List everything that is wrong with a checkpoint folder."""
+    """List all damage to a checkpoint folder; [] if it is intact."""
     try:
         state = load_state(path)
     except Damaged as error:
@@ -83,7 +84,7 @@ def damages(path: Path) -> list[str]:
 
 def _tensor_damage(name: str, record: dict[str, Any]) -> str | None:
     if record["dtype"] not in TYPES:
-        return f"tensor {name} is of type {record['dtype']}, which is not stored here"
+        return f"tensor {name} has type {record['dtype']}, which checkpoints do not support"
     return not_covered(name, record)
 
 
@@ -107,11 +108,12 @@ def _file_damage(path: Path, state: dict[str, Any], rank: int) -> str | None:
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     except SafetensorError:
-        return f"{name} is no safetensors file"
+        return f"{name} is not a safetensors file"
     return None
 
 
 def _holds(file: Any, keys: set[str], key: str, count: int, dtype: str) -> bool:
+    """Whether an open safetensors file has a piece of this key, length and dtype."""
     if key not in keys or dtype not in TYPES:
         return False
     piece = file.get_slice(key)
@@ -123,28 +125,29 @@ def _longer_or_truncated(size: int, record: dict[str, Any]) -> str:
 
 
 def mismatch(path_or_state: Path | dict[str, Any], shapes: dict[str, list[int]]) -> str | None:
-    """Describe how the tensors of a checkpoint differ from ``shapes``: the first few that are missing, extra, or of
-    another shape. None if they fit.
+    """Describe in one line how the tensors of a checkpoint differ from ``shapes``; None if they fit.
+
+    Names the first few tensors that are missing, extra, or of another shape.
     """
     if isinstance(path_or_state, Path):
         try:
             path_or_state = load_state(path_or_state)
         except Damaged as error:
             return str(error)
-    there = {name: record["shape"] for name, record in path_or_state["tensors"].items()}
-    return _difference(there, shapes)
+    saved = {name: record["shape"] for name, record in path_or_state["tensors"].items()}
+    return _difference(saved, shapes)
 
 
-def _difference(there: dict[str, list[int]], shapes: dict[str, list[int]]) -> str | None:
+def _difference(saved: dict[str, list[int]], shapes: dict[str, list[int]]) -> str | None:
     parts = []
-    if other := [name for name in shapes if name in there and there[name] != list(shapes[name])]:
-        texts = [f"{name} is {there[name]} there and {list(shapes[name])} here" for name in other]
+    if other := [name for name in shapes if name in saved and saved[name] != list(shapes[name])]:
+        texts = [f"{name} is {saved[name]} as saved and {list(shapes[name])} in the model" for name in other]
         parts.append("of another shape: " + _few(texts))
-    if missing := [name for name in shapes if name not in there]:
-        parts.append("missing there: " + _few(missing))
-    if extra := [name for name in there if name not in shapes]:
-        parts.append("unknown here: " + _few(extra))
-    return "it is of another model or optimizer; tensors " + "; ".join(parts) if parts else None
+    if missing := [name for name in shapes if name not in saved]:
+        parts.append("not saved: " + _few(missing))
+    if extra := [name for name in saved if name not in shapes]:
+        parts.append("unknown to the model: " + _few(extra))
+    return "it belongs to another model or optimizer; tensors " + "; ".join(parts) if parts else None
 
 
 def _few(names: list[str]) -> str:
@@ -152,9 +155,10 @@ def _few(names: list[str]) -> str:
 
 
 class CheckpointReader:
-    """Reads parts of a checkpoint; only what is asked for is read from disk.
+    """Reads parts of a checkpoint; only the requested elements are read from disk.
 
     Attributes:
+        path: the checkpoint's folder.
         state: the content of ``state.json``.
 
     Raises:
@@ -176,20 +180,24 @@ class CheckpointReader:
         self._files: dict[int, Any] = {}
 
     def names(self) -> list[str]:
+        """List the names of all logical tensors."""
         return list(self.state["tensors"])
 
     def shape(self, name: str) -> list[int]:
+        """Return the shape of a logical tensor. Raises `UserError` if it does not exist."""
         return self._record(name)["shape"]
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Read elements ``start`` to ``start + count - 1`` of the flattened logical tensor, [count].
+        """Read elements ``start`` to ``start + count - 1`` of the flattened logical tensor: [count], in its dtype.
 
         Raises:
             UserError: the tensor does not exist or is shorter, or its file cannot be read.
         """
         record = self._record(name)
         if start < 0 or start + count > math.prod(record["shape"]):
-            raise UserError(f"checkpoint {self.path}: {name} is {record['shape']}, without element {start + count - 1}")
+            raise UserError(
+                f"checkpoint {self.path}: {name} has shape {record['shape']} and no element {start + count - 1}"
+            )
         out = torch.empty(count, dtype=TYPES[record["dtype"]])
         pieces = self._pieces[name]
         first = bisect_right(pieces, start, key=lambda piece: piece[1]) - 1
@@ -208,7 +216,11 @@ class CheckpointReader:
         return self.read(name, 0, math.prod(shape)).view(shape)
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
-        """The own state that a rank saved; {} if the checkpoint was written by fewer ranks."""
+        """Read a rank's own state by name (see `state.RANK_STATE`); {} if fewer ranks wrote the checkpoint.
+
+        Raises:
+            UserError: the rank's file cannot be read.
+        """
         if rank >= self.state["world_size"]:
             return {}
         try:
@@ -219,13 +231,17 @@ class CheckpointReader:
 
     @torch.no_grad()
     def fill(self, fragments: list[Fragment]) -> None:
-        """Copy from the checkpoint into the memory of ``fragments``, converting type and device."""
+        """Copy from the checkpoint into the memory of ``fragments``, converting dtype and device.
+
+        Raises:
+            UserError: as in `read`.
+        """
         for name, start, values in fragments:
             values.copy_(self.read(name, start, values.numel()))
 
     def _record(self, name: str) -> dict[str, Any]:
         if name not in self.state["tensors"]:
-            raise UserError(f"checkpoint {self.path} has no tensor {name}: it is of another model or optimizer")
+            raise UserError(f"checkpoint {self.path} has no tensor {name}: it belongs to another model or optimizer")
         return self.state["tensors"][name]
 
     def _slice(self, rank: int, key: str, first: int, end: int) -> Tensor:
@@ -251,7 +267,7 @@ def load_weights(path: Path, model: nn.Module, ep: ExpertParallel) -> None:
     """
     reader = CheckpointReader(path)
     fragments, shapes = model_fragments(model, ep)
-    there = {name: reader.shape(name) for name in reader.names() if name.startswith("model/")}
-    if reason := _difference(there, shapes):
+    saved = {name: reader.shape(name) for name in reader.names() if name.startswith("model/")}
+    if reason := _difference(saved, shapes):
         raise UserError(f"checkpoint {path} is refused: {reason}; use the config it was made with")
     reader.fill(fragments)

@@ -1,9 +1,9 @@
-"""``state.json``: what a checkpoint holds, where each part is, and hashes to verify it.
+"""``state.json``: the contents of a checkpoint, the location of each part, and hashes to verify it.
 
 A checkpoint is a folder with this file and one safetensors file per rank. ``tensors`` has the shape, dtype and pieces
 ``[rank, first element, count]`` of each logical tensor; the key of a piece in that rank's file is
 ``<name>@<first element>``. ``files`` has the size and SHA-256 of each file, and ``sha256`` the hash of everything else
-in ``state.json``. It also has the step, the number of ranks, and any facts that the caller gave.
+in ``state.json``. It also has the step, the number of ranks, and any facts from the caller of `CheckpointWriter.save`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RANK_STATE = ("rng/", "interval/")  # prefixes of keys in a rank's file that hol
 
 
 class Damaged(Exception):
-    """A checkpoint cannot be used. The message follows the checkpoint's name in a sentence."""
+    """A checkpoint cannot be used. The message reads well after "checkpoint <name> is refused:"."""
 
 
 class _TensorRecord(BaseModel):
@@ -45,28 +45,28 @@ class _State(BaseModel, extra="allow"):
     files: dict[str, _FileRecord]
 
 
-# Names that the caller's facts must not have.
+# Keys of `state.json` that the caller's facts must not use.
 RESERVED = {"format", "sha256", *_State.model_fields}
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file."""
+    """Name of a rank's file in the checkpoint folder."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def piece_key(name: str, start: int) -> str:
-    """Key of a fragment in its file."""
+    """Key in its rank's file of the piece that begins at element ``start`` of logical tensor ``name``."""
     return f"{name}@{start}"
 
 
 def not_covered(name: str, record: dict[str, Any]) -> str | None:
-    """Describe elements of a logical tensor that are in no piece or in several; None if each is in exactly one."""
+    """Describe the first elements of a logical tensor in no piece or in several; None if each is in exactly one."""
     total, done = math.prod(record["shape"]), 0
     for _, start, count in sorted(record["pieces"], key=lambda piece: piece[1:]):
         if start < 0 or count <= 0 or start + count > total:
             return f"tensor {name} has elements {start} to {start + count - 1} of only {total}"
         if start != done:
-            what = "are missing" if start > done else "are there more than once"
+            what = "are missing" if start > done else "occur more than once"
             return f"tensor {name}: elements {min(start, done)} to {max(start, done) - 1} of {total} {what}"
         done = start + count
     if done != total:
@@ -75,10 +75,14 @@ def not_covered(name: str, record: dict[str, Any]) -> str | None:
 
 
 def join(shapes: dict[str, list[int]], reports: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Build ``tensors`` of ``state.json`` from each rank's report: ``pieces`` [start, count] and ``dtypes`` by name.
+    """Build ``tensors`` of ``state.json`` from the ranks' reports.
+
+    Args:
+        shapes: shapes of all logical tensors by name.
+        reports: for each rank, its ``pieces`` [start, count] and ``dtypes`` by name.
 
     Raises:
-        RuntimeError: an element is missing or saved twice, or ranks disagree on a tensor's type.
+        RuntimeError: an element is missing or saved twice, a tensor has no shape, or ranks disagree on its dtype.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
@@ -100,7 +104,7 @@ def join(shapes: dict[str, list[int]], reports: dict[int, dict[str, Any]]) -> di
 
 
 def seal(state: dict[str, Any]) -> str:
-    """The text of ``state.json``, including its own hash."""
+    """Return the text of ``state.json``, with the hash of the other entries added."""
     plain = json.loads(json.dumps(state))  # tuples become lists and keys become strings, as a reader will see them
     return json.dumps({**plain, "sha256": _hash(plain)})
 
@@ -120,7 +124,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(f"{STATE} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError):
-        raise Damaged(f"{STATE} is no JSON: it is truncated, or something else") from None
+        raise Damaged(f"{STATE} is not JSON: it is truncated or overwritten") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format", "an older or foreign one") if isinstance(state, dict) else "a foreign one"
         raise Damaged(f"its format is {str(found)[:40]}, and this version reads format {FORMAT} only")
@@ -130,7 +134,7 @@ def load_state(path: Path) -> dict[str, Any]:
         _State.model_validate(state)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise Damaged(f"{STATE} has a wrong or no entry {where}") from None
+        raise Damaged(f"{STATE} has no valid entry {where}") from None
     # Accept only these names: a path in a foreign file must not lead out of the folder.
     if set(state["files"]) != {rank_file(rank) for rank in range(state["world_size"])}:
         raise Damaged(f"{STATE} does not list one file for each of {state['world_size']} ranks")

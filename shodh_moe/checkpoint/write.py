@@ -3,13 +3,13 @@
 Every rank copies its fragments to host memory and continues training; a thread writes them. The threads communicate
 only through the file system, because collectives would mix with those of training:
 
-1. Each rank writes its file into ``.writing-<step>-<attempt>-<count>``, then a report. Failures are reported too.
+1. Each rank writes its file into ``.writing-<step>-<attempt>-<count>``, then a report of its success or failure.
 2. When all ranks have reported, rank 0 checks that the pieces cover every tensor, writes ``state.json`` and renames the
    folder to ``<step>``. If anything failed, it removes the folder instead.
 3. The other ranks wait until the folder is gone, then look for the new checkpoint in its place.
 
 A checkpoint is therefore either complete or absent. Leftovers of a killed run are never mistaken for a part of it,
-because each start has a new attempt.
+because each start of a run has a new attempt name.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from shodh_moe.checkpoint.state import (
 
 PATIENCE_S = 1800.0  # how long a rank that has written its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
-HEAD_START_S = 5.0  # other ranks raise this much later than rank 0, whose message names the ranks that failed
+HEAD_START_S = 5.0  # other ranks raise this much later than rank 0, so that its message, which names all, comes first
 
 
 class _Save(NamedTuple):
-    """A checkpoint that is being written; its fragments are in the host copy."""
+    """A checkpoint that is being written; its fragments are in the writer's `HostCopy`."""
 
     step: int
     temporary: Path
@@ -68,9 +68,13 @@ class CheckpointWriter:
 
     Args:
         folder: the run's ``checkpoints``.
+        rank, world_size: this process's rank, and the number of ranks.
         keep_last: number of newest checkpoints to keep.
         keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
         attempt: letters and digits, equal on all ranks and different at each start of the run.
+
+    Raises:
+        ValueError: ``attempt`` has other characters, or ``keep_last`` is below 1.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, keep_last: int, keep_every: int, attempt: str):
@@ -78,7 +82,7 @@ class CheckpointWriter:
             raise ValueError(f"attempt {attempt!r} must be letters and digits, keep_last {keep_last} at least 1")
         self._folder, self._rank, self._world_size = folder, rank, world_size
         self._keep_last, self._keep_every, self._attempt = keep_last, keep_every, attempt
-        self._host = HostCopy()
+        self._host_copy = HostCopy()
         self._count = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -98,7 +102,7 @@ class CheckpointWriter:
         All ranks call it in the same order. It first waits for the previous checkpoint.
 
         Args:
-            step: names the checkpoint.
+            step: number of finished optimizer steps; becomes the checkpoint's name.
             fragments: this rank's; over all ranks they hold each element of every logical tensor once.
             shapes: shapes of all logical tensors.
             rank_state: this rank's own state, 1-D tensors with names such as ``rng/cpu`` (see `RANK_STATE`).
@@ -111,14 +115,14 @@ class CheckpointWriter:
         self.finish()
         if taken := RESERVED & set(facts):
             raise ValueError(f"facts of a checkpoint may not be called {sorted(taken)}")
-        if alien := [name for name in rank_state if not name.startswith(RANK_STATE)]:
-            raise ValueError(f"rank state {alien[0]} must begin with one of {RANK_STATE}")
+        if unknown := [name for name in rank_state if not name.startswith(RANK_STATE)]:
+            raise ValueError(f"rank state {unknown[0]} must begin with one of {RANK_STATE}")
         fragments = [fragment for fragment in fragments if fragment.values.numel()]
         tensors = {piece_key(name, start): values for name, start, values in fragments}
         if len(tensors) != len(fragments):
             raise ValueError(f"rank {self._rank} has two fragments of the same tensor and first element")
         tensors.update(rank_state)
-        self._host.take(tensors)
+        self._host_copy.take(tensors)
         self._count += 1
         mark = f"{self._attempt}-{self._count}"
         pieces: dict[str, list[list[int]]] = {}
@@ -127,19 +131,19 @@ class CheckpointWriter:
             pieces.setdefault(name, []).append([start, values.numel()])
             dtypes[name] = str(values.dtype).removeprefix("torch.")
         temporary, final = self._folder / f".writing-{step}-{mark}", self._folder / str(step)
-        facts = json.loads(json.dumps(facts)) if self._rank == 0 else {}  # also a copy
+        facts = json.loads(json.dumps(facts)) if self._rank == 0 else {}  # a copy, which later changes do not affect
         save = _Save(step, temporary, final, mark, {**shapes}, pieces, dtypes, facts)
-        # A daemon: when training ends in an error, waiting for dead ranks must not delay the exit.
+        # A daemon thread, so that after an error in training the process does not wait for dead ranks before it exits.
         self._thread = threading.Thread(target=self._run, args=(save,), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the error of the background write if it has ended; never wait."""
+        """Raise the error of the background write if it has ended with one; never wait."""
         if self._thread is None or not self._thread.is_alive():
             self.finish()
 
     def finish(self) -> None:
-        """Wait on every rank until the last checkpoint is complete.
+        """Wait until the last checkpoint is complete on all ranks.
 
         Raises:
             UserError: it could not be written: disk full, no permission, or a rank did not report.
@@ -175,7 +179,7 @@ class CheckpointWriter:
         path = save.temporary / rank_file(self._rank)
         try:
             save.temporary.mkdir(parents=True, exist_ok=True)
-            return {"file": self._host.write(path), "pieces": save.pieces, "dtypes": save.dtypes}, None
+            return {"file": self._host_copy.write(path), "pieces": save.pieces, "dtypes": save.dtypes}, None
         except Exception as error:
             with suppress(OSError):
                 path.unlink()  # make room for the report
@@ -198,7 +202,7 @@ class CheckpointWriter:
             late = [rank for rank in range(self._world_size) if rank not in reports]
             raise UserError(
                 f"cannot write {save.final}: {_ranks(late)} did not report in {PATIENCE_S:.0f} s: "
-                "see their messages, and whether all ranks share this folder"
+                "check their messages, and that all ranks share this folder"
             )
         _raise_failures(save, reports, self._world_size)
         state = {
@@ -238,10 +242,10 @@ class CheckpointWriter:
             raise UserError(f"cannot write {save.final}: rank 0 did not finish it in {PATIENCE_S:.0f} s")
         _raise_failures(save, {self._rank: own}, self._world_size)
         if not wait_until(committed, GRACE_S):
-            raise UserError(f"cannot write {save.final}: rank 0 gave it up, and its message says why")
+            raise UserError(f"cannot write {save.final}: rank 0 gave it up: see its message")
 
     def _set_aside_later(self, step: int) -> None:
-        """Rename checkpoints of later steps: this run resumed from an earlier step and must not resume from them."""
+        """Rename the checkpoints of later steps: this run resumed from an earlier one and must not use them."""
         for later in list_checkpoints(self._folder):
             if later > step:
                 path, aside = self._folder / str(later), self._folder / f"abandoned-{later}"
@@ -257,14 +261,14 @@ class CheckpointWriter:
 
 def _remove(folder: Path) -> None:
     # Rename first: a half-removed checkpoint must not look damaged, and waiting ranks notice it at once.
-    going = folder.with_name(f".removing-{folder.name.lstrip('.')}")
+    renamed = folder.with_name(f".removing-{folder.name.lstrip('.')}")
     try:
-        os.replace(folder, going)
+        os.replace(folder, renamed)
     except FileNotFoundError:
         return
     except OSError as error:
         print(f"{folder} cannot be removed: {error.strerror}", flush=True)
-    shutil.rmtree(going, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _report_name(rank: int) -> str:

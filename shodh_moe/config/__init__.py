@@ -1,4 +1,4 @@
-"""The config of a run: its sections, reading it from YAML, comparing two configs, and the folders it names."""
+"""The config of a run: its sections, reading it from YAML, comparing two configs, and the folders of its artefacts."""
 
 from shodh_moe.config.data import DataConfig, Domains
 from shodh_moe.config.model import MAX_EXPERTS, MAX_ROUTING_WIDTH, ModelConfig, MoEConfig, RouterConfig

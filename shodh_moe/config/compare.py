@@ -22,18 +22,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two config trees, sorted."""
+    """Return the dotted keys whose values differ between two config trees, sorted."""
     flat_a, flat_b = flatten(a), flatten(b)
     missing = object()
     return sorted(key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key, missing) != flat_b.get(key, missing))
 
 
 def differing_model_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Differing keys of two ``model`` sections that make the same weights a different model."""
+    """Return the keys of two ``model`` sections with different values that make the same weights a different model."""
     return [key for key in differing_keys(a, b) if first_changed(ModelConfig, key) not in ("run", "nothing")]
 
 
 def fingerprint(*parts: Any) -> str:
-    """Eight hex digits that change when any of the JSON-like parts does."""
+    """Hash JSON-like values to eight hexadecimal digits, the first of their SHA-256."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

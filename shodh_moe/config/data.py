@@ -15,6 +15,7 @@ class Domains(Section):
     """The domains of a dataset, one key per registered domain; null leaves a domain out, {} uses its defaults."""
 
     def items(self) -> list[tuple[str, Domain]]:
+        """Return the names and sections of the domains that the dataset has."""
         named = [(name, getattr(self, name)) for name in type(self).model_fields]
         return [(name, domain) for name, domain in named if domain is not None]
 
@@ -38,7 +39,7 @@ class DataConfig(Section):
 
     # A dataset at `path` is identified by its files, and a generated one by its settings, see `config.paths`.
     name: Name = setting(
-        "quickstart", changes="run", description="first part of the folder names of what is made from it"
+        "quickstart", changes="run", description="first part of the names of the dataset, tokenizer and latents folders"
     )
     path: str | None = setting(
         None, changes="run", description="folder of an existing dataset; null: generate one under `root`"

@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as a number, as YAML 1.2 does; PyYAML's own loaders read a string."""
+    """Parse ``1e-3`` as a number, as YAML 1.2 does; PyYAML's own loaders return a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -29,10 +29,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
-    """Read a YAML mapping; an empty file gives {}. ``remedy`` ends the message for a file that cannot be opened.
+    """Read a YAML mapping; an empty file gives {}.
+
+    Args:
+        remedy: end of the error message for a file that cannot be opened.
 
     Raises:
-        UserError: the file is missing, or is not a mapping in YAML in UTF-8.
+        UserError: the file is missing, or is not a YAML mapping in UTF-8.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -86,6 +89,7 @@ def load_config_of(
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value of a dotted key, creating the sections around it."""
     *parents, last = dotted.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
@@ -118,6 +122,7 @@ def _explain(error: ValidationError, kind: type[Section], path: Path, written_in
 
 
 def _wanted(mistake: Any) -> str:
+    """Describe the expected value of a key, for a sentence that begins with "should be"."""
     if mistake["type"] == "string_pattern_mismatch":
         return "a name of letters, digits and _ . + = - that starts with a letter, digit or _"
     if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -126,7 +131,7 @@ def _wanted(mistake: Any) -> str:
 
 
 def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
-    """The key as the user wrote it, without the union member that pydantic appends."""
+    """Return the key as the user wrote it, without the union member that pydantic appends."""
     parts: list[str] = []
     for part in location:
         prefix = ".".join(parts)
@@ -139,7 +144,7 @@ def _written_key(location: tuple[int | str, ...], valid: list[str]) -> str:
 
 
 def _source(key: str, file: str, written_in: dict[str, str]) -> str:
-    """The override that sets ``key``, a part of it or a section around it; without one, the file."""
+    """Name the override that sets ``key``, a part of it or a section around it; without such an override, the file."""
     for written, text in reversed(written_in.items()):
         if f"{key}.".startswith(f"{written}.") or f"{written}.".startswith(f"{key}."):
             return text
@@ -147,7 +152,10 @@ def _source(key: str, file: str, written_in: dict[str, str]) -> str:
 
 
 def _nearest(key: str, valid: list[str]) -> str | None:
-    """The most similar valid key: a sibling if possible, otherwise a key with the same last part, otherwise any."""
+    """Return the valid key most similar to ``key``, or None.
+
+    A sibling is preferred, then a key with the same last part, then any key.
+    """
     parent = key.rpartition(".")[0]
     siblings = [k for k in valid if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
@@ -157,7 +165,7 @@ def _nearest(key: str, valid: list[str]) -> str | None:
 
 
 def _keys(kind: type[Section], prefix: str = "") -> list[str]:
-    """Every dotted key of a config, including those that hold a section."""
+    """List every dotted key of a config, including those that hold a section."""
     keys = []
     for name, field in kind.model_fields.items():
         keys.append(prefix + name)

@@ -1,7 +1,7 @@
 """The ``model`` section.
 
-A key changes the model if it shapes the weights, or changes a prediction of the same weights in which no token is
-dropped. The other keys change how a model is trained.
+A key has ``changes="model"`` if it determines the shapes of the weights, or if the same weights would predict something
+else with another value even when no token is dropped. The other keys only affect training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class RouterConfig(Section):
     """The top-1 soft-semantic router (DESIGN 3.5)."""
 
     kind: Annotated[str, BeforeValidator(check_kind)] = setting(
-        "cosine", changes="model", description="oracle: a control that sends every token to the expert of its domain"
+        "cosine",
+        changes="model",
+        description="scores of the experts; oracle: a control that sends every token to the expert of its domain",
     )
     frozen: bool = setting(False, changes="run", description="a control that keeps the router's initial weights")
     dim: int = setting(

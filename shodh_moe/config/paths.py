@@ -6,8 +6,8 @@
                                                which may be shared and read-only
     <runs>/<name>/                             run folder (DESIGN 5)
 
-A changed data or tokenizer setting therefore makes new artefacts beside the old ones, and unchanged settings find the
-existing artefacts. Each key of a config says which artefact it changes (see `shodh_moe.base.section`).
+A changed data or tokenizer setting therefore creates new artefacts beside the old ones, and unchanged settings find the
+existing artefacts. Each key of a config declares which artefact it changes (see `shodh_moe.base.section`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shodh_moe.base.section import settings_that_change
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 
-# Raise these when the code makes different files from the same config.
+# Increment these when the code creates different files from the same config.
 DATA_VERSION = 1
 TOKENIZER_VERSION = 2
 LATENTS_VERSION = 2
@@ -39,8 +39,8 @@ class Paths:
 def resolve_paths(config: Config) -> Paths:
     """Find the folders of a config.
 
-    Only a dataset or tokenizer that the config names must exist. This lists the files of ``data.path``, so a command
-    calls it once and passes the result on.
+    The folders need not exist, except those at ``data.path`` and ``tokenizer.path``. This lists the files of
+    ``data.path``, so a command calls it once and passes the result on.
 
     Raises:
         UserError: ``data.path`` or ``tokenizer.path`` is not a folder.
@@ -64,7 +64,7 @@ def resolve_paths(config: Config) -> Paths:
     else:
         settings = settings_that_change(config.tokenizer, "tokenizer")
         del settings["seed"]  # `seed` replaces it
-        # Left out while unset, which keeps the folder names from before these keys existed.
+        # Keys with an empty value are left out, which keeps the folder names from before these keys existed.
         settings |= {key: value for key, value in settings_that_change(data, "tokenizer").items() if value}
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, seed)
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
@@ -74,12 +74,12 @@ def resolve_paths(config: Config) -> Paths:
 
 
 def tokenizer_seed(config: Config) -> int:
-    """The seed of the tokenizer's weights and batches, and of the symmetries of latent copies."""
+    """Return the seed of the tokenizer's weights and batches, and of the symmetries of latent copies."""
     return config.seed if config.tokenizer.seed is None else config.tokenizer.seed
 
 
 def _existing(text: str, key: str) -> Path:
     path = Path(text)
     if not path.is_dir():
-        raise UserError(f"{key}: there is no folder {path}; give an existing one, or null to make one")
+        raise UserError(f"{key}: there is no folder {path}; give an existing one, or null to create one")
     return path

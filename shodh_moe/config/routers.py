@@ -1,6 +1,6 @@
-"""The registry of routers: a new one is a file in model/routers and a line here.
+"""The registry of routers. To add a router, add a file in model/routers and a line here.
 
-Classes are named, not imported: reading a config needs no torch.
+Classes are named rather than imported, so that reading a config does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROUTERS = {
 
 
 def check_kind(kind: object) -> object:
-    """Raise pydantic's error for a wrong literal unless a router of this name is registered."""
+    """Return ``kind`` if a router of this name is registered; otherwise raise pydantic's error for a wrong literal."""
     if kind not in list(ROUTERS):
         *names, last = map(repr, ROUTERS)
         raise PydanticCustomError(

@@ -17,7 +17,7 @@ from shodh_moe.config.training import EvaluationConfig, ParallelConfig, Telemetr
 
 
 class RunConfig(Protocol):
-    """The part of a config that the trainer and the launcher need, whatever is trained."""
+    """The part of a config that the trainer and the launcher need for any kind of network."""
 
     @property
     def name(self) -> str: ...

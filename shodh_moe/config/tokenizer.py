@@ -29,8 +29,8 @@ class TokenizerConfig(Section):
     walls: Literal["none", "ramp", "exact"] = setting(
         "exact",
         changes="tokenizer",
-        description="velocity in solids. none: small; ramp: zero, because the vector potential fades out there; exact: "
-        "zero, the closest divergence-free velocity that is",
+        description="velocity in solids. none: small; ramp: zero, as the vector potential fades out there; exact: "
+        "zero, by projection to the closest such divergence-free velocity",
     )
     decoder: Literal["helmholtz", "direct"] = setting(
         "helmholtz",
@@ -70,8 +70,8 @@ class TokenizerConfig(Section):
     latent_symmetries: Literal["all", "shifts", "cube"] = setting(
         "all",
         changes="latents",
-        description="symmetries of the copies: shifts, rotations and reflections of the cube, or both, as far as the "
-        "flow has them",
+        description="symmetries of the copies: shifts, rotations and reflections of the cube, or all; only those that "
+        "the flow has",
     )
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class TokenizerConfig(Section):
             raise ValueError(f"widths needs one entry for each of the three stages, not {self.widths}")
         if self.walls != "none" and self.operator == "spectral":
             raise ValueError(
-                f"walls {self.walls!r} needs a local operator, and a spectral derivative feels solids everywhere: "
+                f"walls {self.walls!r} needs a local operator, but a spectral derivative senses solids everywhere: "
                 "set operator to staggered, central2 or central4, or walls to none"
             )
         if self.decoder == "direct" and self.walls != "none":

@@ -63,7 +63,7 @@ class TrainingConfig(Section):
 
 
 class TelemetryConfig(Section, changes="nothing"):
-    """Records of the routers and experts of each layer."""
+    """Records of the routers, experts and exchanges of each layer."""
 
     every: Positive = Field(10, description="steps between records of the routers, experts and exchanges")
     starved_below: Fraction = Field(0.1, description="warn of an expert with less than this share of an even load")

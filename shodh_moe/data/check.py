@@ -25,8 +25,8 @@ from shodh_moe.data.trainable import require_trainable
 
 # relative_divergence of a well resolved flow is below this; independent random components give 0.58.
 DIVERGENCE = 0.2
-SOLID_SPEED = 1e-3
-STALE = 1e-4
+SOLID_SPEED = 1e-3  # largest accepted speed in solids, relative to the flow's rms
+STALE = 1e-4  # largest accepted deviation of a stored statistic, relative to the field's rms
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Finding:
     text: str
 
     def line(self) -> str:
+        """Format the finding as one line."""
         return f"{self.severity}: {self.file}: {self.dataset + ': ' if self.dataset else ''}{self.text}"
 
 
@@ -61,6 +62,7 @@ class CheckReport:
         return sum(finding.severity == "error" for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values, with the numbers of errors and warnings."""
         return {"errors": self.errors, "warnings": len(self.findings) - self.errors, **asdict(self)}
 
     def text(self) -> str:
@@ -68,7 +70,7 @@ class CheckReport:
         lines = [finding.line() for finding in self.findings]
         lines += [
             f"{one['file']}{'' if one['sample'] == 0 else ' trajectory ' + str(one['sample'])}: rms of the divergence "
-            f"{one['divergence']:.2g} of the velocity gradient's"
+            f"is {one['divergence']:.2g} of the velocity gradient's"
             for one in self.trajectories
         ]
         warnings = len(self.findings) - self.errors
@@ -114,7 +116,7 @@ def check_files(path: Path, skip_bad: bool = False) -> CheckReport:
 
 
 def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
-    """Problems of the header that do not prevent reading the file."""
+    """Find problems of the header that do not prevent reading the file."""
     with opened(path) as file:
         yield from (Finding("warning", name, where, text) for where, text in schema_findings(file))
     provenance = read_provenance(path)
@@ -135,7 +137,7 @@ def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[
 
 
 def _schema_of_bad(name: str, path: Path) -> list[Finding]:
-    """Schema problems of a file that cannot be used, if it can be opened."""
+    """Find schema problems of a file that cannot be used, if it can at least be opened."""
     try:
         with opened(path) as file:
             return [Finding("warning", name, where, text) for where, text in schema_findings(file)]
@@ -146,7 +148,7 @@ def _schema_of_bad(name: str, path: Path) -> list[Finding]:
 def _values(
     name: str, split: str, record: TrajectoryRecord, report: CheckReport, seen: _Seen, sums: list[TrajectorySums]
 ) -> Iterator[Finding]:
-    """Problems of the field values, read one snapshot at a time."""
+    """Find problems of the field values, read one snapshot at a time; add measurements to ``report`` and ``sums``."""
     bad, energy, fastest, divergences, solid_1XYZ = [], 0.0, 0.0, [], None
     own = TrajectorySums()
     sums.append(own)
@@ -204,12 +206,13 @@ def _values(
 
 @dataclass
 class _Seen:
-    """Hashes of all snapshots, to count those that occur in more than one file."""
+    """Hashes of all snapshots, to count those that occur in more than one trajectory."""
 
     first: dict[bytes, tuple[str, str, int]] = field(default_factory=dict)
     again: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
 
     def add(self, name: str, split: str, sample: int, fields_14XYZ: NDArray[np.float32]) -> None:
+        """Add a snapshot [1, 4, X, Y, Z] of a trajectory."""
         if not fields_14XYZ[:, :3].any():
             return  # all flows that start from rest share this snapshot
         key = hashlib.blake2b(fields_14XYZ.tobytes(), digest_size=16).digest()
@@ -225,7 +228,7 @@ class _Seen:
 
 
 def _grids(root: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
-    """Files whose grid or time step differs from the first one's."""
+    """Find files whose grid differs from the first file's, or whose time step from that of the domain's first file."""
     if not records:
         return
     first = records[0]
@@ -235,16 +238,16 @@ def _grids(root: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
         if record.sample:
             continue
         if record.grid != first.grid:
-            text = f"grid {list(record.grid)}, expected {list(first.grid)} as {first.path.relative_to(root)}"
+            text = f"grid {list(record.grid)}, expected {list(first.grid)} as in {first.path.relative_to(root)}"
             yield Finding("error", name, "", text)
         step = steps.setdefault(record.domain, record.interval or 0.0)
         if abs((record.interval or 0.0) - step) > 1e-3 * step:
-            text = f"time step {record.interval or 0:g}, others of {record.domain} {step:g}: expected one per domain"
+            text = f"time step {record.interval or 0:g}, expected {step:g} as in other files of {record.domain}"
             yield Finding("warning", name, "dimensions/time", text)
 
 
 def _splits(folder: Path, records: dict[str, list[TrajectoryRecord]]) -> Iterator[Finding]:
-    """Problems that `require_trainable` would raise, checked for each split separately."""
+    """Find problems that `require_trainable` would raise, in each split."""
     for split, found in records.items():
         if not found:
             yield Finding("error", f"data/{split}", "", "no usable trajectory: training needs every split")
@@ -290,5 +293,5 @@ def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator
             scale = float(np.max(np.atleast_1d(numbers["rms" + "_delta" * key.endswith("_delta")][name])))
             if found.shape != wanted.shape or not (np.abs(found - wanted) <= STALE * scale).all():
                 shown = [f"{one:.6g}" for one in wanted]
-                text = f"{got!r}, the training split has {', '.join(shown)}: the statistics belong to other data"
+                text = f"is {got!r}, but the training split has {', '.join(shown)}: these statistics are of other data"
                 yield Finding("error", STATS_FILE, f"{key}.{name}", text)

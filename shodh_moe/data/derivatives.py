@@ -9,7 +9,7 @@ from shodh_moe.data.reading import TrajectoryRecord
 
 
 def relative_divergence(u_3XYZ: NDArray[np.floating], solid_XYZ: NDArray[np.bool_], record: TrajectoryRecord) -> float:
-    """rms(div u) / rms(grad u) by central differences, over voxels whose six neighbours are fluid and in the box."""
+    """rms(div u) / rms(grad u) by central differences, over fluid voxels with six fluid neighbours in the box."""
     steps = record.spacing or (1.0, 1.0, 1.0)
     fluid = ~solid_XYZ
     squares, total = np.zeros(u_3XYZ.shape[1:]), np.zeros(u_3XYZ.shape[1:])
@@ -31,7 +31,10 @@ def relative_divergence(u_3XYZ: NDArray[np.floating], solid_XYZ: NDArray[np.bool
 def vorticity(
     u_3XYZ: NDArray[np.float32], solid_XYZ: NDArray[np.bool_], record: TrajectoryRecord
 ) -> NDArray[np.float32]:
-    """Magnitude of the curl [X, Y, Z] by central differences, one-sided at non-periodic boundaries."""
+    """Magnitude of the curl, [X, Y, Z], by central differences that are one-sided at non-periodic boundaries.
+
+    The velocity in solids counts as zero.
+    """
     steps = record.spacing or (1.0, 1.0, 1.0)
     u_3XYZ = np.where(solid_XYZ, 0, u_3XYZ)
 

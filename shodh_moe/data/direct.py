@@ -1,7 +1,7 @@
 """Read snapshots directly from their byte offsets in a file, without the HDF5 library and its lock.
 
-The library serialises all reads of a process, and its result still has to be reordered. Here threads read in parallel,
-and values are reordered and checked while they are in the processor's cache.
+The library serialises all reads of a process, and its results still have to be reordered. Here threads read in
+parallel, and values are reordered and checked while they are in the processor's cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shodh_moe.kernels.compiled import compiled
 # Values read at a time, a multiple of 3; few enough to stay in the processor's cache until they are reordered.
 _BLOCK = 3 * 2**16
 # Without the sign, float32 bit patterns sort like magnitudes; infinity and NaN come last.
-_SIZE = np.uint32(0x7FFFFFFF)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _TOO_LARGE = np.float32(LARGEST).view(np.uint32)
 
 
@@ -69,8 +69,9 @@ def find_places(record: TrajectoryRecord) -> Places | None:
 def read_places(path: Path, places: Places, snapshot: int, out_4XYZ: NDArray[np.float32]) -> bool:
     """Read velocity and pressure of a snapshot into a contiguous array.
 
-    Returns whether reading succeeded and all values pass the check of `reading.require_sound`. Otherwise the content
-    of ``out_4XYZ`` is undefined.
+    Returns:
+        Whether the file is unchanged, reading succeeded, and all values pass the check of `reading.require_sound`. If
+        not, the content of ``out_4XYZ`` is undefined.
     """
     bits_4N = out_4XYZ.reshape(4, -1).view(np.uint32)
     try:
@@ -116,6 +117,7 @@ def _pieces(file: h5py.File, name: str, sample: int, shape: tuple[int, ...]) -> 
 
 
 def _read_vectors(file: FileIO, offsets_P: NDArray[np.int64], out_3N: NDArray[np.uint32]) -> bool:
+    """Read interleaved vectors into their components; False if the file ends or a value is too large."""
     block, size, done = np.empty(_BLOCK, np.uint32), out_3N.size // len(offsets_P), 0
     for offset in offsets_P:
         file.seek(offset)
@@ -128,6 +130,7 @@ def _read_vectors(file: FileIO, offsets_P: NDArray[np.int64], out_3N: NDArray[np
 
 
 def _read_scalars(file: FileIO, offsets_P: NDArray[np.int64], out_N: NDArray[np.uint32]) -> bool:
+    """Read scalars; False if the file ends or a value is too large."""
     for offset, piece in zip(offsets_P, np.split(out_N, len(offsets_P)), strict=True):
         file.seek(offset)
         for first in range(0, piece.size, _BLOCK):
@@ -150,28 +153,29 @@ def _filled(file: FileIO, values: NDArray[np.uint32]) -> bool:
 
 @compiled()
 def _split(values_M: NDArray[np.uint32], out_3N: NDArray[np.uint32], start: int) -> np.uint32:
-    """Split interleaved vectors into three components from ``start`` on; returns the largest magnitude's bits."""
+    """Split interleaved vectors into three components from ``start`` on; return the bits of the largest magnitude."""
     count = values_M.size // 3
     x, y, z = out_3N[0, start : start + count], out_3N[1, start : start + count], out_3N[2, start : start + count]
     worst = np.uint32(0)
     for i in range(count):
         a, b, c = values_M[3 * i], values_M[3 * i + 1], values_M[3 * i + 2]
         x[i], y[i], z[i] = a, b, c
-        worst = max(worst, a & _SIZE, b & _SIZE, c & _SIZE)
+        worst = max(worst, a & _MAGNITUDE, b & _MAGNITUDE, c & _MAGNITUDE)
     return worst
 
 
 @compiled()
 def _largest(values_M: NDArray[np.uint32]) -> np.uint32:
+    """Return the bits of the largest magnitude."""
     worst = np.uint32(0)
     for i in range(values_M.size):
-        worst = max(worst, values_M[i] & _SIZE)
+        worst = max(worst, values_M[i] & _MAGNITUDE)
     return worst
 
 
 @compiled()
 def unpack_bits(bits_M: NDArray[np.uint8], out_N: NDArray[np.float32]) -> None:
-    """Unpack the result of `numpy.packbits` to zeros and ones."""
+    """Unpack the result of `numpy.packbits` into zeros and ones."""
     whole = out_N.size // 8
     for i in range(whole):
         for k in range(8):

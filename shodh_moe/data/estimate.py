@@ -36,17 +36,17 @@ def time_steps(domain: Domain, setup: FlowSetup, grid: Sequence[int], snapshots:
 def cell_updates(jobs: Sequence[PlannedTrajectory], config: DataConfig) -> float:
     """Number of fluid-cell updates that ``jobs`` need, estimated from the first flow of each domain."""
     cells = float(np.prod(config.grid))
-    of_domain: dict[str, float] = {}
+    per_trajectory: dict[str, float] = {}
     for job in jobs:
-        if job.domain not in of_domain:
+        if job.domain not in per_trajectory:
             setup = _example(job, config)
             steps = time_steps(job.config, setup, config.grid, config.snapshots)
-            of_domain[job.domain] = cells * float(1 - setup.solid_XYZ.mean()) * steps
-    return sum(of_domain[job.domain] for job in jobs)
+            per_trajectory[job.domain] = cells * float(1 - setup.solid_XYZ.mean()) * steps
+    return sum(per_trajectory[job.domain] for job in jobs)
 
 
 def _example(job: PlannedTrajectory, config: DataConfig) -> FlowSetup:
-    """Set up a flow like that of ``job`` in a box of at most 64^3, as a larger one would take long."""
+    """Set up a flow like that of ``job`` in a box of at most 64^3, because a larger one would take long."""
     rng = np.random.default_rng(trajectory_seed(config.seed, job.domain, job.trajectory))
     nx, ny, nz = (min(size, _EXAMPLE_SIZE) for size in config.grid)
     try:
@@ -63,7 +63,7 @@ def worth_measuring(jobs: Sequence[PlannedTrajectory], config: DataConfig, devic
 
 
 def update_rate(config: DataConfig, flows: int, cores: int) -> float:
-    """Measure for about a second how many cells this process updates per second with ``flows`` flows at a time.
+    """Measure how many cells this process updates per second with ``flows`` flows at a time; takes about a second.
 
     Uses a box of at most 64^3, or 48^3 for each of several flows; larger boxes are a little slower per cell.
     """

@@ -35,7 +35,7 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
 
     Returns ``folder``. Prints an estimate of time and disk space first, and a summary of the dataset at the end.
 
-    Complete files from the same request are kept, so a killed run resumes. ``progress`` is called as
+    Complete files from the same request are kept, so a killed run can resume. ``progress`` is called as
     ``progress(iterable, desc, total)`` and must yield the items. Several processes may generate into the same folder:
     each file is written under a temporary name and renamed when complete, and existing files are skipped.
 
@@ -57,7 +57,12 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
 def estimate(
     jobs: list[PlannedTrajectory], config: DataConfig, folder: Path, cores: int, local_rank: int | None = None
 ) -> str:
-    """One line on the time and disk space that ``jobs`` take here; measures for a second unless the work is small."""
+    """Estimate in one line the time and disk space of ``jobs`` here; measures for a second unless the work is small.
+
+    Args:
+        cores: number of cores of this process.
+        local_rank: as in `flow_devices`.
+    """
     devices = flow_devices(config, cores, local_rank)
     rate = update_rate(config, len(devices), cores) if worth_measuring(jobs, config, devices) else None
     where = devices_phrase(len(set(devices)) if devices[0] != "cpu" else 0, cores)
@@ -65,7 +70,7 @@ def estimate(
 
 
 def devices_phrase(gpus: int, cores: int) -> str:
-    """A phrase such as ``on these 2 cores`` or ``on this GPU``."""
+    """Name the hardware in a phrase such as ``on these 2 cores`` or ``on this GPU``."""
     count, name = (gpus, "GPU") if gpus else (cores, "core")
     return f"on this {name}" if count == 1 else f"on these {count} {name}s"
 
@@ -96,7 +101,10 @@ def simulate_all(
 
 
 def on_free_device(work: Callable[[Any, str], Path], devices: list[str]) -> Callable[[Any], Path]:
-    """Wrap ``work(job, device)`` as a function of the job alone that takes a free device; one thread per device."""
+    """Wrap ``work(job, device)`` as a function of the job alone, which waits for a free device.
+
+    Each entry of ``devices`` runs one job at a time, so call it from as many threads as there are entries.
+    """
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -112,7 +120,7 @@ def on_free_device(work: Callable[[Any, str], Path], devices: list[str]) -> Call
 
 
 def flow_devices(config: DataConfig, cores: int, local_rank: int | None = None) -> list[str]:
-    """The device of each flow that this process simulates at the same time: ``cpu`` for each, or every GPU once.
+    """List the device of each flow that this process simulates at the same time: all ``cpu``, or every GPU once.
 
     Args:
         local_rank: number of this process on its host, if several processes share the GPUs; it then uses one GPU.
@@ -138,7 +146,7 @@ def own_cores() -> int:
 
 
 def simulation_threads(config: DataConfig, cores: int) -> int:
-    """How many flows to simulate at the same time: one if it is large enough to use all cores, else one per core."""
+    """Number of flows to simulate at the same time: one if it is large enough to use all cores, else one per core."""
     return 1 if _is_large(config) else min(cores, 16)
 
 
@@ -152,7 +160,7 @@ def _drain(items: Iterable[Any]) -> None:
 
 
 def simulate_and_write(job: PlannedTrajectory, config: DataConfig, cores: int, device: str = "cpu") -> Path:
-    """Simulate one trajectory and write it, unless another process has written it already; returns its path.
+    """Simulate one trajectory and write it, unless another process has already written it; return its path.
 
     Args:
         cores: threads for a large flow; a small one uses a single thread.

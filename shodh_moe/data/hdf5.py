@@ -1,4 +1,4 @@
-"""Write new HDF5 files so that a failed write raises an exception instead of crashing the process at exit."""
+"""Write new HDF5 files such that a failed write raises an exception instead of crashing the process at exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class _Sink:
     """A file object for HDF5 that records the first write error instead of reporting it.
 
     HDF5 (seen with 1.14) cannot close a file after a failed write: it prints messages, tries again when the process
-    ends, and crashes. So errors are hidden from it, and all writes after the first error are dropped.
+    ends, and crashes. So this class hides errors from it and drops all writes after the first error.
     """
 
     def __init__(self, path: Path):
@@ -44,7 +44,7 @@ class _Sink:
 
 @contextmanager
 def new_hdf5(path: Path) -> Iterator[h5py.File]:
-    """Create an HDF5 file, which is complete when the block succeeds.
+    """Create an HDF5 file, which is complete if the block succeeds.
 
     Raises:
         OSError: the file could not be written. The caller must remove the incomplete file.
@@ -54,7 +54,7 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
         with h5py.File(sink, "w") as file:
             yield file
     except Exception:
-        # HDF5 may fail to read what was dropped; the write error is the actual cause.
+        # HDF5 may fail to read data that was dropped; the write error is the actual cause.
         if sink.error:
             raise sink.error from None
         raise

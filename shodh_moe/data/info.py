@@ -17,7 +17,7 @@ _MOST_READ = 16  # snapshots per domain and split whose values are read
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Everything that `table` shows, as JSON values, with one entry for each domain of each split.
+    """Collect the contents of `table` as JSON values, with one entry for each domain of each split.
 
     Value ranges are computed from at most 16 evenly spaced snapshots per entry.
 
@@ -74,7 +74,7 @@ def _entry(split: str, domain: str, records: list[TrajectoryRecord]) -> dict[str
 
 
 def _fields(path: Path) -> list[dict[str, Any]]:
-    """Name, type, shape, chunks and compression of every field in a file."""
+    """List name, dtype, shape, chunks, compression and checksum of every field in a file."""
     with opened(path) as file:
         return [
             {
@@ -92,7 +92,7 @@ def _fields(path: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(files: list[Path]) -> dict[str, list[float]]:
-    """[smallest, largest] value of each constant of the flows, such as reynolds and mach."""
+    """Return the [smallest, largest] value of each constant of the flows, such as reynolds and mach."""
     found: dict[str, list[float]] = {}
     for path in files:
         with opened(path) as file:
@@ -103,7 +103,7 @@ def _scalars(files: list[Path]) -> dict[str, list[float]]:
 
 
 def _ranges(records: list[TrajectoryRecord]) -> dict[str, dict[str, float]]:
-    """min, rms and max of speed and pressure in the fluid, and the solid fraction of the volume."""
+    """Measure min, rms and max of speed and pressure in the fluid, and the solid fraction of the volume."""
     every = [(record, snapshot) for record in records for snapshot in range(record.n_snapshots)]
     chosen = [every[n] for n in np.unique(np.linspace(0, len(every) - 1, _MOST_READ).round().astype(int))]
     speeds, pressures, solids = [], [], []
@@ -122,16 +122,18 @@ def _ranges(records: list[TrajectoryRecord]) -> dict[str, dict[str, float]]:
 
 
 def _range(values: np.ndarray) -> tuple[float, float, float]:
+    """Return minimum, mean square and maximum."""
     return float(values.min()), float(np.mean(values.astype(np.float64) ** 2)), float(values.max())
 
 
 def _joined(ranges: list[tuple[float, float, float]]) -> dict[str, float]:
+    """Combine the results of `_range` into minimum, rms and maximum."""
     low, square, high = np.array(ranges or [(0.0, 0.0, 0.0)]).T
     return {"min": float(low.min()), "rms": float(np.sqrt(square.mean())), "max": float(high.max())}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result of `describe` as text."""
+    """Format the result of `describe` as text."""
     lines = [
         f"{found['path']}: {found['trajectories']:,} trajectories, {found['snapshots']:,} snapshots, "
         f"{_size(found['bytes'])}" + ("" if found["statistics"] is not False else "; no stats.yaml")
@@ -159,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _about(domain: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Provenance and storage of a domain's data."""
+    """Format provenance and storage of a domain's data as lines."""
     first = entries[0]
     sides = ", ".join(axis for axis, periodic in zip("xyz", first["periodic"], strict=True) if periodic)
     names = dict.fromkeys(name for one in entries for name in one["scalars"])
@@ -189,7 +191,7 @@ def _same(steps: list[float]) -> bool:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align the first two columns left, the others right."""
+    """Align the first two columns left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

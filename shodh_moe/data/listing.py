@@ -57,7 +57,7 @@ def list_trajectories(
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:
-    """The HDF5 files of each split of a dataset's folder; a single file is a split with an empty name.
+    """List the HDF5 files of each split of a dataset's folder; a single file forms a split with an empty name.
 
     Raises:
         UserError: there is no HDF5 file.
@@ -84,7 +84,7 @@ def _require_inside(path: Path, folder: Path) -> None:
 
 
 def _bad_values(records: Sequence[TrajectoryRecord]) -> str:
-    """The reason why a file's values cannot be used, or "". Each file is read once per process."""
+    """Return the reason why a file's values cannot be used, or "". Each file is read once per process."""
     try:
         for record in records:
             status = record.path.stat()
@@ -98,5 +98,5 @@ def _bad_values(records: Sequence[TrajectoryRecord]) -> str:
 
 
 def domain_names(records: Sequence[TrajectoryRecord]) -> list[str]:
-    """The domains of ``records`` in alphabetical order; a domain's position is its index."""
+    """List the domains of ``records`` in alphabetical order; a domain's position is its index."""
     return sorted({record.domain for record in records})

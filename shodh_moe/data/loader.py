@@ -1,7 +1,7 @@
 """Read single snapshots of a dataset directly from its files, and prefetch batches of them.
 
-The caller decides the content of each batch before it is read. So the order does not depend on the number of workers,
-and training can resume at any step. Only solid masks are cached.
+The caller decides which snapshots are in each batch before it is read. So the order does not depend on the number of
+workers, and training can resume at any step. Only solid masks are cached.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from shodh_moe.data.sampler import DomainSampler
 
 # Masks are stored as bits: this is enough for two thousand trajectories of 128^3.
 MASK_BUDGET_BYTES = 2**29
-# Threads. One reads 128^3 snapshots at about memory speed, so a few are enough for any disk.
+# Number of threads. One reads 128^3 snapshots at about memory speed, so a few are enough for any disk.
 WORKERS = min(os.cpu_count() or 1, 4)
 
 
 class Snapshots:
-    """All snapshots of the given trajectories in order; float32 [5, X, Y, Z] = velocity, pressure, solid.
+    """All snapshots of the given trajectories in order, each float32 [5, X, Y, Z] = velocity, pressure, solid.
 
     Thread-safe. Files are open only while they are read.
 
@@ -69,11 +69,11 @@ class Snapshots:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Snapshots per domain."""
+        """Number of snapshots of each domain."""
         return tuple(len(indices) for indices in self._of_domain)
 
     def indices(self, samples: Iterable[tuple[int, int]]) -> list[int]:
-        """Indices of the (domain, index within the domain) pairs that a `DomainSampler` draws."""
+        """Convert the (domain, index within the domain) pairs that a `DomainSampler` draws to indices of snapshots."""
         return [int(self._of_domain[domain][within]) for domain, within in samples]
 
     def labels(self, indices: Sequence[int]) -> Tensor:
@@ -116,13 +116,14 @@ class Snapshots:
 
 
 class _Masks:
-    """The most recently used solid masks, one bit per cell, up to the memory budget."""
+    """The most recently used solid masks, with one bit per cell, up to `MASK_BUDGET_BYTES`."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, number: int) -> NDArray[np.uint8] | None:
+        """Return the packed mask of a trajectory; None if it is not stored."""
         with self._lock:
             if number in self._kept:
                 self._kept.move_to_end(number)
@@ -182,5 +183,5 @@ def _finished(waiting: deque[tuple[Tensor, list[Future[None]]]]) -> Tensor:
 
 
 def mixed_batches(sampler: DomainSampler, snapshots: Snapshots, rank: int = 0, start: int = 0) -> Iterator[list[int]]:
-    """Endless indices of this rank's micro-batches from step ``start`` on; each contains all domains."""
+    """Yield the indices of this rank's micro-batches from step ``start`` on, without end; each mixes all domains."""
     return (snapshots.indices(sampler.batch(step, rank)) for step in count(start))

@@ -1,4 +1,4 @@
-"""Share jobs among MPI ranks: rank 0 hands one to each free core.
+"""Share jobs among MPI ranks: rank 0 hands one to each free thread.
 
 Only main threads send and receive messages, so any level of MPI thread support works.
 """
@@ -19,7 +19,7 @@ _STOP_S = 60.0  # how long a rank that reported an error waits for rank 0 to abo
 
 
 def cores_of_rank(world: Any) -> tuple[int, int]:
-    """Number of cores for this rank (its share of the host's), and its number on the host (collective)."""
+    """Return this rank's number of cores (its share of the host's) and its number on the host (collective)."""
     from mpi4py import MPI
 
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -36,7 +36,7 @@ def share_jobs(world: Any, work: Callable[[int], object], count: int, threads: i
     On rank 0, yields once per finished job, whichever rank ran it; other ranks yield nothing.
 
     Args:
-        threads: how many jobs this rank runs at a time.
+        threads: number of jobs that this rank runs at a time.
 
     Raises:
         UserError: on rank 0, the first error of a job on any rank. The caller must end the others (``world.Abort``).
@@ -80,6 +80,8 @@ def _hand_out(world: Any, work: Callable[[int], object], count: int, threads: in
 
 
 def _take_jobs(world: Any, work: Callable[[int], object], threads: int) -> None:
+    """On other ranks, run jobs from rank 0 until there are none left; report the first `UserError` and raise it."""
+
     def following(ended: bool) -> int | None:
         world.send((world.rank, ended, ""), dest=0)
         return world.recv(source=0)

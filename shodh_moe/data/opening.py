@@ -28,9 +28,9 @@ _sound: dict[tuple[object, ...], dict[str, Any]] = {}
 
 
 def inspected(path: Path) -> dict[str, Any]:
-    """Inspect a file and return what `shodh_moe.inspection.__main__.inspect` found; the file is then safe to open.
+    """Inspect a file and return the result of `shodh_moe.inspection.__main__.inspect`; the file is then safe to open.
 
-    Each process inspects a file once, and again after the file has changed.
+    Each process inspects a file only once, and again if the file has changed.
 
     Raises:
         UserError: the file is missing, empty, truncated, locked, damaged, not HDF5, refers to other files, or has
@@ -79,13 +79,16 @@ def opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except BlockingIOError as error:
-        raise UserError(f"{path} is locked: another process writes it; wait until that has ended") from error
+        raise UserError(f"{path} is locked: another process is writing it; wait until it has finished") from error
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(_sentence(path, f"is damaged or unreadable ({' '.join(str(error).split())[:200]})")) from error
 
 
 def _sentence(path: Path, what: str) -> str:
-    """Complete the message ``what``, which begins with a verb or with the name of an object in the file."""
+    """Complete the message ``what``, which begins with a verb or with the name of an object in the file.
+
+    Adds the file's path, and a remedy if ``what`` has none.
+    """
     joined = f"{path} {what}" if what.split()[0] in ("is", "has", "holds") else f"{path}: {what}"
     return joined if ": " in what or "; " in what else f"{joined}: copy or generate it again"
 
@@ -106,7 +109,7 @@ def _has_signature(path: Path, size: int) -> bool:
 
 
 def _ask(path: Path) -> dict[str, Any]:
-    """Ask the inspection process about a file; if it crashes or hangs, the file is refused."""
+    """Ask the inspection process about a file; the file is refused if the process crashes or hangs."""
     global _process
     with _lock:
         if _process is None or _process[0] != os.getpid() or _process[1].poll() is not None:
@@ -146,6 +149,7 @@ def _line(process: subprocess.Popen[bytes]) -> bytes | None:
 
 
 def _start() -> subprocess.Popen[bytes]:
+    """Start the inspection process with this package on its path."""
     root = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -159,7 +163,10 @@ def _start() -> subprocess.Popen[bytes]:
 
 @atexit.register
 def _stop(patience: float = 1.0) -> int | None:
-    """End the inspection process and return its exit code. If this process is killed, it ends by itself."""
+    """End the inspection process and return its exit code; None if there is none.
+
+    If this process is killed, the inspection process ends by itself.
+    """
     global _process
     if _process is None or _process[0] != os.getpid():
         return None

@@ -20,7 +20,15 @@ from shodh_moe.solvers.domains import Domain
 
 @dataclass(frozen=True)
 class PlannedTrajectory:
-    """One trajectory to generate: its path, its flow, and the request that identifies its content."""
+    """One trajectory to generate.
+
+    Attributes:
+        path: the file to write.
+        domain: name of its domain.
+        config: settings of its domain.
+        trajectory: its number, see `solvers.SPLIT_BASE`.
+        request: JSON-like values that identify its content.
+    """
 
     path: Path
     domain: str
@@ -30,7 +38,7 @@ class PlannedTrajectory:
 
 
 def planned_trajectories(config: DataConfig, folder: Path) -> list[PlannedTrajectory]:
-    """Every trajectory that ``config`` asks for, with the domains interleaved."""
+    """List every trajectory that ``config`` asks for, with the domains interleaved."""
     jobs = []
     for split in SPLITS:
         domains = config.domains.items()
@@ -45,7 +53,7 @@ def planned_trajectories(config: DataConfig, folder: Path) -> list[PlannedTrajec
 
 
 def _request(config: DataConfig, domain: Domain, trajectory: int) -> dict[str, Any]:
-    # Everything that a trajectory's bits depend on. The number of trajectories is not part of it.
+    # Everything that a trajectory's bits depend on, which does not include the number of trajectories.
     return {
         "solver_version": SOLVER_VERSION,
         "name": config.name,
@@ -71,10 +79,10 @@ def is_done(job: PlannedTrajectory) -> bool:
 def unfinished(
     config: DataConfig, folder: Path, part: int = 0, of: int = 1, begin: bool = True
 ) -> list[PlannedTrajectory]:
-    """Missing or damaged trajectories in part ``part`` (from 0) of ``of`` equal parts of the dataset.
+    """List missing or damaged trajectories in part ``part`` (from 0) of ``of`` equal parts of the dataset.
 
     Args:
-        begin: generation is about to start: remove leftovers of killed runs and require enough disk space.
+        begin: also prepare for generation: remove leftovers of killed runs and require enough disk space.
 
     Raises:
         UserError: the config names no domain, the folder holds other data, or the missing trajectories of all parts
@@ -96,7 +104,7 @@ def unfinished(
 
 
 def missing(jobs: list[PlannedTrajectory]) -> list[PlannedTrajectory]:
-    """Jobs whose file does not exist or is incomplete."""
+    """List the jobs whose file does not exist or is incomplete."""
     for folder in {job.path.parent for job in jobs}:
         with suppress(OSError):
             os.listdir(folder)  # refreshes a network disk's cache, which may still say that a file is absent
@@ -116,10 +124,12 @@ def _require_no_others(folder: Path, wanted: set[Path]) -> None:
 
 
 def _require_same_fields(config: DataConfig) -> None:
-    """The_well's loader and the statistics need the same fields in every file of a folder."""
+    """Raise `UserError` if only some domains have a scalar: the_well's loader and the statistics need the same fields
+    in every file of a folder.
+    """
     scalar = {name: domain.scalar is not None for name, domain in config.domains.items()}
     if len(set(scalar.values())) > 1:
-        without = next(name for name, has_one in scalar.items() if not has_one)
+        without = next(name for name, has_scalar in scalar.items() if not has_scalar)
         raise UserError(
             f"data.domains.{without}.scalar is null while other domains have one: give every domain a scalar, "
             "or none of them, as all files of a dataset need the same fields"

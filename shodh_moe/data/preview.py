@@ -1,4 +1,4 @@
-"""Draw slices through the flow as PNG pictures: one per trajectory, and an overview of a folder."""
+"""Draw slices through flows as PNG pictures: one picture per trajectory, and an overview of a folder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _MOST_PER_DOMAIN = 2  # trajectories drawn per domain and split
 _SOLID = "0.55"
 _AXES = "xyz"
 _LONGEST_UNIT = 28
-# Without the darkest ends of the colour map.
+# RdBu_r without its darkest ends.
 _SIGNED = LinearSegmentedColormap.from_list("signed", [colormaps["RdBu_r"](x) for x in np.linspace(0.04, 0.96, 64)])
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A quantity to draw; ``signed`` ones get a diverging colour map."""
+    """A quantity to draw; a ``signed`` one gets a diverging colour map."""
 
     name: str
     unit: str
@@ -51,7 +51,7 @@ class _Frame:
 
 
 def preview(path: Path, folder: Path) -> list[Path]:
-    """Write ``<folder>/<split>_<file>.png`` and, for a dataset's folder, ``<folder>/overview.png``; returns the paths.
+    """Write ``<folder>/<split>_<file>.png`` and, for a dataset's folder, ``<folder>/overview.png``; return the paths.
 
     Each picture shows speed, pressure and vorticity of a trajectory's first, middle and last snapshot in the three
     middle planes. For a folder, up to two trajectories of each domain and split are drawn.
@@ -82,7 +82,7 @@ def preview(path: Path, folder: Path) -> list[Path]:
 
 
 def _trajectory(record: TrajectoryRecord) -> Figure:
-    """Three planes (rows) of up to three snapshots (columns), for each quantity."""
+    """Draw three planes (rows) of up to three snapshots (columns), for each quantity."""
     kinds = _kinds(record)
     snapshots = sorted({0, record.n_snapshots // 2, record.n_snapshots - 1})
     frames = [_frame(record, snapshot) for snapshot in snapshots]
@@ -119,7 +119,7 @@ def _trajectory(record: TrajectoryRecord) -> Figure:
 
 
 def _overview(firsts: list[tuple[str, TrajectoryRecord]], name: str) -> Figure:
-    """One row per domain and split: the last snapshot of its first trajectory in the middle plane normal to y."""
+    """Draw one row per domain and split: its first trajectory's last snapshot in the middle plane normal to y."""
     ratio = max(record.grid[_sides(record.grid, 1)[1]] / record.grid[_sides(record.grid, 1)[0]] for _, record in firsts)
     figure = Figure(figsize=(9.5, len(firsts) * (2.0 * ratio + 0.7) + 0.5), dpi=DPI, layout="constrained")
     figure.suptitle(f"{name}: last snapshot of a trajectory of each domain and split", fontsize=11, fontweight="bold")
@@ -138,7 +138,7 @@ def _overview(firsts: list[tuple[str, TrajectoryRecord]], name: str) -> Figure:
 
 
 def _label(bar: Colorbar, name: str, unit: str) -> None:
-    """Label the colour bar; a common power of ten is moved into the unit."""
+    """Label the colour bar, moving a common power of ten into the unit."""
     high = max(abs(bar.vmin), abs(bar.vmax))
     power = math.floor(math.log10(high)) if high > 0 else 0
     power = 0 if -2 < power < 3 else power
@@ -180,7 +180,7 @@ def _frame(record: TrajectoryRecord, snapshot: int) -> _Frame:
 
 
 def _kinds(record: TrajectoryRecord) -> list[_Kind]:
-    """Speed, pressure and vorticity, with the units stated in the file."""
+    """Return speed, pressure and vorticity with the units stated in the file."""
     stated = read_provenance(record.path)
     lattice = record.units.startswith("lattice")
     length, time = (str(stated.get(f"unit_{name}", "")) for name in ("length", "time"))
@@ -191,7 +191,7 @@ def _kinds(record: TrajectoryRecord) -> list[_Kind]:
 
 
 def _limits(values: list[NDArray[np.float32]], kind: _Kind) -> tuple[float, float]:
-    """Colour limits, ignoring a few outliers: symmetric about the median for signed quantities, else from 0."""
+    """Choose colour limits that ignore a few outliers: symmetric about the median if signed, otherwise from 0."""
     every = np.concatenate([one[np.isfinite(one)].ravel() for one in values])
     if not every.size:
         return 0.0, 1.0
@@ -210,7 +210,7 @@ def _time(record: TrajectoryRecord, snapshot: int) -> str:
 
 
 def _sides(grid: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """The horizontal and the vertical axis of the plane normal to ``axis``; a clearly longer axis is horizontal."""
+    """Return the horizontal and vertical axis of the plane normal to ``axis``; a clearly longer axis is horizontal."""
     first, second = (one for one in range(3) if one != axis)
     return (first, second) if grid[second] <= 1.25 * grid[first] else (second, first)
 

@@ -53,7 +53,11 @@ def require_as_written(file: Path, simulation: Simulation, name: Path) -> None:
 def _require_same(
     field: str, stored_T: NDArray[np.generic], wanted_T: NDArray[np.generic], first: int | None = None
 ) -> None:
-    """Compare along the first axis. ``first``: index of the first snapshot; None for a field without time."""
+    """Compare stored and simulated values along the first axis; raise `UserError` at the first difference.
+
+    Args:
+        first: number of the first snapshot, for messages; None for a field without time.
+    """
     for n, (stored, wanted) in enumerate(zip(stored_T, wanted_T, strict=True)):
         what = field if first is None else f"{field} of snapshot {first + n}"
         if not np.isfinite(stored).all():

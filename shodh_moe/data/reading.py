@@ -15,7 +15,7 @@ from shodh_moe.data.opening import flow_of, opened
 from shodh_moe.data.unpacking import read_gzip
 from shodh_moe.inspection.structure import why_unreadable
 
-# Squares of larger values overflow float32. With swapped bytes, every fourth value exceeds this.
+# Squares of larger values overflow float32. If bytes are swapped, every fourth value exceeds this.
 LARGEST = 1e18
 
 
@@ -25,12 +25,12 @@ class TrajectoryRecord:
 
     Attributes:
         path: the HDF5 file.
-        sample: which trajectory of the file (0 in the files we write).
+        sample: index of the trajectory in the file (0 in the files we write).
         domain: this project's domain name, or the_well's dataset_name for other files.
         n_snapshots: number of stored snapshots T.
         grid: (X, Y, Z).
         periodic: whether each axis is periodic, from the file's boundary conditions.
-        forced: the flow is driven along x; True if the file does not say.
+        forced: whether a force drives the flow along x; True if the file does not say.
         spacing: distance between cells along x, y, z in the file's units; None if unknown.
         interval: time between snapshots in the file's units; None if unknown.
         units: the units as stated in the file; "" if not stated.
@@ -105,7 +105,10 @@ def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> 
 def read_snapshots(
     record: TrajectoryRecord, start: int = 0, stop: int | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Read snapshots start..stop of one trajectory: (fields_T4XYZ = velocity, pressure; solid_1XYZ), float32.
+    """Read snapshots ``start`` to ``stop`` - 1 of one trajectory; by default all.
+
+    Returns:
+        Velocity and pressure [T, 4, X, Y, Z], and the solid mask [1, X, Y, Z], both float32.
 
     Raises:
         UserError: a chunk is damaged or has a wrong checksum, or a value is not finite or too large (names the field
@@ -135,7 +138,11 @@ def read_trajectory(record: TrajectoryRecord | Path | str, grid: tuple[int, ...]
 
 
 def read_provenance(path: Path | str) -> dict[str, object]:
-    """The provenance attributes of a file, JSON values decoded; {} if it has none or is incomplete."""
+    """Read the provenance attributes of a file, with JSON values decoded; {} if it has none or is incomplete.
+
+    Raises:
+        UserError: as in `opening.opened`.
+    """
     with opened(Path(path)) as file:
         if "provenance" not in file or not file["provenance"].attrs.get("complete", False):
             return {}
@@ -152,7 +159,7 @@ def _decoded(value: object) -> object:
 
 
 def _read(file: h5py.File, name: str, record: TrajectoryRecord, start: int, stop: int) -> NDArray[np.float32]:
-    """Snapshots of a field, float32 [stop - start, X, Y, Z] or [stop - start, X, Y, Z, 3]."""
+    """Read snapshots of a field, float32 [stop - start, X, Y, Z] or [stop - start, X, Y, Z, 3]."""
     dataset = file[name]
     try:
         values_T = _values(dataset, record.sample, start, stop)

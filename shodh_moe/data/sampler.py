@@ -25,12 +25,13 @@ def _order(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
 class DomainSampler:
     """Draw ``batch_size`` samples per rank and step from all domains, epoch by epoch in each domain.
 
-    Within a domain the global order depends only on (seed, stream). So for any number of ranks the same samples come
-    in the same steps, as long as the global batch is the same and is divided among the domains in the same way.
+    Within a domain the global order depends only on (seed, stream). So each step has the same samples for any number of
+    ranks, as long as the global batch has the same size and is divided among the domains in the same way.
 
     Args:
         domain_sizes: number of samples in each domain.
-        weights: how the micro-batch is divided among the domains (see `shares`); None: equally.
+        batch_size: samples per rank and step.
+        weights: relative number of samples of each domain in a micro-batch (see `shares`); None: equal numbers.
         streams: number of each domain's random stream, so that a domain keeps its order if others are left out;
             None: 0, 1, ...
 
@@ -61,7 +62,7 @@ class DomainSampler:
         return (self.batch_size // len(self.domain_sizes),) * len(self.domain_sizes)
 
     def batch(self, step: int, rank: int) -> list[tuple[int, int]]:
-        """(domain, index within the domain) of each sample in this rank's micro-batch ``step`` (from 0)."""
+        """List (domain, index within the domain) of each sample in a rank's micro-batch ``step`` (from 0)."""
         samples = []
         streams = self.streams or range(len(self.domain_sizes))
         for domain, (size, share) in enumerate(zip(self.domain_sizes, self.shares, strict=True)):
@@ -75,7 +76,7 @@ class DomainSampler:
 def shares(batch_size: int, weights: Sequence[float]) -> tuple[int, ...]:
     """Divide ``batch_size`` in proportion to ``weights`` by largest remainder; ties go to the first domain.
 
-    A domain with a positive weight gets at least one sample, a domain with weight 0 none.
+    A domain with a positive weight gets at least one sample, and a domain with weight 0 none.
 
     Raises:
         UserError: a weight is negative or not finite, all are zero, or there are more domains than samples.
@@ -101,7 +102,7 @@ def shares(batch_size: int, weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def domain_weights(weights: Mapping[str, float] | None, domains: Sequence[str]) -> tuple[float, ...] | None:
-    """``data.weights`` in the order of ``domains``, 1 for domains not listed; None if no weights are given.
+    """Return ``data.weights`` in the order of ``domains``, 1 for domains not listed; None if no weights are given.
 
     Raises:
         UserError: a weight names a domain that the dataset does not have, or all weights are 0.
@@ -112,5 +113,5 @@ def domain_weights(weights: Mapping[str, float] | None, domains: Sequence[str]) 
     if unknown:
         raise UserError(f"data.weights.{unknown[0]}: the dataset has only {', '.join(domains)}: correct the name")
     if all(weights.get(domain, 1) == 0 for domain in domains):
-        raise UserError("data.weights: every domain of the dataset has weight 0: give one more than that")
+        raise UserError("data.weights: every domain of the dataset has weight 0: give at least one a weight above 0")
     return tuple(float(weights.get(domain, 1)) for domain in domains)

@@ -1,4 +1,4 @@
-"""Check a file against the rules of the_well's own checker and loader, beyond what training here needs."""
+"""Check a file against the rules of the_well's own checker and loader that our training does not need."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Sums = tuple[NDArray[np.float64], NDArray[np.float64], int]
 
 
 class Moments:
-    """Running mean and mean square per channel in float64; the same order of updates gives the same bits."""
+    """Running sums and sums of squares per channel in float64; the same order of updates gives the same bits."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,7 +45,7 @@ class Moments:
         self.count += count
 
     def numbers(self) -> dict[str, list[float] | float]:
-        """mean, std and rms: lists of components for vectors, numbers for scalars; zero if nothing was added."""
+        """Return mean, std and rms: lists of components for vectors, numbers for scalars; zero if nothing was added."""
         mean_C = self.sum_C / max(self.count, 1)
         square_C = self.square_C / max(self.count, 1)
         std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
@@ -53,13 +53,13 @@ class Moments:
 
 
 def _sums(values_CXYZ: NDArray[np.floating]) -> Sums:
-    """Sum and sum of squares of each channel [C], and the number of cells."""
+    """Return sum and sum of squares of each channel [C], and the number of cells."""
     flat_CN = values_CXYZ.reshape(len(values_CXYZ), -1).astype(np.float64)
     return flat_CN.sum(1), (flat_CN**2).sum(1), flat_CN.shape[1]
 
 
 def compute_stats(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, Any]]:
-    """mean, std and rms of velocity, pressure, solid, and of the change between snapshots (``_delta``).
+    """Compute mean, std and rms of velocity, pressure and solid, and of changes between snapshots (``_delta``).
 
     They cover all cells, including solid ones, of the given trajectories, which should be the training split. The
     concentration is included if every file has one.
@@ -115,7 +115,7 @@ class TrajectorySums:
         self._last: Fields = {}
 
     def add(self, fields: Fields) -> None:
-        """Add the next snapshot; the first one includes ``solid``. An empty one stands for a missing snapshot."""
+        """Add the next snapshot. The first one includes ``solid``; an empty one stands for an unreadable snapshot."""
         for name, values_CXYZ in fields.items():
             self.found.setdefault(name, []).append(_sums(values_CXYZ))
             if name in self._last and name != "solid":
@@ -131,7 +131,7 @@ def _trajectory_sums(snapshots: Iterable[Fields]) -> TrajectorySums:
 
 
 def combined(trajectories: Iterable[TrajectorySums]) -> dict[str, dict[str, Any]]:
-    """The content of stats.yaml, from the sums of all training trajectories in order."""
+    """Compute the content of stats.yaml from the sums of all training trajectories in order."""
     names = ("velocity", "pressure", "solid", CONCENTRATION)
     fields = {name: Moments() for name in names}
     deltas = {name: Moments() for name in names if name != "solid"}
@@ -153,7 +153,7 @@ def combined(trajectories: Iterable[TrajectorySums]) -> dict[str, dict[str, Any]
 
 
 def read_concentration(record: TrajectoryRecord, start: int = 0, stop: int | None = None) -> NDArray[np.float32] | None:
-    """Read the passive scalar of snapshots start..stop [T, 1, X, Y, Z]; None if the file has none.
+    """Read the passive scalar of snapshots ``start`` to ``stop`` - 1, float32 [T, 1, X, Y, Z]; None if there is none.
 
     Raises:
         UserError: the file is damaged.
@@ -204,7 +204,7 @@ class FieldStats:
 
 
 def _rms(value: object) -> float:
-    """rms of a number, or over a vector's components."""
+    """Return the rms over a vector's components; the magnitude of a single number."""
     values = value if isinstance(value, list) else [value]
     # Checked here because YAML can express a list that contains itself, which numpy would expand forever.
     if not values or not all(isinstance(one, (int, float, str)) for one in values):
@@ -214,4 +214,5 @@ def _rms(value: object) -> float:
 
 
 def _plain(values_C: NDArray[np.float64]) -> list[float] | float:
+    """Convert to a number if there is one channel, otherwise to a list."""
     return float(values_C[0]) if len(values_C) == 1 else [float(value) for value in values_C]

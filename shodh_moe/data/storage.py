@@ -11,7 +11,7 @@ import numpy as np
 from shodh_moe.config import DataConfig
 
 CONCENTRATION = "concentration"  # the passive scalar's name among the fields
-# Compressed size relative to the uncompressed one, rounded up, for estimates of disk space.
+# Ratio of compressed to uncompressed size, rounded up, for estimates of disk space.
 SIZE_SHARE = {None: 1.0, "lzf": 0.95, "gzip": 0.9}
 _FILTERS: dict[str, dict[str, Any]] = {
     # Without shuffling the bytes, compression saves hardly anything.
@@ -23,10 +23,10 @@ _LARGEST_CHUNK = 2**22  # bytes; an unpacked chunk stays in the processor's cach
 
 
 def layout(shape: tuple[int, ...], leading: int, compression: str | None = None) -> dict[str, Any]:
-    """Arguments of `h5py.Group.create_dataset` for a float32 field.
+    """Return the arguments of `h5py.Group.create_dataset` for a float32 field.
 
     Without compression the field is one unfiltered block that can be read in place. With compression, each chunk is one
-    snapshot or a slab of one, as training reads single snapshots, with a checksum at little extra cost.
+    snapshot or a slab of one, because training reads single snapshots; its checksum costs little extra.
 
     Args:
         shape: shape of the whole field.
@@ -48,12 +48,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def existing_parent(folder: Path) -> Path:
-    """``folder`` or its nearest existing parent."""
+    """Return ``folder`` or its nearest existing parent."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def needed_bytes(count: int, config: DataConfig) -> int:
-    """Disk space for ``count`` trajectories and their statistics."""
+    """Estimate the bytes on disk of ``count`` trajectories and their statistics."""
     scalar = any(getattr(domain, "scalar", None) is not None for _, domain in config.domains.items())
     cells = int(np.prod(config.grid))
     # Velocity, pressure and concentration per snapshot, the mask once, float32.

@@ -30,7 +30,7 @@ CONVERSION = {
 
 
 def summarise(folder: Path, config: DataConfig, files: Sequence[tuple[str, Path]]) -> list[str]:
-    """Write ``<folder>/dataset.yaml`` from the provenance of ``files`` (domain, path); returns the lines of a table.
+    """Write ``<folder>/dataset.yaml`` from the provenance of ``files`` (domain, path); return the lines of a table.
 
     Raises:
         UserError: a file is damaged, or the folder cannot be written.
@@ -70,7 +70,7 @@ def summarise(folder: Path, config: DataConfig, files: Sequence[tuple[str, Path]
 
 
 def _range(parameters: Sequence[Any], key: str) -> float | list[float]:
-    """[smallest, largest] value, or the value if all are equal."""
+    """Return the [smallest, largest] value, or the value if all are equal."""
     values = [float(one[key]) for one in parameters]
     return [min(values), max(values)] if min(values) < max(values) else values[0]
 

@@ -1,7 +1,7 @@
 """Symmetries of a flow in its box: each maps a solution to another solution of the same equations.
 
-They are shifts along periodic axes and elements of the cube's 48 symmetries: reflections and exchanges of axes, which
-together also give the rotations. A flow's walls and its driving force determine which of them it has.
+They are shifts along periodic axes and the cube's 48 symmetries, which are reflections, exchanges of axes, and their
+combinations, such as rotations. A flow's walls and its driving force determine which of them it has.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Symmetry:
         """
         shift = [int(rng.integers(size)) if wraps else 0 for size, wraps in zip(grid, periodic, strict=True)]
         coins = rng.random(3)
-        # Drawn last, so that forced flows do not depend on it.
+        # Drawn last, and only without a force, so that the draws of forced flows do not depend on it.
         mirror_x = not forced and periodic[0] and bool(rng.random() < 0.5)
         orders = [order for order in _ORDERS if _may_exchange(order, grid, periodic, forced)]
         return cls(
@@ -73,12 +73,12 @@ class Symmetry:
 
 
 def apply_each(symmetries: Sequence[Symmetry], fields_B5XYZ: Tensor) -> Tensor:
-    """Apply to each sample of a batch its own symmetry."""
+    """Apply its own symmetry to each sample of a batch [B, 5, X, Y, Z]."""
     return torch.cat([symmetry.apply(one[None]) for symmetry, one in zip(symmetries, fields_B5XYZ, strict=True)])
 
 
 def draw_copies(seed: list[int], record: TrajectoryRecord, copies: int, which: str = "all") -> list[Symmetry]:
-    """The identity and random symmetries of a trajectory, all different: at most ``copies`` in all.
+    """Return the identity and random symmetries of a trajectory, all different, at most ``copies`` in total.
 
     ``which`` as in `Symmetry.draw_for`; with ``cube`` they are drawn from `allowed`.
     """
@@ -91,7 +91,7 @@ def draw_copies(seed: list[int], record: TrajectoryRecord, copies: int, which: s
 
 
 def allowed(grid: Axes, periodic: Flags, forced: bool = True) -> list[Symmetry]:
-    """All symmetries without a shift that `Symmetry.draw` can return: a group of 1 to 48 elements."""
+    """List all symmetries without a shift that `Symmetry.draw` can return: a group of 1 to 48 elements."""
     turnable = [axis for axis in range(3) if periodic[axis] and not (forced and axis == 0)]
     return [
         Symmetry(mirror=(0 in mirrored, 1 in mirrored, 2 in mirrored), order=order)
@@ -103,6 +103,7 @@ def allowed(grid: Axes, periodic: Flags, forced: bool = True) -> list[Symmetry]:
 
 
 def _may_exchange(order: Axes, grid: Axes, periodic: Flags, forced: bool) -> bool:
+    """Whether a permutation moves only periodic axes of equal size, and not the direction of the force."""
     moved = [(new, old) for new, old in enumerate(order) if new != old]
     return all(
         periodic[new] and periodic[old] and grid[new] == grid[old] and not (forced and new == 0) for new, old in moved

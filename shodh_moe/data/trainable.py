@@ -23,9 +23,15 @@ def require_trainable(
 ) -> None:
     """Check the statistics, the header of every file in every split, and up to ``budget_bytes`` of values.
 
-    Other values are checked when training reads them, so that a large dataset is not read twice. With ``skip_bad``
-    the files that `list_trajectories` skips are listed on stderr, and only the rest are checked. `check.check_files`
+    Other values are checked when training reads them, so that a large dataset is not read twice. `check.check_files`
     lists all problems of a dataset; this function stops at the first one.
+
+    Args:
+        grid: the config's ``data.grid``.
+        history: the config's ``model.history``; every trajectory must have more snapshots.
+        batch_size: samples per micro-batch, which must be divisible among the domains.
+        skip_bad: check only the files that `list_trajectories` does not skip; it lists the others on stderr.
+        weights: the config's ``data.weights``.
 
     Raises:
         UserError: a file is missing, damaged or has another grid, a value is not finite, a trajectory is too short,

@@ -1,7 +1,7 @@
 """Read gzip-compressed chunks without HDF5's filters.
 
-HDF5 (seen with 2.0) does not check a chunk's unpacked size. If the data are too short, it copies from beyond its
-buffer and the process crashes.
+HDF5 (seen with 2.0) does not check the size of an unpacked chunk. If the data are too short, it copies from beyond its
+buffer, and the process crashes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _GZIP, _SHUFFLE, _CHECKSUM = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h
 
 
 def filters_of(dataset: h5py.Dataset) -> list[int]:
-    """Codes of a dataset's filters, in the order in which they were applied."""
+    """List the codes of a dataset's filters, in the order in which they were applied."""
     properties = dataset.id.get_create_plist()
     return [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
 
 
 def read_gzip(dataset: h5py.Dataset, first: tuple[int, ...], stop: tuple[int, ...]) -> NDArray[Any]:
-    """Read the range [first, stop) of the leading axes and all of the other axes, in the dataset's own type.
+    """Read the range [first, stop) of the leading axes and all of the other axes, in the dataset's dtype.
 
     Raises:
         OSError: a chunk is missing, its checksum is wrong, or it does not unpack to its size.
@@ -50,6 +50,7 @@ def read_gzip(dataset: h5py.Dataset, first: tuple[int, ...], stop: tuple[int, ..
 
 
 def _unpacked(raw: bytes, filters: list[int], count: int, itemsize: int) -> bytes:
+    """Undo ``filters`` on a chunk of ``count`` values; raise OSError unless it then has exactly their size."""
     for code in reversed(filters):
         if code == _CHECKSUM:
             raw, stored = raw[:-4], int.from_bytes(raw[-4:], "little")

@@ -23,8 +23,8 @@ from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
+from shodh_moe.data.prediction_file import FACES, new_prediction
 from shodh_moe.data.storage import free_bytes
-from shodh_moe.data.well import FACES, new_prediction
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_moments, pooled_divergence
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer

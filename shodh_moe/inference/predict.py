@@ -22,7 +22,7 @@ from shodh_moe.base.files import require_writable, sha256
 from shodh_moe.base.progress import progress
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
-from shodh_moe.data.well import FACES, axis_names, new_prediction
+from shodh_moe.data.prediction_file import FACES, axis_names, new_prediction
 from shodh_moe.inference.forecasting import continue_flow
 from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
 from shodh_moe.inference.paraview import new_vtkhdf, put

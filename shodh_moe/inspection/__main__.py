@@ -20,7 +20,12 @@ MEMORY_BYTES = 2 * 2**30
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """{"flow": result of `describe`}, {"no_flow": reason} for a sound file of another kind, or {"refused": reason}."""
+    """Inspect one HDF5 file.
+
+    Returns:
+        {"flow": result of `describe`}, {"no_flow": reason} for a sound file of another kind, or {"refused": reason}.
+        A reason completes a sentence that begins with the file's path.
+    """
     try:
         with h5py.File(path, "r") as file:
             check_structure(file)
@@ -31,7 +36,7 @@ def inspect(path: str) -> dict[str, Any]:
     except UserError as error:
         return {"refused": str(error)}
     except BlockingIOError:
-        return {"refused": "is locked: another process writes it; wait until that has ended"}
+        return {"refused": "is locked: another process is writing it; wait until it has finished"}
     except Exception as error:
         if "truncated" in str(error):
             return {"refused": "is truncated"}
@@ -39,12 +44,13 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Answer requests; ``sys.argv[1]`` is the limit of CPU seconds for each file."""
     # Lower the soft limits; skip any that this system does not support.
     cpu_seconds = int(sys.argv[1])
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
         with contextlib.suppress(ValueError, OSError):
             used = resource.getrusage(resource.RUSAGE_SELF)

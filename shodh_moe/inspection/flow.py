@@ -1,4 +1,4 @@
-"""Validate and describe the flow trajectories of a file in the_well's schema, from its header."""
+"""Validate and describe the flow trajectories of a file in the_well's schema, without reading whole fields."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from shodh_moe.base.errors import UserError
 from shodh_moe.inspection.structure import check_written, why_unreadable
 
-UNIFORM = 1e-3  # largest relative deviation of a step in space or time
+UNIFORM = 1e-3  # largest relative deviation of a step in space or time from the mean step
 AGAIN = "convert the file again"
 
 
 def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
-    """Describe the file's trajectories as JSON values; all but ``intervals`` are common to all trajectories.
+    """Describe the file's trajectories as JSON values, which are common to all of them except for ``intervals``.
 
     Returns:
-        samples, n_snapshots, grid [X, Y, Z], domain, periodic (three booleans), forced, spacing (x, y, z, or None if
-        unknown), intervals (time between snapshots of each trajectory, or None), units (text).
+        A dictionary of samples (number of trajectories), n_snapshots, grid [X, Y, Z], domain, periodic (three
+        booleans), forced, spacing (x, y, z, or None if unknown), intervals (time between snapshots of each trajectory,
+        or None), units (text).
 
     Raises:
         UserError: see `shodh_moe.data.reading.open_trajectories`.
@@ -63,6 +64,7 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
 
 
 def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:
+    """Return a field after checking its number of axes and its dtype; ``kinds`` holds the allowed `dtype.kind`."""
     if name not in file or not isinstance(file[name], h5py.Dataset):
         raise UserError(f"has no {name}: it is not a flow trajectory in the_well's format")
     dataset = file[name]
@@ -76,6 +78,7 @@ def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:
 
 
 def _try_reading(name: str, dataset: h5py.Dataset) -> None:
+    """Check that all chunks were written, and read the first and the last value."""
     check_written(name, dataset)
     for which, index in (("first", 0), ("last", -1)):
         try:
@@ -86,14 +89,14 @@ def _try_reading(name: str, dataset: h5py.Dataset) -> None:
 
 
 def _axes(file: h5py.File) -> list[str]:
-    """Names of the three spatial axes; [] if the file does not name them."""
+    """Return the names of the three spatial axes; [] if the file does not name three."""
     names = file["dimensions"].attrs.get("spatial_dims", []) if "dimensions" in file else []
     names = [_text(name) for name in np.atleast_1d(names)]
     return names if len(names) == 3 else []
 
 
 def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
-    """Whether each axis has a PERIODIC boundary condition; False if the file does not say."""
+    """Return whether each axis has a PERIODIC boundary condition; False if the file does not say."""
     groups = file["boundary_conditions"].values() if isinstance(file.get("boundary_conditions"), h5py.Group) else ()
     wraps = {
         _text(axis)
@@ -105,10 +108,11 @@ def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
 
 
 def _spacing(file: h5py.File, axes: list[str], grid: list[int]) -> list[float] | None:
+    """Return the distance between cells along each axis; None if coordinates are missing."""
     coordinates = {axis: _numbers(file, f"dimensions/{axis}") for axis in axes if f"dimensions/{axis}" in file}
     for axis, values in coordinates.items():
         if values.ndim != 1:
-            raise UserError(f"dimensions/{axis} has shape {values.shape}, expected one value a cell: {AGAIN}")
+            raise UserError(f"dimensions/{axis} has shape {values.shape}, expected one value per cell: {AGAIN}")
     stated = [len(coordinates.get(axis, range(cells))) for axis, cells in zip(axes, grid, strict=False)]
     if axes and stated != grid:
         raise UserError(
@@ -120,6 +124,7 @@ def _spacing(file: h5py.File, axes: list[str], grid: list[int]) -> list[float] |
 
 
 def _intervals(file: h5py.File, samples: int, n_snapshots: int) -> list[float] | None:
+    """Return the time between snapshots of each trajectory; None if the file has no times or one snapshot."""
     name = "dimensions/time"
     if name not in file:
         return None
@@ -132,7 +137,7 @@ def _intervals(file: h5py.File, samples: int, n_snapshots: int) -> list[float] |
 
 
 def _step(name: str, values: NDArray[np.float64], what: str) -> list[float]:
-    """[step] between the evenly spaced values, or [] for a single value."""
+    """Return [step] for evenly spaced values, or [] for a single value; ``what`` names the step in messages."""
     if not np.isfinite(values).all():
         raise UserError(f"{name} has values that are not finite: {AGAIN}")
     if len(values) < 2:
@@ -142,7 +147,7 @@ def _step(name: str, values: NDArray[np.float64], what: str) -> list[float]:
     at = int(np.argmin(steps))
     if steps[at] <= 0 or not math.isfinite(step):
         raise UserError(f"{name} has {what} {steps[at]:g} after value {at}, expected a positive one: {AGAIN}")
-    # Values are usually float32 and so rounded, the more the farther from zero.
+    # Values are usually float32; their rounding error grows with their magnitude.
     at = int(np.argmax(abs(steps - step)))
     if abs(steps[at] - step) > UNIFORM * step + 4 * np.finfo(np.float32).eps * abs(values).max():
         raise UserError(

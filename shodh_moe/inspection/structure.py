@@ -1,4 +1,4 @@
-"""Check that an HDF5 file is a complete tree of objects of sane size, without references to other files."""
+"""Check that an HDF5 file is a complete tree of objects of reasonable size, without references to other files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import h5py
 
 from shodh_moe.base.errors import UserError
 
+# Limits of a file that is accepted.
 ATTRIBUTE_BYTES = 64 * 2**10
 ATTRIBUTES = 1024  # per object
 OBJECTS = 10_000
 CHUNK_BYTES = 2**29
 FIELDS = ("t0_fields/", "t1_fields/", "t2_fields/")
-LZF = 32000
+LZF = 32000  # HDF5's registered number of the lzf filter
 # Other filters are not available everywhere, or are known to crash on damaged data.
 FILTERS = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, LZF)
 CHECKSUM_BYTES = 4
-SMALL_BYTES = 64 * 2**10
-# deflate expands data at most 1,032 times, lzf less.
+SMALL_BYTES = 64 * 2**10  # a dataset of at most this size is read as a check
+# Largest ratio of unpacked to stored bytes: deflate expands data at most 1,032 times, lzf less.
 EXPANSION = 1100
 
 
@@ -48,12 +49,12 @@ def check_structure(file: h5py.File) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's text on one line, to end a message."""
+    """Return an exception's text on one line, to end a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def why_unreadable(dataset: h5py.Dataset, error: OSError) -> str:
-    """Explain an HDF5 read error as far as HDF5 reports a reason."""
+    """Explain an HDF5 read error by the reason that HDF5 reports."""
     if "filter" not in str(error):
         return f"HDF5 reports: {one_line(error)}"
     parts = ["checksum"] * dataset.fletcher32 + ["compressed data"] * (dataset.compression is not None)
@@ -61,7 +62,11 @@ def why_unreadable(dataset: h5py.Dataset, error: OSError) -> str:
 
 
 def _objects(file: h5py.File) -> Iterator[tuple[str, h5py.HLObject]]:
-    """Yield (name, object) for every group and dataset below the root, each group once."""
+    """Yield (name, object) for every group and dataset below the root.
+
+    Raises:
+        UserError: a link is soft or external, a group has two links, or an object is damaged.
+    """
     groups = [("", file)]
     seen = {h5py.h5o.get_info(file.id).addr}
     while groups:
@@ -107,7 +112,7 @@ def _require_small(name: str, key: str | bytes, size: int) -> None:
 
 
 def _check_storage(name: str, dataset: h5py.Dataset, file_size: int) -> None:
-    """Check that the values are in this file, and that it is large enough to contain them."""
+    """Check that a dataset's values are in this file, and that the file is large enough to contain them."""
     properties = dataset.id.get_create_plist()
     if properties.get_layout() == h5py.h5d.VIRTUAL:
         raise UserError(f"dataset {name} is virtual, its values are in other files: expected the data itself")
@@ -152,7 +157,7 @@ def check_written(name: str, dataset: h5py.Dataset) -> None:
         codes.append(code)
         # lzf allocates its output buffer from this parameter.
         if code == LZF and (len(values) < 3 or values[2] != _chunk_bytes(dataset)):
-            raise UserError(f"{name} has parameters {values} of its filter lzf that do not fit its chunks")
+            raise UserError(f"{name} has lzf filter parameters {values}, which do not fit its chunks")
     if dataset.chunks is None:
         return
     wanted = math.prod(-(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
@@ -163,9 +168,9 @@ def check_written(name: str, dataset: h5py.Dataset) -> None:
 
     def check(chunk: h5py.h5d.StoreInfo) -> None:
         if chunk.byte_offset is None or chunk.byte_offset + chunk.size > file_size:
-            raise UserError(f"{name}: the chunk at {chunk.chunk_offset} lies outside the file, expected it within")
+            raise UserError(f"{name}: the chunk at {chunk.chunk_offset} lies outside the file")
         applied = [code for bit, code in enumerate(codes) if not chunk.filter_mask >> bit & 1]
-        # HDF5 reads a full chunk whatever the stored size says, and so beyond its buffer if that is smaller.
+        # HDF5 copies a full chunk whatever its stored size, and reads beyond its buffer if that size is smaller.
         wanted = chunk_bytes + CHECKSUM_BYTES * applied.count(h5py.h5z.FILTER_FLETCHER32)
         keeps_size = all(code in (h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_SHUFFLE) for code in applied)
         if chunk.size != wanted if keeps_size else chunk.size == 0:

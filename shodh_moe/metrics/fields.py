@@ -1,11 +1,11 @@
-"""How far a predicted flow field is from the true one: pure functions of tensors, no model, no files.
+"""Errors, spectra and divergence of flow fields: pure functions of tensors, without models or files.
 
-Shapes: a field is ``[..., C, X, Y, Z]``; leading axes (batch, time) are kept in the answer, C holds the
-components of ONE field (3 for a velocity, 1 for a pressure), and a bare ``[X, Y, Z]`` counts as C = 1.
-Everything is computed in float64, whatever precision comes in.
+Shapes: a field is ``[..., C, X, Y, Z]``. Leading axes (batch, time) are kept in the result, C holds the components of
+one field (3 for a velocity, 1 for a pressure), and a bare ``[X, Y, Z]`` counts as C = 1. Everything is computed in
+float64, whatever the input's dtype.
 
-Sources: VRMSE and the spectral bands follow the definitions of The Well (arXiv 2412.00568) as its package
-computes them; where ours differs, the function says so.
+Sources: VRMSE and the spectral bands follow the definitions of The Well (arXiv 2412.00568) as its package computes
+them; a function's docstring says where it differs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def vrmse(pred: Tensor, true: Tensor, *, per_component: bool = False, eps: float
 
         vrmse = sqrt( mean_x |p - t|^2 / (var_x(t) + eps) ),   var_x(t) = mean_x |t - mean_x t|^2
 
-    ``pred``, ``true``: [..., C, X, Y, Z]. By default |.| runs over the components, so a velocity gives ONE
-    number: errors and variances of its components add up before the ratio, and a component that hardly
-    varies cannot dominate. Returns [...].
+    ``pred``, ``true``: [..., C, X, Y, Z]. By default |.| is the norm over the components, so a velocity gives one
+    number: errors and variances of its components are added before the division, and a component that hardly varies
+    cannot dominate. Returns [...].
 
     ``per_component=True`` returns [..., C], each component over its own variance, as the_well's package computes it
     (``the_well.benchmark.metrics.VRMSE``, channel by channel). Two details differ: the variance divides by the number
@@ -55,15 +55,15 @@ def vrmse(pred: Tensor, true: Tensor, *, per_component: bool = False, eps: float
 def nrmse(pred: Tensor, true: Tensor, *, eps: float = 1e-30) -> Tensor:
     """Relative L2 error ``|p - t|_2 / |t|_2`` over components and cells: [..., C, X, Y, Z] -> [...].
 
-    Predicting zero scores 1. Unlike `vrmse` the mean flow is part of the denominator, so a through-flow
-    makes this number smaller.
+    Predicting zero scores 1. Unlike in `vrmse`, the mean flow is part of the denominator, so a through-flow makes this
+    number smaller.
     """
     pred, true = _pair(pred, true)
     return (((pred - true) ** 2).sum(FIELD) / ((true**2).sum(FIELD) + eps)).sqrt()
 
 
 def wavenumbers(shape: tuple[int, int, int] | torch.Size, device: torch.device | None = None) -> Tensor:
-    """Length of the wave vector of every Fourier mode, [X, Y, Z], in radians per cell."""
+    """Length of the wave vector of every Fourier mode, [X, Y, Z], float64, in radians per cell."""
     k_x, k_y, k_z = (2 * math.pi * torch.fft.fftfreq(n, device=device, dtype=torch.float64) for n in shape)
     return (k_x[:, None, None] ** 2 + k_y[None, :, None] ** 2 + k_z[None, None, :] ** 2).sqrt()
 
@@ -75,7 +75,7 @@ def _mode_power(x: Tensor) -> Tensor:
 
 
 def _bin_sums(power: Tensor, index: Tensor, bins: int) -> Tensor:
-    """Sums [..., X, Y, Z] into [..., bins] by the bin number ``index`` [X, Y, Z] of each mode."""
+    """Sum ``power`` [..., X, Y, Z] into [..., bins] by the bin number ``index`` [X, Y, Z] of each mode."""
     flat = power.flatten(-3)
     sums = torch.zeros(*flat.shape[:-1], bins, dtype=flat.dtype, device=flat.device)
     return sums.index_add_(-1, index.flatten(), flat)
@@ -86,11 +86,11 @@ def energy_spectrum(u: Tensor) -> tuple[Tensor, Tensor]:
 
         E_s = 1/2 sum_{k in shell s} |u_hat_k|^2,    shell s: |k| nearest to s * k_0,    k_0 = 2 pi / longest side
 
-    ``u``: [..., C, X, Y, Z] (or one scalar [X, Y, Z]). ``k`` = s * k_0 in radians per cell, s = 0 being the mean;
-    the last shells lie beyond the Nyquist number pi of an axis, in the corners of the wave-number cube. The
-    normalisation is Parseval's: ``E.sum(-1) == mean_x |u|^2 / 2`` (kinetic energy per mass for a velocity; for a
-    scalar, half its mean square). It is a sum over shells, not a density: divide by k_0 for dE/dk.
-    A flow with walls is not periodic: jumps at the box faces and at solids add a tail at high k.
+    ``u``: [..., C, X, Y, Z] (or one scalar [X, Y, Z]). ``k`` = s * k_0 in radians per cell; s = 0 is the mean. The last
+    shells lie beyond the Nyquist wave number pi of an axis, in the corners of the wave-number cube. The normalisation
+    is Parseval's: ``E.sum(-1) == mean_x |u|^2 / 2`` (kinetic energy per mass for a velocity; for a scalar, half its
+    mean square). E is a sum over each shell, not a density: divide by k_0 for dE/dk. A flow with walls is not periodic:
+    jumps at the box faces and at solids add a tail at high k.
     """
     u = _field(u)
     k = wavenumbers(u.shape[-3:], u.device)
@@ -128,19 +128,25 @@ def band_errors(pred: Tensor, true: Tensor, bands: int = 3, *, eps: float = 1e-3
 
 
 def divergence_report(div: Tensor, u: Tensor, spacing: float) -> dict[str, float]:
-    """How divergence-free a velocity is: ``{"rms_relative", "rms", "max"}``.
+    """Measure the divergence of a velocity: ``{"rms_relative", "rms", "max"}``.
 
         rms_relative = spacing * rms(div) / rms(u)     (dimensionless)
 
     ``div``: [..., X, Y, Z], the divergence of ``u`` [..., 3, X, Y, Z] by the operator under test. The caller must
-    report the operator and the dtype: the number means nothing without them. rms(u) is that of the speed,
-    sqrt(mean |u|^2) with the three components added. Means and maxima run over the whole input.
+    report the operator and the dtype: the number means nothing without them. rms(u) is the rms speed, sqrt(mean |u|^2)
+    with the three components added. Means and maxima are taken over the whole input.
+
+    Raises:
+        ValueError: the shapes of ``div`` and ``u`` do not belong together.
     """
     return pooled_divergence(divergence_moments(div, u)[None], spacing)
 
 
 def divergence_moments(div: Tensor, u: Tensor) -> Tensor:
-    """Moments of one snapshot for `pooled_divergence`: mean div^2, mean |u|^2, max |div|: [3], float64."""
+    """Mean div^2, mean |u|^2 and max |div| of one snapshot, for `pooled_divergence`: [3], float64.
+
+    Shapes and errors as in `divergence_report`.
+    """
     div, u = div.double(), u.double()
     if u.ndim < 4 or u.shape[-4] != 3 or div.shape != u.shape[:-4] + u.shape[-3:]:
         raise ValueError(f"divergence {tuple(div.shape)} does not belong to a velocity {tuple(u.shape)}")
@@ -148,7 +154,7 @@ def divergence_moments(div: Tensor, u: Tensor) -> Tensor:
 
 
 def pooled_divergence(moments_N3: Tensor, spacing: float) -> dict[str, float]:
-    """`divergence_report` of N snapshots of equal size, from the `divergence_moments` of each."""
+    """Compute `divergence_report` for N snapshots of equal size, from the `divergence_moments` [N, 3] of each."""
     rms, speed = moments_N3[:, 0].mean().sqrt(), moments_N3[:, 1].mean().sqrt()
     relative = float(spacing * rms / speed) if speed > 0 else (0.0 if rms == 0 else math.inf)
     return {"rms_relative": relative, "rms": float(rms), "max": float(moments_N3[:, 2].max())}

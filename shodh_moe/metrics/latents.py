@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def sample_mse(predicted_BCxyz: Tensor, target_BCxyz: Tensor) -> Tensor:
-    """Mean squared error of each sample [B]."""
+    """Mean squared error of each sample, [B]."""
     return (predicted_BCxyz - target_BCxyz).square().flatten(1).mean(1)
 
 
 def mse_beside_persistence(predicted_BCxyz: Tensor, history_BHCxyz: Tensor, target_BCxyz: Tensor) -> Tensor:
-    """Mean squared errors [B, 2] of the prediction, and of the newest latent of the history in its place."""
+    """Mean squared errors [B, 2] of the prediction and of persistence, which predicts the newest latent again."""
     persistence_B = sample_mse(history_BHCxyz[:, -1], target_BCxyz)
     return torch.stack([sample_mse(predicted_BCxyz, target_BCxyz), persistence_B], dim=1)

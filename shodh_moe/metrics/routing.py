@@ -35,7 +35,7 @@ def majority_expert(counts_E: Tensor | Sequence[float]) -> int:
 def bifurcated(counts: Mapping[str, Tensor | Sequence[float]], threshold: float = PURITY_THRESHOLD) -> bool:
     """Whether a layer gives each domain its own expert. ``counts``: {domain: [E]}.
 
-    True if no two domains share a majority expert and every purity is at least ``threshold`` (the value is ours).
+    True if no two domains share a majority expert and every purity is at least ``threshold`` (we chose its default).
     False for a single domain.
     """
     majorities = {majority_expert(counts_E) for counts_E in counts.values()}
@@ -68,9 +68,9 @@ def conditional_mutual_information(counts_CDE: Tensor | Sequence[Sequence[Sequen
 
         I(E; D | C) = sum_c p_c I(E; D | C = c),   0 <= I <= min(ln D, ln E)
 
-    (Cover and Thomas, Elements of Information Theory, 2.5.) With the local solid fraction as the category, it is the
-    information about the domain beyond what the mask shows: 0 if experts follow the mask only. The plug-in estimate is
-    biased upwards by about C (D-1)(E-1)/(2 N).
+    (Cover and Thomas, Elements of Information Theory, 2.5.) With the local solid fraction as the category, it measures
+    what experts know about the domain beyond what the mask shows: 0 if they follow only the mask. The plug-in estimate
+    is biased upwards by about C (D-1)(E-1)/(2 N).
     """
     counts = torch.as_tensor(counts_CDE, dtype=torch.float64)
     if counts.ndim != 3:
@@ -84,7 +84,11 @@ def conditional_mutual_information(counts_CDE: Tensor | Sequence[Sequence[Sequen
 
 
 def joint_counts(category_N: Tensor, expert_N: Tensor, categories: int, experts: int) -> Tensor:
-    """Counts [D, E] of tokens by category and expert (both integer [N]), the input of `mutual_information`."""
+    """Counts [D, E] of tokens by category and expert (both integer [N]), the input of `mutual_information`.
+
+    Raises:
+        ValueError: a category is not from 0 to ``categories`` - 1, or an expert not from 0 to ``experts`` - 1.
+    """
     category, expert = category_N.long().flatten(), expert_N.long().flatten()
     for name, number_N, size in (("category", category, categories), ("expert", expert, experts)):
         if number_N.numel() and (number_N.min() < 0 or number_N.max() >= size):
@@ -95,10 +99,13 @@ def joint_counts(category_N: Tensor, expert_N: Tensor, categories: int, experts:
 
 
 def solid_fraction_category(solid_fraction_N: Tensor, categories: int = 4) -> Tensor:
-    """Category of each token, 0 to ``categories`` - 1, by the share of its cells that are solid (ours).
+    """Category of each token, int64 [N] from 0 to ``categories`` - 1, by the share of its cells that are solid.
 
     The first category is all fluid and the last all solid; the others split the open interval (0, 1) evenly. With 4
-    categories, the two in the middle are "less than half solid" and "at least half solid".
+    categories, the two in the middle are "less than half solid" and "at least half solid". The definition is ours.
+
+    Raises:
+        ValueError: fewer than 3 categories.
     """
     if categories < 3:
         raise ValueError(f"solid fractions need at least 3 categories (fluid, mixed, solid), not {categories}")
@@ -118,9 +125,14 @@ def summarise_routing(
     dropped_fraction: Sequence[Mapping[str, float]] | None = None,
     entropy: Sequence[Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The ``routing`` section of metrics.json from ``counts[layer][domain][expert]``.
+    """Build the ``routing`` section of metrics.json.
 
     The top-level ``bifurcated`` is true if every layer is bifurcated; ``mutual_information.domain`` is in nats.
+
+    Args:
+        counts: number of tokens, ``counts[layer][domain][expert]``.
+        dropped_fraction: share of dropped tokens, ``dropped_fraction[layer][domain]``.
+        entropy: `router_entropy` in nats, ``entropy[layer][domain]``.
     """
     layers = []
     for number, layer in enumerate(counts):

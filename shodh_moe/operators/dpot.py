@@ -1,12 +1,18 @@
 """A network in the style of DPOT, the denoising operator transformer (Hao et al., arXiv 2403.03542).
 
 As published: patches, Fourier attention (the blocks of AFNO, arXiv 2111.13587, without its sparsity), one linear
-aggregation of the history, multilayer perceptrons of ratio 1. Ours: layer norm where it has group norm, coordinates
-where it learns an embedding for each place (any grid of whole patches will do), the change of the last frame as
-output, no factor cos(gamma t) in the aggregation (over a fixed number of frames the matrix can do that), and a head
-that also sees each cell's own history (on a small reaction-diffusion set 300 steps then leave a third less error).
-Noise on the input, the "denoising", is a matter of training. As published it does not commute with shifts, even by
-whole patches: GELU acts on the real and imaginary parts of Fourier coefficients, whose phases a shift turns.
+aggregation of the history, and multilayer perceptrons of ratio 1. Our changes:
+
+- layer norm instead of group norm;
+- coordinates instead of a learned embedding of each position, so any grid of whole patches is allowed;
+- the output is the change from the last frame;
+- no factor cos(gamma t) in the aggregation, because its matrix can represent it for a fixed number of frames;
+- a head that also sees each cell's own history (with it, the error after 300 steps on a small reaction-diffusion set
+  is a third smaller).
+
+Noise on the input, the "denoising", belongs to training. Like the published network, this one does not commute with
+shifts, even by whole patches: a shift rotates the phases of Fourier coefficients, and GELU acts on their real and
+imaginary parts separately.
 
 Shapes: B batch, T frames of history, C channels, H W grid, h w patches, D width, P and Q kept wave numbers.
 """
@@ -34,7 +40,16 @@ from shodh_moe.operators.spectral import from_modes, to_modes
 
 @dataclass(frozen=True)
 class DPOTSize:
-    """``heads``: diagonal blocks of the channel mixing; ``patch``: cells per side; ``head_width``: of the head."""
+    """Sizes of a `DPOT2d`.
+
+    Attributes:
+        width: channels of a patch.
+        patch: cells per side of a patch.
+        blocks: number of blocks.
+        heads: number of diagonal blocks in the channel mixing of the Fourier attention.
+        modes: kept wave numbers, see `spectral.wavenumbers`.
+        head_width: channels of a cell in the output head.
+    """
 
     width: int
     patch: int
@@ -49,10 +64,10 @@ DPOT_SIZES = {"tiny": DPOTSize(128, patch=4), "large": DPOTSize(512, patch=8)}
 
 
 class FourierAttention(nn.Module):
-    """The same two-layer network for every wave number, block-diagonal over the channels.
+    """Apply the same two-layer network to every kept wave number, [B, h, w, D] to [B, h, w, D].
 
-    Weights are real with a last axis (real, imaginary), as in the FNO; GELU acts on each part. Computes in float32 or
-    float64, also under autocast.
+    It is block-diagonal over the channels. Weights are real with a last axis (real, imaginary), as in the FNO; GELU
+    acts on each part. Computes in float32 or float64, also under autocast.
     """
 
     def __init__(self, width: int, heads: int, modes: int):
@@ -80,6 +95,8 @@ class FourierAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """Fourier attention and a multilayer perceptron, each behind a layer norm and with a residual connection."""
+
     def __init__(self, size: DPOTSize):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
@@ -92,16 +109,17 @@ class Block(nn.Module):
 
 
 class DPOT2d(nn.Module):
-    """Predict the next frame of a field as the last frame plus the network's output. Called like `FNO2d`.
+    """Predict the next frame of a field as the last frame plus the network's output; same interface as `FNO2d`.
 
     Before training it predicts that nothing changes. Fields should be normalised to order one.
 
     Args:
         size: one of `DPOT_SIZES`.
-        channels: C of a frame.
+        channels: C, the number of channels of a frame.
         history: T, the number of input frames.
         conditions: number of physical parameters given as input, 0 for none.
-        coordinates: how positions are given, see `layers.with_coordinates`; for walls and forces that vary in space.
+        coordinates: input channels with positions, see `layers.with_coordinates`; for walls and forces that vary in
+            space.
         seed: seed of the initial weights.
     """
 
@@ -138,7 +156,7 @@ class DPOT2d(nn.Module):
 
         Raises:
             UserError: H or W is not a multiple of the patch.
-            ValueError: ``condition`` is given and the network takes none, or the other way round.
+            ValueError: ``condition`` is given but the network takes none, or is missing or of another length.
         """
         b, t, _, height, width = history_BTCHW.shape
         p = self.size.patch

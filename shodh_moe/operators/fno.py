@@ -1,7 +1,8 @@
 """Fourier neural operator in two dimensions (Li et al., arXiv 2010.08895).
 
-Not neuraloperator 2.0.0 (MIT): it brings 32 other packages (wandb 20 MB, tensorly 7 MB, opentelemetry, requests),
-its state_dict() holds a dictionary, it unpickles, and its spectral weights are complex64 whatever else is asked for.
+We do not use neuraloperator 2.0.0 (MIT), because it depends on 32 other packages (wandb 20 MB, tensorly 7 MB,
+opentelemetry, requests), its state_dict() holds a dictionary, it loads pickles, and its spectral weights are always
+complex64.
 
 Shapes: B batch, T frames of history, C channels, H W grid, D width. Inside, the channels are last.
 """
@@ -29,7 +30,13 @@ from shodh_moe.operators.spectral import from_modes, to_modes
 
 @dataclass(frozen=True)
 class FNOSize:
-    """``modes``: wave numbers -modes ... modes - 1 of the first axis and 0 ... modes - 1 of the second are mixed."""
+    """Sizes of an `FNO2d`.
+
+    Attributes:
+        width: channels inside the network.
+        modes: kept wave numbers, -modes ... modes - 1 along H and 0 ... modes - 1 along W.
+        blocks: number of blocks.
+    """
 
     width: int
     modes: int
@@ -46,17 +53,17 @@ FNO_SIZES = {
 
 
 class SpectralConv(nn.Module):
-    """A separate matrix for every kept wave number.
+    """Multiply the channels by a separate matrix for every kept wave number: [B, H, W, D] to [B, H, W, D].
 
-    The complex weights are a real tensor with a last axis (real, imaginary): optimizers, gradient reduction and file
-    formats see only real numbers. Computes in float32 or float64, also under autocast.
+    The complex weights are a real tensor with a last axis (real, imaginary), so that optimizers, gradient reduction and
+    file formats see only real numbers. Computes in float32 or float64, also under autocast.
     """
 
     def __init__(self, width: int, modes: int):
         super().__init__()
         self.modes = modes
-        # As small as Li et al.'s. Weights that keep the power of a field, width ** -0.5, train far worse: on a small
-        # reaction-diffusion set the rollout error after 300 steps was four times as large.
+        # As small as in Li et al. Weights of width ** -0.5, which would preserve a field's power, train far worse: on a
+        # small reaction-diffusion set the rollout error after 300 steps was four times as large.
         self.weight = nn.Parameter(torch.randn(2 * modes, modes, width, width, 2) / width**2)
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
@@ -71,18 +78,19 @@ class SpectralConv(nn.Module):
 class FNO2d(nn.Module):
     """Predict the next frame of a field as the last frame plus the network's output.
 
-    Without ``coordinates`` and ``padding`` the network commutes with shifts of a periodic domain; the same weights
-    work on every grid that has the kept wave numbers. Before training it predicts that nothing changes.
-    Fields should be normalised to order one. ``seed`` is the only source of randomness.
+    Without ``coordinates`` and ``padding`` the network commutes with shifts of a periodic domain, and the same weights
+    work on every grid that has the kept wave numbers. Before training it predicts that nothing changes. Fields should
+    be normalised to order one. ``seed`` is the only source of randomness.
 
     Args:
         size: one of `FNO_SIZES`.
-        channels: C of a frame.
+        channels: C, the number of channels of a frame.
         history: T, the number of input frames.
         conditions: number of physical parameters given as input, 0 for none.
-        coordinates: how positions are given, see `layers.with_coordinates`; for walls and forces that vary in space.
-        padding: zeros appended to each axis, as a share of its length, and cut off at the end; for domains that are
-            not periodic.
+        coordinates: input channels with positions, see `layers.with_coordinates`; for walls and forces that vary in
+            space.
+        padding: zeros appended to each axis, as a share of its length, and removed from the output; for domains that
+            are not periodic.
         seed: seed of the initial weights.
     """
 
@@ -120,7 +128,7 @@ class FNO2d(nn.Module):
 
         Raises:
             UserError: the grid (with its padding) has fewer than 2 * modes points on a side.
-            ValueError: ``condition`` is given and the network takes none, or the other way round.
+            ValueError: ``condition`` is given but the network takes none, or is missing or of another length.
         """
         h, w = history_BTCHW.shape[-2:]
         x = history_BTCHW.flatten(1, 2).movedim(1, -1).to(self.lift.weight.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def initial_weights(seed: int) -> Iterator[None]:
-    """Make weights created inside depend on ``seed`` alone; the global random state is restored afterwards."""
+    """Make weights created in the block depend on ``seed`` alone; the global random state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -27,9 +27,13 @@ def with_coordinates(x_BHWC: Tensor, kind: Coordinates) -> Tensor:
     """Append channels with the position of each cell.
 
     ``cells``: the cell centres, y = (i + 1/2) / H and x = (j + 1/2) / W.
-    ``waves``: sine and cosine of 2 pi times y, x, y + x and y - x, for periodic domains. From ``cells``, which jump at
-    the domain's edge, an FNO did not learn a force sin(2 pi (x + y)) within 4,000 steps for most seeds; from these it
-    did within a few hundred.
+    ``waves``: sine and cosine of 2 pi times y, x, y + x and y - x, for periodic domains. With ``cells``, which jump at
+    the domain's edge, an FNO did not learn a force sin(2 pi (x + y)) within 4,000 steps for most seeds; with ``waves``
+    it did within a few hundred.
+
+    Args:
+        x_BHWC: fields with the channels last.
+        kind: ``none`` returns ``x_BHWC`` unchanged; see `COORDINATES` for the number of channels added.
     """
     if kind == "none":
         return x_BHWC
@@ -44,9 +48,9 @@ def with_coordinates(x_BHWC: Tensor, kind: Coordinates) -> Tensor:
 
 
 class Modulation(nn.Module):
-    """Scale and shift of every channel in every block from physical parameters (FiLM, arXiv 1709.07871).
+    """Compute a scale and shift for every channel in every block from physical parameters (FiLM, arXiv 1709.07871).
 
-    Zero at the start, so that an untrained network does not depend on the parameters.
+    Both are zero at first, so that an untrained network does not depend on the parameters.
     """
 
     def __init__(self, conditions: int, width: int, blocks: int):
@@ -58,7 +62,11 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, condition: Tensor) -> Tensor:
-        """[B] or [B, conditions] to [blocks, 2, B, 1, 1, width]: what `modulate` takes, block by block."""
+        """Map parameters [B] or [B, conditions] to [blocks, 2, B, 1, 1, width], for `modulate` in each block.
+
+        Raises:
+            ValueError: the number of parameters is not ``conditions``.
+        """
         s = condition.reshape(len(condition), -1)
         if s.shape[1] != self.conditions:
             raise ValueError(f"the network depends on {self.conditions} parameters; {s.shape[1]} were given")
@@ -67,23 +75,26 @@ class Modulation(nn.Module):
 
 
 def make_modulation(conditions: int, width: int, blocks: int) -> Modulation | None:
+    """Return a `Modulation`, or None for a network without physical parameters."""
     return Modulation(conditions, width, blocks) if conditions else None
 
 
 def modulations(layer: Modulation | None, condition: Tensor | None, blocks: int) -> list[Tensor | None]:
-    """One modulation a block, all None for a network without parameters.
+    """Return one modulation per block; all are None for a network without physical parameters.
 
     Raises:
-        ValueError: ``condition`` is there and the network has none, or the other way round.
+        ValueError: ``condition`` is given but the network has no parameters, or the other way round.
     """
     if (layer is None) != (condition is None):
-        raise ValueError(f"the network was made {'without' if layer is None else 'with'} physical parameters")
+        made, action = ("without", "do not pass") if layer is None else ("with", "pass")
+        raise ValueError(f"the network was made {made} physical parameters: {action} a condition")
     if layer is None or condition is None:
         return [None] * blocks
     return list(layer(condition))
 
 
 def modulate(x_BHWC: Tensor, modulation: Tensor | None) -> Tensor:
+    """Return x (1 + scale) + shift for a modulation [2, B, 1, 1, C] of (scale, shift); x itself for None."""
     if modulation is None:
         return x_BHWC
     scale, shift = modulation

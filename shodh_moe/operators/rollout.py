@@ -1,6 +1,6 @@
-"""Free-running prediction with an operator, its error, and the loss that trains it through several steps.
+"""Autoregressive prediction with an operator, its error, and the loss that trains it through several steps.
 
-Shapes: B batch, T frames, C channels, H W grid. Everything in the units in which the network was trained.
+Shapes: B batch, T frames, C channels, H W grid. All fields are in the units in which the network was trained.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Operator(Protocol):
-    """`FNO2d`, `DPOT2d`, or an engine around one."""
+    """An `FNO2d` or `DPOT2d`, or a training engine that wraps one."""
 
     history: int
 
@@ -20,9 +20,9 @@ class Operator(Protocol):
 
 
 def rollout(model: Operator, frames_BTCHW: Tensor, steps: int, condition: Tensor | None = None) -> Tensor:
-    """The ``steps`` frames after the last of ``frames_BTCHW``, [B, steps, C, H, W]; predictions are fed back.
+    """Predict the ``steps`` frames after ``frames_BTCHW``, feeding predictions back: [B, steps, C, H, W].
 
-    The last ``model.history`` frames are used. Gradients flow through all steps unless the caller turns them off.
+    Only the last ``model.history`` frames are used. Gradients flow through all steps unless the caller disables them.
 
     Raises:
         ValueError: fewer frames than the network's history.
@@ -37,21 +37,21 @@ def rollout(model: Operator, frames_BTCHW: Tensor, steps: int, condition: Tensor
 
 
 def nrmse(predicted: Tensor, true: Tensor) -> Tensor:
-    """sqrt(mean error^2) / sqrt(mean true^2) over channels and cells: [..., C, H, W] twice to [...].
+    """Normalised RMSE, sqrt(mean error^2) / sqrt(mean true^2) over channels and cells: [..., C, H, W] to [...].
 
-    PDEBench's normalised RMSE (arXiv 2210.07182, `metric_func`) with one difference: there each channel is divided by
-    its own norm before the mean over channels, so one that is near zero (a velocity at rest) outweighs all others.
-    For PDEBench's own number give each channel as a field of its own, [..., C, 1, H, W], and take the mean.
-    The gradient where the error is zero is zero. A true field that is zero everywhere gives infinity, or NaN.
+    It is that of PDEBench (arXiv 2210.07182, `metric_func`) with one difference: PDEBench divides each channel by its
+    own norm before the mean over channels, so a channel near zero (a velocity at rest) outweighs all others. For
+    PDEBench's own number, pass each channel as a separate field, [..., C, 1, H, W], and take the mean. Where the error
+    is zero, so is the gradient. A true field that is zero everywhere gives infinity, or NaN if the error is zero too.
     """
     over = (-3, -2, -1)
     return torch.linalg.vector_norm(predicted - true, dim=over) / torch.linalg.vector_norm(true, dim=over)
 
 
 def rollout_loss(model: Operator, frames_BTCHW: Tensor, steps: int, condition: Tensor | None = None) -> Tensor:
-    """Mean `nrmse` over the batch and over ``steps`` frames predicted one from the other; a scalar.
+    """Mean `nrmse` over the batch and over a `rollout` of ``steps`` frames; a scalar.
 
-    The first ``model.history`` frames are given, the next ``steps`` are the truth, frames after those are not used.
+    The first ``model.history`` frames are the input, the next ``steps`` the truth; later frames are not used.
 
     Raises:
         ValueError: fewer frames than ``model.history + steps``.

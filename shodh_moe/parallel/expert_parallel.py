@@ -22,15 +22,25 @@ Mark = float | torch.cuda.Event
 
 @dataclass
 class Exchange:
-    """Record of one all-to-all. ``marks``: its start, the start of the wait for it, and the end of that wait."""
+    """Record of one all-to-all.
+
+    Attributes:
+        layer: number of the MoE layer.
+        direction: what the exchange does in the forward pass.
+        sent_bytes: number of bytes sent to other ranks.
+        marks: times of its start, of the start of the wait for it, and of the end of that wait.
+    """
 
     layer: int
     direction: Direction
-    sent_bytes: int  # to other ranks
+    sent_bytes: int
     marks: list[Mark]
 
     def times_ms(self) -> tuple[float, float]:
-        """Milliseconds from start to end, and of the wait alone. On a GPU this waits for the exchange to finish."""
+        """Return the duration of the exchange and of the wait alone, in milliseconds.
+
+        On a GPU, this blocks until the exchange has finished.
+        """
         start, waiting, end = self.marks
         return _elapsed_ms(start, end), _elapsed_ms(waiting, end)
 
@@ -42,8 +52,8 @@ class ExpertParallel:
     Attributes:
         size: number of ranks that share the experts.
         rank: this rank's number among them.
-        group: their process group; set once process groups exist.
-        exchanges: if it is a list, every all-to-all appends its record; None: nothing is timed or counted.
+        group: their process group; None until process groups exist.
+        exchanges: list to which every all-to-all appends its record; None: nothing is recorded.
     """
 
     size: int = 1
@@ -65,7 +75,7 @@ class ExpertParallel:
             layer: number of the layer, for the record.
 
         Returns:
-            number of rows that each rank of the group sends to each of this rank's experts, [G, L].
+            Number of rows that each rank of the group sends to each of this rank's experts, int64 [G, L].
         """
         count_GL = count_E.view(self.size, -1)
         if self.size == 1:
@@ -73,13 +83,18 @@ class ExpertParallel:
         return _Running(count_GL.contiguous(), _Plan(self, None, None, layer, "dispatch")).wait()
 
     def check_same_tokens(self, tokens: int, capacity: int, device: torch.device) -> None:
-        """Raise on every rank of the group unless all have the same number of tokens and of slots per expert.
+        """Check that all ranks of the group have the same number of tokens and of slots per expert.
 
-        An all-to-all with equal splits needs equal blocks. Ranks compare only pairs of numbers that are new to them,
-        so a change is noticed only if it happens on all ranks in the same call.
+        An all-to-all with equal splits needs equal blocks. Ranks communicate only for pairs of numbers that are new to
+        them, so a change is noticed only if it happens on all ranks in the same call.
+
+        Args:
+            tokens: number of tokens of this rank.
+            capacity: number of slots per expert.
+            device: where to put the numbers for the comparison, a device that the group can use.
 
         Raises:
-            UserError: names the ranks and their numbers; the same message on all ranks.
+            UserError: the ranks differ; raised on all of them, and names the ranks and their numbers.
         """
         if self.size == 1 or (tokens, capacity) in self._agreed:
             return
@@ -108,7 +123,7 @@ class ExpertParallel:
 
 
 class _Plan(NamedTuple):
-    """Splits of one all-to-all, and how to record it."""
+    """Group and splits of one all-to-all, and the layer and direction of its record."""
 
     ep: ExpertParallel
     send: Splits
@@ -124,7 +139,7 @@ class _Plan(NamedTuple):
 
 
 class _Running:
-    """An all-to-all in flight."""
+    """An all-to-all that has been started, and its record."""
 
     def __init__(self, x: Tensor, plan: _Plan):
         ep, self._exchange = plan.ep, None
@@ -137,18 +152,18 @@ class _Running:
         )
 
     def wait(self) -> Tensor:
-        self._note()
+        self._record_time()
         self._work.wait()
-        self._note()
+        self._record_time()
         return self.received
 
-    def _note(self) -> None:
+    def _record_time(self) -> None:
         if self._exchange is not None:
             self._exchange.marks.append(_mark(self.received))
 
 
 def _mark(x: Tensor) -> Mark:
-    """The current time on the device of ``x``: on a GPU an event in its stream, which nothing has to wait for."""
+    """Return the current time on the device of ``x``: on a GPU, an event in its stream, without blocking."""
     if not x.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -164,6 +179,8 @@ def _elapsed_ms(start: Mark, end: Mark) -> float:
 
 
 class _AllToAll(torch.autograd.Function):
+    """Start an all-to-all, append it to ``running`` and return the tensor that it fills; backward waits for its own."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, running: list[_Running]) -> Tensor:  # type: ignore[override]
         ctx.plan = plan
@@ -181,14 +198,14 @@ class _AllToAll(torch.autograd.Function):
 
 
 class InFlight:
-    """An exchange that has started. Work that needs neither tensor can run before `wait`."""
+    """A started exchange. Before `wait`, the caller can do work that needs neither its input nor its result."""
 
     def __init__(self, sent: Tensor, received: Tensor, running: _Running | None):
         self._sent = sent  # must stay alive until the exchange ends
         self._received, self._running = received, running
 
     def wait(self) -> Tensor:
-        """The rows received, in the order of the ranks that sent them."""
+        """Return the rows received, in the order of the ranks that sent them."""
         if self._running is not None:
             self._running.wait()
         return self._received
@@ -205,10 +222,10 @@ def start_all_to_all(
     """Start sending the g-th block of the first axis to rank g of the EP group; differentiable.
 
     Args:
-        x: concatenated blocks; every rank passes the same shape if the splits are None.
-        send: number of rows in each block.
-        receive: number of rows that each rank sends to this one.
-        layer, direction: how to record it, see `ExpertParallel.exchanges`.
+        x: the blocks, concatenated along axis 0; every rank passes the same shape if the splits are None.
+        send: number of rows in each block; None: equal blocks.
+        receive: number of rows that each rank sends to this one; None: equal blocks.
+        layer, direction: recorded with the exchange, see `ExpertParallel.exchanges`.
     """
     if ep.size == 1:
         return InFlight(x, x, None)
@@ -226,5 +243,5 @@ def all_to_all(
     layer: int = 0,
     direction: Direction = "combine",
 ) -> Tensor:
-    """`start_all_to_all`, and wait for the result."""
+    """Call `start_all_to_all` and wait for the result."""
     return start_all_to_all(x, ep, send, receive, layer, direction).wait()

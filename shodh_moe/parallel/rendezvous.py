@@ -24,7 +24,7 @@ from shodh_moe.base.polling import wait_until
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "
-_ANSWER_SECONDS = 10.0  # how long a rank waits for another one that has certainly started
+_ANSWER_SECONDS = 10.0  # how long a rank waits for another one that is known to have started
 _LAUNCH = "start all ranks with one launcher command, or give every host the same WORLD_SIZE and its own ranks"
 _joins = itertools.count()  # a second group in the same process must not read the facts of the first
 
@@ -47,7 +47,7 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
         return
     rank, world = _number("RANK"), _number(WORLD)
     try:
-        # World size 1: a store that waits for WORLD_SIZE ranks by itself cannot say which one is missing.
+        # World size 1, so that the store does not wait: it could not say which rank is missing.
         store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=timeout_seconds)))
     except (dist.DistError, ValueError) as error:
         raise UserError(_unreachable(rank, world, timeout_seconds, error)) from None
@@ -63,7 +63,7 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     except dist.DistError as error:
         raise UserError(f"rank {rank} lost rank 0 while they compared settings ({_short(error)}): see rank 0") from None
     store.set_timeout(dist.default_pg_timeout)
-    # By default gloo uses the address of the host's own name, which on many systems is the loopback.
+    # By default, gloo uses the address of this host's name, which on many systems is the loopback.
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # Bind the group to its device as DeepSpeed does: NCCL then connects now, and subgroups share the connection.
@@ -73,6 +73,9 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
 
 def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeout_seconds: float) -> None:
     """Return once ``world`` ranks have arrived with equal facts. Every rank calls it, at most once per store.
+
+    Args:
+        facts, timeout_seconds: as in `join`.
 
     Raises:
         UserError: as in `join`.
@@ -100,7 +103,7 @@ def agree(store: dist.Store, rank: int, world: int, facts: dict[str, Any], timeo
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that communicate between ranks."""
+    """Return the versions of Python and of the libraries that must be equal on all ranks."""
     found = {"python": platform.python_version()}
     for name in ("torch", "deepspeed", "shodh_moe"):
         try:
@@ -114,7 +117,7 @@ Arrival = dict[str, Any]  # rank: int, facts: dict[str, Any]
 
 
 def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
-    """Collect arrivals until all ranks are here, the deadline passes, or two ranks have different world sizes."""
+    """Collect arrivals until all ranks have arrived, the deadline passes, or two ranks have different world sizes."""
 
     def complete() -> bool:
         arrivals = _read(store)
@@ -123,7 +126,7 @@ def _gather(store: dist.Store, deadline: float) -> list[Arrival]:
 
     wait_until(complete, deadline - time.monotonic())
     arrivals = _read(store)
-    if len({a["facts"][WORLD] for a in arrivals}) > 1:  # how many will come is unknown; most start in a second
+    if len({a["facts"][WORLD] for a in arrivals}) > 1:  # unknown how many will arrive; most do within a second
         time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         arrivals = _read(store)
     return arrivals
@@ -134,7 +137,7 @@ def _read(store: dist.Store) -> list[Arrival]:
 
 
 def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:
-    """One line that says what is wrong with the arrivals; empty if nothing is."""
+    """Describe in one line what is wrong with the arrivals; "" if nothing is."""
     worlds = {a["facts"][WORLD] for a in arrivals}
     differing = [key for key in _keys(arrivals) if len({_value(a, key) for a in arrivals}) > 1]
     ranks = [a["rank"] for a in arrivals]
@@ -163,7 +166,7 @@ def _difference(arrivals: list[Arrival], timeout_seconds: float) -> str:
 
 
 def _keys(arrivals: list[Arrival]) -> list[str]:
-    """Names of all facts, in the order in which they were given."""
+    """List the names of all facts, in the order in which they were given."""
     return list(dict.fromkeys(key for arrival in arrivals for key in arrival["facts"]))
 
 
@@ -188,7 +191,10 @@ def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception
             f"rank 0 cannot listen on {where} ({reason}{holder}): set MASTER_ADDR to this host and MASTER_PORT to a "
             "free port, and see that RANK differs between processes"
         )
-    return f"rank 0 of {world} did not arrive at {where} within {timeout_seconds:g} s, says rank {rank} ({reason})"
+    return (
+        f"rank {rank} could not reach rank 0 of {world} at {where} within {timeout_seconds:g} s ({reason}): see rank "
+        "0's host for an error, and whether MASTER_ADDR and MASTER_PORT are the same everywhere"
+    )
 
 
 def _short(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Flow solvers that generate the training data: a lattice Boltzmann method and the domains simulated with it.
 
 Everything is in lattice units (cell size, time step and mean density are 1) and deterministic: the same config, seed
-and trajectory number give the same bits for any number of threads and of other trajectories.
+and trajectory number give the same bits, whatever the number of threads and of other trajectories.
 """
 
 from __future__ import annotations

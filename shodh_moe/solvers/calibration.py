@@ -15,7 +15,14 @@ RUNS = 2
 
 
 def calibrate(target: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArray[np.bool_]) -> float:
-    """Size of the force, from two short runs that start at rest; ``new_flow`` creates the flows."""
+    """Find the size of the body force that drives the fluid at the target speed, in lattice units.
+
+    Makes two short runs from rest under a force along x, and scales the force after each of them.
+
+    Args:
+        new_flow: creates a flow at rest, such as a `LatticeBoltzmann`.
+        fluid_XYZ: bool, True in fluid cells.
+    """
     force = target.guess
     for _ in range(RUNS):
         # Inertia makes the response less than proportional, so a second run starts from a nearly correct force.
@@ -32,5 +39,5 @@ def calibrate(target: Calibration, new_flow: Callable[[], Any], fluid_XYZ: NDArr
 
 
 def ramp(time_T: NDArray[np.generic]) -> FloatArray:
-    """Ramp from 0 to 1 over the first `RAMP_STEPS`; a sudden force would excite sound for thousands of steps."""
+    """Ramp from 0 to 1 over the first `RAMP_STEPS`, [T]; a sudden force would excite sound for thousands of steps."""
     return smooth_step(np.asarray(time_T, dtype=np.float64) / RAMP_STEPS)

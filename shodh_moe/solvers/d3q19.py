@@ -17,9 +17,12 @@ __all__ = ["OPPOSITE_Q", "SOUND_SPEED", "VELOCITIES_Q3", "WEIGHTS_Q", "Q", "gath
 def gather_table(solid_XYZ: NDArray[np.bool_], lid: bool) -> NDArray[np.uint32]:
     """Source of each population of each fluid cell: [19, n_fluid] flat indices into [19, n_fluid].
 
-    Fluid cells are numbered in C order. A population whose upstream cell is solid comes from the same cell,
-    opposite direction (half-way bounce-back: the wall lies half a cell away). With ``lid`` the top z face reflects
-    populations specularly (free slip) and nothing wraps around in z upwards; everything else is periodic.
+    Fluid cells are numbered in C order. A population whose upstream cell is solid comes from the opposite direction of
+    the same cell (half-way bounce-back: the wall lies half a cell away). With ``lid`` the top z face reflects
+    populations specularly (free slip) instead of letting them wrap around; everything else is periodic.
+
+    Raises:
+        ValueError: there are too many fluid cells for 32-bit indices.
     """
     nx, ny, nz = solid_XYZ.shape
     fluid_XYZ = ~solid_XYZ

@@ -1,7 +1,7 @@
 """Random eddies around solids: the curl of a random potential that fades to zero at the walls.
 
-They are divergence-free and at rest in solids. With ``lid`` z ends at walls (mirrored); otherwise it is periodic like x
-and y.
+They are divergence-free and at rest in solids. With ``lid``, fields are mirrored at both ends of z; otherwise z is
+periodic like x and y.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _FOURTH_ORDER = np.array([1, -8, 0, 8, -1]) / 12
 
 
 def wall_distance(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
-    """Distance [X, Y, Z] in cells from each cell centre to the nearest solid centre.
+    """Distance [X, Y, Z] in cells from each cell centre to the nearest centre of a solid cell; infinite without solids.
 
-    Solids up to eight cells across a periodic face count. Infinite without solids.
+    Solids are seen across periodic faces up to a distance of eight cells.
     """
     from scipy import ndimage
 
@@ -30,9 +30,9 @@ def wall_distance(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
     pads = [min(8, size) for size in solid_XYZ.shape]
     if lid:
         pads[2] = 0
-    wide = np.pad(solid_XYZ, [(pad, pad) for pad in pads], mode="wrap")
+    padded = np.pad(solid_XYZ, [(pad, pad) for pad in pads], mode="wrap")
     inner = tuple(slice(pad, pad + size) for pad, size in zip(pads, solid_XYZ.shape, strict=True))
-    return np.asarray(ndimage.distance_transform_edt(~wide)[inner])
+    return np.asarray(ndimage.distance_transform_edt(~padded)[inner])
 
 
 def wall_fade(solid_XYZ: NDArray[np.bool_], lid: bool) -> FloatArray:
@@ -56,13 +56,13 @@ def eddies(fade_XYZ: FloatArray, width: float, lid: bool, rng: np.random.Generat
 
 
 def scaled(velocity_3XYZ: FloatArray, fluid_XYZ: NDArray[np.bool_], speed: float) -> FloatArray:
-    """The flow scaled to rms ``speed`` over the fluid."""
+    """Scale a velocity [3, X, Y, Z] so that its rms over the fluid is ``speed``."""
     rms = np.sqrt((velocity_3XYZ[:, fluid_XYZ] ** 2).sum(0).mean())
     return np.asarray(velocity_3XYZ * (speed / max(rms, 1e-30)))
 
 
 def curl(a_3XYZ: FloatArray, lid: bool) -> FloatArray:
-    """Fourth-order central curl.
+    """Curl [3, X, Y, Z] of a vector potential [3, X, Y, Z] by fourth-order central differences.
 
     The order matters: a lower order would leave a divergence on the lattice, which turns into sound at once.
     """

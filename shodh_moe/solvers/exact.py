@@ -1,4 +1,4 @@
-"""Exact and published solutions to validate the 3D solver, in the solver's lattice units.
+"""Exact and published solutions for validating the 3D solver, in its lattice units.
 
 z is the distance from the bed in cells: the first fluid cell above a solid layer has its centre at 1/2.
 """
@@ -31,7 +31,7 @@ def startup(z_Z: Array, time_T: Array, gap: float, force: float, viscosity: floa
 
 
 def oscillating_film(z_Z: Array, time_T: Array, depth: float, force: float, viscosity: float, omega: float) -> Array:
-    """Velocity [T, Z] of a film under a free-slip lid, long driven by the force ``force cos(omega t)``.
+    """Periodic velocity [T, Z] of a film under a free-slip lid, driven by ``force cos(omega t)`` since long ago.
 
     Relative to the bed this is Stokes' second problem at finite depth (the bed oscillates, the far fluid is at rest).
     """
@@ -42,11 +42,11 @@ def oscillating_film(z_Z: Array, time_T: Array, depth: float, force: float, visc
 
 
 def channel_friction(width_over_depth: float, terms: int = 200) -> float:
-    """Darcy's f times Re of a laminar open channel with side walls, Re = U R / nu by the hydraulic radius R.
+    """Darcy's friction factor f times Re of a laminar open channel with side walls; Re = U R / nu, hydraulic radius R.
 
     It is 24 for an infinitely wide channel (Nusselt's film). The channel is the lower half of a duct of width w and
-    height 2 h, and this is the duct's Fanning friction factor times Reynolds number (Shah and London 1978: 14.22708 for
-    w = 2 h).
+    height 2 h, so the result is the duct's Fanning friction factor times its Reynolds number (Shah and London 1978:
+    14.22708 for w = 2 h).
     """
     w, n_N = width_over_depth, 2 * np.arange(terms) + 1
     # Mean velocity over depth^2 force / viscosity, from the Fourier series over the depth.

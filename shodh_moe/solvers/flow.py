@@ -1,4 +1,4 @@
-"""The description of a flow that a domain passes to the solver, and pulsed drives that domains share."""
+"""The description of a flow that a domain passes to the solver, and the pulsed drives that domains share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Calibration:
         speed: mean streamwise speed of the fluid.
         max_speed: the largest speed allowed anywhere; it limits the mean in geometries with narrow throats.
         guess: body force along x to try first.
-        steps: time steps in which the flow comes near its steady state.
-        force: makes the force as a function of time from the calibrated size.
+        steps: time steps of a run, in which the flow comes close to its steady state.
+        force: turns the calibrated size into the body force as a function of time.
     """
 
     speed: float
@@ -41,9 +41,9 @@ class FlowSetup:
         solid_XYZ: bool, True in solid voxels.
         lid: free-slip lid on the top z face.
         length: the length in the Reynolds number, in cells.
-        velocity_3XYZ: initial velocity, None for rest.
+        velocity_3XYZ: initial velocity [3, X, Y, Z]; None for rest.
         force: body force as a function of the time step; None for no force.
-        calibration: calibrates a body force, instead of ``force``; None for no calibration.
+        calibration: target for a body force that replaces ``force``; None for no calibration.
         mean_velocity: mean velocity of the fluid as a function of the time step, held by a uniform force; None to
             leave it free.
         reynolds_speed: the speed in the Reynolds number: ``mean`` along x, or ``rms`` of one velocity component.
@@ -84,11 +84,11 @@ class Pulse:
         )
 
     def value(self, time_T: FloatArray) -> FloatArray:
-        """The pulse at time_T [T]."""
+        """The pulse at the time steps time_T, [T]."""
         return (self.amplitude_2 * np.sin(self._angle(time_T))).sum(-1)
 
     def slope(self, time_T: FloatArray) -> FloatArray:
-        """Its time derivative at time_T [T]."""
+        """The time derivative of the pulse at the time steps time_T, [T]."""
         return (self.amplitude_2 * 2 * np.pi / self.period_2 * np.cos(self._angle(time_T))).sum(-1)
 
     def _angle(self, time_T: FloatArray) -> FloatArray:
@@ -97,7 +97,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Turn:
-    """A vector of fixed length that rotates in a plane; it never stands still, so neither does the flow it drives."""
+    """A vector of fixed length that rotates steadily in a plane, so that the flow it drives never becomes steady."""
 
     amplitude: float
     period: float
@@ -112,7 +112,7 @@ class Turn:
         )
 
     def value(self, time_T: FloatArray) -> FloatArray:
-        """The two components at time_T [T]: [T, 2]."""
+        """The two components at the time steps time_T, [T, 2]."""
         angle_T = 2 * np.pi * np.asarray(time_T) / self.period + self.phase
         return self.amplitude * np.stack([np.cos(angle_T), np.sin(angle_T)], axis=-1)
 

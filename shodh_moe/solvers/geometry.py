@@ -10,7 +10,10 @@ FloatGrid = NDArray[np.float64]
 
 
 def add_sphere(distance_XYZ: FloatGrid, centre_3: NDArray[np.float64], radius: float, periodic_z: bool = True) -> None:
-    """Lower distance_XYZ in place to the signed distance to a sphere, periodic in x, y (and z), in cells."""
+    """Lower distance_XYZ in place to the signed distance to a sphere in cells, where that is smaller.
+
+    Distances are periodic in x and y, and in z unless ``periodic_z`` is False.
+    """
     squares = []
     for axis, (size, centre) in enumerate(zip(distance_XYZ.shape, centre_3, strict=True)):
         offset = np.abs(np.arange(size) + 0.5 - centre)
@@ -22,9 +25,9 @@ def add_sphere(distance_XYZ: FloatGrid, centre_3: NDArray[np.float64], radius: f
 
 
 def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rng: np.random.Generator) -> FloatGrid:
-    """Smooth periodic field that is low inside a random pack of overlapping spheres of about ``radius`` cells.
+    """Smooth periodic field [X, Y, Z], low inside a random pack of overlapping spheres of about ``radius`` cells.
 
-    Spheres are added until they fill 1 - porosity; a light blur rounds the cusps where two of them meet.
+    Spheres are added until they fill 1 - porosity of the box; a slight blur rounds the cusps where two of them meet.
     """
     from scipy import ndimage
 
@@ -36,7 +39,7 @@ def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rn
 
 
 def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Generator) -> FloatGrid:
-    """Periodic Gaussian-filtered noise with blobs about as thick as spheres of radius ``length``."""
+    """Periodic Gaussian-filtered noise [X, Y, Z] with blobs about as thick as spheres of radius ``length`` (cells)."""
     from scipy import ndimage
 
     return ndimage.gaussian_filter(rng.standard_normal(shape), 0.6 * length, mode="wrap")
@@ -45,7 +48,7 @@ def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Genera
 def fractures(
     shape: tuple[int, int, int], aperture: float, count: int, roughness: float, rng: np.random.Generator
 ) -> BoolGrid:
-    """Solid mask of a rock cut by ``count`` rough planes of open width ``aperture`` (cells), periodic.
+    """Periodic solid mask [X, Y, Z] of a rock cut by ``count`` rough planes of open width ``aperture`` (cells).
 
     ``roughness`` is the rms displacement of a plane in cells. The first plane lies along x; the others cross it in
     any direction in which a plane fits the periodic box.
@@ -75,7 +78,10 @@ def threshold(field_XYZ: FloatGrid, porosity: float) -> BoolGrid:
 
 
 def connected_pores(solid_XYZ: BoolGrid) -> NDArray[np.int64]:
-    """Number the pores of a periodic mask: 0 in solids, 1.. in fluid, the same number if faces connect (periodic)."""
+    """Number the pores of a periodic mask [X, Y, Z]: 0 in solids, from 1 on in fluid.
+
+    Fluid cells have the same number if a path through cell faces, including those of the periodic box, connects them.
+    """
     from scipy import ndimage
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -93,7 +99,7 @@ def connected_pores(solid_XYZ: BoolGrid) -> NDArray[np.int64]:
 
 
 def percolating(solid_XYZ: BoolGrid) -> BoolGrid | None:
-    """Fill every pore that cannot carry flow along x. Returns the mask, or None if no pore can carry flow.
+    """Fill every pore that cannot carry flow along x; return the new mask, or None if no pore can carry flow.
 
     A pore carries flow if it connects a cell of the first x layer to the same cell of the last layer within the box.
     """

@@ -1,4 +1,4 @@
-"""The numba kernel of the lattice Boltzmann solver: gather, collide, force, one pass over the fluid cells.
+"""The numba kernel of the lattice Boltzmann solver: gather, collision and force in one pass over the fluid cells.
 
 Cells are processed in fixed blocks that fit the first-level cache, and no cell depends on another cell of the same time
 step, so the result has the same bits for any number of threads.
@@ -18,7 +18,7 @@ FREE, HOLD, KEEP = 0, 1, 2
 
 @compiled()
 def _collide(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, gz, omega_even, omega_odd):  # type: ignore[no-untyped-def]
-    """Collision and force, in place, of a tile [19 * BLOCK] of populations with one pair of rates."""
+    """Apply collision and force in place to a tile [19 * BLOCK] of populations, with the same rates for all cells."""
     real = tile.dtype.type
     half = real(0.5)
     even_force = real(1.0) - half * omega_even
@@ -50,7 +50,10 @@ def _collide(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, gz, omega_eve
 
 @compiled()
 def _collide_with_eddies(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, gz, rates):  # type: ignore[no-untyped-def]
-    """`_collide` with the even rate of each cell from its stress: `kernels.lattice_boltzmann.relaxation_time`."""
+    """`_collide` with an even rate for each cell that depends on its stress.
+
+    See `kernels.lattice_boltzmann.relaxation_time`.
+    """
     real = tile.dtype.type
     half, one = real(0.5), real(1.0)
     xx, yy, zz = np.zeros(BLOCK, tile.dtype), np.zeros(BLOCK, tile.dtype), np.zeros(BLOCK, tile.dtype)
@@ -110,7 +113,7 @@ def _collide_with_eddies(tile, rho, ux, uy, uz, velocity_Q3, weight_Q, gx, gy, g
 
 @compiled()
 def _advance_block(block, n_fluid, f_old, f_new, table, velocity_Q3, weight_Q, force_3, velocity_3N, mode, rates):  # type: ignore[no-untyped-def]
-    """One time step of the fluid cells from ``block * BLOCK`` on, from f_old into f_new, both [19 * n_fluid]."""
+    """Advance the fluid cells of one block by one time step, from f_old into f_new, both [19 * n_fluid]."""
     real = f_old.dtype.type
     half = real(0.5)
     gx, gy, gz = force_3[0], force_3[1], force_3[2]
@@ -162,13 +165,15 @@ def _advance_block(block, n_fluid, f_old, f_new, table, velocity_Q3, weight_Q, f
 def advance_serial(f_2F, table_QN, velocity_Q3, weight_Q, force_T3, velocity_3N, mode, rates, start):  # type: ignore[no-untyped-def]
     """Advance ``len(force_T3)`` time steps between the two buffers f_2F [2, 19 * n_fluid], reading f_2F[start] first.
 
-    Populations are stored after collision and shifted, f - w. The collision is TRT with the incompressible
-    equilibrium of He and Luo (1997) and Guo's body force (2002). ``rates`` [4] holds its even and odd rate, then what
-    an eddy viscosity needs: the even time minus 1/2 without it, and 18 sqrt(2) C^2, 0 for none.
-    With ``mode`` HOLD the velocity of the equilibrium is velocity_3N, so that only density and stress relax: the
-    density converges to the pressure that belongs to the velocity (Mei et al., 2006). With KEEP the velocity of the
-    flow is written there, with FREE it is not used.
-    One thread; releases the GIL, so that several flows can run side by side.
+    Populations are stored after collision and shifted, f - w. The collision is TRT with the incompressible equilibrium
+    of He and Luo (1997) and Guo's body force (2002). ``rates`` [4] holds the even rate, the odd rate, and two numbers
+    for the eddy viscosity: the even relaxation time minus 1/2 without it, and 18 sqrt(2) C^2 (0 for no eddy viscosity).
+
+    With ``mode`` HOLD, velocity_3N is the velocity of the equilibrium, so that only density and stress relax: the
+    density converges to the pressure that belongs to the velocity (Mei et al., 2006). With KEEP, the flow's velocity is
+    written to velocity_3N; with FREE, velocity_3N is not used.
+
+    Uses one thread and releases the GIL, so that several flows can run side by side.
     """
     n_fluid = table_QN.shape[1]
     table = table_QN.reshape(-1)
@@ -182,7 +187,7 @@ def advance_serial(f_2F, table_QN, velocity_Q3, weight_Q, force_T3, velocity_3N,
 
 @compiled(parallel=True)
 def advance_parallel(f_2F, table_QN, velocity_Q3, weight_Q, force_T3, velocity_3N, mode, rates, start):  # type: ignore[no-untyped-def]
-    """`advance_serial` on all threads of numba: the same bits, faster on large grids only."""
+    """`advance_serial` on all threads of numba: the same bits, but faster only on large grids."""
     n_fluid = table_QN.shape[1]
     table = table_QN.reshape(-1)
     for step in range(force_T3.shape[0]):

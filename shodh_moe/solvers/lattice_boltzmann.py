@@ -22,10 +22,10 @@ __all__ = ["MAGIC", "SOUND_SPEED", "LatticeBoltzmann"]
 
 
 class LatticeBoltzmann:
-    """One flow at rest with unit density, ready to be stepped.
+    """A flow, at first at rest with unit density.
 
     Args:
-        solid_XYZ: bool, True in solid voxels (no slip). At least one cell must be fluid.
+        solid_XYZ: bool [X, Y, Z], True in solid voxels (no slip). At least one cell must be fluid.
         viscosity: kinematic, > 0, lattice units.
         lid: the top z face is a free-slip lid; the bottom layer solid_XYZ[:, :, 0] must then be solid.
             Without a lid all three axes are periodic.
@@ -85,7 +85,7 @@ class LatticeBoltzmann:
         self.run(np.asarray(force_3)[None])
 
     def set_velocity(self, velocity_3XYZ: ArrayLike, settle_pressure: bool = False) -> None:
-        """Restart from velocity_3XYZ [3, X, Y, Z] (values in solid voxels are ignored).
+        """Restart the flow from velocity_3XYZ [3, X, Y, Z] (values in solid voxels are ignored).
 
         ``settle_pressure`` relaxes density and stresses with the velocity held fixed (Mei et al. 2006), so that the
         flow starts with its own pressure instead of a burst of sound.
@@ -105,7 +105,7 @@ class LatticeBoltzmann:
         """Start the scalar from scalar_XYZ [X, Y, Z] (solid voxels are ignored); call it after `set_velocity`.
 
         Raises:
-            ValueError: the flow was made without a diffusivity, or a wrong shape.
+            ValueError: the flow was made without a diffusivity, or ``scalar_XYZ`` has a wrong shape.
         """
         scalar_XYZ = np.asarray(scalar_XYZ, dtype=self.dtype)
         if scalar_XYZ.shape != self.solid_XYZ.shape:
@@ -119,7 +119,7 @@ class LatticeBoltzmann:
         return out
 
     def velocity(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
-        """Velocity [3, X, Y, Z] of the last step, half the force included; zero in solid voxels."""
+        """Velocity [3, X, Y, Z] after the last step, including half its force; zero in solid voxels."""
         dtype = dtype or self.dtype
         f_QN = self._populations()
         momentum_3N = np.einsum("qi,qn->in", VELOCITIES_Q3.astype(self.dtype), f_QN)
@@ -129,7 +129,7 @@ class LatticeBoltzmann:
         return out
 
     def pressure(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
-        """Pressure (rho - 1) / 3 [X, Y, Z], zero where density is 1; filled with zero in solid voxels."""
+        """Pressure (rho - 1) / 3, [X, Y, Z]; zero in solid voxels."""
         out = np.zeros(self.solid_XYZ.shape, dtype or self.dtype)
         out[self._fluid_XYZ] = self._populations().sum(0, dtype=np.float64) / 3
         return out
@@ -157,7 +157,11 @@ class LatticeBoltzmann:
         mode: int,
         rates: tuple[float, float] | None = None,
     ) -> None:
-        """Advance one step per row of forces; ``rates`` replace those of viscosity and eddy viscosity if given."""
+        """Advance one step per row of force_T3 with ``mode`` of `kernel.advance_serial`.
+
+        Args:
+            rates: even and odd rate, in place of those of the viscosity; the eddy viscosity is then off.
+        """
         force_T3 = np.ascontiguousarray(force_T3, dtype=self.dtype).reshape(-1, 3)
         if not len(force_T3):
             return

@@ -1,4 +1,4 @@
-"""Valid inputs of the lattice Boltzmann solvers, and the check for a failed flow; the same on every device."""
+"""Checks of the lattice Boltzmann solvers' inputs and of a diverged flow, the same on every device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_SPEED = 0.3
 
 
 class DivergedError(ArithmeticError):
-    """The flow became non-finite or faster than the method allows; the message says which and by how much."""
+    """A flow became non-finite or faster than the method allows; the message names the flow and its speed."""
 
 
 def checked_mask(

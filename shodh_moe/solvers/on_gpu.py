@@ -24,12 +24,12 @@ GRAPH_STEPS = 32  # even, so that a graph ends in the buffer that it started fro
 
 
 class LatticeBoltzmannGPU:
-    """One flow at rest with unit density, ready to be stepped; arguments and methods of `LatticeBoltzmann`.
+    """A flow, at first at rest with unit density, with the methods of `LatticeBoltzmann`.
 
     Solid cells take as much memory as fluid cells: (2 * 19 * 4 + 5) bytes per cell in float32.
 
     Args:
-        solid_XYZ: bool, True in solid voxels (no slip). At least one cell must be fluid.
+        solid_XYZ: bool [X, Y, Z], True in solid voxels (no slip). At least one cell must be fluid.
         viscosity: kinematic, > 0, lattice units.
         lid: the top z face is a free-slip lid; the bottom layer solid_XYZ[:, :, 0] must then be solid.
             Without a lid all three axes are periodic.
@@ -104,7 +104,7 @@ class LatticeBoltzmannGPU:
         self.run(np.asarray(force_3)[None])
 
     def set_velocity(self, velocity_3XYZ: ArrayLike, settle_pressure: bool = False) -> None:
-        """Restart from velocity_3XYZ [3, X, Y, Z]; see `LatticeBoltzmann.set_velocity`."""
+        """Restart the flow from velocity_3XYZ [3, X, Y, Z]; see `LatticeBoltzmann.set_velocity`."""
         velocity = self._tensor(velocity_3XYZ)
         self._f[self._current].copy_(reference.equilibrium(velocity, self._solid).flatten(1))
         self._last_force_3 = np.zeros(3, self.dtype)
@@ -118,7 +118,7 @@ class LatticeBoltzmannGPU:
         """Start the scalar from scalar_XYZ [X, Y, Z] (solid voxels are ignored); call it after `set_velocity`.
 
         Raises:
-            ValueError: the flow was made without a diffusivity, or a wrong shape.
+            ValueError: the flow was made without a diffusivity, or ``scalar_XYZ`` has a wrong shape.
         """
         scalar = self._tensor(scalar_XYZ)
         if scalar.shape != self._shape:
@@ -131,11 +131,11 @@ class LatticeBoltzmannGPU:
         return self._array(self._scalar_populations().sum(0).view(self._shape), dtype)
 
     def velocity(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
-        """Velocity [3, X, Y, Z] of the last step, half the force included; zero in solid voxels."""
+        """Velocity [3, X, Y, Z] after the last step, including half its force; zero in solid voxels."""
         return self._array(self._velocity(), dtype)
 
     def pressure(self, dtype: DTypeLike | None = None) -> NDArray[np.floating]:
-        """Pressure (rho - 1) / 3 [X, Y, Z], zero where density is 1; filled with zero in solid voxels."""
+        """Pressure (rho - 1) / 3, [X, Y, Z]; zero in solid voxels."""
         return self._array(self._f[self._current].sum(0, dtype=torch.float64).view(self._shape) / 3, dtype)
 
     def mass(self) -> float:
@@ -189,7 +189,7 @@ class LatticeBoltzmannGPU:
         self._current = then
 
     def _replay(self, force_T4: Tensor) -> None:
-        """Run `GRAPH_STEPS` steps as one graph, recorded at the first call; forces are read from a fixed buffer."""
+        """Run `GRAPH_STEPS` steps as one graph, which is recorded at the first call and reads forces from a buffer."""
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device), torch.cuda.graph(graph):
@@ -210,6 +210,7 @@ class LatticeBoltzmannGPU:
 
 
 def uses_graphs(device: torch.device) -> bool:
+    """Whether the solver replays CUDA graphs on ``device``."""
     return device.type == "cuda"
 
 

@@ -1,4 +1,4 @@
-"""The scalar that a flow carries: advection and diffusion on the D3Q7 lattice, numba, one pass over the fluid cells.
+"""The scalar that a flow carries: advection and diffusion on the D3Q7 lattice by a numba kernel.
 
 `kernels.lattice_boltzmann.scalar_step` defines the step and explains the choice of the relaxation. Blocks and
 reproducibility are as in `solvers.kernel`.
@@ -17,10 +17,10 @@ BLOCK = 256
 
 
 class Scalar:
-    """A scalar on the fluid cells of one flow, zero at first.
+    """A scalar on the N fluid cells of one flow, zero at first.
 
     Args:
-        table_QN: the first seven rows of the flow's `gather_table`.
+        table_QN: the first seven rows of the flow's `gather_table`, [7, N].
         diffusivity: lattice units, > 0.
         dtype: float32 or float64, of the populations.
     """
@@ -32,21 +32,21 @@ class Scalar:
         self._rates_2 = np.array(scalar_rates(diffusivity), dtype)
 
     def set(self, scalar_N: NDArray[np.floating], velocity_3N: NDArray[np.floating]) -> None:
-        """Restart from scalar_N [N] in equilibrium with a flow of velocity_3N [3, N]."""
+        """Restart from scalar_N [N], in equilibrium with a flow of velocity_3N [3, N]."""
         rows = [scalar_N * (0.25 - (velocity_3N**2).sum(0))]
         for u_N in velocity_3N:
             rows += [scalar_N * (0.125 + (u_N * u_N + sign * u_N) / 2) for sign in (1, -1)]
         self._g_2F[self._current] = np.concatenate(rows)
 
     def step(self, velocity_3N: NDArray[np.floating], parallel: bool) -> None:
-        """One time step with the flow's velocity_3N [3, N] at its end, on all of numba's threads if ``parallel``."""
+        """Advance one time step, given the flow's velocity_3N [3, N] at its end; ``parallel``: on all numba threads."""
         g_old, g_new = self._g_2F[self._current], self._g_2F[1 - self._current]
         advance = _advance_parallel if parallel else _advance_serial
         advance(g_old, g_new, self._table_QN, velocity_3N, self._rates_2)
         self._current = 1 - self._current
 
     def values(self) -> NDArray[np.floating]:
-        """The scalar of each fluid cell [N]."""
+        """The scalar of each fluid cell, [N]."""
         return np.asarray(self._g_2F[self._current].reshape(7, -1).sum(0))
 
 
@@ -89,7 +89,7 @@ def _advance_block(block, n_fluid, g_old, g_new, table, velocity_3N, rates_2):  
 
 @compiled()
 def _advance_serial(g_old, g_new, table_QN, velocity_3N, rates_2):  # type: ignore[no-untyped-def]
-    """One time step from g_old into g_new, both [7 * n_fluid]; one thread."""
+    """Advance one time step from g_old into g_new, both [7 * n_fluid], on one thread."""
     n_fluid = table_QN.shape[1]
     table = table_QN.reshape(-1)
     for block in range((n_fluid + BLOCK - 1) // BLOCK):

@@ -17,17 +17,17 @@ from shodh_moe.solvers.lattice_boltzmann import LatticeBoltzmann
 from shodh_moe.solvers.limits import DivergedError
 from shodh_moe.solvers.seeds import trajectory_seed
 
-# Time steps between two measurements of a held mean velocity; a deviation decays by 1 - 1/e over the first of these.
-_HOLD_EVERY = 10
-_HOLD_TIME = 100.0
-_HOLD_MEMORY = 500.0
+# Control of a held mean velocity, in time steps.
+_HOLD_EVERY = 10  # between two measurements
+_HOLD_TIME = 100.0  # in which a deviation decays to 1/e of its size
+_HOLD_MEMORY = 500.0  # over which deviations are added up into the estimated drag
 
 Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """One simulated trajectory, lattice units, float32.
+    """One simulated trajectory in lattice units, float32.
 
     Attributes:
         velocity_T3XYZ: [T, 3, X, Y, Z], zero in solid voxels.
@@ -35,8 +35,8 @@ class Simulation:
         solid_XYZ: bool [X, Y, Z], True in solid voxels.
         lid: the top z face is a free-slip lid, the bottom a wall; otherwise everything is periodic.
         time_T: time step of each snapshot [T].
-        parameters: values that define the trajectory, numbers and words (Reynolds and Mach number included).
-        forced: a body force drives the flow, along x and possibly other directions.
+        parameters: values that describe the trajectory, numbers and text, including Reynolds and Mach number.
+        forced: whether a body force drives the flow, along x and possibly other directions.
         scalar_TXYZ: passive concentration [T, X, Y, Z], zero in solid voxels; None without one.
     """
 
@@ -62,11 +62,14 @@ def simulate(
 ) -> Simulation:
     """Simulate trajectory number ``trajectory`` of ``domain``: the same bits for the same arguments.
 
-    ``parallel`` lets the solver use all cores for this flow, which pays only on large grids and gives the same bits. On
-    ``cuda`` rounding differs, so flows slowly diverge from those of a CPU.
+    Args:
+        config: the domain's settings.
+        seed: the dataset's seed.
+        parallel: use all cores for this flow. This pays only on large grids and gives the same bits.
+        device: on ``cuda`` rounding differs, so flows slowly diverge from those of a CPU.
 
     Raises:
-        UserError: the flow diverged or no geometry can be made at these parameters; names the trajectory.
+        UserError: the flow diverged, or these settings give no valid flow; the message names the trajectory.
     """
     name = f"{domain} trajectory {trajectory} (seed {seed})"
     rng = np.random.default_rng(trajectory_seed(seed, domain, trajectory))
@@ -141,7 +144,7 @@ class _Drive:
         self._drag_3 = np.zeros(3)
 
     def advance(self, solver: Any, now: int, steps: int) -> None:
-        """Advance ``solver`` by ``steps`` from time step ``now``."""
+        """Advance ``solver`` by ``steps`` time steps, beginning at time step ``now``."""
         time_T = np.arange(now, now + steps, dtype=np.float64)
         if self._setup.mean_velocity is None:
             force = self._setup.force
@@ -152,7 +155,7 @@ class _Drive:
 
     def _hold(self, solver: Any, time_T: NDArray[np.float64]) -> None:
         assert self._setup.mean_velocity is not None
-        # The prescribed change of the mean, a share of its deviation, and the drag estimated so far.
+        # The force is the prescribed change of the mean, plus a share of its deviation, plus the drag estimated so far.
         target_T3 = self._setup.mean_velocity(np.append(time_T, time_T[-1] + 1))
         mean_3 = solver.velocity()[:, self._fluid_XYZ].mean(1, dtype=np.float64)
         missing_3 = (target_T3[0] - mean_3) / _HOLD_TIME

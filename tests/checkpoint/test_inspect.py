@@ -71,5 +71,5 @@ def test_verify_names_all_damage_in_every_checkpoint(run: Path) -> None:
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="is no checkpoint and holds none"):
+        with pytest.raises(UserError, match="is not a checkpoint and contains none"):
             inspect(path)

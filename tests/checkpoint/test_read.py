@@ -168,20 +168,20 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "byte flipped in the data": (FILE, flip, f"{FILE} does not match its hash"),
     "byte flipped in the header": (FILE, lambda p: flip(p, 12), f"{FILE} does not match its hash"),
     "pickle as file": (FILE, pickled, f"{FILE} has"),
-    "pickle with a right hash": (STATE, forge, f"{FILE} is no safetensors file"),
+    "pickle with a right hash": (STATE, forge, f"{FILE} is not a safetensors file"),
     "other tensors with a right hash": (STATE, other_tensors, f"{FILE} does not hold elements 6 to 11 of exp_avg/a"),
     "folder as file": (FILE, lambda p: (p.unlink(), p.mkdir()), FILE),
     "state missing": (STATE, Path.unlink, f"{STATE} is missing"),
-    "state truncated": (STATE, lambda p: p.write_bytes(p.read_bytes()[:-9]), f"{STATE} is no JSON"),
-    "state empty": (STATE, lambda p: p.write_bytes(b""), f"{STATE} is no JSON"),
-    "pickle as state": (STATE, pickled, f"{STATE} is no JSON"),
-    "nested state": (STATE, lambda p: p.write_text("[" * 100_000), f"{STATE} is no JSON"),
+    "state truncated": (STATE, lambda p: p.write_bytes(p.read_bytes()[:-9]), f"{STATE} is not JSON"),
+    "state empty": (STATE, lambda p: p.write_bytes(b""), f"{STATE} is not JSON"),
+    "pickle as state": (STATE, pickled, f"{STATE} is not JSON"),
+    "nested state": (STATE, lambda p: p.write_text("[" * 100_000), f"{STATE} is not JSON"),
     "number changed in the state": (
         STATE,
         lambda p: p.write_text(p.read_text().replace("0.125", "0.126")),
         f"{STATE} does not match its hash",
     ),
-    "entry missing": (STATE, lambda p: rewrite(p, tensors=[1]), f"{STATE} has a wrong or no entry tensors"),
+    "entry missing": (STATE, lambda p: rewrite(p, tensors=[1]), f"{STATE} has no valid entry tensors"),
     "path out of the folder": (
         STATE,
         lambda p: rewrite(p, files={"../1/x.safetensors": {"bytes": 1, "sha256": ""}}),
@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "elements twice": (
         STATE,
         lambda p: replace_second_piece(p, [1, 5, 7]),
-        "model/a.weight: elements 5 to 5 of 12 are there more than once",
+        "model/a.weight: elements 5 to 5 of 12 occur more than once",
     ),
     "elements outside": (
         STATE,
@@ -201,7 +201,7 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "unknown type": (
         STATE,
         lambda p: rewrite(p, tensors={"a": {"shape": [0], "dtype": "object", "pieces": []}}),
-        "tensor a is of type object",
+        "tensor a has type object",
     ),
     "older format": (STATE, lambda p: p.write_text('{"step": 1, "sha256": {}}'), "its format is an older or foreign"),
     "newer format": (STATE, lambda p: p.write_text('{"format": 3}'), "its format is 3, and this version reads"),
@@ -259,7 +259,11 @@ def test_tensors_of_another_model_are_named_and_the_previous_checkpoint_is_used(
     Ranks(tmp_path).saved(1, matching).saved(2, other)
     reason = mismatch(tmp_path / "2", shapes)
     assert reason is not None
-    for message in ("model/a is [3, 2] there and [2, 3] here", "missing there: model/c", "unknown here: model/d"):
+    for message in (
+        "model/a is [3, 2] as saved and [2, 3] in the model",
+        "not saved: model/c",
+        "unknown to the model: model/d",
+    ):
         assert message in reason
     assert "model/b" not in reason
     assert mismatch(CheckpointReader(tmp_path / "1").state, shapes) is None
@@ -307,5 +311,7 @@ def test_a_model_loads_at_any_expert_parallel_size(tmp_path: Path, saved_at: int
 def test_a_model_of_another_architecture_is_refused_with_the_tensors_name(tmp_path: Path) -> None:
     fragments, shapes = model_fragments(transformer(), ExpertParallel())
     Ranks(tmp_path, world_size=1).saved(1, {name: values.view(shapes[name]) for name, _, values in fragments})
-    with pytest.raises(UserError, match=r"refused: .*model/embed.weight is \[24, .*\] there and \[32, .*and \d+ more"):
+    with pytest.raises(
+        UserError, match=r"refused: .*model/embed.weight is \[24, .*\] as saved and \[32, .*and \d+ more"
+    ):
         load_weights(tmp_path / "1", transformer(dim=32), ExpertParallel())

@@ -215,7 +215,7 @@ def test_a_rank_that_never_reports_is_named(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("fragments", "message"),
     [
-        ([(0, 0, 12), (1, 6, 6)], r"tensor model/a: elements 6 to 11 of 12 are there more than once"),
+        ([(0, 0, 12), (1, 6, 6)], r"tensor model/a: elements 6 to 11 of 12 occur more than once"),
         ([(0, 0, 4), (1, 6, 6)], r"tensor model/a: elements 4 to 5 of 12 are missing"),
         ([(0, 0, 6), (1, 6, 5)], r"tensor model/a: elements 11 to 11 of 12 are missing"),
         ([(0, 0, 6), (1, 6, 7)], r"tensor model/a has elements 6 to 12 of only 12"),

@@ -135,7 +135,7 @@ def test_pretrain_resumes_from_a_checkpoint(
 
 def test_checkpoint_commands_name_what_is_missing(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in ("inspect", "verify"):
-        refused(capfd, "checkpoint", step, "nowhere", says=("nowhere is no checkpoint and holds none",))
+        refused(capfd, "checkpoint", step, "nowhere", says=("nowhere is not a checkpoint and contains none",))
     refused(capfd, "checkpoint", "export", "nowhere", "--output", "x", says=("there is no folder nowhere",))
 
 

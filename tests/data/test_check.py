@@ -61,7 +61,7 @@ def test_sound_data_have_no_findings_and_are_not_changed(dataset: Path, capsys: 
     assert all(0 < one["divergence"] < DIVERGENCE for one in report.trajectories)
     assert main(["data", "check", str(dataset)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{FIRST}: rms of the divergence 0.")
+    assert lines[0].startswith(f"{FIRST}: rms of the divergence is 0.")
     assert lines[-1] == "6 trajectories, 0 errors, 0 warnings"
     assert tree(dataset) == before
     assert main(["data", "check", str(dataset / FIRST), "--json"]) == 0
@@ -152,7 +152,7 @@ def small(path: Path) -> None:
         (foreign_schema, "warning", ("bc_type is MOVING", "WALL, OPEN, PERIODIC")),
         (double, "warning", ("t0_fields/pressure: holds float64, expected float32",)),
         (truncate, "error", ("truncated",)),
-        (small, "error", ("grid [8, 8, 8], expected [16, 16, 16] as data/train/calm.hdf5",)),
+        (small, "error", ("grid [8, 8, 8], expected [16, 16, 16] as in data/train/calm.hdf5",)),
     ],
 )
 def test_each_kind_of_damage_is_found(

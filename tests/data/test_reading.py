@@ -391,7 +391,7 @@ def test_both_byte_orders_are_read(tmp_path: Path) -> None:
 
 def test_a_file_that_is_being_written_is_locked(tmp_path: Path) -> None:
     path = written(tmp_path)
-    with h5py.File(path, "r+"), pytest.raises(UserError, match="is locked: another process writes it"):
+    with h5py.File(path, "r+"), pytest.raises(UserError, match="is locked: another process is writing it"):
         open_trajectories(path)
     assert open_trajectories(path)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shodh_moe.data import open_trajectories, read_provenance, read_trajectory
-from shodh_moe.data.well import new_prediction
+from shodh_moe.data.prediction_file import new_prediction
 
 T, GRID = 3, (2, 3, 4)
 FLAGS = {"sample_varying": np.False_, "time_varying": np.False_}

@@ -223,10 +223,10 @@ def test_weights_of_another_architecture_are_refused(
         arguments = ["--config", str(finished / "model/config.yaml"), "--checkpoint", str(finished / "model")]
         refused(capfd, "evaluate", *arguments, "--output", str(tmp_path / "m"), *overrides, says=says)
 
-    evaluate("model.dim=48", says=("embed.weight is [24, 48] there and [48, 48] here",))
-    evaluate("model.depth=1", says=("unknown here: blocks.1.",))
+    evaluate("model.dim=48", says=("embed.weight is [24, 48] as saved and [48, 48] in the model",))
+    evaluate("model.depth=1", says=("unknown to the model: blocks.1.",))
     evaluate("model.moe.num_experts=4", says=("blocks.0.moe.experts.", "is [2, ", "[4, "))
-    evaluate("model.heads=1", says=("blocks.0.attention.", "is [12] there and [24] here"))
+    evaluate("model.heads=1", says=("blocks.0.attention.", "is [12] as saved and [24] in the model"))
     # Here all shapes are the same.
     evaluate("model.moe.router.min_temperature=0.5", says=("model.moe.router.min_temperature (0.01 there, 0.5 here)",))
     assert tree(finished) == tree_before
@@ -240,7 +240,7 @@ def test_weights_that_do_not_fit_their_own_config(model: Path, capfd: pytest.Cap
     described = json.loads((model / "export.json").read_text())
     described["sha256"]["model.safetensors"] = sha256(model / "model.safetensors")
     (model / "export.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"head.bias is \[15\] there and \[16\] here"):
+    with pytest.raises(UserError, match=r"head.bias is \[15\] as saved and \[16\] in the model"):
         load_models(find_source(model))
 
 

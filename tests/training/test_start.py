@@ -112,7 +112,7 @@ def test_a_refused_start_is_one_line_from_rank_0(folder, origin, case):
     start, settings, message = folder / "nowhere", (), "it does not exist"
     if case == "another network":
         start, settings = origin, ("model.moe.expert_hidden=24",)
-        message = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] there and [48, 24] here"
+        message = "model/blocks.0.moe.shared.0.gate_up.weight is [32, 24] as saved and [48, 24] in the model"
     if case == "another meaning":  # of the same shapes
         start, settings = origin, ("model.moe.router.min_temperature=0.02",)
         message = "it is of another model, which differs in model.moe.router.min_temperature"

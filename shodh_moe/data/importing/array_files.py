@@ -22,7 +22,14 @@ Part = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Array:
-    """One stored array; ``read`` takes an index or a slice for each axis and returns float64."""
+    """One stored array.
+
+    Attributes:
+        path, name: its file, and its name in the file.
+        shape: its shape.
+        raw: reads a part, given an index or a slice for each axis, in the stored dtype.
+        packing: NetCDF's scale factor, offset and missing values.
+    """
 
     path: Path
     name: str
@@ -50,7 +57,7 @@ class Array:
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, and access to each of them."""
+    """An open file: the names of its arrays, and a function that opens each of them."""
 
     def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]]):
         self.path, self._arrays = path, arrays
@@ -61,7 +68,7 @@ class ArrayFile:
         return list(self._arrays)
 
     def array(self, name: str) -> Array:
-        """One array by name. Raises `UserError` if it does not contain real numbers."""
+        """Return an array by name. Raises `UserError` if it does not contain real numbers."""
         if name not in self._open:
             self._open[name] = self._arrays[name]()
         return self._open[name]
@@ -175,6 +182,7 @@ _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 
 
 def _packing(attributes: dict[str, Any]) -> tuple[float, float, tuple[float, ...]]:
+    """Return scale factor, offset and missing values from a variable's NetCDF attributes."""
     numbers = {key: np.ravel(value) for key, value in attributes.items()}
     numbers = {key: value for key, value in numbers.items() if value.size and value.dtype.kind in "iuf"}
     missing = tuple(float(one) for key in _PACKING[2:] for one in numbers.get(key, ()) if np.isfinite(one))

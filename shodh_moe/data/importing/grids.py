@@ -18,10 +18,10 @@ UNEVEN = 1e-3  # largest relative difference of two distances considered equal, 
 
 @dataclass(frozen=True)
 class Grid:
-    """The new grid.
+    """The uniform grid of an imported trajectory, and the interpolation onto it.
 
     Attributes:
-        cells: (X, Y, Z).
+        cells: number of cells (X, Y, Z).
         spacing: size of the cubic cells, in the input's unit of length.
         origin: position of the first grid point, in the same unit.
         weights: for each axis the interpolation matrix [new, old], or None without interpolation.
@@ -53,7 +53,7 @@ def even_step(points: NDArray[np.float64]) -> float:
 
 
 def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
-    """Coordinates of the cropped grid points along x, y and z.
+    """Read the coordinates of the cropped grid points along x, y and z, in the input's unit of length.
 
     Raises:
         UserError: a coordinate dataset is missing, has a wrong length, or does not increase.
@@ -102,6 +102,7 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
 def _resampled(
     points: list[NDArray[np.float64]], resample: Resample, periodic: tuple[bool, bool, bool]
 ) -> tuple[float, list[float], list[int], list[NDArray[np.float64] | None]]:
+    """Return spacing, origin, sizes and interpolation matrices of the grid that ``resample`` specifies."""
     origin: list[float] = []
     sizes: list[int] = []
     weights: list[NDArray[np.float64] | None] = []
@@ -116,7 +117,7 @@ def _resampled(
         wanted = resample.cells[index] if resample.cells else len(new)
         if not 0 < wanted <= len(new) or (period and wanted != len(new)):
             raise UserError(
-                f"resample.cells asks for {wanted} along {axis}, where {len(new)} of size {resample.spacing:g} fit"
+                f"resample.cells asks for {wanted} along {axis}, but {len(new)} of size {resample.spacing:g} fit"
                 + (": a periodic axis needs all of them" if period else ": choose another spacing")
             )
         origin.append(float(new[0]))
@@ -126,6 +127,7 @@ def _resampled(
 
 
 def _periodic_points(axis: str, old: NDArray[np.float64], spacing: float) -> NDArray[np.float64]:
+    """Return the points of a periodic axis that divide its period into cells of size ``spacing``."""
     step = even_step(old)
     if not step:
         raise UserError(
@@ -157,7 +159,11 @@ def interpolation(
 
 
 def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
-    """The sizes if the tokenizer supports them; with ``crop: auto``, the next smaller sizes that it supports."""
+    """Return the sizes if the tokenizer supports them; with ``crop: auto``, the next smaller sizes that it supports.
+
+    Raises:
+        UserError: a size is not a multiple of the tokenizer's compression and cannot be cropped.
+    """
     cells = [size // COMPRESSION * COMPRESSION for size in sizes]
     for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
         if size == fit and size:

@@ -1,4 +1,4 @@
-"""List the trajectories that a mapping asks for, their input files, and whether they are imported already."""
+"""List the trajectories that a mapping asks for, their input files, and whether they have been imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from shodh_moe.data.reading import read_provenance
 
 @dataclass(frozen=True)
 class Item:
-    """One trajectory to import: the path to write, its input files, the range of snapshots (None: all)."""
+    """One trajectory to import.
+
+    Attributes:
+        path: the file to write.
+        files: input files.
+        snapshots: range [first, last + 1] of snapshots to import; None: all.
+        request: JSON-like values that identify its content.
+    """
 
     path: Path
     files: list[Path]
@@ -27,7 +34,7 @@ class Item:
 
 
 def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
-    """Every trajectory that the mapping names.
+    """List every trajectory that the mapping names.
 
     Raises:
         UserError: no file matches a pattern, or two splits would get the same snapshots.
@@ -66,13 +73,14 @@ def is_done(item: Item) -> bool:
 
 
 def _groups(entry: str | list[str], key: str) -> list[list[Path]]:
+    """Return the files of each trajectory of an entry: one file each for a pattern, all files for a list."""
     patterns = [entry] if isinstance(entry, str) else entry
     paths: list[Path] = []
     for pattern in patterns:
         found = sorted((Path(one) for one in glob(pattern, recursive=True)), key=lambda one: natural(str(one)))
         if not found:
             raise UserError(
-                f"{key}: no file {pattern!r}: paths are relative to the folder in which you run the command"
+                f"{key}: no file matches {pattern!r}: paths are relative to the folder in which you run the command"
             )
         paths += found
     return [[path] for path in paths] if isinstance(entry, str) else [paths]

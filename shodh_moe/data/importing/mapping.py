@@ -114,7 +114,7 @@ class Scale(Section):
 
 
 class Mapping(Section):
-    """A whole mapping file."""
+    """All keys of a mapping file."""
 
     name: Name
     domain: Name
@@ -131,7 +131,7 @@ class Mapping(Section):
     mask: Mask | None = None
     spacing: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] | None = None
     coordinates: PerAxis | None = None
-    time_step: PositiveFloat | None = Field(None, description="between snapshots, before scaling")
+    time_step: PositiveFloat | None = Field(None, description="time between snapshots, before scaling")
     time: str | None = Field(None, description="name of the dataset with the times of the snapshots")
     boundaries: Boundaries
     crop: Crop | Literal["auto"] | None = None
@@ -169,7 +169,7 @@ class Mapping(Section):
 
     @property
     def request(self) -> dict[str, object]:
-        """Everything besides its files that a trajectory's values depend on."""
+        """All keys that a trajectory's values depend on, except for its files, as JSON-like values."""
         return self.model_dump(mode="json", exclude={"files", "output", "source", "snapshots"})
 
 

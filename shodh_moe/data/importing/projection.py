@@ -8,7 +8,7 @@ from scipy import fft
 
 
 def project(velocity_3XYZ: NDArray[np.float64], ends: list[str]) -> tuple[NDArray[np.float64], float]:
-    """Subtract from u the gradient with the same divergence; also returns the share of the energy removed.
+    """Subtract from a velocity the gradient that has the same divergence.
 
     Along non-periodic axes the box is mirrored to make it periodic. At walls the normal component is odd and the others
     are even, so that the gradient has no component through the wall; at open ends it is the other way round, so that
@@ -18,6 +18,9 @@ def project(velocity_3XYZ: NDArray[np.float64], ends: list[str]) -> tuple[NDArra
     Args:
         velocity_3XYZ: velocity at the centres of cubic cells.
         ends: ``periodic``, ``wall`` or ``open`` for each axis.
+
+    Returns:
+        The divergence-free velocity [3, X, Y, Z], and the share of the energy that was removed.
     """
     mirrored = np.stack([_mirror(u_XYZ, component, ends) for component, u_XYZ in enumerate(velocity_3XYZ)])
     modes = fft.rfftn(mirrored, axes=(1, 2, 3), overwrite_x=True)
@@ -36,6 +39,7 @@ def project(velocity_3XYZ: NDArray[np.float64], ends: list[str]) -> tuple[NDArra
 
 
 def _mirror(u_XYZ: NDArray[np.float64], component: int, ends: list[str]) -> NDArray[np.float64]:
+    """Append the odd or even mirror image of a velocity component along each non-periodic axis."""
     for axis, end in enumerate(ends):
         if end != "periodic":
             odd = (axis == component) == (end == "wall")

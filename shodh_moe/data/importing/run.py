@@ -37,14 +37,15 @@ Progress = Callable[..., Iterator[Any]]
 def import_data(
     mapping: Mapping, folder: Path | None = None, *, skip_bad: bool = False, progress: Progress = default_progress
 ) -> Path:
-    """Write ``<folder>/data/<split>/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; returns ``folder``.
+    """Write ``<folder>/data/<split>/<domain>_<index>.hdf5`` and ``<folder>/stats.yaml``; return ``folder``.
 
-    Trajectories that the same mapping made from the same files are kept, so a killed import resumes. Trajectories of
-    other domains in the folder are kept and included in the statistics. Only one snapshot at a time is in memory.
+    Trajectories that the same mapping created from the same files are kept, so a killed import can resume. Trajectories
+    of other domains in the folder are kept and included in the statistics. Only one snapshot at a time is in memory.
 
     Args:
         folder: replaces the mapping's ``output``.
-        skip_bad: continue if a trajectory cannot be imported, and list these at the end.
+        skip_bad: skip trajectories that cannot be imported, and list them at the end.
+        progress: called as in `generation.generate`.
 
     Raises:
         UserError: an input file is missing, damaged or does not fit the mapping, or the folder cannot be written.
@@ -82,6 +83,7 @@ def import_data(
 
 
 def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
+    """Return the grid of the folder's trajectories of other domains; None if it has none."""
     for split in SPLITS:
         for path in sorted((folder / "data" / split).glob("*.h*5")):
             if path.name[0] != "." and not path.name.startswith(f"{domain}_"):
@@ -90,13 +92,14 @@ def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
 
 
 def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -> None:
+    """Import one trajectory; raise `UserError` if its grid is not ``wanted_grid``."""
     with open_array_files(item.files) as files:
         found = plan(files, mapping)
         start, stop = item.snapshots or (0, len(found))
         if stop > len(found) or stop - start < 2:
             raise UserError(
                 f"{item.files[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
-                "or more; check snapshots, or name all files of a trajectory in one list"
+                "or more; check `snapshots`, or name all files of a trajectory in one list"
             )
         start_time, time_step = _times(files, mapping, start, stop)
         points = points_of(files, mapping, found)
@@ -127,7 +130,15 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
 
 @dataclass
 class _Totals:
-    """What projection and mask removed from a trajectory, summed over its snapshots."""
+    """Energy and speeds that projection and mask removed from a trajectory, over all its snapshots.
+
+    Attributes:
+        energy: sum of the squared speeds before projection.
+        removed: part of ``energy`` that the projection removed.
+        most_removed: largest share of a snapshot's energy that the projection removed.
+        fastest_in_solids: largest speed of the input in solid voxels.
+        cells: number of cells over all snapshots.
+    """
 
     energy: float = 0.0
     removed: float = 0.0
@@ -137,6 +148,7 @@ class _Totals:
 
     @property
     def removed_share(self) -> float:
+        """Share of the energy that the projection removed."""
         return self.removed / self.energy if self.energy else 0.0
 
     @property
@@ -145,6 +157,7 @@ class _Totals:
         return self.fastest_in_solids / (self.energy / self.cells) ** 0.5 if self.energy else 0.0
 
     def lines(self, mapping: Mapping) -> Iterator[str]:
+        """Report the removed energy and speeds, if any."""
         if mapping.project:
             yield (
                 f"projection removed {self.removed_share:.3g} of the velocity's energy "
@@ -198,7 +211,7 @@ def _snapshot(
 
 
 def _times(files: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
-    """Time of the first snapshot and time step, before scaling."""
+    """Return the time of the first snapshot and the time step, before scaling."""
     if mapping.time is None:
         step = float(mapping.time_step or 0)
         return start * step, step

@@ -21,7 +21,12 @@ _MOST_OPEN = 8
 
 @dataclass(frozen=True)
 class Place:
-    """Location of one snapshot of one field; ``time`` is the index along the array's time axis, if it has one."""
+    """Location of one snapshot of one field.
+
+    Attributes:
+        path, name: the file, and the array in it.
+        time: index along the array's time axis; None if it has none.
+    """
 
     path: Path
     name: str
@@ -36,7 +41,7 @@ class ArrayFiles:
     _open: dict[Path, tuple[ArrayFile, ExitStack]] = field(default_factory=dict)
 
     def at(self, path: Path) -> ArrayFile:
-        """Open a file, or return it if it is open already."""
+        """Open a file, or return it if it is already open."""
         if path not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 self._open.pop(next(iter(self._open)))[1].close()
@@ -45,10 +50,15 @@ class ArrayFiles:
         return self._open[path][0]
 
     def array(self, place: Place) -> Array:
+        """Return the array that holds a snapshot."""
         return self.at(place.path).array(place.name)
 
     def find(self, pattern: str) -> list[tuple[Path, str, str]]:
-        """(file, dataset name, text matched by the wildcards) of each dataset that matches, in natural order."""
+        """List (file, dataset name, text matched by the wildcards) of each dataset that matches, in natural order.
+
+        Raises:
+            UserError: no dataset matches.
+        """
         parts = re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
         fits = parts if "?" not in pattern and "[" not in pattern else re.compile(translate(pattern))
         found = [
@@ -64,6 +74,7 @@ class ArrayFiles:
         return sorted(found, key=lambda one: natural(one[2])) if "*" in pattern else found
 
     def close(self) -> None:
+        """Close all open files."""
         while self._open:
             self._open.popitem()[1][1].close()
 
@@ -79,12 +90,12 @@ def open_array_files(paths: list[Path]) -> Iterator[ArrayFiles]:
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:
-    """Sort key that orders numbers in text by value: 9 before 10."""
+    """Sort key that orders the numbers in a text by value: 9 before 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def places(files: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
-    """Locations of all snapshots of a field: along its time axis, in numbered datasets, or in one file each."""
+    """List the locations of all snapshots of a field: along a time axis, in numbered datasets, or in one file each."""
     found = files.find(dataset)
     if "t" not in mapping.axes:
         return [Place(path, name, None) for path, name, _ in found]
@@ -98,7 +109,14 @@ def places(files: ArrayFiles, mapping: Mapping, dataset: str) -> list[Place]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Locations of all data of one trajectory. ``velocity`` is one list of places, or one list per component."""
+    """Locations of all data of one trajectory.
+
+    Attributes:
+        velocity: one list of places, or one list per component.
+        pressure: places of the pressure; None if it is zero.
+        shape: number of grid points (X, Y, Z) in the files.
+        crop: the grid points to import along each axis.
+    """
 
     velocity: list[list[Place]]
     pressure: list[Place] | None
@@ -107,11 +125,6 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.velocity[0])
-
-    def part(self, start: int, stop: int) -> Plan:
-        """The locations of snapshots start..stop only."""
-        pressure = None if self.pressure is None else self.pressure[start:stop]
-        return Plan([one[start:stop] for one in self.velocity], pressure, self.shape, self.crop)
 
 
 def plan(files: ArrayFiles, mapping: Mapping) -> Plan:
@@ -180,7 +193,7 @@ def read_mask(files: ArrayFiles, mapping: Mapping, plan: Plan) -> NDArray[np.flo
 
 
 def _stored_axes(axes: Sequence[str], array: Array, vector: bool) -> list[str]:
-    """The axes of this array: a scalar has no component axis, or one of length 1."""
+    """Return the axes of an array after checking its shape: a scalar has no component axis, or one of length 1."""
     stored = list(axes)
     if not vector and "c" in stored and len(array.shape) == len(stored) - 1:
         stored.remove("c")

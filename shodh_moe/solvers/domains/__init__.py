@@ -1,4 +1,4 @@
-"""The domains, one file each. A domain's class is its section of a config and also sets up its flows.
+"""The domains, one file each. A domain's class is its config section and also sets up its flows.
 
 To add a domain, add a file here and a line to `DOMAINS`; see docs/domains.md.
 """
@@ -17,7 +17,7 @@ DOMAINS: dict[str, type[Domain]] = {
     "obstacle_wake": ObstacleWake,
     "decaying_turbulence": DecayingTurbulence,
 }
-# Domains that a dataset has unless its config sets them to null. A config must name the others.
+# Domains that a dataset has unless its config sets them to null. The others it has only if its config names them.
 DEFAULT = ("open_channel", "porous_media")
 
 __all__ = [

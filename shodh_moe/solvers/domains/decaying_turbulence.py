@@ -58,6 +58,7 @@ def random_turbulence(
 
     Args:
         speed: rms of one velocity component.
+        kind: see `energy_spectrum`.
         peak: wave number of the spectrum's peak, in waves along the shorter side.
 
     Returns:

@@ -34,9 +34,9 @@ class Domain(Section, changes="data"):
     Lattice units: cell = 1, time step = 1, density = 1.
     """
 
-    # Keys that are not serialized while they have their default. They were added later, and datasets made before keep
-    # their folders.
-    later: ClassVar[frozenset[str]] = frozenset({"smagorinsky", "scalar"})
+    # Keys that are not serialized while they have their default. They were added after the first datasets, whose folder
+    # names must not change.
+    added_keys: ClassVar[frozenset[str]] = frozenset({"smagorinsky", "scalar"})
 
     trajectories: Trajectories = Trajectories()
     viscosity: PositiveFloat = 0.02
@@ -47,7 +47,7 @@ class Domain(Section, changes="data"):
     scalar: ScalarConfig | None = Field(None, description="a passive concentration carried by the flow; null: none")
 
     def setup(self, grid: Grid, rng: np.random.Generator) -> FlowSetup:
-        """Draw geometry, initial state and drive of one trajectory from ``rng``.
+        """Draw the geometry, initial state and driving force of one trajectory from ``rng``.
 
         Raises:
             ValueError: these settings give no valid flow; the message says which setting to change and how.
@@ -56,12 +56,15 @@ class Domain(Section, changes="data"):
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """Everything a trajectory depends on besides grid, seed, index and number of snapshots, as JSON-like values."""
+        """Return everything besides grid, seed, trajectory number and number of snapshots that a trajectory depends on.
+
+        The values are JSON-like.
+        """
         return self.model_dump(mode="json", exclude={"trajectories"})
 
     @model_serializer(mode="wrap")
-    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unset = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+    def _omit_added_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unset = {name for name in self.added_keys if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in handler(self).items() if name not in unset}
 
 

@@ -1,8 +1,8 @@
 """Read a user's own binary geometry from a NumPy, raw or HDF5 file.
 
-A scan is not periodic, but the flow is. Therefore a block of half the grid's size is cut out at a random place and
+A scan is not periodic, but the flow is. Therefore a block of half the grid's size is cut out at a random position and
 mirrored along all three axes, so that opposite sides have the same pores and no seam closes a pore. A volume that is
-already periodic is used whole.
+already periodic is used unchanged.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GeometryFile(Section, changes="data"):
         """
         wanted = grid if self.periodic else tuple((size + 1) // 2 for size in grid)
         try:
-            values, corner_3 = self._part(wanted, rng)
+            values, corner_3 = self._draw_block(wanted, rng)
         except FileNotFoundError:
             raise UserError(f"geometry_file.path: there is no file {self.path}") from None
         except (OSError, ValueError, KeyError, EOFError) as error:
@@ -79,7 +79,8 @@ class GeometryFile(Section, changes="data"):
                 solid = solid.take(range(size), axis)
         return np.ascontiguousarray(solid), corner_3
 
-    def _part(self, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _draw_block(self, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Open the file and `_cut` a block of shape ``wanted`` from its volume."""
         suffix = Path(self.path).suffix.lower()
         if suffix == ".npy":
             return self._cut(np.load(self.path, mmap_mode="r", allow_pickle=False), wanted, rng)
@@ -106,6 +107,7 @@ class GeometryFile(Section, changes="data"):
             return self._cut(dataset, wanted, rng)
 
     def _cut(self, volume, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:  # type: ignore[no-untyped-def]  # an array or an h5py dataset
+        """Cut a block of shape ``wanted`` from a random position; return its values and the index of its first cell."""
         if volume.ndim != 3 or volume.dtype.kind not in "biuf":
             raise UserError(
                 f"geometry_file {self.path} must hold numbers of shape [X, Y, Z], not {volume.dtype} of shape "
@@ -123,10 +125,11 @@ class GeometryFile(Section, changes="data"):
         return np.asarray(volume[part]), corner_3
 
     def _solid(self, values: np.ndarray) -> NDArray[np.bool_]:
-        least, most = values.min(), values.max()
-        if not ((values == least) | (values == most)).all():
+        """Return the solid mask of a block; raise `UserError` if it has more than two values."""
+        low, high = values.min(), values.max()
+        if not ((values == low) | (values == high)).all():
             raise UserError(
-                f"geometry_file {self.path} is not binary: it has more than two values, from {least} to {most}; "
+                f"geometry_file {self.path} is not binary: it has more than two values, from {low} to {high}; "
                 "write one value for solid and one for fluid"
             )
         return values != 0 if self.solid_value is None else values == self.solid_value
@@ -134,4 +137,5 @@ class GeometryFile(Section, changes="data"):
 
 @functools.lru_cache(maxsize=8)
 def _sha256(path: str, size: int, changed_ns: int) -> str:
+    """Hash a file; ``size`` and ``changed_ns`` only make the cache miss when the file has changed."""
     return sha256(Path(path))

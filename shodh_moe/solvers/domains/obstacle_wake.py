@@ -1,8 +1,8 @@
-"""Flow around bluff bodies in a periodic box without walls: wakes, and bodies in the wakes of others.
+"""Flow around bluff bodies in a periodic box without walls: wakes, and bodies in the wakes of other bodies.
 
 The mean flow accelerates smoothly from rest and is then held by a uniform force, so that the Reynolds number does not
 depend on the bodies' drag. The stream pulses, sways sideways and starts with weak eddies, because at these Reynolds
-numbers the wakes would take long to lose their symmetry on their own.
+numbers a wake would take long to become asymmetric by itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Open-channel flow: gravity along x, a rough no-slip bed, a free-slip lid as water surface, periodic sideways.
 
-The flow starts from a depth profile plus random eddies. Both are the curl of a vector potential that vanishes
-smoothly at the walls, hence divergence-free and at rest in the bed. At the default viscosity the eddies live much
-longer than a trajectory, while a pulsed gravity accelerates and slows the bulk.
+The flow starts from a laminar velocity profile plus random eddies. Both are the curl of a vector potential that
+vanishes smoothly at the walls, hence divergence-free and at rest in the bed. At the default viscosity the eddies live
+much longer than a trajectory, while pulsed gravity accelerates and slows the bulk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Bed = Literal["spheres", "dunes", "boulders"]
 class OpenChannel(PulsedDomain):
     """Gravity-driven flow over a rough no-slip bed under a free-slip lid, periodic sideways."""
 
-    later: ClassVar[frozenset[str]] = Domain.later | {"bed", "boulder"}
+    added_keys: ClassVar[frozenset[str]] = Domain.added_keys | {"bed", "boulder"}
 
     viscosity: PositiveFloat = 0.005
     steps_per_snapshot: Positive = 50
@@ -56,7 +56,7 @@ class OpenChannel(PulsedDomain):
 
         def force(time_T: FloatArray) -> FloatArray:
             force_T3 = np.zeros((len(time_T), 3))
-            # The pulse is one of the bulk speed, and gravity is its time derivative.
+            # The pulse is that of the bulk speed, so its time derivative is added to gravity.
             force_T3[:, 0] = slope + speed * pulse.slope(time_T)
             return force_T3
 
@@ -133,7 +133,7 @@ def _flat_bed(shape: Grid) -> NDArray[np.bool_]:
 def initial_velocity(
     solid_XYZ: NDArray[np.bool_], speed: float, eddy_speed: float, rng: np.random.Generator
 ) -> FloatArray:
-    """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, and eddies of rms ``eddy_speed``."""
+    """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, plus eddies of rms ``eddy_speed``."""
     nx, ny, nz = solid_XYZ.shape
     depth = nz - 1
     fade_XYZ = wall_fade(solid_XYZ, lid=True)

@@ -1,7 +1,8 @@
 """Porous-media flow: driven by a mean pressure gradient through a periodic solid, started from rest.
 
 The x component of the gradient pulses and its y and z components rotate, so that the flow keeps finding new ways
-through the pores. Two short runs calibrate the gradient's size, from a first guess by Kozeny-Carman or for plates.
+through the pores. Two short runs calibrate the gradient's size. They start from a guess by Kozeny and Carman's formula,
+or for fractures by that of flow between plates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shodh_moe.solvers.domains.geometry_file import GeometryFile
 from shodh_moe.solvers.flow import Calibration, Drive, FloatArray, FlowSetup, Pulse, Turn
 from shodh_moe.solvers.geometry import blob_field, fractures, percolating, sphere_field, threshold
 
-# The pulse can double it, which keeps the Mach number near 0.2.
+# Low enough that the Mach number stays near 0.2 although the pulse can double the speed.
 MAX_THROAT_SPEED = 0.08
 _MAX_DRAWS = 100
 
@@ -30,7 +31,7 @@ Drawn = dict[str, float | int | str]
 class PorousMedia(PulsedDomain):
     """Flow driven by a mean pressure gradient through a periodic solid, started from rest."""
 
-    later: ClassVar[frozenset[str]] = Domain.later | {
+    added_keys: ClassVar[frozenset[str]] = Domain.added_keys | {
         "geometry",
         "aperture",
         "fractures",
@@ -172,6 +173,9 @@ def _drawn(kind: str, solid_XYZ: NDArray[np.bool_], draws: int) -> Drawn:
 
 
 def kozeny_carman(solid_XYZ: NDArray[np.bool_], grain: float) -> float:
-    """Permeability of a pack of spheres of radius ``grain`` and diameter d: porosity^3 d^2 / (180 (1 - porosity)^2)."""
+    """Permeability in cells^2 of a pack of spheres of diameter d = 2 ``grain`` (Kozeny and Carman).
+
+    permeability = porosity^3 d^2 / (180 (1 - porosity)^2)
+    """
     porosity = 1 - float(solid_XYZ.mean())
     return porosity**3 * (2 * grain) ** 2 / (180 * (1 - porosity) ** 2)

@@ -17,7 +17,10 @@ class ScalarConfig(Section, changes="data"):
     pattern: Literal["blob", "stripes"] = "blob"
 
     def initial(self, solid_XYZ: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
-        """Initial concentration [X, Y, Z]: a round blob in the fluid, or two stripes along x; smooth and periodic."""
+        """Draw the initial concentration [X, Y, Z]: a round blob around a random fluid cell, or two periods along x.
+
+        It is smooth and periodic except at solid voxels, where it is zero.
+        """
         shape = solid_XYZ.shape
         if self.pattern == "stripes":
             phase_X = 4 * np.pi * (np.arange(shape[0]) + 0.5) / shape[0] + rng.uniform(0, 2 * np.pi)

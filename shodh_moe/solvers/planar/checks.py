@@ -1,4 +1,4 @@
-"""What the three solvers ask of their input and of their results."""
+"""Checks of the planar solvers' inputs and results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from shodh_moe.solvers.limits import DivergedError
 def require_input(
     initial_BCHW: torch.Tensor, channels: int, parameter_B: torch.Tensor, name: str, snapshots: int, interval: float
 ) -> torch.Tensor:
-    """Refuse what cannot be simulated; returns ``parameter_B`` in the type and on the device of the fields.
+    """Check the arguments of a solver's ``simulate``; return ``parameter_B`` with the dtype and device of the fields.
+
+    Args:
+        initial_BCHW: initial fields, float32 or float64.
+        channels: the required C.
+        parameter_B: physical parameter of each trajectory.
+        name: name of the parameter in messages.
+        snapshots: number of snapshots, including the initial one.
+        interval: time between them.
 
     Raises:
-        UserError: a wrong shape or type, a trajectory that is not finite, a parameter that is not positive.
+        UserError: a wrong shape or dtype, an initial field that is not finite, a parameter that is not positive, or no
+            snapshots or no time between them.
     """
     shape = tuple(initial_BCHW.shape)
     if len(shape) != 4 or shape[1] != channels or min(shape) < 1:
@@ -33,7 +42,7 @@ def require_input(
         raise UserError(f"{name} of trajectory {bad} is {parameter_B[bad].item():g}: give a positive number")
     bad = first_bad(torch.isfinite(initial_BCHW).flatten(1).all(1))
     if bad is not None:
-        raise UserError(f"initial fields of trajectory {bad} are not finite: make them again")
+        raise UserError(f"initial fields of trajectory {bad} are not finite: generate them again")
     return parameter_B
 
 
@@ -45,12 +54,16 @@ def require_finite(fields_BCHW: torch.Tensor, time: float, advice: str) -> None:
 
 
 def first_bad(good_B: torch.Tensor) -> int | None:
-    """Index of the first False, None if all hold."""
+    """Index of the first False in a bool tensor [B]; None if all are True."""
     return None if bool(good_B.all()) else int((~good_B).nonzero()[0].item())
 
 
 def substeps(interval: float, longest: float) -> int:
-    """How many equal steps no longer than ``longest`` make up ``interval``."""
+    """Number of equal time steps, none longer than ``longest``, that make up ``interval``.
+
+    Raises:
+        UserError: ``longest`` is not a positive finite number.
+    """
     if not 0 < longest < math.inf:
         raise UserError(f"step is {longest}: give the settings a positive finite time step")
     return max(1, math.ceil(interval / longest - 1e-9))

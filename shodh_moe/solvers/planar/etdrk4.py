@@ -1,6 +1,6 @@
-"""Exponential time differencing, fourth order (Cox and Matthews 2002; coefficients as Kassam and Trefethen 2005).
+"""Fourth-order exponential time differencing (Cox and Matthews 2002; coefficients as in Kassam and Trefethen 2005).
 
-For ``dv/dt = L v + N(v)`` with a real diagonal L: the linear part is exact at any step, however stiff.
+It solves ``dv/dt = L v + N(v)`` with a real diagonal L; the linear part is exact at any time step, however stiff.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ _CONTOUR_POINTS = 32
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Factors of one step, each of the shape of L."""
+    """Factors of one step h, each with the shape of L.
+
+    Attributes:
+        full, half: exp(h L) and exp(h L / 2).
+        inner: factor of N in the intermediate stages.
+        first, middle, last: factors of N at the start, in the two middle stages and at the end of the step.
+    """
 
     full: torch.Tensor
     half: torch.Tensor
@@ -27,7 +33,10 @@ class Coefficients:
 
 
 def coefficients(linear: torch.Tensor, step: float, like: torch.Tensor) -> Coefficients:
-    """Factors for a batch of diagonals ``linear`` [B, ...] (float64) and one time step, in the type of ``like``."""
+    """Compute the factors of a batch of diagonals ``linear`` [B, ...] (float64) for the time step ``step``.
+
+    They have the dtype and device of ``like``.
+    """
     # One trajectory at a time: vectorised exponentials may round differently at the end of a longer array.
     rows = [_coefficients(one, step) for one in linear.cpu()]
     return Coefficients(*(torch.stack(column).to(like) for column in zip(*rows, strict=True)))
@@ -54,7 +63,7 @@ def _coefficients(linear: torch.Tensor, step: float) -> tuple[torch.Tensor, ...]
 
 
 def advance(v: torch.Tensor, nonlinear: Callable[[torch.Tensor], torch.Tensor], c: Coefficients) -> torch.Tensor:
-    """One step."""
+    """Advance ``v`` by one step, with ``nonlinear`` as N."""
     n_v = nonlinear(v)
     half_v = c.half * v
     a = half_v + c.inner * n_v

@@ -1,4 +1,4 @@
-"""What the planar solvers are measured against: exact solutions, and fine one-dimensional ones where there are none."""
+"""Reference solutions for the planar solvers: exact ones, and a fine one-dimensional one where none is known."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def forced_shear(force_HW: Tensor, side: float, viscosity: Tensor, time: float) 
 
 
 def stoker(x: Tensor, time: float, left: float, right: float, gravity: float) -> tuple[Tensor, Tensor]:
-    """Depth and velocity of a dam break at x = 0 from depth ``left`` onto ``right`` > 0 (Stoker 1957); time > 0."""
+    """Depth and velocity at ``x`` of a dam break at x = 0 from depth ``left`` onto ``right`` > 0 (Stoker 1957).
+
+    ``time`` must be positive.
+    """
     c_l = math.sqrt(gravity * left)
 
     def behind(h: float) -> tuple[float, float]:
-        """Velocity behind the rarefaction minus that behind the shock (falls with h), and the first of them."""
+        """Velocity behind the rarefaction minus that behind the shock (decreasing in h), and the former alone."""
         u = 2 * (c_l - math.sqrt(gravity * h))
         return u - (h - right) * math.sqrt(gravity / 2 * (1 / h + 1 / right)), u
 
@@ -46,7 +49,10 @@ def stoker(x: Tensor, time: float, left: float, right: float, gravity: float) ->
 
 
 def ritter(x: Tensor, time: float, left: float, gravity: float) -> tuple[Tensor, Tensor]:
-    """Depth and velocity of a dam break at x = 0 from depth ``left`` onto a dry bed (Ritter 1892); time > 0."""
+    """Depth and velocity at ``x`` of a dam break at x = 0 from depth ``left`` onto a dry bed (Ritter 1892).
+
+    ``time`` must be positive.
+    """
     c_l = math.sqrt(gravity * left)
     depth, velocity = _rarefaction(x / time, c_l, gravity)
     wet = x / time < 2 * c_l
@@ -59,9 +65,9 @@ def _rarefaction(xi: Tensor, c_l: float, gravity: float) -> tuple[Tensor, Tensor
 
 
 def simple_wave(x: Tensor, time: float, gravity: float, amplitude: float, width: float) -> tuple[Tensor, Tensor]:
-    """Depth and velocity of a smooth wave running right into still water of unit depth, before it breaks.
+    """Depth and velocity at ``x`` of a smooth wave that runs right into still water of unit depth, before it breaks.
 
-    Its depth is 1 + amplitude exp(-(x / width)^2) at time 0, and u = 2 (sqrt(g h) - sqrt(g)) always.
+    At time 0 the depth is 1 + amplitude exp(-(x / width)^2); at all times u = 2 (sqrt(g h) - sqrt(g)).
     """
     start = x.clone()
     # Fixed point of start = x - speed(start) t: contracts as long as the wave has not broken.
@@ -75,8 +81,19 @@ def simple_wave(x: Tensor, time: float, gravity: float, amplitude: float, width:
 def linear_modes(
     rows: int, columns: int, side: float, diffusivities: tuple[float, float], start: tuple[float, float], time: float
 ) -> Tensor:
-    """Amplitudes (u, v) of the cosine mode of so many half waves after ``time``, in FitzHugh-Nagumo without the cubic
-    term and the threshold: what small fields follow. [2] float64."""
+    """Amplitudes (u, v) of a cosine mode after ``time`` in linearised FitzHugh-Nagumo, which holds for small fields.
+
+    Linearised means without the cubic term and without the threshold.
+
+    Args:
+        rows, columns: half waves of the mode along each axis.
+        side: length of the square.
+        diffusivities: D_u and D_v.
+        start: amplitudes (u, v) at time 0.
+
+    Returns:
+        [2], float64.
+    """
     k2 = (math.pi / side) ** 2 * (rows**2 + columns**2)
     d_u, d_v = diffusivities
     matrix = torch.tensor([[1 - d_u * k2, -1.0], [1.0, -1 - d_v * k2]], dtype=torch.float64)
@@ -86,7 +103,12 @@ def linear_modes(
 def radial_dam_break(
     inner: float, outer: float, radius: float, gravity: float, time: float, cells: int = 4000, extent: float = 3.6
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Radii and depths [cells] of a circular dam break, from the equations in r by Rusanov's first-order scheme."""
+    """Radii and depths [cells] of a circular dam break, from the radial equations by Rusanov's first-order scheme.
+
+    Args:
+        inner, outer: initial depths inside and outside ``radius``.
+        cells, extent: number of cells in r, and the largest r.
+    """
     dr = extent / cells
     r = (np.arange(cells) + 0.5) * dr
     faces = np.arange(cells + 1) * dr

@@ -2,7 +2,8 @@
 
     w_t + u . grad(w) = nu lap(w) + f        u = (d psi/dy, -d psi/dx)        -lap(psi) = w
 
-Fourier series, products dealiased by the 2/3 rule, ETDRK4 in time: viscosity is exact. The mean of w and of u is zero.
+Fourier series in space with products dealiased by the 2/3 rule, and ETDRK4 in time, which treats viscosity exactly. The
+means of w and of u are zero.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_i
 from shodh_moe.solvers.planar.etdrk4 import advance, coefficients
 
 CHANNELS = ("vorticity",)
-# Largest (max |u| + max |v|) k_max step that is trusted: the method is unstable from about 2.8 on.
+# Largest (max |u| + max |v|) k_max step that is accepted: the method is unstable from about 2.8 on.
 COURANT = 2.0
 
 
@@ -33,7 +34,7 @@ class NavierStokes:
         forcing: amplitude of f = forcing (sin(2 pi (x + y) / side) + cos(2 pi (x + y) / side)), as in Li et al. 2021.
         step: longest time step; advection alone limits it, see `COURANT`.
         initial_rms: root mean square of the random initial vorticity.
-        initial_modes: its largest wave number, in waves a side.
+        initial_modes: largest wave number of the initial vorticity, in waves per side.
     """
 
     side: float = 1.0
@@ -46,14 +47,17 @@ class NavierStokes:
 def random_initial(
     seeds: Sequence[np.random.SeedSequence], grid: int, settings: NavierStokes | None = None
 ) -> torch.Tensor:
-    """Gaussian random vorticity, [B, 1, grid, grid] float64: the same function on every grid.
+    """Draw a Gaussian random vorticity from each seed, [B, 1, grid, grid] float64: the same function on every grid.
 
     Its spectrum is that of Li et al. 2021, (-lap + 49)^(-5/2) on the unit square, cut at ``initial_modes``.
+
+    Raises:
+        UserError: the grid is too coarse for ``initial_modes``.
     """
     settings = settings or NavierStokes()
     modes = settings.initial_modes
     if 3 * modes >= grid:
-        raise UserError(f"the initial vorticity has {modes} waves a side: give a grid larger than {3 * modes}")
+        raise UserError(f"the initial vorticity has {modes} waves per side: give a grid larger than {3 * modes}")
     k = np.arange(-modes, modes + 1)
     spectrum = (4 * math.pi**2 * (k[:, None] ** 2 + k[None, :] ** 2) + 49.0) ** -1.25
     spectrum[modes, modes] = 0.0
@@ -87,16 +91,16 @@ def simulate(
     Args:
         initial_BCHW: vorticity at points (i side / H, j side / W), float32 or float64.
         viscosity_B: nu > 0 of each trajectory.
-        force_HW: f, instead of that of the settings.
+        force_HW: the force f, in place of that of the settings.
 
     Raises:
-        UserError: the input is of a wrong shape or not finite.
+        UserError: an argument has a wrong shape or value, see `checks.require_input`.
         DivergedError: a trajectory is not finite, or too fast for the step; the message names it.
     """
     settings = settings or NavierStokes()
     viscosity_B = require_input(initial_BCHW, 1, viscosity_B, "viscosity", snapshots, interval)
     if len(initial_BCHW) == 1:
-        # An FFT of a single field takes another path, with other rounding, than one of several.
+        # FFTs of a single field and of several fields round differently.
         pair, both_B = initial_BCHW.expand(2, -1, -1, -1), viscosity_B.expand(2)
         return simulate(pair, both_B, snapshots, interval, settings, force_HW)[:1]
     count = substeps(interval, settings.step)
@@ -109,13 +113,13 @@ def simulate(
     factors = coefficients(-viscosity_B.double().cpu()[:, None, None] * k2, interval / count, initial_BCHW)
     complex_type = torch.complex64 if initial_BCHW.dtype == torch.float32 else torch.complex128
 
-    def place(factor: torch.Tensor) -> torch.Tensor:
+    def as_factor(factor: torch.Tensor) -> torch.Tensor:
         return factor.to(initial_BCHW.device, complex_type)
 
-    velocity_x, velocity_y = place(1j * ky * inverse_k2), place(-1j * kx * inverse_k2)
-    along_x, along_y = place(-1j * kx * kept), place(-1j * ky * kept)
+    velocity_x, velocity_y = as_factor(1j * ky * inverse_k2), as_factor(-1j * kx * inverse_k2)
+    along_x, along_y = as_factor(-1j * kx * kept), as_factor(-1j * ky * kept)
     force = forcing(settings, height, width) if force_HW is None else force_HW.double().cpu()
-    force_series = place(torch.fft.rfft2(force) * kept)
+    force_series = as_factor(torch.fft.rfft2(force) * kept)
 
     def to_grid(series: torch.Tensor) -> torch.Tensor:
         return torch.fft.irfft2(series, s=(height, width))
@@ -140,7 +144,7 @@ def simulate(
         flux_y = torch.fft.rfft2(to_grid(velocity_y * series) * w)
         return along_x * flux_x + along_y * flux_y + force_series
 
-    series = torch.fft.rfft2(initial_BCHW[:, 0]) * place(kept.to(torch.float64))
+    series = torch.fft.rfft2(initial_BCHW[:, 0]) * as_factor(kept.to(torch.float64))
     require_stable(series, 0.0)
     fields = [to_grid(series)]
     for snapshot in range(1, snapshots):
@@ -152,7 +156,7 @@ def simulate(
 
 
 def _kept(height: int, width: int) -> torch.Tensor:
-    """Waves below a third of the grid, without the mean: their products alias only into waves that are removed."""
+    """Mask of the waves below a third of the grid, except the mean: their products alias only into removed waves."""
     rows = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64).abs()[:, None]
     columns = torch.fft.rfftfreq(width, 1 / width, dtype=torch.float64)
     return (3 * rows < height) & (3 * columns < width) & (rows + columns > 0)

@@ -1,8 +1,8 @@
-"""FitzHugh-Nagumo reaction-diffusion in a square without flux through its sides, as in PDEBench.
+"""FitzHugh-Nagumo reaction-diffusion in a square with no flux through its sides, as in PDEBench.
 
     u_t = D_u lap(u) + u - u^3 - k - v        v_t = D_v lap(v) + u - v
 
-Cosine series in space on cell centres (no flux holds exactly), ETDRK4 in time: diffusion is exact.
+Cosine series in space on cell centres, which have exactly no flux, and ETDRK4 in time, which treats diffusion exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shodh_moe.solvers.planar.checks import first_bad, require_finite, require_i
 from shodh_moe.solvers.planar.etdrk4 import advance, coefficients
 
 CHANNELS = ("activator", "inhibitor")
-# Largest 3 max(u^2) step, the decay rate of the reaction, that is trusted: it is unstable from about 2.8 on.
+# Largest 3 max(u^2) step that is accepted, 3 u^2 being the reaction's decay rate: unstable from about 2.8 on.
 REACTION = 2.5
 
 
@@ -29,12 +29,12 @@ class ReactionDiffusion:
     """Constants of the equation and of the solver.
 
     Attributes:
-        inhibitor_diffusivity: D_v. (D_u is the parameter that varies by trajectory.)
+        inhibitor_diffusivity: D_v. (D_u is each trajectory's parameter.)
         threshold: k.
         side: length of the square, [-side/2, side/2]^2.
         step: longest time step; the reaction alone limits it, see `REACTION`.
-        initial_modes: cosine modes of the random initial fields a direction.
-        initial_length: their correlation length.
+        initial_modes: cosine modes per direction of the random initial fields.
+        initial_length: correlation length of these fields.
     """
 
     inhibitor_diffusivity: float = 5e-3
@@ -48,18 +48,22 @@ class ReactionDiffusion:
 def random_initial(
     seeds: Sequence[np.random.SeedSequence], grid: int, settings: ReactionDiffusion | None = None
 ) -> torch.Tensor:
-    """Gaussian random fields of unit variance, [B, 2, grid, grid] float64: the same function on every grid."""
+    """Draw Gaussian random fields of unit variance, [B, 2, grid, grid] float64: the same function on every grid.
+
+    Raises:
+        UserError: the grid is too coarse for ``initial_modes``.
+    """
     settings = settings or ReactionDiffusion()
     modes = settings.initial_modes
     if grid < modes:
-        raise UserError(f"the initial fields have {modes} modes a direction: a grid of {grid} is too coarse for them")
+        raise UserError(f"the initial fields have {modes} modes per direction: a grid of {grid} is too coarse for them")
     wave = math.pi / settings.side * np.arange(modes)
     spectrum = np.exp(-((settings.initial_length / 2) ** 2) * (wave[:, None] ** 2 + wave[None, :] ** 2))
     spectrum /= math.sqrt((spectrum**2).sum())
     coefficients_BC = np.zeros((len(seeds), 2, grid, grid))
     for row, seed in zip(coefficients_BC, seeds, strict=True):
         row[:, :modes, :modes] = spectrum * np.random.default_rng(seed).standard_normal((2, modes, modes))
-    # An orthonormal series has functions of mean square 1 / grid^2.
+    # The functions of an orthonormal series have mean square 1 / grid^2.
     return _transform(grid * torch.from_numpy(coefficients_BC), cosines(grid).mT)
 
 
@@ -77,7 +81,7 @@ def simulate(
         diffusivity_B: D_u > 0 of each trajectory.
 
     Raises:
-        UserError: the input is of a wrong shape or not finite.
+        UserError: an argument has a wrong shape or value, see `checks.require_input`.
         DivergedError: a trajectory is not finite, or reacts too fast for the step; the message names it.
     """
     settings = settings or ReactionDiffusion()
@@ -128,9 +132,9 @@ def _wavenumbers(size: int, side: float) -> torch.Tensor:
 
 
 def _transform(fields: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
-    """``rows @ field @ columns^T`` of each field, by batched products: at these sizes faster than an FFT."""
+    """Compute ``rows @ field @ columns^T`` for each field by batched products, which at these sizes beat an FFT."""
     columns = rows if columns is None else columns
     flat = fields.flatten(0, -3)
-    # bmm treats every field alike, however many there are; one large product would not.
+    # bmm rounds every field alike, however many there are; one large product would not.
     left = torch.bmm(rows.expand(len(flat), -1, -1), flat)
     return torch.bmm(left, columns.mT.expand(len(flat), -1, -1)).view(*fields.shape[:-2], len(rows), len(columns))

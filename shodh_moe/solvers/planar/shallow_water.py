@@ -1,11 +1,11 @@
-"""Shallow water over a flat bed: dam breaks, wet or onto a dry bed.
+"""Shallow water over a flat bed: dam breaks onto a wet or a dry bed.
 
     h_t + div(h u) = 0        (h u)_t + div(h u u + g h^2 / 2) = 0
 
 Finite volumes: depth and velocity reconstructed with the monotonised central limiter (MUSCL), HLL fluxes with
-Einfeldt's wave speeds, Heun's method (SSP-RK2) with a time step for each trajectory. HLL with these speeds satisfies
-the entropy condition, so a transonic rarefaction holds no shock and needs no further fix; it keeps depths
-non-negative, with the wave speeds of a dry front beside a dry cell.
+Einfeldt's wave speeds, Heun's method (SSP-RK2) with a separate time step for each trajectory. HLL with these speeds
+satisfies the entropy condition, so a transonic rarefaction contains no spurious shock and needs no further fix. It also
+keeps depths non-negative; beside a dry cell, the wave speeds are those of a dry front.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class ShallowWater:
 
     Attributes:
         side: length of the square, [-side/2, side/2]^2.
-        gravity: of every trajectory, unless `simulate` is given others.
-        walls: ``outflow`` (the fields go on as they are) or ``reflective``.
+        gravity: g where another parameter varies by trajectory; `simulate` takes the g of each trajectory.
+        walls: ``outflow`` (the fields continue unchanged beyond the edge) or ``reflective``.
         courant: time step times (fastest wave in x / dx + in y / dy); at most 0.5 keeps depths non-negative.
-        dry: depth from which on a cell is at rest.
+        dry: a cell of at most this depth is at rest.
         outer_height: depth around the dam.
         radius: smallest and largest radius of a random dam.
-        centre: its centre is in [-centre, centre]^2.
+        centre: the centre of a random dam is in [-centre, centre]^2.
     """
 
     side: float = 5.0
@@ -53,9 +53,9 @@ class ShallowWater:
 def random_initial(
     seeds: Sequence[np.random.SeedSequence], height_B: Tensor, grid: int, settings: ShallowWater | None = None
 ) -> Tensor:
-    """Cylinders of water of depth ``height_B`` at rest, of random radius and centre: [B, 3, grid, grid] float64.
+    """Draw cylinders of water at rest of depth ``height_B``, random radius and centre: [B, 3, grid, grid] float64.
 
-    Each cell holds the mean depth of 8 x 8 points.
+    The depth of each cell is the mean over 8 x 8 points.
     """
     settings = settings or ShallowWater()
     fine = 8
@@ -85,8 +85,9 @@ def simulate(
         gravity_B: g > 0 of each trajectory.
 
     Raises:
-        UserError: the input is of a wrong shape, not finite, or has a negative depth.
-        DivergedError: a trajectory is no longer finite; the message names it.
+        UserError: an argument has a wrong shape or value (see `checks.require_input`), a depth is negative, or a
+            setting is out of range.
+        DivergedError: a trajectory is not finite or too fast; the message names it.
     """
     settings = settings or ShallowWater()
     gravity_B = require_input(initial_BCHW, 3, gravity_B, "gravity", snapshots, interval)
@@ -112,7 +113,7 @@ def simulate(
                     f"trajectory {bad} of {len(state)} is not finite or too fast at time {time:g}: "
                     "give the settings a smaller courant, or the initial fields smaller velocities"
                 )
-            # A trajectory that is there takes steps of no length, which change no bit of it.
+            # A trajectory that has reached the snapshot takes steps of length zero, which leave its bits unchanged.
             step_B = torch.where(longest_B < left_B, longest_B, left_B)
             step = step_B[:, None, None, None]
             guess = _at_rest_where_dry(state + step * rate, settings.dry)
@@ -131,7 +132,7 @@ def _at_rest_where_dry(state: Tensor, dry: float) -> Tensor:
 
 
 def _rate(state: Tensor, gravity: Tensor, settings: ShallowWater) -> tuple[Tensor, Tensor]:
-    """Time derivative of the cell means, and the fastest waves: max |s_x| / dx + max |s_y| / dy of each trajectory."""
+    """Time derivative of the cell means, and max |s_x| / dx + max |s_y| / dy, the fastest waves of each trajectory."""
     h, mx, my = state.unbind(1)
     wet = h > settings.dry
     depth = torch.where(wet, h, torch.ones_like(h))
@@ -146,7 +147,7 @@ def _rate(state: Tensor, gravity: Tensor, settings: ShallowWater) -> tuple[Tenso
 def _sweep(
     h: Tensor, u: Tensor, v: Tensor, gravity: Tensor, settings: ShallowWater
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Inflow minus outflow of h, h u, h v along the last axis (u is the velocity along it), and the fastest wave."""
+    """Inflow minus outflow of h, h u and h v along the last axis (u is the velocity along it), and the fastest wave."""
     reflect = settings.walls == "reflective"
     (h_l, h_r), (u_l, u_r), (v_l, v_r) = (
         _faces(q, sign if reflect else 0.0) for q, sign in ((h, 1.0), (u, -1.0), (v, 1.0))
@@ -154,8 +155,8 @@ def _sweep(
     c_l, c_r = torch.sqrt(gravity * h_l), torch.sqrt(gravity * h_r)
     root_l, root_r = torch.sqrt(h_l), torch.sqrt(h_r)
     roots = root_l + root_r
-    some = roots > 0
-    u_roe = torch.where(some, (root_l * u_l + root_r * u_r) / torch.where(some, roots, torch.ones_like(roots)), 0.0)
+    wet = roots > 0
+    u_roe = torch.where(wet, (root_l * u_l + root_r * u_r) / torch.where(wet, roots, torch.ones_like(roots)), 0.0)
     c_roe = torch.sqrt(0.5 * gravity * (h_l + h_r))
     # Einfeldt's speeds; beside a dry cell the front runs at twice the wave speed of the wet side.
     s_l = torch.where(h_l > settings.dry, torch.minimum(u_l - c_l, u_roe - c_roe), u_r - 2 * c_r)
@@ -179,8 +180,10 @@ def _sweep(
 
 
 def _faces(q: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-    """Values left and right of the N + 1 faces along the last axis; beyond the ends ``sign`` times the mirror image,
-    or, with sign 0, the last value again."""
+    """Values on the left and on the right of the N + 1 faces along the last axis.
+
+    Beyond the ends, ``q`` continues as ``sign`` times its mirror image; with sign 0, as its last value.
+    """
     first, last = q[..., :1], q[..., -1:]
     if sign:
         padded = torch.cat((sign * q[..., 1:2], sign * first, q, sign * last, sign * q[..., -2:-1]), -1)
@@ -188,7 +191,7 @@ def _faces(q: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         padded = torch.cat((first, first, q, last, last), -1)
     jumps = padded.diff(dim=-1)
     back, ahead = jumps[..., :-1], jumps[..., 1:]
-    # Monotonised central: the smallest of twice either jump and their mean, zero at an extremum.
+    # Monotonised central limiter: the smallest of twice either jump and of their mean, zero at an extremum.
     size = torch.minimum(2 * torch.minimum(back.abs(), ahead.abs()), 0.5 * (back + ahead).abs())
     slope = torch.where(back * ahead > 0, torch.copysign(size, back), torch.zeros_like(size))
     inner = padded[..., 1:-1]

@@ -1,4 +1,4 @@
-"""Results as the audit writes them, made up: dense joint training harms, the mixture does not."""
+"""Made-up results in the audit's format: dense joint training harms, the mixture does not."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 MAIN, HARD = ("open_channel", "porous_media"), ("open_channel", "obstacle_wake")
 FOUR = ("obstacle_wake", "open_channel", "porous_media", "urban_canyon")
-# Error of an arm over that of a model of the domain alone.
+# Ratio of an arm's error to the error of a single-domain model.
 RATIO = {"moe": 0.97, "dense_active": 1.3, "dense_total": 1.12, "oracle": 0.965, "random": 1.2, "no_shared": 1.0}
 ROUTED = ("moe", "oracle", "random", "no_shared")
 LAYERS = 2
 
 
 def noise(*key: object) -> float:
-    """Within -1 .. 1, the same for the same key."""
+    """Return a number in -1 .. 1 that depends only on the key."""
     total = sum((place + 1) * ord(letter) for place, letter in enumerate("|".join(map(str, key))))
     return math.sin(12.9898 * total)
 
@@ -84,7 +84,7 @@ def gradients_of(arm: str, domains: tuple[str, ...], experts: int, seed: int) ->
 
 
 def result(name: str, arm: str, domains: tuple[str, ...], seed: int, experts: int = 2) -> dict[str, Any]:
-    """One run; ``domains`` is one alone for ``single``."""
+    """Make the result of one run; ``domains`` has one entry for the arm ``single``."""
     routed = arm in ROUTED
     factor = RATIO.get(arm, 1.0) * (1 + 0.1 * (8 - experts) / 8 if name == "four" and routed else 1.0)
     salt = arm if arm != "single" else f"single {domains[0]}"
@@ -131,7 +131,7 @@ def result(name: str, arm: str, domains: tuple[str, ...], seed: int, experts: in
 
 
 def diverge(run: dict[str, Any], why: str = "loss is not finite at step 120") -> None:
-    """Make a result of `result` one of a run that diverged."""
+    """Turn a result of `result` into that of a diverged run."""
     for key in ("errors", "routing", "bifurcation", "swap", "unseen", "plasticity", "relearning"):
         run[key] = None
     run["gradients"] = []
@@ -139,13 +139,13 @@ def diverge(run: dict[str, Any], why: str = "loss is not finite at step 120") ->
 
 
 def main_results(seeds: int = 3) -> list[dict[str, Any]]:
-    """The main set alone."""
+    """Results of the main set only."""
     joint = [result("main", arm, MAIN, seed) for arm in RATIO for seed in range(seeds)]
     return joint + [result("main", "single", (domain,), seed) for domain in MAIN for seed in range(seeds)]
 
 
 def all_results(seeds: int = 3) -> list[dict[str, Any]]:
-    """All sets."""
+    """Results of all sets."""
     found = main_results(seeds)
     for seed in range(seeds):
         found += [result("hard", arm, HARD, seed) for arm in ("moe", "dense_active")]
@@ -156,7 +156,7 @@ def all_results(seeds: int = 3) -> list[dict[str, Any]]:
 
 
 def tuning() -> dict[str, Any]:
-    """As `shodh_moe.audit.arms.tuning` returns it; the largest rate diverged."""
+    """Return what `shodh_moe.audit.arms.tuning` returns; the largest rate diverged."""
     rates = {"learning_rates": [1e-4, 3e-4, 1e-3], "valid_latent_mse": [0.4, 0.2, math.inf], "chosen": 3e-4}
     names = [*RATIO, *(f"single:{domain}" for domain in MAIN)]
     return {name: rates | {"at_edge": name == "dense_total"} for name in names}

@@ -1,4 +1,4 @@
-"""The arms differ in what their names say, and in nothing else."""
+"""The arms differ only in the settings that their names state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_parameters_of_the_arms(tmp_path):
     assert moe.total - moe.active == expert
 
 
-def test_a_control_differs_from_the_mixture_in_its_own_settings_alone(tmp_path):
+def test_a_control_differs_from_the_mixture_only_in_its_own_settings(tmp_path):
     one = audit(tmp_path)
     moe = arm_config(one, "main", "moe", 0, 1e-3).model_dump()
     expected = {
@@ -57,7 +57,7 @@ def test_a_control_differs_from_the_mixture_in_its_own_settings_alone(tmp_path):
         assert differing - {"name"} == keys
 
 
-def test_a_single_domain_sees_the_samples_that_the_joint_run_sees_of_it(tmp_path):
+def test_a_single_domain_run_sees_the_joint_runs_samples_of_the_domain(tmp_path):
     one, everyone, sizes = audit(tmp_path), ["decaying_turbulence", "open_channel", "porous_media"], (7, 11, 13)
 
     def seen(config, steps=9):
@@ -91,7 +91,7 @@ def test_all_runs_have_the_same_tokenizer_and_latents(tmp_path):
     assert resolve_paths(unseen_config(one)).latents != resolve_paths(shared_config(one)).latents
 
 
-def test_runs_that_are_the_same_share_a_folder_and_others_do_not(tmp_path):
+def test_only_identical_runs_share_a_folder(tmp_path):
     one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"])
     rates = dict.fromkeys(tuning_runs(one), 1e-3)
     main, hard = ({(r.arm, *r.domains): r.name for r in set_runs(one, s, [0], rates)} for s in ("main", "hard"))
@@ -101,7 +101,7 @@ def test_runs_that_are_the_same_share_a_folder_and_others_do_not(tmp_path):
     assert arm_config(changed, "main", "moe", 0, 1e-3).name != main["moe", "open_channel", "porous_media"]
 
 
-def test_rates_of_other_sets_are_those_of_the_same_arm(tmp_path):
+def test_an_arm_has_the_same_rate_in_every_set(tmp_path):
     one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 4])
     rates = {name: 1e-3 * (n + 1) for n, name in enumerate(tuning_runs(one))}
     for run in all_runs(one, rates):
@@ -111,7 +111,7 @@ def test_rates_of_other_sets_are_those_of_the_same_arm(tmp_path):
     assert four == {("moe", 2), ("moe", 4), ("dense_active", 0)}
 
 
-def test_the_config_that_comes_with_the_project():
+def test_the_shipped_audit_config():
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
     assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four")] == [40, 12, 12]

@@ -22,7 +22,7 @@ from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
 from tests import tiny
 
 SHAPE = (3, 2, 2, 2)
-FILES = count()  # names of files in memory
+FILES = count()  # numbers for the names of in-memory files
 MOE = ["attention", "expert 0", "expert 1", "rest", "router", "shared"]
 
 
@@ -38,7 +38,7 @@ def _transformer(config: Config, head: float = 0.1) -> LatentTransformer:
 
 
 def _samples(**windows: list[Tensor]) -> LatentSamples:
-    """Of each domain one trajectory a window [H + 1, C, x, y, z], so of one sample each, with the same geometry."""
+    """Make one trajectory, so one sample, for each window [H + 1, C, x, y, z] of a domain, all with one geometry."""
     geometry = torch.linspace(-1, 1, math.prod(SHAPE)).view(SHAPE)
     file = h5py.File(f"memory {next(FILES)}", "w", driver="core", backing_store=False)
     trajectories = [
@@ -65,9 +65,9 @@ def _random(count: int, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_opposite_errors_give_opposite_gradients_in_every_group(experts: int) -> None:
-    """Same inputs, targets on opposite sides of the prediction, three times as far: only the error's sign differs.
+    """The inputs are equal and the targets lie on opposite sides of the prediction, one three times as far.
 
-    A gradient of the router's losses, which both domains share, would bring the router's cosine off -1.
+    A gradient of the router's losses, which both domains share, would move the router's cosine away from -1.
     """
     config = _config(num_experts=experts)
     transformer, history = _transformer(config), _history()
@@ -79,19 +79,19 @@ def test_opposite_errors_give_opposite_gradients_in_every_group(experts: int) ->
     samples = _samples(a=[_window(history, predicted + 3 * delta)] * 2, b=[_window(history, predicted - delta)] * 2)
     found = gradient_conflict(transformer, samples, 2, 2)
     assert sorted(found) == (MOE if experts else ["attention", "rest", "shared"])
-    told = 0
+    checked = 0
     for name, group in found.items():
         if name.startswith("expert") and group["cosine"]["a|b"] is None:
-            continue  # no token goes there
-        told += 1
+            continue  # the expert gets no token
+        checked += 1
         assert group["cosine"]["a|b"] == pytest.approx(-1, abs=1e-5)
         assert group["ratio"]["a|b"] == pytest.approx(3, rel=1e-4)
         assert group["within"] == {"a": pytest.approx(1), "b": pytest.approx(1)}
-    assert told >= (5 if experts else 3)
+    assert checked >= (5 if experts else 3)
 
 
 def test_orthogonal_errors_by_hand() -> None:
-    """With a head of zeros its gradient is the error times the features, and nothing else has one."""
+    """With a zero head, the head's gradient is the error times the features, and all other gradients vanish."""
     transformer, history = _transformer(_config(), head=0), _history()
     first, second = torch.zeros(2, *SHAPE)
     first[0], second[1] = 1, 1
@@ -117,7 +117,7 @@ def test_equal_domains_agree_and_batches_do_not_matter() -> None:
         assert group["within"]["a"] == group["within"]["b"] == pytest.approx(found[name]["within"]["a"], abs=1e-4)
 
 
-def test_only_the_evenly_spread_samples_count() -> None:
+def test_only_evenly_spread_samples_are_used() -> None:
     transformer, windows = _transformer(_config()), _random(6, 4)
     others = [window if n in (0, 3) else -window for n, window in enumerate(windows)]
     b = _random(2, 5)
@@ -146,7 +146,7 @@ def test_a_frozen_router_has_no_gradient() -> None:
     assert found["router"]["cosine"] == {"a|b": None}
 
 
-def test_mode_and_gradients_are_left_as_they_were_and_nothing_is_dropped() -> None:
+def test_mode_and_gradients_are_restored_and_no_token_is_dropped() -> None:
     transformer = _transformer(_config(capacity_factor=0.1, min_capacity=1)).train()
     samples = _samples(a=_random(2, 1), b=_random(2, 2))
     transformer.head.bias.grad = kept = torch.ones(SHAPE[0])
@@ -162,13 +162,13 @@ def test_mode_and_gradients_are_left_as_they_were_and_nothing_is_dropped() -> No
 
 def test_one_domain_has_no_pairs() -> None:
     found = gradient_conflict(_transformer(_config(num_experts=0)), _samples(a=_random(1, 1)), 4, 2)
-    assert found["shared"] == {"cosine": {}, "ratio": {}, "within": {"a": None}}  # one sample has no halves
+    assert found["shared"] == {"cosine": {}, "ratio": {}, "within": {"a": None}}  # one sample cannot be halved
 
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.1, 10))
-def test_cosines_are_bounded_and_free_of_a_domains_scale(seed: int, scale: float) -> None:
-    """With a head of zeros, a target ``scale`` times as far off gives a gradient ``scale`` times as large."""
+def test_cosines_are_bounded_and_independent_of_a_domains_scale(seed: int, scale: float) -> None:
+    """With a zero head, a target ``scale`` times as far away gives a gradient ``scale`` times as large."""
     transformer = _transformer(_config(num_experts=0), head=0)
     a, b, c = (_random(2, seed + n) for n in range(3))
     far = [_window(z[:2], z[1] + scale * (z[2] - z[1])) for z in b]
@@ -180,7 +180,7 @@ def test_cosines_are_bounded_and_free_of_a_domains_scale(seed: int, scale: float
     assert found["ratio"]["b|c"] / scale == pytest.approx(near["ratio"]["b|c"], rel=1e-4)
 
 
-def test_over_the_checkpoints_of_a_run(tmp_path: Path) -> None:
+def test_conflict_is_measured_over_the_checkpoints_of_a_run(tmp_path: Path) -> None:
     config, samples = _config(), _samples(a=_random(2, 1), b=_random(2, 2))
     writer = CheckpointWriter(tmp_path / "checkpoints", 0, 1, 9, 0, "test")
     expected = []

@@ -1,4 +1,4 @@
-"""The errors that the audit measures, against what they are defined as; and the maps of the routing."""
+"""The errors that the audit measures, compared with their definitions, and the maps of the routing."""
 
 from __future__ import annotations
 

@@ -14,13 +14,15 @@ from tests.audit.synthetic_results import MAIN, all_results, diverge, result, tu
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether the picture has more than a little ink of several colours."""
+    """Return whether the picture has enough pixels of several colours."""
     pixels = imread(path)[..., :3]
     inked = (pixels < 0.98).any(-1)
     return min(pixels.shape[:2]) > 100 and inked.mean() > 0.01 and len(np.unique(pixels[inked], axis=0)) > 20
 
 
-def test_draws_all_pictures_and_the_page_even_of_what_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_pictures_and_the_page_are_made_even_of_diverged_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(style, "DPI", 60)  # drawing takes most of the time
     results = all_results(2)
     for run in results:
@@ -50,7 +52,7 @@ def test_draws_all_pictures_and_the_page_even_of_what_diverged(tmp_path: Path, m
     assert "**" not in page
 
 
-def test_leaves_out_what_there_are_no_data_for(tmp_path: Path) -> None:
+def test_pictures_without_data_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "swap.png").write_bytes(b"old")
     results = [result("main", "dense_active", MAIN, 0)]
     results[0]["relearning"] = None

@@ -33,19 +33,19 @@ def _transformer(**moe: Any) -> LatentTransformer:
 
 
 def test_dormant_units_by_hand() -> None:
-    # The mean is 10, so the threshold 0.25; equal to it is dormant.
+    # The mean is 10, so the threshold is 0.25; a unit equal to it is dormant.
     assert dormant_units(torch.tensor([0.0, 0.25, 0.26, 39.49])).tolist() == [True, True, False, False]
     assert dormant_units(torch.tensor([1.0, 3.0]), tau=0.5).tolist() == [True, False]
     assert dormant_units(torch.zeros(3)).all()
 
 
-def test_dead_units_give_their_share(samples: LatentSamples) -> None:
-    """Dead by the gate in one block of two, by the weights of one expert of two in both."""
+def test_the_share_of_dead_units_is_reported(samples: LatentSamples) -> None:
+    """Units are dead by their gate in one of two blocks, and by the weights of one of two experts in both."""
     transformer = _transformer()
     with torch.no_grad():
         transformer.blocks[0].moe.shared[0].gate_up.weight[:2] = 0  # the gates of 2 of 8 units
         for block in transformer.blocks:
-            block.moe.experts.gate_up_LDF[1, :, HIDDEN : HIDDEN + 4] = 0  # up of 4 of 8 units
+            block.moe.experts.gate_up_LDF[1, :, HIDDEN : HIDDEN + 4] = 0  # up weights of 4 of 8 units
     found = plasticity(transformer, samples, 5, 3)
     assert found["dormant"]["shared"] == 2 / 16
     assert found["dormant"]["expert 1"] >= 0.5
@@ -54,20 +54,20 @@ def test_dead_units_give_their_share(samples: LatentSamples) -> None:
 
 
 def test_layers_do_not_mix_their_scales(samples: LatentSamples) -> None:
-    """A block or network whose activations are all small is not dormant: its own mean is small too."""
+    """A block or network with only small activations is not dormant, since its own mean is small too."""
     transformer = _transformer(num_experts=0, shared_experts=2)
     with torch.no_grad():
         transformer.blocks[0].moe.shared[1].gate_up.weight *= 1e-3
     assert plasticity(transformer, samples, 5, 3)["dormant"] == {"shared": 0.0}
 
 
-def test_an_expert_without_tokens_is_wholly_dormant(samples: LatentSamples) -> None:
+def test_an_expert_without_tokens_is_entirely_dormant(samples: LatentSamples) -> None:
     transformer = _transformer(num_experts=3, router={"kind": "oracle"}, shared_experts=0)
     assert plasticity(transformer, samples, 5, 3)["dormant"] == {"expert 0": 0.0, "expert 1": 0.0, "expert 2": 1.0}
 
 
 def test_an_expert_is_judged_by_its_own_tokens(samples: LatentSamples) -> None:
-    """The activations of each expert against those of a model in which it is the shared one, of its domain alone."""
+    """Compare each expert with a model in which it is the shared expert and sees only its domain."""
     transformer = _transformer(router={"kind": "oracle"}, shared_experts=0)
     with torch.no_grad():
         transformer.blocks[0].moe.experts.gate_up_LDF[0] *= torch.logspace(-4, 1, 2 * HIDDEN)
@@ -82,7 +82,7 @@ def test_an_expert_is_judged_by_its_own_tokens(samples: LatentSamples) -> None:
     assert plasticity(transformer, samples, 5, 2)["dormant"]["expert 0"] == dormant / (2 * HIDDEN)
 
 
-def test_batches_do_not_matter_and_hooks_go_away(samples: LatentSamples) -> None:
+def test_batches_do_not_matter_and_hooks_are_removed(samples: LatentSamples) -> None:
     transformer = _transformer()
     found = plasticity(transformer, samples, 5, 10)
     assert plasticity(transformer, samples, 5, 3) == found | {
@@ -95,7 +95,7 @@ def test_batches_do_not_matter_and_hooks_go_away(samples: LatentSamples) -> None
 
 
 def test_effective_rank_of_the_features(samples: LatentSamples) -> None:
-    """That of the centred features by their singular values, and 0 where every token has the same."""
+    """The effective rank comes from the singular values of the centred features, and is 0 if all tokens are equal."""
     transformer, seen = _transformer(), []
     with transformer.head.register_forward_pre_hook(lambda head, args: seen.append(args[0].flatten(0, 1))):
         found = plasticity(transformer, samples, 5, 3)["effective_rank"]

@@ -47,7 +47,7 @@ def test_split(tmp_path_factory: pytest.TempPathFactory) -> list[LatentTrajector
     return load_latents(folder, "test")
 
 
-def test_oracle_routing_knows_the_domain_and_nothing_more(test_split: list[LatentTrajectory]) -> None:
+def test_oracle_routing_knows_only_the_domain(test_split: list[LatentTrajectory]) -> None:
     config = _config(**ORACLE)
     alike = dict.fromkeys(DOMAINS, torch.arange(8.0).view(2, 2, 2))
     found = heldout_routing(_transformer(config), test_split, _speeds(test_split, alike), config)
@@ -61,7 +61,7 @@ def test_oracle_routing_knows_the_domain_and_nothing_more(test_split: list[Laten
         assert information["domain_given_speed"] == pytest.approx(math.log(2))
 
 
-def test_a_speed_that_tells_the_domain_leaves_nothing_beyond_it(test_split: list[LatentTrajectory]) -> None:
+def test_a_speed_that_identifies_the_domain_leaves_no_further_information(test_split: list[LatentTrajectory]) -> None:
     config = _config(**ORACLE)
     apart = {"open_channel": torch.arange(8.0).view(2, 2, 2), "porous_media": torch.arange(8.0, 16).view(2, 2, 2)}
     found = heldout_routing(_transformer(config), test_split, _speeds(test_split, apart), config)
@@ -72,7 +72,7 @@ def test_a_speed_that_tells_the_domain_leaves_nothing_beyond_it(test_split: list
 
 
 def test_solid_tokens_are_a_category_of_their_own(test_split: list[LatentTrajectory]) -> None:
-    """All of one domain is solid: its tokens do not shift the quartiles, and their category tells the domain."""
+    """One domain is entirely solid: its tokens do not shift the quartiles, and their category identifies the domain."""
     config = _config(**ORACLE)
     mixed = [
         replace(one, solid_fraction_xyz=torch.full((2, 2, 2), float(one.domain == DOMAINS[1]))) for one in test_split
@@ -86,8 +86,8 @@ def test_solid_tokens_are_a_category_of_their_own(test_split: list[LatentTraject
         assert information[f"domain_given_{name}"] == 0
 
 
-def test_the_speed_is_that_of_the_newest_snapshot(test_split: list[LatentTrajectory]) -> None:
-    """Speeds that tell the domain only before the newest snapshot of the first window, and in the last target."""
+def test_the_speed_is_taken_from_the_newest_snapshot(test_split: list[LatentTrajectory]) -> None:
+    """Speeds identify the domain only before the first window's newest snapshot, and in the last target."""
     config = _config(**ORACLE)
     speeds = _speeds(test_split, dict.fromkeys(DOMAINS, torch.arange(8.0).view(2, 2, 2)))
     speeds = {key: speed.clone() for key, speed in speeds.items()}
@@ -99,7 +99,7 @@ def test_the_speed_is_that_of_the_newest_snapshot(test_split: list[LatentTraject
 
 
 def test_every_token_of_every_window_is_counted(test_split: list[LatentTrajectory]) -> None:
-    """Against the router's choices counted window by window."""
+    """Compare with the router's choices counted window by window."""
     config = _config()
     transformer = _transformer(config)
     found = heldout_routing(transformer, test_split, None, config)
@@ -156,7 +156,7 @@ def test_a_subset_is_spread_evenly_and_tokens_are_never_dropped(test_split: list
         latent_errors(transformer.train(), samples, 3)
 
 
-def test_local_speed_is_a_mean_over_cells(tmp_path: Path, test_split: list[LatentTrajectory]) -> None:
+def test_the_local_speed_is_a_mean_over_cells(tmp_path: Path, test_split: list[LatentTrajectory]) -> None:
     dataset = tiny.write_dataset(tmp_path, snapshots=9)
     record = list_trajectories(dataset, "test")[0]
     speed = local_speed(record, 1)

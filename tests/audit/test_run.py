@@ -1,4 +1,4 @@
-"""The audit goes on where it was, shows what diverged, and uses no result of other weights or settings."""
+"""The audit resumes, reports diverged runs, and uses no results of other weights or settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.audit.tiny import audit
 
 
 def _finish(config: Config, ratios: dict[str, float | None], sha: str = "a") -> None:
-    """What a training run leaves: the records of its validation, and a last checkpoint (its state alone)."""
+    """Write the files of a finished run: its validation records, and the state of a last checkpoint."""
     folder = run_folder(config)
     last_checkpoint(config).mkdir(parents=True)
     errors = {domain: None if ratio is None else 0.5 * ratio for domain, ratio in ratios.items()}
@@ -32,7 +32,7 @@ def _finish(config: Config, ratios: dict[str, float | None], sha: str = "a") -> 
 
 
 def _blow_up(config: Config, step: int = 3) -> None:
-    """What a training run leaves whose loss was not finite."""
+    """Write the file of a run whose loss was not finite."""
     folder = run_folder(config) / "nonfinite"
     folder.mkdir(parents=True)
     (folder / f"{step}.json").write_text("{}")
@@ -43,14 +43,14 @@ def config(tmp_path) -> Config:
     return arm_config(audit(tmp_path), "main", "dense_active", 0, 1e-3)
 
 
-def test_the_score_counts_domains_alike(config):
+def test_the_score_weighs_domains_equally(config):
     assert not ended(config)
     _finish(config, {"open_channel": 0.2, "porous_media": 0.6})
     assert ended(config)
     assert validation_score(config) == pytest.approx(0.4)
 
 
-def test_a_run_whose_loss_was_not_finite_has_ended_as_diverged(config):
+def test_a_run_with_a_nonfinite_loss_counts_as_diverged(config):
     _blow_up(config)
     assert ended(config)
     assert diverged(config) == "a loss or gradient was not finite at step 3"
@@ -61,19 +61,19 @@ def test_a_run_whose_loss_was_not_finite_has_ended_as_diverged(config):
     ("ratio", "words"),
     [(None, "was not finite"), (DIVERGED_ABOVE * 1.01, "10.1 times that of persistence"), (DIVERGED_ABOVE, None)],
 )
-def test_a_run_far_worse_than_persistence_has_diverged(config, ratio, words):
+def test_a_run_far_worse_than_persistence_counts_as_diverged(config, ratio, words):
     _finish(config, {"open_channel": 0.1, "porous_media": ratio})
     reason = diverged(config)
     assert reason is None if words is None else words in reason and "porous_media" in reason and "step 4" in reason
 
 
-def test_the_best_rate_is_chosen_and_an_edge_is_told(tmp_path):
+def test_the_best_rate_is_chosen_and_an_edge_of_the_range_is_reported(tmp_path):
     one = audit(tmp_path, learning_rates=[1e-3, 2e-3, 4e-3], tuning_seeds=[1000, 1001])
     for name, runs in tuning_runs(one).items():
         for rate, (run, other) in runs.items():
             best = 2e-3 if name == "moe" else 4e-3
             _finish(run.config, dict.fromkeys(run.domains, 0.1 + abs(rate - best)))
-            if name == "oracle" and rate > 1e-3:  # one seed is enough to spoil a rate
+            if name == "oracle" and rate > 1e-3:  # one diverged seed rules out a rate
                 _blow_up(other.config)
                 continue
             spoilt = 0.1 if name == "no_shared" and rate == 4e-3 else 0
@@ -87,7 +87,7 @@ def test_the_best_rate_is_chosen_and_an_edge_is_told(tmp_path):
     assert choose_rates(one)["single:porous_media"] == 4e-3
 
 
-def test_a_run_that_diverges_is_recorded_and_not_trained_again_while_the_others_go_on(tmp_path, monkeypatch):
+def test_a_diverged_run_is_recorded_and_not_repeated_while_others_continue(tmp_path, monkeypatch):
     one = audit(tmp_path)
     bad, good = (arm_config(one, "main", arm, 0, 1e-3) for arm in ("moe", "dense_active"))
     made = tmp_path / "made"
@@ -110,7 +110,7 @@ def test_a_run_that_diverges_is_recorded_and_not_trained_again_while_the_others_
     assert "errors" not in result
     assert measured(one, run)
     assert not relearns(one, run)
-    stages.train(one, [bad], 1)  # starts nothing: the folder that it would make is there
+    stages.train(one, [bad], 1)  # starts nothing, since the run's folder exists
 
 
 def test_another_failure_of_a_run_stops_the_audit(tmp_path):
@@ -135,7 +135,7 @@ def test_a_result_of_other_weights_or_settings_is_stale(tmp_path, monkeypatch):
     assert not measured(one, run)
 
 
-def test_relearning_is_from_the_trained_network_and_from_scratch(tmp_path):
+def test_relearning_starts_from_the_trained_network_and_from_scratch(tmp_path):
     one = audit(tmp_path)
     run = next(r for r in all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3)) if r.arm == "oracle")
     _finish(run.config, {"open_channel": 0.2, "porous_media": 0.6})
@@ -156,7 +156,7 @@ def test_relearning_is_from_the_trained_network_and_from_scratch(tmp_path):
     ]
 
 
-def test_the_report_says_what_is_missing(tmp_path):
+def test_the_report_names_missing_results(tmp_path):
     one = audit(tmp_path)
     for runs in tuning_runs(one).values():
         for (run,) in runs.values():

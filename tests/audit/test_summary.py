@@ -13,8 +13,8 @@ from shodh_moe.base.errors import UserError
 from tests.audit.synthetic_results import HARD, MAIN, all_results, diverge, main_results, result, tuning
 
 
-def rows(summary: dict, table: str, **wanted: object) -> list[dict]:
-    return [row for row in summary[table] if all(row[key] == value for key, value in wanted.items())]
+def rows(summary: dict, table: str, **conditions: object) -> list[dict]:
+    return [row for row in summary[table] if all(row[key] == value for key, value in conditions.items())]
 
 
 def test_numbers_and_verdict_of_made_up_results() -> None:
@@ -105,11 +105,11 @@ def test_an_arm_that_diverged_is_shown_everywhere(tmp_path) -> None:
     text = markdown(summary)
     assert "3 of 3 seeds diverged" in text
     assert "0.400, 0.200, diverged" in text
-    assert "loss is not finite / step 7" in text  # or it would be another column
+    assert "loss is not finite / step 7" in text  # a bar would start another column
     assert "1 of 3 seeds diverged" in write_page(summary, [], tmp_path).read_text()
 
 
-def test_verdict_stands_first_and_tables_are_rectangular() -> None:
+def test_the_verdict_comes_first_and_tables_are_rectangular() -> None:
     summary = summarise(all_results(), tuning())
     text = markdown(summary)
     assert text.startswith("## Verdict\n\nDoes the mixture of experts end negative transfer")
@@ -130,7 +130,7 @@ def test_a_single_set_is_enough() -> None:
     assert "runs are missing" in markdown(summary)
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_results_that_do_not_match_are_refused() -> None:
     with pytest.raises(UserError, match="no results"):
         summarise([], {})
     results = main_results(1)
@@ -141,7 +141,7 @@ def test_refuses_what_does_not_fit() -> None:
         summarise(results, {})
 
 
-def test_what_the_page_quotes_is_escaped(tmp_path) -> None:
+def test_quoted_text_is_escaped_on_the_page(tmp_path) -> None:
     results = all_results()
     diverge(results[0], """<script>alert("1")</script> & 'x'""")
     page = write_page(summarise(results, tuning()), [], tmp_path).read_text()

@@ -42,7 +42,7 @@ def test_split(tmp_path_factory: pytest.TempPathFactory) -> list[LatentTrajector
     return load_latents(folder, "test")
 
 
-def test_equal_experts_grow_nothing(test_split: list[LatentTrajectory]) -> None:
+def test_exchanging_equal_experts_does_not_increase_the_error(test_split: list[LatentTrajectory]) -> None:
     config = _config()
     transformer = _transformer(config)
     for layer in transformer.moe_layers:
@@ -53,8 +53,10 @@ def test_equal_experts_grow_nothing(test_split: list[LatentTrajectory]) -> None:
 
 
 @pytest.mark.parametrize("count", [None, 2])
-def test_growth_is_that_of_the_other_label(test_split: list[LatentTrajectory], count: int | None) -> None:
-    """Under the oracle router, to exchange all experts is to name the other domain."""
+def test_the_increase_equals_that_of_naming_the_other_domain(
+    test_split: list[LatentTrajectory], count: int | None
+) -> None:
+    """Under the oracle router, exchanging all experts equals naming the other domain."""
     config = _config()
     transformer = _transformer(config)
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_weights_are_restored_bit_for_bit(test_split: list[LatentTrajectory]) ->
     assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
 
 
-def test_a_shared_majority_expert_has_no_other(test_split: list[LatentTrajectory]) -> None:
+def test_domains_that_share_their_majority_expert_have_no_other_expert(test_split: list[LatentTrajectory]) -> None:
     config = _config(num_experts=1)
     nothing = {"layers": [None, None], "all": None}
     found = _growth(config, _transformer(config), test_split)
@@ -104,8 +106,8 @@ def test_a_dense_model_has_no_experts_to_exchange(test_split: list[LatentTraject
     assert _growth(config, _transformer(config), test_split) is None
 
 
-def test_of_several_domains_the_first_with_another_expert_is_the_other(test_split: list[LatentTrajectory]) -> None:
-    """The oracle gives a and b equal experts: they find theirs in each other, c finds another one in a."""
+def test_the_other_domain_is_the_first_with_another_expert(test_split: list[LatentTrajectory]) -> None:
+    """The oracle gives a and b equal experts, so they have none to exchange; c gets another expert from a."""
     config = _config(depth=1, num_experts=3)
     transformer = _transformer(config)
     experts = transformer.moe_layers[0].experts

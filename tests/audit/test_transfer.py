@@ -25,27 +25,27 @@ def test_no_interval_with_too_few_seeds(seeds: int) -> None:
     assert (found.value, found.low, found.high) == (1.0, None, None)
 
 
-def test_a_diverged_seed_is_told_and_takes_the_interval_away() -> None:
+def test_a_diverged_seed_is_reported_and_removes_the_interval() -> None:
     found = relative_difference({0: 2.0, 1: 2.0, 2: 2.0, 3: None}, dict.fromkeys(range(4), 1.0))
     assert (found.value, found.low, found.high, found.diverged) == (1.0, None, None, [3])
     assert relative_difference({0: 1.0}, {0: None}).diverged == [0]
     assert estimate({0: math.inf, 1: 1.0}).diverged == [0]
 
 
-def test_seeds_of_one_arm_alone_do_not_count() -> None:
+def test_seeds_of_only_one_arm_do_not_count() -> None:
     found = relative_difference({0: 2.0, 1: 3.0, 7: None}, {0: 1.0, 1: 1.0, 8: 5.0})
     assert found.by_seed == {0: 1.0, 1: 2.0}
     assert found.diverged == []
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_results_give_no_transfer() -> None:
     assert estimate({}).value is None
 
 
 @given(st.dictionaries(st.integers(0, 20), st.tuples(positive, positive), min_size=MIN_SEEDS), st.floats(0.1, 10))
 def test_a_common_factor_of_a_seed_cancels(pairs: dict[int, tuple[float, float]], factor: float) -> None:
     plain = relative_difference({s: a for s, (a, _) in pairs.items()}, {s: b for s, (_, b) in pairs.items()})
-    # What makes a seed's task harder for both arms alike must not show: that is what pairing is for.
+    # Pairing must remove the difficulty of a seed that both arms share.
     scale = {seed: factor ** (seed % 3) for seed in pairs}
     scaled = relative_difference(
         {s: a * scale[s] for s, (a, _) in pairs.items()}, {s: b * scale[s] for s, (_, b) in pairs.items()}

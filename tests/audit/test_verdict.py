@@ -24,7 +24,7 @@ BETTER = around(-0.2, 0.1)
     ("transfer", "answer"),
     [
         (HARM, "harms"),
-        (around(0.01, 0.005), "harms"),  # surely above 0 comes before below the margin
+        (around(0.01, 0.005), "harms"),  # significantly above 0 takes precedence over below the margin
         (GOOD, "does not harm"),
         (around(0.0, 0.5), "not shown"),
         (around(0.01, 0.011), "not shown"),
@@ -57,12 +57,12 @@ def test_the_main_verdict(
     assert found.reason
 
 
-def test_upper_end_on_the_margin_is_allowed_to_the_mixture() -> None:
+def test_the_mixtures_upper_end_may_equal_the_margin() -> None:
     on_margin = Estimate(0.0, -MARGIN, MARGIN, {})
     assert ends_negative_transfer({A: HARM}, {A: on_margin}, {A: BETTER}).answer == "shown"
 
 
-def test_missing_runs_show_nothing() -> None:
+def test_missing_runs_give_no_verdict() -> None:
     assert ends_negative_transfer({}, {}, {}).answer == "not shown"
     assert ends_negative_transfer({A: HARM}, {}, {A: BETTER}).answer == "not shown"
     assert compare({}).answer == "no difference shown"
@@ -82,7 +82,7 @@ def test_never_shown_with_few_seeds_or_a_diverged_run(runs: list[tuple[float | N
     single, dense, moe = ({seed: run[i] for seed, run in enumerate(runs)} for i in range(3))
     diverged = any(value is None for run in runs for value in run)
     if len(runs) < 3 or diverged:
-        # Also where the numbers alone would be clear.
+        # Even if the numbers alone would be clear.
         dense = {seed: None if value is None else 10 * value for seed, value in dense.items()}
         assert verdict_of(single, dense, moe) not in ("shown", "refuted", "no harm to end")
 
@@ -128,7 +128,7 @@ def test_comparisons() -> None:
     assert as_good({A: GOOD, B: NONE}).answer == "not shown"
 
 
-def test_a_diverged_seed_is_the_reason() -> None:
+def test_a_diverged_seed_is_given_as_the_reason() -> None:
     lost = dataclasses.replace(NONE, diverged=[4])
     found = ends_negative_transfer({A: HARM}, {A: lost}, {A: lost})
     assert found.answer == "not shown"

@@ -1,4 +1,4 @@
-"""An audit so small that it says nothing."""
+"""An audit too small to show anything, for tests of the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tiny import CONFIG, FLOW
 
 
 def tree(folder: Path, **keys: Any) -> dict[str, Any]:
-    """The config of `audit` as written in a file."""
+    """Return the content of a config file for `audit`."""
     domains = {"open_channel": FLOW, "porous_media": {**FLOW, "grain": 3.0}, "decaying_turbulence": FLOW}
     base = {
         "data": {**CONFIG["data"], "root": str(folder / "data"), "domains": domains},

@@ -19,7 +19,7 @@ from shodh_moe.kernels import curl
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = ("gating", "dispatch", "spectral_curl", "moe_layer", "optimizer")
-PEERS = {"spectral_curl": "torch.fft", "optimizer": "torch, foreach"}  # else DeepSpeed
+PEERS = {"spectral_curl": "torch.fft", "optimizer": "torch, foreach"}  # DeepSpeed for all others
 RESULT_KEYS = {
     "op", "implementation", "case", "seconds", "seconds_p20", "seconds_p80", "rounds", "bytes", "flops", "gb_s",
     "share_of_copy", "gflop_s", "peak_memory_bytes", "extra",
@@ -57,7 +57,7 @@ def results(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_rehearsal_of_make_gpu_runs_every_step(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_the_rehearsal_of_make_gpu_runs_every_step(rehearsal: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, folder = rehearsal
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((folder / "gpu_rehearsal.json").read_text())
@@ -136,7 +136,7 @@ def test_pictures_are_drawn(results: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("importable")
-def test_wrong_input_ends_with_code_2_and_one_line(
+def test_invalid_input_ends_with_code_2_and_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the scripts set these if they are unset; monkeypatch restores them
@@ -210,7 +210,7 @@ def test_input_sets_exceed_twice_the_cache() -> None:
 
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("operator", ["spectral", "central2", "central4", "staggered"])
-def test_peers_of_the_curl_compute_the_curl(operator: str) -> None:
+def test_the_peers_of_the_curl_compute_the_curl(operator: str) -> None:
     from support.peers import FourierCurl, MatrixCurl
 
     shape = (8, 10, 12)
@@ -222,7 +222,7 @@ def test_peers_of_the_curl_compute_the_curl(operator: str) -> None:
         )
 
 
-def test_tuning_rehearsal_runs_and_keeps_to_its_file(tmp_path: Path) -> None:
+def test_the_tuning_rehearsal_writes_only_its_own_file(tmp_path: Path) -> None:
     table = ROOT / "kernels" / "tuned.json"
     before = table.read_bytes() if table.exists() else None
     done = script("tune", "--rehearse", "--only", "dispatch", "--seconds", "3", "--file", str(tmp_path / "tuned.json"))

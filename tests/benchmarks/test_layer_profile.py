@@ -1,4 +1,4 @@
-"""The profile of a layer: peak memory, and the part that each operation belongs to."""
+"""The profile of a layer: peak memory, and the part to which each operation belongs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_peak_is_what_is_held_at_once() -> None:
+def test_the_peak_is_the_memory_held_at_once() -> None:
     from support.layer_profile import peak_bytes
 
     def call(number: int) -> torch.Tensor:

@@ -76,7 +76,7 @@ METRICS: dict[str, Any] = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run folder with only the files and values that are read."""
+    """Make a finished run folder with only the files and values that are read."""
     folder = tmp_path / "runs" / "tiny"
     (folder / "report").mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
@@ -137,13 +137,13 @@ def test_missing_bifurcation_and_nonfinite_values_are_reported(script, run, tmp_
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "environment.json"])
-def test_a_run_that_lacks_something_is_one_clear_line(script, run, name):
+def test_an_incomplete_run_gives_one_clear_line(script, run, name):
     (run / name).write_text('{"half')
     with pytest.raises(UserError, match=f"{name} is missing or damaged: repeat the command without --collect-only"):
         script.collect(run, tiny.config(), [])
 
 
-def test_no_run_folder(script, tmp_path, monkeypatch, capsys):
+def test_a_missing_run_folder_is_named(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = tiny.write_config(tmp_path)
     code = script.main(["--config", str(config), "--collect-only", "--output", str(tmp_path / "docs")])
@@ -172,7 +172,7 @@ def test_stage_times(script, monkeypatch):
 
 
 def test_a_signal_ends_the_stages_with_the_requeue_code(script, monkeypatch, tmp_path):
-    """The exit code does not depend on the stage: this one, like data generation, is ended by the signal itself."""
+    """The exit code does not depend on the stage: this stage, like data generation, is ended by the signal itself."""
     child = tmp_path / "child"
     child.write_text(f"#!{sys.executable}\nimport time\nprint('[data] d in 1 s', flush=True)\ntime.sleep(60)\n")
     child.chmod(0o755)
@@ -192,7 +192,7 @@ def test_a_signal_ends_the_stages_with_the_requeue_code(script, monkeypatch, tmp
     assert set(seconds) == {"data", "tokenizer"}
 
 
-def test_shares_data_and_tokenizer_with_the_quickstart():
+def test_the_long_run_shares_data_and_tokenizer_with_the_quickstart():
     ours, theirs = (
         resolve_paths(load_config(ROOT / "configs" / f"{name}.yaml")) for name in ("reproduce", "quickstart")
     )
@@ -212,7 +212,7 @@ def test_points_of_the_trend(trend):
     assert [(point.dim, point.trajectories) for point in points] == [(32, 32), (64, 32), (128, 32), (64, 8), (64, 16)]
 
 
-def test_a_point_is_a_valid_config_with_the_same_samples_a_step(trend, tmp_path):
+def test_a_point_is_a_valid_config_with_the_same_samples_per_step(trend, tmp_path):
     path, tokenizer = tiny.write_config(tmp_path), tmp_path / "tokenizer"
     tokenizer.mkdir()
     base = tiny.config()
@@ -225,7 +225,7 @@ def test_a_point_is_a_valid_config_with_the_same_samples_a_step(trend, tmp_path)
 
 
 class Encoder:
-    """Latents are the mean velocity along x."""
+    """A stand-in for encoding: latents are the mean velocity along x."""
 
     def encode(self, fields_B5XYZ):
         return fields_B5XYZ[:, :1].mean((2, 3, 4), keepdim=True)

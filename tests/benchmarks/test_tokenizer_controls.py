@@ -81,7 +81,7 @@ def test_means_ranges_and_intervals(summary):
     assert summary.estimate([1.0])["half_width_95"] is None
 
 
-def test_ratios_are_to_the_same_seed(summary):
+def test_ratios_compare_the_same_seed(summary):
     rows = summary.rows_of(RESULTS)
     assert summary.ratios(rows, "spectral", "direct", "open_channel") == pytest.approx({0: 1.1, 2: 1.1})
     row = summary.projected_row("direct", "exact/staggered")
@@ -165,7 +165,7 @@ def test_finished_runs_are_kept(script, tmp_path, monkeypatch):
     assert run.seconds() >= 0
 
 
-def test_an_evaluation_of_another_tokenizer_is_not_taken(script, tmp_path):
+def test_an_evaluation_of_another_tokenizer_is_not_used(script, tmp_path):
     run = script.Run("direct", 0, tmp_path, [], tmp_path / "tokenizer", tmp_path / "direct-0.json")
     run.evaluation.write_text(json.dumps({"sha256": "a", "split": "test"}))
     assert run.read_evaluation() is None, "there is no tokenizer"

@@ -1,4 +1,4 @@
-"""Experts that nobody trained, on disk, and trajectories of which it is known where on their line they lie."""
+"""Untrained experts on disk, and trajectories with a known position on the line between the experts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from shodh_moe.data.hdf5 import new_hdf5
 
 SCALE = Scale((0.1, -0.2), (0.5, 0.8))
 CHANNELS = ("activator", "inhibitor")
-GRID = 20  # the coarsest that an FNO of the size tiny takes
+GRID = 20  # the coarsest grid for an FNO of the size tiny
 SNAPSHOTS = 7
 
 
 def expert_config(root: Path | str = "data", **words: Any) -> ExpertConfig:
-    """Of a small family of reaction-diffusion and a tiny FNO."""
+    """Config of a small reaction-diffusion family and a tiny FNO."""
     family = {"name": "reaction_diffusion", "root": str(root), "grid": GRID, "snapshots": SNAPSHOTS}
     sections = {"family": {**family, **words.pop("family", {})}, "training": {"steps": 1}, "rollout": [1], **words}
     return ExpertConfig.model_validate(sections)
 
 
 def make_expert(config: ExpertConfig, seed: int, near: Expert | None = None, scale: Scale = SCALE) -> Expert:
-    """An expert with random weights, small enough that rollouts stay bounded; or one around ``near``."""
+    """Make an expert with random weights near zero or ``near``, small enough that rollouts stay bounded."""
     network = make_network(config.network, len(scale.mean), config.seed)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -40,13 +40,13 @@ def make_expert(config: ExpertConfig, seed: int, near: Expert | None = None, sca
             noise = torch.randn(parameter.shape, generator=random)
             if near is not None:
                 parameter.copy_(near.weights()[name] + 0.3 * noise * near.weights()[name].std())
-            elif name == "out.weight":  # zero in a new network, which then predicts that nothing changes
+            elif name == "out.weight":  # zero in a new network, which predicts no change
                 parameter.copy_(0.5 * noise / parameter.shape[1] ** 0.5)
     return Expert(Path("nowhere"), config, scale, network.eval())
 
 
 def make_ends(root: Path | str = "data", **words: Any) -> tuple[Expert, Expert]:
-    """A low and a high expert of one anchor."""
+    """Make a low and a high expert of one anchor."""
     anchor = make_expert(expert_config(root, **words), 0)
     low, high = (
         make_expert(expert_config(root, **{"splits": [split], **words}), seed, near=anchor)
@@ -56,7 +56,7 @@ def make_ends(root: Path | str = "data", **words: Any) -> tuple[Expert, Expert]:
 
 
 def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Scale, channels: tuple[str, ...]) -> str:
-    """Write the checkpoint ``path`` (a folder whose name is a number, the step); returns it."""
+    """Write the checkpoint ``path``, a folder named after the step, and return it."""
     tensors = {f"model/{name}": parameter.detach() for name, parameter in network.named_parameters()}
     writer = CheckpointWriter(path.parent, 0, 1, 9, 0, "synthetic")
     fragments = [Fragment(name, 0, tensor.flatten()) for name, tensor in tensors.items()]
@@ -72,7 +72,7 @@ def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Sca
 
 
 def save_ends(folder: Path, ends: Iterable[Expert], names: tuple[str, ...] = ("low", "high")) -> list[str]:
-    """Checkpoints of experts, ``<folder>/<name>/checkpoints/1``."""
+    """Write checkpoints of experts, ``<folder>/<name>/checkpoints/1``."""
     return [
         save_expert(folder / name / "checkpoints" / "1", one.config, one.network, one.scale, CHANNELS)
         for name, one in zip(names, ends, strict=True)
@@ -80,7 +80,7 @@ def save_ends(folder: Path, ends: Iterable[Expert], names: tuple[str, ...] = ("l
 
 
 def initial(seed: int, count: int = 2, grid: int = GRID) -> Tensor:
-    """Smooth random states, [count, 1, 2, grid, grid]."""
+    """Return smooth random states, [count, 1, 2, grid, grid]."""
     noise = torch.randn(count, 1, 2, grid, grid, generator=torch.Generator().manual_seed(seed))
     spectrum = torch.fft.rfft2(noise)
     spectrum[..., 4:-3, :] = 0
@@ -89,7 +89,7 @@ def initial(seed: int, count: int = 2, grid: int = GRID) -> Tensor:
 
 
 def truth(low: Expert, high: Expert, alpha: float, frames: int = SNAPSHOTS, seed: int = 0, grid: int = GRID) -> Tensor:
-    """Trajectories [2, frames, 2, grid, grid] of the expert at ``alpha``."""
+    """Return trajectories [2, frames, 2, grid, grid] that the expert at ``alpha`` predicts."""
     first = initial(seed, grid=grid)
     return torch.cat([first, compose(low, high, alpha).predict(first, frames - 1, 0.0)], dim=1)
 
@@ -99,7 +99,7 @@ def regime(fields: Tensor, coordinate: float) -> Trajectories:
 
 
 def write_split(config: ExpertConfig, split: str, fields: dict[float, Tensor]) -> list[Path]:
-    """Files of the config's family that hold ``fields``, by coordinate; returns their paths."""
+    """Write files of the config's family that contain ``fields``, by coordinate; return their paths."""
     family, written = config.family.family(), []
     for one in data.regimes(family, config.family.folder()):
         if one.split == split and one.coordinate in fields:
@@ -110,7 +110,7 @@ def write_split(config: ExpertConfig, split: str, fields: dict[float, Tensor]) -
 
 
 def write_validation(low: Expert, high: Expert, gamma: float) -> list[Path]:
-    """Validation data that the experts themselves made, at alpha = gamma s."""
+    """Write validation data that the experts themselves predict at alpha = gamma s."""
     family = low.config.family.family()
     places = family.coordinates["validation"]
     fields = {s: truth(low, high, gamma * s, seed=number) for number, s in enumerate(places)}

@@ -1,4 +1,4 @@
-"""`shodh merge calibrate`: gamma and the straight range, from the validation files alone; what it refuses."""
+"""`shodh merge calibrate`: gamma and the straight range from validation files only, and refused input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ends() -> tuple[Expert, Expert]:
 
 @pytest.fixture(scope="module")
 def saved(ends: tuple[Expert, Expert], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two experts, and validation data that lie at alpha = 1.2 s."""
+    """Two experts, and validation data at alpha = 1.2 s."""
     folder = tmp_path_factory.mktemp("saved")
     save_ends(folder, ends)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,21 +52,25 @@ def saved(ends: tuple[Expert, Expert], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def here(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with copies of them and a config."""
+    """The working folder, with copies of `saved` and a config."""
     shutil.copytree(saved, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     config(Path(), "ccm", MODELS, parameters={"alpha": 0.5}, output="merged")
     return tmp_path / "here"
 
 
-def says_no(capfd: pytest.CaptureFixture[str], *says: str, path: str = "merge.yaml", output: str = "c.json") -> None:
-    """Refused in one line, and nothing is changed."""
+def says_no(
+    capfd: pytest.CaptureFixture[str], *messages: str, path: str = "merge.yaml", output: str = "c.json"
+) -> None:
+    """Check that the command is refused in one line and changes nothing."""
     before = tree(Path())
-    refused(capfd, "merge", "calibrate", path, "--output", output, says=says)
+    refused(capfd, "merge", "calibrate", path, "--output", output, says=messages)
     assert tree(Path()) == before
 
 
-def test_it_finds_what_made_the_data_and_prints_what_to_write(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_finds_the_gamma_of_the_data_and_prints_the_config_lines(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["merge", "calibrate", "merge.yaml", "--output", "new/calibration.json"]) == 0
     shown = capsys.readouterr().out.splitlines()
     found = json.loads(Path("new/calibration.json").read_text())
@@ -86,7 +90,7 @@ def test_it_finds_what_made_the_data_and_prints_what_to_write(here: Path, capsys
     assert not Path("merged").exists()
 
 
-def test_what_it_prints_serves_a_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_can_use_the_printed_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends = [(MODELS[0], {"coordinate": 2e-3}), (MODELS[1], {"coordinate": 6e-3})]
     place = {"coordinate": 5e-3, "power": 0}
     path = config(Path(), "ccm", ends, parameters=place, output="merged")
@@ -98,10 +102,10 @@ def test_what_it_prints_serves_a_merge(here: Path, capsys: pytest.CaptureFixture
     assert alpha["value"] == pytest.approx(1.2 * s)
 
 
-def test_experts_may_have_had_more_or_less_data(
+def test_experts_may_have_different_amounts_of_training_data(
     ends: tuple[Expert, Expert], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their validation data are the same."""
+    """Only the training data differ; the validation data are the same."""
     more = expert_config(splits=["endpoint_high"], family={"trajectories": {"endpoint_high": 99}})
     assert more.family.folder() != ends[1].config.family.folder()
     save_expert(Path(MODELS[1]), more, ends[1].network, SCALE, CHANNELS)
@@ -109,16 +113,16 @@ def test_experts_may_have_had_more_or_less_data(
     assert "gamma: 1.2" in capsys.readouterr().out
 
 
-def test_runs_may_be_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_can_be_given_instead_of_checkpoints(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(Path(), "ccm", ["low", "high"], output="merged")
     assert main(["merge", "calibrate", str(path)]) == 0
     assert "gamma: 1.2" in capsys.readouterr().out
 
 
-def test_nothing_but_the_validation_files_is_opened(
+def test_only_the_validation_files_are_opened(
     ends: tuple[Expert, Expert], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # No other split exists here at all. Files of others would be found out too.
+    # No other split exists here; reading any other file would be detected too.
     validation = sorted(Path("data").rglob("*.hdf5"))
     assert {path.parent.name for path in validation} == {"validation"}
     for split in ("support", "ood_high", "interpolation"):
@@ -147,7 +151,7 @@ def test_the_first_frames_are_not_counted(ends: tuple[Expert, Expert], here: Pat
     assert json.loads(Path("c.json").read_text())["gamma"] == 0.8
 
 
-def test_a_gamma_at_the_end_of_the_range_is_said_so(
+def test_a_gamma_at_the_end_of_the_range_warns(
     ends: tuple[Expert, Expert], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_validation(*ends, gamma=0.1)
@@ -177,7 +181,9 @@ def test_too_few_snapshots(here: Path, capfd: pytest.CaptureFixture[str]) -> Non
     says_no(capfd, "have 4 snapshots, and the first 4 are given")
 
 
-def test_rollouts_that_blow_up(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_diverging_rollouts_are_refused(
+    ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     places = ends[0].config.family.family().coordinates["validation"]
     # A frame of zeros has no relative error.
     write_split(ends[0].config, "validation", {s: 0 * truth(*ends, s) for s in places})
@@ -185,7 +191,7 @@ def test_rollouts_that_blow_up(ends: tuple[Expert, Expert], here: Path, capfd: p
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "messages"),
     [
         ({"network": {"size": "small"}, "family": {"grid": 24}}, ("have different networks",)),
         ({"network": {"history": 2}}, ("have different networks",)),
@@ -194,17 +200,15 @@ def test_rollouts_that_blow_up(ends: tuple[Expert, Expert], here: Path, capfd: p
         ({"splits": ["endpoint_low"]}, ("trained on endpoint_low", "swap the two models")),
     ],
 )
-def test_experts_that_do_not_fit(
-    words: dict[str, Any], says: tuple[str, ...], here: Path, capfd: pytest.CaptureFixture[str]
+def test_experts_that_do_not_match_are_refused(
+    words: dict[str, Any], messages: tuple[str, ...], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = make_expert(expert_config(**words), 5)
     save_expert(Path("high/checkpoints/1"), other.config, other.network, SCALE, CHANNELS)
-    says_no(capfd, *says)
+    says_no(capfd, *messages)
 
 
-def test_experts_of_other_units_told_their_coordinate_not_finite_or_equal(
-    here: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_experts_with_other_units_or_bad_coordinates_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     high = make_expert(expert_config(), 5, scale=Scale((0.0, 0.0), (1.0, 1.0)))
     save_expert(Path("high/checkpoints/1"), high.config, high.network, high.scale, CHANNELS)
     says_no(capfd, "have different units")
@@ -219,7 +223,7 @@ def test_experts_of_other_units_told_their_coordinate_not_finite_or_equal(
     says_no(capfd, "the same weights")
 
 
-def test_coordinates_that_are_not_those_of_gamma(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_coordinates_that_do_not_match_gamma_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def ends(low: float, high: float, **parameters: Any) -> None:
         models = [(path, {"coordinate": place}) for path, place in zip(MODELS, (low, high), strict=True)]
         config(Path(), "ccm", models, parameters=parameters, output="merged")
@@ -236,7 +240,7 @@ def test_coordinates_that_are_not_those_of_gamma(here: Path, capfd: pytest.Captu
     assert main(["merge", "calibrate", "merge.yaml"]) == 0
 
 
-def test_configs_that_do_not_fit(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_configs_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config(Path(), "linear", MODELS, parameters={"weight": 1}, output="merged")
     says_no(capfd, "merge.yaml", "for ccm, not for linear")
     config(Path(), "ccm", MODELS, sweep={"alpha": [0, 1]}, output="merged")
@@ -252,7 +256,7 @@ def test_configs_that_do_not_fit(here: Path, capfd: pytest.CaptureFixture[str]) 
     says_no(capfd, "absent.yaml", path="absent.yaml")
 
 
-def test_models_that_are_no_experts(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_models_that_are_not_experts_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config(Path(), "ccm", [MODELS[0], "absent"], output="merged")
     says_no(capfd, "absent", "neither a run folder nor a checkpoint")
     save(network(), Path("model.safetensors"))
@@ -264,13 +268,13 @@ def test_models_that_are_no_experts(here: Path, capfd: pytest.CaptureFixture[str
     says_no(capfd, MODELS[1], "refused", "truncated")
 
 
-def test_an_output_that_is_there_is_left_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_output_is_not_changed(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     says_no(capfd, "merge.yaml exists", output="merge.yaml")
     says_no(capfd, "low exists", output="low")
     says_no(capfd, "a file stands where a folder is needed", output="merge.yaml/c.json")
 
 
-def test_gamma_is_that_of_the_readout(ends: tuple[Expert, Expert], here: Path) -> None:
+def test_gamma_equals_the_readouts(ends: tuple[Expert, Expert], here: Path) -> None:
     from shodh_moe.ccm.calibrate import calibrate
     from shodh_moe.ccm.data import read_split
 

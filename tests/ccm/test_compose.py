@@ -1,4 +1,4 @@
-"""Merging in memory is the merge command, bit for bit, and what it writes is an expert again."""
+"""Merging in memory equals the merge command bit for bit, and the command's output is an expert."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _same(expert: Expert, state: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("alpha", [-1.5, -1.0, -0.3, 0.0, 0.85, 1.0])
-def test_compose_is_the_ccm_of_the_command(ends: tuple[Expert, Expert], alpha: float, tmp_path: Path) -> None:
+def test_compose_equals_ccm_of_the_command(ends: tuple[Expert, Expert], alpha: float, tmp_path: Path) -> None:
     paths = save_ends(tmp_path, ends)
     state = merged(tmp_path, "ccm", paths, parameters={"alpha": alpha}, format="safetensors", output=tmp_path / "out")
     composed = compose(*ends, alpha)
     assert _same(composed, state)
     if abs(alpha) == 1:
         assert _same(ends[0 if alpha < 0 else 1], state)
-    # Another network than either expert's: theirs stay as they are.
+    # The result is a new network; those of the experts are not changed.
     assert all(composed.weights()[name] is not tensor for name, tensor in ends[0].weights().items())
 
 
@@ -42,7 +42,7 @@ def test_compose_is_the_ccm_of_the_command(ends: tuple[Expert, Expert], alpha: f
         ("dare", {"weight": 0.5, "density": 0.4, "seed": 3}),
     ],
 )
-def test_from_anchor_is_the_command(
+def test_from_anchor_equals_the_command(
     ends: tuple[Expert, Expert], method: str, parameters: dict[str, Any], tmp_path: Path
 ) -> None:
     anchor = make_expert(expert_config(), 0)

@@ -1,4 +1,4 @@
-"""Families of regimes: coordinates, files that are whole and resumable, and what is refused."""
+"""Families of regimes: coordinates, complete files, resumed generation, and refused settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quiet(items: Iterable[Any], *_: object) -> Iterator[Any]:
 
 
 def counted(family: Family, folder: Path) -> int:
-    """How many files one call makes."""
+    """Count the files that one call generates."""
     made: list[Any] = []
 
     def progress(items: Iterable[Any], *_: object) -> Iterator[Any]:
@@ -58,13 +58,13 @@ def test_published_families_have_endpoints_at_one_and_their_other_regimes_apart(
     assert places["endpoint_high"] == (1.0,)
     assert max(places["ood_low"]) < min(places["validation"]) < -1 < 1 < max(places["validation"])
     assert max(places["validation"]) < min(places["ood_high"])
-    # What is tested on is never trained or tuned on.
+    # Test regimes are never used for training or tuning.
     tested = {*places["interpolation"], *places["ood_low"], *places["ood_high"]}
     assert not tested & {*places["support"], *places["validation"], -1.0, 1.0}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_is_made_and_read_back(name: str, tmp_path: Path) -> None:
+def test_each_family_is_generated_and_read_back(name: str, tmp_path: Path) -> None:
     family = replace(FAMILIES[name], grid=40, snapshots=3, coordinates={"validation": (-1.2, 1.2)})
     family = replace(family, trajectories={"validation": 2})
     assert data.generate(family, tmp_path, quiet) == tmp_path / name
@@ -75,7 +75,7 @@ def test_each_family_is_made_and_read_back(name: str, tmp_path: Path) -> None:
     assert low.value == pytest.approx(family.value(-1.2))
     assert low.interval == family.interval
     assert low.channels == family.channels
-    # Four trajectories of their own.
+    # Four separate trajectories.
     firsts = [*low.fields[:, 0, 0], *high.fields[:, 0, 0]]
     assert all(not torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
     with h5py.File(tmp_path / name / "validation" / "s+1.200.hdf5") as file:
@@ -86,7 +86,7 @@ def test_each_family_is_made_and_read_back(name: str, tmp_path: Path) -> None:
         assert file["x-coordinate"].shape == file["y-coordinate"].shape == (40,)
 
 
-def test_only_what_is_missing_damaged_or_of_another_request_is_made(tmp_path: Path) -> None:
+def test_only_missing_damaged_or_outdated_files_are_generated(tmp_path: Path) -> None:
     assert counted(TINY, tmp_path) == 3
     assert counted(TINY, tmp_path) == 0
     first, second, _ = (regime.path for regime in data.regimes(TINY, tmp_path))
@@ -98,7 +98,7 @@ def test_only_what_is_missing_damaged_or_of_another_request_is_made(tmp_path: Pa
     assert counted(replace(TINY, trajectories={"support": 3, "ood_high": 1}, seed=1), tmp_path) == 1
 
 
-def test_a_failed_run_leaves_whole_files_alone(tmp_path: Path) -> None:
+def test_a_failed_run_keeps_complete_files(tmp_path: Path) -> None:
     def stop(items: Iterable[Any], *_: object) -> Iterator[Any]:
         for index, item in enumerate(items):
             if index == 1:
@@ -112,7 +112,7 @@ def test_a_failed_run_leaves_whole_files_alone(tmp_path: Path) -> None:
     assert counted(TINY, tmp_path) == 3 - len(files)
 
 
-def test_trajectories_do_not_depend_on_what_else_is_made(tmp_path: Path) -> None:
+def test_trajectories_do_not_depend_on_other_trajectories(tmp_path: Path) -> None:
     data.generate(TINY, tmp_path / "a", quiet)
     more = replace(TINY, trajectories={"support": 20}, coordinates={"support": (0.5, 0.0)})
     data.generate(more, tmp_path / "b", quiet)
@@ -129,7 +129,7 @@ def test_gravity_can_be_the_parameter_of_shallow_water() -> None:
     assert float(fields[:, 0].max()) == family.fixed_dam_height
 
 
-def test_a_missing_or_spoilt_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"s-1\.000\.hdf5 does not exist: generate"):
         data.read_split(TINY, tmp_path, "support")
     data.generate(TINY, tmp_path, quiet)
@@ -163,7 +163,7 @@ def test_a_missing_or_spoilt_file_is_named(tmp_path: Path) -> None:
         ({"interval": 0.0}, "positive interval"),
     ],
 )
-def test_unsound_families_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_families_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         data.generate(replace(TINY, **changes), tmp_path, quiet)
 

@@ -1,4 +1,4 @@
-"""An expert comes back from its checkpoint as it was: weights, units, predictions in physical units."""
+"""An expert is restored from its checkpoint: weights, units, predictions in physical units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_a_checkpoint_gives_the_expert_back(tmp_path: Path, network: dict[str, Any]) -> None:
+def test_a_checkpoint_restores_the_expert(tmp_path: Path, network: dict[str, Any]) -> None:
     expert = make_expert(expert_config(network=network, family={"grid": 24}), 1)
     path = tmp_path / "run" / "checkpoints" / "7"
     save_expert(path, expert.config, expert.network, expert.scale, CHANNELS)
@@ -36,8 +36,8 @@ def test_a_checkpoint_gives_the_expert_back(tmp_path: Path, network: dict[str, A
         assert torch.equal(loaded.predict(frames, 3, 0.5), expected)
 
 
-def test_a_prediction_is_the_network_s_in_its_own_units() -> None:
-    """By hand: one step of the network on (field - mean) / std, scaled back."""
+def test_a_prediction_is_the_networks_in_its_own_units() -> None:
+    """Compare with one step of the network on (field - mean) / std, scaled back by hand."""
     expert = make_expert(expert_config(), 1)
     frames = initial(0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (SCALE.mean, SCALE.std))
@@ -46,7 +46,7 @@ def test_a_prediction_is_the_network_s_in_its_own_units() -> None:
     assert torch.allclose(expert.predict(frames, 1, 0.0)[:, 0], expected, atol=1e-6)
 
 
-def test_units_are_those_of_all_values_together() -> None:
+def test_units_are_computed_over_all_values() -> None:
     from tests.ccm.synthetic import regime
 
     fields = torch.randn(3, 4, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 5
@@ -58,7 +58,7 @@ def test_units_are_those_of_all_values_together() -> None:
     assert Scale.of([regime(torch.ones(1, 2, 2, 3, 3), 0.0)]).std == (1.0, 1.0)
 
 
-def test_what_is_no_expert_is_refused(tmp_path: Path) -> None:
+def test_folders_that_are_not_experts_are_refused(tmp_path: Path) -> None:
     expert = make_expert(expert_config(), 1)
     path = tmp_path / "checkpoints" / "1"
     save_expert(path, expert.config, expert.network, expert.scale, CHANNELS)
@@ -80,7 +80,7 @@ def test_what_is_no_expert_is_refused(tmp_path: Path) -> None:
         load_expert(path)
 
 
-def test_a_checkpoint_of_something_else_is_no_expert(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_is_not_an_expert(tmp_path: Path) -> None:
     from shodh_moe.checkpoint.state import seal
 
     expert = make_expert(expert_config(), 1)

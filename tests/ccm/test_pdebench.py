@@ -1,4 +1,4 @@
-"""PDEBench's layouts, written here as its generators write them, and files that do not fit."""
+"""PDEBench's layouts, as its generators write them, and files that do not match."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T, X, Y = 5, 6, 8
 
 
 def write_groups(path: Path, channels: int, count: int = 3) -> np.ndarray:
-    """``2D_diff-react`` (2 channels, y first) or ``2D_rdb`` (1 channel, x first); returns [N, T, C, Y, X]."""
+    """Write ``2D_diff-react`` (2 channels, y first) or ``2D_rdb`` (1 channel, x first); return [N, T, C, Y, X]."""
     fields = np.random.default_rng(0).standard_normal((count, T, channels, Y, X)).astype(np.float32)
     with h5py.File(path, "w") as file:
         for index, trajectory in enumerate(fields):
@@ -31,7 +31,7 @@ def write_groups(path: Path, channels: int, count: int = 3) -> np.ndarray:
 
 
 def write_flow(path: Path, latest: int = T - 1) -> np.ndarray:
-    """``ns_incom_inhom_2d``: returns [N, T, C, Y, X]."""
+    """Write ``ns_incom_inhom_2d``; return [N, T, C, Y, X]."""
     fields = np.random.default_rng(0).standard_normal((2, T, 3, Y, X)).astype(np.float32)
     stored = fields.transpose(0, 1, 4, 3, 2)
     with h5py.File(path, "w") as file:
@@ -55,7 +55,7 @@ def test_groups_are_read(channels: int, names: tuple[str, ...], tmp_path: Path) 
     torch.testing.assert_close(part.fields, torch.from_numpy(fields[1:2]), rtol=0, atol=0)
 
 
-def test_incompressible_flow_is_read_as_far_as_it_was_written(tmp_path: Path) -> None:
+def test_incompressible_flow_is_read_up_to_the_last_written_frame(tmp_path: Path) -> None:
     fields = write_flow(tmp_path / "a.h5")
     found = pdebench.read(tmp_path / "a.h5")
     torch.testing.assert_close(found.fields, torch.from_numpy(fields), rtol=0, atol=0)
@@ -87,7 +87,7 @@ def replaced(file: h5py.File, name: str, value: np.ndarray) -> None:
         (lambda f: replaced(f, "0001/data", np.full((T, Y, X, 2), np.inf)), "trajectory 1 has values"),
     ],
 )
-def test_groups_that_do_not_fit_are_refused(spoil: Callable[[h5py.File], None], message: str, tmp_path: Path) -> None:
+def test_invalid_groups_are_refused(spoil: Callable[[h5py.File], None], message: str, tmp_path: Path) -> None:
     write_groups(tmp_path / "a.h5", 2)
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         spoil(file)
@@ -107,7 +107,7 @@ def test_groups_that_do_not_fit_are_refused(spoil: Callable[[h5py.File], None], 
         (lambda f: f.attrs.__setitem__("latestIndex", -1), "counts 0 of 5 snapshots"),
     ],
 )
-def test_flows_that_do_not_fit_are_refused(spoil: Callable[[h5py.File], None], message: str, tmp_path: Path) -> None:
+def test_invalid_flows_are_refused(spoil: Callable[[h5py.File], None], message: str, tmp_path: Path) -> None:
     write_flow(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         spoil(file)

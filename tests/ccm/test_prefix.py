@@ -1,4 +1,4 @@
-"""`shodh merge prefix`: the alpha that made a file's first frames, the merge there, and what it refuses."""
+"""`shodh merge prefix`: finding the alpha of a file's first frames, merging there, and refusing invalid input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def here(ends: tuple[Expert, Expert], tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def write(fields: Tensor, path: str = "mine.hdf5", **attributes: Any) -> None:
-    """A user's file in the layout of a family; of its regime nothing is known."""
+    """Write a user's file in the layout of a family, whose regime is unknown."""
     with h5py.File(path, "w") as file:
         file["tensor"] = fields.numpy()
         given = {"dt": 0.25, "channels": list(CHANNELS), "coordinate": np.nan, "value": np.nan, "complete": True}
@@ -55,7 +55,7 @@ def write(fields: Tensor, path: str = "mine.hdf5", **attributes: Any) -> None:
 
 
 def write_pdebench(fields: Tensor, path: str = "pdebench.h5", interval: float = 0.25) -> None:
-    """As PDEBench's 2D_diff-react files."""
+    """Write a file like PDEBench's 2D_diff-react files."""
     with h5py.File(path, "w") as file:
         for index, trajectory in enumerate(fields.numpy()):
             group = file.create_group(f"{index:04d}")
@@ -69,14 +69,14 @@ def prefix(*more: str, input: str = "mine.hdf5", path: str = "merge.yaml") -> in
 
 def says_no(
     capfd: pytest.CaptureFixture[str],
-    *says: str,
+    *messages: str,
     more: tuple[str, ...] = (),
     input: str = "mine.hdf5",
     path: str = "merge.yaml",
 ) -> None:
-    """Refused in one line, and nothing is changed."""
+    """Check that the command is refused in one line and changes nothing."""
     before = tree(Path())
-    refused(capfd, "merge", "prefix", path, "--input", input, *more, says=says)
+    refused(capfd, "merge", "prefix", path, "--input", input, *more, says=messages)
     assert tree(Path()) == before
 
 
@@ -85,18 +85,18 @@ def alpha_of(output: str = "merged") -> dict[str, Any]:
     return found
 
 
-def test_it_merges_where_the_file_was_made(
+def test_the_merge_is_at_the_alpha_of_the_file(
     ends: tuple[Expert, Expert], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(truth(*ends, 0.6, frames=6))
     assert prefix() == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     found = alpha_of()
     assert found["value"] == pytest.approx(0.6, abs=0.02)
-    assert f"alpha {found['value']:+.3f}: error" in told.out
-    assert "at 0.25 away from it" in told.out
-    assert told.out.count("\n+") + told.out.count("\n-") == len(found["bank"]) == 13
-    assert told.err == ""
+    assert f"alpha {found['value']:+.3f}: error" in output.out
+    assert "at 0.25 away from it" in output.out
+    assert output.out.count("\n+") + output.out.count("\n-") == len(found["bank"]) == 13
+    assert output.err == ""
     assert {key: found[key] for key in ("found", "file", "frames", "trajectories", "every", "flat")} == {
         "found": "prefix",
         "file": "mine.hdf5",
@@ -111,14 +111,14 @@ def test_it_merges_where_the_file_was_made(
     merged, composed = load_expert(Path("merged")), compose(*ends, found["value"])
     for name, values in composed.weights().items():
         assert bits(merged.weights()[name].detach()) == bits(values.detach())
-    # The same again finds its output.
+    # The same command again finds its output.
     before = tree(Path())
     assert prefix() == 0
     assert "exists already" in capsys.readouterr().out
     assert tree(Path()) == before
 
 
-def test_the_first_frames_alone_count(ends: tuple[Expert, Expert], here: Path) -> None:
+def test_only_the_first_frames_count(ends: tuple[Expert, Expert], here: Path) -> None:
     fields = truth(*ends, 0.6, frames=7)
     write(fields)
     fields[:, 4:] = 7.0
@@ -130,7 +130,7 @@ def test_the_first_frames_alone_count(ends: tuple[Expert, Expert], here: Path) -
     assert alpha_of("c")["frames"] == 6
 
 
-def test_pdebench_files_and_their_closer_frames(ends: tuple[Expert, Expert], here: Path) -> None:
+def test_pdebench_files_with_closer_frames(ends: tuple[Expert, Expert], here: Path) -> None:
     fields = truth(*ends, -0.7, frames=4)
     write_pdebench(fields)
     assert prefix(input="pdebench.h5") == 0
@@ -143,18 +143,18 @@ def test_pdebench_files_and_their_closer_frames(ends: tuple[Expert, Expert], her
     assert alpha_of("fine")["bank"] == alpha_of()["bank"]
 
 
-def test_another_grid_will_do(ends: tuple[Expert, Expert], here: Path) -> None:
+def test_a_file_on_another_grid_is_accepted(ends: tuple[Expert, Expert], here: Path) -> None:
     write(truth(*ends, 0.6, frames=4, grid=32))
     assert prefix() == 0
     assert alpha_of()["value"] == pytest.approx(0.6, abs=0.02)
 
 
-def test_no_more_than_a_few_trajectories_are_read(here: Path) -> None:
+def test_only_a_few_trajectories_are_read(here: Path) -> None:
     write(torch.zeros(TRAJECTORIES + 3, 4, 2, 20, 20))
     assert read_input(Path("mine.hdf5")).fields.shape == (TRAJECTORIES, 4, 2, 20, 20)
 
 
-def test_a_flat_optimum_and_one_at_the_end_are_warnings(
+def test_a_flat_optimum_and_one_at_the_end_of_the_range_warn(
     ends: tuple[Expert, Expert], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = truth(*ends, 0.0, frames=4)
@@ -171,7 +171,7 @@ def test_a_flat_optimum_and_one_at_the_end_are_warnings(
     assert alpha_of("far")["value"] == 1.5
 
 
-def test_beyond_what_was_measured_to_be_straight(
+def test_an_alpha_beyond_the_straight_range_warns(
     ends: tuple[Expert, Expert], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config(Path(), "ccm", MODELS, parameters={"straight": 1.0}, output="merged")
@@ -180,7 +180,7 @@ def test_beyond_what_was_measured_to_be_straight(
     assert "beyond +-1, the range in which the path was measured to be straight" in capsys.readouterr().err
 
 
-def test_limits_and_shards_are_those_of_merge(
+def test_limits_and_shards_work_as_for_merge(
     ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write(truth(*ends, 0.6, frames=4))
@@ -190,7 +190,7 @@ def test_limits_and_shards_are_those_of_merge(
     assert len(list(Path("merged").glob("*.safetensors"))) > 1
 
 
-def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_files_are_refused(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fields = truth(*ends, 0.6, frames=4)
     says_no(capfd, "mine.hdf5 does not exist")
     says_no(capfd, "low cannot be read", input="low")
@@ -234,7 +234,7 @@ def test_files_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: p
     says_no(capfd, "pdebench.h5 has 2 frames 0.25 apart, but 4 are needed", input="pdebench.h5")
 
 
-def test_no_more_frames_than_the_network_sees(
+def test_too_few_frames_for_the_network_are_refused(
     ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write(truth(*ends, 0.6, frames=4))
@@ -246,15 +246,15 @@ def test_no_more_frames_than_the_network_sees(
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "messages"),
     [
         ({"network": {"size": "small"}, "family": {"grid": 24}}, ("have different networks",)),
         ({"family": {"name": "shallow_water"}}, ("shallow_water", "one family")),
     ],
 )
-def test_experts_that_do_not_fit(
+def test_experts_that_do_not_match_are_refused(
     words: dict[str, Any],
-    says: tuple[str, ...],
+    messages: tuple[str, ...],
     ends: tuple[Expert, Expert],
     here: Path,
     capfd: pytest.CaptureFixture[str],
@@ -262,10 +262,12 @@ def test_experts_that_do_not_fit(
     write(truth(*ends, 0.6, frames=4))
     other = make_expert(expert_config(**words), 5)
     save_expert(Path("high/checkpoints/1"), other.config, other.network, SCALE, CHANNELS)
-    says_no(capfd, *says)
+    says_no(capfd, *messages)
 
 
-def test_configs_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_configs_are_refused(
+    ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write(truth(*ends, 0.6, frames=4))
     config(Path(), "linear", MODELS, parameters={"weight": 1}, output="merged")
     says_no(capfd, "for ccm, not for linear")
@@ -282,7 +284,9 @@ def test_configs_that_do_not_fit(ends: tuple[Expert, Expert], here: Path, capfd:
     says_no(capfd, "absent.yaml", path="absent.yaml")
 
 
-def test_nan_in_the_weights(ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nan_in_the_weights_is_refused(
+    ends: tuple[Expert, Expert], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write(truth(*ends, 0.6, frames=4))
     broken = make_expert(expert_config(splits=["endpoint_high"]), 2)
     broken.weights()["lift.bias"].data[1] = float("nan")
@@ -308,7 +312,7 @@ def test_help(command: str, example: str, capsys: pytest.CaptureFixture[str]) ->
     assert shown[0].startswith(f"usage: shodh {command} [-h]")
 
 
-def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_give_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["prefix", "merge.yaml"], ["prefix", "a", "--input", "b", "--frames", "few"], ["calibrate"], []):
         with pytest.raises(SystemExit) as end:
             main(["merge", *arguments])

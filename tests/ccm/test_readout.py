@@ -1,4 +1,4 @@
-"""Readouts find the alpha that made the data, see no more than they may, and say when nothing can be told."""
+"""Readouts find the alpha of the data, use only permitted frames, and report when alpha cannot be determined."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_golden_section_closes_in_on_the_minimum(error: Callable[[float], float]
 
     found, value = golden_section(counted, -1.0, 1.0, steps=7)
     assert value == error(found) == min(error(x) for x in asked)
-    # Two values to begin with and one a step, each of which leaves 61.8 % of the interval.
+    # Two initial evaluations, then one per step, each of which leaves 61.8 % of the interval.
     assert len(asked) == 9
     assert abs(found - place) <= 2 * 0.6181**7 + 1e-12
     assert -1 <= min(asked) <= max(asked) <= 1
@@ -48,12 +48,12 @@ def test_golden_section_closes_in_on_the_minimum(error: Callable[[float], float]
     assert closer == pytest.approx(place, abs=2e-4)
 
 
-def test_clip() -> None:
+def test_alpha_is_clipped() -> None:
     assert [clip(alpha) for alpha in (-9.0, -1.5, 0.3, 1.6)] == [-1.5, -1.5, 0.3, 1.5]
     assert clip(1.3, reach=1.0) == 1.0
 
 
-def test_errors_are_those_of_a_rollout_from_the_given_frames_alone(ends: tuple[Expert, Expert]) -> None:
+def test_errors_are_those_of_a_rollout_from_only_the_given_frames(ends: tuple[Expert, Expert]) -> None:
     fields = truth(*ends, 0.0, frames=5)
     low = ends[0]
     errors = rollout_errors(low, fields, 0.0, given=2)
@@ -65,7 +65,7 @@ def test_errors_are_those_of_a_rollout_from_the_given_frames_alone(ends: tuple[E
 
 
 @pytest.mark.parametrize("alpha", [0.6, -1.1, 1.25])
-def test_a_prefix_tells_the_alpha_that_made_it(ends: tuple[Expert, Expert], alpha: float) -> None:
+def test_a_prefix_reveals_its_alpha(ends: tuple[Expert, Expert], alpha: float) -> None:
     found = fit_prefix(*ends, truth(*ends, alpha, frames=4))
     assert found.alpha == pytest.approx(alpha, abs=0.02)
     assert not found.flat
@@ -76,10 +76,10 @@ def test_a_prefix_tells_the_alpha_that_made_it(ends: tuple[Expert, Expert], alph
     assert found.record()["sharpness"] == found.sharpness
 
 
-def test_an_optimum_beyond_the_bank_is_put_at_its_end(ends: tuple[Expert, Expert]) -> None:
+def test_an_optimum_beyond_the_bank_is_moved_to_its_end(ends: tuple[Expert, Expert]) -> None:
     found = fit_prefix(*ends, truth(*ends, 1.9, frames=4))
     assert found.alpha == BANK[-1]
-    # A step further out the error is smaller: there is no optimum here.
+    # The error is smaller one step farther out, so this is not an optimum.
     assert found.sharpness < 0
 
 
@@ -91,7 +91,7 @@ def test_only_the_first_frames_count(ends: tuple[Expert, Expert]) -> None:
     assert fit_prefix(*ends, fields, 3) != fit_prefix(*ends, fields, 4)
 
 
-def test_sharpness_is_the_smaller_rise_a_step_away(
+def test_sharpness_is_the_smaller_increase_one_step_away(
     ends: tuple[Expert, Expert], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readout, "compose", lambda low, high, alpha: alpha)
@@ -113,7 +113,7 @@ def test_sharpness_is_the_smaller_rise_a_step_away(
 
 
 def test_frames_that_do_not_depend_on_alpha_are_flat(ends: tuple[Expert, Expert]) -> None:
-    # A hundred times as large a change as either expert makes: all are equally wrong.
+    # The change is a hundred times that of either expert, so all are equally wrong.
     fields = truth(*ends, 0.0, frames=4)
     fields[:, 1:] += 300 * torch.randn(fields[:, 1:].shape, generator=torch.Generator().manual_seed(0))
     found = fit_prefix(*ends, fields)
@@ -129,14 +129,14 @@ def test_too_few_frames(ends: tuple[Expert, Expert]) -> None:
         fit_prefix(*ends, fields, frames=1)
 
 
-def test_scale_is_the_factor_that_made_the_validation_data(ends: tuple[Expert, Expert]) -> None:
+def test_scale_recovers_the_factor_of_the_validation_data(ends: tuple[Expert, Expert]) -> None:
     for gamma in (0.7, 1.2):
         regimes = [regime(truth(*ends, gamma * s, frames=6), s) for s in (-1.2, -0.6, 0.6, 1.2)]
         found = fit_scale(*ends, regimes)
         assert found["gamma"] == gamma
         assert list(found["errors"]) == [str(one) for one in GAMMAS]
         assert min(found["errors"].values()) == found["errors"][str(gamma)] < 1e-5
-        # The mean over regimes, of rollouts from the first four frames.
+        # The mean over regimes of rollouts from the first four frames.
         expected = [rollout_errors(compose(*ends, clip(one.coordinate)), one.fields, 0.0, 4).mean() for one in regimes]
         assert found["errors"]["1.0"] == pytest.approx(sum(map(float, expected)) / 4, rel=1e-6)
 
@@ -145,12 +145,12 @@ def test_without_a_difference_gamma_is_1(ends: tuple[Expert, Expert]) -> None:
     assert fit_scale(*ends, [regime(truth(*ends, 0.3, frames=6), 0.0)])["gamma"] == 1.0
 
 
-def test_a_rollout_that_blows_up_is_never_chosen(ends: tuple[Expert, Expert], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_rollout_is_never_chosen(ends: tuple[Expert, Expert], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout, "compose", lambda low, high, alpha: alpha)
     blown = {0.4: float("nan"), 1.0: float("inf")}
     monkeypatch.setattr(
         readout, "rollout_errors", lambda alpha, *_: torch.tensor(blown.get(alpha, 2 - alpha), dtype=torch.float64)
     )
     found = fit_scale(*ends, [regime(torch.zeros(1, 5, 2, 4, 4), 1.0)])
-    assert found["gamma"] == 1.5  # the largest alpha: gamma 1.6 is cut to the same
+    assert found["gamma"] == 1.5  # gives the largest alpha; gamma 1.6 is clipped to the same
     assert found["errors"]["0.4"] == found["errors"]["1.0"] == float("inf")

@@ -1,4 +1,4 @@
-"""Experts are trained by the common trainer: two real ranks, through the command, as a user would."""
+"""Training experts with the common trainer on two real ranks, through the command as a user does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _write(folder: Path, **changes) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With data and a trained anchor."""
+    """A folder with data and a trained anchor."""
     folder = tmp_path_factory.mktemp("expert")
     assert shodh(["expert", "train", "--config", str(_write(folder))]) == 0
     return folder
@@ -66,7 +66,7 @@ def test_validation_is_the_error_of_the_expert_as_loaded(folder):
         assert stored[f"{regime.coordinate:+.3f}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(folder):
+def test_an_interrupted_run_ends_with_the_same_bits(folder):
     run = folder / "runs" / "anchor"
     other = folder / "runs" / "cut"
     shutil.copytree(run, other)
@@ -79,8 +79,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(folder):
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_an_endpoint_expert_begins_with_its_anchor(folder, stage):
-    """At a learning rate of nearly zero it stays there, whatever ZeRO does; and it keeps the anchor's units."""
+def test_an_endpoint_expert_starts_from_its_anchor(folder, stage):
+    """At a learning rate near zero it keeps the anchor's weights at any ZeRO stage; it also keeps the units."""
     anchor = folder / "runs" / "anchor"
     name = f"low-{stage}"
     training = {**tree(folder)["training"], "batch_size": 2, "learning_rate": 1e-12, "min_learning_rate": 0.0}
@@ -99,7 +99,7 @@ def test_an_endpoint_expert_begins_with_its_anchor(folder, stage):
     assert load_expert(folder / "runs" / name).scale == load_expert(anchor).scale
 
 
-def test_a_coordinate_that_two_splits_have_is_one_domain(folder):
+def test_a_coordinate_in_two_splits_is_one_domain(folder):
     family = config(folder).family
     regimes = [
         regime
@@ -129,13 +129,13 @@ def test_a_coordinate_that_two_splits_have_is_one_domain(folder):
         ({"grid": 3}, "unknown key 'grid'; the nearest valid key is 'family.grid'"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, capfd, changes, words):
+def test_invalid_settings_are_named(tmp_path, capfd, changes, words):
     path = _write(tmp_path, **{"name": "wrong", **changes})
     assert shodh(["expert", "train", "--config", str(path)]) == 2
-    told = capfd.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert words in told
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
     assert [one.name for one in tmp_path.iterdir()] == ["wrong.yaml"]
 
 
@@ -145,7 +145,7 @@ def test_an_anchor_of_another_network_is_refused(folder, capfd):
     assert "has a different network from this config" in capfd.readouterr().err
 
 
-def test_the_configs_that_are_shipped_can_be_read():
+def test_the_shipped_configs_can_be_read():
     from shodh_moe.ccm.bench.config import BenchConfig
     from shodh_moe.ccm.config import ExpertConfig
     from shodh_moe.config.load import load_config_of

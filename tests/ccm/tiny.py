@@ -10,7 +10,7 @@ from shodh_moe.ccm.family import SPLITS
 
 
 def tree(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The content of a config file; ``changes`` replace sections or keys of the first level."""
+    """Return the content of a config file; ``changes`` replace sections or top-level keys."""
     return {
         "name": "anchor",
         "runs": str(folder / "runs"),

@@ -1,4 +1,4 @@
-"""Decode latents to a dataset: contents of its files, conservation of mass, and refusals."""
+"""Decoding latents to a dataset: contents of its files, conservation of mass, and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def make(folder: Path, **settings: str) -> Path:
-    """The config of an untrained tokenizer and its latents of ``folder``/theirs; everything is in ``folder``."""
+    """Make an untrained tokenizer and its latents of ``folder``/theirs in ``folder``; return their config."""
     named = {"path": str(folder / "tok"), "root": str(folder / "tokenizers"), "latent_copies": 2, **settings}
     values = {
         **CONFIG,
@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "most"), [("float64", 1e-13), ("float32", 1e-5)])
-def test_the_files_hold_what_the_latents_decode_to(
+def test_the_files_contain_the_decoded_latents(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, most: float
 ) -> None:
     output = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_the_files_hold_what_the_latents_decode_to(
         assert float(re.findall(r"= (\S+) \(staggered", line)[0]) == pytest.approx(measured, rel=0.1)
 
 
-def test_of_training_trajectories_only_the_unmoved_copy_is_decoded(
+def test_only_the_original_copy_of_training_trajectories_is_decoded(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode_latents(config_in(made), "train", tmp_path / "whole", "float64")
@@ -154,7 +154,7 @@ def test_of_training_trajectories_only_the_unmoved_copy_is_decoded(
 
 
 def copied(made: Path, folder: Path) -> Config:
-    """A copy of everything in ``folder``, which tests may change."""
+    """Copy everything to ``folder``, where tests may change it, and return the config."""
     for name in ("theirs", "tok"):
         shutil.copytree(made / name, folder / name)
     text = (made / "config.yaml").read_text().replace(str(made), str(folder))
@@ -164,11 +164,11 @@ def copied(made: Path, folder: Path) -> Config:
     return config
 
 
-def refuse(capfd: pytest.CaptureFixture[str], folder: Path, *says: str) -> None:
-    """The command fails with these words and writes nothing."""
+def refuse(capfd: pytest.CaptureFixture[str], folder: Path, *messages: str) -> None:
+    """Check that the command is refused with these messages and writes nothing."""
     before = tree(folder)
     arguments = ["--config", str(folder / "config.yaml"), "--output", str(folder / "out")]
-    refused(capfd, "tokenizer", "decode", *arguments, says=says)
+    refused(capfd, "tokenizer", "decode", *arguments, says=messages)
     assert tree(folder) == before
 
 
@@ -178,7 +178,7 @@ def test_an_existing_output_is_refused(made: Path, tmp_path: Path, capfd: pytest
     refuse(capfd, tmp_path, f"--output {tmp_path / 'out'} exists", "give a new folder")
 
 
-def test_latents_of_a_tokenizer_trained_anew_are_refused(
+def test_latents_of_a_retrained_tokenizer_are_refused(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = copied(made, tmp_path)
@@ -186,7 +186,7 @@ def test_latents_of_a_tokenizer_trained_anew_are_refused(
     tokenizer = load_tokenizer(tmp_path / "tok")
     tokenizer.latent_mean_C += 1
     tokenizer.save(tmp_path / "tok")
-    # Latents are found by the hash of the tokenizer that the config names: pretend that someone moved them there.
+    # Latents are found by the hash of the config's tokenizer: pretend that a user moved them there.
     shutil.copytree(stale, resolve_paths(config).latents)
     says = (
         "were made with tokenizer",
@@ -209,7 +209,7 @@ def test_latents_of_other_data_are_refused(made: Path, tmp_path: Path, capfd: py
     refuse(capfd, tmp_path, "5 snapshots of trajectory 0 of wild.hdf5", "no such trajectory")
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_no_files(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied(made, tmp_path)
@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.parametrize("settings", [{"operator": "spectral", "walls": "none"}, {"operator": "central2"}])
-def test_nothing_but_fluid_and_nothing_but_solid(
+def test_all_fluid_and_all_solid_grids(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, str]
 ) -> None:
     write_dataset(tmp_path / "theirs", snapshots=3)

@@ -83,19 +83,19 @@ def test_the_folder_is_complete_and_hashed(finished: Path) -> None:
     assert json.loads((model / "metrics.json").read_text()) == json.loads((run / "metrics.json").read_text())
 
 
-def test_an_exported_model_measures_like_its_run(finished: Path) -> None:
+def test_an_exported_model_has_the_metrics_of_its_run(finished: Path) -> None:
     own, elsewhere = (
         json.loads((folder / "metrics.json").read_text())
         for folder in (finished / "runs/trained", finished / "measured")
     )
     assert own["throughput"] == {"tokens_per_second": RECORD["tokens_per_second"], "step_ms_median": RECORD["step_ms"]}
-    # An export does not know how fast it was trained.
+    # An export does not record the training speed.
     assert elsewhere.pop("throughput") == {"tokens_per_second": None, "step_ms_median": None}
     assert elsewhere.pop("peak_memory_bytes") is None
     assert elsewhere == {key: own[key] for key in elsewhere}
     arrays = [np.load(folder / "evaluation.npz") for folder in (finished / "runs/trained", finished / "measured")]
     np.testing.assert_array_equal(arrays[0]["calm/pred"], arrays[1]["calm/pred"])
-    # The tokenizer is the same one: its latents were not made twice.
+    # The tokenizer is the same, so its latents were not regenerated.
     assert len(list(finished.glob("tokenizers/*/latents/*"))) == 1
 
 
@@ -109,7 +109,7 @@ def test_the_card_of_an_evaluated_model(finished: Path) -> None:
         row = [f"{values[f'latent_mse{end}']:.4g}" for end in ("", "_persistence", "_mean")]
         assert f"| {domain} | latent MSE | {row[0]} | {row[1]} | {row[2]} |" in card
         assert f"- {domain}: 1: {values['rollout_nrmse'][0]:.3g}" in card
-    # Random weights: the card must not say otherwise.
+    # The weights are random, and the card must not claim otherwise.
     assert "Not better than a baseline: latent MSE in calm" in card
     assert f"{metrics['divergence']['rms_relative']:.1e}" in card
     for words in (
@@ -122,12 +122,12 @@ def test_the_card_of_an_evaluated_model(finished: Path) -> None:
         "## Use",
     ):
         assert words in card
-    assert "Synthetic" not in card  # nothing is known of where these data come from
+    assert "Synthetic" not in card  # the origin of these data is unknown
     assert "| calm | 1 | " in card
     assert "reynolds 1 to 1" in card
 
 
-def test_a_model_that_was_not_evaluated_says_so(run: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_model_that_was_not_evaluated(run: Path, tmp_path: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     for text in (None, "{", json.dumps({**metrics, "weights_sha256": "of another checkpoint"})):
         (run / "metrics.json").unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def test_a_damaged_export_is_refused_by_name(
     refused(capfd, "checkpoint", "verify", str(model), says=says)
 
 
-def test_every_damage_has_a_line(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_damage_gets_a_line(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "verify", str(model)]) == 0
     (model / "README.md").write_text("my own words")
     assert main(["checkpoint", "verify", str(model)]) == 0
@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path, capfd: 
     assert not (tmp_path / "model").exists()
 
 
-def test_what_an_export_refuses(
+def test_invalid_exports_are_refused(
     run: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def arguments(path: Path, name: str = "new") -> list[str]:
@@ -233,7 +233,7 @@ def test_weights_of_another_architecture_are_refused(
     assert not (tmp_path / "m").exists()
 
 
-def test_weights_that_do_not_fit_their_own_config(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_do_not_match_their_config_are_refused(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     weights = load_file(model / "model.safetensors")
     weights["head.bias"] = weights["head.bias"][:-1].clone()
     save_file(weights, model / "model.safetensors")
@@ -244,7 +244,7 @@ def test_weights_that_do_not_fit_their_own_config(model: Path, capfd: pytest.Cap
         load_models(find_source(model))
 
 
-def test_evaluate_elsewhere_needs_a_place_and_the_data(
+def test_evaluating_an_export_needs_an_output_and_the_data(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, model = ["--config", str(finished / "model/config.yaml")], str(finished / "model")

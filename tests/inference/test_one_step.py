@@ -1,4 +1,4 @@
-"""One-step predictions: those of a trajectory are those of its windows, bit for bit, in batches of any size."""
+"""One-step predictions of a trajectory equal those of its windows bit for bit, in batches of any size."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_trajectory_is_predicted_from_its_true_latents(samples: LatentSamples,
     assert samples.context("b").domain_B.tolist() == [1]
 
 
-def test_errors_beside_persistence(samples: LatentSamples) -> None:
+def test_errors_are_compared_with_persistence(samples: LatentSamples) -> None:
     (found,) = predict_windows(_transformer("cosine"), samples, [(0, 1), (1, 8)], 4)
     history, _, target, domain_B = found.batch
     errors_B2 = mse_beside_persistence(found.latent_BCxyz, history, target)

@@ -1,4 +1,4 @@
-"""The ParaView file: its structure, and the values that VTK's own reader finds."""
+"""The ParaView file: its structure, and the values that VTK's own reader reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORIGIN, SPACING = [0.25, 0.25, 0.25], [0.5, 0.5, 0.5]
 
 
 def fields(step: int) -> np.ndarray:
-    """Velocity and pressure [4, X, Y, Z] in which every number encodes component, place and step."""
+    """Return velocity and pressure [4, X, Y, Z] whose values encode component, position and step."""
     component, x, y, z = np.indices((4, *GRID))
     return (1000.0 * step + 200 * component + 40 * x + 6 * y + z).astype(np.float32)
 
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.vtkhdf"
 
 
-def test_structure(path: Path) -> None:
+def test_the_file_has_the_required_structure(path: Path) -> None:
     with h5py.File(path) as file:
         root = file["VTKHDF"]
         assert root.attrs["Version"].tolist() == [2, 0]
@@ -49,7 +49,7 @@ def test_structure(path: Path) -> None:
         np.testing.assert_array_equal(root["PointData/solid"][0, z, y], [0, 0, 0, 1])
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyError), new_vtkhdf(tmp_path / "b.vtkhdf", TIMES, np.zeros(GRID), ORIGIN, SPACING):
         raise KeyError
     assert list(tmp_path.iterdir()) == []

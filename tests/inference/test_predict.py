@@ -44,7 +44,7 @@ def predict(run: Path, flow: Path, *more: str, steps: int = 2) -> Path:
 
 @torch.no_grad()
 def expected(run: Path, flow: Path, sample: int, start: int, steps: int) -> torch.Tensor:
-    """The rollout as an array [steps, 4, X, Y, Z], float64."""
+    """Return the rollout as an array [steps, 4, X, Y, Z], float64."""
     models = load_models(find_source(run))
     fields, solid = (torch.from_numpy(a) for a in read_snapshots(open_trajectories(flow)[sample], start, start + 2))
     z = [models.tokenizer.encode(torch.cat([one, solid])[None]) for one in fields]
@@ -65,7 +65,7 @@ def test_the_file_reads_back_as_the_rollout(run: Path, flow: Path) -> None:
         np.testing.assert_allclose(got.velocity_T3XYZ, want[:, :3], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got.pressure_T1XYZ, want[:, 3:], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(got.solid_1XYZ, given.solid_1XYZ)
-        # It is a prediction and moves: neither persistence nor the same field again and again.
+        # The prediction changes: it is neither persistence nor a repeated field.
         moved = np.concatenate([given.velocity_T3XYZ[1:2], got.velocity_T3XYZ])
         assert np.abs(np.diff(moved, axis=0)).max(axis=(1, 2, 3, 4)).min() > 1e-3
 
@@ -82,7 +82,7 @@ def test_time_scalars_and_provenance(run: Path, flow: Path) -> None:
         assert set(file["boundary_conditions"]) == set(given["boundary_conditions"])
         np.testing.assert_array_equal(file["dimensions/z"], given["dimensions/z"])
     provenance = read_provenance(output)
-    wanted = {
+    expected_provenance = {
         "label": "prediction",
         "input": "flow.hdf5",
         "input_sha256": sha256(flow),
@@ -93,7 +93,7 @@ def test_time_scalars_and_provenance(run: Path, flow: Path) -> None:
         "divergence_operator": "spectral",
         "curl_dtype": "float64",
     }
-    assert {key: provenance[key] for key in wanted} == wanted
+    assert {key: provenance[key] for key in expected_provenance} == expected_provenance
     assert len(str(provenance["checkpoint_weights_sha256"])) == 64
     assert "lattice units" in str(provenance["units"])
 
@@ -108,12 +108,12 @@ def test_the_stored_velocity_is_divergence_free(run: Path, flow: Path, dtype: st
     assert 0 < rms < limit
 
 
-def test_start_forgets_what_was_before(run: Path, flow: Path) -> None:
+def test_frames_before_the_start_are_ignored(run: Path, flow: Path) -> None:
     late = read_trajectory(predict(run, flow, "--start", "2", "--sample", "1"))
     np.testing.assert_allclose(late.velocity_T3XYZ, expected(run, flow, 1, 2, 2)[:, :3], rtol=1e-5, atol=1e-6)
 
 
-def test_one_of_the_trajectories(run: Path, flow: Path) -> None:
+def test_one_trajectory_can_be_selected(run: Path, flow: Path) -> None:
     everything = read_trajectory(open_trajectories(predict(run, flow))[1])
     flow.with_name("out.hdf5").unlink()
     (record,) = open_trajectories(predict(run, flow, "--sample", "1"))
@@ -124,7 +124,7 @@ def test_one_of_the_trajectories(run: Path, flow: Path) -> None:
         assert file["scalars/reynolds"][:].tolist() == [2.0]
 
 
-def test_paraview_files_hold_the_same_numbers(run: Path, flow: Path) -> None:
+def test_paraview_files_contain_the_same_values(run: Path, flow: Path) -> None:
     output = predict(run, flow)
     names = {path.name for path in flow.parent.iterdir()}
     assert names == {"flow.hdf5", "out.hdf5", "out.trajectory0.vtkhdf", "out.trajectory1.vtkhdf"}
@@ -141,7 +141,7 @@ def test_paraview_files_hold_the_same_numbers(run: Path, flow: Path) -> None:
     assert not flow.with_name("out.vtkhdf").exists()
 
 
-def test_errors_against_the_truth_of_the_input(run: Path, flow: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_measured_against_the_input(run: Path, flow: Path, capsys: pytest.CaptureFixture[str]) -> None:
     predict(run, flow, "--sample", "0", steps=5)
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line[:6].strip().isdigit()]
@@ -151,13 +151,13 @@ def test_errors_against_the_truth_of_the_input(run: Path, flow: Path, capsys: py
     for step, row in enumerate(rows):
         target, still = truth[HISTORY + step], truth[HISTORY - 1]
         pairs = [(measure, u) for measure in (nrmse, vrmse) for u in (model[step], still.double())]
-        wanted = [step + 1, HISTORY + step, *(float(measure(u, target.double())) for measure, u in pairs)]
-        assert [float(word) for word in row] == pytest.approx(wanted, abs=6e-5)
+        expected_row = [step + 1, HISTORY + step, *(float(measure(u, target.double())) for measure, u in pairs)]
+        assert [float(word) for word in row] == pytest.approx(expected_row, abs=6e-5)
     assert "divergence of the velocity, spectral operator" in lines[-2]
     assert lines[-1] == f"[predict] {flow.with_name('out.hdf5')}: 1 x 5 snapshots"
 
 
-def test_without_truth_only_the_divergence_is_printed(
+def test_without_later_frames_only_the_divergence_is_printed(
     run: Path, flow: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predict(run, flow, "--start", str(SNAPSHOTS - HISTORY))
@@ -194,7 +194,7 @@ def nothing_is_wrong(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "more", "says"),
+    ("damage", "more", "messages"),
     [
         (other_grid, [], ("grid [16, 8, ", "[16, 8, 24]", "resample")),
         (lambda path: cut(path, "t1_fields/velocity"), [], ("no t1_fields/velocity",)),
@@ -214,24 +214,24 @@ def nothing_is_wrong(path: Path) -> None:
         (nothing_is_wrong, ["--tokenizer", "nowhere"], ("nowhere", "--tokenizer")),
     ],
 )
-def test_wrong_input_is_one_line_and_nothing_is_written(
+def test_invalid_input_gives_one_line_and_no_files(
     run: Path,
     flow: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     damage: Callable[[Path], None],
     more: list[str],
-    says: tuple[str, ...],
+    messages: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(flow.parent)
     damage(flow)
     before = tree(flow.parent)
     arguments = ["--checkpoint", str(run), "--input", "flow.hdf5", "--steps", "2", "--output", "out.hdf5"]
-    refused(capfd, "predict", *arguments, *more, says=says)
+    refused(capfd, "predict", *arguments, *more, says=messages)
     assert tree(flow.parent) == before
 
 
-def test_existing_files_stay_unless_told(run: Path, flow: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_are_kept_without_overwrite(run: Path, flow: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["predict", "--checkpoint", str(run), "--input", str(flow), "--steps", "1", "--sample", "0"]
     refused(capfd, *arguments, "--output", str(flow), "--overwrite", says=("is the input",))
     for name in ("out.hdf5", "out.vtkhdf"):
@@ -244,7 +244,7 @@ def test_existing_files_stay_unless_told(run: Path, flow: Path, capfd: pytest.Ca
     assert len(open_trajectories(predict(run, flow, "--overwrite"))) == 2
 
 
-def test_a_prediction_that_explodes_leaves_nothing(
+def test_a_diverging_prediction_leaves_no_files(
     run: Path, flow: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def exploding(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -271,7 +271,7 @@ def test_run_checkpoint_and_export_predict_the_same(run: Path, flow: Path) -> No
         assert weights == found[0][1]
 
 
-def test_the_well_itself_reads_the_prediction(run: Path, flow: Path) -> None:
+def test_the_well_reads_the_prediction(run: Path, flow: Path) -> None:
     well = pytest.importorskip("the_well.data")
     output = predict(run, flow, steps=3)
     folder = flow.parent / "predicted" / "data" / "test"

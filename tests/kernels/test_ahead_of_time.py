@@ -32,7 +32,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_resources_are_read_and_spills_are_seen():
+def test_resources_are_reported_and_spills_are_detected():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout.splitlines()[-1])

@@ -14,14 +14,14 @@ from shodh_moe.kernels import backend, cosine_gating, gating, top1_gating
 from tests.kernels.forms import DEVICE, form
 
 
-def test_automatic_choice_is_triton_on_a_gpu_alone():
+def test_the_automatic_choice_is_triton_only_on_a_gpu():
     with form("auto"):
         assert not backend.use_triton(torch.zeros(1))
         assert backend.describe(torch.device("cpu")) == "compiled CPU passes, torch reference"
         assert backend.use_triton(torch.zeros(1, device=DEVICE)) == (DEVICE.type == "cuda")
 
 
-def test_choice_can_be_forced_and_the_log_line_says_so():
+def test_a_forced_choice_appears_in_the_log_line():
     with form("reference"):
         assert not backend.use_triton(torch.zeros(1, device=DEVICE))
         assert backend.describe(DEVICE) == "torch reference (SHODH_KERNELS=reference)"
@@ -48,7 +48,7 @@ def _shodh(kernels: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("kernels", "message"), [("fast", "SHODH_KERNELS is 'fast'"), ("triton", "to a GPU, or set")])
-def test_commands_refuse_a_choice_that_cannot_be(kernels, message, tmp_path):
+def test_commands_refuse_an_impossible_choice(kernels, message, tmp_path):
     if kernels == "triton" and DEVICE.type == "cuda":
         pytest.skip("Triton runs on this machine")
     result = _shodh(kernels, "run", "--config", "configs/quickstart.yaml", f"runs={tmp_path}")
@@ -58,7 +58,7 @@ def test_commands_refuse_a_choice_that_cannot_be(kernels, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_config_knows_the_limits_of_the_kernels():
+def test_the_config_enforces_the_limits_of_the_kernels():
     assert config.MAX_EXPERTS == gating.MAX_EXPERTS
     assert config.MAX_ROUTING_WIDTH == cosine_gating.MAX_ROUTING_WIDTH
 

@@ -29,7 +29,7 @@ def _run(threads: int) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_one_thread_starts_no_others_and_more_give_the_same_bits():
+def test_one_thread_starts_no_others_and_several_give_the_same_bits():
     """A rank with one thread must not start numba's threads: their spinning halves the speed of other ranks."""
     several, bits = _run(2)  # first, so that a cache of compiled parallel loops exists and could be confused
     none, same_bits = _run(1)

@@ -29,7 +29,7 @@ def test_order_of_accuracy(operator: str, order: int) -> None:
     def error(size: int) -> float:
         h = 2 * math.pi / size
         x = torch.arange(size, dtype=torch.float64) * h
-        at = x + h / 2 if operator == "staggered" else x  # between its two points
+        at = x + h / 2 if operator == "staggered" else x  # between the two points
         d = differentiation_matrix(size, operator, h, torch.float64)
         return float((d @ torch.sin(x) - torch.cos(at)).abs().max())
 
@@ -38,7 +38,7 @@ def test_order_of_accuracy(operator: str, order: int) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 9])
-def test_structure(operator: str, size: int) -> None:
+def test_matrices_are_circulant_and_antisymmetric(operator: str, size: int) -> None:
     if size < MINIMUM[operator]:
         with pytest.raises(ValueError, match=f"size is {size}: the operator '{operator}' needs at least"):
             differentiation_matrix(size, operator, 1.0, torch.float64)
@@ -67,7 +67,7 @@ def test_staggered_positions() -> None:
     a = torch.zeros(1, 3, n, n, 2, dtype=torch.float64)
     a[0, 2] = (torch.sin(x) * torch.cos(y))[..., None]  # A_z sits at (i, j, k + 1/2)
     u = curl(a, operator="staggered", spacing=h)[0, ..., 0]
-    bound = 1.01 * h**2 / 24  # of a centred difference of sin
+    bound = 1.01 * h**2 / 24  # error of a centred difference of sin
     assert (u[0] + torch.sin(x) * torch.sin(y + h / 2)).abs().max() <= bound  # u_x at (i, j + 1/2)
     assert (u[1] + torch.cos(x + h / 2) * torch.cos(y)).abs().max() <= bound  # u_y at (i + 1/2, j)
 
@@ -82,7 +82,7 @@ def test_backward_differences_do_not_see_a_staggered_curl_as_solenoidal() -> Non
 
 
 @pytest.mark.parametrize("spacing", [0.0, -1.0, math.inf, math.nan])
-def test_bad_spacing(spacing: float) -> None:
+def test_an_invalid_spacing_is_refused(spacing: float) -> None:
     with pytest.raises(ValueError, match="spacing must be positive and finite"):
         differentiation_matrix(8, "central2", spacing, torch.float32)
 

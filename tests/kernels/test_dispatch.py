@@ -1,4 +1,4 @@
-"""Dispatch and combine in all forms against a differentiable definition and a golden case; drops and bad input."""
+"""Dispatch and combine in all forms, compared with a differentiable definition and a golden case; invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, to
 
 
 def expected_dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
-    """The definition, token by token; differentiable."""
+    """Return the definition's result, token by token; differentiable."""
     shape = x_ND.shape if capacity is None else (kept_E.numel(), capacity, x_ND.shape[1])
     rows = list(x_ND.new_zeros(shape).view(-1, x_ND.shape[1]))
     for token, row in enumerate(rows_of(expert_N, slot_N, kept_E, capacity)):
@@ -113,7 +113,7 @@ def gradients(output, inputs, seed=1):
     with_shared=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_definition_forward_and_backward(
+def test_results_equal_the_definition_forward_and_backward(
     kernels, tokens, width, experts, capacity, dropless, dtype, routes, integers, with_shared, seed
 ):
     c = case(tokens, width, experts, capacity, dropless, dtype, routes, integers, seed)
@@ -166,7 +166,7 @@ def test_round_trip_returns_kept_tokens_scaled_and_zeros_for_dropped(
 
 
 @FORMS
-def test_golden(kernels):
+def test_golden_case(kernels):
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], device=DEVICE)
     expert, slot = torch.tensor([2, 0, 2, 0], device=DEVICE), torch.tensor([1, 0, 0, -1], device=DEVICE)
     kept = torch.tensor([1, 0, 2], device=DEVICE)
@@ -241,9 +241,9 @@ def test_non_contiguous_tensors(kernels, dropless):
 @pytest.mark.parametrize(
     ("expert", "slot"), [(0, 10**6), (0, -5), (0, -(2**40)), (-1, 0), (3, 0), (2**40, 0), (-(2**40), 1), (1, 2**62)]
 )
-def test_what_is_out_of_range_counts_as_dropped(kernels, dropless, expert, slot):
+def test_tokens_out_of_range_count_as_dropped(kernels, dropless, expert, slot):
     c = case(8, 4, 3, 3, dropless)
-    # Add a token that is routed nowhere; the others keep their slots. Its values would show wherever it were copied.
+    # Add a token that is routed nowhere; the others keep their slots. Any copy of its values would be detected.
     x = torch.cat([c.x_ND, torch.full((1, 4), torch.inf, device=DEVICE)])
     experts = torch.cat([c.expert_N, torch.tensor([expert], device=DEVICE)])
     slots = torch.cat([c.slot_N, torch.tensor([slot], device=DEVICE)])
@@ -364,7 +364,7 @@ def test_compile_checkpoint_and_autocast(kernels, dropless):
 
 
 @FORMS
-def test_only_the_gradients_asked_for(kernels):
+def test_only_the_requested_gradients_are_computed(kernels):
     c = case(5, 3, 2, 3, dropless=False)
     with form(kernels):
         rows = dispatch(c.x_ND, *c.routing, 3)
@@ -377,7 +377,7 @@ def test_only_the_gradients_asked_for(kernels):
 
 
 @FORMS
-def test_bad_input(kernels):
+def test_invalid_input_is_refused(kernels):
     c = case(5, 4, 3, 2, dropless=False)
     x, expert, slot, kept, gate, shared, _ = c
     rows = torch.zeros(3, 2, 4, device=DEVICE)

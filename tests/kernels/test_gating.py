@@ -32,7 +32,7 @@ def test_capacity_is_exact(tokens, experts, factor, minimum, expected):
 
 
 def _slots_by_loop(expert: list[int], gate: list[float], capacity: int, order: str) -> list[int]:
-    """The slot of each token, one token at a time."""
+    """Return the slot of each token, one token at a time."""
     tokens = range(len(expert))
     queue = tokens if order == "position" else sorted(tokens, key=lambda n: -gate[n])
     kept, used = set(), collections.Counter()
@@ -78,7 +78,7 @@ KINDS = ("normal", "ties", "one expert", "empty expert", "-inf", "huge")
     biased=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_routing_equals_that_of_a_loop(name, tokens, experts, capacity, order, kind, dtype, biased, seed):
+def test_routing_equals_a_loop(name, tokens, experts, capacity, order, kind, dtype, biased, seed):
     """Check experts against the logits and slots against the operation's gates, so that rounding hides no mistake."""
     kind = "normal" if kind == "huge" and dtype == torch.float16 else kind
     logits = _logits(tokens, experts, kind, seed, dtype)
@@ -116,7 +116,7 @@ def test_triton_equals_the_reference_forward_and_backward(tokens, experts, order
         x = logits.detach().requires_grad_()
         with form(name):
             g = top1_gating(x, 7, order)
-            # a huge z-loss overflows float32 in both; its gradient is taken elsewhere
+            # a huge z-loss overflows float32 in both; its gradient is tested elsewhere
             loss = (g.gate_N * d_gate).sum() + 2 * g.balance_loss + (0 if kind == "huge" else 3 * g.z_loss)
             loss.backward()
         results.append((*(t.detach() for t in (g.gate_N, g.entropy_N, g.balance_loss, g.z_loss)), x.grad))
@@ -158,7 +158,7 @@ def test_triton_over_more_tiles_than_chunks(monkeypatch):
         torch.testing.assert_close(g.z_loss, reference.z_loss)
 
 
-def test_all_tied_goes_to_the_lowest_expert():
+def test_ties_go_to_the_lowest_expert():
     g = top1_gating(torch.zeros(5, 4), 3)
     assert g.expert_N.tolist() == [0] * 5
     assert g.slot_N.tolist() == [0, 1, 2, -1, -1]
@@ -245,7 +245,7 @@ def test_logits_without_a_softmax_raise_and_name_the_token(name, row):
         (lambda: _cosine(torch.zeros(200, 5), torch.zeros(2, 200)), "have 200 dimensions; at most 128"),
     ],
 )
-def test_wrong_arguments_are_named(call, message):
+def test_invalid_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

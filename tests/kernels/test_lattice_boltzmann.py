@@ -56,19 +56,19 @@ def test_numba_computes_the_same(lid: bool, smagorinsky: float) -> None:
     assert np.array_equal(plain.velocity(), flow.velocity()), "a scalar changes nothing in the flow"
 
 
-def test_eddies_and_lid_matter_in_that_comparison() -> None:
+def test_eddies_and_lid_matter_in_the_comparison() -> None:
     velocity = run_reference(False, 0.0)[0]
     assert np.abs(run_reference(False, 0.17)[0] - velocity).max() > 1e-4
     assert np.abs(run_reference(True, 0.0)[0] - velocity).max() > 1e-4
 
 
-def test_float32_follows_float64() -> None:
+def test_float32_agrees_with_float64() -> None:
     for single, double in zip(run_reference(True, 0.17, torch.float32), run_reference(True, 0.17), strict=True):
         assert np.abs(single - double).max() < 3e-6 * np.abs(double).max()
 
 
 @pytest.mark.parametrize("smagorinsky", [0.0, 0.17])
-def test_settling_the_pressure_is_steps_with_the_velocity_held(smagorinsky: float) -> None:
+def test_settling_the_pressure_equals_steps_with_a_fixed_velocity(smagorinsky: float) -> None:
     solid_XYZ, start_3XYZ, _, _ = case(4)
     flow = LatticeBoltzmann(solid_XYZ, VISCOSITY, dtype=np.float64, smagorinsky=smagorinsky)
     flow.set_velocity(start_3XYZ, settle_pressure=True)
@@ -107,7 +107,7 @@ SOLID = torch.zeros(4, 4, 4, dtype=torch.bool)
         (populations(), SOLID, {"viscosity": 0.0}, "viscosity must be positive"),
     ],
 )
-def test_wrong_input_is_refused(f: Tensor, solid: Tensor, options: dict, message: str) -> None:
+def test_invalid_input_is_refused(f: Tensor, solid: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reference.step(f, solid, (0, 0, 0), **({"viscosity": 0.1} | options))
     if "viscosity" not in options:

@@ -79,12 +79,12 @@ def follow(
 @pytest.mark.parametrize("mode", ["free", "held", "scalar"])
 @pytest.mark.parametrize("smagorinsky", [0.0, 0.16])
 @pytest.mark.parametrize("lid", [False, True])
-def test_a_step_is_that_of_the_reference(lid: bool, smagorinsky: float, mode: str) -> None:
+def test_a_step_equals_the_reference(lid: bool, smagorinsky: float, mode: str) -> None:
     follow(SHAPE, torch.float64, lid, smagorinsky, mode)
 
 
 @pytest.mark.parametrize(("smagorinsky", "mode"), [(0.0, "free"), (0.16, "scalar"), (0.0, "held")])
-def test_in_float32_to_its_rounding(smagorinsky: float, mode: str) -> None:
+def test_float32_agrees_up_to_rounding(smagorinsky: float, mode: str) -> None:
     follow(SHAPE, torch.float32, True, smagorinsky, mode)
 
 
@@ -93,7 +93,7 @@ def test_several_blocks_and_axes_that_wrap_onto_themselves(shape: tuple[int, int
     follow(shape, torch.float64, False, 0.0, "scalar")
 
 
-def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indices_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INDEX_LIMIT", 1)
     follow(SHAPE, torch.float64, True, 0.0, "scalar", steps=1)
 
@@ -106,7 +106,7 @@ def tiny_settling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("carries", [False, True])
-def test_the_solver_follows_that_on_the_cpu(carries: bool) -> None:
+def test_the_solver_agrees_with_the_cpu_solver(carries: bool) -> None:
     rng = np.random.default_rng(0)
     solid_XYZ = random_solid(SHAPE, True).cpu().numpy()
     arguments = {"lid": True, "dtype": np.float64, "smagorinsky": 0.16, "diffusivity": 0.01 if carries else None}
@@ -132,7 +132,7 @@ def test_the_solver_follows_that_on_the_cpu(carries: bool) -> None:
 
 
 @pytest.mark.usefixtures("tiny_settling")
-def test_settling_holds_the_velocity_and_leaves_the_scalar() -> None:
+def test_settling_keeps_the_velocity_and_the_scalar() -> None:
     solid = random_solid(SHAPE, False)
     start = 0.02 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
     flow = LatticeBoltzmannGPU(solid.cpu().numpy(), 0.05, dtype=np.float64, diffusivity=0.1, device=DEVICE)
@@ -146,7 +146,7 @@ def test_settling_holds_the_velocity_and_leaves_the_scalar() -> None:
     np.testing.assert_allclose(flow.scalar(), np.where(solid.cpu(), 0, scalar), atol=1e-15)
 
 
-def test_settling_takes_the_steps_that_it_takes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settling_takes_as_many_steps_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, tuple[float, float] | None]] = []
     solid_XYZ = np.zeros((40, 20, 24), bool)
     solid_XYZ[:, :, 0] = True
@@ -182,7 +182,7 @@ def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pretended_graphs", "tiny_settling")
-def test_graphs_have_the_bits_of_single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_give_the_same_bits_as_single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     solid_XYZ = random_solid(SHAPE, True).cpu().numpy()
     rng = np.random.default_rng(0)
     force, scalar, start = rng.random((7, 3)) / 1000, rng.random(SHAPE), 0.02 * rng.standard_normal((3, *SHAPE))
@@ -202,7 +202,7 @@ def test_graphs_have_the_bits_of_single_steps(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: long runs")
 @pytest.mark.gpu
 @pytest.mark.parametrize("smagorinsky", [0.0, 0.16])
-def test_a_long_run_in_float32_is_the_cpus_to_rounding(smagorinsky: float) -> None:
+def test_a_long_run_in_float32_agrees_with_the_cpu_up_to_rounding(smagorinsky: float) -> None:
     shape = (48, 40, 32)
     solid_XYZ = random_solid(shape, True).cpu().numpy()
     force, scalar = np.tile([1e-5, 0, 0], (500, 1)), np.random.default_rng(0).random(shape)
@@ -237,12 +237,12 @@ def test_divergence_is_reported_by_name() -> None:
         (np.zeros((3, 3, 3), bool), {"lid": True}, "bottom"),
     ],
 )
-def test_bad_arguments_are_refused(mask: np.ndarray, arguments: dict, message: str) -> None:
+def test_invalid_arguments_are_refused(mask: np.ndarray, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatticeBoltzmannGPU(mask, **{"viscosity": 0.1, "device": DEVICE} | arguments)
 
 
-def test_a_scalar_has_to_be_asked_for_and_to_fit() -> None:
+def test_a_scalar_must_be_requested_and_have_the_right_shape() -> None:
     mask = np.zeros((3, 3, 3), bool)
     with pytest.raises(ValueError, match="diffusivity"):
         LatticeBoltzmannGPU(mask, 0.1, device=DEVICE).set_scalar(np.ones((3, 3, 3)))
@@ -250,7 +250,7 @@ def test_a_scalar_has_to_be_asked_for_and_to_fit() -> None:
         LatticeBoltzmannGPU(mask, 0.1, diffusivity=0.1, device=DEVICE).set_scalar(np.ones((3, 3)))
 
 
-def test_where_it_cannot_run_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_names_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.zeros((3, 3, 3), bool)
     if DEVICE.type != "cuda":
         with pytest.raises(UserError, match="torch finds no GPU"):

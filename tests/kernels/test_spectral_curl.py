@@ -40,7 +40,7 @@ def rms(x: Tensor) -> float:
 
 
 def plain_derivative(f: Tensor, axis: int, operator: str, spacing: float) -> Tensor:
-    """The definition, differentiable: D along one of the last three axes."""
+    """Return the definition's result, differentiable: D along one of the last three axes."""
     d = differentiation_matrix(f.shape[axis - 3], operator, spacing, f.dtype, f.device)
     return torch.movedim(torch.movedim(f, axis - 3, -1) @ d.T, -1, axis - 3)
 
@@ -88,7 +88,7 @@ def test_the_adjoint_of_the_divergence(name: str, operator: str, dtype: torch.dt
     SHAPES, st.sampled_from(DTYPES), st.sampled_from(OPERATORS), st.booleans(), st.booleans(), st.floats(0.1, 10.0),
     st.integers(0, 2**16),
 )  # fmt: skip
-def test_both_forms_are_the_definition(
+def test_both_forms_equal_the_definition(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, operator: str, has_mean: bool, permuted: bool,
     spacing: float, seed: int,
 ) -> None:  # fmt: skip
@@ -211,7 +211,7 @@ def loss(a: Tensor, mean: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("way", ["compile", "checkpoint", "autocast"])
-def test_ways_to_train(name: str, way: str) -> None:
+def test_gradients_under_compile_checkpointing_and_autocast(name: str, way: str) -> None:
     context = contextlib.nullcontext()
     step = loss
     if way == "compile":
@@ -229,7 +229,7 @@ def test_ways_to_train(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("operator", ["staggered", "central2"])
-def test_a_projection_made_of_them(operator: str) -> None:
+def test_a_projection_that_uses_both_operators(operator: str) -> None:
     """Conjugate gradients alternate divergence and adjoint; both forms must converge to the same field."""
     project = pytest.importorskip("shodh_moe.tokenizer.walls").project  # needs more than torch
     solid = (random(1, 1, 5, 4, 6) > 0.8).float()
@@ -248,12 +248,12 @@ def test_autocast_does_not_round_the_products() -> None:
 
 
 def tf32(x: Tensor) -> Tensor:
-    """Rounded to the 10 mantissa bits of TF32, ties away from zero as the hardware's cvt.rna does."""
+    """Round to the 10 mantissa bits of TF32, ties away from zero like the hardware's cvt.rna."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def tf32x3(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as the tensor cores do it: hi hi + hi lo + lo hi, products of TF32 numbers added up in float32."""
+    """Return a @ b like the tensor cores: hi hi + hi lo + lo hi, products of TF32 numbers summed in float32."""
     a_hi, b_hi = tf32(a), tf32(b)
     a_lo, b_lo = tf32(a - a_hi), tf32(b - b_hi)
     return a_hi @ b_lo + a_lo @ b_hi + a_hi @ b_hi
@@ -277,7 +277,7 @@ def test_tf32x3_keeps_float32_accuracy(fold: bool) -> None:
         return torch.cat((plus + minus, plus - minus))
 
     assert rms(derivative(tf32x3) - exact) <= 1e-6 * rms(exact)
-    assert rms(derivative(lambda a, b: tf32(a) @ tf32(b)) - exact) > 1e-4 * rms(exact)  # a single one does not
+    assert rms(derivative(lambda a, b: tf32(a) @ tf32(b)) - exact) > 1e-4 * rms(exact)  # a single TF32 product does not
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -313,7 +313,7 @@ def test_the_form_for_large_cpu_fields(box, batch, dtype, with_mean, adjoint) ->
     assert rms(results[0] - expected) <= tolerance * max(rms(expected), 1)
 
 
-def test_large_cpu_fields_take_it_and_mass_is_conserved() -> None:
+def test_large_cpu_fields_use_it_and_conserve_mass() -> None:
     a = torch.randn(1, 3, 64, 66, 68, dtype=torch.float64)
     mean = torch.ones(1, 3, dtype=torch.float64)
     with form("auto"), mock.patch.object(spectral_curl_cpu, "curl", wraps=spectral_curl_cpu.curl) as used:
@@ -355,7 +355,7 @@ def test_an_empty_batch() -> None:
         (lambda: divergence(torch.zeros(1, 3, 8, 8, 8), spacing=-1.0), "spacing must be positive"),
     ],
 )  # fmt: skip
-def test_bad_input(call: Callable[[], Tensor], message: str) -> None:
+def test_invalid_input_is_refused(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -58,7 +58,7 @@ def test_vrmse_by_hand() -> None:
     assert metrics.nrmse(pred, true + 10).item() < 1
 
 
-def test_vrmse_in_lattice_units_is_not_swamped_by_eps() -> None:
+def test_vrmse_in_lattice_units_is_not_dominated_by_eps() -> None:
     pressure = noise(0, 1, *SHAPE) * 1e-4  # variance 1e-8, a tenth of the_well's eps
     assert metrics.vrmse(torch.zeros_like(pressure), pressure).item() == pytest.approx(1.0, rel=1e-2)
 

@@ -27,7 +27,7 @@ def test_purity_and_shares() -> None:
         ({"a": [99, 1], "b": [1, 99]}, True),  # exactly at the threshold
         ({"a": [989, 11], "b": [0, 1000]}, False),  # one domain not pure enough
         ({"a": [100, 0], "b": [100, 0]}, False),  # the same expert for both
-        ({"a": [100, 0]}, False),  # nothing to differ from
+        ({"a": [100, 0]}, False),  # no other domain
         ({"a": [9, 0, 0], "b": [0, 9, 0], "c": [0, 0, 9]}, True),
         ({"a": [9, 0, 0], "b": [0, 9, 0], "c": [0, 9, 0]}, False),
     ],
@@ -65,11 +65,11 @@ def test_shares_sum_to_one_and_purity_is_between_even_and_all(table: list[list[i
             assert 1 / len(row) - 1e-12 <= routing.purity(row) <= 1
 
 
-def test_what_the_mask_shows_is_no_knowledge_of_the_domain() -> None:
-    by_mask = torch.tensor([[[30, 0], [0, 0]], [[0, 0], [0, 10]]])  # solid category, domain and expert are one
+def test_information_from_the_mask_is_not_knowledge_of_the_domain() -> None:
+    by_mask = torch.tensor([[[30, 0], [0, 0]], [[0, 0], [0, 10]]])  # solid category, domain and expert coincide
     assert routing.mutual_information(by_mask.sum(0)) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert routing.conditional_mutual_information(by_mask) == 0
-    by_domain = torch.tensor([[[3, 0], [0, 3]], [[5, 0], [0, 5]]])  # every category holds both domains alike
+    by_domain = torch.tensor([[[3, 0], [0, 3]], [[5, 0], [0, 5]]])  # every category has both domains equally
     assert routing.conditional_mutual_information(by_domain) == pytest.approx(math.log(2))
     assert routing.mutual_information(by_domain.sum(0)) == pytest.approx(math.log(2))
 
@@ -121,7 +121,7 @@ def test_router_entropy() -> None:
     assert routing.router_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(math.log(2) / 2)
 
 
-def test_summary_has_the_form_of_metrics_json() -> None:
+def test_the_summary_has_the_format_of_metrics_json() -> None:
     counts = [{"a": [100, 0], "b": [0, 100]}, {"a": torch.tensor([50, 50]), "b": torch.tensor([0, 100])}]
     found = routing.summarise_routing(counts, dropped_fraction=[{"a": 0.1, "b": 0.0}] * 2, entropy=[{"a": 0.2}] * 2)
     first, second = found["layers"]

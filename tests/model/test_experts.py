@@ -61,7 +61,7 @@ def test_empty_slots_are_left_out_and_change_nothing(filled):
     y, plain = experts(x, torch.tensor(filled)), experts(x)
     torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-14)
     assert not y[~mask.expand_as(y)].any()
-    # An empty slot's gradient goes nowhere: dispatch gives the slot to no token.
+    # An empty slot's gradient is not used: dispatch assigns the slot to no token.
     (dx, *dweights), (plain_dx, *plain_dweights) = _gradients(experts, x, y), _gradients(experts, x, plain)
     _same((dx, *dweights), (plain_dx * mask, *plain_dweights))
 
@@ -92,7 +92,7 @@ def test_gradients_against_finite_differences():
 
 
 @pytest.mark.parametrize("form", ["slots", "rows"])
-def test_autocast_makes_narrow_products_and_wide_gradients(form):
+def test_autocast_gives_bfloat16_products_and_float32_gradients(form):
     experts = _experts().float()
     x = _rows(LOCAL, 4, DIM).detach().float().requires_grad_()
 
@@ -109,7 +109,7 @@ def test_autocast_makes_narrow_products_and_wide_gradients(form):
         assert (one - other).norm() < 0.03 * other.norm()
 
 
-def test_an_expert_starts_equal_on_whatever_rank():
+def test_an_expert_starts_equal_on_any_rank():
     every, second_half = Experts(DIM, HIDDEN, range(4), 0, 1), Experts(DIM, HIDDEN, range(2, 4), 0, 1)
     assert torch.equal(every.gate_up_LDF[2:], second_half.gate_up_LDF)
     assert not torch.equal(every.down_LFD[0], every.down_LFD[1])

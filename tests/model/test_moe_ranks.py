@@ -55,7 +55,7 @@ def _under_autocast(ep: ExpertParallel, dropless: bool, rank: int, on: bool) -> 
 
 
 def _bytes_of_counts(layer: MoE) -> int:
-    """Every rank tells the three others how many tokens it has for their experts, as int64."""
+    """Every rank sends the three others the number of tokens it has for their experts, as int64."""
     return EXPERTS * 8 * 3 // 4
 
 
@@ -95,7 +95,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 def _expert_gradient(ranks: list[dict], key: tuple, name: str) -> torch.Tensor:
-    """Summed over the ranks that hold each expert, [E, ...]."""
+    """Sum over the ranks that hold each expert, [E, ...]."""
     total = torch.zeros(EXPERTS, *ranks[0][key][name].shape[1:], dtype=torch.float64)
     for rank in ranks:
         total.index_add_(0, rank[key]["held"], rank[key][name])
@@ -128,7 +128,7 @@ def test_the_setting_is_what_it_claims(ranks):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("dropless", [False, True])
-def test_recomputation_routes_alike(ranks, size, dropless):
+def test_recomputation_routes_tokens_identically(ranks, size, dropless):
     for rank in ranks:
         plain, recomputed = rank[size, dropless, False], rank[size, dropless, True]
         for name in plain:

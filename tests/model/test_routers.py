@@ -1,4 +1,4 @@
-"""The seam of routers: what they are shown, and that a new one is one file and one line."""
+"""The router interface: its inputs, and adding a router with one file and one line."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("make", [fno, dpot])
 
 
 def awake(model: nn.Module) -> Any:
-    """All weights random: fresh ones predict that nothing changes."""
+    """Make a network with random weights; a new network predicts no change."""
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def fields(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def smooth(n: int) -> Tensor:
-    """The same waves on a grid of n^2: [1, 1, 2, n, n]."""
+    """Return the same waves on a grid of n^2: [1, 1, 2, n, n]."""
     x = torch.arange(n, dtype=torch.float64) * 2 * math.pi / n
     y, x = torch.meshgrid(x, x, indexing="ij")
     return torch.stack([(x + 2 * y).cos(), 0.5 * (2 * x - y).sin() + 0.2])[None, None]
@@ -98,8 +98,8 @@ def test_a_finer_grid_gives_the_same_field() -> None:
     assert (fine[..., ::2, ::2] - coarse).abs().max() < 1e-3 * change
 
 
-def test_a_patch_stays_in_its_place() -> None:
-    """Without the attention every patch is on its own; of a fault in the order of cells others would hear."""
+def test_a_patch_keeps_its_place() -> None:
+    """Without attention, patches are independent; an error in the order of cells would affect other patches."""
     model = awake(dpot(history=2, coordinates="cells"))
     with torch.no_grad():
         for block in model.blocks:
@@ -113,7 +113,7 @@ def test_a_patch_stays_in_its_place() -> None:
     assert torch.equal(touched, expected)
 
 
-def test_fourier_attention_is_that_of_the_orthonormal_fft() -> None:
+def test_fourier_attention_equals_the_orthonormal_fft() -> None:
     attention = awake(FourierAttention(width=8, heads=2, modes=32)).double()
     x = fields(2, 6, 5, 8, dtype=torch.float64)
     weight1, weight2, bias1, bias2 = (
@@ -131,7 +131,7 @@ def test_fourier_attention_is_that_of_the_orthonormal_fft() -> None:
 
 
 @both
-def test_the_seed_decides_the_weights_and_nothing_else(make: Make) -> None:
+def test_the_seed_determines_only_the_weights(make: Make) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = make(seed=1).state_dict()
@@ -143,7 +143,7 @@ def test_the_seed_decides_the_weights_and_nothing_else(make: Make) -> None:
 
 
 @both
-def test_weights_are_real_tensors_and_go_through_safetensors(make: Make) -> None:
+def test_weights_are_real_tensors_that_safetensors_can_store(make: Make) -> None:
     model = awake(make(conditions=1))
     state = model.state_dict()
     assert {type(value) for value in state.values()} == {Tensor}
@@ -155,7 +155,7 @@ def test_weights_are_real_tensors_and_go_through_safetensors(make: Make) -> None
 
 
 @both
-def test_bfloat16_is_near_float32(make: Make) -> None:
+def test_bfloat16_is_close_to_float32(make: Make) -> None:
     """Under autocast, and with weights in bfloat16; the transform stays in float32 in both."""
     model, frames = awake(make(history=2, coordinates="cells")), fields(2, 2, 2, 8, 8)
     change = model(frames) - frames[:, -1]
@@ -174,7 +174,7 @@ def test_the_physical_parameter_counts_and_is_checked(make: Make) -> None:
     frames, model = fields(2, 1, 2, 8, 8, dtype=torch.float64), awake(make(conditions=2)).double()
     condition = fields(2, 2)
     result = model(frames, condition)
-    torch.testing.assert_close(model(frames[:1], condition[:1]), result[:1])  # each sample has its own
+    torch.testing.assert_close(model(frames[:1], condition[:1]), result[:1])  # each sample has its own condition
     assert (model(frames, condition.flip(0)) - result).abs().max() > 1e-2
     with pytest.raises(ValueError, match="with physical parameters"):
         model(frames)
@@ -184,7 +184,7 @@ def test_the_physical_parameter_counts_and_is_checked(make: Make) -> None:
         make()(frames, condition)
 
 
-def test_grids_that_do_not_fit() -> None:
+def test_unsuitable_grids_are_refused() -> None:
     with pytest.raises(UserError, match="8 x 5 is too coarse for an FNO with 3 modes: take at least 6"):
         fno()(fields(1, 1, 2, 8, 5))
     with pytest.raises(UserError, match="8 x 5 cannot be cut into patches of 2 x 2"):

@@ -20,7 +20,7 @@ class Fibonacci:
 
 
 def constant(*values: float) -> Tensor:
-    """Frames [1, T, 1, 2, 2] of these values."""
+    """Return frames [1, T, 1, 2, 2] with these values."""
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1).expand(-1, -1, -1, 2, 2)
 
 
@@ -49,7 +49,7 @@ def test_nrmse() -> None:
     torch.testing.assert_close(nrmse((1.1 * true)[:, :, :, None], true[:, :, :, None]).mean(), pdebench)
 
 
-def test_no_error_no_gradient() -> None:
+def test_a_zero_error_has_a_zero_gradient() -> None:
     true = torch.ones(1, 1, 4, 4)
     predicted = true.clone().requires_grad_()
     nrmse(predicted, true).sum().backward()
@@ -57,7 +57,7 @@ def test_no_error_no_gradient() -> None:
 
 
 def test_the_loss_trains_through_several_steps() -> None:
-    """A wave that moves by one cell a frame is learned from rollouts of three."""
+    """The model learns a wave that moves one cell per frame from rollouts of three steps."""
     wave = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     frames = torch.stack([wave.roll(shift, -1) for shift in range(4)], dim=1)
     model = FNO2d(FNOSize(width=8, modes=4, blocks=2), 1)
@@ -69,7 +69,7 @@ def test_the_loss_trains_through_several_steps() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first
-    # Every step counts: the first alone would not see this error.
+    # Every step counts: the first alone would not show this error.
     worse = frames.clone()
     worse[:, 3] = 0.5
     assert rollout_loss(model, worse, 3) > rollout_loss(model, frames, 3)

@@ -1,4 +1,4 @@
-"""The kit of tables, figures, sections and pages, and that nothing a page quotes becomes markup."""
+"""Tables, figures, sections and pages of reports, and the escaping of everything that a page quotes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#39;quoted&#39
 
 
 class Parsed(HTMLParser):
-    """The start tags of a page, and its text."""
+    """Return the start tags of a page, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class Parsed(HTMLParser):
         self.text += data
 
 
-def test_table_as_text_and_markdown() -> None:
+def test_a_table_as_text_and_markdown() -> None:
     table = Table(("domain", "error"), [("channel", "0.5"), ("a|b", "12.25")], frozenset({1}))
     assert table.text() == "domain   error\n-------  -----\nchannel    0.5\na|b      12.25"
     assert table.markdown() == "| domain | error |\n| :-- | --: |\n| channel | 0.5 |\n| a/b | 12.25 |"
 
 
-def test_numbers() -> None:
+def test_numbers_are_formatted() -> None:
     values = (None, True, False, 12345, 0.123456, 12345.6, [1, 2.5], "word")
     assert [number(value) for value in values] == ["-", "yes", "no", "12,345", "0.1235", "12,346", "1, 2.5", "word"]
 
@@ -80,7 +80,7 @@ def test_every_block_is_escaped_on_the_page(tmp_path: Path) -> None:
     assert "<script" not in page
     parsed = Parsed(page)
     assert "script" not in parsed.tags
-    # In <title>, <h1>, the subtitle, the link, <h2>, and nine times in the blocks, once of them as an attribute.
+    # In <title>, <h1>, the subtitle, the link, <h2>, and nine times in the blocks, including once as an attribute.
     assert page.count(ESCAPED) == 2 + 1 + 2 + 9
     assert parsed.text.count(EVIL) == 13
     assert ("alt", EVIL) in parsed.attributes

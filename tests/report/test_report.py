@@ -30,7 +30,7 @@ PICTURES = {
 
 
 def example_flow(domain: str, n: tuple[int, int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A made-up field [4, X, Y, Z] (velocity, pressure) and solid [X, Y, Z] that look like the domain."""
+    """Make a field [4, X, Y, Z] (velocity, pressure) and a solid [X, Y, Z] that look like the domain."""
     x, y, z = np.meshgrid(*(np.arange(size) for size in n), indexing="ij")
     if domain == "open_channel":
         solid = z < 2 + 2 * np.sin(2 * np.pi * x / n[0]) ** 2
@@ -82,7 +82,7 @@ def evaluation_arrays(n: tuple[int, int, int], layers: int, experts: int) -> dic
 
 
 def shares(domain: int, layer: int, progress: float, experts: int) -> list[float]:
-    """The domains part from an even load as ``progress`` goes to 1, but never in layer 0."""
+    """Return loads that are even at ``progress`` 0 and separate the domains at 1, except in layer 0."""
     home = 0.6 if layer == 0 else 1 / experts + (1 - 1 / experts) * progress
     load = [(1 - home) / max(experts - 1, 1)] * experts
     load[domain % experts] = home
@@ -199,7 +199,7 @@ def history(layers: int, experts: int) -> list[dict[str, Any]]:
 def make_run(
     folder: Path, n: tuple[int, int, int] = (32, 32, 32), layers: int = LAYERS, experts: int = EXPERTS
 ) -> Path:
-    """A run folder as training and evaluation leave it, with made-up numbers."""
+    """Make a run folder like that of training and evaluation, with made-up numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("name: quickstart\nmodel:\n  dim: 128  # <b>&\n")
     environment = {
@@ -233,7 +233,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_picture_is_written_and_shows_something(run_folder: Path) -> None:
+def test_every_picture_is_written_and_not_blank(run_folder: Path) -> None:
     files = {path.stem: path for path in (run_folder / "report").glob("*.png")}
     assert set(files) == PICTURES
     for path in files.values():
@@ -246,7 +246,7 @@ def test_every_picture_is_written_and_shows_something(run_folder: Path) -> None:
     }
 
 
-def test_the_page_needs_nothing_from_outside(run_folder: Path) -> None:
+def test_the_page_needs_no_external_files(run_folder: Path) -> None:
     page = (run_folder / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(PICTURES)
     without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
@@ -280,7 +280,7 @@ def test_summary_table() -> None:
     assert ["porous_media", "latent", "MSE", "0.3", "0.25", "0.9", "-", "no"] in lines
     assert "routing bifurcated: no (3 of 4 layers)" in text
     assert "operator spectral, dtype float32, norm h * rms" in text
-    assert summary_table({})  # an empty evaluation is no crash
+    assert summary_table({})  # an empty evaluation does not crash
 
 
 def test_divergence_is_never_shown_without_its_norm() -> None:
@@ -293,7 +293,7 @@ def test_divergence_is_never_shown_without_its_norm() -> None:
     assert divergence({}).rows == []
 
 
-def test_beating_baselines_needs_both_and_no_nan() -> None:
+def test_beating_the_baselines_requires_both_and_no_nan() -> None:
     assert beats_baselines({"m": 1.0, "m_persistence": 2.0, "m_mean": 1.5}, "m") == "yes"
     assert beats_baselines({"m": 1.0, "m_persistence": 1.0, "m_mean": 1.5}, "m") == "no"
     assert beats_baselines({"m": float("nan"), "m_persistence": 2.0, "m_mean": 1.5}, "m") == "no"
@@ -322,12 +322,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         write_report(folder)
 
 
-def test_no_run_folder(tmp_path: Path) -> None:
+def test_a_missing_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path / "nothing")
 
 
-def test_what_was_not_measured_is_left_out_in_words(tmp_path: Path) -> None:
+def test_missing_measurements_are_stated_in_the_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", n=(16, 16, 16))
     (folder / "report").mkdir()
     (folder / "report" / "spectra.png").write_bytes(b"of an older evaluation")

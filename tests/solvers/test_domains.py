@@ -83,7 +83,7 @@ def test_flow_changes_between_snapshots_but_smoothly(domain: str) -> None:
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_every_kind_flows_at_rest_in_solids_and_keeps_its_mass(case: str) -> None:
+def test_every_domain_flows_is_at_rest_in_solids_and_conserves_mass(case: str) -> None:
     domain, config = SMALL[case]
     result = simulate(domain, config, SMALL_GRID, 0, 0, 2)
     u = result.velocity_T3XYZ
@@ -100,7 +100,7 @@ def test_every_kind_flows_at_rest_in_solids_and_keeps_its_mass(case: str) -> Non
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_same_seed_same_bits_other_seed_other_flow(case: str) -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_other_flows(case: str) -> None:
     domain, config = SMALL[case]
 
     def bits(seed: int, trajectory: int) -> tuple[bytes, bytes]:
@@ -125,7 +125,7 @@ def test_a_flow_that_diverges_names_its_trajectory_and_its_keys() -> None:
         simulate("open_channel", config, SMALL_GRID, 0, 3, 2)
 
 
-def test_impossible_geometry_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_geometry_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(porous_media, "percolating", lambda solid_XYZ: None)
     with pytest.raises(UserError, match=r"porous_media trajectory 0 .*porosity"):
         simulate("porous_media", SMALL["porous_media"][1], (8, 8, 8), 0, 0, 1)
@@ -149,7 +149,7 @@ def test_porous_solids_percolate_and_keep_their_porosity(porosity: list[float], 
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_fractures_are_as_wide_as_asked_for(seed: int) -> None:
+def test_fractures_have_the_configured_width(seed: int) -> None:
     config = PorousMedia(geometry=["fractures"], fractures=[1, 1], aperture=6.0, fracture_roughness=0.0)
     solid_XYZ, drawn = porous_solid((24, 24, 24), config, np.random.default_rng(seed))
     # One plane along x: upright, level, or diagonal, which is longer by the square root of two.
@@ -194,7 +194,7 @@ def test_dunes_are_steeper_downstream() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_bodies_stand_apart(seed: int) -> None:
+def test_bodies_do_not_touch(seed: int) -> None:
     config = ObstacleWake(count=[2, 2], size=[0.2, 0.2], bodies=["sphere", "box"])
     solid_XYZ, width, kinds = place_bodies(GRID, config, np.random.default_rng(seed))
     assert len(kinds) == 2
@@ -202,13 +202,13 @@ def test_bodies_stand_apart(seed: int) -> None:
     assert len(np.unique(connected_pores(~solid_XYZ))) == 3, "two bodies and the fluid between them"
 
 
-def test_too_many_bodies_are_the_users_error() -> None:
+def test_too_many_bodies_are_a_user_error() -> None:
     config = ObstacleWake(count=[30, 30], size=[0.5, 0.5])
     with pytest.raises(UserError, match=r"obstacle_wake trajectory 0 .*no room for 30 bodies.*count or size"):
         simulate("obstacle_wake", config, SMALL_GRID, 0, 0, 1)
 
 
-def test_the_stream_past_obstacles_has_the_speed_asked_for() -> None:
+def test_the_stream_past_obstacles_has_the_configured_speed() -> None:
     config = ObstacleWake(spinup_steps=200, steps_per_snapshot=20, ramp_steps=100, pulse=0.0)
     result = simulate("obstacle_wake", config, SMALL_GRID, 0, 0, 2)
     mean_3 = result.velocity_T3XYZ[-1][:, ~result.solid_XYZ].mean(1)
@@ -216,7 +216,7 @@ def test_the_stream_past_obstacles_has_the_speed_asked_for() -> None:
 
 
 @pytest.mark.parametrize("spectrum", ["k4", "von_karman"])
-def test_turbulence_begins_with_the_spectrum_asked_for(spectrum: Any) -> None:
+def test_turbulence_starts_with_the_configured_spectrum(spectrum: Any) -> None:
     grid = (48, 48, 48)
     u, length = random_turbulence(grid, 0.03, spectrum, 6.0, np.random.default_rng(0))
     assert np.sqrt((u**2).mean()) == pytest.approx(0.03)
@@ -232,7 +232,7 @@ def test_turbulence_begins_with_the_spectrum_asked_for(spectrum: Any) -> None:
     assert length == pytest.approx(3 * np.pi / 4 * (energy_K[1:] / k_K).sum() / energy_K[1:].sum(), rel=0.05)
 
 
-def test_a_peak_of_waves_too_short_is_the_users_error() -> None:
+def test_a_spectral_peak_at_too_short_waves_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"decaying_turbulence trajectory 0 .*peak"):
         simulate("decaying_turbulence", DecayingTurbulence(peak=1e-3), SMALL_GRID, 0, 0, 1)
 
@@ -253,12 +253,12 @@ def test_a_peak_of_waves_too_short_is_the_users_error() -> None:
         (DecayingTurbulence, {"pulse": 0.5}, "Extra inputs"),
     ],
 )
-def test_wrong_keys_are_refused(kind: type[Domain], keys: dict[str, Any], message: str) -> None:
+def test_invalid_keys_are_refused(kind: type[Domain], keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         kind(**keys)
 
 
-def test_eddy_viscosity_and_scalar_reach_the_solver_and_the_scalar_leaves_the_flow_alone() -> None:
+def test_eddy_viscosity_and_scalar_reach_the_solver_and_the_scalar_is_passive() -> None:
     domain, config = SMALL["obstacle_wake"]
     plain = simulate(domain, config, SMALL_GRID, 0, 0, 2)
     assert plain.scalar_TXYZ is None
@@ -277,7 +277,7 @@ def test_eddy_viscosity_and_scalar_reach_the_solver_and_the_scalar_leaves_the_fl
     assert damped.velocity_T3XYZ.tobytes() != plain.velocity_T3XYZ.tobytes()
 
 
-def test_the_device_picks_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_determines_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     class OnGpu(simulation.LatticeBoltzmann):
@@ -293,7 +293,7 @@ def test_the_device_picks_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == [{"lid": False}] * 3, "two runs to find the force, then the flow itself"
 
 
-def test_keys_that_came_later_do_not_change_what_is_written_while_unset() -> None:
+def test_unset_newer_keys_do_not_change_the_written_config() -> None:
     old = {"trajectories", "viscosity", "speed", "spinup_steps", "steps_per_snapshot", "pulse", "pulse_period"}
     assert set(OpenChannel().model_dump()) == old | {"roughness", "perturbation"}
     assert set(PorousMedia().model_dump()) == old | {"porosity", "grain"}
@@ -343,7 +343,7 @@ data:
 
 
 def fresh(path: str | Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load the module in that file anew."""
+    """Load a fresh copy of the module in that file."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec
     assert spec.loader
@@ -371,7 +371,7 @@ def test_a_new_domain_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
     assert "shear_layer" not in Config().data.domains.model_dump()
 
 
-def test_a_domain_that_no_config_names_changes_none() -> None:
+def test_a_new_domain_does_not_change_existing_configs() -> None:
     assert set(Config().model_dump()["data"]["domains"]) == {"open_channel", "porous_media"}
     named = Config(data={"domains": {"porous_media": None, "obstacle_wake": {}}})
     assert [name for name, _ in named.data.domains.items()] == ["open_channel", "obstacle_wake"]
@@ -397,7 +397,7 @@ def test_pulse_slope_is_its_derivative() -> None:
     assert np.abs(pulse.value(np.arange(4000.0))).max() <= 0.5
 
 
-def test_turn_keeps_its_length() -> None:
+def test_rotation_keeps_the_length() -> None:
     turn = Turn.draw(np.random.default_rng(1), 0.8, 300.0)
     np.testing.assert_allclose(np.linalg.norm(turn.value(np.arange(500.0)), axis=-1), turn.amplitude)
 

@@ -21,7 +21,7 @@ GRID = (16, 16, 16)
 
 @pytest.fixture
 def volume() -> np.ndarray:
-    """Rods along y and z, wider than half the grid in all directions: 1 in solids."""
+    """Rods along y and z, wider than half the grid in all directions; 1 in solids."""
     solid = np.zeros((12, 10, 9), np.uint8)
     solid[2:4, :, 3:5] = 1
     solid[7:9, 5:7, :] = 1
@@ -69,7 +69,7 @@ def test_all_formats_give_the_same_solid(tmp_path: Path, volume: np.ndarray) -> 
     assert len(set(masks)) == 1
 
 
-def test_flows_through_it_and_takes_another_part_for_another_trajectory(tmp_path: Path, volume: np.ndarray) -> None:
+def test_each_trajectory_flows_through_another_part_of_the_geometry(tmp_path: Path, volume: np.ndarray) -> None:
     config = porous(saved(tmp_path / "rock.npy", volume))
     results = [simulate("porous_media", config, GRID, 0, t, 2) for t in (0, 0, 1)]
     assert results[0].velocity_T3XYZ.tobytes() == results[1].velocity_T3XYZ.tobytes()
@@ -81,7 +81,7 @@ def test_flows_through_it_and_takes_another_part_for_another_trajectory(tmp_path
     assert percolating(results[0].solid_XYZ) is not None
 
 
-def test_a_periodic_file_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_periodic_file_is_used_unchanged(tmp_path: Path) -> None:
     solid = np.zeros(GRID, bool)
     solid[3:7, 2:9, 4:9] = True
     file = GeometryFile(path=str(saved(tmp_path / "cell.npy", solid)), periodic=True)
@@ -90,7 +90,7 @@ def test_a_periodic_file_is_taken_as_it_is(tmp_path: Path) -> None:
     assert corner_3 == (0, 0, 0)
 
 
-def test_another_file_is_another_dataset(tmp_path: Path, volume: np.ndarray) -> None:
+def test_another_geometry_file_gives_another_dataset(tmp_path: Path, volume: np.ndarray) -> None:
     path = saved(tmp_path / "rock.npy", volume)
     first = porous(path).identity()
     assert first == porous(path).identity()
@@ -147,7 +147,7 @@ def test_bad_files_are_named(tmp_path: Path, volume: np.ndarray) -> None:
     )
 
 
-def test_hdf5_stays_in_its_file(tmp_path: Path, volume: np.ndarray) -> None:
+def test_hdf5_links_out_of_the_file_are_refused(tmp_path: Path, volume: np.ndarray) -> None:
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file["solid"] = volume
     with h5py.File(tmp_path / "rock.hdf5", "w") as file:

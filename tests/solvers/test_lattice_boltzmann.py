@@ -56,7 +56,7 @@ def test_taylor_green_vortex_decays_at_the_stated_viscosity(axes: tuple[int, int
     np.testing.assert_allclose(before, start, atol=2e-2 * u0)
 
 
-def test_settled_pressure_is_that_of_the_taylor_green_vortex() -> None:
+def test_the_settled_pressure_equals_the_taylor_green_pressure() -> None:
     n, u0 = 32, 0.02
     k = 2 * np.pi / n
     x, y, _ = np.meshgrid(np.arange(n), np.arange(n), np.arange(2), indexing="ij")
@@ -107,7 +107,7 @@ def test_velocity_set_is_isotropic_to_fourth_order() -> None:
     np.testing.assert_allclose(np.einsum("q,qa,qb,qc,qd->abcd", WEIGHTS_Q, c, c, c, c), expected, atol=1e-15)
 
 
-def test_half_a_channel_under_a_lid_is_half_of_a_whole_one() -> None:
+def test_a_channel_under_a_lid_equals_half_of_a_full_channel() -> None:
     half = np.zeros((6, 4, 7), bool)
     half[:, :, 0] = True
     half[2, 1, 1:3] = True
@@ -120,7 +120,7 @@ def test_half_a_channel_under_a_lid_is_half_of_a_whole_one() -> None:
     np.testing.assert_allclose(flows[0].pressure(), flows[1].pressure()[..., :7], atol=1e-14)
 
 
-def test_same_bits_for_one_thread_or_many_and_for_any_way_of_stepping() -> None:
+def test_results_do_not_depend_on_threads_or_stepping() -> None:
     force = 1e-4 * np.random.default_rng(0).standard_normal((31, 3))
     results = []
     for parallel, pieces in ((False, [31]), (False, [1, 10, 20]), (True, [31])):
@@ -131,7 +131,7 @@ def test_same_bits_for_one_thread_or_many_and_for_any_way_of_stepping() -> None:
     assert results[0] == results[1] == results[2]
 
 
-def test_float32_follows_float64() -> None:
+def test_float32_agrees_with_float64() -> None:
     runs = []
     for dtype in (np.float32, np.float64):
         flow = LatticeBoltzmann(random_solid(2), 0.05, dtype=dtype)
@@ -154,7 +154,7 @@ def test_divergence_is_reported_by_name() -> None:
     "arguments",
     [(np.ones((4, 4, 4), bool), 0.1), (np.zeros((4, 4), bool), 0.1), (np.zeros((4, 4, 4), bool), 0.0)],
 )
-def test_bad_arguments_are_refused(arguments: tuple[np.ndarray, float]) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[np.ndarray, float]) -> None:
     with pytest.raises(ValueError, match=r"solid_XYZ must be|viscosity must be"):
         LatticeBoltzmann(*arguments)
 
@@ -165,7 +165,7 @@ def test_a_lid_needs_a_bottom() -> None:
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_a_shear_wave_decays_alike_in_a_moving_frame(axis: int) -> None:
+def test_a_shear_wave_decays_equally_in_a_moving_frame(axis: int) -> None:
     # A wave of u_x along another axis, carried by a flow along that axis. The error of the decay is 3 speed^2.
     n, viscosity, steps, speed = 32, 0.05, 640, 0.05
     angle = 2 * np.pi * np.arange(n) / n
@@ -178,5 +178,5 @@ def test_a_shear_wave_decays_alike_in_a_moving_frame(axis: int) -> None:
     flow.run(np.zeros((steps, 3)))
     amplitude = 2 * (flow.velocity()[0].reshape(-1) * np.exp(-1j * (angle - np.pi / 2))).mean() / 1e-3
     assert -np.log(abs(amplitude)) == pytest.approx(viscosity * (2 * np.pi / n) ** 2 * steps, rel=0.015)
-    # It has crossed the periodic box once.
+    # The wave has crossed the periodic box once.
     assert abs(np.angle(amplitude)) < 0.02

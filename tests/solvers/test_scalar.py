@@ -11,7 +11,7 @@ REST = (0.0, 0.0, 0.0)
 
 
 def carry(scalar_XYZ: np.ndarray, velocity_3: tuple[float, ...], diffusivity: float, steps: int) -> np.ndarray:
-    """The scalar after ``steps`` in a uniform flow without walls."""
+    """Return the scalar after ``steps`` in a uniform flow without walls."""
     flow = LatticeBoltzmann(np.zeros(scalar_XYZ.shape, bool), 0.1, dtype=np.float64, diffusivity=diffusivity)
     flow.set_velocity(np.broadcast_to(np.reshape(velocity_3, (3, 1, 1, 1)), (3, *scalar_XYZ.shape)))
     flow.set_scalar(scalar_XYZ)
@@ -43,7 +43,7 @@ def test_a_wave_decays_at_the_stated_diffusivity_with_second_order(axis: int, di
 def test_a_wave_moves_with_the_flow_with_second_order(axis: int) -> None:
     errors = []
     for n in (24, 48):
-        # Once round the box: diffusive scaling, so the speed falls with the cell size.
+        # The wave crosses the box once. Scaling is diffusive, so the speed falls with the cell size.
         speed, diffusivity = 1.6 / n, 0.02
         steps = round(n / speed)
         velocity = tuple(speed if a == axis else 0.0 for a in range(3))
@@ -63,7 +63,7 @@ def test_diffusion_along_an_axis_does_not_depend_on_the_speed() -> None:
 
 
 @pytest.mark.parametrize("lid", [False, True])
-def test_walls_and_lid_let_nothing_through_and_lie_half_a_cell_away(lid: bool) -> None:
+def test_walls_and_lid_are_impermeable_and_lie_half_a_cell_away(lid: bool) -> None:
     # Between z = 0 and z = n the slowest mode is cos(pi z / n), with or without lid.
     n, diffusivity = 16, 0.05
     solid_XYZ = np.zeros((1, 1, n + 1 if lid else n + 2), bool)
@@ -95,7 +95,7 @@ def test_the_total_is_conserved_in_a_moving_closed_box(lid: bool) -> None:
     assert after[solid_XYZ].max() == 0
 
 
-def test_same_bits_for_one_thread_or_many_and_for_any_way_of_stepping() -> None:
+def test_results_do_not_depend_on_threads_or_stepping() -> None:
     rng = np.random.default_rng(1)
     solid_XYZ = rng.random((16, 16, 16)) < 0.3
     solid_XYZ[:, :, 0] = True
@@ -111,7 +111,7 @@ def test_same_bits_for_one_thread_or_many_and_for_any_way_of_stepping() -> None:
     assert results[0] == results[1] == results[2]
 
 
-def test_the_scalar_waits_while_the_pressure_settles() -> None:
+def test_the_scalar_does_not_change_while_the_pressure_settles() -> None:
     scalar_XYZ = np.random.default_rng(2).random((8, 8, 8))
     flow = LatticeBoltzmann(np.zeros((8, 8, 8), bool), 0.1, dtype=np.float64, diffusivity=0.1)
     flow.set_scalar(scalar_XYZ)
@@ -119,7 +119,7 @@ def test_the_scalar_waits_while_the_pressure_settles() -> None:
     np.testing.assert_allclose(flow.scalar(), scalar_XYZ, rtol=1e-14)
 
 
-def test_wrong_use_is_refused() -> None:
+def test_invalid_use_is_refused() -> None:
     solid_XYZ = np.zeros((4, 4, 4), bool)
     flow = LatticeBoltzmann(solid_XYZ, 0.1)
     with pytest.raises(ValueError, match="carries no scalar"):

@@ -37,7 +37,7 @@ def test_a_channel_flow_has_the_exact_profile_of_its_eddy_viscosity(
     np.testing.assert_allclose(profile, profile[::-1], rtol=1e-9)
 
 
-def test_a_uniform_flow_that_speeds_up_has_no_eddies() -> None:
+def test_an_accelerating_uniform_flow_has_no_eddy_viscosity() -> None:
     # The force contributes a second moment that is not shear.
     solid_XYZ = np.zeros((3, 3, 3), bool)
     flows = [LatticeBoltzmann(solid_XYZ, 1e-3, dtype=np.float64, smagorinsky=c) for c in (0.0, 0.5)]
@@ -53,7 +53,7 @@ def test_a_uniform_flow_that_speeds_up_has_no_eddies() -> None:
         f = reference.step(f, solid, force, 1e-3)
     u = reference.velocity(f, force, solid) + force.reshape(
         3, 1, 1, 1
-    )  # of the next step, as streaming changes nothing
+    )  # from the next step, since streaming changes nothing
     time = reference.relaxation_time(f, f.sum(0), u, force.reshape(3, 1, 1, 1), 1e-3, 0.5)
     excess = (time - 0.503).max()
     assert excess < 2e-4
@@ -62,7 +62,7 @@ def test_a_uniform_flow_that_speeds_up_has_no_eddies() -> None:
 
 
 @pytest.mark.parametrize("constant", [0.1, 0.2])
-def test_a_vortex_loses_the_energy_that_viscosity_and_eddies_take(constant: float) -> None:
+def test_a_vortex_loses_energy_to_both_viscosities(constant: float) -> None:
     n, viscosity, speed, steps = 16, 5e-4, 0.05, 50
     k = 2 * np.pi / n
     x, y, _ = np.meshgrid(k * np.arange(n), k * np.arange(n), [0], indexing="ij")

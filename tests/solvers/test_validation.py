@@ -30,7 +30,7 @@ def orders(errors: list[float], ratio: float = 2.0) -> list[float]:
 
 
 @pytest.mark.parametrize("study", ["oblique", "startup", "swinging_film"])
-def test_walls_are_of_second_order(flows: ModuleType, study: str) -> None:
+def test_walls_are_second_order_accurate(flows: ModuleType, study: str) -> None:
     runs = {
         "oblique": lambda gap: flows.oblique(gap, 1, 0.5),
         "startup": lambda gap: flows.startup(gap, 0.1),
@@ -41,7 +41,7 @@ def test_walls_are_of_second_order(flows: ModuleType, study: str) -> None:
     assert min(orders(errors)) > 1.9
 
 
-def test_a_wall_in_steps_is_of_first_order(flows: ModuleType) -> None:
+def test_a_staircase_wall_is_first_order_accurate(flows: ModuleType) -> None:
     errors = [flows.relative(*flows.oblique(gap, 2, 0.5)) for gap in (4, 8, 16)]
     assert orders(errors) == pytest.approx([1, 1], abs=0.15)
 
@@ -67,7 +67,7 @@ def test_open_channel_with_side_walls_has_the_published_friction(flows: ModuleTy
 
 
 @pytest.mark.parametrize("start", [exact.taylor_green, exact.beltrami])
-def test_measured_viscosity_nears_the_nominal_one_at_second_order(flows: ModuleType, start: object) -> None:
+def test_measured_viscosity_converges_to_the_nominal_one_at_second_order(flows: ModuleType, start: object) -> None:
     waves = 2 if start is exact.taylor_green else 1
     errors = []
     for n in (8, 16, 32) if waves == 2 else (8, 16):
@@ -87,7 +87,7 @@ def test_error_of_the_mach_number_is_quadratic(flows: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.125, 0.216, 0.343, 0.45])
-def test_drag_of_a_sphere_array_is_the_published_one(flows: ModuleType, fraction: float) -> None:
+def test_drag_of_a_sphere_array_equals_the_published_value(flows: ModuleType, fraction: float) -> None:
     through, _ = flows.permeability(flows.sphere(24, fraction), 1.0)
     assert flows.drag(through, fraction) == pytest.approx(exact.ZICK_HOMSY[fraction], rel=0.05)
 

@@ -38,7 +38,7 @@ def test_shapes(grid: tuple[int, int, int]) -> None:
     assert pressure.shape == (2, 1, *grid)
 
 
-def test_what_the_decoder_emits_is_zero_in_solids_and_only_there() -> None:
+def test_the_decoders_output_is_zero_exactly_in_solids() -> None:
     solid = torch.zeros(2, 1, 8, 8, 8)
     solid[..., :3] = 1
     velocity, pressure = Decoder([4, 4, 4], 1, 3).eval()(torch.randn(2, 3, 1, 1, 1), solid)
@@ -47,7 +47,7 @@ def test_what_the_decoder_emits_is_zero_in_solids_and_only_there() -> None:
         assert (field[..., 3:] != 0).all()
 
 
-def test_before_training_the_correction_is_zero_and_the_rest_linear() -> None:
+def test_before_training_the_correction_is_zero_and_the_model_linear() -> None:
     encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
     x, z, fluid = torch.randn(1, 5, 16, 8, 8), torch.randn(1, 3, 2, 1, 1), torch.zeros(1, 1, 16, 8, 8)
     assert torch.equal(encoder(x), encoder.project(x[:, :4]))
@@ -60,7 +60,7 @@ def test_every_parameter_can_learn() -> None:
     parameters = [*encoder.named_parameters(), *decoder.named_parameters()]
     optimizer = torch.optim.SGD([p for _, p in parameters], lr=1.0)
     x, solid = torch.randn(2, 5, 16, 8, 8), (torch.rand(2, 1, 16, 8, 8) < 0.3).float()
-    for _ in range(3):  # the zero layers move first, then those before them
+    for _ in range(3):  # the zero layers change first, then the layers before them
         optimizer.zero_grad()
         velocity, pressure = decoder(encoder(x), solid)
         (velocity.square().mean() + pressure.square().mean() + velocity.mean()).backward()
@@ -70,7 +70,7 @@ def test_every_parameter_can_learn() -> None:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_recomputed_stages_give_the_same_gradients_and_keep_less(precision: torch.dtype) -> None:
+def test_recomputed_stages_give_the_same_gradients_with_less_memory(precision: torch.dtype) -> None:
     torch.manual_seed(0)
     encoder, decoder = Encoder([4, 6, 8], 2, 7), Decoder([4, 6, 8], 2, 7)
     parameters = [*encoder.parameters(), *decoder.parameters()]
@@ -95,7 +95,7 @@ def test_recomputed_stages_give_the_same_gradients_and_keep_less(precision: torc
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (2, 3, 5), (4, 1, 6)])
 def test_the_convolution_wraps_around(grid: tuple[int, int, int]) -> None:
-    """Equal to torch's circular padding, in float64 with gradients."""
+    """Compare with torch's circular padding in float64, with gradients."""
     conv = WrappingConv(3, 2).double()
     plain = torch.nn.Conv3d(3, 2, 3, padding=1, padding_mode="circular").double()
     plain.load_state_dict(conv.state_dict())

@@ -32,7 +32,7 @@ def test_a_divergence_free_field_comes_back(box: tuple[int, int, int], dtype: to
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_the_gauge_is_coulombs(box: tuple[int, int, int]) -> None:
+def test_the_potential_is_in_the_coulomb_gauge(box: tuple[int, int, int]) -> None:
     potential = vector_potential(random((1, 3, *box), torch.float64))
     assert rms(potential) > 1e-3
     assert rms(divergence(potential)) <= 1e-12 * rms(curl(potential))
@@ -59,7 +59,7 @@ def test_only_the_divergence_free_part_of_a_field_returns() -> None:
     part = curl(vector_potential(u))
     assert rms(divergence(part)) <= 1e-12 * rms(part)
     torch.testing.assert_close(curl(vector_potential(part)), part)
-    # An orthogonal projection: the rest has nothing in common with it.
+    # The projection is orthogonal, so the rest is orthogonal to the result.
     assert abs(float(((u - part) * part).sum())) <= 1e-9 * float(u.square().sum())
 
 
@@ -104,7 +104,7 @@ def test_faces_and_back_is_of_fourth_order() -> None:
     assert errors[0] / errors[1] > 14
 
 
-def test_what_an_inference_cached_serves_a_gradient() -> None:
+def test_tensors_cached_in_inference_allow_gradients() -> None:
     w = random((1, 3, 6, 7, 9), torch.float64)
     with torch.inference_mode():
         vector_potential(w)

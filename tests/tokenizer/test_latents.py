@@ -1,4 +1,4 @@
-"""The cache of latents: what is encoded, under which symmetries, and which files are refused."""
+"""The latent cache: encoded trajectories, their symmetries, and refused files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANNELS = CONFIG["tokenizer"]["latent_channels"]
 
 
 def save_tokenizer(folder: Path, seed: int, grid: tuple[int, ...] = GRID, **settings: object) -> Path:
-    """One that was not trained, which encodes all the same."""
+    """Make an untrained tokenizer, which can encode like a trained one."""
     torch.manual_seed(seed)
     folder.mkdir()
     Tokenizer(TokenizerConfig.model_validate({**CONFIG["tokenizer"], **settings}), list(grid)).save(folder)
@@ -33,7 +33,7 @@ def save_tokenizer(folder: Path, seed: int, grid: tuple[int, ...] = GRID, **sett
 
 
 def encode(folder: Path, symmetries: str = "all", copies: int = 4) -> Path:
-    """The latents of ``folder``/theirs under its tokenizer ``tok``."""
+    """Encode ``folder``/theirs with its tokenizer ``tok``."""
     cache = folder / "latents" / symmetries
     cache.mkdir(parents=True)
     tokenizer = load_tokenizer(folder / "tok")
@@ -45,7 +45,7 @@ def encode(folder: Path, symmetries: str = "all", copies: int = 4) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dataset, tokenizer and latents; tests must leave them as they are."""
+    """Dataset, tokenizer and latents, which tests must not change."""
     folder = tmp_path_factory.mktemp("latents")
     write_dataset(folder / "theirs")
     save_tokenizer(folder / "tok", 0)
@@ -59,7 +59,7 @@ def cache(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "latents" / "all", tmp_path / "cache"))
 
 
-def test_a_cache_says_what_it_was_made_from(made: Path) -> None:
+def test_a_cache_records_its_sources(made: Path) -> None:
     with h5py.File(made / "latents" / "all" / "test.hdf5") as file:
         attributes = dict(file.attrs)
     assert attributes.pop("grid").tolist() == list(GRID)
@@ -76,7 +76,7 @@ def test_a_cache_says_what_it_was_made_from(made: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["shifts", "cube"])
-def test_copies_are_the_flow_under_the_symmetries_that_they_name(made: Path, which: str) -> None:
+def test_copies_are_the_flow_under_their_recorded_symmetries(made: Path, which: str) -> None:
     cache = encode(made, which)
     train = load_latents(cache, "train", made / "tok")
     record = list_trajectories(made / "theirs", "train")[0]
@@ -115,13 +115,13 @@ def test_only_training_trajectories_have_copies(made: Path) -> None:
         assert [one.copy for one in found] == [*range(copies)] * 2
 
 
-def test_a_domain_with_weight_0_is_as_if_it_were_not_there(made: Path) -> None:
+def test_a_domain_with_weight_0_is_ignored(made: Path) -> None:
     everything = load_latents(made / "latents" / "all", "train")
     both = LatentSamples(everything, 2)
     one = LatentSamples(everything, 2, {both.domains[0]: 0, both.domains[1]: 3})
     assert (one.domains, one.sizes, one.streams, one.weights) == (both.domains[1:], both.sizes[1:], (1,), (3.0,))
-    for mine, theirs in zip(one.batch([(0, 3)])[:3], both.batch([(1, 3)])[:3], strict=True):
-        assert torch.equal(mine, theirs)
+    for alone, shared in zip(one.batch([(0, 3)])[:3], both.batch([(1, 3)])[:3], strict=True):
+        assert torch.equal(alone, shared)
     with pytest.raises(UserError, match="every domain of the dataset has weight 0"):
         LatentSamples(everything, 2, dict.fromkeys(both.domains, 0.0))
     with pytest.raises(UserError, match="wake: the dataset has only"):
@@ -143,23 +143,23 @@ def test_latents_of_another_tokenizer_are_refused(made: Path, cache: Path, tmp_p
     assert load_latents(cache, "train", tmp_path / "removed")
 
 
-@pytest.mark.parametrize(("grid", "settings", "says"), [
+@pytest.mark.parametrize(("grid", "settings", "message"), [
     (GRID, {"latent_channels": 8}, "makes 8 channels on [2, 2, 2]"),
     ((16, 16, 32), {}, "makes 16 channels on [2, 2, 4]"),
 ])  # fmt: skip
-def test_other_channels_and_grids_are_told(
-    cache: Path, tmp_path: Path, grid: tuple[int, ...], settings: dict[str, int], says: str
+def test_latents_of_other_channels_and_grids_are_refused(
+    cache: Path, tmp_path: Path, grid: tuple[int, ...], settings: dict[str, int], message: str
 ) -> None:
-    # The weights do not know the grid: of the second one the hash is that of the first.
+    # The weights do not depend on the grid, so both tokenizers have the same hash.
     other = save_tokenizer(tmp_path / "other", 0, grid, **settings)
     with pytest.raises(UserError) as raised:
         load_latents(cache, "test", other)
     assert "16 channels on [2, 2, 2], were made with" in str(raised.value)
-    assert says in str(raised.value)
+    assert message in str(raised.value)
 
 
 def edit(name: str, values: np.ndarray) -> Callable[[Path], None]:
-    """Replace a dataset of the second trajectory."""
+    """Return a function that replaces an HDF5 dataset of the second trajectory."""
 
     def change(path: Path) -> None:
         with h5py.File(path, "a") as file:
@@ -191,7 +191,7 @@ def not_a_group(path: Path) -> None:
 Z = np.zeros((5, CHANNELS, 2, 2, 2), np.float32)
 
 
-@pytest.mark.parametrize(("damage", "says"), [
+@pytest.mark.parametrize(("damage", "message"), [
     (edit("z", Z[:0]), "wild.hdf5.0000.0000 has no snapshots"),
     (edit("z", Z[:, :8]), "wild.hdf5.0000.0000 has 8 channels on [2, 2, 2]"),
     (edit("z", Z[..., :1]), "has 16 channels on [2, 2, 1]"),
@@ -205,11 +205,11 @@ Z = np.zeros((5, CHANNELS, 2, 2, 2), np.float32)
     (unnamed, "were made with an unknown tokenizer"),
     (empty, "hold no trajectory"),
 ])  # fmt: skip
-def test_damaged_files_are_refused(made: Path, cache: Path, damage: Callable[[Path], None], says: str) -> None:
+def test_damaged_files_are_refused(made: Path, cache: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(cache / "test.hdf5")
     with pytest.raises(UserError) as raised:
         load_latents(cache, "test", made / "tok")
-    assert says in str(raised.value)
+    assert message in str(raised.value)
     assert f"delete {cache} and run" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -223,7 +223,7 @@ def test_latents_that_are_not_finite_are_not_written(made: Path, tmp_path: Path)
 
 @torch.no_grad()
 @pytest.mark.parametrize("walls", ["none", "exact"])
-def test_nothing_but_fluid_and_nothing_but_solid(walls: str) -> None:
+def test_all_fluid_and_all_solid_grids(walls: str) -> None:
     torch.manual_seed(0)
     settings = {**CONFIG["tokenizer"], "operator": "staggered", "walls": walls}
     tokenizer = Tokenizer(TokenizerConfig.model_validate(settings), list(GRID)).eval()

@@ -20,7 +20,7 @@ GRIDS = [[16, 16, 16], [8, 16, 24]]
 
 
 def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "none") -> Tokenizer:
-    """A tokenizer as after training: no weight is zero, and every statistic differs from its initial value."""
+    """Make a tokenizer like a trained one: no weight is zero, and every statistic differs from its initial value."""
     torch.manual_seed(0)
     config = TokenizerConfig.model_validate({**CONFIG["tokenizer"], "operator": operator, "walls": walls})
     tokenizer = Tokenizer(config, grid)
@@ -75,7 +75,7 @@ def test_the_decoded_velocity_is_divergence_free(
 @pytest.mark.parametrize("walls", ["ramp", "exact"])
 @pytest.mark.parametrize("operator", ["staggered", "central2", "central4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_with_walls_it_is_exactly_zero_in_solids_too(walls: str, operator: str, dtype: torch.dtype) -> None:
+def test_with_walls_the_velocity_is_also_exactly_zero_in_solids(walls: str, operator: str, dtype: torch.dtype) -> None:
     """With ``bfloat16``, latents come from autocast; velocity and gradient are made conservative in float32."""
     grid = [16, 8, 16]
     tokenizer = random_tokenizer(grid, operator, walls)
@@ -98,7 +98,7 @@ def test_with_walls_it_is_exactly_zero_in_solids_too(walls: str, operator: str, 
 
 @torch.no_grad()
 def test_the_mean_flow_passes_through() -> None:
-    """A periodic curl has no mean; the decoder adds that of the raw velocity."""
+    """A periodic curl has no mean, so the decoder adds the mean of the raw velocity."""
     tokenizer = random_tokenizer(GRIDS[0])
     z, mask = torch.randn(2, 16, 2, 2, 2), solid(GRIDS[0], 2)
     raw, _ = tokenizer.decoder(z, mask)
@@ -124,7 +124,7 @@ def test_normalisation_has_one_scale_for_velocity_and_one_for_pressure() -> None
 
 
 @torch.no_grad()
-def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
     tokenizer = random_tokenizer(GRIDS[1])
     tokenizer.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer.safetensors"]

@@ -1,4 +1,4 @@
-"""Velocities with walls are divergence-free and zero in solids at once, and nearest to the given velocity."""
+"""Velocities with walls are both divergence-free and zero in solids, and nearest to the given velocity."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def many(box: tuple[int, int, int]) -> Tensor:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("how", ["exact", "ramp"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-def test_no_velocity_in_solids_and_no_divergence_at_once(
+def test_velocities_are_zero_in_solids_and_divergence_free(
     box: tuple[int, int, int], operator: str, how: str, dtype: torch.dtype, most: float
 ) -> None:
     """Every geometry in one batch."""
@@ -86,7 +86,7 @@ def test_no_velocity_in_solids_and_no_divergence_at_once(
 
 
 def dense_projection(w: Tensor, mask: Tensor, operator: str) -> Tensor:
-    """The projection by the pseudo-inverse of the matrix of all conditions."""
+    """Return the projection computed with the pseudo-inverse of the matrix of all conditions."""
     box = w.shape[2:]
     unit = torch.eye(3 * box.numel(), dtype=torch.float64).view(-1, 3, *box)
     conditions = (divergence(unit, operator).flatten(1) * mask.reshape(-1, 1)).T.numpy()
@@ -96,7 +96,7 @@ def dense_projection(w: Tensor, mask: Tensor, operator: str) -> Tensor:
 
 @pytest.mark.parametrize("operator", TWO_POINT)
 @pytest.mark.parametrize("kind", ["voxels", "ball", "pockets", "plates"])
-def test_it_is_the_nearest_of_all(operator: str, kind: str) -> None:
+def test_the_projection_is_the_nearest_admissible_velocity(operator: str, kind: str) -> None:
     box = (6, 5, 6)
     mask = solid(kind, box)
     w = random(1, 3, *box)
@@ -106,16 +106,16 @@ def test_it_is_the_nearest_of_all(operator: str, kind: str) -> None:
 
 
 def t(v: Tensor) -> Tensor:
-    """T with central4 = central2 T, which turns velocities conserved by central2 into those conserved by central4."""
+    """Return T with central4 = central2 T, which maps central2-conserved velocities to central4-conserved ones."""
     smooth = lambda f, axis: (8 * f - f.roll(1, axis) - f.roll(-1, axis)) / 6  # noqa: E731
     return torch.stack([smooth(smooth(v[:, i], 1 + (i + 1) % 3), 1 + (i + 2) % 3) for i in range(3)], 1)
 
 
-def test_central4_takes_the_nearest_of_what_central2_conserves() -> None:
+def test_central4_uses_the_nearest_central2_velocity() -> None:
     box = (6, 7, 8)
     mask, v = solid("ball", box), random(1, 3, *box)
     outside = torch.nn.functional.max_pool3d(torch.nn.functional.pad(mask, (1,) * 6, mode="circular"), 3, 1)
-    wide = 1 - outside  # far enough from walls that no T reaches them
+    wide = 1 - outside  # far enough from walls that T does not reach them
     u = project(t(wide * v), mask, "central4")
     torch.testing.assert_close(u, t(dense_projection(wide * v, may_flow(mask, "central4"), "central2")))
 
@@ -125,7 +125,7 @@ def test_central4_takes_the_nearest_of_what_central2_conserves() -> None:
     box=st.tuples(*[st.integers(5, 9)] * 3), kind=st.sampled_from(GEOMETRIES), operator=st.sampled_from(OPERATORS),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_it_is_a_projection(box: tuple[int, int, int], kind: str, operator: str, seed: int) -> None:
+def test_projecting_twice_changes_nothing(box: tuple[int, int, int], kind: str, operator: str, seed: int) -> None:
     mask, w, b = solid(kind, box, seed), random(1, 3, *box, seed=seed), random(1, 3, *box, seed=seed + 1)
     u = project(w, mask, operator)
     torch.testing.assert_close(project(u, mask, operator), u, rtol=0, atol=1e-12)  # an admissible velocity is unchanged
@@ -145,7 +145,7 @@ def test_gradients(operator: str, how: str) -> None:
     w = random(2, 3, *box).requires_grad_()
     call = lambda w: conserved_velocity(w, mask, operator, how)  # noqa: E731
     assert torch.autograd.gradcheck(call, w, fast_mode=True)
-    # Linear: the whole adjoint is known by <P w, b> = <w, P^T b>.
+    # P is linear, so <P w, b> = <w, P^T b> determines the whole adjoint.
     b = random(2, 3, *box, seed=1)
     (back,) = torch.autograd.grad(call(w), w, b)
     torch.testing.assert_close(dot(call(w), b), dot(w, back))
@@ -178,7 +178,7 @@ def test_flux_through_throats(operator: str) -> None:
     target = random(1, 3, *box)
     target[:, 0, :, :8] += 2
     target[:, 0, :, 8:] -= 2
-    target = project(target, mask, operator)  # one that can be
+    target = project(target, mask, operator)  # an admissible target
 
     def fluxes(u: Tensor) -> Tensor:
         return torch.stack([u[0, 0, 1, :8].sum(), u[0, 0, 1, 8:].sum()])
@@ -189,8 +189,8 @@ def test_flux_through_throats(operator: str) -> None:
     potential = vector_potential(target, operator)
     faded = curl(walls.ramp(mask, operator) * potential, operator=operator)
     assert fluxes(faded).abs().max() <= 1e-12
-    assert rms(faded) > 0.3  # eddies it has
-    # So the only flow that `ramp` lets through is its carrier: equal shares of the mean.
+    assert rms(faded) > 0.3  # it keeps eddies
+    # So the only through-flow of `ramp` is its carrier, with equal shares of the mean.
     carried = fluxes(project(mean, mask, operator))
     torch.testing.assert_close(carried[0], carried[1])
 
@@ -216,7 +216,7 @@ def test_a_checkerboard_is_kept_though_it_has_no_potential() -> None:
 
 @pytest.mark.parametrize("how", ["exact", "ramp", "none"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_solid_fraction_one(operator: str, how: str) -> None:
+def test_a_grid_that_is_all_solid(operator: str, how: str) -> None:
     mask = torch.ones(1, 1, 6, 6, 6)
     w = random(1, 3, 6, 6, 6).requires_grad_()
     u = conserved_velocity(w * (1 - mask), mask, operator, how)
@@ -257,7 +257,7 @@ def test_a_blocked_box(operator: str, how: str, dtype: torch.dtype) -> None:
     assert u[0, 1:, 4:-2].min() > 0.9
 
 
-def test_a_pocket_keeps_its_eddy_to_itself() -> None:
+def test_an_eddy_stays_in_its_pocket() -> None:
     box = (10, 12, 8)
     mask = solid("pockets", box)
     w = torch.zeros(1, 3, *box, dtype=torch.float64)
@@ -271,8 +271,8 @@ def test_a_pocket_keeps_its_eddy_to_itself() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("factor", [1e6, 1e-6, 1e-20, 1e-30])
-def test_the_size_of_a_velocity_does_not_matter(operator: str, dtype: torch.dtype, factor: float) -> None:
-    """Nor does the size of a gradient: squares of these values underflow or overflow in float32."""
+def test_the_magnitude_of_a_velocity_does_not_matter(operator: str, dtype: torch.dtype, factor: float) -> None:
+    """The size of a gradient does not matter either. Squares of these values underflow or overflow in float32."""
     box = (7, 8, 6)
     mask, w = solid("ball", box), random(1, 3, *box, dtype=dtype).requires_grad_()
     u = project(w, mask, operator)
@@ -293,7 +293,7 @@ def test_zero_stays_zero() -> None:
     assert project(torch.zeros(0, 3, *box), torch.zeros(0, 1, *box), "staggered").shape == (0, 3, *box)
 
 
-def test_samples_of_a_batch_do_not_feel_each_other() -> None:
+def test_samples_of_a_batch_are_independent() -> None:
     """Samples need different numbers of iterations: an open box one, a zero field none."""
     box = (9, 8, 10)
     mask = torch.cat([many(box), torch.zeros(2, 1, *box)])
@@ -307,7 +307,7 @@ def test_samples_of_a_batch_do_not_feel_each_other() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_what_is_not_finite_ends_at_once(operator: str, bad: float) -> None:
+def test_values_that_are_not_finite_end_the_iteration_at_once(operator: str, bad: float) -> None:
     box = (8, 7, 6)
     mask = torch.cat([solid("ball", box), solid("blobs", box)])
     w = random(2, 3, *box)
@@ -334,7 +334,7 @@ def test_a_remaining_divergence_is_reported_once(monkeypatch: pytest.MonkeyPatch
         project(w, mask, "staggered")
 
 
-def test_any_way_of_calling_it() -> None:
+def test_inference_mode_and_autocast() -> None:
     box = (6, 7, 8)
     mask = solid("ball", box)
     w = random(1, 3, *box)
@@ -370,7 +370,7 @@ def test_the_operator_is_well_behaved() -> None:
             torch.library.opcheck(torch.ops.shodh.project_masked.default, arguments, test_utils=checks)
 
 
-def test_it_compiles() -> None:
+def test_the_projection_compiles() -> None:
     torch.compiler.reset()
     box = (5, 6, 7)
     mask, w = solid("ball", box), random(1, 3, *box)
@@ -379,7 +379,7 @@ def test_it_compiles() -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_ramp_leaves_a_shear_what_it_is_away_from_the_walls(operator: str) -> None:
+def test_a_ramp_keeps_a_shear_flow_away_from_the_walls(operator: str) -> None:
     """The potential of a shear is largest at the walls, where the ramp would turn it into a jet."""
     box = (8, 8, 32)
     height = (torch.arange(32, dtype=torch.float64) - 1.5) / 30

@@ -13,7 +13,7 @@ REGIMES = {
     "ood_low": (-1.5, -1.35),
     "ood_high": (1.35, 1.5),
 }
-# Where on the line of alpha the row's weights lie; the error grows with the distance from the regime.
+# Alpha of each row's weights; the error grows with the distance from the regime.
 PLACES = {"anchor": 0.1, "low": -1.0, "high": 1.0, "average": 0.0, "task_arithmetic": 0.05, "ties": 0.2, "dare": -0.1}
 
 
@@ -23,7 +23,7 @@ def alpha(row: str, s: float) -> float:
 
 
 def result(family: str, seed: int, trajectories: int = 5) -> dict[str, Any]:
-    """A result with all rows, errors about 0.05 + 0.25 * distance."""
+    """Make a result with all rows and errors of about 0.05 + 0.25 * distance."""
     rng = np.random.default_rng(seed)
     regimes = []
     for split, coordinates in REGIMES.items():

@@ -12,13 +12,13 @@ from tests.ccm.bench.synthetic import result
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether the picture has more than a little ink of several colours."""
+    """Return whether the picture has enough pixels of several colours."""
     pixels = imread(path)[..., :3]
     inked = (pixels < 0.98).any(-1)
     return min(pixels.shape[:2]) > 300 and inked.mean() > 0.01 and len(np.unique(pixels[inked], axis=0)) > 20
 
 
-def test_draws_all_pictures_even_of_what_blew_up(tmp_path: Path) -> None:
+def test_all_pictures_are_drawn_even_of_diverged_rollouts(tmp_path: Path) -> None:
     results = [result(family, seed) for family in ("reaction_diffusion", "shallow_water") for seed in range(2)]
     results[0]["regimes"][-1]["rows"]["wrong_sign"]["errors"][1] = None
     for one in results[:2]:
@@ -34,7 +34,7 @@ def test_draws_all_pictures_even_of_what_blew_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blown_up", [False, True])
-def test_draws_fields(tmp_path: Path, blown_up: bool) -> None:
+def test_fields_are_drawn(tmp_path: Path, blown_up: bool) -> None:
     x = np.linspace(0, 6, 24, dtype=np.float32)
     truth = np.sin(x[:, None]) * np.cos(x)
     anchor = np.full_like(truth, np.nan) if blown_up else 0.5 * truth

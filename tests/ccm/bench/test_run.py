@@ -1,4 +1,4 @@
-"""The benchmark from data to tables, at a size that says nothing about CCM; and that it goes on where it was."""
+"""The benchmark from data to tables, at a size that shows nothing about CCM, and resuming it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _config(folder: Path) -> BenchConfig:
 
 
 @pytest.mark.distributed
-def test_from_nothing_to_tables_and_what_is_there_is_kept(tmp_path, monkeypatch, capfd):
+def test_the_benchmark_runs_to_its_tables_and_keeps_existing_files(tmp_path, monkeypatch, capfd):
     config = _config(tmp_path)
     path = tmp_path / "bench.yaml"
     path.write_text(yaml.safe_dump(config.model_dump()))
@@ -62,7 +62,7 @@ def test_from_nothing_to_tables_and_what_is_there_is_kept(tmp_path, monkeypatch,
         run(config)
 
 
-def test_after_a_failure_nothing_more_is_started_and_its_last_words_are_told(tmp_path):
+def test_a_failure_stops_the_benchmark_and_its_last_output_is_shown(tmp_path):
     def job(name: str, code: str) -> ProcessJob:
         return ProcessJob(name, ["-c", code], tmp_path / f"{name}.log", tmp_path / f"{name}.json")
 
@@ -73,7 +73,7 @@ def test_after_a_failure_nothing_more_is_started_and_its_last_words_are_told(tmp
     assert not (tmp_path / "made").exists()
 
 
-def test_the_time_of_a_process_adds_up_over_its_starts(tmp_path):
+def test_the_time_of_a_process_is_summed_over_its_starts(tmp_path):
     work = "import time; began = time.process_time()\nwhile time.process_time() < began + 0.2: pass"
     job = ProcessJob("busy", ["-c", work], tmp_path / "log", tmp_path / "cost.json")
     run_jobs([job], 2)
@@ -91,7 +91,7 @@ def test_the_time_of_a_process_adds_up_over_its_starts(tmp_path):
         ({"families": {"x": {"family": {"nam": "y"}}}}, "unknown key 'families.x.family.nam'"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, capfd, change, words):
+def test_invalid_settings_are_named(tmp_path, capfd, change, words):
     path = tmp_path / "bench.yaml"
     path.write_text(yaml.safe_dump({**_config(tmp_path).model_dump(), **change}))
     assert shodh(["bench", "ccm", "--config", str(path)]) == 2

@@ -16,7 +16,7 @@ from tests.ccm.bench.synthetic import result
 
 
 def tiny(seed: int, errors: dict[str, dict[float, list[float]]]) -> dict[str, Any]:
-    """A result of three regimes (s = -1.5, 0.5, 1.5) with the given errors by row and s."""
+    """Make a result of three regimes (s = -1.5, 0.5, 1.5) with the given errors by row and s."""
     splits = {0.5: "interpolation", -1.5: "ood_low", 1.5: "ood_high"}
     regimes = [
         {
@@ -70,25 +70,25 @@ def test_golden_numbers() -> None:
     assert summary["cpu_seconds"] == 120.0
 
 
-def test_aims_of_golden_numbers() -> None:
+def test_golden_numbers_meet_or_miss_the_aims() -> None:
     records = {record["aim"]: record for record in summarise(golden())["aims"]}
     assert {record["readout"] for record in records.values()} == {"ccm_coordinate"}
     reduction = records[aims.REDUCTION]
     assert reduction["held"]
     assert reduction["target"] == 0.6
-    # At s = 0.5 the low expert (0.2) is the better one, and CCM (0.3) is worse than it but not than the chosen one.
+    # At s = 0.5 the low expert (0.2) is the better one; CCM (0.3) is worse than it but not worse than the chosen one.
     better = records[aims.BETTER_ENDPOINT]
     assert (better["value"], better["where"], better["held"]) == (pytest.approx(1.5), "s = +0.5", False)
     chosen = records[aims.CHOSEN_ENDPOINT]
     assert (chosen["value"], chosen["where"], chosen["held"]) == (pytest.approx(0.75), "s = +0.5", True)
-    # The oracle counts in OOD regimes alone: 0.2 / 0.2 and 0.15 / 0.1.
+    # The oracle counts only in OOD regimes: 0.2 / 0.2 and 0.15 / 0.1.
     worst = records[aims.ORACLE_WORST]
     assert (worst["value"], worst["where"], worst["held"]) == (pytest.approx(1.5), "s = +1.5", False)
     assert records[aims.ORACLE_MEAN]["value"] == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize(("error", "held"), [(0.29, True), (0.31, False)])
-def test_reduction_aim_is_held_from_its_target_on(error: float, held: bool) -> None:
+def test_the_reduction_aim_is_met_at_its_target(error: float, held: bool) -> None:
     errors = {"anchor": {-1.5: [0.75] * 2}, "ccm_scale": {-1.5: [error] * 2}}
     results = [tiny(0, errors)]
     results[0]["regimes"] = results[0]["regimes"][1:2]
@@ -107,14 +107,14 @@ def test_intervals_contain_the_mean_and_are_reproducible() -> None:
     assert summary == summarise(results[::-1], seed=7)
 
 
-def test_interval_of_equal_errors_has_no_width() -> None:
+def test_the_interval_of_equal_errors_has_no_width() -> None:
     errors = {row: {s: [value] * 3 for s in (-1.5, 0.5, 1.5)} for row, value in (("anchor", 0.4), ("average", 0.3))}
     row = summarise([tiny(seed, errors) for seed in range(3)])["families"]["reaction_diffusion"]["rows"]["average"]
     assert [row["ood"][key] for key in ("value", "low", "high")] == pytest.approx([0.3] * 3, rel=1e-12)
     assert [row["reduction"]["anchor"][key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3, rel=1e-12)
 
 
-def test_pairing_takes_the_common_difficulty_out() -> None:
+def test_pairing_removes_the_common_difficulty() -> None:
     hard = [0.1, 0.2, 0.4, 0.8]
     errors = {row: {s: [f * one for one in hard] for s in (-1.5, 0.5, 1.5)} for row, f in (("anchor", 1), ("low", 0.5))}
     row = summarise([tiny(0, errors)])["families"]["reaction_diffusion"]["rows"]["low"]
@@ -135,7 +135,7 @@ def test_resamples_draw_seeds_and_trajectories() -> None:
 
 
 @pytest.mark.parametrize("broken", [None, float("nan"), float("inf")])
-def test_blown_up_rollouts(broken: float | None) -> None:
+def test_diverged_rollouts(broken: float | None) -> None:
     results = golden()
     rows = results[0]["regimes"][1]["rows"]
     rows["ccm_coordinate"]["errors"] = [0.2, broken]
@@ -154,7 +154,7 @@ def test_blown_up_rollouts(broken: float | None) -> None:
     assert "Rollouts that blew up: CCM, coordinate 1 of 12." in text
 
 
-def test_nothing_is_claimed_against_an_anchor_that_blew_up() -> None:
+def test_nothing_is_claimed_against_a_diverged_anchor() -> None:
     results = golden()
     results[0]["regimes"][1]["rows"]["anchor"]["errors"][0] = None
     summary = summarise(results)
@@ -180,7 +180,7 @@ def test_missing_rows_are_skipped() -> None:
     assert "Left out of regimes that some seed lacks: high expert." in text
 
 
-def test_markdown_has_every_table() -> None:
+def test_the_markdown_has_every_table() -> None:
     families = ("reaction_diffusion", "navier_stokes", "shallow_water")
     results = [result(family, seed) for family in families for seed in range(3)]
     summary = summarise(results)
@@ -211,7 +211,7 @@ def test_markdown_has_every_table() -> None:
         (lambda results: results[0]["regimes"][2]["rows"].update(slerp={"errors": [1, 1]}), "unknown row slerp"),
     ],
 )
-def test_results_that_do_not_fit_together(change: Any, complaint: str) -> None:
+def test_results_that_do_not_match_are_refused(change: Any, complaint: str) -> None:
     results = golden()
     change(results)
     with pytest.raises(UserError, match=complaint):

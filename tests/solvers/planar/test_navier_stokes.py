@@ -43,7 +43,7 @@ def test_a_forced_flow_at_rest_follows_its_exact_solution_at_every_viscosity() -
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 36)])
-def test_a_flow_that_its_force_holds_steady_stays_so(shape: tuple[int, int]) -> None:
+def test_a_steadily_forced_flow_stays_steady(shape: tuple[int, int]) -> None:
     """w = a cos(kx) + b cos(2ky): advection, viscosity and force balance; signs and factors all count."""
     k, a, b, viscosity = 2 * math.pi, 0.7, -0.4, 2e-3
     x = k / shape[1] * torch.arange(shape[1], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_a_flow_that_its_force_holds_steady_stays_so(shape: tuple[int, int]) -> 
 
 
 def test_energy_and_enstrophy_are_conserved_without_viscosity() -> None:
-    """Only where products are dealiased; what is left is the error of the time step."""
+    """This holds only with dealiased products; the remaining error is that of the time step."""
     found = simulate(random_initial(seeds(2), 48), torch.full((2,), 1e-15), 3, 1.0, FREE)[:, :, 0]
     series, waves = torch.fft.fft2(found).abs().square(), torch.fft.fftfreq(48, 1 / 48, dtype=torch.float64)
     k2 = waves[:, None] ** 2 + waves**2
@@ -116,7 +116,7 @@ def test_float32_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_trajectory_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+def test_a_trajectory_is_bit_identical_in_any_batch(dtype: torch.dtype) -> None:
     initial, viscosity = random_initial(seeds(5), 48).to(dtype), torch.linspace(2e-4, 2e-3, 5)
     together = simulate(initial, viscosity, 3, 0.2)
     for index in range(5):
@@ -127,14 +127,14 @@ def test_a_trajectory_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None
     torch.testing.assert_close(together[1:4], simulate(initial[1:4], viscosity[1:4], 3, 0.2), rtol=0, atol=0)
 
 
-def test_a_step_that_is_too_long_names_the_trajectory_and_the_step_that_would_do() -> None:
+def test_a_step_that_is_too_long_names_the_trajectory_and_a_sufficient_step() -> None:
     initial = random_initial(seeds(3), 40)
     initial[2] *= 10
     with pytest.raises(DivergedError, match=r"trajectory 2 of 3 is too fast at time 0 .* at most 0\.00"):
         simulate(initial, VISCOSITY, 2, 0.5)
 
 
-def test_wrong_input_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     with pytest.raises(UserError, match="viscosity of trajectory 1 is 0"):
         simulate(torch.zeros(2, 1, 8, 8), torch.tensor([1.0, 0.0]), 2, 0.5)
     with pytest.raises(UserError, match="shape"):

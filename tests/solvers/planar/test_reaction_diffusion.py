@@ -35,7 +35,7 @@ def test_small_modes_follow_the_exact_linear_solution_at_every_diffusivity(mode:
         torch.testing.assert_close(row, 1e-6 * amplitudes[:, None, None] * shape, rtol=0, atol=1e-13)
 
 
-def test_uniform_fields_follow_the_reaction_alone() -> None:
+def test_uniform_fields_follow_only_the_reaction() -> None:
     initial = torch.tensor([0.8, -0.3], dtype=torch.float64)[None, :, None, None].expand(3, -1, 4, 6)
     found = simulate(initial, DIFFUSIVITY, 3, 1.0)
     solution = solve_ivp(
@@ -81,7 +81,7 @@ def test_cosine_transform_is_orthonormal() -> None:
 
 def test_initial_fields_are_the_same_function_on_every_grid_and_of_unit_variance() -> None:
     coarse, fine = (random_initial(seeds(8), grid) for grid in (32, 96))
-    # Cell centres of the coarse grid are cell centres of one three times as fine.
+    # Cell centres of the coarse grid are also cell centres of a grid three times as fine.
     torch.testing.assert_close(coarse, fine[..., 1::3, 1::3], rtol=0, atol=1e-12)
     assert 0.8 < float(fine.std()) < 1.2
 
@@ -94,7 +94,7 @@ def test_float32_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_trajectory_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+def test_a_trajectory_is_bit_identical_in_any_batch(dtype: torch.dtype) -> None:
     initial = random_initial(seeds(5), 32).to(dtype)
     rates = torch.linspace(2e-3, 6e-3, 5)
     together = simulate(initial, rates, 3, 0.25)
@@ -107,7 +107,7 @@ def random_alone(index: int, rates: torch.Tensor, dtype: torch.dtype) -> torch.T
     return simulate(random_initial(seeds(1, index), 32).to(dtype), rates[index : index + 1], 3, 0.25)[0]
 
 
-def test_instability_names_the_trajectory_and_the_step_that_would_do() -> None:
+def test_instability_names_the_trajectory_and_a_sufficient_step() -> None:
     initial = random_initial(seeds(3), 32)
     initial[1] *= 4
     with pytest.raises(DivergedError, match=r"trajectory 1 of 3 reacts too fast at time 0 .* at most 0\.0"):
@@ -124,12 +124,12 @@ def test_instability_names_the_trajectory_and_the_step_that_would_do() -> None:
         (torch.zeros(1, 2, 8, 8, dtype=torch.int64), torch.ones(1), "float32 or float64"),
     ],
 )
-def test_wrong_input_is_refused(initial: torch.Tensor, rates: torch.Tensor, message: str) -> None:
+def test_invalid_input_is_refused(initial: torch.Tensor, rates: torch.Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         simulate(initial, rates, 2, 0.5)
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for settings, snapshots, interval in ((ReactionDiffusion(step=0.0), 2, 0.5), (None, 0, 0.5), (None, 2, -1.0)):
         with pytest.raises(UserError):
             simulate(torch.zeros(1, 2, 8, 8), torch.ones(1), snapshots, interval, settings)

@@ -154,7 +154,7 @@ def test_waves_leave_through_open_sides_and_stay_between_walls() -> None:
     assert float(left) < 0.3 * float(kept)
 
 
-def test_courant_number_in_use_leaves_an_error_below_that_of_the_grid() -> None:
+def test_the_courant_number_gives_an_error_below_that_of_the_grid() -> None:
     initial = random_initial(seeds(2), torch.tensor([1.5, 2.5]), 32)
     ends = [run(initial, 1.0, ShallowWater(courant=courant))[:, 0] for courant in (0.4, 0.2, 0.025)]
     errors = [float((end - ends[2]).norm() / (ends[2] - 1).norm()) for end in ends[:2]]
@@ -162,7 +162,7 @@ def test_courant_number_in_use_leaves_an_error_below_that_of_the_grid() -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_random_dams_have_their_height_radius_and_place() -> None:
+def test_random_dams_have_the_configured_height_radius_and_position() -> None:
     fields = random_initial(seeds(6), torch.full((6,), 3.0), 64)
     water = (fields[:, 0] - 1).sum((1, 2)) * (5 / 64) ** 2 / 2
     radius = torch.sqrt(water / math.pi)
@@ -183,7 +183,7 @@ def test_float32_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_trajectory_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+def test_a_trajectory_is_bit_identical_in_any_batch(dtype: torch.dtype) -> None:
     heights = torch.linspace(1.2, 4.0, 5)
     initial, gravity = random_initial(seeds(5), heights, 24).to(dtype), torch.linspace(0.5, 3.0, 5)
     together = simulate(initial, gravity, 3, 0.3)
@@ -194,14 +194,14 @@ def test_a_trajectory_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None
         )
 
 
-def test_what_is_too_fast_is_named() -> None:
+def test_waves_that_are_too_fast_are_named() -> None:
     initial = random_initial(seeds(3), torch.full((3,), 2.0), 16)
     initial[1, 1] = 1e12
     with pytest.raises(DivergedError, match="trajectory 1 of 3"):
         simulate(initial, torch.ones(3), 2, 1.0)
 
 
-def test_wrong_input_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     good = torch.ones(2, 3, 8, 8)
     bad = good.clone()
     bad[1, 0, 3, 3] = -0.1

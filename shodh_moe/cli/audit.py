@@ -15,7 +15,7 @@ def add_audit(commands: Any) -> None:
     text = "measure whether joint training harms a domain and whether a mixture of experts prevents it; writes a report"
     audit = add_command(commands, "audit", text, "example: shodh audit --config configs/audit/cpu.yaml", _audit)
     add_config_arguments(audit)
-    audit.add_argument("--output", type=Path, help="folder for a copy of the report")
+    audit.add_argument("--output", type=Path, metavar="FOLDER", help="folder for a copy of the report")
 
 
 def _audit(options: argparse.Namespace) -> None:

@@ -14,10 +14,10 @@ from shodh_moe.config.load import load_config_of
 def add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="run a benchmark; finished work is skipped")
     benches = parser.add_subparsers(required=True, metavar="benchmark")
-    text = "compare CCM with its baselines; makes data, experts, measurements, tables and pictures"
+    text = "compare CCM with baselines: generate data, train experts, measure them, and write tables and figures"
     ccm = add_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _ccm)
     add_config_arguments(ccm)
-    ccm.add_argument("--output", type=Path, help="folder for a copy of tables, pictures and results")
+    ccm.add_argument("--output", type=Path, metavar="FOLDER", help="folder for a copy of tables, figures and results")
 
 
 def _ccm(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ def add_checkpoint(commands: Any) -> None:
         step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
         step.add_argument("path", type=Path, metavar="PATH", help="a checkpoint or a run folder")
         if name == "export":
-            step.add_argument("--output", type=Path, required=True, help="a new folder")
+            step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
             add_tokenizer_option(step)
         add_debug(step)
 

@@ -1,4 +1,4 @@
-"""Helpers of all command groups: add a command or a group, add shared options, and read the config."""
+"""Helpers for all command groups: add a command or a group, add shared options, and read the config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Work = Callable[[argparse.Namespace], object]
 def add_group(commands: Any, name: str, text: str, example: str, default: str | None = None) -> Any:
     """Add ``shodh <name>``, a group of commands, and return the group.
 
-    ``default`` is the command that runs if the first word after ``<name>`` is not a command of the group.
+    ``text`` is the help text. ``default`` is the command that runs if the first word after ``<name>`` is not a command
+    of the group.
     """
     parser = commands.add_parser(name, help=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_subparsers(required=True, metavar="step", parser_class=OneLineParser)
@@ -30,7 +31,7 @@ def add_group(commands: Any, name: str, text: str, example: str, default: str | 
 
 
 def add_command(commands: Any, name: str, text: str, example: str, work: Work) -> argparse.ArgumentParser:
-    """Add a command that calls ``work`` with the parsed options."""
+    """Add a command that calls ``work`` with the parsed options; ``text`` is its help text, without a full stop."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -44,7 +45,7 @@ def add_command(commands: Any, name: str, text: str, example: str, work: Work) -
 
 
 def add_config_command(commands: Any, name: str, text: str, work: Work, full_name: str = "") -> argparse.ArgumentParser:
-    """Add a command that reads a config."""
+    """Add a command that reads a config. ``full_name`` is its name in the example, with that of its group."""
     parser = add_command(commands, name, text, EXAMPLE.format(command=full_name or name), work)
     add_config_arguments(parser)
     return parser
@@ -52,12 +53,12 @@ def add_config_command(commands: Any, name: str, text: str, work: Work, full_nam
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add ``--debug`` to a command that reads no config."""
-    parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
+    parser.add_argument("--debug", action="store_true", help="show a traceback even if the input is wrong")
 
 
 def add_hostfile(parser: argparse.ArgumentParser) -> None:
     """Add ``--hostfile`` to a command that starts ranks."""
-    parser.add_argument("--hostfile", help="file that lists the hosts to train on, in lines such as `worker-0 slots=8`")
+    parser.add_argument("--hostfile", help="file with the hosts to train on, one per line, as in `worker-0 slots=8`")
 
 
 def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
 
 
 def stage(name: str) -> Callable[[argparse.Namespace], None]:
-    """The work of a command that runs one stage of `shodh_moe.runs.pipeline`."""
+    """Return the work of a command that checks the config and runs one stage of `shodh_moe.runs.pipeline`."""
 
     def work(options: argparse.Namespace) -> None:
         from shodh_moe.runs import pipeline

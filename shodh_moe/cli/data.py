@@ -18,14 +18,14 @@ def add_data(commands: Any) -> None:
     steps = add_group(commands, "data", text, EXAMPLE.format(command="data generate"))
     add_config_command(steps, "generate", "generate the dataset", stage("make_data"), "data generate")
     example = "example: shodh data import configs/import/jhtdb_channel.yaml"
-    text = "convert your own HDF5, NetCDF or npz arrays to our layout (docs/import.md)"
+    text = "convert your own HDF5, NetCDF or npz arrays to a dataset (docs/import.md)"
     step = add_command(steps, "import", text, example, _import)
     step.add_argument("mapping", type=Path, metavar="MAPPING", help="YAML file that describes your arrays")
-    step.add_argument("--output", type=Path, metavar="FOLDER", help="dataset folder, in place of the mapping's")
+    step.add_argument("--output", type=Path, metavar="FOLDER", help="dataset folder, instead of the mapping's")
     step.add_argument("--skip-bad", action="store_true", help="skip files that cannot be read, and list them")
     add_debug(step)
     example = "example: shodh data check data/quickstart"
-    text = "read a whole dataset and list its errors; exit code 2 if training would fail or be misled"
+    text = "read a whole dataset and list its errors; exit code 2 if training would fail or learn from wrong data"
     step = add_command(steps, "check", text, example, _check)
     step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
     step.add_argument(

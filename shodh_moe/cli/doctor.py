@@ -13,9 +13,9 @@ def add_doctor(commands: Any) -> None:
     text = "check whether training can run here or on the hosts of a hostfile, and suggest fixes"
     example = "example: shodh doctor --hostfile hostfile --shared runs"
     parser = add_command(commands, "doctor", text, example, _doctor)
-    parser.set_defaults(needs_torch=False)  # it diagnoses a torch that cannot be imported
+    parser.set_defaults(needs_torch=False)  # it must run if torch cannot be imported
     parser.add_argument(
-        "--hostfile", type=Path, help="file that lists hosts to check too, in lines such as `worker-0 slots=8`"
+        "--hostfile", type=Path, help="file with hosts to check too, one per line, as in `worker-0 slots=8`"
     )
     parser.add_argument(
         "--shared",

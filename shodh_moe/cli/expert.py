@@ -12,7 +12,7 @@ from shodh_moe.config.load import load_config_of
 
 def add_expert(commands: Any) -> None:
     example = "example: shodh expert {step} --config configs/ccm/reaction_diffusion.yaml"
-    text = "train neural operators on regimes of a 2D equation, to be merged"
+    text = "train neural operators on regimes of a 2D equation, for merging"
     steps = add_group(commands, "expert", text, example.format(step="train"))
     for name, text in (
         ("data", "generate the regimes of the config's family"),

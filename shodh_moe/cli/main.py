@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse wants all positional arguments in one place, and overrides may be anywhere.
+    # argparse expects all positional arguments in one place, but overrides may be anywhere.
     overrides = getattr(options, "overrides", None)
     unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument or overrides is None]
     if unknown:

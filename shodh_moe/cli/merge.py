@@ -28,9 +28,9 @@ def add_merge(commands: Any) -> None:
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
     prefix = add_command(steps, "prefix", text, example, _prefix)
     add_merge_arguments(prefix)
-    about = "trajectories of one regime, in the format of a family or of PDEBench"
+    about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data` or of PDEBench"
     prefix.add_argument("--input", type=Path, required=True, metavar="FILE", help=about)
-    prefix.add_argument("--frames", type=int, default=4, metavar="K", help="observed frames; default: %(default)s")
+    prefix.add_argument("--frames", type=int, default=4, metavar="K", help="frames to use; default: %(default)s")
     add_debug(prefix)
 
 

@@ -16,7 +16,7 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--input", type=Path, required=True, help="HDF5 file in the_well's schema")
     parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
     parser.add_argument(
-        "--output", type=Path, required=True, help="new HDF5 file; the file for ParaView gets the suffix .vtkhdf"
+        "--output", type=Path, required=True, help="new HDF5 file; a file for ParaView with suffix .vtkhdf is added"
     )
     parser.add_argument("--start", type=int, default=0, help="first input snapshot; default: %(default)s")
     parser.add_argument("--sample", type=int, help="index of a trajectory in the file, from 0; default: all")

@@ -26,7 +26,7 @@ def add_pretrain(commands: Any) -> None:
 def add_evaluate(commands: Any) -> None:
     text = "measure the newest checkpoint, or another model, on held-out trajectories"
     parser = add_config_command(commands, "evaluate", text, _evaluate)
-    parser.add_argument("--checkpoint", type=Path, help=f"{MODEL}, in place of the config's run")
+    parser.add_argument("--checkpoint", type=Path, help=f"{MODEL}, instead of the config's run")
     parser.add_argument("--output", type=Path, help="folder for the results; required with --checkpoint")
     add_tokenizer_option(parser)
 
@@ -45,7 +45,7 @@ def add_world(parser: argparse.ArgumentParser) -> None:
 
 
 def world_of(options: argparse.Namespace) -> int | None:
-    """The value of ``--world``, None if not given. Raises `UserError` if it is below 1."""
+    """The value of ``--world``; None if it is not given. Raises `UserError` if it is below 1."""
     world: int | None = options.world
     if world is not None and world < 1:
         raise UserError(f"--world {world}: give the number of ranks, at least 1")
@@ -75,8 +75,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.checkpoint) != bool(options.output) or (options.tokenizer and not options.checkpoint):
         raise UserError(
-            "--checkpoint and --output belong together, and --tokenizer needs both: a run's own results go to "
-            "its folder"
+            "--checkpoint and --output belong together, and --tokenizer needs both: give both, or none to write "
+            "the results to the config's run folder"
         )
     if not options.checkpoint:
         stage("evaluate")(options)

@@ -20,15 +20,17 @@ def add_tokenizer(commands: Any) -> None:
     add_config_command(steps, "encode", "cache the latents of the dataset", stage("make_latents"), "tokenizer encode")
     text = "measure the reconstructions of a split, the test split by default"
     evaluate = add_config_command(steps, "evaluate", text, _evaluate, "tokenizer evaluate")
-    evaluate.add_argument("--split", choices=SPLITS, default="test")
+    evaluate.add_argument("--split", choices=SPLITS, default="test", help="split to measure; default: %(default)s")
     evaluate.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON file; default: evaluation.json in the tokenizer's folder"
     )
     text = "decode cached latents to flows in the layout of a dataset"
     decode = add_config_command(steps, "decode", text, _decode, "tokenizer decode")
-    decode.add_argument("--split", choices=SPLITS, default="test")
+    decode.add_argument("--split", choices=SPLITS, default="test", help="split to decode; default: %(default)s")
     decode.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
-    decode.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="precision of the fields")
+    decode.add_argument(
+        "--dtype", choices=["float32", "float64"], default="float32", help="precision of the fields; default: float32"
+    )
     text = "show parameters and memory of the tokenizer's training; starts nothing"
     add_world(add_config_command(steps, "plan", text, _plan, "tokenizer plan"))
 

@@ -22,12 +22,12 @@ SSH_REMEDIES = (
     ("not resolve", "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config"),
     ("No such file", "make the same environment there at {python}, or put it on a shared file system"),
     ("not found", "make the same environment there at {python}, or put it on a shared file system"),
-    ("", "is it up, is its sshd running, and does a firewall let port 22 through? try: ssh {host} true"),
-)
+    ("", "check that it is up, that sshd runs and that no firewall blocks port 22; try: ssh {host} true"),
+)  # text in ssh's error message, and the remedy; the last entry matches every error
 
 
 def answer_lines(facts: dict[str, Found]) -> list[Line]:
-    """Return one line per silent host, and one line for all others."""
+    """Return one line per silent host, and one line for all hosts that answered."""
     lines = []
     for name, found in facts.items():
         if "error" in found:
@@ -48,12 +48,12 @@ def answer_lines(facts: dict[str, Found]) -> list[Line]:
 
 def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[Line]:
     """Compare the hosts that answered, at least one, with each other and with this host."""
-    everyone = {**facts, HERE: own}
+    all_hosts = {**facts, HERE: own}
     packages = own["versions"]
     lines = [
         equal_line(
             "same python",
-            {name: found["python"] for name, found in everyone.items()},
+            {name: found["python"] for name, found in all_hosts.items()},
             "make the same environment on every host",
         ),
         *(
@@ -62,8 +62,8 @@ def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[L
             if (
                 line := equal_line(
                     f"same {package}",
-                    {name: found["versions"][package] for name, found in everyone.items()},
-                    f"pip install the same {package} on every host, best from constraints.txt",
+                    {name: found["versions"][package] for name, found in all_hosts.items()},
+                    f"pip install the same {package} on every host, preferably the version in constraints.txt",
                 )
             ).status
             != "ok"
@@ -76,8 +76,8 @@ def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[L
         *lines,
         equal_line(
             "same code",
-            {name: found["code"] for name, found in everyone.items()},
-            "bring shodh_moe to the same commit on every host (git status shows changed files), or use a shared folder",
+            {name: found["code"] for name, found in all_hosts.items()},
+            "check out the same commit of shodh_moe on every host (git status shows changes), or use a shared folder",
         ),
         slots_line(hosts, facts),
         compiler_line(facts),
@@ -87,6 +87,7 @@ def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[L
 
 
 def equal_line(what: str, values: dict[str, str], remedy: str) -> Line:
+    """Check that all hosts have the same value, given by host."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, value in values.items():
         groups[value].append(name)
@@ -102,27 +103,26 @@ def some(names: list[str]) -> str:
 
 
 def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
-    there = [(host, facts[host.name]) for host in hosts if host.name in facts]
-    with_gpus = any(found["gpus"] for _, found in there)
+    answered = [(host, facts[host.name]) for host in hosts if host.name in facts]
+    with_gpus = any(found["gpus"] for _, found in answered)
     unit, key = ("GPUs", "gpus") if with_gpus else ("cores", "cores")
     over = [
         f"{host.name} has {found[key]} {unit} for slots={host.slots}"
-        for host, found in there
+        for host, found in answered
         if host.slots > found[key]
     ]
     under = [
         f"{host.name} has {found[key]} {unit} for slots={host.slots}"
-        for host, found in there
+        for host, found in answered
         if host.slots < found[key]
     ]
     if over:
         # Ranks can share a core, though slowly, but not a GPU.
         return Line("error" if with_gpus else "warning", "slots", some(over), "lower these slots in the hostfile")
     if under and with_gpus:
-        return Line("warning", "slots", some(under), "raise these slots in the hostfile, or leave the GPUs idle")
-    return Line(
-        "ok", "slots", f"{sum(host.slots for host, _ in there)} ranks, a {unit[:-1].removesuffix('s')} or more for each"
-    )
+        return Line("warning", "slots", some(under), "raise these slots in the hostfile, or GPUs stay idle")
+    ranks = sum(host.slots for host, _ in answered)
+    return Line("ok", "slots", f"{ranks} ranks, with a {unit[:-1].removesuffix('s')} or more for each")
 
 
 def compiler_line(facts: dict[str, Found]) -> Line:
@@ -138,7 +138,7 @@ def compiler_line(facts: dict[str, Found]) -> Line:
         "warning" if only_ninja_on_gpus else "error",
         "compilers",
         f"{some(missing)}, on the PATH of an ssh session",
-        "apt-get install g++ ninja-build there, or similar: DeepSpeed and Triton compile at the first start",
+        "install them there (apt-get install g++ ninja-build): DeepSpeed and Triton compile at the first start",
     )
 
 
@@ -151,7 +151,7 @@ def clocks_line(facts: dict[str, Found]) -> Line:
         for name, found in facts.items()
         if abs(found["clock"]) > 2
     ]
-    # munge, and with it SLURM, refuses clocks that are five minutes off.
+    # munge, on which SLURM depends, refuses clocks that are five minutes off.
     return Line(
         "error" if off > 300 else "warning",
         "clocks",
@@ -166,7 +166,7 @@ def keepalive_line(facts: dict[str, Found]) -> Line:
         return Line(
             "warning",
             "ssh keepalive",
-            f"off for {some(never)}: the job would wait forever for a host that disappears",
+            f"off for {some(never)}: a job would wait forever for a host that disappears",
             "put `ServerAliveInterval 15` under `Host *` in ~/.ssh/config",
         )
     if any(found["keepalive"] is None for found in facts.values()):
@@ -198,12 +198,12 @@ def port_line(facts: dict[str, Found], checks: dict[str, Found]) -> Line:
     first = next(iter(facts))
     port, addresses = facts[first]["port"], facts[first]["addresses"][:4]
     if not addresses:
-        return Line("error", "ports", f"{first} has no IPv4 address except loopback", "see `ip addr` there")
+        return Line("error", "ports", f"{first} has no IPv4 address except loopback", "run `ip addr` there")
     others = [name for name in checks if name != first]
     if first not in checks or not others:
         return Line("error", "ports", "not tested: too few hosts answer", "see the lines above")
     if checks[first]["listened"]:
-        remedy = "run shodh doctor again: another program may have taken it"
+        remedy = "run shodh doctor again: another program may have taken the port"
         return Line("warning", "ports", f"{first} could not listen on port {port}: {checks[first]['listened']}", remedy)
     failed = {address: [name for name in others if checks[name]["reached"][address]] for address in addresses}
     open_to_all = [address for address, names in failed.items() if not names]
@@ -214,7 +214,7 @@ def port_line(facts: dict[str, Found], checks: dict[str, Found]) -> Line:
             "error",
             "ports",
             f"{some(failed[best])} cannot connect to {first} ({best}, port {port}): {why}",
-            "let the hosts reach each other on all TCP ports above 1023: firewall, security group, or wrong network",
+            "let the hosts reach each other on all TCP ports above 1023 (firewall, security group, wrong network?)",
         )
     value = f"every other host connects to {first} at {open_to_all[0]}, port {port}"
     if open_to_all[0] != addresses[0]:
@@ -240,7 +240,7 @@ def shared_line(folder: str, checks: dict[str, Found]) -> Line:
             "error", what, value, "mount it at the same path, writable, on every host, or choose another: --shared"
         )
     least = min(results, key=lambda name: results[name]["free"])
-    value = f"seen and written by every host, {results[least]['free'] / GIB:.0f} GiB free"
+    value = f"visible and writable on every host, {results[least]['free'] / GIB:.0f} GiB free"
     if results[least]["free"] < 10 * GIB:
         return Line("warning", what, f"{value} on {least}", "free space there, or choose another folder")
     return Line("ok", what, value)

@@ -1,4 +1,4 @@
-"""The command ``shodh doctor``: gathers facts, judges them and prints a table."""
+"""The command ``shodh doctor``: gather facts, judge them and print a table."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from shodh_moe.doctor.table import Line, as_json, as_text
 
 
 def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json: bool = False) -> int:
-    """Print a table of what a training needs, or the same as JSON.
+    """Check the requirements of training and print the results as a table or JSON.
 
     Args:
-        hostfile: also inspect its hosts over ssh.
+        hostfile: also inspect this file's hosts, over ssh.
         folders: folders of runs, data and tokenizers, at the same path on every host; default: the working folder.
+        json: print JSON.
 
     Returns:
-        0 if there is no error, 2 if there is one.
+        exit code: 0 if no line is an error, otherwise 2.
 
     Raises:
         UserError: the hostfile is wrong.
     """
-    # Normalised paths, so that a folder has the same name in every line.
+    # Use absolute paths, so that a folder has the same name in every line.
     folders = list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders or ["."]))
-    lines = _look(hostfile, folders)
+    lines = _inspect(hostfile, folders)
     if json:
         print(as_json(lines))
     else:
@@ -37,20 +38,20 @@ def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json:
     return EXIT_USER_ERROR if any(line.status == "error" for line in lines) else EXIT_DONE
 
 
-def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
+def _inspect(hostfile: Path | None, folders: list[str]) -> list[Line]:
     if hostfile is None:
         return _own_lines(gather(folders), False)
     try:
-        # These imports load torch, which may be broken here.
+        # These imports load torch, which may be broken.
         from shodh_moe.doctor import cluster, gather_remote
         from shodh_moe.launching.hostfile import read_hostfile
     except Exception as error:  # a broken torch may raise anything
         return [*_own_lines(gather(folders), True), _not_asked(error, "fix the errors above first")]
-    named = read_hostfile(hostfile)
+    hosts = read_hostfile(hostfile)
     with ThreadPoolExecutor(1) as pool:
         gathered = pool.submit(gather, folders)
         try:
-            facts = gather_remote.ask_facts([host.name for host in named])
+            facts = gather_remote.ask_facts([host.name for host in hosts])
         except UserError as error:
             return [*_own_lines(gathered.result(), True), _not_asked(error, "install it first")]
         answered = {name: found for name, found in facts.items() if "error" not in found}
@@ -58,7 +59,7 @@ def _look(hostfile: Path | None, folders: list[str]) -> list[Line]:
         found = gathered.result()
     lines = [*_own_lines(found, True), *cluster.answer_lines(facts)]
     if answered and "error" not in found["facts"]:
-        lines += cluster.fact_lines(named, answered, found["facts"])
+        lines += cluster.fact_lines(hosts, answered, found["facts"])
     return [*lines, *cluster.between_lines(answered, checks, folders)]
 
 

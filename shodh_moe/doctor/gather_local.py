@@ -1,4 +1,4 @@
-"""Gathers facts about this host. Each part may fail or hang without affecting the others."""
+"""Gather facts about this host. Each part may fail or hang without affecting the others."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from typing import Any
 import shodh_moe
 
 PACKAGE = Path(shodh_moe.__file__).parent
-SECONDS = 60.0  # time limit for an import: a cold network file system is slow
-FOLDER_SECONDS = 5.0
+SECONDS = 60.0  # time limit for importing a package, which is slow from a cold network file system
+FOLDER_SECONDS = 5.0  # time limit for inspecting a folder
 HDF5_SECONDS = 20.0  # time limit for importing h5py and writing to a folder
 DEFAULT_PORT = 29500  # default of deepspeed and torchrun
 
@@ -30,7 +30,7 @@ Found = dict[str, Any]
 
 
 def gather(folders: list[str]) -> Found:
-    """Gather the facts for software.py and machine.py. A part that failed has only ``error``, one line."""
+    """Gather the facts for software.py and machine.py. A part that failed has only ``error``, a line of text."""
     script = PACKAGE / "doctor" / "local_script.py"
     with ThreadPoolExecutor(16) as pool:
         parts: dict[str, Future[Any]] = {
@@ -59,7 +59,7 @@ def gather(folders: list[str]) -> Found:
 
 
 def run_part(script: Path, *arguments: str, seconds: float = SECONDS) -> Found:
-    """Run a script and return the JSON in its last line of output, or ``error``."""
+    """Run a script and return the JSON in its last line of output, or ``{"error": reason}``."""
     process = subprocess.Popen(
         [sys.executable, "-", *arguments],
         stdin=subprocess.PIPE,
@@ -71,7 +71,7 @@ def run_part(script: Path, *arguments: str, seconds: float = SECONDS) -> Found:
     try:
         output, errors = process.communicate(script.read_text(encoding="utf-8"), timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()  # without waiting: on a hanging file system it may never end
+        process.kill()  # do not wait for it: on a hanging file system it may never end
         return {"error": f"no answer within {seconds:g} s"}
     if process.returncode < 0:
         return {"error": f"ended by signal {-process.returncode}"}
@@ -109,7 +109,7 @@ def _nvidia() -> list[dict[str, str]]:
 
 
 def _mpirun() -> dict[str, str] | None:
-    # An mpirun from a Python package is next to the interpreter, whether on the PATH or not.
+    # An mpirun from a Python package is next to the interpreter, which may not be on the PATH.
     beside = Path(sys.executable).with_name("mpirun")
     path = str(beside) if beside.exists() else shutil.which("mpirun")
     return {"path": path, "version": _output(path, "--version") or ""} if path else None

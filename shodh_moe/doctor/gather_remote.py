@@ -1,4 +1,4 @@
-"""Queries all hosts of a hostfile in parallel, in two rounds, within a time limit even if some are silent."""
+"""Query all hosts of a hostfile in parallel, in two rounds. Each round has a time limit, even if hosts are silent."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 from shodh_moe.launching.probe import probe_hosts
 from shodh_moe.launching.ssh import run_on_hosts
 
-FACTS_SECONDS = 8.0
-PORT_SECONDS = 4.0  # how long the first host listens
-CHECK_SECONDS = 6.8  # PORT_SECONDS plus the time that ssh takes
+FACTS_SECONDS = 8.0  # time limit of the first round
+PORT_SECONDS = 4.0  # time that the first host listens
+CHECK_SECONDS = 6.8  # time limit of the second round: PORT_SECONDS plus the time that ssh takes
 
 Found = dict[str, Any]
 
@@ -49,8 +49,8 @@ def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Foun
     """Check shared folders and ports on the hosts that answered.
 
     Returns:
-        By host: ``error``; or ``folders`` ({folder: {error, free}}), ``reached`` ({address of the first host: error or
-        ""}) and ``listened`` (error about the first host's port, or "").
+        by host: ``error``; or ``folders`` ({folder: {error, free}}), ``reached`` ({address of the first host: error or
+        ""}) and ``listened`` (error of listening on the port, or "").
     """
     source = Path(__file__).with_name("remote_script.py").read_text(encoding="utf-8")
     names = list(facts)
@@ -91,7 +91,7 @@ def check_between(facts: dict[str, Found], folders: list[str]) -> dict[str, Foun
 
 
 def _place(folder: Path, token: str) -> bool:
-    """Write the token for the other hosts and return whether that worked; a failure has its own line elsewhere."""
+    """Write the token for the other hosts. Returns whether that worked; another line of the table reports a failure."""
     try:
         folder.mkdir()
         with open(folder / "token", "w") as file:
@@ -104,6 +104,7 @@ def _place(folder: Path, token: str) -> bool:
 
 
 def _arrived(path: Path, token: str) -> bool:
+    """Wait up to a second for the token that another host wrote. Returns whether it appeared."""
     deadline = time.monotonic() + 1
     while True:
         with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Inspects this host: ``python - PART [ARGUMENT]`` with this file as standard input ends with one line of JSON.
+"""Inspect this host: ``python - PART [ARGUMENT]``, with this file as standard input, prints a last line of JSON.
 
-Each part runs in its own process, because its imports may be missing, broken, or end the process. Exceptions are not
+Each part runs in its own process, because its imports may be missing, be broken or end the process. Exceptions are not
 caught: the last line of the traceback says what is wrong.
 """
 
@@ -55,7 +55,7 @@ def triton() -> dict:
 def mpi() -> dict:
     import mpi4py
 
-    mpi4py.rc.initialize = False  # the library's version is available without a job
+    mpi4py.rc.initialize = False  # the library's version is available without initialising MPI
     from mpi4py import MPI
 
     return {"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version().strip("\0 \n").splitlines()[0]}
@@ -71,7 +71,7 @@ def hdf5(folder: str) -> dict:
             with h5py.File(path, mode):
                 pass
     except OSError as error:
-        if "lock" in str(error):  # other problems with the folder have their own line
+        if "lock" in str(error):  # other problems with the folder are reported by `folder`
             locking = str(error)
     finally:
         with suppress(OSError):
@@ -106,7 +106,7 @@ def existing(name: str) -> Path:
 
 
 def file_system(path: Path) -> str:
-    """Return the type of the innermost mount that contains ``path``; "unknown" if the system does not show it."""
+    """Return the file system type of the innermost mount that contains ``path``; "unknown" if it is not known."""
     best, found = -1, "unknown"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -118,13 +118,13 @@ def file_system(path: Path) -> str:
 
 
 def port(number: str) -> dict:
-    """Return who listens on a port that is in use."""
+    """Return the process that listens on a port."""
     from shodh_moe.base.network import port_holder
 
     return {"holder": port_holder(int(number))}
 
 
 if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if entry]  # a training ignores the working folder too
+    sys.path[:] = [entry for entry in sys.path if entry]  # drop the working folder, which training ignores too
     print("\n" + json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)
     os._exit(0)  # imported libraries may have threads that crash at exit

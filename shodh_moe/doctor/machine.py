@@ -1,4 +1,4 @@
-"""Lines about the machine and its folders: pure functions of the results of gather_local.py."""
+"""Lines on this machine and its folders: pure functions of the results of gather_local.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from shodh_moe.doctor.table import Line
 
 Found = dict[str, Any]
 GIB = 2**30
+# Types of network file systems.
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "fuse.sshfs", "ceph", "9p", "panfs", "wekafs")
 
 
@@ -36,34 +37,34 @@ def ssh_line(found: Found, needed: bool) -> Line:
 
 
 def pdsh_line(found: Found, needed: bool) -> Line:
-    said = found["pdsh"]
-    if not said:
+    output = found["pdsh"]
+    if not output:
         if needed:
             return Line(
                 "error", "pdsh", "not on the PATH", "apt-get install pdsh, or similar; or deepspeed --launcher openmpi"
             )
         return Line("ok", "pdsh", "not on the PATH: only needed with a hostfile")
-    modules = re.search(r"rcmd modules: ([\w,]+)", said)
+    modules = re.search(r"rcmd modules: ([\w,]+)", output)
     if modules and "ssh" not in modules[1].split(","):
         return Line(
             "error" if needed else "warning",
             "pdsh",
-            f"{said.splitlines()[0]}, built without ssh",
+            f"{output.splitlines()[0]}, built without ssh",
             "install one that is configured --with-ssh; or deepspeed --launcher openmpi",
         )
-    return Line("ok", "pdsh", said.splitlines()[0])
+    return Line("ok", "pdsh", output.splitlines()[0])
 
 
 def slurm_line(found: Found) -> Line:
-    said = found["slurm"]
-    if said is None:
+    output = found["slurm"]
+    if output is None:
         return Line("ok", "slurm", "no client: only needed for sbatch and srun")
-    if re.search(r"is UP", said):
-        return Line("ok", "slurm", said.splitlines()[0])
+    if re.search(r"is UP", output):
+        return Line("ok", "slurm", output.splitlines()[0])
     return Line(
         "warning",
         "slurm",
-        f"client, but no controller: {said.splitlines()[0] if said else 'no answer'}",
+        f"client, but no controller: {output.splitlines()[0] if output else 'no answer'}",
         "on a cluster, ask its administrator; elsewhere this does not matter",
     )
 
@@ -130,7 +131,8 @@ def port_line(found: Found) -> Line:
 def folder_line(name: str, folder: Found) -> Line:
     what = f"folder {name}"
     if "error" in folder:
-        return Line("error", what, folder["error"], "is its file system mounted and its server up? see `mount`, `df`")
+        remedy = "check with `mount` and `df` that its file system is mounted and its server is up"
+        return Line("error", what, folder["error"], remedy)
     if "refused" in folder:
         return Line(
             "error",
@@ -143,7 +145,7 @@ def folder_line(name: str, folder: Found) -> Line:
         value += ", a network file system, which other hosts can see"
     if folder["free"] < 10 * GIB:
         value = value.replace(f"{folder['free'] / GIB:.0f} GiB", f"{folder['free'] / GIB:.1f} GiB")
-        remedy = "free space, or choose another folder: a checkpoint takes twelve to sixteen bytes per parameter"
+        remedy = "free some space, or choose another folder: a checkpoint takes 12 to 16 bytes per parameter"
         return Line("error" if folder["free"] < GIB / 4 else "warning", what, value, remedy)
     if folder["type"] in ("tmpfs", "ramfs", "overlay"):
         gone = "the container" if folder["type"] == "overlay" else "a restart"

@@ -1,9 +1,9 @@
-"""Runs on every host of a hostfile: checks shared folders, and listens on a port or connects to one.
+"""Check shared folders, and listen on a port or connect to one; runs on every host of a hostfile.
 
-``python - JSON`` with this file as standard input prints one line of JSON. It uses only the standard library. Keys of
-the argument: ``folders``, pairs of a folder and the name of a subfolder that holds the file ``token``; ``number`` of
-this host; ``token``; ``port``; ``seconds``; ``addresses`` to connect to; ``visits``, the number of connections that the
-listening host waits for.
+``python - JSON``, with this file as standard input, prints one line of JSON. It uses only the standard library. Keys of
+the argument: ``folders``, pairs of a folder and the name of its subfolder with the file ``token``; ``number`` of this
+host; ``token``; ``port``; ``seconds``, the time to listen or connect; ``addresses`` to connect to; ``visits``, the
+number of connections to wait for, 0 on hosts that do not listen.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def look(order: dict, found: dict) -> None:
-    """Read each token, write one, and store the error ("" if none) and the free bytes."""
+    """Read each folder's token, write it to a file of this host, and store the error ("" if none) and free bytes."""
     for folder, inside in order["folders"]:
         place = Path(folder, inside)
         try:
@@ -38,7 +38,7 @@ def look(order: dict, found: dict) -> None:
 
 
 def listen(order: dict) -> str:
-    """Send the token to the other hosts until all have connected or time is up; return an error or ""."""
+    """Send the token to each host that connects, until all have connected or time is up. Returns an error or ""."""
     deadline = time.monotonic() + order["seconds"]
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,7 +59,7 @@ def listen(order: dict) -> str:
 
 
 def connect(address: str, order: dict, found: dict) -> None:
-    """Try to connect until the other host listens or time is up; store an error or ""."""
+    """Try to connect until the other host listens or time is up, and store an error or ""."""
     deadline = time.monotonic() + order["seconds"]
     while True:
         try:
@@ -78,7 +78,7 @@ def connect(address: str, order: dict, found: dict) -> None:
 
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])
-    # Defaults for checks that do not finish in time: a hanging folder must not hide the ports.
+    # Results of checks that do not finish in time: a hanging folder must not hide the results for ports.
     folders = {folder: {"error": "does not answer: its mount hangs"} for folder, _ in order["folders"]}
     reached = dict.fromkeys(order["addresses"], "timed out")
     work = [threading.Thread(target=look, args=(order, folders), daemon=True)]

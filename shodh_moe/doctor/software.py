@@ -1,4 +1,4 @@
-"""Lines about Python, packages and their requirements: pure functions of the results of gather_local.py."""
+"""Lines on Python, packages and their requirements: pure functions of the results of gather_local.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from shodh_moe.doctor.table import Line
 
 Found = dict[str, Any]
-OF_MPI = {"Open MPI": "Open MPI", "Intel": "Intel MPI", "MPICH": "MPICH", "HYDRA": "MPICH", "MVAPICH": "MVAPICH"}
+# Names of MPI implementations by a word in the output of their library or mpirun.
+MPI_NAMES = {"Open MPI": "Open MPI", "Intel": "Intel MPI", "MPICH": "MPICH", "HYDRA": "MPICH", "MVAPICH": "MVAPICH"}
 
 
 def software_lines(found: Found) -> list[Line]:
@@ -37,7 +38,7 @@ def number(version: str) -> tuple[int, ...]:
 def code_line(found: Found) -> Line:
     facts = found["facts"]
     if "error" in facts:
-        return Line("error", "shodh_moe", facts["error"], "start this Python by hand and fix what it reports")
+        return Line("error", "shodh_moe", facts["error"], "run this Python by hand and fix what it reports")
     version, code = facts["versions"]["shodh_moe"], facts["code"]
     if "none" in (version, code):
         return Line("error", "shodh_moe", "not installed", "pip install -e . in the source tree, or make venv")
@@ -54,21 +55,21 @@ def python_line(found: Found) -> Line:
     version, wanted = found["facts"]["python"], found["requires_python"]
     low, high = (re.search(rf"{sign}\s*([\d.]+)", wanted) for sign in (">=", "<(?!=)"))
     if (low and number(version) < number(low[1])) or (high and number(version) >= number(high[1])):
-        return Line("error", "python", f"{version}, wanted {wanted}", "make venv PYTHON=python3.12")
+        return Line("error", "python", f"{version}, needs {wanted}", "make venv PYTHON=python3.12")
     return Line("ok", "python", f"{version}, {found['facts']['executable']}")
 
 
 def packages_line(found: Found) -> Line:
-    """Check all requirements of setup.py. torch and deepspeed are also imported, see their own lines."""
+    """Check the versions of all requirements in setup.py. `torch_line` and `deepspeed_line` check the imports."""
     bad = []
     for text in found["requires"]:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:>=\s*([\d.]+))?", text)
         assert match, text
-        has = found["installed"].get(match[1], "none")
-        if has == "none":
+        installed = found["installed"].get(match[1], "none")
+        if installed == "none":
             bad.append((match[1], f"{match[1]} missing"))
-        elif match[2] and number(has) < number(match[2]):
-            bad.append((match[1], f"{match[1]} {has} below {match[2]}"))
+        elif match[2] and number(installed) < number(match[2]):
+            bad.append((match[1], f"{match[1]} {installed} below {match[2]}"))
     if bad:
         wanted = " ".join(f"'{text}'" for text in found["requires"] if re.match(r"[\w.-]+", text)[0] in dict(bad))  # type: ignore[index]
         return Line("error", "packages", ", ".join(text for _, text in bad), f"pip install {wanted}")
@@ -131,7 +132,7 @@ def cuda_line(found: Found) -> Line:
         if visible is not None:
             return Line("ok", "cuda", f"{value}; nvidia-smi lists {len(cards)}, {hidden}")
         return Line(
-            "warning", "cuda", f"{value}; nvidia-smi lists {len(cards)}", "see `nvidia-smi` for the missing ones"
+            "warning", "cuda", f"{value}; nvidia-smi lists {len(cards)}", "run `nvidia-smi` to see the missing ones"
         )
     return Line("ok", "cuda", value)
 
@@ -149,7 +150,7 @@ def nccl_line(found: Found) -> Line:
         return Line(
             "error", "nccl", "this torch has none, so GPUs cannot exchange tokens", "install another build of torch"
         )
-    return Line("ok", "nccl", "none: ranks on CPUs talk through gloo")
+    return Line("ok", "nccl", "none: ranks on CPUs communicate through gloo")
 
 
 def deepspeed_line(found: Found) -> Line:
@@ -172,7 +173,9 @@ def triton_line(found: Found) -> Line:
     if triton:
         return Line("error" if devices else "warning", "triton", value, "pip install --force-reinstall triton")
     if devices:
-        return Line("warning", "triton", f"{value}: the slower torch reference runs", "pip install 'shodh_moe[triton]'")
+        return Line(
+            "warning", "triton", f"{value}: the slower torch reference is used", "pip install 'shodh_moe[triton]'"
+        )
     return Line("ok", "triton", f"{value}, not needed on the CPU")
 
 
@@ -189,15 +192,15 @@ def apex_line(found: Found) -> Line:
 
 
 def compiler_line(found: Found) -> Line:
-    """Check the compilers: DeepSpeed compiles its optimizers when they are first used, Triton its kernels on GPUs."""
+    """Check the compilers: DeepSpeed compiles its optimizers when they are first used, and Triton its GPU kernels."""
     missing = [
         name
-        for name, there in (
+        for name, present in (
             ("C++ compiler", found["compiler"]),
             ("ninja", found["ninja"]),
             ("Python.h", found["headers"]),
         )
-        if not there
+        if not present
     ]
     if not missing:
         return Line("ok", "compiler", f"{found['compiler'].splitlines()[0]}; ninja {found['ninja'].splitlines()[0]}")
@@ -207,12 +210,12 @@ def compiler_line(found: Found) -> Line:
         "error" if serious else "warning",
         "compiler",
         f"no {', no '.join(missing)}: DeepSpeed and Triton compile at the first start",
-        "apt-get install g++ ninja-build python3-dev, or similar; a virtual environment's ninja must be on the PATH",
+        "apt-get install g++ ninja-build python3-dev (or similar); a virtual environment's ninja must be on the PATH",
     )
 
 
 def mpi_line(found: Found) -> Line:
-    """Check MPI. Only mpirun launches need it, so there are no errors here."""
+    """Check MPI. Only launching with mpirun needs it, so problems are warnings."""
     ours, theirs = found.get("mpi4py"), found["mpirun"]
     if not ours and not theirs:
         return Line("ok", "mpi", "none: only needed to launch with mpirun")
@@ -225,7 +228,7 @@ def mpi_line(found: Found) -> Line:
             "warning",
             "mpi",
             f"mpi4py fails: {ours['error']}",
-            "load the MPI it was built for, or pip install 'shodh_moe[mpi]'",
+            "load the MPI that it was built for, or pip install 'shodh_moe[mpi]'",
         )
     library, runner = implementation(ours["library"]), implementation(theirs["version"] if theirs else "")
     value = f"mpi4py {ours['mpi4py']} with {' '.join(library)}"
@@ -244,8 +247,8 @@ def mpi_line(found: Found) -> Line:
 
 
 def implementation(text: str) -> tuple[str, str]:
-    """Parse name and version of an MPI from the output of its library or mpirun."""
-    for word, name in OF_MPI.items():
+    """Parse the name and version of an MPI implementation from the output of its library or mpirun."""
+    for word, name in MPI_NAMES.items():
         if word in text:
             match = re.search(r"(?:Version\s*:?|v|\))\s*(\d[\d.]*)", text[text.index(word) :])
             match = match or re.search(r"(\d+(?:\.\d+)+)", text)

@@ -1,4 +1,4 @@
-"""The output of ``shodh doctor``: a table for people or JSON for programs."""
+"""Format the results of ``shodh doctor`` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 @dataclass(frozen=True)
 class Line:
-    """The result of one check. An error means that a training cannot run. Every status except ok has a remedy."""
+    """The result of one check. An error means that training cannot run. Every status except ok has a remedy."""
 
     status: Status
     what: str
@@ -22,7 +22,7 @@ class Line:
 
 
 def as_text(lines: list[Line], width: int = 120, colours: bool = False) -> str:
-    """Format aligned columns of status, what and value, with each remedy below its value."""
+    """Format the lines in aligned columns of status, what and value, with each remedy below its value."""
     first, second = max(map(len, COLOURS)) + 2, max((len(line.what) for line in lines), default=0) + 2
     rows = []
     for line in lines:
@@ -38,7 +38,7 @@ def as_text(lines: list[Line], width: int = 120, colours: bool = False) -> str:
 
 
 def summary(lines: list[Line]) -> str:
-    """Count the problems, such as ``1 error, 2 warnings``."""
+    """Count the problems, as in ``1 error, 2 warnings``."""
     parts = []
     for status in ("error", "warning"):
         if count := sum(line.status == status for line in lines):

@@ -181,7 +181,7 @@ def test_healthy_hosts_are_all_ok(
     for what in ("hosts", "same python", "same packages", "same code", "clocks", "ports"):
         assert lines[what]["status"] == "ok", lines[what]
     assert lines["ports"]["value"].startswith("every other host connects to a at 127.0.0.1")
-    assert lines[f"shared {shared}"]["value"].startswith("seen and written by every host")
+    assert lines[f"shared {shared}"]["value"].startswith("visible and writable on every host")
     assert not list(shared.iterdir())
 
 

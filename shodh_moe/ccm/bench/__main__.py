@@ -1,4 +1,7 @@
-"""One process of the benchmark: ``python -m shodh_moe.ccm.bench CONFIG data|measure FAMILY SEED``."""
+"""Run one process of the benchmark: ``python -m shodh_moe.ccm.bench CONFIG data|measure FAMILY SEED``.
+
+``data`` generates the family's data and ignores the seed; ``measure`` measures the experts of one seed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines with parameters, tuned on validation regimes alone."""
+"""Baselines with tuned parameters, chosen on validation regimes only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shodh_moe.operators import rollout_loss
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)
 DENSITIES = (0.1, 0.2, 0.5, 0.8)
-ORACLE_REACH = 2.0
+ORACLE_REACH = 2.0  # largest |alpha| that the oracle tries
 
 
 def mean_error(expert: Expert, regimes: list[Trajectories], frames: int) -> float:
-    """Mean nRMSE over regimes of the frames after ``frames`` given ones; infinite if a rollout blew up."""
+    """Mean nRMSE over regimes of the frames after the first ``frames``, which are given; infinite if one blew up."""
     means = [rollout_errors(expert, one.fields, one.coordinate, frames).mean() for one in regimes]
     total = float(torch.stack(means).mean())
     return total if math.isfinite(total) else math.inf
@@ -31,7 +31,10 @@ def mean_error(expert: Expert, regimes: list[Trajectories], frames: int) -> floa
 def tune(
     candidates: Iterable[dict[str, Any]], make: Callable[[dict[str, Any]], Expert], regimes: list[Trajectories], k: int
 ) -> tuple[Expert, dict[str, Any]]:
-    """Return the candidate with the smallest error on the given (validation) regimes, and its settings."""
+    """Return the expert that the best settings make, and these with their ``validation_error``.
+
+    The best settings have the smallest `mean_error` on ``regimes``, which must be validation regimes.
+    """
     tried = [(mean_error(make(settings), regimes, k), settings) for settings in candidates]
     best = min(tried, key=lambda one: one[0])
     return make(best[1]), {**best[1], "validation_error": best[0]}
@@ -76,7 +79,10 @@ def fine_tune(anchor: Expert, regime: Trajectories, k: int, rate: float, setting
 def choose_rate(
     anchor: Expert, regimes: list[Trajectories], k: int, settings: FineTuning
 ) -> tuple[float, dict[str, float]]:
-    """Choose the learning rate of `fine_tune` with the smallest error on the (validation) regimes, each tuned alone."""
+    """Choose the learning rate of `fine_tune` with the smallest mean error on the validation regimes.
+
+    The anchor is fine-tuned on each regime separately. Returns the rate, and the error of each rate.
+    """
 
     def error(rate: float) -> float:
         each = [mean_error(fine_tune(anchor, one, k, rate, settings), [one], k) for one in regimes]
@@ -86,12 +92,11 @@ def choose_rate(
     return min(errors, key=lambda rate: errors[rate]), {str(rate): value for rate, value in errors.items()}
 
 
-def oracle(
-    low: Expert, high: Expert, regime: Trajectories, k: int, known: Iterable[float]
-) -> tuple[float, Tensor]:  # fmt: skip
-    """Find the best alpha of a regime from its true frames: a bound on readouts, not a method.
+def oracle(low: Expert, high: Expert, regime: Trajectories, k: int, known: Iterable[float]) -> tuple[float, Tensor]:
+    """Find the best alpha of a regime from its true frames. This bounds readouts; it is not a method.
 
-    Golden section over more than CCM's reach; the ``known`` alphas are tried too. Returns alpha and errors [N, T - k].
+    Searches by golden section further than CCM's reach, and tries the ``known`` alphas too. Returns alpha and its
+    errors [N, T - k].
     """
     found: dict[float, Tensor] = {}
 

@@ -15,9 +15,9 @@ EXPERTS = ("anchor", "low", "high", "conditioned")
 
 
 class Phase(Section):
-    """One training of the benchmark."""
+    """One training phase: that of the anchor, or the fine-tuning of the endpoint experts."""
 
-    rollout: list[Positive] = Field([1, 1, 2, 3], description="as in an expert's config")
+    rollout: list[Positive] = Field([1, 1, 2, 3], description="see rollout in an expert's config")
     training: TrainingConfig = TrainingConfig()
 
 
@@ -26,7 +26,9 @@ class FineTuning(Section):
 
     steps: Positive = 40
     batch_size: Positive = 16
-    learning_rates: list[PositiveFloat] = Field([1e-3, 3e-3, 1e-2], description="one is chosen on validation regimes")
+    learning_rates: list[PositiveFloat] = Field(
+        [1e-3, 3e-3, 1e-2], description="rates to try; the best on validation regimes is used"
+    )
 
 
 class FamilyBench(Section):
@@ -36,7 +38,7 @@ class FamilyBench(Section):
     network: NetworkConfig = NetworkConfig()
     anchor: Phase = Phase()
     endpoint: Phase = Phase()
-    frames: Positive = Field(4, description="K: frames given; only later frames count in errors")
+    frames: Positive = Field(4, description="K, the number of given frames; errors are those of the later frames")
     fine_tuning: FineTuning = FineTuning()
 
     @model_validator(mode="after")
@@ -71,9 +73,9 @@ class BenchConfig(Section):
         return Path(self.runs) / self.name
 
     def expert(self, key: str, seed: int, role: str) -> ExpertConfig:
-        """The config of one of `EXPERTS`.
+        """The config of an expert of the family ``key``; ``role`` is one of `EXPERTS`.
 
-        The conditioned network gets the data and the steps of the other three together.
+        The conditioned network gets the data and the training steps of the other three together.
         """
         one = self.families[key]
         runs, training = self.folder / "experts", one.anchor.training

@@ -1,7 +1,7 @@
 """Measure all rows of the benchmark for one family and seed, and write them as JSON.
 
-All tuning uses the validation split. The test splits (interpolation, ood_low, ood_high) are read afterwards; only
-``oracle`` uses their true frames, as a bound.
+All tuning uses the validation split. The test splits (interpolation, ood_low, ood_high) are read afterwards. Only
+``oracle``, which is a bound, is chosen by its errors there; ``ccm_prefix`` and ``fine_tuned`` see the K given frames.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from shodh_moe.ccm.readout import Prefix, bend, clip, fit_prefix, fit_scale, pro
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config.compare import fingerprint
 
-VERSION = 2  # increase it when the same experts would give other numbers
+VERSION = 2  # increase it when the same experts would give different numbers
 TEST_SPLITS = ("interpolation", "ood_low", "ood_high")
-CURVE = tuple(step / 4 for step in range(-8, 9))
+CURVE = tuple(step / 4 for step in range(-8, 9))  # alphas at which validation errors are measured: -2, -1.75, ..., 2
 
 
 def result_path(config: BenchConfig, key: str, seed: int) -> Path:
@@ -33,7 +33,7 @@ def result_path(config: BenchConfig, key: str, seed: int) -> Path:
 
 
 def measured(config: BenchConfig, key: str, seed: int) -> bool:
-    """Whether there is a result for the current experts and settings."""
+    """Whether a result for the current experts and settings exists."""
     try:
         return bool(json.loads(result_path(config, key, seed).read_text())["key"] == _key(config, key, seed))
     except (OSError, ValueError, KeyError):
@@ -47,7 +47,7 @@ def _key(config: BenchConfig, key: str, seed: int) -> str:
 
 
 def load_path(config: BenchConfig, key: str, seed: int, role: str) -> Path:
-    """The last checkpoint of an expert."""
+    """Path of an expert's last checkpoint, whether or not it exists yet."""
     expert = config.expert(key, seed, role)
     return Path(expert.runs) / expert.name / "checkpoints" / str(expert.training.steps)
 
@@ -96,7 +96,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
 
 
 class _Choices:
-    """All choices, made before a test regime is read."""
+    """All choices made on validation regimes, before a test regime is read, and measurements with them."""
 
     def __init__(self, one: FamilyBench, experts: dict[str, Expert], validation: list[Trajectories]):
         self._one, self._experts, self._validation = one, experts, validation
@@ -120,7 +120,7 @@ class _Choices:
         self.record["best_endpoint"] = self._best_end
 
     def rows(self, regime: Trajectories) -> tuple[dict[str, Any], Prefix]:
-        """Errors of every row on a regime, and its prefix."""
+        """Errors of every row on a regime (means over frames, one per trajectory), and the regime's prefix."""
         experts, s, k = self._experts, regime.coordinate, self._one.frames
         ends = (experts["low"], experts["high"])
         prefix = fit_prefix(*ends, regime.fields, k)
@@ -144,7 +144,7 @@ class _Choices:
         return {"errors": errors.mean(1).tolist()}
 
     def curves(self) -> list[dict[str, Any]]:
-        """Error over alpha on each validation regime."""
+        """Mean error at each alpha of `CURVE` on each validation regime."""
         ends, k = (self._experts["low"], self._experts["high"]), self._one.frames
         return [
             {
@@ -155,7 +155,7 @@ class _Choices:
         ]
 
     def example(self, regime: Trajectories) -> dict[str, np.ndarray]:
-        """The last frame of the first trajectory, first channel [H, W]: the truth and three predictions."""
+        """Images [H, W] for a figure, the truth and three predictions: first trajectory, last frame, first channel."""
         experts, s, k = self._experts, regime.coordinate, self._one.frames
         shown = {
             "anchor": experts["anchor"],
@@ -164,9 +164,9 @@ class _Choices:
         }
         fields = regime.fields[:1]
 
-        def last(expert: Expert) -> Tensor:
+        def last_frame(expert: Expert) -> Tensor:
             given = fields[:, :k].to(next(expert.network.parameters()))
             return expert.predict(given, fields.shape[1] - k, s)[0, -1, 0].cpu()
 
-        images = {"truth": fields[0, -1, 0], **{name: last(expert) for name, expert in shown.items()}}
+        images = {"truth": fields[0, -1, 0], **{name: last_frame(expert) for name, expert in shown.items()}}
         return {**{name: image.numpy() for name, image in images.items()}, "coordinate": np.float64(s)}

@@ -1,6 +1,6 @@
 """Figures of the benchmark: error over alpha, error by row, error over the regime, bend of the path, fields.
 
-Errors that blew up are left out of lines and named beside bars.
+Where rollouts blew up, lines have a gap and a bar is labelled "blew up".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Summary = dict[str, Any]
 
 COLUMNS = 3
 CCM, ORACLE, OTHER, CONDITIONED = "#c2410c", "#f59e0b", "#94a3b8", "#16a34a"
-LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # the marker shows a point whose neighbours blew up
+LINE = {"linewidth": 1.6, "marker": ".", "markersize": 4.5}  # markers show a point even between two gaps
 LINES: dict[str, dict[str, Any]] = {
     "anchor": {"color": "black", "linewidth": 2.0},
     "low": {"color": "#60a5fa", "linestyle": "--"},
@@ -38,8 +38,8 @@ LINES: dict[str, dict[str, Any]] = {
 }
 REGIME_COLOURS = ("#1d4ed8", "#0d9488", "#ca8a04", "#be123c", "#6d28d9", "#4d7c0f")
 WIDE = 8.0  # an axis is logarithmic if its largest value exceeds the smallest by this factor
-MOST_ANCHORS = 3.0  # bars are cut at this multiple of the anchor's error; the number is beside them
-MOST_BEND = 2.0
+MOST_ANCHORS = 3.0  # bars are cut at this multiple of the anchor's error; their value is printed beside them
+MOST_BEND = 2.0  # upper limit of the axis of bends
 
 
 def draw(results: Results, summary: Summary, folder: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def draw(results: Results, summary: Summary, folder: Path) -> list[Path]:
     Args:
         results: the result files; see `shodh_moe.ccm.bench.summary.summarise`.
         summary: what `summarise` returns for them.
-        folder: the figures go here; it is made if missing.
+        folder: where to write the figures; created if missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -68,7 +68,7 @@ def _by_family(results: Results) -> dict[str, Results]:
 
 
 def _values(values: Any) -> NDArray[np.float64]:
-    """Convert to an array; errors that blew up become NaN, which is not drawn."""
+    """Convert errors to an array; those of rollouts that blew up become NaN, which is not drawn."""
     return np.array([np.nan if value is None or not np.isfinite(value) else value for value in values], dtype=float)
 
 
@@ -144,7 +144,7 @@ def _ood(summary: Summary) -> Figure:
 
 
 def _bar_end(values: list[float | None], anchor: float | None) -> float:
-    """Where bars are cut: an outlying row must not make the others too short to compare."""
+    """The value at which bars are cut, so that an outlying row does not make the others too short to compare."""
     largest = max((value for value in values if value is not None), default=1.0)
     return min(largest, MOST_ANCHORS * anchor) if anchor else largest
 
@@ -166,7 +166,7 @@ def _bar(axes: Axes, place: int, row: str, estimate: dict[str, Any] | None, end:
         axes.plot([low, high], [place, place], color="0.15", linewidth=1.3)
         tip = max(high, value)
     shown = "blew up" if estimate["value"] is None else f"{value:#.3g}"
-    # White background: the anchor's line would cross the number.
+    # White background, because the anchor's line may cross the number.
     axes.text(tip + 0.03 * end, place, shown, bbox={"color": "white", "pad": 0.6}, zorder=4, **text)
 
 
@@ -179,7 +179,6 @@ def _regimes(summary: Summary) -> Figure:
         for row, look in LINES.items():
             measured = [regime for regime in regimes if row in regime["errors"]]
             errors = _values(regime["errors"][row] for regime in measured)
-            # NaN breaks the line where an error blew up.
             if measured:
                 where = [regime["coordinate"] for regime in measured]
                 axes.plot(where, errors, **{**LINE, **look})
@@ -215,11 +214,11 @@ def _straightness(results: Results) -> Figure:
 
 
 def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> None:
-    """Draw one frame: the truth, the predictions, and below them their errors (predicted - true).
+    """Draw one frame: the truth beside the predictions, and below each prediction its error (predicted - true).
 
     Args:
-        example: fields [H, W] named ``truth`` and any of ``anchor``, ``best_endpoint``, ``ccm``.
-        path: the PNG file.
+        example: images [H, W] named ``truth`` and any of ``anchor``, ``best_endpoint``, ``ccm``.
+        path: the PNG file to write.
 
     Raises:
         UserError: the file cannot be written.
@@ -229,8 +228,8 @@ def draw_fields(example: dict[str, NDArray[Any]], title: str, path: Path) -> Non
     truth = np.asarray(example["truth"], dtype=float)
     low, high = float(truth.min()), float(truth.max())
     span = high - low or 1.0
-    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}  # drawn below the predictions
-    # An outlying prediction must not wash out the errors of the others.
+    errors = {key: np.asarray(example[key], dtype=float) - truth for key in names}
+    # Limit the colour scale, so that an outlying prediction does not wash out the errors of the others.
     finite = [float(np.abs(error[np.isfinite(error)]).max(initial=0.0)) for error in errors.values()]
     largest = min(max(finite, default=0.0), span) or 1.0
     columns = 1 + len(names)

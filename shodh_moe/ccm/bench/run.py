@@ -1,4 +1,4 @@
-"""`shodh bench ccm`: data, experts, measurements, summary. Finished work is kept, so the command resumes."""
+"""`shodh bench ccm`: data, experts, measurements, summary. Finished work is skipped, so the command resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shodh_moe.runs.folder import claim_run_folder
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
-    """Do all work that is not done yet, and return the summary.
+    """Do all unfinished work and return the summary.
 
     Writes ``summary.json``, ``summary.md`` and figures to ``<runs>/<name>/report``, and copies them to ``output`` if
     given.

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,27 +37,36 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if chosen or _wants_clusters(config) or cores == 1 else min(WORKERS, cores)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, and all files that start ranks to the same worker.
+
+    Groups (``--dist=loadgroup``) would say the same, but those of pytest-xdist 3.8 are lost under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return RANKS if _starts_ranks(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not _wants_clusters(config):  # real clusters need root, install packages and start daemons
         deselected = [item for item in items if item.get_closest_marker("cluster")]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
     if _is_worker(config):
-        with_ranks, slow = (
-            {item.path for item in items if item.get_closest_marker(m)} for m in ("distributed", "slow")
-        )
-        for item in items:
-            group = RANKS if item.path in with_ranks else item.location[0]
-            item.add_marker(pytest.mark.xdist_group(group))
-        items.sort(key=lambda item: (item.path not in with_ranks, item.path not in slow))
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (not _starts_ranks(item.path), item.path not in slow))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remove the group that pytest-xdist appends to a test's name, so that the name can be passed to pytest again."""
-    if hasattr(report, "node"):  # comes from a worker
-        report.nodeid = report.nodeid.rpartition("@")[0] or report.nodeid
+@cache
+def _starts_ranks(file: Path) -> bool:
+    """Whether a file has a test with the mark `distributed`. The process that schedules tests sees their names only."""
+    return "pytest.mark.distributed" in file.read_text(encoding="utf-8")
 
 
 def _is_worker(config: pytest.Config) -> bool:

@@ -49,7 +49,7 @@ def _derivative(
 
 @triton.jit
 def _tile(x_size, y_size, z_size, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """x, y, z, index in the component and mask of this program's tile; cells per component; offset of the batch element."""
+    """x, y, z, index in the component and mask of this program's tile; cells of a component; offset of the batch."""
     tiles_z = tl.cdiv(z_size, BLOCK_Z)
     row = (tl.program_id(0) // tiles_z) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     z = (tl.program_id(0) % tiles_z) * BLOCK_Z + tl.arange(0, BLOCK_Z)[None, :]

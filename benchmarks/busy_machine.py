@@ -1,15 +1,15 @@
-"""How much a busy machine slows down data generation and torch's threads.
+"""Measure how much other work on the machine slows down data generation and torch's threads.
 
     python benchmarks/busy_machine.py --json busy_machine.json
 
-Each mode runs alternately alone and beside two busy processes, several times; medians are reported. ``generate``
-simulates short trajectories of configs/quickstart.yaml, with one or two flows at a time as threads of one process (as
-``shodh data generate`` does) or as processes. ``convolve`` runs a small 3D convolution network as the tokenizer does,
-with torch's OpenMP threads spinning at barriers as long as the library likes (``default``), briefly or not at all.
+Each mode runs several times, alternately alone and beside two busy processes; medians are reported. ``generate``
+simulates short trajectories of configs/quickstart.yaml, one or two flows at a time, in threads of one process (as
+``shodh data generate`` does) or in processes. ``convolve`` runs a small 3D convolution network like the tokenizer's,
+whose OpenMP threads spin at barriers for as long as the library chooses (``default``), briefly or not at all.
 
-The busy processes get a session of their own: Linux's autogroup scheduling shares the cores out by sessions, and by
-threads only within a session. Every row says how the time of a worker passed: ``cpu_s`` computing, ``queue_s``
-runnable without a core, and the rest of ``wall_s`` blocked (on the GIL, a lock or the disk).
+The busy processes run in their own session, because Linux's autogroup scheduling divides the cores among sessions first
+and among threads only within a session. Every row shows how a worker spent its time: ``cpu_s`` computing, ``queue_s``
+runnable but waiting for a core, and the rest of ``wall_s`` blocked (on the GIL, a lock or the disk).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONVOLVE: dict[str, tuple[int, dict[str, str]]] = {
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Keep ``count`` other processes busy within the block, in one session of their own."""
+    """Within the block, run ``count`` busy processes in their own session."""
     command = f"import os\nfor _ in range({count} - 1):\n    if not os.fork(): break\nwhile True: pass"
     leader = subprocess.Popen([sys.executable, "-c", command], start_new_session=True) if count else None
     try:
@@ -55,7 +55,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def one_flow(job: int, folder: str, snapshots: int) -> tuple[float, float, float]:
-    """Make trajectory ``job``; returns its seconds of wall time, computing, and waiting for a core."""
+    """Make trajectory ``job``. Returns the seconds of wall time, of computing and of waiting for a core."""
     from shodh_moe.config.load import load_config
     from shodh_moe.data.generation import simulate_and_write
     from shodh_moe.data.planned import planned_trajectories
@@ -71,11 +71,11 @@ def one_flow(job: int, folder: str, snapshots: int) -> tuple[float, float, float
 
 
 def generate(mode: str, busy: int, flows: int, snapshots: int) -> dict[str, float]:
-    """Trajectories a minute, start-up and compilation excluded; and how the time of one passed."""
+    """Trajectories per minute, without start-up and compilation, and how the time of one was spent."""
     kind, workers = GENERATE[mode]
     pool: Executor = kind(workers) if kind else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     with pool, tempfile.TemporaryDirectory() as folder:
-        # Both domains in every worker: imports and compiled kernels are loaded.
+        # Make both domains in every worker, so that imports and compiled kernels are loaded.
         warm = [pool.submit(one_flow, n % 2, tempfile.mkdtemp(dir=folder), 2) for n in range(2 * workers)]
         for future in warm:
             future.result()
@@ -89,7 +89,7 @@ def generate(mode: str, busy: int, flows: int, snapshots: int) -> dict[str, floa
 
 
 def convolve(mode: str, busy: int, seconds: float) -> dict[str, float]:
-    """Network evaluations a minute in a new process, as OpenMP reads its settings once."""
+    """Network evaluations per minute, in a new process, because OpenMP reads its settings only once."""
     threads, settings = CONVOLVE[mode]
     command = [sys.executable, __file__, "--convolve", str(threads), "--seconds", str(seconds)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
@@ -100,6 +100,7 @@ def convolve(mode: str, busy: int, seconds: float) -> dict[str, float]:
 
 
 def convolutions(threads: int, seconds: float) -> dict[str, float]:
+    """Evaluate the network for this long in this process. Returns the row of `convolve`."""
     import torch
     from torch import nn
 
@@ -119,10 +120,10 @@ def convolutions(threads: int, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each mode; default: %(default)s")
-    parser.add_argument("--flows", type=int, default=8, help="trajectories in each; default: %(default)s")
-    parser.add_argument("--snapshots", type=int, default=8, help="of each trajectory; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of convolutions; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the result there; default: print it")
+    parser.add_argument("--flows", type=int, default=8, help="trajectories per measurement; default: %(default)s")
+    parser.add_argument("--snapshots", type=int, default=8, help="snapshots per trajectory; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of convolutions; default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
     parser.add_argument("--convolve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convolve:

@@ -2,9 +2,9 @@
 
     python benchmarks/compile_kernels.py [--target sm_90 ...] [--only WORD] [--json FILE]
 
-The variants are those of each file in configs/ and of the microbenchmarks' sizes: the operations are called
-with tensors that have a shape and no data, and their launches are compiled for each target. Prints registers per
-thread, shared memory per program and spilled bytes per thread; exits with 1 if a variant spills or does not compile.
+The variants are those of each config in configs/ and of the microbenchmarks. The operations are called with tensors
+without data, and their launches are compiled for each target. Prints registers per thread, shared memory per program
+and spilled bytes per thread; exits with 1 if a variant spills or does not compile.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Flow:
     dtype: torch.dtype
     lid: bool = True
     eddies: bool = True
-    mode: str = "scalar"  # scalar: carries a scalar; free: carries none; held: settles its pressure
+    mode: str = "scalar"  # scalar: carries a scalar; free: does not; held: settles the pressure at a held velocity
 
 
 Size = Layer | Field | Flow
 
 
 def configured() -> list[Size]:
-    """Cases of the files in configs/."""
+    """Sizes used by the files in configs/."""
     sizes: list[Size] = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = load_config(path)
@@ -82,7 +82,7 @@ def configured() -> list[Size]:
 
 
 def benchmarked() -> list[Size]:
-    """Cases of the microbenchmarks."""
+    """Sizes used by the microbenchmarks."""
     sizes: list[Size] = []
     for experts in (8, 64, 256):
         for dtype in (torch.float32, torch.bfloat16):
@@ -98,7 +98,7 @@ def benchmarked() -> list[Size]:
 
 
 def flows() -> list[Size]:
-    """All forms of the solver's step in float32 under a lid; otherwise only the forms that need the most resources."""
+    """All forms of the solver's step in float32 with a lid; otherwise only the forms that need the most resources."""
     cube, float32, float64 = (64, 64, 64), torch.float32, torch.float64
     modes = ("free", "held", "scalar")
     sizes: list[Size] = [Flow(cube, float32, eddies=eddies, mode=mode) for eddies in (False, True) for mode in modes]

@@ -43,7 +43,7 @@ from support.timing import BOTH, Missing, passes, release, rotating, with_backwa
 
 
 def check_peers(report: Report, case: Case) -> None:
-    """Check on a smaller problem of the same kind that all give the same rows and the same result."""
+    """Check on a smaller problem of the same kind that all implementations give the same rows and the same result."""
     small = case._replace(tokens=min(case.tokens, 512), width=min(case.width, 64), dtype=torch.float32)
     if case.capacity is not None:
         small = small._replace(capacity=expert_capacity(small.tokens, small.experts, CAPACITY_FACTOR, 1))
@@ -123,7 +123,7 @@ def bench_combine(report: Report, case: Case, shared: bool) -> None:
         return (form(i["rows"], i["g"].expert_N, i["g"].slot_N, i["gate"], i.get("shared")),)
 
     def theirs(ds: DeepSpeed, i: dict[str, Any]) -> tuple[Tensor, ...]:
-        # MOELayer reuses the slots of its dispatch, so their cost counts there.
+        # MOELayer reuses the slots of its dispatch, so their cost is counted there.
         y_ND = ds.decode(i["rows"], i["slots"], i["gate"][None], case.tokens)
         return (y_ND + i["shared"] if shared else y_ND,)
 
@@ -156,7 +156,7 @@ def _measure(
 
 
 def check_together(report: Report, case: Case) -> None:
-    """Check that all give the same y, loss and gradients if no token is dropped, and that DeepSpeed drops as many."""
+    """Check that all give the same y, loss and gradients if no token is dropped, and that DeepSpeed keeps as many."""
     small = case._replace(tokens=min(case.tokens, 512), width=min(case.width, 64), dtype=torch.float32)
     small = small._replace(capacity=small.tokens)
     i = together_inputs(small, 0, report.device)

@@ -37,7 +37,7 @@ def gradients(tokens: int, device: torch.device) -> tuple[Tensor, ...]:
 def check_peers(report: Report, case: dict[str, Any], logits_NE: Tensor, capacity: int, drop_order: str) -> None:
     """Check that ours, plain torch and DeepSpeed choose the same experts, keep as many tokens, and agree on the losses.
 
-    A few tokens may differ: where rounding makes probabilities equal, the peers' choice is arbitrary.
+    A few tokens may differ, because the peers' choice is arbitrary where rounding makes probabilities equal.
     """
     few = 4
     ours = top1_gating(logits_NE, capacity, drop_order)
@@ -139,8 +139,8 @@ def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: t
         "torch.compile": (lambda i: textbook(*(i[k] for k in keys))) if callable(textbook) else textbook,
     }
     sets = rotating(make, tokens * width * dtype.itemsize, device)
-    # As for gating, but the logits need not be in memory: the forward pass reads x instead, the backward pass reads x
-    # and writes its gradient. FLOP: 2 N D R for the projection, 2 N R E for the scores; twice that backward.
+    # As for gating, but logits need not be in memory: the forward pass reads x instead; the backward pass reads x and
+    # writes its gradient. FLOP: 2 N D R for the projection and 2 N R E for the scores; twice as many backward.
     x_bytes, scores = tokens * width * dtype.itemsize, 2 * tokens * ROUTING_WIDTH * (width + experts)
     bytes_ = {"forward": x_bytes + 24 * tokens, "both": 3 * x_bytes + 36 * tokens}
     flops = gating_flops(tokens, experts)
@@ -169,7 +169,7 @@ def work(report: Report) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="default: 65536")
     parser.add_argument("--experts", type=sizes, help="default: 8,16,64,256")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the logits")
 
 
 def main(arguments: list[str] | None = None) -> int:

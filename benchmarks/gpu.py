@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--out FOLDER] [--json FILE] [--minutes 8]
     python benchmarks/gpu.py --rehearse     # the same steps in tiny sizes on a CPU, to test the script
 
-Any Python with a CUDA torch will do: no network, no root, nothing to install. Every step is a separate process with a
-time limit; a step that fails or overruns is recorded and the others still run. Exit code 0 if every step ran or lacked
-an optional package (which is recorded), 1 otherwise, 2 without a GPU.
+It needs only a Python with a CUDA torch: no network, no root, no installation. Every step is a separate process with a
+time limit; if a step fails or takes too long, this is recorded and the others still run. The exit code is 0 if every
+step ran or lacked an optional package (which is recorded), 2 without a GPU, and otherwise 1.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ TINY = [
 
 
 def source_tree() -> Path:
-    """Link shodh_moe, its kernels and the tests as an installation has them, so that nothing need be installed."""
+    """Link shodh_moe, its kernels and the tests into the layout of an installation. Returns the folder."""
     package = TREE / "shodh_moe"
     package.mkdir(parents=True, exist_ok=True)
     targets = {package / path.name: path for path in (ROOT / "shodh_moe").iterdir() if path.name != "__pycache__"}
@@ -82,7 +82,7 @@ def source_tree() -> Path:
 
 
 def steps(out: Path, rehearse: bool) -> list[Step]:
-    """List the steps, the most valuable first in case time runs out."""
+    """List the steps, the most important ones first in case time runs out."""
     python, device = sys.executable, "cpu" if rehearse else "cuda"
 
     def script(name: str, *arguments: str) -> list[str]:
@@ -152,7 +152,7 @@ def tests(out: Path, rehearse: bool) -> Step:
     command = [sys.executable, "-m", "pytest", "-c", str(ini), "--rootdir", str(TREE), "-q", "-p", "no:cacheprovider"]
     command += ["tests/kernels/test_gating.py", "-k", "tie or capacity"] if rehearse else ["tests/kernels"]
     if installed("xdist") and not rehearse:
-        command += ["-n", "8"]  # most of the time goes into compiling kernels
+        command += ["-n", "8"]  # most of the time is spent on compiling kernels
     if installed("pytest_timeout"):
         command += ["--timeout", "60"]
     return Step("tests", command, 100, needs=("pytest", "hypothesis"), folder=TREE, read=count_tests)
@@ -162,7 +162,7 @@ def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outc
     path = os.pathsep.join(filter(None, (str(source_tree()), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     if rehearse:
-        # One thread: on a shared machine several threads would wait for each other.
+        # Use one thread: on a shared machine several threads would wait for each other.
         environment |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     deadline = time.monotonic() + 60 * minutes
     done: list[Outcome] = []
@@ -175,7 +175,7 @@ def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outc
         elif step.after and status[step.after] != "done":
             outcome = Outcome(step.name, "not run", 0.0, f"{step.after} did not succeed")
         elif remaining < 5:
-            outcome = Outcome(step.name, "timed out", 0.0, f"the {minutes:g} minutes were over")
+            outcome = Outcome(step.name, "timed out", 0.0, f"the time limit of {minutes:g} minutes was reached")
         else:
             print(f"{step.name} ...", flush=True)
             outcome = run_step(step, out, min(step.limit, remaining), environment)
@@ -186,7 +186,7 @@ def run_all(out: Path, rehearse: bool, minutes: float, save: Callable[[list[Outc
 
 
 def result_file(out: Path, options: Any, name: str) -> Path:
-    """Path of the JSON file; a rehearsal is kept out of benchmarks/results."""
+    """Path of the JSON file. That of a rehearsal is not in benchmarks/results."""
     if options.json:
         return options.json
     if options.rehearse:
@@ -201,10 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     from shodh_moe.base.files import write_text
 
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="logs, results and pictures")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of logs, results and pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu_<name>_<date>.json")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit for all steps together")
-    parser.add_argument("--rehearse", action="store_true", help="the same steps on the CPU in tiny sizes")
+    parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU in tiny sizes")
     options = parser.parse_args(arguments)
     try:
         import torch
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*.json"), *out.glob("*.png")):
-        old.unlink()  # results of an earlier run would be taken for this one's
+        old.unlink()  # results of an earlier run would be mistaken for this run's
     file, began = result_file(out, options, name), time.monotonic()
     content: dict[str, Any] = {"what": "make gpu", "device": name, "rehearsal": options.rehearse}
 

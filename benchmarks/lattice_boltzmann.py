@@ -1,10 +1,10 @@
-"""The lattice Boltzmann solver: million cell updates per second, and the share of the memory bandwidth they use.
+"""Measure the lattice Boltzmann solver: million cell updates per second and the share of the memory bandwidth used.
 
     python benchmarks/lattice_boltzmann.py --json benchmarks/results/lattice_boltzmann_cpu.json
 
 An update reads and writes 19 populations of a fluid cell (152 bytes in float32) and, on a CPU, reads the indices of
-their sources (76 bytes). A scalar adds reading and writing of 7 populations and of a velocity (80 bytes) and, on a CPU,
-reading of seven more indices (28 bytes). ``of copy`` is the share of the copy bandwidth of all threads.
+their sources (76 bytes). With a scalar it also reads and writes 7 populations and a velocity (80 bytes) and, on a CPU,
+reads seven more indices (28 bytes). ``of copy`` is the share of the copy bandwidth of all threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def geometry(n: int, fluid_share: float) -> NDArray[np.bool_]:
 
 
 def start(flow: Any, scalar: bool) -> Any:
-    """Set a flow and its scalar to random values far from zero and from the speed limit."""
+    """Set a flow and its scalar to random values, far from zero and from the speed limit, and return the flow."""
     rng = np.random.default_rng(1)
     shape = flow.solid_XYZ.shape
     flow.set_velocity(SPEED * rng.standard_normal((3, *shape), dtype=np.float32))
@@ -95,7 +95,7 @@ def bench(report: Report, n: int, fluid_share: float, variant: str) -> None:
 
 
 def bench_reference(report: Report, n: int) -> None:
-    """One step of the torch reference."""
+    """Time one step of the torch reference."""
     case = {"grid": n, "fluid": 1.0, "variant": "plain", "steps": 1}
     if report.out_of_time("torch_reference", case):
         return
@@ -142,7 +142,7 @@ def work(report: Report) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grids", type=sizes, help="sides of the cubic grids, like 32,64")
+    parser.add_argument("--grids", type=sizes, help="cells along the sides of the cubic grids; default: 32,64,128")
     parser.add_argument("--no-reference", action="store_true", help="leave out the torch reference")
 
 

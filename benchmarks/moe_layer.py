@@ -1,9 +1,9 @@
-"""A whole mixture-of-experts layer in one process against DeepSpeed's and a dense network of the same active size.
+"""Compare a whole mixture-of-experts layer with DeepSpeed's and with a dense network of the same active size.
 
     python benchmarks/moe_layer.py [--device cpu|cuda] [--json FILE] [--cases 4096/128/4 8192/256/16] [--ranks 2]
 
-After the times it prints the peak memory of each layer and how its parts share the time of forward and backward: a
-better way of moving tokens cannot save the time of the experts' products. ``--ranks 2`` also splits the layer over two
+After the times it prints each layer's peak memory and the share of its parts in the time of forward and backward:
+moving tokens faster cannot reduce the time of the experts' products. ``--ranks 2`` also splits the layer over two
 processes (`moe_ranks`).
 All layers have the same SwiGLU experts, linear router, Top-1 routing and capacity factor, and no shared expert.
 DeepSpeed 0.19's MOELayer always uses its sparse path (_sparse_encode, _sparse_decode) unless Tutel is requested.
@@ -35,7 +35,7 @@ def layer_flops(tokens: int, width: int, hidden: int, experts: int) -> int:
 
 
 def layer_bytes(tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> int:
-    """Bytes of x, the output and their gradients; of the weights, read twice, and their gradients, written once."""
+    """Minimal bytes: x, the output and their gradients once; weights, read twice, and their gradients, written once."""
     return itemsize * (4 * tokens * width + 3 * experts * 3 * width * hidden)
 
 
@@ -113,7 +113,7 @@ def explain(report: Report, case: dict[str, Any], calls: dict[str, Any], inputs:
 
 
 def _call(name: str, module: nn.Module, parameters: list[Tensor]) -> Any:
-    """A call that runs forward and backward to x and every parameter, with the balance loss of layers that have one."""
+    """A call that runs forward, and backward to x and all parameters, with the balance loss of layers that have one."""
 
     def forward(i: dict[str, Any]) -> tuple[Tensor, ...]:
         if name.startswith(OURS):
@@ -153,8 +153,10 @@ def work(report: Report) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", type=case_of, nargs="+", metavar="TOKENS/WIDTH/EXPERTS")
-    parser.add_argument("--ranks", type=int, default=1, help="also on this many ranks, at the same global batch")
+    parser.add_argument(
+        "--cases", type=case_of, nargs="+", metavar="TOKENS/WIDTH/EXPERTS", help="default: three cases, four on cuda"
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="also run on this many ranks with the same global batch")
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: float32 on cpu; both on cuda"
     )

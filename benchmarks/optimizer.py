@@ -1,4 +1,4 @@
-"""One AdamW step of each kernel that ``training.optimizer`` selects, over the parameters of a whole model.
+"""Time one AdamW step over the parameters of a whole model with each kernel that ``training.optimizer`` can select.
 
     python benchmarks/optimizer.py [--device cpu|cuda] [--json FILE]
 
@@ -52,7 +52,7 @@ def _shapes(model: Any, channels: int, grid: list[int]) -> list[torch.Size]:
 def step_of(
     make: Callable[[list[nn.Parameter]], Any], shapes: list[torch.Size], device: torch.device
 ) -> Call | Missing:
-    """A call that makes one step, or the reason why this kernel cannot run."""
+    """A call that makes one step, or the reason why the kernel cannot run."""
 
     def tensor(shape: torch.Size) -> Tensor:
         return torch.randn(shape, device=device)

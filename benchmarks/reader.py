@@ -2,9 +2,9 @@
 
     python benchmarks/reader.py --json benchmarks/results/reader_cpu.json
 
-WellDataset needs the_well 1.2.0; without it that row is left out. The files are made once in ``--folder``. All readers
-take turns, read the same snapshots in the same order, and start each turn with nothing read ahead. With --memory N the
-reader also runs for N batches, and the process's memory after 100 of them is compared with that at the end.
+WellDataset needs the_well 1.2.0; without it, its rows are left out. The files are made once in ``--folder``. Readers
+take turns, read the same snapshots in the same order, and start each turn with nothing read ahead. With --memory N, the
+reader also runs for N batches, and the process's memory after 100 batches is compared with that at the end.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def make_files(folder: Path, grid: int, files: int, snapshots: int) -> Path:
 def bare_h5py(records: list[TrajectoryRecord], stack: ExitStack) -> dict[str, Turn]:
     """Read velocity and pressure as stored, from files that stay open.
 
-    Each batch goes into a new array, as training needs it, or into the same two arrays, which partly stay in the
-    processor's cache.
+    Each batch goes into new arrays, as training needs it. "same array" instead reads every snapshot into the same
+    arrays, which partly stay in the processor's cache.
     """
     grid, length = records[0].grid, records[0].n_snapshots
     files = [stack.enter_context(h5py.File(record.path, "r")) for record in records]
@@ -117,7 +117,7 @@ def ours(snapshots: Snapshots) -> dict[str, Turn]:
 def well(folder: Path, snapshots: Snapshots) -> dict[str, Turn]:
     """Read with WellDataset, directly and through torch's loader.
 
-    A sample is two successive snapshots; a turn has half as many samples, so that all readers read the same amount.
+    A sample is two successive snapshots, so a turn has half as many samples, and all readers read the same amount.
     """
     try:
         from the_well.data import WellDataset
@@ -162,7 +162,7 @@ def forget(records: list[TrajectoryRecord]) -> None:
 
 
 def compare(turns: dict[str, Turn], records: list[TrajectoryRecord], rounds: int, cold: bool) -> list[dict[str, Any]]:
-    """Samples per second of each reader, in a new order every round."""
+    """Samples per second of each reader. The readers take turns in a new order every round."""
     rng, total = random.Random(0), sum(record.n_snapshots for record in records)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(-1, rounds):
@@ -242,7 +242,7 @@ def work(options: argparse.Namespace) -> None:
         "results": [],
         "ratios": {},
     }
-    if options.memory:  # runs first, while the process holds nothing else
+    if options.memory:  # runs first, while the process has nothing else in memory
         content["memory"] = [memory(snapshots, options.memory, workers) for workers in (0, 2)]
         for row in content["memory"]:
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
@@ -264,11 +264,11 @@ def work(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grid", type=int, default=128, help="cells along an edge; default: %(default)s")
-    parser.add_argument("--files", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--files", type=int, default=8, help="number of files; default: %(default)s")
     parser.add_argument("--snapshots", type=int, default=6, help="snapshots per file; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds with the files in the page cache")
     parser.add_argument("--cold-rounds", type=int, default=3, help="timed rounds with an empty page cache; 0 for none")
-    parser.add_argument("--memory", type=int, default=0, metavar="N", help="batches to run for the memory test")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="batches of the memory test; default: none")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/reader"), help="folder of the files; default: %(default)s"
     )

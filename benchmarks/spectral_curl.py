@@ -1,9 +1,9 @@
-"""The curl against torch.fft, torch.compile of that, and products with dense matrices.
+"""The curl against torch.fft, torch.compile of torch.fft, and products with dense matrices.
 
     python benchmarks/spectral_curl.py [--device cpu|cuda] [--json FILE] [--grids 64,128] [--operators spectral]
 
 Besides times it reports the relative error against FP64, and h * rms(div u) / rms(u) with the divergence of the same
-operator, computed in FP64 throughout and in the dtype of the case.
+operator, once with everything in FP64 and once in the dtype of the case.
 Shapes: B batch, 3 components, X Y Z space.
 """
 
@@ -64,7 +64,7 @@ def relative_divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> float
 
 
 def quality(call: Any, a_B3XYZ: Tensor, exact: Any, call64: Any, operator: str, spacing: float) -> dict[str, float]:
-    """Errors of an implementation; not part of the timing."""
+    """Errors of an implementation, which are not timed. ``call64``: the implementation in FP64, if it has one."""
     u, u64 = call(a_B3XYZ), exact(a_B3XYZ.double())
     found = {
         "relative_error": float((u.double() - u64).norm() / u64.norm()),
@@ -118,7 +118,7 @@ def work(report: Report) -> None:
     options, cuda = report.options, report.device.type == "cuda"
     grids = options.grids or ([16] if options.quick else [64, 128, 256] if cuda else [64, 128])
     default = ["float32", "float64", "bfloat16"] if cuda else ["float32"]
-    # The case with a performance goal runs first, in case time runs out.
+    # Grid 128, which has a performance goal, runs first in case time runs out.
     for dtype in options.dtypes or default:
         for grid in sorted(grids, key=lambda n: (n != 128, n)):
             for operator in options.operators or OPERATORS:

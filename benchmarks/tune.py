@@ -3,8 +3,8 @@
     python benchmarks/tune.py [--seconds 240] [--only gating dispatch] [--file kernels/tuned.json]
     python benchmarks/tune.py --rehearse     # in Triton's interpreter, tiny sizes; writes to --file only
 
-Each kernel asks `backend.settings` for its sizes by name and size class. This script replaces that function, tries each
-setting at half and twice its value, and keeps values that are faster and give the same results.
+Kernels get their sizes from `backend.settings` by name and size class. This script replaces that function, tries half
+and twice the value of each setting, and keeps values that are faster and give the same results.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tuner:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace the function in every module that launches kernels."""
+        """Within the block, replace the function in every module that launches kernels."""
         names = [found.name for found in pkgutil.iter_modules(kernels.__path__) if found.name.endswith("_triton")]
         modules = [importlib.import_module(f"shodh_moe.kernels.{name}") for name in names]
         modules = [module for module in modules if hasattr(module, "settings")]
@@ -87,14 +87,14 @@ def neighbours(name: str, value: int) -> list[int]:
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """Whether routes are equal and numbers differ at most by the order of their sums."""
+    """Whether integers are equal and floating-point numbers differ at most by the order of their sums."""
     for x, y in zip(a, b, strict=True):
         if not x.dtype.is_floating_point:
             if not torch.equal(x, y):
                 return False
             continue
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}.get(x.dtype, 1e-2)
-        # Relative to the whole tensor: single numbers near zero may have any relative error.
+        # The error is relative to the whole tensor, because single numbers near zero may have any relative error.
         if not (x.double() - y.double()).norm() <= tolerance * y.double().norm():
             return False
     return True
@@ -141,7 +141,7 @@ def tune_key(
 
 
 def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
-    """Public operations to tune with, as (operation, name, work), forward and backward. Results must not change."""
+    """Yield (operation, name, work) for the operations to tune, forward and backward. Results must not change."""
     yield from gating_workloads(device, quick)
     yield from dispatch_workloads(device, quick)
     yield from curl_workloads(device, quick)
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("this torch finds no CUDA device; --rehearse runs in Triton's interpreter")
-    # Must precede the import of Triton, which decides then whether kernels are compiled or interpreted.
+    # Set before Triton is imported, which then decides whether kernels are compiled or interpreted.
     os.environ["SHODH_KERNELS"] = "triton"
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"

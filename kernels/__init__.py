@@ -1,6 +1,6 @@
 """Fast kernels for the operations of this project, one file each; installed as ``shodh_moe.kernels``.
 
-Each file contains the torch reference of its operation, which defines the result on every device.
+Each operation has a torch reference, which defines its result on every device.
 """
 
 from shodh_moe.kernels.cosine_gating import cosine_top1_gating

@@ -1,4 +1,4 @@
-"""Compile recorded launches for GPUs that need not be present, and report the resources each kernel uses.
+"""Compile recorded launches for GPUs that this machine need not have, and report the resources each kernel uses.
 
 `backend.record` collects launches made with tensors on the ``meta`` device; Triton compiles them to machine
 code without a GPU. Registers and spills come from NVIDIA's assembler (bundled with Triton) or from the
@@ -64,7 +64,7 @@ class Variant:
 
 
 def variant(launch: Launch) -> Variant:
-    """The variant that Triton would compile at this launch: it specialises integers on 1 and on multiples of 16."""
+    """The variant that Triton would compile for a launch. Triton specialises integers that are 1 or multiples of 16."""
     signature, constexprs, divisible = {}, {}, []
     for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
         if isinstance(value, Tensor):
@@ -92,13 +92,13 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     """Compile for one of `TARGETS`.
 
     Raises:
-        RuntimeError: the kernel would not run: too much shared or tensor memory, or no code came out.
-        Exception: any error of Triton or the assembler if compilation fails.
+        RuntimeError: the kernel would not run: it needs too much shared or tensor memory, or has no code.
+        Exception: compilation failed; Triton and the assembler raise errors of many types.
     """
     gpu = TARGETS[target]
     constexprs = dict(variant.constexprs)
     if gpu.backend == "hip" and "PRECISION" in constexprs:
-        constexprs["PRECISION"] = "ieee"  # the launch functions' choice on AMD, where float32 is not split
+        constexprs["PRECISION"] = "ieee"  # what `backend.dot_precision` returns on AMD
     source = ASTSource(
         fn=variant.kernel,
         signature=dict(variant.signature),
@@ -115,7 +115,7 @@ def compile_variant(variant: Variant, target: str) -> Resources:
         registers, spills = _read_amd(compiled.asm["amdgcn"])
     else:
         registers, spills = _assemble(compiled.asm["ptx"], gpu.arch)
-    if registers < 8:  # Triton 3.7 turns a tile too large for sm_100 into a kernel without code
+    if registers < 8:  # if a tile is too large for sm_100, Triton 3.7 compiles a kernel without code
         raise RuntimeError(f"compiled to an empty kernel ({registers} registers): use smaller blocks")
     return Resources(registers, shared, spills)
 
@@ -124,7 +124,7 @@ def _read_amd(assembly: str) -> tuple[int, int]:
     def number(key: str) -> int:
         return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[-1])
 
-    # Scalar registers that spill go to lanes of vector registers, not to memory: they do not count.
+    # Scalar registers spill to lanes of vector registers, not to memory, so they are not counted.
     return number("vgpr_count"), 4 * number("vgpr_spill_count")
 
 
@@ -135,7 +135,7 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        # Triton passes the same option, so these are the registers of the code that will run.
+        # Triton passes the same options, so the registers are those of the code that will run.
         command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", source]
         result = subprocess.run([*command, "-o", Path(folder, "cubin")], capture_output=True, text=True, check=True)
     registers = int(re.findall(r"Used (\d+) registers", result.stderr)[-1])

@@ -1,8 +1,8 @@
 """Choose whether a call runs the Triton kernel or the torch reference, and launch Triton kernels.
 
-``SHODH_KERNELS`` chooses: ``auto`` (the default: Triton for tensors on a GPU, elsewhere the reference, with
-compiled passes where they are faster), ``reference``, or ``triton`` (on the CPU that needs Triton's interpreter:
-``TRITON_INTERPRET=1``).
+The environment variable ``SHODH_KERNELS`` decides: ``auto`` (default) uses Triton for tensors on a GPU and elsewhere
+the reference, with compiled passes where they are faster; ``reference`` always uses the reference; ``triton`` always
+uses Triton, which on the CPU needs its interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 def _choice() -> str:
     choice = os.environ.get("SHODH_KERNELS", "auto")
     if choice not in CHOICES:
-        raise ValueError(f"SHODH_KERNELS is {choice!r}; it is one of {', '.join(CHOICES)}")
+        raise ValueError(f"SHODH_KERNELS is {choice!r}: set it to one of {', '.join(CHOICES)}")
     return choice
 
 
@@ -45,7 +45,7 @@ def use_triton(tensor: Tensor) -> bool:
     """Whether a call on ``tensor`` runs the Triton kernel.
 
     Raises:
-        ValueError: ``SHODH_KERNELS`` holds an unknown word.
+        ValueError: ``SHODH_KERNELS`` has an unknown value.
         RuntimeError: Triton is requested where it cannot run.
     """
     if _recorded is not None:
@@ -69,7 +69,7 @@ def use_reference() -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """One line for the log: which kernels run on ``device``, and why. Raises the errors of `use_triton`."""
+    """Say in one line for the log which kernels run on ``device``, and why. Raises the errors of `use_triton`."""
     choice = _choice()
     why = "" if choice == "auto" else f" (SHODH_KERNELS={choice})"
     if use_triton(torch.empty(0, device=device)):
@@ -82,12 +82,12 @@ def describe(device: torch.device) -> str:
 
 
 def exact(tensor: Tensor) -> torch.autocast:
-    """A context in which autocast leaves the operands of matrix products unrounded."""
+    """A context without autocast, in which the operands of matrix products keep their dtype."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a Triton product accumulated in ``dtype``: AMD's compiler knows no tf32x3."""
+    """``input_precision`` of a Triton product accumulated in ``dtype``. AMD's compiler does not support tf32x3."""
     return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"
 
 
@@ -104,9 +104,9 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Record the launches inside the block instead of running them, to compile them with `kernels.ahead_of_time`.
+    """Within the block, record launches instead of running them, to compile them with `kernels.ahead_of_time`.
 
-    Inside, every operation uses its Triton form; pass it tensors on the ``meta`` device.
+    Every operation uses its Triton form there; pass it tensors on the ``meta`` device.
     """
     global _recorded
     _recorded = []
@@ -144,5 +144,5 @@ def _device_name(device: torch.device) -> str:
 
 
 def settings(kernel: str, size_class: str, default: dict[str, int], device: torch.device) -> dict[str, int]:
-    """Block sizes and warps for a launch: those measured on this device (benchmarks/tune.py), else ``default``."""
+    """Block sizes and warps for a launch: ``default``, updated with those tuned on this device (benchmarks/tune.py)."""
     return default | _table().get(_device_name(device), {}).get(kernel, {}).get(size_class, {})

@@ -10,14 +10,14 @@ from typing import Any
 import numba
 import torch
 
-# Allow fused multiply-adds and the like but no reordering, so that bits do not depend on vector widths.
+# Allow fused multiply-adds and similar changes but no reordering, so that results do not depend on vector widths.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "fastmath": {"contract", "nsz", "arcp"}}
 # Numba's fallback threading layer, used without OpenMP, is not reentrant.
 _one_caller = threading.Lock()
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile with numba, cached on disk if a writable cache folder exists (a read-only install may have none)."""
+    """Compile with numba, cached on disk if there is a writable cache folder (a read-only install may have none)."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
@@ -31,10 +31,10 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 def parallel_loops(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function whose ``numba.prange`` loops run on as many threads as torch uses.
 
-    With one thread it runs a serial version: numba would start all its threads even for one, and idle threads spin,
+    If torch uses one thread, a serial version runs: numba would start all its threads even then, and idle threads spin,
     which slows down other ranks on the machine.
     """
-    # Numba names its cache files after the function only, not after the options.
+    # Numba names its cache files after the function but not its options, so the serial version needs another name.
     twin = FunctionType(function.__code__, function.__globals__, function.__name__)
     twin.__qualname__ = f"{function.__qualname__}_serial"
     serial, parallel = compiled()(twin), compiled(parallel=True)(function)

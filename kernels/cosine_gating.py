@@ -1,4 +1,4 @@
-"""Top-1 gating by cosine scores, which are computed in the routing pass.
+"""Top-1 gating by cosine scores, computed within the routing pass.
 
 Shapes: N tokens, D model width, R routing width, E experts.
 """
@@ -25,7 +25,7 @@ from shodh_moe.kernels.gating import (
 )
 
 MAX_ROUTING_WIDTH = 128
-FUSED_EXPERTS = 64  # with more, a tile's scores and prototypes no longer fit in registers
+FUSED_EXPERTS = 64  # most experts whose scores and prototypes for a tile fit in registers
 
 
 def cosine_top1_gating(
@@ -40,11 +40,11 @@ def cosine_top1_gating(
 ) -> Gating:
     """`top1_gating` of the logits ``<W x, P_e> / (|W x| |P_e|) / tau`` (X-MoE, arXiv 2204.09179; DESIGN 3.5).
 
-    On Triton, with at most 64 experts, the logits are computed in the routing pass: the tokens are read once, and the
-    only intermediate result that is written is W x, for the backward pass.
+    With Triton and at most 64 experts, the logits are computed in the routing pass: the tokens are read once, and the
+    only intermediate results written are W x and the logits, for the backward pass.
 
     Args:
-        x_ND: tokens, float32, bfloat16 or float16; float64 keeps everything in float64 (torch reference).
+        x_ND: tokens, float32, bfloat16 or float16; with float64, everything is float64 (torch reference).
         projection_RD: W, float32 (float64 for float64 tokens), R at most 128.
         prototypes_ER: P, dtype like W.
         temperature: tau, one element, positive, dtype like W.

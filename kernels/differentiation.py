@@ -1,7 +1,6 @@
-"""Derivative operators on a periodic line: dense circulant matrices, and stencils for the local ones (DESIGN 3.1).
+"""Derivative operators on a periodic line as dense circulant matrices, and as stencils if local (DESIGN 3.1).
 
-Every operator D is circulant, so operators along different axes commute. This alone makes the divergence of a curl
-vanish.
+Operators along different axes commute, which is all it takes for the divergence of a curl to vanish.
 
 ==========  ============================================  ========  =====================
 operator    (D f)[j]                                      accuracy  points needed
@@ -21,9 +20,9 @@ Staggered positions, in units of h, for array index (i, j, k):
 - u on faces: u_x at (i, j + 1/2, k + 1/2), u_y at (i + 1/2, j, k + 1/2), u_z at (i + 1/2, j + 1/2, k);
 - the divergence at cell centres (i + 1/2, j + 1/2, k + 1/2).
 
-So every difference, in the curl and in the divergence, is forward: u_x[i, j, k] needs A_z at j and j + 1,
-div[i, j, k] needs u_x at i and i + 1. A divergence of backward differences would belong to faces numbered the
-other way; it does not vanish for this curl. Backward differences are -D^T and give the adjoint.
+Therefore all differences in the curl and the divergence are forward: u_x[i, j, k] needs A_z at j and j + 1, and
+div[i, j, k] needs u_x at i and i + 1. A divergence with backward differences would belong to faces numbered the
+other way round, and would not vanish for this curl. Backward differences are -D^T and give the adjoint.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Offset and weight, for spacing 1, of the local operators.
+# {offset: weight} of the local operators for spacing 1.
 STENCILS = {
     "central2": {-1: -1 / 2, 1: 1 / 2},
     "central4": {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12},
@@ -42,7 +41,7 @@ STENCILS = {
 }
 OPERATORS = ("spectral", *STENCILS)
 MINIMUM = {"spectral": 1, "central2": 3, "central4": 5, "staggered": 2}
-MATRIX_LIMIT = 256  # points along an axis of a field that `curl` and `divergence` multiply by dense matrices
+MATRIX_LIMIT = 256  # most points along an axis for which `curl` and `divergence` use dense matrices
 
 
 def check_operator(operator: str, spacing: float) -> None:
@@ -54,7 +53,7 @@ def check_operator(operator: str, spacing: float) -> None:
 
 
 def check_size(name: str, size: int, operator: str) -> None:
-    """Raise ValueError if ``operator`` needs more than ``size`` points; ``name`` is for the message."""
+    """Raise ValueError if ``operator`` needs more than ``size`` points. ``name`` names the size in the message."""
     if size < MINIMUM[operator]:
         raise ValueError(f"{name} is {size}: the operator {operator!r} needs at least {MINIMUM[operator]} points")
 
@@ -91,7 +90,7 @@ def _local(size: int, operator: str, spacing: float) -> Tensor:
 def cached_matrix(
     size: int, operator: str, spacing: float, dtype: torch.dtype, device: torch.device, adjoint: bool = False
 ) -> Tensor:
-    """`differentiation_matrix`, or -D^T if ``adjoint``. Cached: never write to it."""
+    """`differentiation_matrix`, or -D^T if ``adjoint``. The result is cached: do not write to it."""
     with torch.inference_mode(False), torch.no_grad():
         matrix = _spectral(size, spacing) if operator == "spectral" else _local(size, operator, spacing)
         matrix = -matrix.T if adjoint else matrix
@@ -101,10 +100,10 @@ def cached_matrix(
 def differentiation_matrix(
     size: int, operator: str, spacing: float, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """D with (D f)_j the derivative of f at point j, [size, size]; exactly antisymmetric unless staggered.
+    """The matrix D [size, size] with (D f)_j the derivative of f at point j; exactly antisymmetric unless staggered.
 
     ``spectral`` is the Fourier differentiation matrix of period ``size * spacing`` with the Nyquist
-    derivative set to zero (Trefethen, Spectral Methods in MATLAB, ch. 3). Built in float64, then rounded.
+    derivative set to zero (Trefethen, Spectral Methods in MATLAB, ch. 3). Computed in float64, then rounded.
 
     Raises:
         ValueError: unknown operator, a spacing that is not positive, fewer points than the operator needs.

@@ -2,14 +2,14 @@
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert, R rows (E * K of them, or N dropless).
 
-Rows come in two forms. With a capacity they are [E, K, D] and the token in slot s of expert e sits at row
-e * K + s. Dropless they are [N, D] in expert-sorted order, at row start_e + s, start the exclusive running sum of
-``kept_E``.
+Rows have two forms. With a capacity they are [E, K, D], and the token in slot s of expert e is at row e * K + s.
+Dropless they are [N, D], sorted by expert, and that token is at row start_e + s, where ``start_E`` is the exclusive
+running sum of ``kept_E``.
 
-Both forms take the routing in the form of `top1_gating`: the kept tokens of expert e fill its slots 0..kept_E[e]-1
-without holes, and a dropped token has slot -1. A token whose expert or slot is out of range (expert outside 0..E-1,
-slot outside 0..kept_E[e]-1 or beyond the capacity) counts as dropped. The contents of holes and of slots given to two
-tokens are undefined, but nothing outside the rows is ever accessed.
+The routing is that of `top1_gating`: the kept tokens of expert e fill its slots 0..kept_E[e]-1 without gaps, and a
+dropped token has slot -1. A token whose expert or slot is out of range (expert outside 0..E-1, slot outside
+0..kept_E[e]-1 or beyond the capacity) counts as dropped. If the routing has gaps or gives a slot to two tokens, the
+contents of those rows are undefined, but nothing outside the rows is ever accessed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, cap
     Args:
         x_ND: tokens, float32, bfloat16, float16 or float64.
         expert_N: the expert of each token, int64 or int32.
-        slot_N: its slot there, or -1 if it was dropped.
-        kept_E: how many tokens each expert kept.
-        capacity: slots per expert; None is dropless.
+        slot_N: the token's slot at that expert, or -1 if it was dropped, int64 or int32.
+        kept_E: number of tokens that each expert kept, int64 or int32.
+        capacity: slots per expert, K; None is dropless.
 
     Returns:
-        [E, K, D] with a capacity; dropless [N, D] in expert-sorted order. The dtype of ``x_ND``.
+        rows in the dtype of ``x_ND``: [E, K, D] with a capacity; dropless [N, D], sorted by expert.
 
     Raises:
         ValueError: a wrong shape, dtype or device, a capacity below 1 or more than 256 experts.
@@ -54,16 +54,16 @@ def combine(
 ) -> Tensor:
     """y_n = shared_n + gate_n * rows[row_n]: [N, D] in the dtype of ``rows`` (DESIGN 3.4, 3.5).
 
-    A dropped token gets the shared experts' output alone, or zero. Narrow dtypes are multiplied and added in
-    float32 and rounded once.
+    A dropped token gets only the shared experts' output, or zero without one. bfloat16 and float16 are multiplied and
+    added in float32 and rounded once.
 
     Args:
         rows: [E, K, D], or [N, D] dropless, in the order of `dispatch`; float32, bfloat16, float16 or float64.
         expert_N: the expert of each token, int64 or int32.
-        slot_N: its slot there, or -1 if it was dropped.
+        slot_N: the token's slot at that expert, or -1 if it was dropped, int64 or int32.
         gate_N: the scale of each token, float32 (float64 with float64 rows).
-        kept_E: how many tokens each expert kept.
-        shared_ND: added to the result; the dtype of ``rows``.
+        kept_E: number of tokens that each expert kept, int64 or int32.
+        shared_ND: output of the shared experts, in the dtype of ``rows``; None for none.
 
     Raises:
         ValueError: a wrong shape, dtype or device, or more than 256 experts.
@@ -103,7 +103,7 @@ def _expect(
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} as the other tensors are, not on {tensor.device}")
+        raise ValueError(f"{name} must be on {device} like the other tensors, not on {tensor.device}")
 
 
 # --- custom ops -----------------------------------------------------------------------------------------------------
@@ -243,12 +243,12 @@ def _capacity(rows: Tensor) -> int | None:
 
 
 def _flat(rows: Tensor) -> Tensor:
-    """[R, D]"""
+    """View the rows as [R, D]."""
     return rows.flatten(0, 1) if rows.ndim == 3 else rows
 
 
 def _row_of_tokens(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
-    """The row of each token, -1 where it has none. int64 [N]."""
+    """The row of each token, -1 if it has none: int64 [N]."""
     most = expert_N.shape[0] if capacity is None else capacity
     kept_E = kept_E.long().clamp(0, most)
     experts = kept_E.shape[0]
@@ -263,7 +263,7 @@ def _row_of_tokens(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: i
 
 
 def _sources(row_N: Tensor, rows: int) -> Tensor:
-    """The token of each row, -1 where it has none. int64 [R]."""
+    """The token of each row, -1 if it has none: int64 [R]."""
     token_N = torch.arange(row_N.numel(), device=row_N.device)
     # Tokens without a row write to an extra entry that is cut off.
     return row_N.new_full((rows + 1,), -1).scatter_(0, torch.where(row_N >= 0, row_N, rows), token_N)[:rows]
@@ -274,7 +274,7 @@ def _select(values: Tensor, index_C: Tensor) -> Tensor:
     if values.shape[0] == 0:
         return values.new_zeros(index_C.shape[0], *values.shape[1:])
     chosen = values.index_select(0, index_C.clamp(min=0))
-    # Select zeros instead of multiplying by zero: the value may be infinite or NaN.
+    # Select zeros instead of multiplying by zero, because values may be infinite or NaN.
     return torch.where((index_C >= 0).view(-1, *[1] * (values.ndim - 1)), chosen, 0)
 
 

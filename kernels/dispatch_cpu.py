@@ -1,4 +1,4 @@
-"""`dispatch`, `combine` and their backward passes on a CPU: one pass each over float32 or float64 rows.
+"""`dispatch`, `combine` and their backward passes on a CPU, in one pass each over float32 or float64 rows.
 
 Each row of the output is written by one thread, so the result does not depend on the number of threads.
 
@@ -60,7 +60,7 @@ def _gather(rows_RD: Any, row_N: Any, gate_N: Any, shared_ND: Any, y_ND: Any, sc
                 y_D[d] = gate * row_D[d]
 
 
-# A single sum in a fixed order could not be vectorised.
+# Allow reordering ("reassoc"): a sum in a fixed order could not be vectorised.
 @compiled(fastmath={"contract", "nsz", "reassoc"})
 def _scale_and_dot(dy_D: Any, row_D: Any, gate: Any, out_D: Any) -> Any:
     dot = gate * 0

@@ -1,9 +1,9 @@
-"""`dispatch`, `combine` and their backward passes in Triton: one launch each, over the tokens.
+"""`dispatch`, `combine` and their backward passes in Triton, in one launch each over the tokens.
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert (N dropless), R rows.
 
-A program copies BLOCK_N tokens between token order and row order. An expert's tokens fill its first slots, so its
-unused rows form a tail, where the first programs of the grid write zeros.
+A program copies BLOCK_N tokens between token order and row order. An expert's tokens fill its first slots, so its empty
+rows are at the end, where the first programs of the grid write zeros.
 Each output element is written once, by one program: no atomics, no inverse map.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from shodh_moe.kernels.backend import launch, settings
 
-# Tiles of empty rows one program may have to zero.
+# Upper limit of the tiles of empty rows that one program zeroes.
 ZERO_TILES = 8
 
 
 @triton.jit
 def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):
-    """Number of slots that each expert fills. int32 [BLOCK_E]."""
+    """Number of slots that each expert fills, int32 [BLOCK_E]."""
     experts = tl.arange(0, BLOCK_E)
     kept = tl.load(kept_ptr + experts, mask=experts < E, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(kept, 0), K).to(tl.int32)
@@ -51,7 +51,7 @@ def _zero_empty_rows(
     out_ptr, kept_ptr, pid, parts, K, E, D,
     DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Part ``pid % parts`` of the empty slots of expert ``pid // parts`` (dropless: of the rows after the last)."""
+    """Zero part ``pid % parts`` of the empty slots of expert ``pid // parts`` (dropless: of the rows without token)."""
     region = (pid // parts).to(tl.int64)
     if DROPLESS:
         filled = tl.minimum(tl.sum(_filled(kept_ptr, K, E, BLOCK_E).to(tl.int64), axis=0), K)
@@ -160,7 +160,7 @@ def gather(
     y_ND = rows.new_empty(tokens, width)
     blocks = _blocks("gather", rows)
     tensors = (rows, expert_N.contiguous(), slot_N.contiguous(), kept_E.contiguous())
-    # The kernel does not access the placeholders of absent tensors.
+    # The kernel does not access the placeholders for absent tensors.
     gate = rows if gate_N is None else gate_N.contiguous()
     shared = rows if shared_ND is None else shared_ND.contiguous()
     meta = {**_form(rows, experts), "GATE": gate_N is not None, "SHARED": shared_ND is not None, **blocks}
@@ -201,16 +201,16 @@ def _zero_programs(rows: Tensor, block_n: int) -> tuple[int, int]:
 
 
 def _blocks(kernel: str, rows: Tensor) -> dict[str, int]:
-    """Tiles that leave each of 128 threads a few 16-byte accesses in flight and registers to spare."""
+    """Block sizes with which each of 128 threads has a few 16-byte accesses in flight and registers to spare."""
     width = triton.next_power_of_2(max(rows.shape[-1], 1))
     elements = 4096 if rows.element_size() <= 4 else 2048
     if kernel == "combine_backward":
         elements //= 2  # two tiles at once
     if rows.shape[-1] % 16:
-        elements //= 4  # element-wise accesses: each needs a separate address
+        elements //= 4  # accesses are element-wise, and each needs a separate address
     # At least two tokens: with one, Triton 3.7's layout pass fails on the dropless float64 backward kernel.
     block_d = min(width, 1024, elements // 2)
-    # The dropless start of each token's expert is a sum over all experts.
+    # Dropless needs more registers: the start of each token's expert is a sum over all experts.
     most = 8 if rows.ndim == 2 else 16
     default = {"BLOCK_N": min(elements // block_d, most), "BLOCK_D": block_d, "num_warps": 4}
     size_class = f"{str(rows.dtype).removeprefix('torch.')}-D{min(width, 4096)}"

@@ -19,24 +19,24 @@ DROP_ORDERS = ("position", "probability")
 
 
 class Gating(NamedTuple):
-    """Routing of N tokens. ``slot_N`` is -1 where the token was dropped."""
+    """Routing of N tokens. float32 entries are float64 for float64 logits."""
 
-    gate_N: Tensor  # float32, softmax probability of the routed expert; carries the router's gradient
-    expert_N: Tensor  # int64, the routed expert, also of dropped tokens
-    slot_N: Tensor  # int64 in [0, K), or -1; an expert's kept tokens fill 0, 1, ... in token order
-    routed_E: Tensor  # int64, tokens that chose the expert
-    kept_E: Tensor  # int64, tokens that found a slot
-    entropy_N: Tensor  # float32, nats, of the softmax; detached
-    balance_loss: Tensor  # scalar, E * sum_e(mean p_e * fraction_e), counts before dropping
+    gate_N: Tensor  # float32, softmax probability of the chosen expert; carries the router's gradient
+    expert_N: Tensor  # int64, the chosen expert, also of dropped tokens
+    slot_N: Tensor  # int64 in [0, K), -1 if the token was dropped; an expert's kept tokens fill 0, 1, ... in order
+    routed_E: Tensor  # int64, number of tokens that chose the expert
+    kept_E: Tensor  # int64, number of tokens that got a slot
+    entropy_N: Tensor  # float32, entropy of the softmax in nats; detached
+    balance_loss: Tensor  # scalar, E * sum_e(mean p_e * fraction_e), with fractions of tokens before dropping
     z_loss: Tensor  # scalar, mean(logsumexp(logits)^2)
-    logsumexp_N: Tensor  # float32, of the logits; detached; not finite where a token's logits have no softmax
+    logsumexp_N: Tensor  # float32, logsumexp of the logits; detached; not finite if the logits have no softmax
 
 
 def expert_capacity(tokens: int, experts: int, factor: float, minimum: int) -> int:
     """Slots per expert, ``max(ceil(tokens / experts * factor), minimum)``, in exact arithmetic.
 
-    ``factor`` means the decimal number that it prints as, so 50 tokens, 4 experts and 1.2 give 15; float32 arithmetic
-    would give 16.
+    ``factor`` is taken as the decimal number it prints as: 50 tokens, 4 experts and 1.2 give 15, where float32
+    arithmetic would give 16.
     """
     return max(math.ceil(Fraction(tokens, experts) * Fraction(repr(float(factor)))), minimum)
 
@@ -48,7 +48,7 @@ def top1_gating(
     bias_E: Tensor | None = None,
     check_finite: bool = True,
 ) -> Gating:
-    """Route each token to its best expert and give it a slot there while slots are left (DESIGN 3.5).
+    """Route each token to its best expert and give it a slot there until the slots run out (DESIGN 3.5).
 
     Args:
         logits_NE: router logits, float32, bfloat16 or float16, computed in float32; float64 stays float64
@@ -56,12 +56,12 @@ def top1_gating(
         capacity: slots per expert, K.
         drop_order: which tokens an overflowing expert keeps: ``position`` keeps the earliest, ``probability`` the
             most probable, ties by position. Kept tokens are in token order either way.
-        bias_E: added to the probabilities for the choice only, without gradient.
-        check_finite: raise on logits that have no softmax. On a GPU the check waits for the device; without it,
-            such a token's gate and both losses are NaN, and its expert is an arbitrary index in range.
+        bias_E: added to the probabilities only for choosing experts; gets no gradient.
+        check_finite: raise ValueError for logits that have no softmax. On a GPU the check waits for the device. Without
+            it, such a token's gate and both losses are NaN, and its expert is an arbitrary index in range.
 
-    Without a bias the expert with the largest logit is chosen, the lowest index on ties. The balance loss is the
-    Switch Transformer's (arXiv 2101.03961, eq. 4), the z-loss ST-MoE's (arXiv 2202.08906, eq. 5).
+    Without a bias the expert with the largest logit is chosen, and the lowest index among equals. The balance loss is
+    that of the Switch Transformer (arXiv 2101.03961, eq. 4), the z-loss that of ST-MoE (arXiv 2202.08906, eq. 5).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value, or a token's logits are NaN,
@@ -107,7 +107,7 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
     tokens, experts = logits_NE.shape
     log_p_NE = torch.log_softmax(logits_NE, dim=1)
     p_NE = log_p_NE.exp()
-    # Without a bias compare logits: rounding can make probabilities equal where logits are not.
+    # Without a bias, compare logits: rounding can make probabilities equal where logits are not.
     score_NE = logits_NE.detach() if bias_E is None else p_NE.detach() + bias_E.detach()
     expert_N = score_NE.argmax(dim=1)  # the first of equal maxima
     gate_N = p_NE.gather(1, expert_N[:, None]).squeeze(1)
@@ -128,14 +128,14 @@ def reference_gating(logits_NE: Tensor, capacity: int, drop_order: str, bias_E: 
 
 
 def assign_slots(expert_N: Tensor, gate_N: Tensor, routed_E: Tensor, capacity: int, drop_order: str) -> Tensor:
-    """Slot of each token in [0, capacity), -1 if dropped. int64 [N]."""
+    """Slot of each token in [0, capacity), -1 if dropped: int64 [N]."""
     if drop_order == "probability":
-        # Group by expert, in order of falling probability; both sorts are stable, so ties stay in token order.
+        # Group by expert, in order of decreasing probability; both sorts are stable, so ties stay in token order.
         order = torch.argsort(gate_N, descending=True, stable=True)
         order = order[torch.argsort(expert_N[order], stable=True)]
         kept_N = torch.empty_like(expert_N, dtype=torch.bool)
         kept_N[order] = _rank_in_block(expert_N[order], routed_E) < capacity
-        # Dropped tokens form a separate class, so that kept tokens fill their slots without holes.
+        # Dropped tokens form a class of their own, so that kept tokens fill their slots without gaps.
         dropped = expert_N.numel() - kept_N.sum(dim=0, keepdim=True)
         expert_N = torch.where(kept_N, expert_N, routed_E.numel())
         routed_E = torch.cat((routed_E.clamp(max=capacity), dropped))
@@ -147,7 +147,7 @@ def assign_slots(expert_N: Tensor, gate_N: Tensor, routed_E: Tensor, capacity: i
 
 
 def _rank_in_block(sorted_expert_N: Tensor, count_E: Tensor) -> Tensor:
-    """Position within its expert of each entry of a list sorted by expert. int64 [N]."""
+    """Position of each entry within its expert, for a list sorted by expert: int64 [N]."""
     start_E = count_E.cumsum(0) - count_E
     return torch.arange(sorted_expert_N.numel(), device=count_E.device) - start_E[sorted_expert_N]
 

@@ -1,4 +1,4 @@
-"""Small device functions that the routing kernels of `gating_triton` and `gating_select_triton` share."""
+"""Small device functions shared by the routing kernels of `gating_triton` and `gating_select_triton`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def one_hot(expert_N, live_N, column_E):
-    """[BLOCK_N, E_PAD] int32: 1 where the live token n chose expert e."""
+    """[BLOCK_N, E_PAD] int32: 1 where token n exists and chose expert e."""
     return ((column_E[None, :] == expert_N[:, None]) & live_N[:, None]).to(tl.int32)
 
 
@@ -20,14 +20,14 @@ def pick(value_NE, chosen_NE):
 
 @triton.jit
 def count_digit(histogram_ptr, expert_N, key_N, live_N, SHIFT: tl.constexpr, DIGIT: tl.constexpr):
-    """Add the tokens to the buckets of their experts' rows; integer additions, so their order does not matter."""
+    """Count each token in its expert's bucket for the digit. These are integer sums, so their order does not matter."""
     digit_N = (key_N >> SHIFT) & ((1 << DIGIT) - 1)
     tl.atomic_add(histogram_ptr + (expert_N << DIGIT) + digit_N, 1, mask=live_N, sem="relaxed")
 
 
 @triton.jit
 def sum_of_chunks(count_ptr, first, last, column_E, E: tl.constexpr, E_PAD: tl.constexpr):
-    """[E_PAD]: the rows first..last-1 of a [G, E] array, added up in order."""
+    """[E_PAD]: sum of the rows first..last-1 of a [G, E] array, in a fixed order."""
     total_E = tl.zeros([E_PAD], count_ptr.dtype.element_ty)
     for start in range(first, last, 16):
         row = start + tl.arange(0, 16)
@@ -41,7 +41,7 @@ def totals(
     count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
     tokens, capacity, column_E, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all chunks: tokens per expert, both losses, the first token without a softmax."""
+    """Sum up all chunks and store the tokens per expert, both losses, and the first token without a softmax."""
     live_E = column_E < E
     routed_E = sum_of_chunks(count_ptr, 0, chunks, column_E, E, E_PAD)
     p_sum_E = sum_of_chunks(p_sum_ptr, 0, chunks, column_E, E, E_PAD)

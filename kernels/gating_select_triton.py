@@ -1,8 +1,9 @@
 """Slots in probability order: keep each expert's K most probable tokens, ties by position, without sorting.
 
-Gates lie in [0, 1], so their float32 bits sort like integers below 2^30. Three histograms of ten bits find the
-bits of each expert's K-th largest gate (a radix select); a token is kept if its gate is larger, or equal and early
-enough. The histograms are filled by atomic integer additions, whose result does not depend on their order.
+Gates lie in [0, 1], so their float32 bits, read as integers below 2^30, have the same order. Three histograms, each
+over ten bits, find the bits of each expert's K-th largest gate, the threshold (a radix select). A token is kept if its
+gate is above the threshold, or equal to it and early enough. The histograms are filled by atomic integer additions,
+whose result does not depend on their order.
 
 Shapes: N tokens, E experts, K slots per expert, G chunks of tokens.
 """
@@ -27,7 +28,7 @@ def _histogram_kernel(
     expert_ptr, gate_ptr, prefix_ptr, histogram_ptr, tokens,
     SHIFT: tl.constexpr, DIGIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Count, per expert, the next digit of the gates that start like the expert's prefix."""
+    """Count, for each expert, the next digit of the gates whose leading digits are the expert's prefix."""
     token_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_N = token_N < tokens
     expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0)
@@ -40,7 +41,7 @@ def _histogram_kernel(
 def _select_kernel(
     histogram_ptr, prefix_ptr, need_ptr, capacity, DIGIT: tl.constexpr, FIRST: tl.constexpr, E: tl.constexpr
 ):
-    """Extend the expert's prefix by the digit of its K-th largest gate; -1 if it has fewer than K tokens."""
+    """Extend the expert's prefix by the next digit of its K-th largest gate; -1 if it has fewer than K tokens."""
     expert = tl.program_id(0)
     prefix = 0
     need = capacity
@@ -59,7 +60,7 @@ def _select_kernel(
 
 @triton.jit
 def _load_tile(expert_ptr, gate_ptr, threshold_ptr, token_N, tokens, column_E):
-    """One-hot experts of the tokens above their expert's threshold, and of those exactly at it."""
+    """One-hot experts of the tokens above their expert's threshold, and of those equal to it."""
     live_N = token_N < tokens
     expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0).to(tl.int32)
     key_N = tl.load(gate_ptr + token_N, mask=live_N, other=0.0).to(tl.int32, bitcast=True)
@@ -94,7 +95,8 @@ def _slot_kernel(
     tokens, tiles, capacity,
     chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A kept token's slot is the number of kept tokens before it: those above, and the first ``need`` equal ones."""
+    """Give each kept token its slot, the number of kept tokens before it: those above the threshold, and the first
+    ``need`` equal to it."""
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     if chunk == chunks:
@@ -121,7 +123,7 @@ def _slot_kernel(
 
 
 def histograms(experts: int, device: torch.device) -> Tensor:
-    """Empty buckets, int32 [passes, E, 2^DIGIT]."""
+    """Zeroed histograms, int32 [passes, E, 2^DIGIT]."""
     return torch.zeros((PASSES, experts, 1 << DIGIT), dtype=torch.int32, device=device)
 
 
@@ -129,12 +131,12 @@ def assign_slots(
     expert_N: Tensor, gate_N: Tensor, slot_N: Tensor, histogram: Tensor, sums: tuple[Tensor, ...],
     tiles: int, capacity: int, sizes: dict[str, int],
 ) -> None:  # fmt: skip
-    """Write ``slot_N`` and the sums of `totals` in seven launches. ``sizes``: block sizes and chunk counts."""
+    """Write ``slot_N`` and the results of `totals` in seven launches. ``sizes``: block sizes and number of chunks."""
     tokens, experts, chunks = expert_N.numel(), sizes["E"], sizes["chunks"]
     prefix_E, need_E = histogram.new_empty(2, experts)
     above_GE, equal_GE = histogram.new_empty(2, chunks, experts)
     for i in range(PASSES):
-        if i > 0:  # the routing launch filled the first
+        if i > 0:  # the routing launch has filled the first histogram
             launch(
                 _histogram_kernel, (triton.cdiv(tokens, 512),), expert_N, gate_N, prefix_E, histogram[i], tokens,
                 SHIFT=FIRST_SHIFT - DIGIT * i, DIGIT=DIGIT, BLOCK_N=512, num_warps=4,

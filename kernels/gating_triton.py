@@ -21,7 +21,7 @@ from shodh_moe.kernels import gating_select_triton
 from shodh_moe.kernels.backend import dot_precision, launch, settings
 from shodh_moe.kernels.gating_parts_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
-CHUNKS = 256  # upper limit; a constant, so that the order of the sums does not depend on the device
+CHUNKS = 256  # most chunks; constant, so that the order of the sums does not depend on the device
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _cosine_logits(
     E: tl.constexpr, E_PAD: tl.constexpr, D, R: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<q, P_e> / (|q| |P_e|) / tau with q = W x, [BLOCK_N, E_PAD]; q is kept for the backward pass."""
+    """Logits <q, P_e> / (|q| |P_e|) / tau with q = W x, [BLOCK_N, E_PAD]. Stores q for the backward pass."""
     column_R = tl.arange(0, R_PAD)
     live_R = column_R < R
     q = tl.zeros([BLOCK_N, R_PAD], tl.float32)
@@ -44,7 +44,7 @@ def _cosine_logits(
     tl.store(q_ptr + token_N[:, None].to(tl.int64) * R + column_R[None, :], q, mask=live_N[:, None] & live_R[None, :])
     at = prototypes_ptr + column_E[None, :] * R + column_R[:, None]
     prototypes = tl.load(at, mask=(column_E[None, :] < E) & live_R[:, None], other=0.0)
-    # 1e-12 is the floor of torch.nn.functional.normalize.
+    # Norms are at least 1e-12, as in torch.nn.functional.normalize.
     q = q / tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), 1e-12)[:, None]
     prototypes = prototypes / tl.maximum(tl.sqrt(tl.sum(prototypes * prototypes, axis=0)), 1e-12)[None, :]
     return tl.dot(q, prototypes, input_precision=PRECISION) / tl.load(temperature_ptr)
@@ -58,7 +58,7 @@ def _route_kernel(
     HISTOGRAM: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, COSINE: tl.constexpr, R: tl.constexpr,
     R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, choice and position in the chunk's queue of each token; sums over the chunk."""
+    """Compute each token's softmax, expert and position in the chunk's queue, and the sums over the chunk."""
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     live_E = column_E < E
@@ -97,7 +97,7 @@ def _route_kernel(
             bias_E = tl.load(bias_ptr + column_E, mask=live_E, other=0.0).to(tl.float32)
             score = tl.where(live_E[None, :], p + bias_E[None, :], float("-inf"))
             best_N = tl.max(score, axis=1)
-        # The lowest of equal scores. Nothing equals NaN: such a token still gets an index in range.
+        # Choose the lowest index among equal scores. NaN equals nothing, but such a token still gets an index in range.
         expert_N = tl.min(tl.where(score == best_N[:, None], column_E[None, :], E - 1), axis=1)
         chosen = one_hot(expert_N, live_N, column_E)
         rank_N = pick(tl.cumsum(chosen, axis=0) + count_E[None, :], chosen) - 1
@@ -125,7 +125,10 @@ def _slot_kernel(
     routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr, tokens, tiles, capacity,
     chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Position in the chunk's queue -> position in the expert's queue -> slot, or -1. The last program adds up."""
+    """Turn positions in the chunk's queue into positions in the expert's queue, and these into slots (-1 if dropped).
+
+    The last program computes the totals.
+    """
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     if chunk == chunks:
@@ -169,7 +172,7 @@ def _backward_kernel(
 
 
 class Cosine(NamedTuple):
-    """Inputs of the scores that the routing launch computes; all float32 except the tokens."""
+    """Inputs of cosine scores that the routing launch computes; all float32 except the tokens."""
 
     x_ND: Tensor
     projection_RD: Tensor
@@ -178,14 +181,14 @@ class Cosine(NamedTuple):
 
 
 def _tile(padded_experts: int) -> int:
-    """Tokens of a tile of about 2048 logits."""
+    """Number of tokens in a tile of about 2048 logits."""
     return min(max(2048 // padded_experts, 16), 256)
 
 
 def forward(
     logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, cosine: Cosine | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """All results of `gating`, and the index of the first token without a softmax (2^31 - 1: none).
+    """The tensors of `Gating`, and the index of the first token without a softmax (2^31 - 1: none).
 
     With ``cosine``, ``logits_NE`` (float32) is written instead of read, and q [N, R] is the last tensor returned.
     """
@@ -215,7 +218,7 @@ def forward(
     balance, z, first_broken = empty((), f32), empty((), f32), empty((1,), i32)
 
     if cosine is None:
-        x = projection = prototypes = temperature = q_NR = logits_NE  # not touched
+        x = projection = prototypes = temperature = q_NR = logits_NE  # placeholders that are not accessed
         width, routing_width = 1, 1
     else:
         x, projection, prototypes, temperature = (t.contiguous() for t in cosine)

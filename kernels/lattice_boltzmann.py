@@ -11,20 +11,20 @@ is its momentum minus half the force of the step that made it (`velocity`); dens
 A step of the scalar uses the velocity at the end of the same step of the flow: step the flow, take `velocity`, step
 the scalar.
 
-Eddy viscosity (C delta)^2 |S|, delta = 1 cell, |S| = sqrt(2 S:S), comes from the local stress (Hou, Sterling, Chen,
-Doolen 1996; see `relaxation_time`), without damping at walls. With an eddy viscosity the odd rate is 1, which puts the
-third moments into equilibrium, as regularised collisions do (Latt and Chopard 2006). With the magic parameter they
-would live for 1 / (16 viscosity) steps, longer than an eddy, and their stress would be mistaken for shear: a channel
-flow at viscosity 5e-4 then has 7 to 30 % too little shear, against less than 1 % with the rate 1. In return the
-position of the wall depends slightly on the viscosity: it is that of the magic parameter
+The eddy viscosity (C delta)^2 |S|, with delta = 1 cell and |S| = sqrt(2 S:S), comes from the local stress (Hou,
+Sterling, Chen, Doolen 1996; see `relaxation_time`), without damping at walls. With an eddy viscosity the odd rate is 1,
+which puts the third moments into equilibrium, as regularised collisions do (Latt and Chopard 2006). With the magic
+parameter they would persist for 1 / (16 viscosity) steps, longer than an eddy, and their stress would be mistaken for
+shear: a channel flow at viscosity 5e-4 would have 7 to 30 % too little shear, instead of less than 1 % at rate 1. The
+cost is that the position of the wall depends slightly on the viscosity: it is that of the magic parameter
 1.5 (viscosity + eddy viscosity).
 
-The scalar: TRT with the magic parameter 1/4, with which the scheme is stable at any diffusivity wherever its
+The scalar: TRT with the magic parameter 1/4, which makes the scheme stable at any diffusivity as long as its
 equilibrium is not negative (Ginzburg, d'Humieres, Kuzmin 2010), here up to a speed of 1/2. The equilibrium contains the
 squares u_a^2, which D3Q7 can represent, so diffusion along an axis does not depend on the flow along it. The
 off-diagonal diffusion has an error of -4 u_a u_b D, second order in the velocity.
 
-Directions come in opposite pairs, (1, 2), (3, 4), ..., after the rest direction 0; the first seven are D3Q7.
+Direction 0 is at rest; the others are in opposite pairs (1, 2), (3, 4), .... The first seven directions are D3Q7.
 Shapes: Q directions (19 or 7), 3 vector components, X Y Z space. float32 and float64, any device.
 """
 
@@ -55,7 +55,7 @@ INDEX = {(int(c[0]), int(c[1]), int(c[2])): q for q, c in enumerate(VELOCITIES_Q
 
 
 def relaxation_rates(viscosity: float, smagorinsky: float = 0.0) -> tuple[float, float]:
-    """Even and odd rate of the flow's collision; the viscosity sets the even rate, the magic parameter the odd one.
+    """Even and odd rate of the flow's collision: the viscosity sets the even rate, the magic parameter the odd one.
 
     With an eddy viscosity the odd rate is 1, and the even rate is that of a cell without shear.
     """
@@ -63,7 +63,7 @@ def relaxation_rates(viscosity: float, smagorinsky: float = 0.0) -> tuple[float,
 
 
 def scalar_rates(diffusivity: float) -> tuple[float, float]:
-    """Even and odd rate of the scalar's collision; the odd rate sets the diffusivity, (1 / odd - 1/2) / 4."""
+    """Even and odd rate of the scalar's collision. The diffusivity is (1 / odd - 1/2) / 4."""
     return 1 / (SCALAR_MAGIC / (4 * diffusivity) + 0.5), 1 / (4 * diffusivity + 0.5)
 
 
@@ -84,12 +84,13 @@ def step(
         f_QXYZ: populations after collision minus their weights, float32 or float64.
         solid_XYZ: bool, True in solid cells (no slip).
         force_3: body force per volume, uniform in space.
-        viscosity: kinematic, > 0.
-        lid: the top z face is a free-slip lid, the bottom layer solid; otherwise all axes are periodic.
-        smagorinsky: the constant C of the eddy viscosity, 0 for none; 0.1 to 0.2 is usual.
-        held_velocity_3XYZ: use this velocity in the collision instead of the flow's, so that only density and stress
+        viscosity: kinematic viscosity, > 0.
+        lid: make the top z face a free-slip lid, for which the bottom layer must be solid; otherwise z is periodic, as
+            x and y always are.
+        smagorinsky: the constant C of the eddy viscosity, usually 0.1 to 0.2; 0 for none.
+        held_velocity_3XYZ: velocity to use in the collision instead of the flow's, so that only density and stress
             relax (Mei et al. 2006).
-        rates: even and odd relaxation rate instead of those of viscosity and eddy viscosity.
+        rates: even and odd relaxation rate to use instead of those of viscosity and eddy viscosity.
 
     Raises:
         ValueError: a wrong shape, dtype or device, a viscosity <= 0, a lid without a solid bottom.
@@ -148,7 +149,7 @@ def relaxation_time(
 
 
 def equilibrium(velocity_3XYZ: Tensor, solid_XYZ: Tensor) -> Tensor:
-    """A flow [19, X, Y, Z] with this velocity, density 1 and no stress; zero in solid cells."""
+    """Populations [19, X, Y, Z] of a flow with this velocity, density 1 and no stress; zero in solid cells."""
     square = (velocity_3XYZ**2).sum(0)
     out = []
     for q in range(Q):
@@ -158,7 +159,7 @@ def equilibrium(velocity_3XYZ: Tensor, solid_XYZ: Tensor) -> Tensor:
 
 
 def velocity(f_QXYZ: Tensor, force_3: Tensor | Sequence[float], solid_XYZ: Tensor) -> Tensor:
-    """Velocity [3, X, Y, Z] of a state after a step with the force force_3; zero in solid cells.
+    """Velocity [3, X, Y, Z] of a state after a step with force ``force_3``; zero in solid cells.
 
     Pass a zero force for a state from `equilibrium` or from a step with a held velocity.
     """
@@ -172,7 +173,7 @@ def density(f_QXYZ: Tensor) -> Tensor:
 
 
 def pressure(f_QXYZ: Tensor) -> Tensor:
-    """Pressure (density - 1) / 3 [X, Y, Z], computed without rounding from the 1; 0 in solid cells."""
+    """Pressure (density - 1) / 3 [X, Y, Z], computed without adding the 1; 0 in solid cells."""
     return f_QXYZ.sum(0) / 3
 
 
@@ -219,14 +220,14 @@ def scalar(g_QXYZ: Tensor) -> Tensor:
 
 
 def _pull(f_QXYZ: Tensor, solid_XYZ: Tensor, lid: bool) -> Tensor:
-    """Pull every population from its upstream cell, or the opposite one from the same cell if upstream is solid."""
+    """Pull every population from its upstream cell; if that is solid, take the opposite one of the same cell."""
     out = []
     for q in range(f_QXYZ.shape[0]):
         cx, cy, cz = (int(c) for c in VELOCITIES_Q3[q])
         came = f_QXYZ[q].roll((cx, cy, cz), (0, 1, 2))
         blocked = solid_XYZ.roll((cx, cy, cz), (0, 1, 2))
         if lid and cz == -1:
-            # Mirror: the population left the top layer upwards, met the lid half a cell above, and came back.
+            # Mirrored: the population left the top layer upwards and returned from the lid half a cell above.
             came[:, :, -1] = f_QXYZ[INDEX[cx, cy, 1], :, :, -1].roll((cx, cy), (0, 1))
             blocked[:, :, -1] = solid_XYZ[:, :, -1].roll((cx, cy), (0, 1))
         out.append(torch.where(blocked, f_QXYZ[int(OPPOSITE_Q[q])], came))
@@ -234,7 +235,7 @@ def _pull(f_QXYZ: Tensor, solid_XYZ: Tensor, lid: bool) -> Tensor:
 
 
 def _along(q: int, vector: Tensor) -> Tensor:
-    """c_q . v for v [3, ...]."""
+    """The component c_q . v of a vector v [3, ...]."""
     cx, cy, cz = (int(c) for c in VELOCITIES_Q3[q])
     return cx * vector[0] + cy * vector[1] + cz * vector[2]
 

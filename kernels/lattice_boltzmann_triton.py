@@ -1,13 +1,13 @@
 """Triton kernels of `kernels.lattice_boltzmann`: pull, bounce back, collide and force in one launch per time step.
 
-Populations are stored as [19, cells] (a structure of arrays), cells in C order with z contiguous, in two buffers.
-Neighbouring lanes work on neighbouring z, so every read and write of a direction is contiguous, shifted by whole cells.
+Populations are stored as [19, cells] (a structure of arrays) in two buffers, with cells in C order and z contiguous.
+Neighbouring lanes work on neighbouring z, so accesses to a direction are contiguous, shifted by whole cells.
 A float32 update takes 19 reads and 19 writes of 4 bytes and one int32 word, 156 bytes.
 
-The word of a cell (`cell_words`) encodes everything that depends on its position: a bit per direction for a population
-that meets a solid, a bit for a solid cell, a bit per face of the box. No neighbour's mask is read and no coordinate
-computed; the source of a population is selected between addresses. Solid cells load only their word and store nothing,
-so they stay zero.
+A cell's word (`cell_words`) encodes everything that depends on its position: one bit per direction for a population
+that comes from a solid, one for a solid cell, and one per face of the box. A program reads no neighbour's mask and
+computes no coordinates; it selects the address of each population's source. Solid cells load only their word and store
+nothing, so they stay zero.
 
 Shapes: Q directions (19 or 7), N cells, 3 vector components, X Y Z space.
 """
@@ -24,11 +24,11 @@ from torch import Tensor
 from shodh_moe.kernels.backend import launch, settings
 from shodh_moe.kernels.lattice_boltzmann import VELOCITIES_Q3, Q, relaxation_rates
 
-# One cell per thread: populations are shifted by odd numbers of cells, so wider loads are not possible.
+# One cell per thread, because populations are shifted by odd numbers of cells, which rules out wider loads.
 BLOCK = {"BLOCK": 128, "num_warps": 4}
-INDEX_LIMIT = 2**31  # from this size on indices need 64 bits
+INDEX_LIMIT = 2**31  # with this many populations or more, indices need 64 bits
 
-# Bits of a word: 2^(q - 1) for the incoming population of direction q >= 1, and these.
+# Bits of a word: 2^(q - 1) if the population of direction q >= 1 comes from a solid, and the following.
 SOLID = tl.constexpr(2**18)
 X_FIRST, X_LAST = tl.constexpr(2**19), tl.constexpr(2**20)
 Y_FIRST, Y_LAST = tl.constexpr(2**21), tl.constexpr(2**22)
@@ -41,7 +41,7 @@ def cell_words(solid_XYZ: Tensor, lid: bool) -> Tensor:
     for q in range(1, Q):
         cx, cy, cz = (int(c) for c in VELOCITIES_Q3[q])
         blocked_XYZ = solid_XYZ.roll((cx, cy, cz), (0, 1, 2))
-        if lid and cz == -1:  # at the lid it comes from the mirrored direction, which started at the same height
+        if lid and cz == -1:  # at the lid it comes from the mirrored direction of a cell at the same height
             blocked_XYZ[:, :, -1] = solid_XYZ[:, :, -1].roll((cx, cy), (0, 1))
         word_XYZ |= blocked_XYZ.int() << (q - 1)
     word_XYZ |= solid_XYZ.int() * SOLID.value
@@ -59,7 +59,7 @@ def _has(word, BIT: tl.constexpr):
 
 @triton.jit
 def _neighbours(word, x_size, y_size, z_size, LID: tl.constexpr):
-    """Offsets of the six neighbours in cells: x - 1, x + 1, y - 1, y + 1, z - 1, z + 1. A lid has none above it."""
+    """Offsets, in cells, of the neighbours x - 1, x + 1, y - 1, y + 1, z - 1, z + 1; 0 for z + 1 below a lid."""
     plane = y_size * z_size
     x_minus = tl.where(_has(word, X_FIRST), (x_size - 1) * plane, -plane)
     x_plus = tl.where(_has(word, X_LAST), -(x_size - 1) * plane, plane)
@@ -89,7 +89,7 @@ def _pull(
     f_ptr, cell, word, fluid, upstream, count, Q: tl.constexpr, OPPOSITE: tl.constexpr, MIRROR: tl.constexpr,
     LID: tl.constexpr,
 ):  # fmt: skip
-    """Population Q from the cell at the offset ``upstream``; MIRROR at a lid and OPPOSITE, from here, at a solid."""
+    """Population Q from the cell at offset ``upstream``; at a lid MIRROR from there, at a solid OPPOSITE from here."""
     source = Q * count + cell + upstream
     if LID and MIRROR != Q:
         source += tl.where(_has(word, Z_LAST), (MIRROR - Q) * count, 0)
@@ -99,7 +99,7 @@ def _pull(
 
 @triton.jit
 def _relax(place, rates, even_part, a, b, cu, cf, A: tl.constexpr, WEIGHT: tl.constexpr):
-    """Collide and store the pair of directions A and A + 1; cu and cf are velocity and force along A."""
+    """Collide and store the populations a and b of directions A and A + 1; cu, cf: velocity and force along A."""
     out_ptr, cell, fluid, count = place
     even_rate, even_force, odd_rate, odd_force = rates
     even = WEIGHT * (even_part + (4.5 * even_rate * cu + 9.0 * even_force * cf) * cu) - 0.5 * even_rate * (a + b)
@@ -185,7 +185,7 @@ def flow_kernel(
     odd_rate = tl.load(rates_ptr + 1)
 
     even_force, odd_force = 1.0 - 0.5 * even_rate, 1.0 - 0.5 * odd_rate
-    # The common factor of all even parts, to be multiplied by their weight.
+    # The part common to all pairs of directions, before multiplication by their weight.
     e = even_rate * (rho - 1.5 * (u_x * u_x + u_y * u_y + u_z * u_z))
     e -= 3.0 * even_force * (u_x * g_x + u_y * g_y + u_z * g_z)
     tl.store(out_ptr + cell, f0 + (1 / 3) * e - even_rate * f0, mask=fluid)
@@ -204,7 +204,7 @@ def flow_kernel(
 
 @triton.jit
 def _relax_scalar(place, rates, c, a, b, u, A: tl.constexpr):
-    """Collide and store the pair A and A + 1 of the scalar c; u is the velocity along A."""
+    """Collide and store the scalar's populations a and b of directions A and A + 1; u: velocity along A."""
     out_ptr, cell, fluid, count = place
     even_rate, odd_rate = rates
     even = even_rate * (c * (0.125 + 0.5 * u * u) - 0.5 * (a + b))
@@ -271,15 +271,15 @@ def step(
     eddies: bool = False,
     held: bool = False,
 ) -> None:
-    """Write the flow one time step after f_QN to out_QN, whose solid cells must be zero and stay so.
+    """Write the flow one time step after ``f_QN`` to ``out_QN``, whose solid cells must be zero and stay zero.
 
     Args:
-        f_QN, out_QN: two contiguous buffers, [19, X * Y * Z], float32 or float64; all that follows has their dtype.
-        word_N: `cell_words` of the solids, with the same lid.
+        f_QN, out_QN: two contiguous buffers, [19, X * Y * Z], float32 or float64; the other tensors have their dtype.
+        word_N: `cell_words` of the solids, with the same ``lid``, int32.
         shape: X, Y, Z.
-        force: [3 or more], the force along x, y, z.
+        force: [3] or longer, the force along x, y, z.
         rates_4: `flow_rates`.
-        velocity_3N: input with ``held`` (the velocity to collide with); otherwise output for the velocity of the step.
+        velocity_3N: with ``held``, the velocity to collide with; otherwise receives the velocity of the step.
         eddies: use Smagorinsky's eddy viscosity.
     """
     x, y, z = shape
@@ -321,7 +321,10 @@ def scalar_step(
     *,
     lid: bool,
 ) -> None:
-    """Write the scalar one time step after g_QN [7, N] to out_QN; rates_2 are even and odd. Otherwise like `step`."""
+    """Write the scalar one time step after ``g_QN`` [7, N] to ``out_QN``. Otherwise like `step`.
+
+    ``velocity_3N`` is that of the flow at the end of the time step; ``rates_2`` are the even and the odd rate.
+    """
     x, y, z = shape
     block = _block(g_QN, "lattice_boltzmann_scalar")
     launch(

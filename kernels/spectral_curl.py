@@ -1,12 +1,12 @@
 """Curl and divergence on a periodic grid with circulant derivative operators (DESIGN 3.1).
 
-The spectral derivative along one axis is a product with a dense, antisymmetric N x N matrix: at N <= 256 the batched
-matrix product beats Fourier transforms (benchmarks/spectral_curl.py). The local operators are stencils. Matrices that
-act along different axes commute, so the divergence of a curl vanishes to rounding for any of them;
-`kernels.differentiation` defines them, and the positions of the values for ``staggered``.
+The spectral derivative along one axis is a product with a dense, antisymmetric N x N matrix: for N <= 256 the batched
+matrix product is faster than Fourier transforms (benchmarks/spectral_curl.py). The local operators are stencils.
+Operators along different axes commute, so the divergence of a curl vanishes up to rounding with any of them.
+`kernels.differentiation` defines the operators, and the positions of the values for ``staggered``.
 
-float32 and float64 fields give results in their dtype. bfloat16 and float16 fields are computed in float32 and
-give float32: a velocity rounded to bfloat16 would conserve mass to only 4e-3. Gradients have the dtype of the input.
+Results have the dtype of float32 and float64 fields, and are float32 for bfloat16 and float16 fields, because a
+velocity rounded to bfloat16 would conserve mass only to 4e-3. Gradients have the dtype of the input.
 
 Shapes: B batch, 3 vector components, X Y Z space.
 """
@@ -45,11 +45,11 @@ def curl(
 
     Args:
         potential_B3XYZ: A, float32, float64, bfloat16 or float16, any strides.
-        mean_B3: Ubar, the constant part, which a periodic curl cannot represent; None is zero.
+        mean_B3: Ubar, the constant part, which a periodic curl cannot represent; None means zero.
         operator: one of `OPERATORS`.
-        spacing: distance of grid points, the same along the three axes.
-        adjoint: apply the transposed map instead. It is the same curl with -D^T for D: identical for antisymmetric
-            operators, the curl of backward differences for ``staggered``.
+        spacing: distance between grid points, the same along the three axes.
+        adjoint: apply the transposed map instead, which is the curl with -D^T for D: the same for antisymmetric
+            operators, the curl with backward differences for ``staggered``.
 
     Returns:
         float64 for a float64 potential, else float32.
@@ -68,15 +68,15 @@ def curl(
 def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
     """div_D(u) = D_x u_x + D_y u_y + D_z u_z, [B, X, Y, Z], with the same operators as `curl`.
 
-    Dtypes and errors as for `curl`. Measure mass conservation in float64: in float32 rounding alone gives 1e-7 times
-    the velocity over the spacing.
+    Dtypes and errors as for `curl`. Measure mass conservation in float64: in float32, rounding alone gives 1e-7 times
+    velocity over spacing.
     """
     _check_field("u_B3XYZ", u_B3XYZ, operator, spacing)
     return _divergence(u_B3XYZ, operator, float(spacing))
 
 
 def divergence_adjoint(g_BXYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
-    """D^T g, the transposed `divergence`: [B, 3, X, Y, Z] with the components D_i^T g (-D_i g for antisymmetric D).
+    """The transposed `divergence` D^T g, [B, 3, X, Y, Z], with components D_i^T g (-D_i g for antisymmetric D).
 
     Dtypes and errors as for `curl`.
     """
@@ -113,7 +113,7 @@ def _check_mean(mean_B3: Tensor, potential_B3XYZ: Tensor) -> None:
         raise ValueError(f"mean_B3 is on {mean_B3.device}; potential_B3XYZ is on {potential_B3XYZ.device}")
 
 
-# The torch reference: everything accumulates into one buffer, so nothing is stacked, added or copied afterwards.
+# The torch reference. Everything is accumulated in the output, so nothing is stacked, added or copied afterwards.
 
 
 def _add_derivative(out_XYZ: Tensor, f_XYZ: Tensor, axis: int, sign: int, how: tuple[str, float, bool]) -> None:

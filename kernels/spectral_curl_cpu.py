@@ -1,10 +1,10 @@
 """The spectral curl on a CPU: plane by plane in cache, with half the arithmetic of full differentiation matrices.
 
 A plane (y, z at fixed x, or x, z at fixed y) is small enough to stay in cache. As in the Triton kernel, planes of the
-first kind give u_x and one half of u_z, planes of the second kind u_y and the other half. In each plane both axes are
+first kind give u_x and one part of u_z, planes of the second kind u_y and the other part. In each plane both axes are
 folded into sums and differences of their halves, which turns the circulant matrix [[C0, C1], [C1, C0]] into two blocks
-of half the size, C0 + C1 and C0 - C1. Planes are distributed over as many threads as torch uses; each plane is
-computed by one thread, so the result does not depend on their number.
+of half the size, C0 + C1 and C0 - C1. Planes are distributed over as many threads as torch uses. One thread computes a
+whole plane, so the result does not depend on the number of threads.
 
 Shapes: X Y Z space, R rows and C columns of a plane, H half of either.
 """
@@ -24,18 +24,18 @@ from shodh_moe.kernels.differentiation import cached_matrix
 
 # The full matrices of `spectral_curl` are faster for shorter axes (measured at 32; at 64 this form is faster).
 MINIMUM = 64
-PARTS = 8  # per thread, for balance
+PARTS = 8  # parts of the planes per thread, to balance the load
 
 
 @compiled()
 def _line(field: Any, fixed: int, row: int, rows_are_x: bool) -> Any:
-    """A row of the plane, contiguous along z."""
+    """A row of a plane, contiguous along z."""
     return field[row, fixed] if rows_are_x else field[fixed, row]
 
 
 @compiled()
 def _fold(field: Any, fixed: int, rows_are_x: bool, out: Any) -> None:
-    """out[rs, r, c]: sums and differences of the halves, by rs along rows, by the half of c along columns."""
+    """Fold a plane: out[0] are sums and out[1] differences over rows; over columns, the halves of the last axis are."""
     half_r, half_c = out.shape[1], out.shape[2] // 2
     for r in range(half_r):
         near = _line(field, fixed, r, rows_are_x)
@@ -52,7 +52,7 @@ def _fold(field: Any, fixed: int, rows_are_x: bool, out: Any) -> None:
 
 @compiled()
 def _unfold(folded: Any, field: Any, fixed: int, rows_are_x: bool, sign: Any, mean: Any, accumulate: bool) -> None:
-    """Unfold: set the plane of ``field`` to sign * unfolded + mean, or add that with ``accumulate``."""
+    """Unfold a plane and set that of ``field`` to sign * unfolded + mean; with ``accumulate``, add sign * unfolded."""
     half_r, half_c = folded.shape[1], folded.shape[2] // 2
     for r in range(half_r):
         near = _line(field, fixed, r, rows_are_x)
@@ -73,7 +73,7 @@ def _unfold(folded: Any, field: Any, fixed: int, rows_are_x: bool, sign: Any, me
 
 @compiled()
 def _add_product(a: Any, b: Any, out: Any, first: int) -> None:
-    """out += a @ b for the columns of ``a`` and ``out`` from ``first`` on; each vector of b serves four rows."""
+    """out += a @ b, with the columns of ``a`` and ``out`` from ``first`` on. Four rows share each load of b."""
     inner, columns = b.shape
     rows = out.shape[0]
     for r in range(0, rows - rows % 4, 4):
@@ -107,7 +107,7 @@ def _add_row(factor: Any, source: Any, target: Any) -> None:
 
 @compiled()
 def _planes(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool, first: int, last: int) -> None:
-    """Planes first..last-1 of one field: out1 = +-(D_R P - Q D_z^T) + mean, out2 (+)= -+ D_R S + mean."""
+    """Compute planes first..last-1: out1 = +-(D_R P - Q D_z^T) + mean, out2 = -+ D_R S + mean (added for x rows)."""
     half_c = d_zt.shape[1]
     shape = (2, d_r.shape[1], 2 * half_c)
     p, q, s = np.empty(shape, a.dtype), np.empty(shape, a.dtype), np.empty(shape, a.dtype)
@@ -140,7 +140,7 @@ def _all_planes(a: Any, u: Any, mean: Any, d_r: Any, d_zt: Any, rows_are_x: bool
 
 @lru_cache(maxsize=64)
 def _blocks(size: int, spacing: float, dtype: torch.dtype, adjoint: bool, columns: bool) -> np.ndarray:
-    """(C0 + C1, C0 - C1) / 4, [2, H, H]; for columns of -D^T. Folding and unfolding two axes multiplies by 4."""
+    """(C0 + C1, C0 - C1) / 4, [2, H, H], of D, or of -D^T for columns. Folding and unfolding two axes multiply by 4."""
     d = cached_matrix(size, "spectral", spacing, torch.float64, torch.device("cpu"), adjoint)
     c0, c1 = d[: size // 2].chunk(2, dim=1)
     both = torch.stack((c0 + c1, c0 - c1)) / 4
@@ -148,7 +148,7 @@ def _blocks(size: int, spacing: float, dtype: torch.dtype, adjoint: bool, column
 
 
 def fits(field: Tensor) -> bool:
-    """Whether `curl` supports this CPU field and is the fastest form."""
+    """Whether `curl` supports this CPU field and is faster than the reference for it."""
     wide = field.dtype in (torch.float32, torch.float64)
     return wide and all(n % 2 == 0 and n >= MINIMUM for n in field.shape[2:])
 

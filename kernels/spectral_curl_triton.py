@@ -5,14 +5,15 @@ differentiation matrices of the two axes, one program computes a tile of
 
     out1 = SIGN_1 * (D_R P + SIGN_Q * Q D_z^T) + mean        out2 (+)= SIGN_2 * D_R S + mean
 
-so a curl takes two launches, and the only intermediate field in memory is u_z, to which both launches contribute:
+so a curl takes two launches, and u_z, to which both contribute, is the only field that is written twice:
 
     planes (y, z):  u_x = D_y A_z - A_y D_z^T + m_x         u_z  = -D_y A_x + m_z
     planes (x, z):  u_y = -(D_x A_z - A_x D_z^T) + m_y      u_z += D_x A_y
 
 float32 products run as tf32x3 on NVIDIA: three tensor core products of the high and low halves of the operands,
-which keeps float32 accuracy (tested in tests/kernels/test_spectral_curl.py). bfloat16 and float16 tiles are widened
-first. Multiples of 16 use the kernel of `kernels.spectral_fold_triton`, which needs half the arithmetic.
+which keeps float32 accuracy (tested in tests/kernels/test_spectral_curl.py). bfloat16 and float16 tiles are converted
+to float32 first. If both sizes of a plane are multiples of 16, the kernel of `kernels.spectral_fold_triton` is used,
+which needs half the arithmetic.
 
 Shapes: B batch, 3 vector components, X Y Z space, R rows.
 """
@@ -31,7 +32,7 @@ from shodh_moe.kernels.backend import dot_precision, launch, settings
 from shodh_moe.kernels.differentiation import cached_matrix
 from shodh_moe.kernels.spectral_fold_triton import folded_matrix, folded_plane_kernel
 
-# Blocks by dtype of the result: the largest that spill no registers on sm_80, sm_90, sm_100 and gfx942.
+# Block sizes by dtype of the result: the largest without register spills on sm_80, sm_90, sm_100 and gfx942.
 PLAIN = {
     "float32": {"BLOCK_R": 64, "BLOCK_C": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     "float64": {"BLOCK_R": 32, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
@@ -46,7 +47,7 @@ FOLDED = {
 def _add_product(
     acc, a_ptr, a_stride, b_ptr, b_stride, rows, columns, inner, r, c, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """acc + A B at the rows r and columns c, A [rows, inner], B [inner, columns], rows of memory a stride apart."""
+    """acc + A B at rows r and columns c, for A [rows, inner] and B [inner, columns] with these strides of rows."""
     k_row = tl.arange(0, BLOCK_K)[None, :]
     k_column = tl.arange(0, BLOCK_K)[:, None]
     for k in range(0, inner, BLOCK_K):
@@ -69,9 +70,9 @@ def plane_kernel(
     SIGN_1: tl.constexpr, SIGN_Q: tl.constexpr, SIGN_2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of out1 and of out2; means are [B, 3] and offset to their component."""
+    """Compute a tile of out1 and of out2. Pointers to means [B, 3] are offset to their component."""
     dtype: tl.constexpr = d_r_ptr.dtype.element_ty
-    # Neighbouring programs share a plane, so they reread its tiles from the L2 cache.
+    # Neighbouring programs work on the same plane, so they find its tiles in the L2 cache.
     tiles_c = tl.cdiv(columns, BLOCK_C)
     r = (tl.program_id(0) // tiles_c) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -104,7 +105,7 @@ def plane_kernel(
             acc, d_r_ptr, rows, s_ptr + source, row_stride, rows, columns, rows, r, c, PRECISION, BLOCK_K
         )
         acc *= SIGN_2
-        if ACCUMULATE:  # adds to the previous launch, which has added the mean
+        if ACCUMULATE:  # add to the result of the previous launch, which includes the mean
             acc += tl.load(out2_ptr + target, mask=inside, other=0.0)
         elif HAS_MEAN:
             acc += tl.load(mean2_ptr + 3 * batch)
@@ -129,14 +130,14 @@ class Product(NamedTuple):
 
 
 def _launch(product: Product, spacing: float, adjoint: bool) -> None:
-    """Every tensor of ``product`` is [B, X, Y, Z], a component of a contiguous field; inputs share their strides."""
+    """Launch a product. Its fields are [B, X, Y, Z], components of contiguous fields; inputs have equal strides."""
     inputs = [f for f in (product.p, product.q, product.s) if f is not None]
     outputs = [f for f in (product.out1, product.out2) if f is not None]
     like, out = inputs[0], outputs[0]
     batch, x, y, z = like.shape
     rows, planes = (x, y) if product.axis == 0 else (y, x)
     row_stride, plane_stride = (y * z, z) if product.axis == 0 else (z, y * z)
-    fold = rows % 16 == 0 and z % 16 == 0  # halves of aligned lines are aligned; other sizes would spill registers
+    fold = rows % 16 == 0 and z % 16 == 0  # then halves of lines are aligned too; otherwise registers would spill
     name, defaults = ("spectral_fold", FOLDED) if fold else ("spectral_curl", PLAIN)
     dtype = str(out.dtype).removeprefix("torch.")
     block = settings(name, dtype, defaults[dtype], out.device)
@@ -181,7 +182,7 @@ def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def curl(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool) -> Tensor:
-    """`spectral_curl.curl` of checked arguments."""
+    """`spectral_curl.curl` for arguments that have been checked."""
     potential_B3XYZ = potential_B3XYZ.contiguous()
     u_B3XYZ = _result(potential_B3XYZ, potential_B3XYZ.shape)
     mean_B3 = None if mean_B3 is None else mean_B3.to(u_B3XYZ.dtype).contiguous()
@@ -205,7 +206,7 @@ def curl(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing
 
 
 def divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
-    """`spectral_curl.divergence` of checked arguments."""
+    """`spectral_curl.divergence` for arguments that have been checked."""
     u_B3XYZ = u_B3XYZ.contiguous()
     out_BXYZ = _result(u_B3XYZ, (u_B3XYZ.shape[0], *u_B3XYZ.shape[2:]))
     if operator != "spectral":
@@ -218,14 +219,14 @@ def divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
 
 
 def divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tensor:
-    """du_i = D_i^T g."""
+    """The transposed divergence, du_i = D_i^T g: [B, 3, X, Y, Z]."""
     g_BXYZ = g_BXYZ.contiguous()
     du_B3XYZ = _result(g_BXYZ, (g_BXYZ.shape[0], 3, *g_BXYZ.shape[1:]))
     if operator != "spectral":
         stencil_triton.divergence_backward(g_BXYZ, du_B3XYZ, operator, spacing)
         return du_B3XYZ
     du_x, du_y, du_z = du_B3XYZ.unbind(1)
-    # D replaces -D^T, so the signs change.
+    # The launches apply -D^T, so the signs change.
     _launch(Product(1, p=g_BXYZ, out1=du_y, sign_1=-1), spacing, True)
     _launch(Product(0, q=g_BXYZ, s=g_BXYZ, out1=du_z, out2=du_x, sign_1=-1, sign_2=-1), spacing, True)
     return du_B3XYZ

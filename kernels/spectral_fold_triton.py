@@ -45,7 +45,7 @@ def _along_columns(
     plus, minus, low_plus, low_minus, f_ptr, d_ptr, down, columns, live, c,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """f D^T: left and right columns in the rows ``f_ptr``, then those in the rows ``f_ptr + down``."""
+    """f D^T in four tiles: left and right columns at the rows of ``f_ptr``, then at those of ``f_ptr + down``."""
     k_row = tl.arange(0, BLOCK_K)[None, :]
     k_column = tl.arange(0, BLOCK_K)[:, None]
     for k in range(0, columns, BLOCK_K):
@@ -68,7 +68,7 @@ def _along_rows(
     plus, minus, right_plus, right_minus, f_ptr, d_ptr, row_stride, rows, columns, r, c,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add D+ f+ and D- f- of the left and the right columns."""
+    """Add D+ f+ and D- f- for the left and the right columns."""
     k_row = tl.arange(0, BLOCK_K)[None, :]
     k_column = tl.arange(0, BLOCK_K)[:, None]
     down = rows * row_stride  # from a row to its partner
@@ -151,7 +151,7 @@ def folded_plane_kernel(
         left_plus, left_minus, right_plus, right_minus = _along_rows(
             zero, zero, zero, zero, s_ptr + source, d_r_ptr, row_stride, rows, columns, r, c, PRECISION, BLOCK_K
         )
-        # If the output accumulates, the previous launch has added the mean.
+        # If the output is accumulated, the previous launch has added the mean.
         mean = tl.load(mean2_ptr + 3 * batch) if HAS_MEAN and not ACCUMULATE else 0.0
         _store(out2_ptr + target, down, inside, left_plus, left_minus, mean, SIGN_2, ACCUMULATE)
         _store(out2_ptr + target + columns, down, inside, right_plus, right_minus, mean, SIGN_2, ACCUMULATE)

@@ -1,8 +1,8 @@
-"""Triton kernels of the local derivative operators: curl, divergence and its transpose, one launch each.
+"""Triton kernels of the local derivative operators: curl, divergence and its transpose, in one launch each.
 
-A program computes a tile of lines along z for all output components; neighbours come from the caches.
-The weights of the operator are data (`weights_ptr[offset + REACH]`), so forward, adjoint and transposed forms
-are the same kernels.
+A program computes a tile of lines along z for all output components; it reads neighbours from the caches.
+The operator's weights are data (`weights_ptr[offset + REACH]`), so forward, adjoint and transposed forms use the same
+kernels.
 
 Shapes: B batch, 3 vector components, X Y Z space, Z contiguous.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from shodh_moe.kernels.backend import launch, settings
 from shodh_moe.kernels.differentiation import STENCILS, stencil
 
-REACH = 2  # the widest stencil, in points to either side
+REACH = 2  # points that the widest stencil extends to either side
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _derivative(
     HIGH: tl.constexpr,
     CENTRE: tl.constexpr,
 ):
-    """sum over offsets of weight * f[position + offset], periodic along the axis with ``size`` and ``stride``."""
+    """Sum over offsets of weight * f[position + offset], periodic along the axis with this size and stride."""
     total = tl.zeros(index.shape, weights_ptr.dtype.element_ty)
     for offset in tl.static_range(LOW, HIGH + 1):
         if offset != 0 or CENTRE:
@@ -49,7 +49,7 @@ def _derivative(
 
 @triton.jit
 def _tile(x_size, y_size, z_size, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """Coordinates, index within the component and mask of this program's tile; volume; offset of its batch element."""
+    """x, y, z, index in the component and mask of this program's tile; cells of a component; offset of the batch."""
     tiles_z = tl.cdiv(z_size, BLOCK_Z)
     row = (tl.program_id(0) // tiles_z) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     z = (tl.program_id(0) % tiles_z) * BLOCK_Z + tl.arange(0, BLOCK_Z)[None, :]
@@ -134,7 +134,7 @@ def gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ) -> None:
-    """out_i = D_i g, one component an axis."""
+    """out_i = D_i g, one component per axis."""
     x, y, z, index, mask, volume, batch = _tile(x_size, y_size, z_size, BLOCK_R, BLOCK_Z)
     g = g_ptr + batch
     out = out_ptr + 3 * batch + index
@@ -172,7 +172,7 @@ def _launch(
     batch, x, y, z = out.shape[0], *out.shape[-3:]
     default = {"BLOCK": 512, "BLOCK_Z": 128, "num_warps": 4}
     block = settings("stencil", str(out.dtype).removeprefix("torch."), default, out.device)
-    # Short lines share a tile; powers of two limit the number of variants.
+    # Short lines share a tile. Powers of two limit the number of compiled variants.
     block_z = min(block["BLOCK_Z"], triton.next_power_of_2(z))
     block_r = max(block["BLOCK"] // block_z, 1)
     meta |= {"LOW": min(offsets), "HIGH": max(offsets), "CENTRE": 0 in offsets}
@@ -195,7 +195,7 @@ def _launch(
 def curl(
     potential_B3XYZ: Tensor, mean_B3: Tensor | None, out_B3XYZ: Tensor, operator: str, spacing: float, adjoint: bool
 ) -> None:
-    """out = curl_D(A) + mean; contiguous tensors, the mean in the dtype of out."""
+    """out = curl_D(A) + mean. Tensors are contiguous, and the mean has the dtype of ``out_B3XYZ``."""
     mean = out_B3XYZ if mean_B3 is None else mean_B3  # any tensor can replace a mean that is not read
     _launch(
         curl_kernel, [potential_B3XYZ, mean], out_B3XYZ, operator, spacing, adjoint, 1, HAS_MEAN=mean_B3 is not None

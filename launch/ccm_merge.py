@@ -1,4 +1,4 @@
-"""Merge models with several processes: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml"""
+"""Merge models in several processes: mpirun -n 4 python launch/ccm_merge.py configs/merge/example.yaml"""
 
 import sys
 

@@ -1,6 +1,7 @@
 """Generate a config's dataset: python launch/generate_data.py --config configs/quickstart.yaml
 
-On many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or one part per job: --part 0 --of 16
+For many cores or hosts: mpirun -n 64 python launch/generate_data.py ..., or in separate jobs, each with a part of the
+trajectories: --part 0 --of 16
 """
 
 import sys

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Make or bring up to date the virtual environment of this checkout. `make venv` calls it.
+# Create or update the virtual environment of this checkout. `make venv` calls this script.
 #
 #   launch/make_venv.sh [VENV_FOLDER (.venv)] [--dry-run]
 #
 # Environment:
 #   PYTHON  the interpreter to build from (default python3; 3.10 to 3.13)
-#   TORCH   auto (default): keep the interpreter's own torch where it has a GPU build of
-#           at least MIN_TORCH, install the pinned one otherwise; system | pinned: choose.
+#   TORCH   system: use the interpreter's own torch; pinned: install the one in constraints.txt;
+#           auto (default): system if that is a GPU build of at least MIN_TORCH, otherwise pinned.
 #
-# --dry-run only says which Python and which torch it would take.
-# The stamp VENV_FOLDER/.installed is written last, so an interrupted install is done again.
+# --dry-run only prints which Python and which torch would be used.
+# The stamp VENV_FOLDER/.installed is written last, so an interrupted installation is repeated.
 set -euo pipefail
 
 MIN_TORCH=2.8
@@ -19,7 +19,7 @@ TORCH=${TORCH:-auto}
 STAMP=$VENV/.installed
 cd "$(dirname "$0")/.."
 
-refuse() { # the user's input is wrong: one line, exit code 2
+refuse() { # report wrong input in one line and exit with code 2
     echo "make venv: $*" >&2
     exit 2
 }
@@ -32,7 +32,7 @@ case $version in
     *) refuse "Python 3.10 to 3.13 is needed, '$PYTHON' is $version; set another with PYTHON=/path/to/python3" ;;
 esac
 
-# One line about the interpreter's own torch: "none", or "<version> <gpu|cpu> <new|old>".
+# Print one line about the interpreter's own torch: "none", or "<version> <gpu|cpu> <new|old>".
 probe_torch() {
     "$PYTHON" - "$MIN_TORCH" <<'PY'
 import re, sys
@@ -70,14 +70,14 @@ fi
 echo "make venv: Python $version, $choice"
 [[ ${2:-} != --dry-run ]] || exit 0
 
-# Two makes at once (a test run and a pretraining, say): the second waits for the first.
+# If two makes run at once (say, tests and pretraining), the second waits for the first.
 if command -v flock >/dev/null; then
     exec 9>"$VENV.lock"
     flock 9
 fi
 wanted="python $version; $choice"
 if [[ ! -f $STAMP ]] || [[ $(<"$STAMP") != "$wanted" ]]; then
-    rm -rf "$VENV" # absent, half-made, or made for something else
+    rm -rf "$VENV" # absent, incomplete, or made for another Python or torch
 fi
 rm -f "$STAMP"
 
@@ -87,12 +87,12 @@ if [[ ! -x $VENV/bin/python ]]; then
 fi
 constraints=$VENV/constraints.txt
 if [[ ${#venv_options[@]} -gt 0 ]]; then
-    # An interpreter that is itself in a virtual environment does not hand on what is installed there.
+    # If the interpreter is itself in a virtual environment, packages installed there are not visible here.
     if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
         site=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
         echo "$site" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host_torch.pth"
     fi
-    # Torch stays exactly what it is, and triton is what that torch wants.
+    # Keep this torch, and the triton version that it requires.
     grep -vE '^(torch|triton)==' constraints.txt >"$constraints"
     echo "torch==$found_version" >>"$constraints"
 else
@@ -103,8 +103,8 @@ pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --constraint 
 [[ -t 1 ]] || pip+=(--quiet)
 "${pip[@]}" --editable '.[dev]'
 
-# A CPU torch brings no triton. Without a wheel for this platform we go on: nothing needs it to run.
+# A CPU torch does not install triton. Continue if there is no wheel for this platform: nothing needs triton to run.
 if [[ $(uname -s) == Linux ]] && ! "$VENV/bin/python" -c 'import triton' 2>/dev/null; then
-    "${pip[@]}" --editable '.[triton]' || echo "make venv: no triton for this platform; going on without it"
+    "${pip[@]}" --editable '.[triton]' || echo "make venv: no triton for this platform; continuing without it"
 fi
 echo "$wanted" >"$STAMP"

@@ -1,8 +1,8 @@
-"""Pretraining, as a single process or as one of many ranks, with any launcher.
+"""Pretrain the latent transformer, in a single process or as one of many ranks, with any launcher.
 
 python launch/pretrain.py --config C                            one process
-deepspeed --num_gpus 8 launch/pretrain.py --config C            eight ranks of this host
-deepspeed --hostfile H launch/pretrain.py --config C            the hosts of a hostfile
+deepspeed --num_gpus 8 launch/pretrain.py --config C            eight ranks on this host
+deepspeed --hostfile H launch/pretrain.py --config C            ranks on the hosts of a hostfile
 deepspeed launch/pretrain.py --hostfile H --config C            the same, after probing every host (docs/cluster.md)
 torchrun --nproc-per-node 8 launch/pretrain.py --config C
 srun python launch/pretrain.py --config C                       see launch/slurm/pretrain.sbatch

@@ -1,10 +1,10 @@
-"""Training of an expert (a neural operator of a family), as a single process or one of many ranks, with any launcher.
+"""Train an expert (a neural operator), in a single process or as one of many ranks, with any launcher.
 
 python launch/train_expert.py --config C                        one process
-deepspeed --num_gpus 8 launch/train_expert.py --config C        eight ranks of this host
-srun python launch/train_expert.py --config C                   and all other ways of launch/pretrain.py
+deepspeed --num_gpus 8 launch/train_expert.py --config C        eight ranks on this host
+srun python launch/train_expert.py --config C                   and the other launchers in launch/pretrain.py
 
-The data must exist: `shodh expert data --config C` generates them.
+The data must exist; `shodh expert data --config C` generates them.
 """
 
 from shodh_moe.base.command import end_rank

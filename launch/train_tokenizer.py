@@ -1,10 +1,10 @@
-"""Training of the tokenizer, as a single process or as one of many ranks, with any launcher.
+"""Train the tokenizer, in a single process or as one of many ranks, with any launcher.
 
 python launch/train_tokenizer.py --config C                     one process
-deepspeed --num_gpus 8 launch/train_tokenizer.py --config C     eight ranks of this host
-srun python launch/train_tokenizer.py --config C                and all other ways of launch/pretrain.py
+deepspeed --num_gpus 8 launch/train_tokenizer.py --config C     eight ranks on this host
+srun python launch/train_tokenizer.py --config C                and the other launchers in launch/pretrain.py
 
-The data must exist: `shodh data generate --config C` generates them.
+The data must exist; `shodh data generate --config C` generates them.
 """
 
 from shodh_moe.base.command import end_rank

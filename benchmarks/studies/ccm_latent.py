@@ -2,8 +2,8 @@
 
     python benchmarks/studies/ccm_latent.py [--json FILE] [key=value ...]
 
-Runs the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. Finished work is kept, so
-repeating the call resumes. Settings (key=value) apply to all runs and data. Docs: docs/ccm_latent.md.
+Runs the commands `shodh data generate`, `tokenizer`, `pretrain`, `merge` and `evaluate`. Finished work is skipped, so
+repeating the command resumes. Settings (key=value) apply to all runs and data. See docs/ccm_latent.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ccm_latent.json"
 
 VISCOSITY = "data.domains.open_channel.viscosity"
 FINE_TUNING = ["training.steps=160", "training.learning_rate=5e-4", "training.warmup_steps=10"]
-# Viscosities at which nothing is trained. The readout is chosen on validation, which has separate flows.
+# Viscosities at which nothing is trained. The readout is chosen on the validation ones, which have separate flows.
 VALIDATION, TEST = (0.004, 0.0075, 0.024), (0.0036, 0.0065, 0.015, 0.028)
 SWEPT, ALPHAS = 0.024, (-1.0, -0.5, 0.0, 0.5, 1.0, 1.25, 1.5, 2.0)
 FEW = [
@@ -52,7 +52,7 @@ FEW = [
 READOUTS = ("linear", "log")
 TITLES = {
     "anchor": "anchor",
-    "continued": "anchor, trained on",
+    "continued": "anchor, trained further",
     "low": "expert, low viscosity",
     "high": "expert, high viscosity",
     "average": "average of the experts",
@@ -71,20 +71,22 @@ class Regime:
 
     @property
     def settings(self) -> list[str]:
-        """Name of its data. An end uses its own test split; for the other regimes only a test split is generated."""
+        """Settings of its data. An end uses its own test split; for other regimes the data are a small test split."""
         if self.role == "end":
             return []
         return [*FEW, "tokenizer.latent_copies=1", *(["data.seed=1"] if self.role == "validation" else [])]
 
 
 class Bench:
-    """Paths and settings of one whole run.
+    """Paths and settings of the whole study.
 
     Attributes:
         own: settings given on the command line, which override all others.
         anchor: config of the anchor.
         ends: viscosities of the two experts.
-        folder: files that belong to no single run.
+        folder: folder of files that belong to no single run.
+        regimes: where models are measured.
+        times: longest wall-clock and CPU seconds of each step, by name.
     """
 
     def __init__(self, own: list[str]):
@@ -111,7 +113,7 @@ class Bench:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Keep the longest time of a step: a call that finds it finished takes less."""
+        """Record the time of a step. The longest is kept, because a call that finds the step finished takes less."""
         began, cpu = time.perf_counter(), sum(os.times()[:4])
         yield
         took = {"wall": time.perf_counter() - began, "cpu": sum(os.times()[:4]) - cpu}
@@ -120,7 +122,7 @@ class Bench:
             write_text(self._times_path, json.dumps(self.times, indent=1) + "\n")
 
     def train(self, name: str, settings: list[str]) -> Path:
-        """Complete a run, from its data to its last checkpoint, which is returned."""
+        """Complete a run from its data to its last checkpoint, and return the path of that."""
         config = load_config(ANCHOR, settings, name)
         for step in (("data", "generate"), ("tokenizer", "train"), ("tokenizer", "encode"), ("pretrain",)):
             with self.timed(f"{name}: {' '.join(step)}"):
@@ -184,7 +186,7 @@ def work(own: list[str], output: Path) -> None:
     for regime in bench.regimes:
         if regime.role != "end":
             with bench.timed(f"{regime.viscosity:g}: data"):
-                name = f"{anchor.name}_at_{regime.viscosity:g}"  # unset `run`: two runs must not share a run folder
+                name = f"{anchor.name}_at_{regime.viscosity:g}"  # because two configs must not share a run folder
                 settings = bench.at(regime.viscosity, regime.settings)
                 command("data", "generate", "--config", str(ANCHOR), "--name", name, *settings)
 
@@ -219,7 +221,7 @@ def work(own: list[str], output: Path) -> None:
         "seconds": bench.times,
     }
     write_text(output, json.dumps(content, indent=1) + "\n")
-    tell(bench, rows, sweep, chosen)
+    print_tables(bench, rows, sweep, chosen)
     total = {key: sum(one[key] for one in bench.times.values()) / 60 for key in ("wall", "cpu")}
     print(f"\n{total['wall']:.1f} minutes, {total['cpu']:.1f} CPU minutes; results: {output}")
 
@@ -255,7 +257,7 @@ def _change(rows: Sequence[dict[str, Any]], row: str) -> float:
     return sum(ratios) / len(ratios)
 
 
-def tell(bench: Bench, rows: Sequence[dict[str, Any]], sweep: Sequence[dict[str, Any]], chosen: str) -> None:
+def print_tables(bench: Bench, rows: Sequence[dict[str, Any]], sweep: Sequence[dict[str, Any]], chosen: str) -> None:
     """Print the tables of docs/ccm_latent.md."""
     print(f"\nchosen on validation: {TITLES[chosen]}")
     tested = [regime for regime in bench.regimes if regime.role != "validation"]

@@ -1,4 +1,4 @@
-"""Make the figure and the table of docs/domains.md from simulated flows (about five minutes on one core).
+"""Make the figure and table of docs/domains.md from simulated flows (about five minutes on one core).
 
     python benchmarks/studies/domain_pictures.py [--images docs/images]
 
@@ -26,8 +26,8 @@ from shodh_moe.solvers.domains import (
     PorousMedia,
 )
 
-# Domain, caption, settings at 64^3 with enough time for the flow to develop, and a trajectory whose bodies are placed
-# well for a slice.
+# Domain, caption, settings at 64^3 with enough time for the flow to develop, and the index of a trajectory whose bodies
+# are well placed for a slice.
 PICTURES: list[tuple[str, str, Domain, int]] = [
     ("open_channel", "spheres", OpenChannel(roughness=0.25, spinup_steps=500), 1),
     ("porous_media", "blobs", PorousMedia(geometry=["blobs"], porosity=[0.6, 0.6], grain=7.0), 1),
@@ -86,8 +86,8 @@ def table(trajectories: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--trajectories", type=int, default=6)
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder of the figure")
+    parser.add_argument("--trajectories", type=int, default=6, help="flows per domain for the table")
     options = parser.parse_args()
     table(options.trajectories)
     picture(options.images)

@@ -1,7 +1,7 @@
 """Fuzz the reader with mutated trajectory files and statistics, read as training reads them.
 
-A supervised child process reads file after file, so that a crash of its interpreter or a hang is counted and does not
-end the run. A file is determined by --seed and its number; --only N reads one file again and keeps it.
+A supervised child process reads one file after another, so that a crash of its interpreter or a hang is counted without
+ending the run. A file is determined by --seed and its number; --only N reads file N again and keeps it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from support.mutations import Base, make_bases, mutate, mutated_stats
 FAULTS = ("traceback", "crash", "timeout")
 SECONDS_A_FILE = 60.0
 MEMORY = 4 * 2**30  # address space that the child may add to its initial size
-CPU_SECONDS = 2  # replaces the reader's own limit, so that endless files take less time
-STATS_SHARE = 0.03
+CPU_SECONDS = 2  # replaces the reader's own limit, so that files that never end take less time
+STATS_SHARE = 0.03  # share of the cases that mutate statistics instead of a trajectory
 
 
 def read_as_training_does(folder: Path, base: Base | None) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def lines_of(process: subprocess.Popen[bytes]) -> Any:
 
 
 def reason_of(message: str, folder: Path) -> str:
-    """A refusal's message without the parts that differ between files."""
+    """The start of a refusal's message, without the parts that differ between files."""
     text = message.replace(str(folder), "")
     return " ".join(word for word in text.split()[:9] if not any(c.isdigit() for c in word))[:70]
 

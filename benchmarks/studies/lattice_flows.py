@@ -1,4 +1,4 @@
-"""Flows of lattice_validation.py: each is run by the solver in float64 and returned with its exact solution."""
+"""Flows of lattice_validation.py, each simulated in float64 and returned with its exact solution."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def bgk(viscosity: float) -> float:
 
 
 def bed(gap: int, width: int = 1, walls: bool = False) -> NDArray[np.bool_]:
-    """One solid layer under ``gap`` cells, and a solid layer at the side if ``walls``."""
+    """Solid mask of one layer under ``gap`` fluid cells, with a solid layer at the side if ``walls``."""
     solid_XYZ = np.zeros((1, width + walls, gap + 1), bool)
     solid_XYZ[:, :, 0] = True
     solid_XYZ[:, :1] |= walls
@@ -88,7 +88,7 @@ def heights(gap: int) -> Array:
 
 
 def steady(moving: LatticeBoltzmann, force_3: Sequence[float], steps: int, tolerance: float = 1e-11) -> Array:
-    """Velocity [3, X, Y, Z] of the steady flow: ``steps`` more steps change it by less than ``tolerance``."""
+    """Velocity [3, X, Y, Z] of the steady flow, which ``steps`` more steps change by less than ``tolerance``."""
     before = moving.velocity()
     for _ in range(1000):
         moving.run(np.tile(force_3, (steps, 1)))
@@ -107,7 +107,7 @@ def straight(gap: int, viscosity: float, magic: float, speed: float = 0.02) -> t
 
 
 def wall_offset(found_Z: Array) -> float:
-    """Distance in cells from the half-way wall outwards to the zero of the parabola through the profile."""
+    """Distance in cells, outwards from the half-way wall, to the zero of the parabola through the profile."""
     roots = np.roots(np.polyfit(heights(len(found_Z)), found_Z, 2))
     return float(-np.sort(roots.real)[0])
 
@@ -158,7 +158,7 @@ def swinging_film(gap: int, viscosity: float, womersley: float) -> tuple[Array, 
 
 
 def open_channel_friction(depth: int, width: int) -> tuple[float, float]:
-    """Darcy's f times Re, by the hydraulic radius, of an open channel ``width`` depths wide, and its maximum speed."""
+    """f Re (Darcy, hydraulic radius) of an open channel ``width`` depths wide, and its maximum speed."""
     solid_XYZ, force = bed(depth, width * depth, walls=True), 2e-3 * (4 / depth) ** 3
     along = steady(flow(solid_XYZ, 0.5, lid=True), [force, 0, 0], depth**2 + 20, 1e-9)[0]
     mean, radius = along[~solid_XYZ].mean(), width * depth / (width + 2)
@@ -166,7 +166,7 @@ def open_channel_friction(depth: int, width: int) -> tuple[float, float]:
 
 
 def decay(start_3XYZ: Array, viscosity: float, rate: float, time_share: float) -> tuple[float, float]:
-    """Measured over nominal viscosity, minus 1, and error of the velocity after ``time_share / rate`` steps."""
+    """Relative error of the measured viscosity, and that of the velocity after ``time_share / rate`` steps."""
     moving = flow(np.zeros(start_3XYZ.shape[1:], bool), viscosity)
     moving.set_velocity(start_3XYZ, settle_pressure=True)
     first, last = round(0.2 * time_share / rate), round(time_share / rate)
@@ -189,9 +189,9 @@ def sphere(n: int, fraction: float, shift_3: Sequence[float] = (0.0, 0.0, 0.0)) 
 
 
 def permeability(solid_XYZ: NDArray[np.bool_], viscosity: float, magic: float = MAGIC) -> tuple[float, Array]:
-    """Permeability along x of a cube of n cells over n^2, in Stokes flow, and the velocity [3, n, n, n].
+    """Permeability along x, over n^2, of a cube of n^3 cells in Stokes flow, and the velocity [3, n, n, n].
 
-    The mean velocity converges exponentially. Three values give the limit (Aitken), which is returned once it settles.
+    The mean velocity converges exponentially. Its limit is extrapolated from three values (Aitken) until it settles.
     """
     n = len(solid_XYZ)
     moving = flow(solid_XYZ, viscosity, magic)
@@ -220,7 +220,7 @@ def published() -> Callable[[float], float]:
 
 
 def hydrodynamic_radius(permeability_over_n2: float) -> float:
-    """Radius over n of the sphere whose array has this permeability."""
+    """Radius, over n, of the sphere whose cubic array has this permeability."""
     known = published()
 
     def excess(radius: float) -> float:

@@ -1,4 +1,4 @@
-"""Dimensionless numbers of the generated data sets, and lattice units in physical ones."""
+"""Dimensionless numbers of the generated datasets, and lattice units in physical units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generated_sets(trajectories: int = 3) -> Table:
     domains = named | {name: kind() for name, kind in DOMAINS.items() if name not in named}
     rows = []
     for name, domain in domains.items():
-        of: dict[str, list[float]] = {}
+        by_quantity: dict[str, list[float]] = {}
         for number in range(trajectories):
             drawn = simulate(name, domain, grid, config.seed, number, config.snapshots).parameters
             nu, length, reynolds, fastest = (
@@ -38,10 +38,10 @@ def generated_sets(trajectories: int = 3) -> Table:
                 "Kn": nu * math.sqrt(math.pi / 2) / SOUND_SPEED / length,
             }
             for key, value in values.items():
-                of.setdefault(key, []).append(float(value))
+                by_quantity.setdefault(key, []).append(float(value))
         title = name.replace("_", " ") + (" (quickstart)" if name in named else " (defaults)")
-        rows.append([title, domain.viscosity, f"{3 * domain.viscosity + 0.5:.3f}", *map(span, of.values())])
-    header = ["domain", "viscosity", "relaxation time", *of]
+        rows.append([title, domain.viscosity, f"{3 * domain.viscosity + 0.5:.3f}", *map(span, by_quantity.values())])
+    header = ["domain", "viscosity", "relaxation time", *by_quantity]
     size = " x ".join(map(str, grid))
     return Table(
         f"First {trajectories} trajectories of every domain, {size}, {config.snapshots} snapshots", header, rows

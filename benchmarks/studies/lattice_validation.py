@@ -121,7 +121,7 @@ def unsteady() -> list[Case]:
 
 
 def thin_layers() -> Table:
-    """Resolution of thin layers: the swinging film at the viscosities and pulse periods of the generated data sets."""
+    """Resolution of thin layers: the swinging film at the viscosities and pulse periods of the generated datasets."""
     rows = []
     for name, viscosity, period, depth in (
         ("open channel, quickstart, faster pulse", 0.005, 440, 12),

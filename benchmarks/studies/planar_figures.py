@@ -10,7 +10,7 @@ from shodh_moe.base.files import atomic_file
 from shodh_moe.report.style import TICK, label, legend, panels, plain_ticks, png
 
 Lines = dict[str, tuple[list[float], list[float]]]  # a figure's curves: label -> x, y
-PLACES = (-1.5, -1.0, 0.0, 1.0, 1.5)  # s, the place of a parameter in its range
+PLACES = (-1.5, -1.0, 0.0, 1.0, 1.5)  # coordinates s at which fields are drawn
 
 
 def draw(images: Path, time_lines: Lines, space_lines: Lines, dam_lines: Lines, profiles: dict, fields: dict) -> None:

@@ -38,7 +38,7 @@ def seeds(count: int) -> list[np.random.SeedSequence]:
 
 
 def fluctuation(family: Family, fields: Tensor) -> Tensor:
-    """Fields minus the still water around a dam; other families' fields are already deviations."""
+    """Fields minus the still water around a dam. Other families' fields are already fluctuations."""
     if not isinstance(family.settings, ShallowWater):
         return fields
     still = torch.tensor([family.settings.outer_height, 0.0, 0.0], dtype=fields.dtype)
@@ -68,7 +68,7 @@ def order(errors: Sequence[float], ratio: float = 2.0) -> list[object]:
 
 
 def in_time() -> Lines:
-    """Errors of each family's time step and of finer ones, over its whole time, at both ends of its parameter range."""
+    """Errors at the last snapshot of each family's time step and of finer ones, at both ends of its parameter range."""
     lines: Lines = {}
     for family in FAMILIES.values():
         name = family.name.replace("_", " ")

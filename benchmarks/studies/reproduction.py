@@ -2,10 +2,9 @@
 
     python benchmarks/studies/reproduction.py [--config configs/reproduce.yaml] [--collect-only] [key=value ...]
 
-Runs `shodh run`, which skips finished stages. A signal to this script is passed on to it (exit code 75), and repeating
-the call resumes. Then it writes metrics.json, config.yaml, environment.json, run.json (times, validation, bifurcation),
-table.md and the report's figures to docs/reproduction, or for another config to a folder below it.
-Docs: docs/reproduction.md.
+Runs `shodh run`, which skips finished stages, and passes signals on to it (exit code 75). Repeating the command
+resumes. Then it writes metrics.json, config.yaml, environment.json, run.json (times, validation, bifurcation), table.md
+and the report's figures to docs/reproduction, or for another config to a subfolder. See docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -47,10 +46,11 @@ ENDS = re.compile(rf"\[({'|'.join(STAGES)})\] (unchanged, .*|.* in \d+ s)")
 def run_stages(options: argparse.Namespace, times: Path) -> int:
     """Run `shodh run` in a separate process and add the seconds of its stages to ``times``.
 
-    The first SIGTERM or SIGUSR1 is passed on. Later ones are not, since `timeout` sends its signal twice and a second
-    one would end ranks at once.
+    Only the first SIGTERM or SIGUSR1 is passed on, because `timeout` sends its signal twice and a second one would end
+    ranks at once.
 
-    Returns its exit code; `EXIT_REQUEUE` if a signal ended it, whatever code the stage returned.
+    Returns:
+        the exit code of `shodh run`; `EXIT_REQUEUE` if a signal ended it, whatever its exit code.
     """
     command = [sys.executable, "-u", "-m", "shodh_moe.cli", "run", "--config", str(options.config), *options.overrides]
     clock, code = StageClock(), EXIT_FAILED
@@ -84,7 +84,7 @@ def run_stages(options: argparse.Namespace, times: Path) -> int:
 
 
 class StageClock:
-    """Seconds by stage from the output of `shodh run`; none for stages that were up to date."""
+    """Measure the seconds of each stage from the output of `shodh run`. Stages that were up to date have none."""
 
     def __init__(self) -> None:
         self._mark = time.perf_counter()

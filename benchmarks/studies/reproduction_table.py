@@ -1,4 +1,4 @@
-"""The table that compares a run's numbers with the paper's, each with its definition (reproduction.py)."""
+"""The table of reproduction.py, which compares a run's numbers with the paper's, each with its definition."""
 
 from __future__ import annotations
 

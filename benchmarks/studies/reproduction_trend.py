@@ -3,9 +3,9 @@
     python benchmarks/studies/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
 
 Each run is `shodh run` on one rank with the tokenizer of configs/reproduce.yaml, so that all errors refer to the same
-latents. Finished runs are kept, so repeating the call resumes. With one seed the results show a trend, not differences
-between two runs. Persistence needs no training: the test trajectories are simulated again with snapshots at a half and
-a quarter of the time. Writes numbers (--json) and tables beside them (.md). Docs: docs/reproduction.md.
+latents. Finished runs are skipped, so repeating the command resumes. With one seed the results show a trend, not
+differences between two runs. Persistence needs no training: the test trajectories are simulated again with half and a
+quarter of the time between snapshots. Writes numbers (--json) and tables beside them (.md). See docs/reproduction.md.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/studies/tokenizer_controls.py [--seeds 0,1,2] [--variants direct,spectral] [--summary-only]
 
 Trains and evaluates with `shodh tokenizer train` and `evaluate`, one run at a time, seed by seed. Finished runs are
-kept, so repeating the call resumes. Settings (key=value) apply to all runs and their data. Writes numbers (--json),
-tables beside them (.md) and figures (--images). Docs: docs/tokenizer.md.
+skipped, so repeating the command resumes. Settings (key=value) apply to all runs and their data. Writes numbers
+(--json), tables beside them (.md) and figures (--images). See docs/tokenizer.md.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Run:
         return self.evaluation.with_suffix(".seconds")
 
     def read_evaluation(self) -> dict[str, Any] | None:
-        """The evaluation of the present tokenizer; None if it is missing or belongs to another tokenizer."""
+        """The evaluation of the current tokenizer; None if it is missing or belongs to another tokenizer."""
         try:
             found: dict[str, Any] = json.loads(self.evaluation.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -133,13 +133,13 @@ def shodh(run: Run, step: str, *arguments: str) -> bool:
 def carry_out(run: Run) -> bool:
     """Train and evaluate unless done before. Returns False if a step failed."""
     if not run.trained:
-        anew, began = not run.tokenizer.exists(), time.perf_counter()
+        from_start, began = not run.tokenizer.exists(), time.perf_counter()
         print(f"[{run.name}] training", flush=True)
         run.seconds_path.unlink(missing_ok=True)
         if not shodh(run, "train"):
             return False
         took = time.perf_counter() - began
-        if anew:  # otherwise a part of the training was done before
+        if from_start:  # otherwise a part of the training was done before
             write_text(run.seconds_path, f"{took:.1f}\n")
         print(f"[{run.name}] trained in {took:.0f} s", flush=True)
     if run.read_evaluation() is None:

@@ -59,7 +59,7 @@ class Example:
 
 @torch.no_grad()
 def decode_one(tokenizer: Tokenizer, fields_B5XYZ: torch.Tensor) -> tuple[Array, Array]:
-    """Error and divergence (by the tokenizer's own operator) of the first snapshot over rms(u), in float64.
+    """Error, and divergence by the tokenizer's own operator, of the first snapshot, over rms(u), in float64.
 
     Returns:
         error_XYZ: |decoded - true velocity| / rms(u), at the voxels' centres.

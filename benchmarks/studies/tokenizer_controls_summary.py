@@ -1,6 +1,7 @@
-"""Numbers and tables of the tokenizer controls, from the output of `shodh tokenizer evaluate`; needs no model or field.
+"""Numbers and tables of the tokenizer controls from the output of `shodh tokenizer evaluate`, without models or fields.
 
-A row is a trained variant, or a direct one projected after decoding (`projected_row`). Test errors select nothing.
+A row is a trained variant, or a direct one projected after decoding (`projected_row`). Nothing is selected by test
+errors.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from scipy.stats import t as student
 
 from shodh_moe.kernels.differentiation import OPERATORS
 
-# Settings of the tokenizer by variant; everything else is the same. The soft penalty uses central2: a direct velocity
-# lies at voxel centres, where central2 gives a second-order divergence, as local as that of the walls. In the simulated
-# flow that divergence is 0.3 % (open channel) and 1.0 % (porous media) of rms(u) / h, so the penalty hardly contradicts
-# the data. Staggered differences of velocities averaged to the faces would be the same.
+# Settings of the tokenizer by variant; all others are the same. The soft penalty uses central2: a direct velocity is
+# given at voxel centres, where central2 gives a second-order divergence, as local as that of the walls. In the
+# simulated flow that divergence is 0.3 % (open channel) and 1.0 % (porous media) of rms(u) / h, so the penalty hardly
+# contradicts the data. Staggered differences of velocities averaged to the faces would give the same.
 DIRECT = {"decoder": "direct", "operator": "central2"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "direct": DIRECT,
@@ -49,7 +50,7 @@ def projected_row(variant: str, key: str) -> str:
 
 
 def operator_of(row: str) -> str:
-    """The operator whose divergence a row's velocity makes zero, or is penalised for."""
+    """The operator by which a row's divergence is zero or is penalised."""
     if " > " in row:
         return row.partition("/")[2]
     return str(VARIANTS[row]["operator"])

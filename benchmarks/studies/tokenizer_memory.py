@@ -1,10 +1,10 @@
 """Compare the memory of the tokenizer's training step on a CPU with the prediction of `shodh tokenizer plan`.
 
-Each case is a separate process that makes steps (forward, loss, backward, clipping, AdamW) of the default sizes on
-random fields with a solid sphere, and reports its peak resident memory. ``before`` is its memory with all libraries
-loaded, after a step on a 32^3 grid. A run keeps freed memory (`keep_freed_memory`, which is faster), so unused memory
-between tensors of different sizes grows over the first steps; the cases with one step that return memory to the system
-show the memory in use.
+Each case is a separate process that makes training steps (forward, loss, backward, clipping, AdamW) with the default
+sizes on random fields with a solid sphere, and reports its peak resident memory. ``before`` is its memory with all
+libraries loaded, after a step on a 32^3 grid. A real run keeps freed memory, which is faster (`keep_freed_memory`), so
+unused memory between tensors of different sizes grows over the first steps. The cases with one step return freed memory
+to the system and thus show the memory in use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.config import Config
 from support.common import describe, machine
 
-LIMIT = 24 * 2**30
+LIMIT = 24 * 2**30  # memory of a 24 GiB GPU, for comparison
 DECODERS = ({"operator": "spectral", "walls": "none"}, {"operator": "staggered", "walls": "exact"})
 
 
@@ -94,7 +94,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
     before = resident()
     seconds = steps(config, case["steps"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # One process with fields in memory: no gradient reduction, and no batch as read from disk.
+    # One process with fields in memory reduces no gradients and keeps no batch that was read from disk.
     planned = plan["sum"] - plan["reduction"] - plan["batch"]
     return {
         "case": case,

@@ -1,12 +1,13 @@
-"""Accuracy and time of making velocities divergence-free, with and without walls, and distance to simulated flows.
+"""Measure accuracy and time of making velocities divergence-free, with and without walls.
 
     python benchmarks/studies/walls.py [--json FILE] [--grid 128] [--data FOLDER]
 
-For random smooth velocities over an open channel's bed and in a pack of spheres, and every operator, kind of walls and
-dtype, it reports iterations of conjugate gradients, time, divergence (taken in float64) and velocity in solid voxels.
-Lengths are in cells and velocities have an rms of 1, so for a box of side 1 multiply divergences by the cells along a
-side. With --data, a generated dataset, it adds the relative L2 difference between simulated velocities and their
-conserved projection, a lower bound for any decoder of that kind. Shapes: B batch, 3 components, X Y Z space.
+For random smooth velocities over an open channel's bed and in a pack of spheres, and for every operator, kind of walls
+and dtype, it reports iterations of conjugate gradients, time, divergence (computed in float64) and velocity in solid
+voxels. Lengths are in cells and velocities have an rms of 1; for a box of side 1, multiply divergences by the number of
+cells along a side. With --data, a generated dataset, it adds the relative L2 difference between simulated velocities
+and their conserved projections, a lower bound on the error of any decoder of that kind.
+Shapes: B batch, 3 components, X Y Z space.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def work(report: Report) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=int, help="points along each axis; default: 128")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="folder of a generated dataset: also compare with its velocities"
+        "--data", type=Path, metavar="FOLDER", help="folder of a generated dataset whose velocities are also projected"
     )
 
 

@@ -1,7 +1,7 @@
 """Command line, result table and JSON file of the microbenchmarks.
 
-A result's ``bytes`` and ``flops`` are the minimum that the operation needs, the same for every implementation, so its
-GB/s is an effective bandwidth: an implementation that moves more bytes than necessary has a lower one.
+A result's ``bytes`` and ``flops`` are the minimum that the operation needs, whatever the implementation. Its GB/s are
+thus an effective bandwidth, which is lower for an implementation that moves more bytes than necessary.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Result:
 
 
 class Report:
-    """Collect results. After every case, print its rows and rewrite the JSON file, so that a killed run keeps them."""
+    """Collect results. Prints them and rewrites the JSON file after every case, so that a killed run keeps them."""
 
     def __init__(self, benchmark: str, options: argparse.Namespace):
         self.options, self.device = options, options.device
@@ -97,7 +97,7 @@ class Report:
         self.save()
 
     def check(self, op: str, case: dict[str, Any], what: str, holds: bool, detail: str = "") -> None:
-        """Record whether a peer computes the same. Raises RuntimeError if not, as times could not be compared."""
+        """Record whether a peer computes the same. Raises RuntimeError if not: the times would not be comparable."""
         row = {"op": op, "case": case, "what": what, "holds": holds, "detail": detail}
         self.content["checks"].append(row)
         if not holds:
@@ -191,7 +191,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if cuda else f"{found['processor']}, {found['cores']} cores",
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # mean of the last minute: shows other work on the machine
+        "load_average": os.getloadavg()[0],  # over the last minute; shows other work on the machine
         "last_level_cache_bytes": cache_bytes(device),
         "kernels": os.environ.get("SHODH_KERNELS", "auto"),
     }
@@ -232,7 +232,7 @@ def parse(
         torch.set_num_threads(options.threads)
     cuda = options.device == "cuda" or (options.device is None and torch.cuda.is_available())
     options.device = torch.device("cuda" if cuda else "cpu")
-    # On a CPU the first rounds touch memory that the process, or a virtual machine's host, has yet to allocate.
+    # Measure longer on a CPU: in the first rounds, the process or a virtual machine's host still allocates memory.
     options.patience = (
         Patience(0.0, 2, 2) if options.quick else Patience(1.0, 10, 200) if cuda else Patience(3.0, 15, 50)
     )

@@ -41,27 +41,27 @@ def route(case: Case, seed: int, device: torch.device) -> Gating:
 def movement_bytes(case: Case, kept: int, shared: bool) -> dict[str, dict[str, int]]:
     """Minimal bytes by operation and pass. A token is D numbers; empty rows must be written as zeros.
 
-    dispatch reads the kept tokens and 16 bytes of expert and slot per token, and writes all rows. Its backward pass
-    reads the kept rows and the 16 bytes, and writes N tokens.
+    dispatch reads the kept tokens and, for each token, 16 bytes of expert and slot, and writes all rows. Its backward
+    pass reads the kept rows and the 16 bytes, and writes N tokens.
     combine reads the kept rows, the gates (4 bytes), the 16 bytes and any shared output, and writes N tokens. Its
     backward pass reads kept tokens of dy, kept rows, gates and the 16 bytes, and writes all rows and gate gradients.
     """
     token = case.width * case.dtype.itemsize
-    every, all_rows = case.tokens * token, (case.experts * (case.capacity or 0) or case.tokens) * token
+    all_tokens, all_rows = case.tokens * token, (case.experts * (case.capacity or 0) or case.tokens) * token
     kept_bytes, index, gate = kept * token, 16 * case.tokens, 4 * case.tokens
-    there = kept_bytes + index + all_rows
-    back = kept_bytes + index + gate + every * (2 if shared else 1)
+    dispatched = kept_bytes + index + all_rows
+    combined = kept_bytes + index + gate + all_tokens * (2 if shared else 1)
     return {
-        "dispatch": {FORWARD: there, BOTH: there + kept_bytes + index + every},
-        "combine": {FORWARD: back, BOTH: back + 2 * kept_bytes + index + 2 * gate + all_rows},
+        "dispatch": {FORWARD: dispatched, BOTH: dispatched + kept_bytes + index + all_tokens},
+        "combine": {FORWARD: combined, BOTH: combined + 2 * kept_bytes + index + 2 * gate + all_rows},
     }
 
 
 def movement_flops(case: Case, kept: int, shared: bool) -> dict[str, dict[str, int]]:
     """FLOP by operation and pass. dispatch only copies.
 
-    combine takes one product per number, and an addition with a shared output; its backward pass one product for the
-    rows and a multiply-add for the gate.
+    combine takes a multiplication per number, and an addition if there is a shared output; its backward pass takes a
+    multiplication for the rows and a multiply-add for the gate.
     """
     numbers = kept * case.width
     forward = numbers * (2 if shared else 1)

@@ -12,14 +12,14 @@ CAPACITY_FACTOR = 1.25
 
 
 def logits_of(tokens: int, experts: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random logits with favoured experts: at capacity factor 1.25 between 2 and 8 % of the tokens overflow."""
+    """Random logits that favour some experts: at capacity factor 1.25, 2 to 8 % of the tokens are dropped."""
     generator = torch.Generator().manual_seed(seed)
     favour_E = 0.15 * torch.randn(experts, generator=generator)
     return (torch.randn(tokens, experts, generator=generator) + favour_E).to(device, dtype)
 
 
 def checks_finite(device: torch.device) -> bool:
-    """Whether the model's router checks logits in training: not on a GPU, where the check waits for the device."""
+    """Whether the model's router checks logits in training: not on a GPU, where the check would wait for the device."""
     return device.type == "cpu"
 
 

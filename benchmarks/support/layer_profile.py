@@ -22,8 +22,8 @@ _MOVING = ("dispatch", "combine", "index_select", "scatter", "gather", "einsum",
 def part_of(name: str, shapes: list[Any], width: int, hidden: int, experts: int) -> str:
     """The part of the layer that an operation belongs to, from its name and the shapes of its inputs.
 
-    The router's products have an axis of E; elementwise work of width F or 2 F lies between the experts' products;
-    other operations of width D move tokens.
+    The router's products have an axis of size E; element-wise operations of width F or 2 F are between the experts'
+    products; other operations of width D move tokens.
     """
     plain = name.rpartition("::")[2]
     sizes = [shape for shape in shapes if isinstance(shape, (list, tuple)) and shape]
@@ -46,7 +46,7 @@ def part_of(name: str, shapes: list[Any], width: int, hidden: int, experts: int)
 def shares(
     call: Call, inputs: Any, device: torch.device, width: int, hidden: int, experts: int, repeats: int = 3
 ) -> dict[str, float]:
-    """Share of each part in the time of a call; the shares add up to 1."""
+    """Share of each part in the time of a call, over ``repeats`` calls; the shares add up to 1."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     call(inputs)
     with profile(activities=activities, record_shapes=True) as recorded:

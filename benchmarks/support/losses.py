@@ -2,8 +2,8 @@
 
     SHODH_KERNELS=reference python benchmarks/support/losses.py [--device cpu|cuda] [--steps 20] [--json FILE]
 
-`benchmarks/gpu.py` runs it with SHODH_KERNELS=triton and with reference, and compares the losses: from the same seed
-both must learn alike. It needs only torch, so it runs without DeepSpeed.
+`benchmarks/gpu.py` runs it with SHODH_KERNELS=triton and with SHODH_KERNELS=reference, and compares the losses, which
+must agree closely for the same seed. It runs without DeepSpeed.
 Shapes: N tokens, D width, E experts, K capacity slots per expert, F hidden width, G grid points along an axis.
 """
 
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--grid must be even and from 4 to 256, not {options.grid}")
 
     def work() -> None:
-        # Otherwise a GPU rounds the products outside the kernels to tf32, which would hide any difference.
+        # Otherwise a GPU rounds products outside the kernels to tf32, which would hide differences between kernels.
         torch.set_float32_matmul_precision("highest")
         device = torch.device(options.device)
         found = {"kernels": describe(device), "losses": train(device, options.grid, options.width, options.steps)}

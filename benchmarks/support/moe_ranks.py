@@ -1,7 +1,8 @@
-"""One layer on several ranks against one rank at the same global batch: speedup and the share of the all-to-all.
+"""Compare a layer on several ranks with one rank at the same global batch: speedup, and share of the all-to-all.
 
-On a CPU every rank has cores / ranks threads, also the single rank, so that more ranks use more cores; on GPUs every
-rank has its own device. Float32, linear router, forward and backward, router gradients averaged as in training.
+On a CPU every rank has cores / ranks threads, even a single rank, so that more ranks use more cores; on GPUs every
+rank has its own device. Float32, linear router, forward and backward; the router's gradients are reduced as in
+training.
 Shapes: N tokens of all ranks together, D width, F hidden width (2 D), E experts.
 """
 
@@ -66,7 +67,7 @@ def _run(case: dict[str, Any], ranks: int, threads: int, rounds: int, device: st
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        # numba reads its number of threads at its start, from variables that the processes inherit.
+        # At start-up, numba reads its number of threads from environment variables, which the processes inherit.
         kept = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
         os.environ.update(dict.fromkeys(kept, str(threads)))
         try:

@@ -1,4 +1,4 @@
-"""Trajectory files with deliberate errors, mostly in the structure of the HDF5 file rather than in the values."""
+"""Make trajectory files with deliberate errors, mostly in the structure of the HDF5 file rather than in the values."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Base:
     """A valid file to mutate.
 
     Attributes:
-        name: the layout or feature it stands for.
+        name: the layout or feature that it represents.
         content: its bytes.
-        metadata: positions that hold no field values.
+        metadata: positions of bytes that are not field values.
         sealed: (start, stop) of the parts that are followed by their checksum.
-        values: velocity and pressure [T, 4, X, Y, Z] and solid [1, X, Y, Z], as they are read.
+        values: velocity and pressure [T, 4, X, Y, Z], and solid [1, X, Y, Z], as the reader should return them.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _base(path: Path) -> Base:
 
 
 def _sealed(content: bytes) -> list[tuple[int, int]]:
-    """Positions of checksums, found by trial: after the superblock and the blocks of the new format."""
+    """(start, stop) of the parts with a checksum, found by trial: the superblock and the blocks of the new format."""
     starts = [0] if content[8] >= 2 else []
     for signature in _SIGNED:
         start = content.find(signature)
@@ -170,7 +170,7 @@ def lookup3(data: bytes) -> int:
 
 
 def mutate(bases: list[Base], rng: np.random.Generator) -> tuple[Base, str, bytes]:
-    """Choose a base and mutate it. Returns the base, the mutation's name and the file's content."""
+    """Choose a base and mutate a copy. Returns the base, the mutation's name and the mutated content."""
     base = bases[rng.integers(len(bases))]
     content = bytearray(base.content)
     names = list(MUTATIONS)
@@ -220,7 +220,7 @@ def _zeros(content: bytearray, positions: np.ndarray, rng: np.random.Generator, 
 
 
 def _shuffle(content: bytearray, positions: np.ndarray, rng: np.random.Generator, bases: list[Base]) -> None:
-    """Swap two blocks."""
+    """Swap two blocks of bytes."""
     size = int(rng.choice([2, 8, 16, 32, 64, 512]))
     a, b = (_at(content, positions, rng) // 8 * 8 for _ in range(2))
     if max(a, b) + size <= len(content) and abs(a - b) >= size:

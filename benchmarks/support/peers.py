@@ -1,4 +1,4 @@
-"""Implementations to compare with: plain torch in textbook form, and DeepSpeed's functions.
+"""Implementations to compare with: textbook forms in plain torch, and DeepSpeed's functions.
 
 Shapes: N tokens, D width, E experts, K capacity slots per expert; B batch, X Y Z space.
 """
@@ -38,7 +38,7 @@ class Routed(NamedTuple):
 
 
 def torch_gating(logits_NE: Tensor, capacity: int, drop_order: str) -> Routed:
-    """Softmax, argmax, one-hot, running count: the textbook form (GShard, arXiv 2006.16668, algorithm 1)."""
+    """Gating in textbook form: softmax, argmax, one-hot, running count (GShard, arXiv 2006.16668, algorithm 1)."""
     logits_NE = logits_NE.float()
     experts = logits_NE.shape[1]
     p_NE = F.softmax(logits_NE, dim=1)
@@ -73,7 +73,7 @@ class DeepSpeed:
         self.module = module
 
     def gating(self, logits_NE: Tensor, capacity_factor: float) -> tuple[Any, ...]:
-        """l_aux, capacity, experts, indices, locations, gates, counts; without random token selection."""
+        """Returns l_aux, capacity, experts, indices, locations, gates, counts; without random token selection."""
         return self.module.top1gating(logits_NE.float(), capacity_factor, 1, use_rts=False, sparse_routes=True)
 
     def slots(self, indices: Tensor, locations: Tensor, experts: int, capacity: int) -> Tensor:
@@ -154,7 +154,7 @@ def derivative_column(size: int, operator: str, spacing: float) -> Tensor:
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of computation and result for a field of ``dtype``: torch.fft and conservation need at least float32."""
+    """Dtype of arithmetic and result for a field of ``dtype``: torch.fft and conservation need at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -164,9 +164,9 @@ def _cross(d: Callable[[Tensor, int], Tensor], a_B3XYZ: Tensor) -> Tensor:
 
 
 class FourierCurl:
-    """curl through rfftn and irfftn of all three components at once, with precomputed wave numbers.
+    """Curl by rfftn and irfftn of all three components at once, with precomputed symbols.
 
-    A circulant derivative is a product with its symbol in Fourier space, so this covers every operator.
+    A circulant derivative is a product with its symbol in Fourier space, so this form works for every operator.
     """
 
     def __init__(self, shape: tuple[int, int, int], operator: str, spacing: float, dtype: torch.dtype, device: Any):
@@ -189,7 +189,7 @@ class FourierCurl:
 
 
 class MatrixCurl:
-    """curl as six products with dense derivative matrices."""
+    """Curl by six products with dense derivative matrices."""
 
     def __init__(self, shape: tuple[int, int, int], operator: str, spacing: float, dtype: torch.dtype, device: Any):
         self.matrices = []

@@ -52,7 +52,7 @@ def color_of(implementation: str, others: list[str]) -> str:
 
 
 def label_of(case: dict[str, Any]) -> str:
-    """A case in a few words; names the form of dispatch instead of its number of slots."""
+    """Describe a case in a few words; for dispatch, name its form instead of the number of slots."""
     words = []
     for key, value in case.items():
         if key == "capacity":
@@ -109,7 +109,7 @@ def roofline(content: dict[str, Any], target: Path) -> None:
         names = sorted({row["implementation"] for row in op_rows}, key=lambda name: name == "shodh")
         for row in sorted(op_rows, key=lambda row: names.index(row["implementation"])):
             ours, both = row["implementation"] == "shodh", row["case"].get("pass") == "forward+backward"
-            # All implementations of a case have the same intensity; shift them to keep them distinguishable.
+            # All implementations of a case have the same intensity; shift them to keep them apart.
             aside = 10 ** (0.015 * (names.index(row["implementation"]) - (len(names) - 1) / 2))
             axis.plot(
                 row["flops"] / row["bytes"] * aside, row["gflop_s"], "s" if both else "o", markersize=8 if ours else 6,
@@ -213,7 +213,7 @@ def _legend(figure: Any, results: list[dict[str, Any]], others: list[str], passe
         for marker, text in (("o", "forward"), ("s", "forward+backward")):
             handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="white", markeredgecolor="black"))
             names.append(text)
-    # About this many characters fill a line; a longer legend takes several.
+    # About 15 characters fit in an inch; a longer legend takes several lines.
     widest = max(len(name) for name in names) + 8
     columns = max(min(len(names), int(figure.get_figwidth() * 15 / widest)), 1)
     figure.legend(handles, names, loc="lower center", ncol=columns, fontsize=8, frameon=False)
@@ -228,7 +228,7 @@ def _save(figure: Any, target: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="result of a microbenchmark")
     parser.add_argument("--present", action="store_true", help="skip files that do not exist")
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Run one command with a time limit and record its outcome: the steps of `make gpu`."""
+"""The steps of `make gpu`: run a command with a time limit and record its outcome."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Step(NamedTuple):
-    """A command to run as a process; it is not run if a module in ``needs`` is missing."""
+    """A command to run as a process, unless a module in ``needs`` is missing."""
 
     name: str
     command: list[str]
@@ -43,7 +43,7 @@ def installed(*modules: str) -> bool:
 
 
 def run_step(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run one step for at most ``seconds``; its output goes to ``out``/<name>.log."""
+    """Run one step for at most ``seconds``; its output is written to ``out``/<name>.log."""
     began = time.monotonic()
     log = out / f"{step.name.replace(' ', '_')}.log"
     step.folder.mkdir(parents=True, exist_ok=True)

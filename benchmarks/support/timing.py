@@ -1,7 +1,7 @@
 """Compare the times of several implementations of one operation fairly.
 
-After a warm-up they take turns, in a new order every round, so that noise affects all alike. Every call gets the next
-of several input sets, which together exceed the last-level cache.
+After a warm-up they take turns, in a new order every round, so that noise affects all of them equally. Every call gets
+the next of several input sets, which together exceed the last-level cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Times(NamedTuple):
 
 
 class Patience(NamedTuple):
-    """How long to measure one group of implementations: ``seconds``, but ``fewest`` to ``most`` rounds."""
+    """How long to measure one group of implementations: for ``seconds``, but ``fewest`` to ``most`` rounds."""
 
     seconds: float
     fewest: int
@@ -69,7 +69,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def rotating(make: Callable[[int], Any], set_bytes: int, device: torch.device) -> list[Any]:
-    """Input sets from ``make(seed)``, enough to exceed twice the cache within limits; at least one."""
+    """Input sets from ``make(seed)``: enough to exceed twice the cache, within limits, and at least one."""
     needed = -(-2 * cache_bytes(device) // max(set_bytes, 1))
     fitting = max(MOST_SET_BYTES // max(set_bytes, 1), 1)
     return [make(seed) for seed in range(max(min(needed, MOST_SETS, fitting), 1))]
@@ -84,7 +84,7 @@ def release(device: torch.device) -> None:
 
 
 def seconds_of(call: Call, inputs: Any, device: torch.device) -> float:
-    """Seconds of one call: host clock on a CPU, device events on a GPU."""
+    """Seconds of one call, by the host's clock on a CPU and by device events on a GPU."""
     if device.type != "cuda":
         began = time.perf_counter()
         call(inputs)
@@ -117,7 +117,7 @@ def time_alternately(
     patience: Patience,
     must_run: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Times | Missing]:
-    """Times of each call, or the reason why it failed. Exceptions propagate if ``must_run`` accepts the call's name."""
+    """Times of each call, or the reason why it failed. Errors of a call whose name ``must_run`` accepts are raised."""
     found: dict[str, Times | Missing] = {name: call for name, call in calls.items() if isinstance(call, Missing)}
     ready: dict[str, Call] = {}
     peak: dict[str, int | None] = {}
@@ -184,7 +184,7 @@ def without_gradient(forward: Call) -> Call:
 def with_backward(forward: Call) -> Call:
     """A call that runs ``forward``, which returns differentiable tensors, and backpropagates ``inputs["grads"]``.
 
-    An implementation may return fewer outputs than there are gradients; the remaining gradients are ignored.
+    It returns the gradients of the inputs. If there are fewer outputs than incoming gradients, the rest are ignored.
     """
 
     def call(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ def with_backward(forward: Call) -> Call:
 
 
 def passes(calls: dict[str, Call | Missing]) -> list[tuple[str, dict[str, Call | Missing]]]:
-    """Calls of the forward pass alone, and of forward and backward together, by pass."""
+    """(pass, calls) for the forward pass only, and for forward and backward together."""
     return [
         (name, {key: call if isinstance(call, Missing) else wrap(call) for key, call in calls.items()})
         for name, wrap in ((FORWARD, without_gradient), (BOTH, with_backward))

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts in this folder, with REPOSITORY set: their checks, and the rules for requeueing.
+# Checks, and rules for requeueing. The batch scripts in this folder source this file after setting REPOSITORY.
 
 refuse() {
     echo "error: $1" >&2
@@ -13,13 +13,13 @@ check_job() {
     [ -f "$CONFIG" ] || refuse "CONFIG: there is no file $CONFIG in $PWD: give its path from where sbatch is called"
     PYTHON=${PYTHON:-$REPOSITORY/.venv/bin/python}
     command -v "$PYTHON" > /dev/null || refuse "there is no interpreter $PYTHON on $(hostname): run make venv, or set PYTHON"
-    # Since SLURM 22.05 srun does not inherit this from sbatch.
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
-# Set the rendezvous of the ranks of the next srun: the address by which SLURM knows this node, the first of the job, and
-# a port that is free now, below the ephemeral ports.
+# Set the rendezvous for the ranks of the next srun: SLURM's address of this node, the first of the job, and a port that
+# is free now, below the ephemeral ports.
 meet_on_this_node() {
     MASTER_ADDR=$(scontrol --oneliner show node "$SLURMD_NODENAME" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_PORT=$("$PYTHON" -c '
@@ -35,13 +35,13 @@ for port in random.sample(range(20000, 30000), 100):
     export MASTER_ADDR MASTER_PORT
 }
 
-# end_job CODE: end the script with srun's exit code. If a signal stopped the work, requeue the job first: 75 means that
-# a checkpoint was written; 128 + 10 and 128 + 15 mean that SIGUSR1 or SIGTERM itself ended it.
+# end_job CODE: end the script with srun's exit code. If a signal stopped the work, requeue the job first. 75 means that
+# a checkpoint was written, 128 + 10 and 128 + 15 that SIGUSR1 or SIGTERM ended the ranks directly.
 end_job() {
     local state restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-100}
     case $1 in 75 | 138 | 143) ;; *) exit "$1" ;; esac
-    # scontrol would also requeue a job that scancel has ended. Such a job is COMPLETING by now, as is one that SLURM
-    # requeues itself.
+    # Only requeue a RUNNING job: scontrol would also requeue a job that scancel has ended. Such a job is COMPLETING by
+    # now, as is one that SLURM itself requeues.
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     if [ "$state" != RUNNING ]; then
         echo "stopped by a signal; the job is $state and does not requeue itself"

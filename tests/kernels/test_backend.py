@@ -32,7 +32,10 @@ def test_a_forced_choice_appears_in_the_log_line():
 
 
 def test_unknown_choice_raises():
-    with form("cuda"), pytest.raises(ValueError, match="SHODH_KERNELS is 'cuda'; it is one of auto, reference, triton"):
+    with (
+        form("cuda"),
+        pytest.raises(ValueError, match="SHODH_KERNELS is 'cuda': set it to one of auto, reference, triton"),
+    ):
         top1_gating(torch.zeros(1, 2), 1)
 
 

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import yaml
 
-from shodh_moe.cli import main
 from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import generation, is_complete
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer import Tokenizer
-from tests.tiny import CONFIG, config, refused, tree, write_config, write_dataset
+from tests.tiny import CONFIG, config, refused, shodh, tree, write_config, write_dataset
 
 
 @pytest.fixture
@@ -52,11 +51,6 @@ def save_tokenizer(folder: Path, grid: list[int]) -> Path:
 @pytest.fixture
 def tokenizer(here: Path) -> Path:
     return save_tokenizer(here / "tok", [16, 16, 16])
-
-
-def shodh(*arguments: str) -> int:
-    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
-    return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
 
 
 # Data files.

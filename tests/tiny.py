@@ -94,3 +94,14 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str, says: tuple[str,
     for words in says:
         assert words in error
     return error
+
+
+def shodh(*arguments: str) -> int:
+    """Run a `shodh` command with tiny.yaml in the working folder; return its exit code."""
+    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
+    return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
+
+
+def quiet(iterable: Any, desc: str, total: int) -> Any:
+    """A progress callback that prints nothing."""
+    yield from iterable

@@ -15,10 +15,9 @@ from shodh_moe.audit.windows import all_windows, latent_errors
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.data import list_trajectories
-from shodh_moe.model import LatentTransformer
-from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from tests import tiny
+from tests.audit.tiny import make_transformer
 from tests.training.synthetic import write_latents
 
 DOMAINS = "open_channel", "porous_media"
@@ -28,12 +27,6 @@ ORACLE: dict[str, Any] = {"expert_hidden": 8, "router": {"kind": "oracle"}}
 def _config(**moe: Any) -> Config:
     model = {"dim": 16, "depth": 2, "heads": 2, "patch": 1, "moe": moe or {"expert_hidden": 8}}
     return tiny.config(model=model, evaluation={"batch_size": 3})
-
-
-def _transformer(config: Config) -> LatentTransformer:
-    transformer = LatentTransformer(config.model, 6, [2, 2, 2], 0, ExpertParallel())
-    torch.nn.init.normal_(transformer.head.weight, std=0.1)
-    return transformer.eval()
 
 
 def _speeds(trajectories: list[LatentTrajectory], of_domain: dict[str, torch.Tensor]) -> Speeds:
@@ -50,7 +43,7 @@ def test_split(tmp_path_factory: pytest.TempPathFactory) -> list[LatentTrajector
 def test_oracle_routing_knows_only_the_domain(test_split: list[LatentTrajectory]) -> None:
     config = _config(**ORACLE)
     alike = dict.fromkeys(DOMAINS, torch.arange(8.0).view(2, 2, 2))
-    found = heldout_routing(_transformer(config), test_split, _speeds(test_split, alike), config)
+    found = heldout_routing(make_transformer(config), test_split, _speeds(test_split, alike), config)
     assert found is not None
     assert found["bifurcated"]
     for layer in found["layers"]:
@@ -64,7 +57,7 @@ def test_oracle_routing_knows_only_the_domain(test_split: list[LatentTrajectory]
 def test_a_speed_that_identifies_the_domain_leaves_no_further_information(test_split: list[LatentTrajectory]) -> None:
     config = _config(**ORACLE)
     apart = {"open_channel": torch.arange(8.0).view(2, 2, 2), "porous_media": torch.arange(8.0, 16).view(2, 2, 2)}
-    found = heldout_routing(_transformer(config), test_split, _speeds(test_split, apart), config)
+    found = heldout_routing(make_transformer(config), test_split, _speeds(test_split, apart), config)
     assert found is not None
     information = found["layers"][0]["mutual_information"]
     assert information["speed"] == pytest.approx(math.log(2))
@@ -78,7 +71,7 @@ def test_solid_tokens_are_a_category_of_their_own(test_split: list[LatentTraject
         replace(one, solid_fraction_xyz=torch.full((2, 2, 2), float(one.domain == DOMAINS[1]))) for one in test_split
     ]
     speeds = _speeds(mixed, dict.fromkeys(DOMAINS, torch.arange(8.0).view(2, 2, 2)))
-    found = heldout_routing(_transformer(config), mixed, speeds, config)
+    found = heldout_routing(make_transformer(config), mixed, speeds, config)
     assert found is not None
     information = found["layers"][1]["mutual_information"]
     for name in ("solid_fraction", "speed"):
@@ -93,7 +86,7 @@ def test_the_speed_is_taken_from_the_newest_snapshot(test_split: list[LatentTraj
     speeds = {key: speed.clone() for key, speed in speeds.items()}
     for (source, _), speed in speeds.items():
         speed[0] = speed[-1] = 100.0 * source.startswith("porous")
-    found = heldout_routing(_transformer(config), test_split, speeds, config)
+    found = heldout_routing(make_transformer(config), test_split, speeds, config)
     assert found is not None
     assert found["layers"][0]["mutual_information"]["speed"] == pytest.approx(0, abs=1e-12)
 
@@ -101,7 +94,7 @@ def test_the_speed_is_taken_from_the_newest_snapshot(test_split: list[LatentTraj
 def test_every_token_of_every_window_is_counted(test_split: list[LatentTrajectory]) -> None:
     """Compare with the router's choices counted window by window."""
     config = _config()
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     found = heldout_routing(transformer, test_split, None, config)
     assert found is not None
     for one in test_split:
@@ -119,7 +112,7 @@ def test_every_token_of_every_window_is_counted(test_split: list[LatentTrajector
 
 def test_errors_are_means_over_windows(test_split: list[LatentTrajectory]) -> None:
     config = _config()
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     found = unseen(transformer, test_split, config)
     assert found["routing"]["layers"][0]["mutual_information"].keys() == {
         "domain",
@@ -140,7 +133,7 @@ def test_errors_are_means_over_windows(test_split: list[LatentTrajectory]) -> No
 
 def test_a_dense_model_has_errors_but_no_routing(test_split: list[LatentTrajectory]) -> None:
     config = _config(num_experts=0, expert_hidden=8, shared_experts=2)
-    found = unseen(_transformer(config), test_split, config)
+    found = unseen(make_transformer(config), test_split, config)
     assert found["routing"] is None
     assert found["errors"].keys() == set(DOMAINS)
 
@@ -150,7 +143,7 @@ def test_a_subset_is_spread_evenly_and_tokens_are_never_dropped(test_split: list
     assert all_windows(samples, 2) == [(0, 0), (0, 2), (1, 0), (1, 2)]
     assert all_windows(samples, 99) == all_windows(samples)
     config = _config()
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     assert latent_errors(transformer, samples, 3, [(1, 0)]).keys() == {"porous_media"}
     with pytest.raises(ValueError, match="training mode"):
         latent_errors(transformer.train(), samples, 3)

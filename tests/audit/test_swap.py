@@ -11,9 +11,9 @@ from shodh_moe.audit.swap import exchanged, swap_growth
 from shodh_moe.audit.windows import latent_errors
 from shodh_moe.config import Config
 from shodh_moe.model import Context, LatentTransformer
-from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from tests import tiny
+from tests.audit.tiny import make_transformer
 from tests.training.synthetic import write_latents
 
 ORACLE: dict[str, Any] = {"expert_hidden": 8, "router": {"kind": "oracle"}}
@@ -22,12 +22,6 @@ ORACLE: dict[str, Any] = {"expert_hidden": 8, "router": {"kind": "oracle"}}
 def _config(depth: int = 2, **moe: Any) -> Config:
     model = {"dim": 16, "depth": depth, "heads": 2, "patch": 1, "moe": {**ORACLE, **moe}}
     return tiny.config(model=model, evaluation={"batch_size": 3})
-
-
-def _transformer(config: Config) -> LatentTransformer:
-    transformer = LatentTransformer(config.model, 6, [2, 2, 2], 0, ExpertParallel())
-    torch.nn.init.normal_(transformer.head.weight, std=0.1)
-    return transformer.eval()
 
 
 def _growth(config: Config, transformer: LatentTransformer, test: list[LatentTrajectory], **settings: Any) -> Any:
@@ -44,7 +38,7 @@ def test_split(tmp_path_factory: pytest.TempPathFactory) -> list[LatentTrajector
 
 def test_exchanging_equal_experts_does_not_increase_the_error(test_split: list[LatentTrajectory]) -> None:
     config = _config()
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     for layer in transformer.moe_layers:
         for weights in (layer.experts.gate_up_LDF.data, layer.experts.down_LFD.data):
             weights[1] = weights[0]
@@ -58,7 +52,7 @@ def test_the_increase_equals_that_of_naming_the_other_domain(
 ) -> None:
     """Under the oracle router, exchanging all experts equals naming the other domain."""
     config = _config()
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     with torch.no_grad():
         for layer in transformer.moe_layers:
             layer.experts.down_LFD *= 5
@@ -78,7 +72,7 @@ def test_the_increase_equals_that_of_naming_the_other_domain(
 
 def test_weights_are_restored_bit_for_bit(test_split: list[LatentTrajectory]) -> None:
     config = _config(num_experts=3)
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     first, second = (layer.experts for layer in transformer.moe_layers)
     with exchanged(transformer, [(0, 2), None]):
@@ -97,19 +91,19 @@ def test_weights_are_restored_bit_for_bit(test_split: list[LatentTrajectory]) ->
 def test_domains_that_share_their_majority_expert_have_no_other_expert(test_split: list[LatentTrajectory]) -> None:
     config = _config(num_experts=1)
     nothing = {"layers": [None, None], "all": None}
-    found = _growth(config, _transformer(config), test_split)
+    found = _growth(config, make_transformer(config), test_split)
     assert found == {"open_channel": nothing, "porous_media": nothing}
 
 
 def test_a_dense_model_has_no_experts_to_exchange(test_split: list[LatentTrajectory]) -> None:
     config = _config(num_experts=0, router={})
-    assert _growth(config, _transformer(config), test_split) is None
+    assert _growth(config, make_transformer(config), test_split) is None
 
 
 def test_the_other_domain_is_the_first_with_another_expert(test_split: list[LatentTrajectory]) -> None:
     """The oracle gives a and b equal experts, so they have none to exchange; c gets another expert from a."""
     config = _config(depth=1, num_experts=3)
-    transformer = _transformer(config)
+    transformer = make_transformer(config)
     experts = transformer.moe_layers[0].experts
     for weights in (experts.gate_up_LDF.data, experts.down_LFD.data):
         weights[1] = weights[0]

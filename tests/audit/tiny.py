@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shodh_moe.audit.config import AuditConfig
+from shodh_moe.config import Config
+from shodh_moe.model import LatentTransformer
+from shodh_moe.parallel import ExpertParallel
 from tests.tiny import CONFIG, FLOW
 
 
@@ -41,3 +46,10 @@ def tree(folder: Path, **keys: Any) -> dict[str, Any]:
 
 def audit(folder: Path, **keys: Any) -> AuditConfig:
     return AuditConfig.model_validate(tree(folder, **keys))
+
+
+def make_transformer(config: Config) -> LatentTransformer:
+    """Make an untrained transformer for 6 channels on a grid of 2^3, in evaluation mode, whose head is not zero."""
+    transformer = LatentTransformer(config.model, 6, [2, 2, 2], 0, ExpertParallel())
+    torch.nn.init.normal_(transformer.head.weight, std=0.1)
+    return transformer.eval()

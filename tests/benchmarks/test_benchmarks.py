@@ -26,12 +26,6 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put benchmarks/ on the path, as it is when a script runs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
 def script(name: str, *arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("importable")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put benchmarks/ on the path, as it is when a script runs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def test_the_peak_is_the_memory_held_at_once() -> None:

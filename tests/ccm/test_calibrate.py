@@ -35,11 +35,6 @@ MODELS = ["low/checkpoints/1", "high/checkpoints/1"]
 
 
 @pytest.fixture(scope="module")
-def ends() -> tuple[Expert, Expert]:
-    return make_ends()
-
-
-@pytest.fixture(scope="module")
 def saved(ends: tuple[Expert, Expert], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts, and validation data at alpha = 1.2 s."""
     folder = tmp_path_factory.mktemp("saved")

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from shodh_moe.ccm.expert import Expert, compose, from_anchor, load_expert
-from tests.ccm.synthetic import expert_config, initial, make_ends, make_expert, save_ends
+from tests.ccm.synthetic import expert_config, initial, make_expert, save_ends
 from tests.merging.models import merged, same_bits
-
-
-@pytest.fixture(scope="module")
-def ends() -> tuple[Expert, Expert]:
-    return make_ends()
 
 
 def _same(expert: Expert, state: dict[str, torch.Tensor]) -> bool:

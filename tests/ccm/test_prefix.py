@@ -33,11 +33,6 @@ from tests.tiny import refused, tree
 MODELS = ["low/checkpoints/1", "high/checkpoints/1"]
 
 
-@pytest.fixture(scope="module")
-def ends() -> tuple[Expert, Expert]:
-    return make_ends()
-
-
 @pytest.fixture
 def here(ends: tuple[Expert, Expert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -13,12 +13,7 @@ from shodh_moe.ccm import readout
 from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.ccm.readout import BANK, FLAT, GAMMAS, clip, fit_prefix, fit_scale, golden_section, rollout_errors
 from shodh_moe.operators import nrmse
-from tests.ccm.synthetic import make_ends, regime, truth
-
-
-@pytest.fixture(scope="module")
-def ends() -> tuple[Expert, Expert]:
-    return make_ends()
+from tests.ccm.synthetic import regime, truth
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,7 @@ import torch
 
 from shodh_moe.ccm.expert import Expert, compose
 from shodh_moe.ccm.readout import BEND_ALPHAS, BEND_TOLERANCE, bend, straight_to
-from tests.ccm.synthetic import initial, make_ends
-
-
-@pytest.fixture(scope="module")
-def ends() -> tuple[Expert, Expert]:
-    return make_ends()
+from tests.ccm.synthetic import initial
 
 
 def test_experts_that_differ_only_in_the_last_layer_lie_on_a_straight_path(ends: tuple[Expert, Expert]) -> None:

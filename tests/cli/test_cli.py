@@ -11,7 +11,7 @@ import pytest
 from shodh_moe.base.errors import UserError
 from shodh_moe.cli import main
 from shodh_moe.runs import pipeline
-from tests.tiny import refused, tree, write_config
+from tests.tiny import refused, shodh, tree, write_config
 
 
 @pytest.fixture
@@ -20,11 +20,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path)
     return tmp_path
-
-
-def shodh(*arguments: str) -> int:
-    stage = 2 if arguments[0] in ("data", "tokenizer") else 1
-    return main([*arguments[:stage], "--config", "tiny.yaml", *arguments[stage:]])
 
 
 # Help, arguments and exit codes.

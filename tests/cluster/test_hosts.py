@@ -14,16 +14,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
+from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from tests.cluster.hosts import BIN, Host, Hosts, missing, two_hosts
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_latents
+from tests.training.weights import check_same_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -112,11 +112,6 @@ class Launch:
         self.until(lambda: log.exists() and log.stat().st_size)
 
 
-def _check_same_weights(run: Path, unbroken: Path) -> None:
-    a, b = (CheckpointReader(place / "checkpoints" / str(STEPS)) for place in (run, unbroken))
-    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in b.names())
-
-
 def _check_all_gone(hosts: Hosts, deadline: float) -> None:
     while left := [(host.name, process) for host in hosts.all for process in host.processes()]:
         assert time.monotonic() < deadline, left
@@ -167,7 +162,7 @@ def test_deepspeed_with_a_hostfile_trains_like_one_host(hosts, config, unbroken)
     run = Launch(hosts.first, config, "plain", "deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT)
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
-    _check_same_weights(run.run, unbroken)
+    check_same_weights(run.run, unbroken, STEPS)
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
@@ -175,7 +170,7 @@ def test_a_hostfile_after_the_script_is_used(hosts, config, unbroken):
     run = Launch(hosts.first, config, "after", "deepspeed", SCRIPT, "--hostfile", str(_by_address(hosts)))
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
-    _check_same_weights(run.run, unbroken)
+    check_same_weights(run.run, unbroken, STEPS)
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
@@ -190,7 +185,7 @@ def test_deepspeed_with_open_mpi_trains_like_one_host(hosts, config, unbroken):
     run = Launch(hosts.first, config, "mpi", *command, **variables)
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
-    _check_same_weights(run.run, unbroken)
+    check_same_weights(run.run, unbroken, STEPS)
     _check_all_gone(hosts, time.monotonic() + 5)
 
 
@@ -210,7 +205,7 @@ def test_losing_a_host_ends_the_job_without_losing_progress(hosts, config, unbro
     run = Launch(hosts.first, config, "dropped", *command)
     assert run.end() == 0, run.printed()
     assert f"from step {last}" in run.printed()
-    _check_same_weights(run.run, unbroken)
+    check_same_weights(run.run, unbroken, STEPS)
 
 
 def test_a_stopped_rank_on_the_other_host_ends_the_job(hosts, config):

@@ -24,7 +24,7 @@ from shodh_moe.config import DataConfig
 from shodh_moe.data import FieldStats, generate, list_trajectories, read_provenance, read_trajectory
 from shodh_moe.data.hdf5 import _Sink
 from shodh_moe.runs.generate_data import main
-from tests.tiny import write_config
+from tests.tiny import quiet, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAJECTORIES = {"train": 2, "valid": 1, "test": 1}
@@ -34,10 +34,6 @@ FAST = {"spinup_steps": 4, "steps_per_snapshot": 4, "trajectories": TRAJECTORIES
 def config(**changes: Any) -> DataConfig:
     domains = {"open_channel": FAST, "porous_media": {**FAST, "grain": 3.0}}
     return DataConfig.model_validate({"grid": [16, 16, 16], "snapshots": 3, "domains": domains, **changes})
-
-
-def quiet(iterable: Any, desc: str, total: int) -> Any:
-    yield from iterable
 
 
 @pytest.fixture(scope="module")

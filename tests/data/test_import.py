@@ -27,7 +27,7 @@ from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
 from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.snapshots import natural
-from tests.tiny import refused, smooth
+from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
 GRID = (8, 16, 24)
@@ -42,10 +42,6 @@ BASE: dict[str, Any] = {
     "boundaries": {"x": "periodic", "y": "periodic", "z": "periodic"},
     "units": {"length": "m", "time": "s"},
 }
-
-
-def quiet(iterable: Any, desc: str, total: int) -> Any:
-    yield from iterable
 
 
 def flow(seed: int, snapshots: int = 3, grid: tuple[int, ...] = GRID) -> tuple[np.ndarray, np.ndarray]:

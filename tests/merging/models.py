@@ -107,3 +107,8 @@ def bits(tensor: Tensor) -> bytes:
 
 def lookup(shared: dict[str, Setting] | None = None, own: list[dict[str, Setting]] | None = None) -> Lookup:
     return Lookup(shared or {}, own or [{}, {}])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file in ``folder`` by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -23,7 +23,7 @@ from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.merging import merge
 from shodh_moe.merging import stream as stream_module
 from shodh_moe.merging.methods import BLOCK
-from tests.merging.models import State, bits, config, load, merged, network, same_bits, save, save_checkpoint
+from tests.merging.models import State, bits, config, files_of, load, merged, network, same_bits, save, save_checkpoint
 from tests.tiny import config as tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,10 +254,6 @@ def test_a_killed_merge_resumes_and_gives_the_same_files(three: tuple[State, Sta
     assert {name: Path("again", name).stat().st_mtime_ns for name in first} == before  # not written again
     assert files_of(Path("again")) == files_of(Path("unbroken"))
     assert not Path(".merging-again").exists()
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_leftovers_of_a_merge_of_other_inputs_are_not_used(

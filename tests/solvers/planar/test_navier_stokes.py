@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.solvers import DivergedError, trajectory_seed
+from shodh_moe.solvers import DivergedError
 from shodh_moe.solvers.planar import exact
 from shodh_moe.solvers.planar.navier_stokes import NavierStokes, forcing, random_initial, simulate
+from tests.solvers.planar.helpers import relative_difference, seeds
 
 VISCOSITY = torch.tensor([1e-4, 1e-3, 1e-2], dtype=torch.float64)
 FREE = NavierStokes(forcing=0.0)
-
-
-def seeds(count: int, first: int = 0) -> list[np.random.SeedSequence]:
-    return [trajectory_seed(0, "test", first + index) for index in range(count)]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.mark.parametrize("side", [1.0, 2 * math.pi])
@@ -57,7 +49,7 @@ def test_a_steadily_forced_flow_stays_steady(shape: tuple[int, int]) -> None:
     wrong = simulate(
         vorticity[None, None], torch.tensor([viscosity], dtype=torch.float64), 3, 0.5, FREE, force - 2 * advection
     )
-    assert relative(wrong[0, -1, 0], vorticity) > 0.05
+    assert relative_difference(wrong[0, -1, 0], vorticity) > 0.05
 
 
 def test_energy_and_enstrophy_are_conserved_without_viscosity() -> None:
@@ -88,7 +80,7 @@ def test_time_steps_converge_at_fourth_order_and_the_default_is_fine_enough() ->
     initial, ends = random_initial(seeds(2), 48), []
     for step in (0.02, 0.01, 0.0025):
         ends.append(simulate(initial, VISCOSITY[:2], 2, 0.8, NavierStokes(step=step))[:, -1])
-    coarse, fine = relative(ends[0], ends[2]), relative(ends[1], ends[2])
+    coarse, fine = relative_difference(ends[0], ends[2]), relative_difference(ends[1], ends[2])
     assert coarse < 1e-5
     assert 12 < coarse / fine < 20
 
@@ -96,7 +88,7 @@ def test_time_steps_converge_at_fourth_order_and_the_default_is_fine_enough() ->
 def test_grids_converge_spectrally() -> None:
     ends = [simulate(random_initial(seeds(1), n), VISCOSITY[1:2], 2, 1.0)[0, -1, 0] for n in (40, 60, 120)]
     # Points of the coarser grids are points of the finest.
-    errors = [relative(ends[0], ends[2][::3, ::3]), relative(ends[1], ends[2][::2, ::2])]
+    errors = [relative_difference(ends[0], ends[2][::3, ::3]), relative_difference(ends[1], ends[2][::2, ::2])]
     assert errors[0] < 1e-2
     assert errors[1] < errors[0] / 20
 
@@ -112,7 +104,7 @@ def test_float32_agrees_with_float64() -> None:
     initial = random_initial(seeds(2), 40)
     ends = [simulate(initial.to(dtype), VISCOSITY[:2], 4, 0.5)[:, -1] for dtype in (torch.float32, torch.float64)]
     assert ends[0].dtype == torch.float32
-    assert relative(ends[0], ends[1]) < 1e-5
+    assert relative_difference(ends[0], ends[1]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,19 +8,12 @@ import torch
 from scipy.integrate import solve_ivp
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.solvers import DivergedError, trajectory_seed
+from shodh_moe.solvers import DivergedError
 from shodh_moe.solvers.planar import exact
 from shodh_moe.solvers.planar.reaction_diffusion import ReactionDiffusion, cosines, random_initial, simulate
+from tests.solvers.planar.helpers import relative_difference, seeds
 
 DIFFUSIVITY = torch.tensor([2e-3, 6e-3, 2e-2], dtype=torch.float64)
-
-
-def seeds(count: int, first: int = 0) -> list[np.random.SeedSequence]:
-    return [trajectory_seed(0, "test", first + index) for index in range(count)]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.mark.parametrize("mode", [(0, 0), (1, 0), (3, 5), (11, 2)])
@@ -69,7 +62,7 @@ def test_time_steps_converge_at_fourth_order_and_the_default_is_fine_enough() ->
     initial, ends = random_initial(seeds(3), 32), []
     for step in (0.02, 0.01, 0.00125):
         ends.append(simulate(initial, DIFFUSIVITY, 2, 0.2, ReactionDiffusion(step=step))[:, -1])
-    coarse, fine = relative(ends[0], ends[2]), relative(ends[1], ends[2])
+    coarse, fine = relative_difference(ends[0], ends[2]), relative_difference(ends[1], ends[2])
     assert coarse < 1e-5
     assert 12 < coarse / fine < 30
 
@@ -90,7 +83,7 @@ def test_float32_agrees_with_float64() -> None:
     initial = random_initial(seeds(2), 32)
     ends = [simulate(initial.to(dtype), DIFFUSIVITY[:2], 6, 0.25)[:, -1] for dtype in (torch.float32, torch.float64)]
     assert ends[0].dtype == torch.float32
-    assert relative(ends[0], ends[1]) < 2e-5
+    assert relative_difference(ends[0], ends[1]) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

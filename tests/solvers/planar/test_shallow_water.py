@@ -9,16 +9,13 @@ import pytest
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.solvers import DivergedError, trajectory_seed
+from shodh_moe.solvers import DivergedError
 from shodh_moe.solvers.planar import exact
 from shodh_moe.solvers.planar.shallow_water import ShallowWater, random_initial, simulate
+from tests.solvers.planar.helpers import seeds
 
 SIDE, TIME = 10.0, 1.5
 LINE = ShallowWater(side=SIDE)
-
-
-def seeds(count: int, first: int = 0) -> list[np.random.SeedSequence]:
-    return [trajectory_seed(0, "test", first + index) for index in range(count)]
 
 
 def points(cells: int) -> torch.Tensor:

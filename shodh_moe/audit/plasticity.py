@@ -98,24 +98,33 @@ def effective_rank(moment_DD: Tensor) -> float:
     return float(torch.exp(-(share_D * share_D.log()).sum()))
 
 
+ROUNDING = 8.0  # units in the last place by which equal tokens may differ, as products differ by a row's position
+
+
 class _Moments:
     """Sums over tokens of the features and their products, for the centred second moment."""
 
     def __init__(self) -> None:
         self.tokens, self.sum_D, self.moment_DD = 0, torch.zeros(()), torch.zeros(())
         self.origin_D: Tensor | None = None
+        self.rounding = 0.0  # distance from the origin within which a token is equal to it
 
     def add(self, x: Tensor) -> None:
         x_TD = x.flatten(0, -2).double()
-        # The origin does not affect the result, but with the first token as origin, constant features give exactly 0.
-        self.origin_D = x_TD[0] if self.origin_D is None else self.origin_D
+        # The origin does not affect the result, but with the first token as origin, constant features give almost 0.
+        if self.origin_D is None:
+            self.origin_D = x_TD[0]
+            self.rounding = ROUNDING * torch.finfo(x.dtype).eps * float(x_TD[0].norm())
         x_TD = x_TD - self.origin_D
         self.tokens += len(x_TD)
         self.sum_D = self.sum_D + x_TD.sum(0)
         self.moment_DD = self.moment_DD + x_TD.T @ x_TD
 
     def centred_DD(self) -> Tensor:
-        return self.moment_DD - self.sum_D.outer(self.sum_D) / self.tokens
+        """The centred second moment; exactly 0 if the tokens differ by rounding alone."""
+        centred_DD = self.moment_DD - self.sum_D.outer(self.sum_D) / self.tokens
+        constant = centred_DD.trace() <= self.tokens * self.rounding**2
+        return torch.zeros_like(centred_DD) if constant else centred_DD
 
 
 def _hidden(experts: Experts, expert: int, x_TD: Tensor) -> Tensor:

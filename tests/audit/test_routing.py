@@ -161,7 +161,7 @@ def test_the_local_speed_is_a_mean_over_cells(tmp_path: Path, test_split: list[L
     named = replace(test_split[0], source=record.path.name, sample=record.sample)
     found = local_speeds(config, dataset, "test", [named])
     assert torch.equal(found[record.path.name, 0], speed)
-    with pytest.raises(UserError, match=r"open_channel_0\.hdf5 has latents, but is not in the test split"):
+    with pytest.raises(UserError, match=r"open_channel_0\.hdf5 has latents but is not in the test split"):
         local_speeds(config, dataset, "test", test_split)
 
 

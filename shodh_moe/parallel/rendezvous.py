@@ -192,7 +192,7 @@ def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception
             "free port, and see that RANK differs between processes"
         )
     return (
-        f"rank 0 of {world} did not arrive at {where} within {timeout_seconds:g} s, as seen from rank {rank} ({reason}): "
+        f"rank 0 of {world} did not arrive at {where} within {timeout_seconds:g} s, reports rank {rank} ({reason}): "
         "see rank 0's host for an error, and whether MASTER_ADDR and MASTER_PORT are the same everywhere"
     )
 

@@ -341,7 +341,7 @@ def damage_root_object(path: Path) -> None:
         (damage_many_attributes, r"group t1_fields has 11\d\d attributes: expected at most 1024"),
         (
             damage_other_grid,
-            r"velocity and pressure have grid \[8, 16, 8\], but dimensions/x, y, z that of \[8, 32, 8\]",
+            r"velocity and pressure have grid \[8, 16, 8\], but dimensions/x, y, z have \[8, 32, 8\]",
         ),
         (damage_negative_spacing, "dimensions/x has spacing -1 after value 0, expected a positive one"),
         (damage_zero_spacing, "dimensions/z has spacing 0 after value 0, expected a positive one"),

@@ -77,5 +77,5 @@ def test_evaluation_reports_the_divergence_on_faces(run: Path, tmp_path: Path) -
     assert not arrays["calm/pred"][:3, arrays["calm/solid"] == 1].any()
     card = (export(run, tmp_path / "model") / "README.md").read_text()
     assert "Velocity in solid voxels is exactly zero." in card
-    assert "on the faces of the cells" in " ".join(card.split())
+    assert "on the cells' faces" in " ".join(card.split())
     assert json.loads((tmp_path / "model/tokenizer/tokenizer.json").read_text())["config"]["walls"] == "exact"

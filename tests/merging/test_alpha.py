@@ -158,7 +158,7 @@ def test_the_example_of_two_axes_loads() -> None:
         ({"alpha": {"viscosity": [{"fliter": "a", "value": 1}], "gravity": 1}}, BOX, {}, ("viscosity.0.fliter",)),
         ({"alpha": {1: 1, "gravity": 1}}, BOX, {}, ("alpha.1", "string")),
         ({"coordinate": CENTRE, "distance_limit": {"viscosity": 1}}, BOX, {}, ("distance_limit", "by axis")),
-        ({"alpha": CENTRE, "coordinate": CENTRE}, BOX, {}, ("either",)),
+        ({"alpha": CENTRE, "coordinate": CENTRE}, BOX, {}, ("exactly one of alpha and coordinate",)),
         ({"coordinate": CENTRE}, STAR, {}, ("star", "base_model")),
         ({"coordinate": CENTRE}, {**BOX, "d": None}, {}, ("a has a coordinate and d has none",)),
         ({"coordinate": CENTRE}, {**BOX, "d": {}}, {}, ("coordinate of d names no axis",)),

@@ -54,8 +54,8 @@ def refused(*messages: str, path: Path | None = None, method: str = "ccm", model
         ({"slices": []}, ("slices", "language models")),
         ({"output": None}, ("--output",)),
         ({"parameters": {"alhpa": 1}}, ("alhpa", "alpha")),
-        ({"parameters": {}}, ("alpha or coordinate",)),
-        ({"parameters": {"alpha": 1, "coordinate": 1}}, ("either",)),
+        ({"parameters": {}}, ("one of alpha and coordinate",)),
+        ({"parameters": {"alpha": 1, "coordinate": 1}}, ("exactly one of alpha and coordinate",)),
         ({"parameters": {"alpha": [0, 1]}}, ("gradient", "sweep")),
         ({"parameters": {"alpha": "much"}}, ("much",)),
         ({"parameters": {"alpha": float("nan")}}, ("finite",)),
@@ -96,7 +96,7 @@ def test_a_missing_config_and_invalid_yaml() -> None:
 def test_equal_and_missing_coordinates_are_refused_and_far_targets_warn(capsys: pytest.CaptureFixture[str]) -> None:
     ends = [("low.safetensors", {"coordinate": 1}), ("high.safetensors", {"coordinate": 1})]
     refused("and high.safetensors have the same coordinate 1", models=ends, parameters={"coordinate": 2})
-    refused("those of the models", parameters={"coordinate": 2})
+    refused("needs the models' coordinates", parameters={"coordinate": 2})
     refused("low.safetensors has a coordinate and high.safetensors has none", models=[ends[0], "high.safetensors"])
     ends[1] = ("high.safetensors", {"coordinate": 3})
     merge(config(Path(), "ccm", ends, parameters={"coordinate": 9}), Path("far"))
@@ -141,7 +141,7 @@ def test_an_expert_trained_from_another_anchor() -> None:
     message = refused(
         "it was not trained from it", models=["low.safetensors", "stranger.safetensors"], base_model="base.safetensors"
     )
-    assert message.startswith("stranger.safetensors is 1.")
+    assert message.startswith("stranger.safetensors differs from base.safetensors by 1.")
     parameters = {"alpha": 0.5, "distance_limit": 3}
     merge(
         config(
@@ -173,7 +173,7 @@ def test_a_missing_shard() -> None:
     merge(config(Path(), "linear", ["high.safetensors"], parameters={"weight": 1}), Path("high"), out_shard_size="1KB")
     shard = sorted(Path("high").glob("model-*"))[1]
     moved = shard.rename("elsewhere")
-    refused(str(shard), "is missing", models=["low.safetensors", "high"])
+    refused(str(shard), "but missing", models=["low.safetensors", "high"])
     moved.rename(shard)
     shutil.copy(shard, "high/model-00001-of-00002.safetensors")
     (Path("high") / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../low.safetensors"}}')

@@ -38,7 +38,7 @@ def test_a_dense_block_is_the_sum_of_its_networks_and_routes_nothing():
 
 
 def test_a_block_needs_an_expert():
-    with pytest.raises(ValidationError, match="needs one expert at least"):
+    with pytest.raises(ValidationError, match="needs at least one expert"):
         MoEConfig(num_experts=0, shared_experts=0)
 
 

@@ -15,7 +15,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import list_trajectories, read_snapshots
 from shodh_moe.data.symmetry import Symmetry
-from shodh_moe.tokenizer import Tokenizer, latents, load_tokenizer
+from shodh_moe.tokenizer import Tokenizer, encoding, load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -102,7 +102,7 @@ def test_copies_are_the_flow_under_their_recorded_symmetries(made: Path, which: 
 def test_a_trajectory_is_encoded_in_parts_of_a_few_snapshots(
     made: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents, "BATCH", 2)
+    monkeypatch.setattr(encoding, "BATCH", 2)
     (tmp_path / "parts").mkdir()
     encode_dataset(load_tokenizer(made / "tok"), made / "theirs", tmp_path / "parts", copies=4, seed=0)
     for whole, parts in zip(load_latents(cache, "train"), load_latents(tmp_path / "parts", "train"), strict=True):

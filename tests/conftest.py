@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,12 @@ def _memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Report the memory of a fresh process: a merge's limit covers memory that earlier tests left in this one."""
     module = importlib.import_module("shodh_moe.merging.merge")  # the package has a function of that name
     monkeypatch.setattr(module, "resident", lambda: 300 << 20)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_for_torch() -> Iterator[None]:
+    """Undo what numba's parallel kernels do to torch: both set the thread count of the one OpenMP library."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)

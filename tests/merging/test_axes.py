@@ -190,7 +190,8 @@ def test_a_corner_trained_from_another_anchor_is_refused() -> None:
     entries, _ = experts(BOX)
     save(network(77), Path("both.safetensors"))
     path = config(Path(), "ccm", entries, base_model="base.safetensors", parameters={"alpha": point(0, 0)})
-    with pytest.raises(UserError, match=r"^both.safetensors differs from base.safetensors by 1\..* it was not trained from it"):
+    message = r"^both.safetensors differs from base.safetensors by 1\..* it was not trained from it"
+    with pytest.raises(UserError, match=message):
         merge(path, Path("out"))
 
 

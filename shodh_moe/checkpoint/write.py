@@ -47,7 +47,7 @@ from shodh_moe.checkpoint.state import (
 
 PATIENCE_S = 1800.0  # how long a rank that has written its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
-HEAD_START_S = 5.0  # other ranks raise this much later than rank 0, so that its message, which names all, comes first
+HEAD_START_S = 15.0  # other ranks raise this much later than rank 0, so that its message, which names all, comes first
 
 
 class _Save(NamedTuple):

@@ -24,7 +24,7 @@ from shodh_moe.checkpoint import (
     resolve_checkpoint,
 )
 from shodh_moe.merging.config import Target
-from shodh_moe.merging.methods import recipe, weighted_sum
+from shodh_moe.merging.methods import TensorMerge, recipe, weighted_sum
 from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 
@@ -223,7 +223,8 @@ def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: d
 def _tensor(method: str, lookup: Lookup, name: str, inputs: list[dict[str, Tensor]]) -> Tensor:
     tensors = [one[name] for one in inputs]
     flat = [tensor.detach().flatten() for tensor in tensors]
-    made = recipe(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, None)
+    merge = TensorMerge(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, composition=None)
+    made = recipe(merge)
     for number in range(made.passes):
         made.observe(number, 0, [values.clone() for values in flat])
         made.end_pass(number)

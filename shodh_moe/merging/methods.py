@@ -265,15 +265,6 @@ METHODS = {
 }
 
 
-def recipe(
-    method: str,
-    lookup: Lookup,
-    name: str,
-    numel: int,
-    models: int,
-    base: bool,
-    dtype: torch.dtype,
-    composition: Composition | None,
-) -> Recipe:
-    """Make the recipe of ``method`` for one tensor; the arguments are those of `TensorMerge`."""
-    return METHODS[method].recipe(TensorMerge(method, lookup, name, numel, models, base, dtype, composition))
+def recipe(merge: TensorMerge) -> Recipe:
+    """How the method of ``merge`` merges its tensor."""
+    return METHODS[merge.method].recipe(merge)

@@ -21,7 +21,7 @@ from shodh_moe.merging.config import Target
 from shodh_moe.merging.drift import Drift
 from shodh_moe.merging.inputs import Stored
 from shodh_moe.merging.layout import REAL, output_dtype
-from shodh_moe.merging.methods import BLOCK, Recipe, recipe
+from shodh_moe.merging.methods import BLOCK, Recipe, TensorMerge, recipe
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import Lookup
@@ -67,8 +67,18 @@ class Work:
 
     def _recipe(self, job: MergeJob) -> Recipe:
         target = job.target
-        has_base, count, composition = target.base is not None, len(target.models), target.composition
-        return recipe(target.method, job.lookup, self.name, self.numel, count, has_base, self.computed, composition)
+        return recipe(
+            TensorMerge(
+                method=target.method,
+                lookup=job.lookup,
+                name=self.name,
+                numel=self.numel,
+                models=len(target.models),
+                base=target.base is not None,
+                dtype=self.computed,
+                composition=target.composition,
+            )
+        )
 
     def _written(self, job: MergeJob) -> torch.dtype:
         dtype = output_dtype(self.stored.dtype, job.target.config.out_dtype or job.target.config.dtype)

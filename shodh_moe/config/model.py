@@ -27,6 +27,20 @@ class RouterConfig(Section):
         description="scores of the experts; oracle: a control that sends every token to the expert of its domain",
     )
     frozen: bool = setting(False, changes="run", description="a control that keeps the router's initial weights")
+    context: Literal["sample", "window", "token", "both"] = setting(
+        "sample",
+        changes="model",
+        description="with scope path, what decides a token's path: its sample, its window, the token, or sample and "
+        "token",
+    )
+    window: Positive = setting(
+        2, changes="model", description="with context window, its size in tokens along each axis"
+    )
+    start: Literal["kmeans", "random"] = setting(
+        "kmeans",
+        changes="run",
+        description="with scope path, the router before the first step: from k-means of training contexts, or random",
+    )
     dim: int = setting(
         16,
         changes="model",
@@ -36,8 +50,12 @@ class RouterConfig(Section):
     )
     temperature: PositiveFloat = setting(0.1, changes="run", description="initial tau")
     min_temperature: PositiveFloat = setting(0.01, changes="model", description="lower bound of tau")
-    balance_weight: NonNegativeFloat = setting(0.01, changes="run", description="weight of the load-balancing loss")
-    z_weight: NonNegativeFloat = setting(1e-3, changes="run", description="weight of the router's z-loss")
+    balance_weight: NonNegativeFloat = setting(
+        0.01, changes="run", description="weight of the load-balancing loss, as a share of the prediction loss"
+    )
+    z_weight: NonNegativeFloat = setting(
+        1e-3, changes="run", description="weight of the router's z-loss, as a share of the prediction loss"
+    )
 
 
 class MoEConfig(Section):
@@ -50,6 +68,17 @@ class MoEConfig(Section):
         le=MAX_EXPERTS,
         description="number of routed experts; 0: none, and the shared experts form a dense network",
     )
+    scope: Literal["path", "layer"] = setting(
+        "layer",
+        changes="model",
+        description="path: one decision per token for embedding, all layers and head; layer: a router in each layer",
+    )
+    attention: Literal["shared", "low_rank", "own"] = setting(
+        "shared",
+        changes="model",
+        description="with scope path, whether each path adds its own part to the attention's projections",
+    )
+    attention_rank: Positive = setting(16, changes="model", description="rank of that part with attention low_rank")
     expert_hidden: Positive = setting(256, changes="model", description="hidden width of an expert")
     shared_experts: NonNegative = setting(1, changes="model", description="number of experts that see every token")
     dropless: bool = setting(

@@ -18,6 +18,12 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = setting(1e-3, changes="run")
     min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")
     warmup_steps: NonNegative = setting(20, changes="run")
+    loss: Literal["mse", "domain", "sample", "relative"] = setting(
+        "mse",
+        changes="run",
+        description="latent error to minimise: its square; the same over the mean squared change of the sample's "
+        "domain, or of the sample itself; or its L2 norm over that of the target",
+    )
     weight_decay: NonNegativeFloat = setting(0.05, changes="run")
     betas: list[Fraction] = setting([0.9, 0.95], changes="run")
     grad_clip: PositiveFloat = setting(1.0, changes="run", description="largest norm of the gradients")

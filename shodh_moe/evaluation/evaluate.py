@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from shodh_moe.base.files import write_text
 from shodh_moe.base.progress import progress
+from shodh_moe.base.threads import map_in_threads
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
@@ -34,6 +37,8 @@ from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_la
 from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
+# Memory to measure one trajectory, in units of its velocity: eight fields like it, in float64.
+WORKSPACE = 20
 SOLID_CATEGORIES = 4  # all fluid, less than half solid, more, all solid
 
 
@@ -75,11 +80,13 @@ def measure(
         pairs = [(z, read_trajectory(records[z.source, z.sample])) for z in test.trajectories if z.domain == domain]
         mean_fields = _mean_fields(paths.dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
+        need = WORKSPACE * max(truth.velocity_T3XYZ.nbytes for _, truth in pairs)
+        measure_one = partial(_measure_one, models, config, test, mean_latent, mean_fields)
+        measured = map_in_threads(measure_one, [(pair, pair is pairs[0]) for pair in pairs], need)
         errors = []
-        for number, (latent, truth) in enumerate(progress(pairs, f"evaluate {domain}", len(pairs))):
-            one_step = _OneStep(models, config, test, latent, truth)
-            errors.append(one_step.errors(mean_latent, mean_fields))
-            if number == 0:
+        for found, one_step in progress(measured, f"evaluate {domain}", len(pairs)):
+            errors.append(found)
+            if one_step:
                 arrays.update({f"{domain}/{key}": value for key, value in one_step.pictures().items()})
                 simulated[domain] = one_step.true[:, :3]
                 conserved[torch.float64].append(one_step.conserved)
@@ -117,6 +124,20 @@ def measure(
     np.savez_compressed(folder / "evaluation.npz", **arrays)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _measure_one(
+    models: Models,
+    config: Config,
+    samples: LatentSamples,
+    mean_latent: Tensor,
+    mean_fields: Tensor,
+    job: tuple[tuple[LatentTrajectory, Trajectory], bool],
+) -> tuple[dict[str, Any], _OneStep | None]:
+    """Return the errors of one trajectory's one-step predictions, and if the job says so, the predictions."""
+    (latent, truth), keep = job
+    one_step = _OneStep(models, config, samples, latent, truth)
+    return one_step.errors(mean_latent, mean_fields), one_step if keep else None
 
 
 class _OneStep:
@@ -204,15 +225,21 @@ def _rollouts(
     """Return the velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
     steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
-    errors = torch.zeros(len(pairs), steps)
-    still = torch.zeros(len(pairs), steps)
-    for row, (latent, truth) in enumerate(pairs):
+
+    def roll(pair: tuple[LatentTrajectory, Trajectory]) -> Tensor:
+        """Errors [2, steps] of the prediction and of persistence."""
+        latent, truth = pair
         predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
+        errors = torch.zeros(2, steps)
         for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
-            errors[row, step] = nrmse(decode(models.tokenizer, z, solid)[0, :3], target.double())
-            still[row, step] = nrmse(velocity[h - 1], target)
+            errors[0, step] = nrmse(decode(models.tokenizer, z, solid)[0, :3], target.double())
+            errors[1, step] = nrmse(velocity[h - 1], target)
+        return errors
+
+    snapshot_bytes = max(truth.velocity_T3XYZ[0].nbytes for _, truth in pairs)
+    errors, still = torch.stack(list(map_in_threads(roll, pairs, WORKSPACE * snapshot_bytes)), dim=1)
     return {
         "rollout_time": np.arange(1, steps + 1, dtype=np.float32),
         "rollout_error": errors.mean(0).numpy(),
@@ -233,20 +260,17 @@ def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -
     sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=samples.weights)
     counts = RoutingCounts(len(layers), samples.domains, experts)
     by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
-    for layer in layers:
-        layer.drop_in_eval = True
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
         batch = samples.batch(picks)
-        routing = models.transformer(*batch.inputs).routing
+        history, geometry, context = batch.inputs
+        routing = models.transformer(history, geometry, replace(context, drop=True)).routing
         counts.add(routing, batch.domain_B)
         picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
         solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
         for table, layer_routing in zip(by_solid, routing, strict=True):
             table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)
-    for layer in layers:
-        layer.drop_in_eval = False
     summary = counts.summary()
     result = summarise_routing(
         [dict(zip(samples.domains, table[:, :experts], strict=True)) for table in counts.table_LDM],

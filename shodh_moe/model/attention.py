@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.model.norm import make_norm
+from shodh_moe.model.plan import Plan
+from shodh_moe.model.routed_linear import RoutedLinear
 
 
 def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
@@ -47,25 +49,29 @@ class Attention(nn.Module):
         heads: H.
         grid: numbers of tokens along x, y and z.
         norm: ``torch`` or ``apex`` (`available_norm`), for the norms of queries and keys.
+        experts: number of paths with a part of their own in both projections; 0: none.
+        rank: rank of that part; None: full matrices.
     """
 
     angles_SP: Tensor
 
-    def __init__(self, dim: int, heads: int, grid: list[int], norm: str = "torch"):
+    def __init__(
+        self, dim: int, heads: int, grid: list[int], norm: str = "torch", experts: int = 0, rank: int | None = None
+    ):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = RoutedLinear(dim, 3 * dim, experts, bias=False, rank=rank)
+        self.out = RoutedLinear(dim, dim, experts, bias=False, rank=rank)
         self.q_norm, self.k_norm = make_norm(dim // heads, norm), make_norm(dim // heads, norm)
         self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Outputs [B, S, D], in autocast's dtype under autocast."""
+    def forward(self, x_BSD: Tensor, plan: Plan | None = None) -> Tensor:
+        """Outputs [B, S, D], in autocast's dtype under autocast. ``plan`` gives the tokens' paths, if there are any."""
         b, s, d = x_BSD.shape
-        q, k, v = self.qkv(x_BSD).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_BSD, plan).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         # Only the products are narrow under autocast, not norms and rotations. A fused norm needs input and weight in
         # one dtype.
         wide = self.q_norm.weight.dtype
         q, k = rotate(self.q_norm(q.to(wide)), self.angles_SP), rotate(self.k_norm(k.to(wide)), self.angles_SP)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(y.transpose(1, 2).reshape(b, s, d))
+        return self.out(y.transpose(1, 2).reshape(b, s, d), plan)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.experts import shared_experts, sum_outputs
+from shodh_moe.model.plan import Plan
 from shodh_moe.model.routers import Context
 
 
@@ -19,7 +20,7 @@ class Dense(nn.Module):
         super().__init__()
         self.shared = shared_experts(dim, config)
 
-    def forward(self, x_ND: Tensor, context: Context | None = None) -> tuple[Tensor, None]:
+    def forward(self, x_ND: Tensor, context: Context | None = None, plan: Plan | None = None) -> tuple[Tensor, None]:
         """See `FeedForwardBlock`."""
         y_ND = sum_outputs(self.shared, x_ND)
         assert y_ND is not None  # the config ensures at least one shared expert

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from shodh_moe.base.parameters import mark_all
 from shodh_moe.config import MoEConfig
+from shodh_moe.model.grouped import grouped_linear, has_grouped_kernel
 
 
 class FeedForward(nn.Module):
@@ -96,12 +97,9 @@ class Experts(nn.Module):
     def grouped(self, x_RD: Tensor, count_L: Tensor) -> Tensor:
         """Outputs [R, D] for rows sorted by expert: the first ``count_L[0]`` belong to expert 0, and so on."""
         x_RD, gate_up_LDF, down_LFD = to_autocast(x_RD, self.gate_up_LDF, self.down_LFD)
-        # Torch's grouped product (since 2.10) has a GPU kernel for bfloat16 rows that are multiples of 16 bytes.
-        fits = all(size % 8 == 0 for size in (*gate_up_LDF.shape[1:], *down_LFD.shape[1:]))
-        if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and fits and hasattr(F, "grouped_mm"):
-            end_L = count_L.cumsum(0, dtype=torch.int32)
-            gate, up = F.grouped_mm(x_RD, gate_up_LDF, offs=end_L).chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, down_LFD, offs=end_L)
+        if has_grouped_kernel(x_RD, gate_up_LDF, down_LFD):
+            gate, up = grouped_linear(x_RD, gate_up_LDF, count_L).chunk(2, dim=-1)
+            return grouped_linear(F.silu(gate) * up, down_LFD, count_L)
         spans, begin = [], 0
         for expert, count in enumerate(count_L.tolist()):
             spans.append(Span(expert, begin, begin + count))

@@ -9,6 +9,7 @@ from torch import Tensor
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.dense import Dense
 from shodh_moe.model.moe import MoE
+from shodh_moe.model.plan import Plan
 from shodh_moe.model.routers import Context
 from shodh_moe.model.routing import Routing
 from shodh_moe.parallel import ExpertParallel
@@ -17,8 +18,11 @@ from shodh_moe.parallel import ExpertParallel
 class FeedForwardBlock(Protocol):
     """A module that transforms each token by itself."""
 
-    def __call__(self, x_ND: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        """New tokens [N, D] in the dtype of ``x_ND``, and the routing; None if nothing was routed."""
+    def __call__(self, x_ND: Tensor, context: Context, plan: Plan | None) -> tuple[Tensor, Routing | None]:
+        """New tokens [N, D] in the dtype of ``x_ND``, and the routing; None if nothing was routed.
+
+        ``plan`` is the network's plan for all layers; None if each layer makes its own.
+        """
 
 
 def make_feed_forward(dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int) -> FeedForwardBlock:

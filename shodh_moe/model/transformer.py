@@ -1,6 +1,7 @@
 """The latent transformer predicts the next latent from the last H latents and the geometry latent (DESIGN 3.3, 3.4).
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, D model width.
+Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, I = (H + 1) C patch^3 inputs of
+a token's embedding, D model width.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.parameters import mark_all
-from shodh_moe.config import ModelConfig
+from shodh_moe.base.parameters import mark, marks
+from shodh_moe.config import ModelConfig, MoEConfig
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.feed_forward import make_feed_forward
 from shodh_moe.model.moe import MoE
 from shodh_moe.model.norm import make_norm
-from shodh_moe.model.routers import Context
+from shodh_moe.model.path import PathRouter
+from shodh_moe.model.plan import Plan
+from shodh_moe.model.routed_linear import RoutedLinear
+from shodh_moe.model.routers import Context, Router
 from shodh_moe.model.routing import Routing
 from shodh_moe.parallel import ExpertParallel
 
@@ -41,19 +45,25 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
-        self.attention = Attention(config.dim, config.heads, grid, norm)
+        paths, rank = attention_paths(config.moe)
+        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank)
         for module in (self.attention_norm, self.attention):
-            mark_all(module, group="attention")
+            for parameter in module.parameters():
+                if marks(parameter).group == "rest":
+                    mark(parameter, group="attention")
         self.moe = make_feed_forward(config.dim, config.moe, ep, seed, layer)
 
-    def forward(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
+    def forward(self, x_BSD: Tensor, context: Context, plan: Plan | None) -> tuple[Tensor, Routing | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), plan)
+        y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context, plan)
         return x_BSD + y_ND.view_as(x_BSD), routing
 
 
 class LatentTransformer(nn.Module):
     """z[t+1] = z[t] + f(z[t-H+1..t], geometry), where f is zero before training.
+
+    With ``model.moe.scope`` path, one decision per token, made from the inputs of the embedding, selects an expert in
+    every layer and the expert's own part of the embedding, the head and, if configured, the attention.
 
     Args:
         config: the ``model`` section of a config.
@@ -66,7 +76,7 @@ class LatentTransformer(nn.Module):
             block, including its exchanges between ranks.
 
     Raises:
-        UserError: ``model.patch`` does not divide the grid.
+        UserError: ``model.patch`` does not divide the grid, or ``model.moe.router.window`` the grid of tokens.
     """
 
     def __init__(
@@ -87,17 +97,27 @@ class LatentTransformer(nn.Module):
         torch.manual_seed(seed)
         grid = [size // config.patch for size in latent_grid]
         voxels = config.patch**3
-        self.embed = nn.Linear((config.history + 1) * latent_channels * voxels, config.dim)
+        inputs = (config.history + 1) * latent_channels * voxels
+        routed = config.moe.num_experts if config.moe.scope == "path" else 0
+        self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
+        self.embed = RoutedLinear(inputs, config.dim, routed)
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
-        self.head = nn.Linear(config.dim, latent_channels * voxels)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, zero=True)
 
     @property
     def moe_layers(self) -> list[MoE]:
         """The MoE layers in order; [] for a dense model."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router of each MoE layer; with scope path, the same one for all."""
+        return [layer.router or self.path.router for layer in self.moe_layers]
+
+    def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
+        """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""
+        return patchify(torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1), self.config.patch)
 
     def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None) -> Prediction:
         """Predict the next latents.
@@ -108,23 +128,30 @@ class LatentTransformer(nn.Module):
             context: the samples' number and domains; None if the domains are unknown.
         """
         context = context or Context(len(history_BHCxyz))
-        x_BCxyz = torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1)
+        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        plan = self.path(z_BSI, context) if self.path is not None else None
         # The residual stream stays as wide as the latents under autocast.
-        x_BSD = self.embed(patchify(x_BCxyz, self.config.patch)).to(history_BHCxyz.dtype)
+        x_BSD = self.embed(z_BSI, plan).to(history_BHCxyz.dtype)
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             # The random state need not be preserved, since blocks draw no random numbers.
             x_BSD, layer_routing = (
-                checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(block, x_BSD, context, plan, use_reentrant=False, preserve_rng_state=False)
                 if recompute
-                else block(x_BSD, context)
+                else block(x_BSD, context, plan)
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
-        change_BSD = self.head(self.norm(x_BSD))
+        change_BSD = self.head(self.norm(x_BSD), plan)
         latest_BCxyz = history_BHCxyz[:, -1]
         return Prediction(latest_BCxyz + unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape), routing)
+
+
+def attention_paths(config: MoEConfig) -> tuple[int, int | None]:
+    """Number of paths with their own part in the attention's projections, and the rank of that part (None: full)."""
+    own = config.scope == "path" and config.attention != "shared"
+    return (config.num_experts if own else 0), (config.attention_rank if config.attention == "low_rank" else None)
 
 
 def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:

@@ -4,7 +4,8 @@
 ``valid.hdf5`` and ``test.hdf5``. Each file has one group per trajectory with ``z`` [T, C, x, y, z] and ``geometry``
 [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z] (fraction of solid voxels in each latent's
 patch, float32) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of the trajectory in that
-file), ``copy`` (0: the trajectory itself) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
+file), ``copy`` (0: the trajectory itself), ``mean_squared_change`` (of z from snapshot to snapshot; absent in older
+caches) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
@@ -62,6 +63,16 @@ class LatentTrajectory:
         """Fraction of solid voxels in each token, float32 [x / patch, y / patch, z / patch]."""
         return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
 
+    def mean_squared_change(self) -> float:
+        """Mean square of z[t + 1] - z[t] over all t, channels and cells.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        with _readable(Path(self.z.file.filename)):
+            stored = self.z.parent.attrs.get("mean_squared_change")
+        return mean_squared_change(self.read()) if stored is None else float(stored)
+
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Latents of snapshots ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
 
@@ -70,6 +81,11 @@ class LatentTrajectory:
         """
         with _readable(Path(self.z.file.filename)):
             return torch.from_numpy(self.z[start:stop])
+
+
+def mean_squared_change(z_TCxyz: Tensor) -> float:
+    """Mean square of z[t + 1] - z[t]; 0 for a single snapshot."""
+    return float(z_TCxyz.double().diff(dim=0).square().mean()) if len(z_TCxyz) > 1 else 0.0
 
 
 def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> list[LatentTrajectory]:
@@ -230,6 +246,22 @@ class LatentSamples:
     def sizes(self) -> tuple[int, ...]:
         """Number of samples of each domain."""
         return tuple(len(samples) for samples in self.index)
+
+    def change_scale(self) -> Tensor:
+        """Mean squared change from snapshot to snapshot of each domain, divided by its mean over domains: float64 [D].
+
+        Raises:
+            UserError: the latents of a domain never change, or the file is damaged.
+        """
+        sums = torch.zeros(len(self.domains), 2, dtype=torch.float64)
+        for trajectory in self.trajectories:
+            changes = trajectory.snapshots - 1
+            weighted = [trajectory.mean_squared_change() * changes, changes] if changes else [0.0, 0]
+            sums[self.domains.index(trajectory.domain)] += torch.tensor(weighted, dtype=torch.float64)
+        change_D = sums[:, 0] / sums[:, 1].clamp(min=1)
+        if still := [name for name, change in zip(self.domains, change_D, strict=True) if not change > 0]:
+            raise UserError(f"training.loss domain: the latents of {still[0]} never change: set training.loss to mse")
+        return change_D / change_D.mean()
 
     def batch(self, samples: list[tuple[int, int]]) -> Batch:
         """Read samples, given as (domain, index within the domain).

@@ -20,39 +20,22 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
-from shodh_moe.metrics.latents import mse_beside_persistence, sample_mse
-from shodh_moe.model import LatentTransformer, Prediction
+from shodh_moe.metrics.latents import mse_beside_persistence
+from shodh_moe.model import LatentTransformer
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
+from shodh_moe.training.losses import Losses, total_loss
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.process_group import init_distributed
+from shodh_moe.training.router_start import start_router
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
 from shodh_moe.training.trainer import train
 
 ROUTING = "interval/routing/"
-
-
-def total_loss(prediction: Prediction, target_BCxyz: Tensor, config: Config) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the latent MSE plus the weighted balance and z losses, each a mean over layers.
-
-    Returns:
-        the three parts without weights and the weighted sum ``loss``, 0-d tensors by name; and the MSE of each sample,
-        [B], without gradient.
-    """
-    layers, router = prediction.routing, config.model.moe.router
-    error_B = sample_mse(prediction.latent_BCxyz, target_BCxyz)
-    prediction_loss = error_B.mean()
-    # A dense model has no routers.
-    balance, z = (
-        torch.stack([getattr(r, name) for r in layers]).mean() if layers else prediction_loss.new_zeros(())
-        for name in ("balance_loss", "z_loss")
-    )
-    loss = prediction_loss + router.balance_weight * balance + router.z_weight * z
-    return {"loss": loss, "prediction_loss": prediction_loss, "balance_loss": balance, "z_loss": z}, error_B.detach()
 
 
 def pretrain(
@@ -83,8 +66,14 @@ def pretrain(
     train(task, config, run, resume, stop_file)
 
 
-def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) -> Engine:
-    """Build the engine around the config's transformer with this rank's experts (collective)."""
+def latent_engine(
+    config: Config, latent_channels: int, latent_grid: list[int], samples: LatentSamples | None = None
+) -> Engine:
+    """Build the engine around the config's transformer with this rank's experts (collective).
+
+    Args:
+        samples: training samples from which the path router's weights start; None: they start at random.
+    """
     size = expert_parallel_size(config, dist.get_world_size())
     ep = ExpertParallel(size, dist.get_rank() % size)
     norm = available_norm(config.training.norm, get_accelerator().device_name())
@@ -92,6 +81,17 @@ def latent_engine(config: Config, latent_channels: int, latent_grid: list[int]) 
         config.model, latent_channels, latent_grid, config.seed, ep,
         norm=norm, activation_checkpointing=config.training.activation_checkpointing,
     )  # fmt: skip
+    if model.path is not None:
+        experts, batch = config.model.moe.num_experts, config.training.batch_size
+        if config.model.moe.router.context == "sample" and experts > batch and dist.get_rank() == 0:
+            print(
+                f"warning: model.moe.num_experts {experts} is more than the {batch} samples of a micro-batch, so some "
+                "experts get no sample in a step: raise training.batch_size, or use fewer experts",
+                flush=True,
+            )
+        # DeepSpeed broadcasts the initial weights of the first rank.
+        if samples is not None and config.model.moe.router.start == "kmeans" and dist.get_rank() == 0:
+            start_router(model, samples, config)
     return Engine(model, config, ep, norm)
 
 
@@ -102,9 +102,10 @@ class _LatentTask:
 
     def __init__(self, config: Config, samples: LatentSamples, valid: LatentSamples, run: Path, facts: dict[str, Any]):
         _, channels, *grid = samples.trajectories[0].z.shape
-        self.engine = latent_engine(config, channels, list(grid))
+        self.engine = latent_engine(config, channels, list(grid), samples)
         self.facts = facts
         self._config, self._samples, self._valid = config, samples, valid
+        self._scale_D = samples.change_scale() if config.training.loss == "domain" else None
         self._sampler = DomainSampler(
             samples.sizes,
             config.training.batch_size,
@@ -141,10 +142,11 @@ class _LatentTask:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
         batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
         prediction = self.engine(*batch.inputs)
-        losses, error_B = total_loss(prediction, batch.target_BCxyz, self._config)
-        kept = {key: value.detach() for key, value in losses.items()}
+        *values, error_B = total_loss(prediction, batch, self._config, self._scale_D)
+        named = dict(zip(Losses._fields, values, strict=False))
+        kept = {key: value.detach() for key, value in named.items()}
         self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
-        return losses
+        return named
 
     def end(self, step: int, applied: bool) -> None:
         self.engine.ep.exchanges = None
@@ -158,7 +160,7 @@ class _LatentTask:
     def record(self, step: int, result: Step) -> dict[str, Any]:
         if not self._records:
             return {}
-        routing = layer_records(self._counts, self._layers, self._exchanges, result.expert_norms_LE)
+        routing = layer_records(self._counts, self.engine.model.routers, self._exchanges, result.expert_norms_LE)
         self._recorded = step
         self._counts.clear()
         if dist.get_rank() == 0:

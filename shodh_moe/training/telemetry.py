@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.config import TelemetryConfig
-from shodh_moe.model import MoE, Routing
+from shodh_moe.model import Routing
+from shodh_moe.model.routers import Router
 from shodh_moe.parallel import Exchange
 
 SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns after those of the experts
@@ -83,18 +84,18 @@ class RoutingCounts:
 
 
 def layer_records(
-    counts: RoutingCounts, layers: list[MoE], exchanges: list[Exchange], expert_norms_LE: Tensor | None
+    counts: RoutingCounts, routers: list[Router], exchanges: list[Exchange], expert_norms_LE: Tensor | None
 ) -> list[dict[str, Any]]:
     """`RoutingCounts.summary` with each layer's ``temperature``, ``expert_grad_norm`` and ``all_to_all`` (collective).
 
     Args:
-        layers: the model's MoE layers in order; the temperature of a router without one is None.
+        routers: the router of each MoE layer in order; the temperature of a router without one is None.
         exchanges: records of one step (`ExpertParallel.exchanges`).
         expert_norms_LE: gradient norm of every expert, equal on all ranks; None: no ``expert_grad_norm``.
     """
-    records, traffic = counts.summary(), _traffic(len(layers), exchanges, counts.table_LDM.device)
+    records, traffic = counts.summary(), _traffic(len(routers), exchanges, counts.table_LDM.device)
     for layer, record in enumerate(records):
-        temperature = layers[layer].router.temperature
+        temperature = routers[layer].temperature
         record["temperature"] = None if temperature is None else float(temperature)
         if expert_norms_LE is not None:
             record["expert_grad_norm"] = expert_norms_LE[layer].tolist()

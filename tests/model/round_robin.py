@@ -21,6 +21,6 @@ class RoundRobinRouter(nn.Module):
         self.confidence = nn.Parameter(torch.ones(1))
 
     def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
-        expert_N = context.sample_N(x_ND) % self.num_experts
+        expert_N = context.sample_M(x_ND) % self.num_experts
         logits_NE = self.confidence * nn.functional.one_hot(expert_N, self.num_experts)
         return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)

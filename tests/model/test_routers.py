@@ -18,9 +18,9 @@ from tests.tiny import write_config
 def test_a_context_knows_the_sample_of_each_token():
     context = Context(3, torch.tensor([7, 5, 6]))
     x_ND = torch.zeros(6, 4)
-    assert context.sample_N(x_ND).tolist() == [0, 0, 1, 1, 2, 2]
-    assert context.by_token(context.domain_B, 6).tolist() == [7, 7, 5, 5, 6, 6]
-    assert Context().sample_N(x_ND).tolist() == [0] * 6
+    assert context.sample_M(x_ND).tolist() == [0, 0, 1, 1, 2, 2]
+    assert context.by_row(context.domain_B, 6).tolist() == [7, 7, 5, 5, 6, 6]
+    assert Context().sample_M(x_ND).tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("frozen", [False, True])

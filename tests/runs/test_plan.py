@@ -21,7 +21,8 @@ from shodh_moe.model.experts import Experts, to_autocast
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
-from shodh_moe.training.pretrain import total_loss
+from shodh_moe.tokenizer.latents import Batch
+from shodh_moe.training.losses import total_loss
 from tests.training.launch import launch
 
 WORKER = Path(__file__).with_name("worker_plan.py")
@@ -90,9 +91,10 @@ def test_planned_activations_match_what_autograd_keeps(as_on_a_gpu, size, precis
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
         with torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext():
             prediction = model(history, geometry)
-        losses, _ = total_loss(prediction, target, config)
+        batch = Batch(history, geometry, target, torch.zeros(batch, dtype=torch.int64))
+        losses = total_loss(prediction, batch, config)
         kept = live.now
-        losses["loss"].backward()
+        losses.loss.backward()
     parts = plan.activation_bytes(config)
     assert kept == pytest.approx(parts["activations"], rel=0.01)
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -18,7 +18,9 @@ from shodh_moe.base.command import end_rank
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.runs.live_bytes import LiveBytes
-from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.tokenizer.latents import Batch
+from shodh_moe.training.losses import total_loss
+from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
 
@@ -58,8 +60,9 @@ def measure(config: Config) -> dict[str, int]:
             history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)
             geometry, target = torch.randn(2, t.batch_size, channels, *grid, dtype=engine.dtype)
             prediction = engine(history, geometry)
-            losses, _ = total_loss(prediction, target, config)
-            engine.step(losses["loss"], 1e-3)
+            batch = Batch(history, geometry, target, torch.zeros(t.batch_size, dtype=torch.int64))
+            losses = total_loss(prediction, batch, config)
+            engine.step(losses.loss, 1e-3)
             del history, geometry, target, prediction, losses
         return {"between": live.now, "peak": live.peak}
 

@@ -102,14 +102,13 @@ class _Run:
         self.load(self.folder / "0")
 
     def train(self, steps: int, rate: float = RATE) -> dict[str, torch.Tensor]:
-        from shodh_moe.training.pretrain import total_loss
+        from shodh_moe.training.losses import total_loss
 
         losses, norms, routes = [], [], []
         for _ in range(steps):
-            batch = self.samples.batch(self.sampler.batch(self.step, self.rank))
-            history, geometry, target = (x.to(self.engine.dtype) for x in batch[:3])
-            prediction = self.engine(history, geometry)
-            loss = total_loss(prediction, target, self.config)[0]["loss"]
+            batch = self.samples.batch(self.sampler.batch(self.step, self.rank)).to("cpu", self.engine.dtype)
+            prediction = self.engine(*batch.inputs)
+            loss = total_loss(prediction, batch, self.config).loss
             step = self.engine.step(loss, rate)
             assert step is not None
             assert step.applied

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.losses import total_loss
+from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
 folder, name, *overrides = sys.argv[-7:]
@@ -26,8 +27,8 @@ for shard in engine._shards:  # ZeRO copied the weights before they were initial
 sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
 norms: list[float] = []
 for micro in range(3 * config.training.accumulation):
-    history, geometry, target, _ = samples.batch(sampler.batch(micro, 0))
-    loss = total_loss(engine(history, geometry), target, config)[0]["loss"]
+    batch = samples.batch(sampler.batch(micro, 0))
+    loss = total_loss(engine(*batch.inputs), batch, config).loss
     step = engine.step(loss, 1e-2)
     norms += [step.norm] if step else []
 tensors = {key: value.detach().clone().contiguous() for key, value in engine.model.named_parameters()}

@@ -15,7 +15,8 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Step
-from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.losses import total_loss
+from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
 folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
@@ -41,9 +42,9 @@ def keep_gradients(stop: bool) -> Step:
 
 engine._clipped = keep_gradients  # type: ignore[method-assign]
 for step in range(3):
-    history, geometry, target, _ = samples.batch(sampler.batch(step, rank))
-    prediction = engine(history, geometry)
-    loss = total_loss(prediction, target, config)[0]["loss"]
+    batch = samples.batch(sampler.batch(step, rank))
+    prediction = engine(*batch.inputs)
+    loss = total_loss(prediction, batch, config).loss
     norms.append(engine.step(loss, 1e-2).norm)
     losses.append(float(loss.detach()))
     dropped.append(sum(int((~layer.kept_N).sum()) for layer in prediction.routing))

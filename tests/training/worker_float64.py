@@ -19,7 +19,8 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.deepspeed_patches import in_float64
-from shodh_moe.training.pretrain import latent_engine, total_loss
+from shodh_moe.training.losses import total_loss
+from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
 
@@ -40,9 +41,8 @@ def train(folder: Path, stage: str) -> None:
     engine = latent_engine(config, 6, [2, 2, 2])
     assert state() == before
     for step in range(2):
-        history, geometry, target, _ = samples.batch(sampler.batch(step, dist.get_rank()))
-        prediction = engine(history.double(), geometry.double())
-        result = engine.step(total_loss(prediction, target.double(), config)[0]["loss"], 1e-3)
+        batch = samples.batch(sampler.batch(step, dist.get_rank())).to("cpu", torch.float64)
+        result = engine.step(total_loss(engine(*batch.inputs), batch, config).loss, 1e-3)
         assert result is not None
         assert result.applied
         assert state() == before

@@ -1,6 +1,6 @@
 """Cosine router: similarity of projected tokens to learned prototypes (DESIGN 3.5; X-MoE, arXiv 2204.09179).
 
-Shapes: N tokens, D model width, R routing width, E experts.
+Shapes: M rows, D features, R routing width, E experts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shodh_moe.base.parameters import mark
 from shodh_moe.config import RouterConfig
 from shodh_moe.kernels import Gating, cosine_top1_gating
-from shodh_moe.model.routers.router import Context, Slots
+from shodh_moe.kernels.cosine_gating import reference_logits
+from shodh_moe.model.routers.kmeans import kmeans
+from shodh_moe.model.routers.router import Context, Slots, choose
 
 
 class CosineRouter(nn.Module):
@@ -36,18 +39,34 @@ class CosineRouter(nn.Module):
     def _temperature(self, dtype: torch.dtype) -> Tensor:
         return self.log_temperature.to(dtype).exp().clamp(min=self.min_temperature)
 
-    def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+    def forward(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
         """See `Router`."""
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        capacity, drop_order, check_finite = slots
-        with torch.autocast(x_ND.device.type, enabled=False):
+        dtype = torch.promote_types(x_MD.dtype, torch.float32)
+        with torch.autocast(x_MD.device.type, enabled=False):
+            projection_RD, prototypes_ER = self.projection.weight.to(dtype), self.prototypes_ER.to(dtype)
+            temperature = self._temperature(dtype)
+            if slots.row_N is not None:  # few rows for many tokens: the fused kernel would score every token
+                q_MR = F.linear(x_MD.to(dtype), projection_RD)
+                return choose(reference_logits(q_MR, prototypes_ER, temperature), slots)
+            capacity, drop_order, check_finite, _ = slots
             return cosine_top1_gating(
-                x_ND,
-                self.projection.weight.to(dtype),
-                self.prototypes_ER.to(dtype),
-                self._temperature(dtype),
-                capacity,
-                drop_order,
-                None,
-                check_finite,
+                x_MD, projection_RD, prototypes_ER, temperature, capacity, drop_order, None, check_finite
             )
+
+    @torch.no_grad()
+    def start(self, x_MD: Tensor, seed: int) -> None:
+        """See `Router`: project onto the leading directions of the centred rows; prototypes are the centres of k-means.
+
+        The weight of the last feature, which is 1, subtracts the mean. Directions and prototypes for which there are
+        too few rows keep their random weights.
+        """
+        mean_D = x_MD.mean(0)
+        directions = torch.linalg.svd((x_MD - mean_D).double(), full_matrices=False).Vh
+        count = min(len(directions), len(self.projection.weight))
+        projection_RD = self.projection.weight.double()
+        projection_RD[:count] = directions[:count]
+        projection_RD[:, -1] = 0
+        projection_RD[:, -1] = -(projection_RD @ mean_D.double())
+        self.projection.weight.copy_(projection_RD)
+        centres_KR = kmeans(x_MD.double() @ projection_RD.T, len(self.prototypes_ER), seed)
+        self.prototypes_ER[: len(centres_KR)] = centres_KR.to(self.prototypes_ER.dtype)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.config import RouterConfig
-from shodh_moe.kernels import Gating, top1_gating
-from shodh_moe.model.routers.router import Context, Slots
+from shodh_moe.kernels import Gating
+from shodh_moe.model.routers.router import Context, Slots, choose
 
 
 class LinearRouter(nn.Module):
@@ -20,9 +20,11 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.projection = nn.Linear(dim, num_experts, bias=False)
 
-    def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+    def forward(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
         """See `Router`."""
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.to(dtype), self.projection.weight.to(dtype))
-            return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)
+        dtype = torch.promote_types(x_MD.dtype, torch.float32)
+        with torch.autocast(x_MD.device.type, enabled=False):
+            return choose(F.linear(x_MD.to(dtype), self.projection.weight.to(dtype)), slots)
+
+    def start(self, x_MD: Tensor, seed: int) -> None:
+        """See `Router`: the random weights stay."""

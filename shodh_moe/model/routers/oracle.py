@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import RouterConfig
-from shodh_moe.kernels import Gating, top1_gating
-from shodh_moe.model.routers.router import Context, Slots
+from shodh_moe.kernels import Gating
+from shodh_moe.model.routers.router import Context, Slots, choose
 
 
 class OracleRouter(nn.Module):
@@ -20,7 +20,7 @@ class OracleRouter(nn.Module):
         super().__init__()
         self.num_experts = num_experts
 
-    def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+    def forward(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
         """See `Router`.
 
         Raises:
@@ -31,9 +31,12 @@ class OracleRouter(nn.Module):
                 "model.moe.router.kind oracle needs each sample's domain, which a flow of your own does not have: "
                 "use a model with another router"
             )
-        expert_N = context.by_token(context.domain_B % self.num_experts, len(x_ND))
+        expert_M = context.by_row(context.domain_B % self.num_experts, len(x_MD))
         # Probability exactly 1 for this expert and exactly 0 for the others.
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        logits_NE = x_ND.new_full((len(x_ND), self.num_experts), -torch.inf, dtype=dtype)
-        logits_NE.scatter_(1, expert_N[:, None], 0.0)
-        return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)
+        dtype = torch.promote_types(x_MD.dtype, torch.float32)
+        logits_ME = x_MD.new_full((len(x_MD), self.num_experts), -torch.inf, dtype=dtype)
+        logits_ME.scatter_(1, expert_M[:, None], 0.0)
+        return choose(logits_ME, slots)
+
+    def start(self, x_MD: Tensor, seed: int) -> None:
+        """See `Router`: there are no weights."""

@@ -1,6 +1,7 @@
 """The protocol of routers.
 
-Shapes: B samples, N tokens (the same number from each sample, sample by sample), D model width, E experts.
+Shapes: B samples, N tokens (the same number from each sample, sample by sample), M rows of D features that the router
+scores, E experts. Mostly a row is a token; with path routing a row can stand for a sample or a window of tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from shodh_moe.kernels import Gating
+from shodh_moe.kernels import Gating, top1_gating
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,20 @@ class Context:
     Attributes:
         samples: number of samples B.
         domain_B: int64, number of each sample's domain; None if unknown.
+        drop: whether experts drop tokens beyond their capacity outside training as well.
     """
 
     samples: int = 1
     domain_B: Tensor | None = None
+    drop: bool = False
 
-    def by_token(self, value_B: Tensor, tokens: int) -> Tensor:
-        """Give each of ``tokens`` tokens its sample's value: [B, ...] -> [N, ...]."""
-        return value_B.repeat_interleave(tokens // self.samples, dim=0)
+    def by_row(self, value_B: Tensor, rows: int) -> Tensor:
+        """Give each of ``rows`` rows, the same number from each sample, its sample's value: [B, ...] -> [M, ...]."""
+        return value_B.repeat_interleave(rows // self.samples, dim=0)
 
-    def sample_N(self, x_ND: Tensor) -> Tensor:
-        """Number of the sample that each token belongs to, int64 [N]."""
-        return self.by_token(torch.arange(self.samples, device=x_ND.device), len(x_ND))
+    def sample_M(self, x_MD: Tensor) -> Tensor:
+        """Number of the sample that each row belongs to, int64 [M]."""
+        return self.by_row(torch.arange(self.samples, device=x_MD.device), len(x_MD))
 
 
 ONE_SAMPLE = Context()
@@ -46,24 +49,35 @@ class Slots(NamedTuple):
         capacity: largest number of tokens that an expert takes from this rank.
         drop_order: which tokens an overfull expert keeps (``model.moe.drop_order``).
         check_finite: whether to raise if a logit is not finite.
+        row_N: number of the row whose logits decide for each token, int64; None: row n decides for token n.
     """
 
     capacity: int
     drop_order: str = "position"
     check_finite: bool = True
+    row_N: Tensor | None = None
+
+
+def choose(logits_ME: Tensor, slots: Slots) -> Gating:
+    """Route the N tokens by the logits of their rows."""
+    logits_NE = logits_ME if slots.row_N is None else logits_ME.index_select(0, slots.row_N)
+    return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)
 
 
 class Router(Protocol):
     """A module that gives each token an expert and a slot there, in float32 (float64 stays float64) under autocast.
 
-    Its constructor takes (dim, num_experts, RouterConfig).
+    Its constructor takes (dim, num_experts, RouterConfig), where dim is the number of features D.
     """
 
     @property
     def temperature(self) -> Tensor | None:
         """Softmax temperature, one element, without gradient; None if the router has none."""
 
-    def __call__(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
+    def __call__(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
         """Route the tokens; see `kernels.top1_gating` for the result and what is raised."""
+
+    def start(self, x_MD: Tensor, seed: int) -> None:
+        """Set the initial weights from the rows of training samples, or keep them. The last feature of a row is 1."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

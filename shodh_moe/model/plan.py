@@ -1,0 +1,106 @@
+"""The plan of a forward pass or layer: which expert takes each token, and how the tokens travel there and back.
+
+Shapes: N tokens, M rows that the router scores, F features of a row, E experts, L local experts, G ranks of the
+expert-parallel group, K slots per expert and rank, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from shodh_moe.config import MoEConfig
+from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
+from shodh_moe.model.routers import Context, Router, Slots
+from shodh_moe.model.routing import Routing, routing_of
+from shodh_moe.parallel import ExpertParallel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A router's decision for N tokens, and what the ranks agreed on to carry it out.
+
+    Attributes:
+        gating: the decision.
+        capacity: slots per expert and rank, K; None: dropless, experts take all their tokens.
+        received_GL: number of rows that each rank sends to each local expert, int64; None on a GPU with a capacity,
+            where reading the counts would wait for the device.
+    """
+
+    gating: Gating
+    capacity: int | None
+    received_GL: Tensor | None
+
+    @cached_property
+    def routing(self) -> Routing:
+        """The record of the decision."""
+        return routing_of(self.gating)
+
+    @cached_property
+    def count_E(self) -> list[int]:
+        """Number of this rank's tokens that each expert keeps. Waits for the device."""
+        return self.gating.kept_E.tolist()
+
+    @cached_property
+    def splits(self) -> tuple[list[int], list[int]]:
+        """Number of dropless rows to send to each rank, and to receive from it. Waits for the device."""
+        assert self.received_GL is not None
+        send_G = self.gating.kept_E.view(self.received_GL.shape[0], -1).sum(1)
+        return send_G.tolist(), self.received_GL.sum(1).tolist()
+
+    @cached_property
+    def order(self) -> tuple[Tensor, Tensor]:
+        """Permutation of the rows received dropless, from sorted by rank to sorted by expert, and its inverse."""
+        assert self.received_GL is not None
+        ranks, local = self.received_GL.shape
+        local_L = torch.arange(local, device=self.received_GL.device)
+        expert_R = torch.repeat_interleave(local_L.repeat(ranks), self.received_GL.flatten())
+        order_R = torch.argsort(expert_R, stable=True)
+        return order_R, torch.argsort(order_R)
+
+    def dispatch(self, x_ND: Tensor) -> Tensor:
+        """Copy this rank's tokens to their experts' rows: [E, K, D], or dropless [N, D] sorted by expert."""
+        return dispatch(x_ND, self.gating.expert_N, self.gating.slot_N, self.gating.kept_E, self.capacity)
+
+    def combine(self, rows: Tensor, shared_ND: Tensor | None) -> Tensor:
+        """Return shared_n + p_e row_n for each token n: [N, D] in the dtype of ``rows``."""
+        g = self.gating
+        return combine(rows, g.expert_N, g.slot_N, g.gate_N, g.kept_E, shared_ND)
+
+
+def make_plan(
+    router: Router,
+    x_MF: Tensor,
+    context: Context,
+    config: MoEConfig,
+    ep: ExpertParallel,
+    training: bool,
+    layer: int = 0,
+    row_N: Tensor | None = None,
+) -> Plan:
+    """Route tokens, and agree with the other ranks of the group on the sizes of the exchanges (collective).
+
+    Args:
+        x_MF: what the router sees.
+        config: ``model.moe``.
+        training: whether the capacity of training applies, unless the config is dropless.
+        layer: recorded with the exchange of counts.
+        row_N: the row that decides for each token; None: row n decides for token n.
+
+    Raises:
+        UserError: ranks of the group have different numbers of tokens or slots.
+    """
+    tokens = len(x_MF if row_N is None else row_N)
+    capacity = None
+    if not config.dropless and (training or context.drop):
+        capacity = expert_capacity(tokens, config.num_experts, config.capacity_factor, config.min_capacity)
+        ep.check_same_tokens(tokens, capacity, x_MF.device)
+    # If one rank raised alone, the others would wait for it in the exchange forever.
+    check_finite = not training and ep.size == 1
+    gating = router(x_MF, context, Slots(capacity or tokens, config.drop_order, check_finite, row_N))
+    on_cpu = x_MF.device.type == "cpu"
+    received_GL = ep.exchange_counts(gating.kept_E, layer) if on_cpu or capacity is None else None
+    return Plan(gating, capacity, received_GL)

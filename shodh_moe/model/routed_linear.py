@@ -1,0 +1,80 @@
+"""Linear map with a part that each expert's path has for itself (DESIGN 3.4).
+
+Shapes: N tokens, I inputs, O outputs, E experts, K slots per expert, Q rank of the routed part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shodh_moe.base.parameters import mark
+from shodh_moe.model.experts import to_autocast
+from shodh_moe.model.grouped import grouped_linear, has_grouped_kernel
+from shodh_moe.model.plan import Plan
+
+
+class RoutedLinear(nn.Linear):
+    """y = W x + b + p_e W_e x, where e is the expert of the token's path and p_e its gate.
+
+    Every rank holds the W_e of all experts, so no token travels. A token that its expert dropped keeps W x + b.
+
+    Args:
+        inputs, outputs: I and O.
+        experts: E; 0 makes a plain linear map.
+        bias: whether there is a b.
+        rank: Q, for W_e = B_e A_e with A_e of shape [Q, I]; None for full matrices. B_e starts at zero.
+        zero: start at zero: W, b and W_e.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        experts: int = 0,
+        bias: bool = True,
+        rank: int | None = None,
+        zero: bool = False,
+    ):
+        super().__init__(inputs, outputs, bias)
+        if zero:
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+        self.experts, self.rank = experts, rank
+        if not experts:
+            return
+        bound = inputs**-0.5  # as in nn.Linear
+        if rank is None:
+            self.routed_EIO = nn.Parameter(torch.empty(experts, inputs, outputs).uniform_(-bound, bound))
+            if zero:
+                nn.init.zeros_(self.routed_EIO)
+            mark(self.routed_EIO, group="path")
+        else:
+            self.narrow_EIQ = nn.Parameter(torch.empty(experts, inputs, rank).uniform_(-bound, bound))
+            self.widen_EQO = nn.Parameter(torch.zeros(experts, rank, outputs))
+            mark(self.narrow_EIQ, group="path")
+            mark(self.widen_EQO, group="path")
+
+    def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
+        """Map the last axis of ``x``; the other axes hold the N tokens of ``plan`` in order."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.experts:
+            return y
+        assert plan is not None
+        (x_NI,) = to_autocast(x.reshape(-1, x.shape[-1]))
+        rows = plan.dispatch(x_NI)
+        if self.rank is None:
+            rows = _product(rows, self.routed_EIO, plan)
+        else:
+            rows = _product(_product(rows, self.narrow_EIQ, plan), self.widen_EQO, plan)
+        return plan.combine(rows, y.reshape(-1, y.shape[-1])).view(y.shape)
+
+
+def _product(rows: Tensor, weight_EIO: Tensor, plan: Plan) -> Tensor:
+    """Multiply each expert's rows by its matrix; ``rows`` and the result have the layout of `Plan.dispatch`."""
+    rows, weight_EIO = to_autocast(rows, weight_EIO)
+    if plan.capacity is not None:
+        return torch.bmm(rows, weight_EIO)
+    counts = None if has_grouped_kernel(rows, weight_EIO) else plan.count_E
+    return grouped_linear(rows, weight_EIO, plan.gating.kept_E, counts)

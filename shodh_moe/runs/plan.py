@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shodh_moe.base.parameters import marks
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 
@@ -30,7 +32,8 @@ class Parameters:
     """Numbers of parameters of a model.
 
     Attributes:
-        shared: parameters that every rank holds: attention, routers, shared experts, norms, embedding, head.
+        shared: parameters that every rank holds: attention, routers, shared experts, norms, embedding, head, and with
+            scope path each path's own parts of them.
         expert: parameters of all routed experts of all layers.
         rank_expert: the part of ``expert`` that one rank holds.
         active: parameters that a token passes through.
@@ -91,8 +94,10 @@ def count_parameters(config: Config, world: int) -> Parameters:
         model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
-    expert = rank_expert * ep
-    return Parameters(shared, expert, rank_expert, shared + expert // max(config.model.moe.num_experts, 1))
+    routed = sum(p.numel() for p in model.parameters() if marks(p).group == "path")
+    routed += (depth - 1) * sum(p.numel() for p in model.blocks.parameters() if marks(p).group == "path")
+    expert, experts = rank_expert * ep, max(config.model.moe.num_experts, 1)
+    return Parameters(shared, expert, rank_expert, shared - routed + (routed + expert) // experts)
 
 
 def _numel(module: nn.Module) -> int:
@@ -144,12 +149,39 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     tokens, row = batch_tokens(config), slots(config) * m.dim * narrow
     # Outside the blocks: the last norm, the head, the embedding's input, the batch, the prediction, the error.
     outside = tokens * (m.dim * (wide + narrow) + channels * (narrow * (m.history + 1) + wide * (m.history + 4)))
+    outside += _path_bytes(config)
     backward, block = tokens * m.dim * wide + 2 * row, _block_bytes(config, ep)
     exchange = 2 * row if ep > 1 else 0
     if t.activation_checkpointing:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
         return {"activations": kept + outside, "backward": backward + block, "exchange": exchange}
     return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
+
+
+def _path_bytes(config: Config) -> int:
+    """Return the bytes that autograd keeps on a GPU for the path router and the paths' own embeddings and heads."""
+    m, moe = config.model, config.model.moe
+    if moe.scope != "path" or not moe.num_experts:
+        return 0
+    wide, _ = _widths(config)
+    channels = config.tokenizer.latent_channels * m.patch**3
+    inputs = (m.history + 1) * channels
+    own = _routed_bytes(config, inputs, m.dim, None, inputs_learn=False)
+    own += _routed_bytes(config, m.dim, channels, None)
+    features = {"token": inputs + 1, "both": 3 * inputs + 1}.get(moe.router.context, 0)
+    return own + batch_tokens(config) * (4 * moe.num_experts + 40 + wide * features)
+
+
+def _routed_bytes(config: Config, inputs: int, outputs: int, rank: int | None, inputs_learn: bool = True) -> int:
+    """Return the bytes that autograd keeps for the routed part of a linear map, in capacity mode.
+
+    Its narrow weights are kept only if the inputs need a gradient.
+    """
+    wide, narrow = _widths(config)
+    per_slot = narrow * (inputs + outputs + (rank or 0))
+    weights = inputs * outputs if rank is None else rank * (inputs + outputs)
+    kept = wide != narrow and inputs_learn
+    return slots(config) * per_slot + kept * narrow * config.model.moe.num_experts * weights
 
 
 def slots(config: Config) -> int:
@@ -180,15 +212,20 @@ def _block_bytes(config: Config, ep: int) -> int:
     # The norm's output (d), q, k and v (3 d), rotated q and k (2 d), the result by head and by token (2 d); logsumexps.
     attention = narrow * 8 * d + wide * m.heads
     attention += cast * 2 * wide * d  # wide copies of q and k, the inputs of their norms
-    router = wide * d  # the norm's output
-    router += (4 * (experts + moe.router.dim) + 40) * bool(experts)  # scores; expert, slot, probability, ...
+    own_router = bool(experts) and moe.scope == "layer"
+    router = wide * d if own_router or not cast or not experts else 0  # the norm's output
+    if own_router:
+        router += 4 * (experts + moe.router.dim) + 40  # scores; expert, slot, probability, ...
     shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
     shared += cast * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
     per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
     # Bytes that do not depend on the batch:
     rotary = 4 * wide * sample_tokens(config) * (d // m.heads // 2)  # cosines and sines for q and k
     weights = cast * narrow * (4 * d * d + 3 * d * f * (moe.shared_experts + experts // ep))  # narrow copies
-    return batch_tokens(config) * (norms + attention + router + shared) + slots(config) * per_slot + rotary + weights
+    paths, rank = attention_paths(moe)
+    own = (_routed_bytes(config, d, 3 * d, rank) + _routed_bytes(config, d, d, rank)) if paths else 0
+    rows = batch_tokens(config) * (norms + attention + router + shared) + slots(config) * per_slot
+    return rows + rotary + weights + own
 
 
 def memory(config: Config, world: int) -> dict[str, int]:

@@ -28,8 +28,17 @@ from tests.training.launch import launch
 WORKER = Path(__file__).with_name("worker_plan.py")
 
 
-def _config(dim: int, hidden: int, shared: int, depth: int, grid: int, channels: int, **training: Any) -> Config:
-    moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared}
+def _config(
+    dim: int,
+    hidden: int,
+    shared: int,
+    depth: int,
+    grid: int,
+    channels: int,
+    paths: dict[str, Any] | None = None,
+    **training: Any,
+) -> Config:
+    moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared, **(paths or {})}
     return Config.model_validate(
         {
             "data": {"grid": [8 * grid] * 3},
@@ -81,7 +90,25 @@ SIZES = {
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_planned_activations_match_what_autograd_keeps(as_on_a_gpu, size, precision, checkpointing):
-    config = _config(*size, precision=precision, activation_checkpointing=checkpointing)
+    _check_activations(_config(*size, precision=precision, activation_checkpointing=checkpointing))
+
+
+PATHS = {
+    "one path": {},
+    "a path for each token": {"router": {"context": "both"}},
+    "low-rank attention": {"attention": "low_rank"},
+    "own attention": {"attention": "own", "router": {"context": "window"}},
+}
+
+
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_planned_activations_of_paths_match_what_autograd_keeps(as_on_a_gpu, paths, precision):
+    _check_activations(_config(96, 192, 1, 2, 8, 64, {"scope": "path", **paths}, precision=precision))
+
+
+def _check_activations(config: Config) -> None:
+    precision, checkpointing = config.training.precision, config.training.activation_checkpointing
     channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
     model = LatentTransformer(
         config.model, channels, grid, 0, ExpertParallel(), activation_checkpointing=checkpointing
@@ -111,6 +138,19 @@ def test_planned_parameters_match_the_model(ep):
     assert count.rank == sum(parameter.numel() for parameter in model.parameters())
     assert count.expert == 3 * 4 * 3 * 64 * 96  # layers, experts, matrices, their sizes
     assert count.active == count.total - count.expert * 3 // 4
+
+
+@pytest.mark.parametrize("attention", ["shared", "low_rank", "own"])
+def test_a_token_passes_through_the_parts_of_one_path(attention):
+    config = _config(64, 96, 1, 3, 4, 8, {"scope": "path", "attention": attention})
+    count = plan.count_parameters(config, world=1)
+    model = LatentTransformer(config.model, 8, [4, 4, 4], 0, ExpertParallel())
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert count.total == sum(sizes)
+    of_paths = [any(part in name for part in ("routed", "narrow", "widen", ".experts.")) for name in names]
+    one_of_four = sum(size for size, own in zip(sizes, of_paths, strict=True) if own)
+    assert count.active == count.total - one_of_four * 3 // 4
 
 
 def test_a_layout_that_does_not_fit_is_refused():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from shodh_moe.base.parameters import mark_all
+from shodh_moe.base.parameters import mark
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.experts import Experts, shared_experts, sum_outputs, to_autocast
 from shodh_moe.model.plan import Plan, make_plan
@@ -33,7 +33,8 @@ class MoE(nn.Module):
         self.router: Router | None = None
         if config.scope == "layer":
             self.router = make_router(config.router, dim, config.num_experts)
-            mark_all(self.router, group="router")
+            for parameter in self.router.parameters():
+                mark(parameter, group="router")
         self.shared = shared_experts(dim, config)
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.parameters import mark_all
+from shodh_moe.base.parameters import mark
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.plan import Plan, make_plan
 from shodh_moe.model.routers import Context, make_router
@@ -47,7 +47,8 @@ class PathRouter(nn.Module):
         self.config, self.ep, self.context = config, ep, config.router.context
         features = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
         self.router = make_router(config.router, features, config.num_experts)
-        mark_all(self.router, group="router")
+        for parameter in self.router.parameters():
+            mark(parameter, group="router")
         window = config.router.window
         if self.context == "window" and any(size % window for size in grid):
             raise UserError(

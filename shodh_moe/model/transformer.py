@@ -113,7 +113,9 @@ class LatentTransformer(nn.Module):
     @property
     def routers(self) -> list[Router]:
         """The router of each MoE layer; with scope path, the same one for all."""
-        return [layer.router or self.path.router for layer in self.moe_layers]
+        if self.path is not None:
+            return [self.path.router] * len(self.moe_layers)
+        return [layer.router for layer in self.moe_layers if layer.router is not None]
 
     def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""

@@ -115,6 +115,8 @@ class _LatentTask:
             samples.streams,
         )
         self._layers = self.engine.moe_layers
+        assert isinstance(self.engine.model, LatentTransformer)
+        self._routers = self.engine.model.routers
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)
         self._recorded = 0  # step of the last routing record
@@ -160,7 +162,7 @@ class _LatentTask:
     def record(self, step: int, result: Step) -> dict[str, Any]:
         if not self._records:
             return {}
-        routing = layer_records(self._counts, self.engine.model.routers, self._exchanges, result.expert_norms_LE)
+        routing = layer_records(self._counts, self._routers, self._exchanges, result.expert_norms_LE)
         self._recorded = step
         self._counts.clear()
         if dist.get_rank() == 0:

@@ -21,23 +21,23 @@ pytestmark = pytest.mark.distributed
 Runs = dict[tuple[int, int], dict[str, torch.Tensor]]
 
 
-def _train(folder: Path, dropless: str) -> Runs:
-    """Return everything that the worker wrote, by (ep_size, rank)."""
+def _train(folder: Path, *overrides: str) -> Runs:
+    """Return everything that the worker wrote with these overrides, by (ep_size, rank)."""
     write_case(folder)
     for ep_size in (1, 2):
-        done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size), dropless)
+        done = launch(2, Path(__file__).with_name("worker_engine.py"), str(folder), str(ep_size), *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
     return {(ep, rank): load_file(folder / f"ep{ep}_rank{rank}.safetensors") for ep in (1, 2) for rank in (0, 1)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    return _train(tmp_path_factory.mktemp("engine"), "false")
+    return _train(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
 def dropless_runs(tmp_path_factory) -> Runs:
-    return _train(tmp_path_factory.mktemp("dropless"), "true")
+    return _train(tmp_path_factory.mktemp("dropless"), "model.moe.dropless=true")
 
 
 def _experts(run: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -89,6 +89,18 @@ def test_dropless_drops_nothing_and_ep_2_trains_like_ep_1(dropless_runs):
 
 def test_ep_2_trains_like_ep_1(runs):
     _check_ep_2_equals_ep_1(runs)
+
+
+@pytest.mark.parametrize("context", ["sample", "both"])
+def test_paths_with_a_capacity_train_with_ep_2_like_with_ep_1(tmp_path, context):
+    """The shared, routed and expert parts of a token's path; ranks that share experts exchange tokens in all layers."""
+    path = ("model.moe.scope=path", "model.moe.attention=low_rank", "model.moe.capacity_factor=0.75")
+    overrides = (*path, f"model.moe.router.context={context}")
+    runs = _train(tmp_path, *overrides)
+    _check_ep_2_equals_ep_1(runs)
+    assert runs[2, 0]["dropped"].sum() > 0
+    for part in ("embed.routed_EIO", "head.routed_EIO", "blocks.0.attention.qkv.widen_EQO"):
+        assert (runs[2, 0][f"grad/{part}"].flatten(1).norm(dim=1) > 0).all(), part
 
 
 def _check_ep_2_equals_ep_1(runs: Runs) -> None:

@@ -23,11 +23,21 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 WORLD, STEPS, SAVED_AT, AFTER, RATE = 4, 20, 3, 2, 1e-2
 LAYOUTS = list(itertools.product((0, 1, 2), (1, 2, 4)))
 SETTINGS = ("model.moe.num_experts=8", "model.moe.dropless=true", "training.grad_clip=0.05")
-PRECISIONS = ("float64", "float32")
-# Pairs (layout that saves, layout that resumes): all in float64; in float32, which runs the same code, a layout with
-# itself and with the next.
+# A router in each layer, in two precisions; and one path per token with all its parts.
+CASES = {
+    "float64": ("training.precision=float64",),
+    "float32": ("training.precision=float32",),
+    "path": ("training.precision=float64", "model.moe.scope=path", "model.moe.attention=own"),
+}
+# Pairs (layout that saves, layout that resumes): all in float64; in the other cases, which run the same code, a layout
+# with itself and with the next.
 PAIRS = [("float64", *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
-PAIRS += [("float32", source, (LAYOUTS * 2)[number + k]) for number, source in enumerate(LAYOUTS) for k in (0, 1)]
+PAIRS += [
+    (case, source, (LAYOUTS * 2)[number + k])
+    for case in ("float32", "path")
+    for number, source in enumerate(LAYOUTS)
+    for k in (0, 1)
+]
 
 
 def _worker(rank: int, folder: Path, port: int) -> None:
@@ -38,16 +48,16 @@ def _worker(rank: int, folder: Path, port: int) -> None:
 
     init_distributed()
     results = {}
-    for precision in PRECISIONS:
-        runs = {layout: _Run(rank, folder, precision, layout) for layout in LAYOUTS}
+    for case in CASES:
+        runs = {layout: _Run(rank, folder, case, layout) for layout in LAYOUTS}
         for layout, run in runs.items():
-            results["alike", precision, layout] = run.train(STEPS) | {"weights": run.logical()}
+            results["alike", case, layout] = run.train(STEPS) | {"weights": run.logical()}
             # The layout's own uninterrupted run, after a checkpoint in its middle.
             run.restart()
             run.train(SAVED_AT)
             run.save()
-            results["unbroken", precision, layout] = run.train(AFTER) | {"weights": run.logical()}
-        for source, target in [pair for which, *pair in PAIRS if which == precision]:
+            results["unbroken", case, layout] = run.train(AFTER) | {"weights": run.logical()}
+        for source, target in [pair for which, *pair in PAIRS if which == case]:
             run = runs[target]  # still in the state of its last use, which loading must replace completely
             run.load(runs[source].checkpoint)
             before = run.logical()
@@ -56,7 +66,7 @@ def _worker(rank: int, folder: Path, port: int) -> None:
             run.load(runs[source].checkpoint)
             loaded = run.logical(moments=True)
             found = {"unmoved": unmoved, "loaded": loaded, **run.train(AFTER), "weights": run.logical()}
-            results["continued", precision, source, target] = found
+            results["continued", case, source, target] = found
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()
@@ -66,20 +76,20 @@ def _worker(rank: int, folder: Path, port: int) -> None:
 class _Run:
     """One engine, trained on the same samples as those of all other layouts."""
 
-    def __init__(self, rank: int, folder: Path, precision: str, layout: tuple[int, int]):
+    def __init__(self, rank: int, folder: Path, case: str, layout: tuple[int, int]):
         from shodh_moe.config.load import load_config
         from shodh_moe.data.sampler import DomainSampler
         from shodh_moe.tokenizer.latents import LatentSamples, load_latents
         from shodh_moe.training.pretrain import latent_engine
 
         zero, ep = layout
-        layout_settings = (f"parallel.zero_stage={zero}", f"parallel.ep_size={ep}", f"training.precision={precision}")
-        self.config = load_config(folder / "config.yaml", [*SETTINGS, *layout_settings])
+        layout_settings = (f"parallel.zero_stage={zero}", f"parallel.ep_size={ep}")
+        self.config = load_config(folder / "config.yaml", [*SETTINGS, *CASES[case], *layout_settings])
         self.rank, self.step = rank, 0
         self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, WORLD)
-        self.engine = latent_engine(self.config, 6, [2, 2, 2])
-        self.folder = folder / f"{precision}-zero{zero}-ep{ep}"
+        self.engine = latent_engine(self.config, 6, [2, 2, 2], self.samples)
+        self.folder = folder / f"{case}-zero{zero}-ep{ep}"
         self.start = [f.values.clone() for f in self.engine.fragments()]
 
     @property
@@ -173,18 +183,20 @@ def _worst(a: dict, b: dict) -> float:
     return max(parts + [_difference(a["weights"][name], value) for name, value in b["weights"].items()])
 
 
+@pytest.mark.parametrize("case", ["float64", "path"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_agree_in_float64(results, layout):
+def test_twenty_steps_agree_in_float64(results, case, layout):
     """Compare losses, every gradient norm (total, shared, each expert's) and every weight."""
-    one, other = (results["alike", "float64", key] for key in ((0, 1), layout))
+    one, other = (results["alike", case, key] for key in ((0, 1), layout))
     assert torch.equal(one["routes"], other["routes"])
     torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-9, atol=0)
     torch.testing.assert_close(other["norms"], one["norms"], rtol=1e-9, atol=1e-15)
     assert _worst(other, one) < 1e-9
 
 
-def test_the_setting_learns_and_clips_gradients(results):
-    run = results["alike", "float64", (0, 1)]
+@pytest.mark.parametrize("case", ["float64", "path"])
+def test_the_setting_learns_and_clips_gradients(results, case):
+    run = results["alike", case, (0, 1)]
     assert run["losses"][-1] < run["losses"][0]
     assert (run["norms"][:, 0] > 0.05).any()
     assert len(run["routes"].unique()) > 4
@@ -204,10 +216,10 @@ def test_the_first_step_agrees_in_float32_and_flips_are_counted(results, layout,
         assert _worst(other, one) < 1e-4
 
 
-@pytest.mark.parametrize(("precision", "source", "target"), PAIRS)
-def test_a_checkpoint_resumes_at_any_layout(results, precision, source, target):
-    unbroken, continued = results["unbroken", precision, source], results["continued", precision, source, target]
-    for name, value in results["continued", precision, source, source]["loaded"].items():
+@pytest.mark.parametrize(("case", "source", "target"), PAIRS)
+def test_a_checkpoint_resumes_at_any_layout(results, case, source, target):
+    unbroken, continued = results["unbroken", case, source], results["continued", case, source, target]
+    for name, value in results["continued", case, source, source]["loaded"].items():
         assert torch.equal(continued["loaded"][name], value), f"{name} is not what was saved"
     assert continued["unmoved"], "a step at learning rate 0 moved a weight"
     if source == target:
@@ -215,7 +227,7 @@ def test_a_checkpoint_resumes_at_any_layout(results, precision, source, target):
             assert torch.equal(continued[key], unbroken[key])
         assert all(torch.equal(continued["weights"][name], value) for name, value in unbroken["weights"].items())
     else:
-        assert _worst(continued, unbroken) < (1e-9 if precision == "float64" else 1e-5)
+        assert _worst(continued, unbroken) < (1e-9 if case != "float32" else 1e-5)
 
 
 def test_experts_differ_so_that_a_swap_would_be_detected(results):

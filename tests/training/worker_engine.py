@@ -19,13 +19,16 @@ from shodh_moe.training.losses import total_loss
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
-folder, ep_size, dropless = Path(sys.argv[-3]), sys.argv[-2], sys.argv[-1]
-config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", f"model.moe.dropless={dropless}"])
+_, folder, ep_size, *overrides = sys.argv
+folder = Path(folder)
+config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", *overrides])
 init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
 samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
-engine = latent_engine(config, 6, [2, 2, 2])
-torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
+engine = latent_engine(config, 6, [2, 2, 2], samples)
+generator = torch.Generator().manual_seed(7)
+for parameter in engine.model.head.parameters():
+    torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, world)
 
 gradients: dict[str, torch.Tensor] = {}

@@ -56,7 +56,7 @@ def gradient_conflict(
         batch_size: number of samples at a time; it affects the result only by rounding.
 
     Returns:
-        by group of parameters (the ``group`` of their `Marks`; each expert is a group, over all layers):
+        by group of parameters (the ``group`` of their `Marks`, and for each expert a group of its own):
         ``cosine`` ``{"a|b": float}`` for every pair of domains, in [-1, 1];
         ``ratio`` ``{"a|b": float}``, the norm of a's gradient over that of b's;
         ``within`` ``{domain: float}``, the cosine between the gradients of the first and the second half of the
@@ -114,7 +114,7 @@ def _gradient(
     parts: dict[str, list[Tensor]] = {}
     for parameter, total in zip(parameters, sums, strict=True):
         group = marks(parameter).group
-        if marks(parameter).sharded:
+        if marks(parameter).per_expert:
             for expert, part in enumerate(total):
                 parts.setdefault(f"{group} {expert}", []).append(part.flatten())
         else:

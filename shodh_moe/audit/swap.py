@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shodh_moe.audit.windows import all_windows, latent_errors
+from shodh_moe.base.parameters import marks
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.experts import Experts
 from shodh_moe.tokenizer.latents import LatentSamples
 
 Pair = tuple[int, int]
@@ -20,25 +21,33 @@ Pair = tuple[int, int]
 def exchanged(transformer: LatentTransformer, pairs: Sequence[Pair | None]) -> Iterator[None]:
     """Within the block, exchange the weights of a pair of experts in each MoE layer; None leaves a layer unchanged.
 
-    Tokens that chose one expert of a pair are processed by the other, with the same gate. On exit, even after an
-    error, every weight is restored bit for bit.
+    Tokens that chose one expert of a pair are processed by the other, with the same gate. If all layers exchange the
+    same pair, as in all layers of a model with path routing, the paths' own embeddings, attentions and heads are
+    exchanged as well. On exit, even after an error, every weight is restored bit for bit.
     """
-    chosen = [(layer.experts, pair) for layer, pair in zip(transformer.moe_layers, pairs, strict=True) if pair]
+    weights = [
+        (weight, pair)
+        for layer, pair in zip(transformer.moe_layers, pairs, strict=True)
+        if pair
+        for weight in layer.experts.parameters()
+    ]
+    if len(set(pairs)) == 1 and pairs[0]:
+        paths = [p for p in transformer.parameters() if marks(p).per_expert and not marks(p).sharded]
+        weights += [(weight, pairs[0]) for weight in paths]
     done = []
     try:
-        for experts, pair in chosen:
-            _exchange(experts, pair)
-            done.append((experts, pair))
+        for weight, pair in weights:
+            _exchange(weight, pair)
+            done.append((weight, pair))
         yield
     finally:
-        for experts, pair in done:
-            _exchange(experts, pair)
+        for weight, pair in done:
+            _exchange(weight, pair)
 
 
 @torch.no_grad()
-def _exchange(experts: Experts, pair: Pair) -> None:
-    for weights in (experts.gate_up_LDF, experts.down_LFD):
-        weights[list(pair)] = weights[list(reversed(pair))]
+def _exchange(weight: Tensor, pair: Pair) -> None:
+    weight[list(pair)] = weight[list(reversed(pair))]
 
 
 def swap_growth(

@@ -17,12 +17,14 @@ class Marks:
 
     Attributes:
         decay: whether weight decay applies. Default: matrices decay (two or more axes), vectors do not.
-        sharded: whether each rank holds only its own experts, stacked along axis 0. Default: all ranks hold the same.
+        per_expert: whether axis 0 counts experts.
+        sharded: whether each rank holds only its own experts along axis 0. Default: all ranks hold the same.
         lr_scale: factor on the learning rate.
         group: name of the group of parameters to which reports add this one.
     """
 
     decay: bool
+    per_expert: bool = False
     sharded: bool = False
     lr_scale: float = 1.0
     group: str = "rest"

@@ -64,7 +64,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_LDF = nn.Parameter(torch.empty(len(global_indices), dim, 2 * hidden))
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))
-        mark_all(self, sharded=True, group="expert")
+        mark_all(self, per_expert=True, sharded=True, group="expert")
         for local, expert in enumerate(global_indices):
             stream = int(np.random.SeedSequence([seed, layer, expert]).generate_state(1, np.uint64)[0] >> 1)
             generator = torch.Generator().manual_seed(stream)

@@ -49,12 +49,12 @@ class RoutedLinear(nn.Linear):
             self.routed_EIO = nn.Parameter(torch.empty(experts, inputs, outputs).uniform_(-bound, bound))
             if zero:
                 nn.init.zeros_(self.routed_EIO)
-            mark(self.routed_EIO, group="path")
+            mark(self.routed_EIO, group="path", per_expert=True)
         else:
             self.narrow_EIQ = nn.Parameter(torch.empty(experts, inputs, rank).uniform_(-bound, bound))
             self.widen_EQO = nn.Parameter(torch.zeros(experts, rank, outputs))
-            mark(self.narrow_EIQ, group="path")
-            mark(self.widen_EQO, group="path")
+            mark(self.narrow_EIQ, group="path", per_expert=True)
+            mark(self.widen_EQO, group="path", per_expert=True)
 
     def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """Map the last axis of ``x``; the other axes hold the N tokens of ``plan`` in order."""

@@ -94,10 +94,14 @@ def count_parameters(config: Config, world: int) -> Parameters:
         model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
-    routed = sum(p.numel() for p in model.parameters() if marks(p).group == "path")
-    routed += (depth - 1) * sum(p.numel() for p in model.blocks.parameters() if marks(p).group == "path")
+    routed = _held_by_all(model) + (depth - 1) * _held_by_all(model.blocks)
     expert, experts = rank_expert * ep, max(config.model.moe.num_experts, 1)
     return Parameters(shared, expert, rank_expert, shared - routed + (routed + expert) // experts)
+
+
+def _held_by_all(module: nn.Module) -> int:
+    """Number of parameters that belong to one expert each, although every rank holds them."""
+    return sum(p.numel() for p in module.parameters() if marks(p).per_expert and not marks(p).sharded)
 
 
 def _numel(module: nn.Module) -> int:

@@ -47,13 +47,16 @@ def test_exchanging_equal_experts_does_not_increase_the_error(test_split: list[L
 
 
 @pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("scope", [{}, {"scope": "path", "attention": "own"}], ids=["layer", "path"])
 def test_the_increase_equals_that_of_naming_the_other_domain(
-    test_split: list[LatentTrajectory], count: int | None
+    test_split: list[LatentTrajectory], count: int | None, scope: dict[str, str]
 ) -> None:
-    """Under the oracle router, exchanging all experts equals naming the other domain."""
-    config = _config()
+    """Under the oracle router, exchanging all experts, or whole paths, equals naming the other domain."""
+    config = _config(**scope)
     transformer = make_transformer(config)
     with torch.no_grad():
+        if transformer.path:
+            transformer.head.routed_EIO.normal_(std=0.1)
         for layer in transformer.moe_layers:
             layer.experts.down_LFD *= 5
     found = _growth(config, transformer, test_split, count=count)

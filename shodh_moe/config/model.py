@@ -97,6 +97,10 @@ class MoEConfig(Section):
     def _check_experts(self) -> MoEConfig:
         if not self.num_experts and not self.shared_experts:
             raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
+        if self.scope == "layer" and self.attention != "shared":
+            raise ValueError(
+                f"attention {self.attention} is a part of paths: set scope to path, or attention to shared"
+            )
         return self
 
 

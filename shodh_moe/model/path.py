@@ -49,11 +49,8 @@ class PathRouter(nn.Module):
         self.router = make_router(config.router, features, config.num_experts)
         for parameter in self.router.parameters():
             mark(parameter, group="router")
+        require_window(config, grid)
         window = config.router.window
-        if self.context == "window" and any(size % window for size in grid):
-            raise UserError(
-                f"model.moe.router.window {window} does not divide the grid of tokens {grid}: choose a divisor"
-            )
         self.windows = 1
         if self.context == "window":
             axes = [torch.arange(size) // window for size in grid]
@@ -87,6 +84,16 @@ class PathRouter(nn.Module):
         with torch.autocast(z_BSI.device.type, enabled=False):
             x_MF, row_N = self.features(z_BSI)
             return make_plan(self.router, x_MF, context, self.config, self.ep, self.training, row_N=row_N)
+
+
+def require_window(config: MoEConfig, grid: list[int]) -> None:
+    """Raise `UserError` if the router's windows do not divide a grid of tokens."""
+    window = config.router.window
+    used = config.num_experts and config.scope == "path" and config.router.context == "window"
+    if used and any(size % window for size in grid):
+        raise UserError(
+            f"model.moe.router.window {window} does not divide the grid of tokens {grid}: choose a divisor of its sizes"
+        )
 
 
 def _mean_and_std(z_MSI: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
+from shodh_moe.model.path import require_window
 from shodh_moe.runs.folder import claim_run_folder
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import require_fit
@@ -41,6 +42,7 @@ def check(config: Config, paths: Paths) -> None:
                 f"data.grid {config.data.grid}: latents of {size // COMPRESSION} are not divisible by "
                 f"model.patch {config.model.patch}: change one of them"
             )
+    require_window(config.model.moe, [size // COMPRESSION // config.model.patch for size in config.data.grid])
     if not config.data.path:
         _check_generated(config)
     if config.tokenizer.path:

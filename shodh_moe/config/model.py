@@ -98,9 +98,7 @@ class MoEConfig(Section):
         if not self.num_experts and not self.shared_experts:
             raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
         if self.scope == "layer" and self.attention != "shared":
-            raise ValueError(
-                f"attention {self.attention} is a part of paths: set scope to path, or attention to shared"
-            )
+            raise ValueError(f"attention {self.attention} needs paths: set scope to path, or attention to shared")
         return self
 
 

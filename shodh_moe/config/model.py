@@ -110,6 +110,12 @@ class ModelConfig(Section):
     heads: Positive = setting(4, changes="model", description="attention heads per block")
     patch: Positive = setting(1, changes="model", description="latent cells per token along each axis")
     history: Positive = setting(2, changes="model", description="snapshots from which the model predicts the next one")
+    film: bool = setting(
+        False,
+        changes="model",
+        description="a control without paths: scale and shift the embedding's output and the head's input by what a "
+        "path router would see",
+    )
     moe: MoEConfig = MoEConfig()
 
     @model_validator(mode="after")

@@ -18,23 +18,25 @@ from shodh_moe.model.routers import Context, make_router
 from shodh_moe.parallel import ExpertParallel
 
 
-class PathRouter(nn.Module):
-    """Chooses each token's path: the expert that it visits in every layer, with that expert's embedding and head.
+class Features(nn.Module):
+    """What is known of a token before the embedding, in rows that the router scores.
 
-    The router sees, by ``model.moe.router.context``,
+    By ``model.moe.router.context``, a row is made of
 
         sample   mean and standard deviation of the embedding inputs over all tokens of the sample
         window   the same over the token's window of ``router.window`` tokens along each axis
         token    the token's embedding inputs
         both     those of sample, then those of token
 
-    each scaled to an RMS of 1, and a last feature that is 1. All tokens of a sample (or window) share one decision.
+    each scaled to an RMS of 1, and a last feature that is 1. All tokens of a sample (or window) share one row.
 
     Args:
         inputs: I.
         grid: numbers of tokens along x, y and z.
         config: ``model.moe``.
-        ep: which experts this rank holds.
+
+    Attributes:
+        width: F.
 
     Raises:
         UserError: the window does not divide the grid.
@@ -42,25 +44,22 @@ class PathRouter(nn.Module):
 
     window_S: Tensor
 
-    def __init__(self, inputs: int, grid: list[int], config: MoEConfig, ep: ExpertParallel):
+    def __init__(self, inputs: int, grid: list[int], config: MoEConfig):
         super().__init__()
-        self.config, self.ep, self.context = config, ep, config.router.context
-        features = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
-        self.router = make_router(config.router, features, config.num_experts)
-        for parameter in self.router.parameters():
-            mark(parameter, group="router")
-        require_window(config, grid)
-        window = config.router.window
+        self.context = config.router.context
+        self.width = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
         self.windows = 1
         if self.context == "window":
+            require_window(config, grid)
+            window = config.router.window
             axes = [torch.arange(size) // window for size in grid]
             _, ny, nz = (size // window for size in grid)
             window_S = (axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]
             self.register_buffer("window_S", window_S.flatten(), persistent=False)
             self.windows = int(window_S.max()) + 1
 
-    def features(self, z_BSI: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what the router sees, float32 or wider [M, F], and the row that decides for each token, int64 [N].
+    def forward(self, z_BSI: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the rows, float32 or wider [M, F], and the number of each token's row, int64 [N].
 
         The second is None if every token has a row of its own.
         """
@@ -78,6 +77,28 @@ class PathRouter(nn.Module):
             return _with_one(token_NI), None
         sample_NF = _mean_and_std(z_BSI).repeat_interleave(tokens, dim=0)
         return _with_one(torch.cat([sample_NF, token_NI], dim=1)), None
+
+
+class PathRouter(nn.Module):
+    """Chooses each token's path: the expert that it visits in every layer, with that expert's embedding and head.
+
+    Args:
+        inputs: I.
+        grid: numbers of tokens along x, y and z.
+        config: ``model.moe``.
+        ep: which experts this rank holds.
+
+    Raises:
+        UserError: the window does not divide the grid.
+    """
+
+    def __init__(self, inputs: int, grid: list[int], config: MoEConfig, ep: ExpertParallel):
+        super().__init__()
+        self.config, self.ep = config, ep
+        self.features = Features(inputs, grid, config)
+        self.router = make_router(config.router, self.features.width, config.num_experts)
+        for parameter in self.router.parameters():
+            mark(parameter, group="router")
 
     def forward(self, z_BSI: Tensor, context: Context) -> Plan:
         """Plan the paths of all tokens (collective)."""

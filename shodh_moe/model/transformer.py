@@ -17,9 +17,10 @@ from shodh_moe.base.parameters import mark, marks
 from shodh_moe.config import ModelConfig, MoEConfig
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.feed_forward import make_feed_forward
+from shodh_moe.model.film import Film, modulate
 from shodh_moe.model.moe import MoE
 from shodh_moe.model.norm import make_norm
-from shodh_moe.model.path import PathRouter
+from shodh_moe.model.path import Features, PathRouter
 from shodh_moe.model.plan import Plan
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import Context, Router
@@ -100,6 +101,7 @@ class LatentTransformer(nn.Module):
         inputs = (config.history + 1) * latent_channels * voxels
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
         self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
+        self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
         self.embed = RoutedLinear(inputs, config.dim, routed)
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
@@ -134,6 +136,8 @@ class LatentTransformer(nn.Module):
         plan = self.path(z_BSI, context) if self.path is not None else None
         # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(z_BSI, plan).to(history_BHCxyz.dtype)
+        first, last = self.film(z_BSI) if self.film is not None else (None, None)
+        x_BSD = x_BSD if first is None else modulate(x_BSD, first)
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
@@ -145,7 +149,8 @@ class LatentTransformer(nn.Module):
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
-        change_BSD = self.head(self.norm(x_BSD), plan)
+        x_BSD = self.norm(x_BSD)
+        change_BSD = self.head(x_BSD if last is None else modulate(x_BSD, last), plan)
         latest_BCxyz = history_BHCxyz[:, -1]
         return Prediction(latest_BCxyz + unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape), routing)
 

@@ -13,7 +13,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import Context, LatentTransformer
-from shodh_moe.model.path import PathRouter
+from shodh_moe.model.path import Features, PathRouter
 from shodh_moe.model.plan import make_plan
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import ONE_SAMPLE, make_router
@@ -42,7 +42,9 @@ def _model(config: ModelConfig, **options: Any) -> LatentTransformer:
     for parameter in model.parameters():
         if not parameter.any():  # the head, and low-rank additions
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    if config.moe.router.kind == "cosine":  # random samples differ too little for a random start to separate them
+    if (
+        model.path and config.moe.router.kind == "cosine"
+    ):  # random samples differ too little for a random start to separate them
         model.path.router.start(model.path.features(model.embedding_inputs(*_inputs(12)))[0].detach(), seed=0)
     return model
 
@@ -78,20 +80,19 @@ def test_a_sample_has_one_path_and_a_window_too():
 
 def test_the_context_is_mean_and_deviation_scaled_to_rms_one():
     z_BSI = 7 * torch.randn(3, 32, INPUTS)
-    path = PathRouter(INPUTS, GRID, _config().moe, ExpertParallel())
-    x_MF, row_N = path.features(z_BSI)
+    features = Features(INPUTS, GRID, _config().moe)
+    x_MF, row_N = features(z_BSI)
     assert row_N.tolist() == [0] * 32 + [1] * 32 + [2] * 32
     expected = torch.cat([z_BSI.mean(1), z_BSI.std(1, correction=0)], dim=1)
     torch.testing.assert_close(x_MF[:, :-1], F.normalize(expected, dim=1) * (2 * INPUTS) ** 0.5)
     assert (x_MF[:, -1] == 1).all()
     # The order of tokens does not matter.
-    torch.testing.assert_close(path.features(z_BSI[:, torch.randperm(32)])[0], x_MF)
+    torch.testing.assert_close(features(z_BSI[:, torch.randperm(32)])[0], x_MF)
 
 
 def test_the_window_context_is_that_of_its_own_tokens():
-    path = PathRouter(INPUTS, GRID, _config(context="window").moe, ExpertParallel())
     z_BSI = torch.randn(2, 32, INPUTS)
-    x_MF, row_N = path.features(z_BSI)
+    x_MF, row_N = Features(INPUTS, GRID, _config(context="window").moe)(z_BSI)
     inside = z_BSI.view(2, *GRID, INPUTS)[1, 2:4, :2].reshape(8, INPUTS)  # x = 2..3, y = 0..1, z = 0..1
     row = int(row_N.view(2, *GRID)[1, 3, 1, 0])
     expected = torch.cat([inside.mean(0), inside.std(0, correction=0)])
@@ -207,3 +208,22 @@ def test_more_experts_than_rows_keep_random_prototypes():
     assert torch.equal(router.prototypes_ER[4:], before[4:])
     assert not torch.equal(router.prototypes_ER[:4], before[:4])
     assert router.projection.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("context", ["sample", "window", "token", "both"])
+def test_film_modulates_embedding_and_head_by_the_same_features(context):
+    dense = _config(context=context, num_experts=0).model_copy(update={"film": True})
+    plain, told = _model(dense.model_copy(update={"film": False})), _model(dense)
+    told.load_state_dict(plain.state_dict(), strict=False)
+    for parameter in told.film.out.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(told(*_inputs()).latent_BCxyz, plain(*_inputs()).latent_BCxyz)
+    told.film.out.weight.data.normal_()
+    changed = told(*_inputs()).latent_BCxyz
+    assert not torch.allclose(changed, plain(*_inputs()).latent_BCxyz)
+    changed.square().mean().backward()
+    assert told.film.hidden.weight.grad.any()
+    z_BSI = told.embedding_inputs(*_inputs())
+    first, last = told.film(z_BSI)
+    assert first.shape == last.shape == (4, 32, 2 * 24)
+    assert (first.unique(dim=1).shape[1] == 1) == (context == "sample")

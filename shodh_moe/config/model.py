@@ -122,6 +122,8 @@ class ModelConfig(Section):
     def _check_heads(self) -> ModelConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim {self.dim} must divide into {self.heads} heads of even width")
+        if self.film and self.moe.num_experts:
+            raise ValueError("film is a control for dense networks: set moe.num_experts to 0, or film to false")
         if self.dim // self.heads < 6:
             raise ValueError(f"head width {self.dim // self.heads} is too small for 3D rotary positions (>= 6)")
         return self

@@ -110,6 +110,12 @@ class ModelConfig(Section):
     heads: Positive = setting(4, changes="model", description="attention heads per block")
     patch: Positive = setting(1, changes="model", description="latent cells per token along each axis")
     history: Positive = setting(2, changes="model", description="snapshots from which the model predicts the next one")
+    norms: Literal["pre", "sandwich"] = setting(
+        "pre",
+        changes="model",
+        description="pre: RMS norms before attention and feed-forward blocks; sandwich: also after them, which keeps "
+        "the residual stream bounded at high learning rates",
+    )
     film: bool = setting(
         False,
         changes="model",

@@ -40,12 +40,21 @@ class Prediction(NamedTuple):
     routing: list[Routing]
 
 
+# Initial scale of what a branch adds to the residual stream, whose embedding has an RMS near 1.
+BRANCH_SCALE = 0.3
+
+
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm feed-forward block."""
+    """Attention and a feed-forward block, each after a norm and, with ``model.norms`` sandwich, before another one."""
 
     def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
+        self.attention_out_norm = self.moe_out_norm = None
+        if config.norms == "sandwich":
+            self.attention_out_norm, self.moe_out_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
+            for out_norm in (self.attention_out_norm, self.moe_out_norm):
+                nn.init.constant_(out_norm.weight, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
         self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank)
         for module in (self.attention_norm, self.attention):
@@ -55,8 +64,13 @@ class Block(nn.Module):
         self.moe = make_feed_forward(config.dim, config.moe, ep, seed, layer)
 
     def forward(self, x_BSD: Tensor, context: Context, plan: Plan | None) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), plan)
+        y_BSD = self.attention(self.attention_norm(x_BSD), plan)
+        if self.attention_out_norm is not None:
+            y_BSD = self.attention_out_norm(y_BSD.to(x_BSD.dtype))
+        x_BSD = x_BSD + y_BSD
         y_ND, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context, plan)
+        if self.moe_out_norm is not None:
+            y_ND = self.moe_out_norm(y_ND)
         return x_BSD + y_ND.view_as(x_BSD), routing
 
 

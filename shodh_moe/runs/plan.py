@@ -213,6 +213,8 @@ def _block_bytes(config: Config, ep: int) -> int:
     # Bytes per token:
     # Inputs of the two block norms, and the scales of the block norms and, per head, of the q and k norms.
     norms = 2 * wide * d + 2 * wide * (1 + m.heads)
+    if m.norms == "sandwich":  # the same for the norms after the branches
+        norms += 2 * wide * (d + 1)
     # The norm's output (d), q, k and v (3 d), rotated q and k (2 d), the result by head and by token (2 d); logsumexps.
     attention = narrow * 8 * d + wide * m.heads
     attention += cast * 2 * wide * d  # wide copies of q and k, the inputs of their norms

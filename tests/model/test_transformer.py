@@ -110,6 +110,23 @@ def test_the_router_temperature_has_a_minimum():
     assert router(torch.randn(10, 8), ONE_SAMPLE, Slots(10)).z_loss.sqrt() <= 20 + math.log(3)
 
 
+def test_sandwich_norms_bound_what_a_branch_adds():
+    """With pre-norms alone, a step that scales a branch's weights scales what it adds to the residual stream."""
+    sizes = {}
+    for norms in ("pre", "sandwich"):
+        model = _model(SMALL.model_copy(update={"norms": norms}))
+        added: list[torch.Tensor] = []
+        model.norm.register_forward_pre_hook(lambda _, inputs, added=added: added.append(inputs[0]))
+        for scale in (1, 100):
+            for block in model.blocks:
+                block.attention.out.weight.data *= scale
+                block.moe.shared[0].down.weight.data *= scale
+            model(*_inputs())
+        sizes[norms] = [float(x.detach().square().mean().sqrt()) for x in added]
+    assert sizes["pre"][1] > 5 * sizes["pre"][0]
+    assert sizes["sandwich"][1] < 1.5 * sizes["sandwich"][0]
+
+
 # Norm back ends, activation checkpointing, autocast.
 
 

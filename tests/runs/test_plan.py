@@ -36,6 +36,7 @@ def _config(
     grid: int,
     channels: int,
     paths: dict[str, Any] | None = None,
+    norms: str = "pre",
     **training: Any,
 ) -> Config:
     moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared, **(paths or {})}
@@ -43,7 +44,7 @@ def _config(
         {
             "data": {"grid": [8 * grid] * 3},
             "tokenizer": {"latent_channels": channels},
-            "model": {"dim": dim, "depth": depth, "heads": dim // 32, "moe": moe},
+            "model": {"dim": dim, "depth": depth, "heads": dim // 32, "norms": norms, "moe": moe},
             "training": {"batch_size": 2, **training},
         }
     )
@@ -91,6 +92,11 @@ SIZES = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_planned_activations_match_what_autograd_keeps(as_on_a_gpu, size, precision, checkpointing):
     _check_activations(_config(*size, precision=precision, activation_checkpointing=checkpointing))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_planned_activations_include_norms_after_the_branches(as_on_a_gpu, precision):
+    _check_activations(_config(96, 192, 1, 2, 8, 16, norms="sandwich", precision=precision))
 
 
 PATHS = {

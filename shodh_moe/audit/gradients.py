@@ -103,7 +103,7 @@ def _gradient(
     """Gradient of the error summed over windows, flat float64 by group of parameters; zero if there are no windows."""
     parameters = list(transformer.parameters())
     sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-    device, dtype = transformer.head.weight.device, transformer.head.weight.dtype
+    device, dtype = parameters[0].device, parameters[0].dtype
     for start in range(0, len(windows), batch_size):
         batch = samples.batch(windows[start : start + batch_size]).to(device, dtype)
         loss = sample_mse(transformer(*batch.inputs).latent_BCxyz, batch.target_BCxyz).sum()

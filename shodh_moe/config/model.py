@@ -80,7 +80,11 @@ class MoEConfig(Section):
     )
     attention_rank: Positive = setting(16, changes="model", description="rank of that part with attention low_rank")
     expert_hidden: Positive = setting(256, changes="model", description="hidden width of an expert")
-    shared_experts: NonNegative = setting(1, changes="model", description="number of experts that see every token")
+    shared_experts: NonNegative = setting(
+        1,
+        changes="model",
+        description="number of experts that see every token; 0 with scope path: embedding and head have no shared part",
+    )
     dropless: bool = setting(
         False, changes="run", description="no capacity limit: experts take all their tokens, however uneven the load"
     )

@@ -15,7 +15,7 @@ from shodh_moe.model.grouped import grouped_linear, has_grouped_kernel
 from shodh_moe.model.plan import Plan
 
 
-class RoutedLinear(nn.Linear):
+class RoutedLinear(nn.Module):
     """y = W x + b + p_e W_e x, where e is the expert of the token's path and p_e its gate.
 
     Every rank holds the W_e of all experts, so no token travels. A token that its expert dropped keeps W x + b.
@@ -25,6 +25,7 @@ class RoutedLinear(nn.Linear):
         experts: E; 0 makes a plain linear map.
         bias: whether there is a b.
         rank: Q, for W_e = B_e A_e with A_e of shape [Q, I]; None for full matrices. B_e starts at zero.
+        shared: whether there is a W.
         zero: start at zero: W, b and W_e.
     """
 
@@ -35,20 +36,18 @@ class RoutedLinear(nn.Linear):
         experts: int = 0,
         bias: bool = True,
         rank: int | None = None,
+        shared: bool = True,
         zero: bool = False,
     ):
-        super().__init__(inputs, outputs, bias)
-        if zero:
-            for parameter in self.parameters():
-                nn.init.zeros_(parameter)
-        self.experts, self.rank = experts, rank
+        super().__init__()
+        self.in_features, self.experts, self.rank = inputs, experts, rank
+        bound = 0.0 if zero else inputs**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound)) if shared else None
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound)) if bias else None
         if not experts:
             return
-        bound = inputs**-0.5  # as in nn.Linear
         if rank is None:
             self.routed_EIO = nn.Parameter(torch.empty(experts, inputs, outputs).uniform_(-bound, bound))
-            if zero:
-                nn.init.zeros_(self.routed_EIO)
             mark(self.routed_EIO, group="path", per_expert=True)
         else:
             self.narrow_EIQ = nn.Parameter(torch.empty(experts, inputs, rank).uniform_(-bound, bound))
@@ -58,8 +57,9 @@ class RoutedLinear(nn.Linear):
 
     def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """Map the last axis of ``x``; the other axes hold the N tokens of ``plan`` in order."""
-        y = F.linear(x, self.weight, self.bias)
+        y = None if self.weight is None else F.linear(x, self.weight, self.bias)
         if not self.experts:
+            assert y is not None
             return y
         assert plan is not None
         (x_NI,) = to_autocast(x.reshape(-1, x.shape[-1]))
@@ -68,7 +68,8 @@ class RoutedLinear(nn.Linear):
             rows = _product(rows, self.routed_EIO, plan)
         else:
             rows = _product(_product(rows, self.narrow_EIQ, plan), self.widen_EQO, plan)
-        return plan.combine(rows, y.reshape(-1, y.shape[-1])).view(y.shape)
+        y_NO = plan.combine(rows, None if y is None else y.reshape(-1, y.shape[-1])).view(*x.shape[:-1], -1)
+        return y_NO if y is not None or self.bias is None else y_NO + self.bias.to(y_NO.dtype)
 
 
 def _product(rows: Tensor, weight_EIO: Tensor, plan: Plan) -> Tensor:

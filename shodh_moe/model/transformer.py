@@ -116,10 +116,11 @@ class LatentTransformer(nn.Module):
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
         self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
         self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
-        self.embed = RoutedLinear(inputs, config.dim, routed)
+        shared = not routed or config.moe.shared_experts > 0
+        self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
-        self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, zero=True)
+        self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, shared=shared, zero=True)
 
     @property
     def moe_layers(self) -> list[MoE]:

@@ -130,6 +130,21 @@ def test_a_routed_linear_map_adds_the_map_of_the_tokens_expert(rank, dropless):
         torch.testing.assert_close(one, other)
 
 
+def test_without_shared_experts_embedding_and_head_have_no_shared_part():
+    model = _model(_config(shared_experts=0))
+    assert model.embed.weight is None
+    assert model.head.weight is None
+    history, geometry = _inputs(12)
+    out = model(history, geometry)
+    out.latent_BCxyz.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    plan = model.path(model.embedding_inputs(history, geometry), Context(12))
+    z_NI = model.embedding_inputs(history, geometry).flatten(0, 1)
+    expected = torch.einsum("ni,nio->no", z_NI, model.embed.routed_EIO[plan.gating.expert_N])
+    expected = expected * plan.gating.gate_N[:, None] + model.embed.bias
+    torch.testing.assert_close(model.embed(z_NI, plan), expected)
+
+
 def test_dropped_tokens_keep_the_shared_parts_only():
     config = _config(capacity_factor=0.5, min_capacity=1, dropless=False)
     model = _model(config)

@@ -135,7 +135,7 @@ def initial_velocity(
 ) -> FloatArray:
     """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, plus eddies of rms ``eddy_speed``.
 
-    Both speeds are those of the fluid above the layer ``floor``; the fluid below is nearly at rest.
+    Both speeds are those of the fluid above the layer ``floor``. Below it there are only eddies, in gaps wide enough.
     """
     nx, ny, nz = solid_XYZ.shape
     depth = nz - 1 - floor

@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import brentq
 
 from shodh_moe.solvers import LatticeBoltzmann, exact
+from shodh_moe.solvers.d3q19 import VELOCITIES_Q3
 from shodh_moe.solvers.kernel import FREE
 from shodh_moe.solvers.lattice_boltzmann import MAGIC, SOUND_SPEED
 
@@ -205,6 +206,22 @@ def permeability(solid_XYZ: NDArray[np.bool_], viscosity: float, magic: float = 
         last, slowed = means[-1] - means[-2], means[-1] - 2 * means[-2] + means[-3]
         ends.append(means[-1] - last**2 / slowed if slowed else means[-1])
     return ends[-1] * viscosity / (force * n**2), np.asarray(moving.velocity())
+
+
+def wall_force(moving: LatticeBoltzmann) -> Array:
+    """Force [Z] along x on the solid cells of each layer, in the latest step (momentum exchange, Ladd 1994).
+
+    In half-way bounce-back each population that meets a wall is reversed and passes on twice its momentum.
+    """
+    solid_XYZ, f_QN = moving.solid_XYZ, moving._populations()
+    cell_N3, force_Z = np.argwhere(~solid_XYZ), np.zeros(solid_XYZ.shape[2])
+    for velocity_3, f_N in zip(VELOCITIES_Q3, f_QN, strict=True):
+        to_N3 = cell_N3 + velocity_3
+        inside_N = (to_N3[:, 2] < solid_XYZ.shape[2]) | (not moving.lid)
+        to_N3 %= solid_XYZ.shape
+        hit_N = inside_N & solid_XYZ[tuple(to_N3.T)]
+        np.add.at(force_Z, to_N3[hit_N, 2], 2 * velocity_3[0] * f_N[hit_N])
+    return force_Z
 
 
 def drag(permeability_over_n2: float, fraction: float) -> float:

@@ -47,6 +47,7 @@ class FlowSetup:
         mean_velocity: mean velocity of the fluid as a function of the time step, held by a uniform force; None to
             leave it free.
         reynolds_speed: the speed in the Reynolds number: ``mean`` along x, or ``rms`` of one velocity component.
+        stream_XYZ: bool, the cells over which to take the mean speed along x; None for all fluid.
         parameters: the values drawn at random, for the provenance.
     """
 
@@ -58,6 +59,7 @@ class FlowSetup:
     calibration: Calibration | None = None
     mean_velocity: Drive | None = None
     reynolds_speed: Literal["mean", "rms"] = "mean"
+    stream_XYZ: NDArray[np.bool_] | None = None
     parameters: dict[str, float | int | str] = field(default_factory=dict)
 
 

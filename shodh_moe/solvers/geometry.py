@@ -38,6 +38,28 @@ def sphere_field(shape: tuple[int, int, int], radius: float, porosity: float, rn
     return ndimage.gaussian_filter(np.clip(distance_XYZ, -radius, radius), 1.0, mode="wrap")
 
 
+def bed_field(shape: tuple[int, int, int], radius: float, porosity: float, rng: np.random.Generator) -> FloatGrid:
+    """Smooth field [X, Y, Z], low inside a bed of randomly packed spheres of about ``radius`` cells.
+
+    The bed is periodic in x and y. Its floor cuts the lowest spheres, and none rises above the last layer. Spheres are
+    added until they fill 1 - porosity of the `dense_layers`; above these the bed becomes ever looser.
+    """
+    from scipy import ndimage
+
+    nx, ny, nz = shape
+    distance_XYZ = np.full(shape, np.inf)
+    while (distance_XYZ[:, :, : dense_layers(nz, radius)] > 0).mean() > porosity:
+        size = radius * rng.uniform(0.75, 1.25)
+        centre_3 = np.array([rng.uniform(0, nx), rng.uniform(0, ny), rng.uniform(-size, nz - size)])
+        add_sphere(distance_XYZ, centre_3, size, periodic_z=False)
+    return ndimage.gaussian_filter(np.clip(distance_XYZ, -radius, radius), 1.0, mode=("wrap", "wrap", "nearest"))
+
+
+def dense_layers(height: int, radius: float) -> int:
+    """Number of layers in a bed of ``height`` layers that lie below its loose top, which is 2 ``radius`` thick."""
+    return max(0, int(height - 2 * radius))
+
+
 def blob_field(shape: tuple[int, int, int], length: float, rng: np.random.Generator) -> FloatGrid:
     """Periodic Gaussian-filtered noise [X, Y, Z] with blobs about as thick as spheres of radius ``length`` (cells)."""
     from scipy import ndimage

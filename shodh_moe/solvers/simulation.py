@@ -165,7 +165,8 @@ class _Drive:
 
 def _parameters(config: Domain, setup: FlowSetup, velocity_T3XYZ: NDArray[np.float32]) -> dict[str, float | int | str]:
     fluid_XYZ = ~setup.solid_XYZ
-    mean_speed = float(velocity_T3XYZ[:, 0, fluid_XYZ].mean(dtype=np.float64))
+    stream_XYZ = fluid_XYZ if setup.stream_XYZ is None else setup.stream_XYZ
+    mean_speed = float(velocity_T3XYZ[:, 0, stream_XYZ].mean(dtype=np.float64))
     square_TXYZ = (velocity_T3XYZ**2).sum(1)
     max_speed = float(np.sqrt(square_TXYZ.max()))
     # Root mean square of one component over all snapshots.

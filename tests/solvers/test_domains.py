@@ -27,7 +27,9 @@ from shodh_moe.solvers.domains import (
     Domain,
     ObstacleWake,
     OpenChannel,
+    PorousBed,
     PorousMedia,
+    porous_bed,
     porous_media,
 )
 from shodh_moe.solvers.domains.decaying_turbulence import random_turbulence
@@ -48,6 +50,7 @@ SMALL: dict[str, tuple[str, Domain]] = {
     "fractures": ("porous_media", PorousMedia(**FAST, geometry=["fractures"], aperture=4.0)),
     "obstacle_wake": ("obstacle_wake", ObstacleWake(**FAST, ramp_steps=10)),
     "decaying_turbulence": ("decaying_turbulence", DecayingTurbulence(**FAST, peak=2.0)),
+    "porous_bed": ("porous_bed", PorousBed(**FAST, grain=1.5)),
 }
 # Flows with default settings, at their intended grid. A wake forms slowly, so the test does not wait for it.
 WHOLE: dict[str, Domain] = {name: kind() for name, kind in DOMAINS.items()}
@@ -111,7 +114,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_other_flows(case: str) -> N
     assert bits(0, 0)[0] != bits(1, 0)[0] != bits(0, 1)[0]
 
 
-@pytest.mark.parametrize("case", ["porous_media", "obstacle_wake"])
+@pytest.mark.parametrize("case", ["porous_media", "obstacle_wake", "porous_bed"])
 def test_more_snapshots_do_not_change_the_first_ones(case: str) -> None:
     domain, config = SMALL[case]
     short, long = (simulate(domain, config, SMALL_GRID, 3, 4, n) for n in (2, 4))
@@ -131,6 +134,11 @@ def test_an_impossible_geometry_is_a_user_error(monkeypatch: pytest.MonkeyPatch)
         simulate("porous_media", SMALL["porous_media"][1], (8, 8, 8), 0, 0, 1)
     with pytest.raises(UserError, match=r"porous_media trajectory 0 .*aperture"):
         simulate("porous_media", SMALL["fractures"][1], (8, 8, 8), 0, 0, 1)
+    monkeypatch.setattr(porous_bed, "percolating", lambda solid_XYZ: None)
+    with pytest.raises(UserError, match=r"porous_bed trajectory 0 .*porosity"):
+        simulate("porous_bed", SMALL["porous_bed"][1], SMALL_GRID, 0, 0, 1)
+    with pytest.raises(UserError, match=r"porous_bed trajectory 0 .*too low .*raise height or lower grain"):
+        simulate("porous_bed", PorousBed(grain=4.0), SMALL_GRID, 0, 0, 1)
 
 
 @pytest.mark.parametrize("porosity", [[0.65, 0.9], [0.4, 0.4], [0.95, 0.95]])
@@ -249,6 +257,8 @@ def test_a_spectral_peak_at_too_short_waves_is_a_user_error() -> None:
         (OpenChannel, {"smagorinsky": -0.1}, "greater than or equal"),
         (ObstacleWake, {"size": [0.0, 0.3]}, "size must be"),
         (ObstacleWake, {"count": [2, 1]}, "count must be"),
+        (PorousBed, {"height": [0.5, 0.9]}, "height must be"),
+        (PorousBed, {"porosity": [0.85, 0.6]}, "porosity must be"),
         (DecayingTurbulence, {"spectrum": "white"}, "von_karman"),
         (DecayingTurbulence, {"pulse": 0.5}, "Extra inputs"),
     ],
@@ -380,7 +390,7 @@ def test_a_new_domain_does_not_change_existing_configs() -> None:
 
 
 def test_the_config_of_all_domains_names_them_all() -> None:
-    config = load_config(Path(__file__).parents[2] / "configs/data/all_four.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs/data/all_domains.yaml")
     assert [name for name, _ in config.data.domains.items()] == list(DOMAINS)
 
 

@@ -11,7 +11,7 @@ from shodh_moe.report.run.load import Array, RunData
 
 SPEED_UNIT = "cells / time step"
 # Domains cut vertically along the stream (x to the right, z up); all others are cut horizontally.
-UPRIGHT = {"open_channel"}
+UPRIGHT = {"open_channel", "porous_bed"}
 
 
 def mid_slice(domain: str, volume: Array) -> tuple[Array, str, str]:

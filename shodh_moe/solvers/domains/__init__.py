@@ -7,6 +7,7 @@ from shodh_moe.solvers.domains.decaying_turbulence import DecayingTurbulence
 from shodh_moe.solvers.domains.domain import Domain, PulsedDomain, Trajectories
 from shodh_moe.solvers.domains.obstacle_wake import ObstacleWake
 from shodh_moe.solvers.domains.open_channel import OpenChannel
+from shodh_moe.solvers.domains.porous_bed import PorousBed
 from shodh_moe.solvers.domains.porous_media import PorousMedia
 from shodh_moe.solvers.domains.scalar import ScalarConfig
 
@@ -16,6 +17,7 @@ DOMAINS: dict[str, type[Domain]] = {
     "porous_media": PorousMedia,
     "obstacle_wake": ObstacleWake,
     "decaying_turbulence": DecayingTurbulence,
+    "porous_bed": PorousBed,
 }
 # Domains that a dataset has unless its config sets them to null. The others it has only if its config names them.
 DEFAULT = ("open_channel", "porous_media")
@@ -27,6 +29,7 @@ __all__ = [
     "Domain",
     "ObstacleWake",
     "OpenChannel",
+    "PorousBed",
     "PorousMedia",
     "PulsedDomain",
     "ScalarConfig",

@@ -131,20 +131,24 @@ def _flat_bed(shape: Grid) -> NDArray[np.bool_]:
 
 
 def initial_velocity(
-    solid_XYZ: NDArray[np.bool_], speed: float, eddy_speed: float, rng: np.random.Generator
+    solid_XYZ: NDArray[np.bool_], speed: float, eddy_speed: float, rng: np.random.Generator, floor: int = 0
 ) -> FloatArray:
-    """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, plus eddies of rms ``eddy_speed``."""
+    """Divergence-free velocity [3, X, Y, Z]: mean ``speed`` along x in the fluid, plus eddies of rms ``eddy_speed``.
+
+    Both speeds are those of the fluid above the layer ``floor``. Below it there are only eddies, in gaps wide enough.
+    """
     nx, ny, nz = solid_XYZ.shape
-    depth = nz - 1
+    depth = nz - 1 - floor
     fade_XYZ = wall_fade(solid_XYZ, lid=True)
 
     # Stream function of zeta (2 - zeta), the profile of a laminar film on a plane bed.
-    zeta_Z = np.clip(np.arange(nz) / depth, 0, 1)
+    zeta_Z = np.clip((np.arange(nz) - floor) / depth, 0, 1)
     stream_Z = zeta_Z**2 - zeta_Z**3 / 3
     base = np.zeros((3, nx, ny, nz))
     base[1] = -stream_Z * fade_XYZ
     base_3XYZ = curl(base, lid=True)
     fluid_XYZ = ~solid_XYZ
+    fluid_XYZ[:, :, :floor] = False
     base_3XYZ *= speed / base_3XYZ[0][fluid_XYZ].mean()
 
     eddy_3XYZ = scaled(eddies(fade_XYZ, _EDDY * depth, True, rng), fluid_XYZ, eddy_speed)

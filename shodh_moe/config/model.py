@@ -48,6 +48,9 @@ class RouterConfig(Section):
         le=MAX_ROUTING_WIDTH,
         description="width of the projection whose cosine similarity scores the experts",
     )
+    lr_scale: PositiveFloat = setting(
+        1.0, changes="run", description="learning rate of the router, relative to that of the other parameters"
+    )
     temperature: PositiveFloat = setting(0.1, changes="run", description="initial tau")
     min_temperature: PositiveFloat = setting(0.01, changes="model", description="lower bound of tau")
     balance_weight: NonNegativeFloat = setting(

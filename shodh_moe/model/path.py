@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.parameters import mark
+from shodh_moe.base.parameters import mark, marks
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.plan import Plan, make_plan
 from shodh_moe.model.routers import Context, make_router
@@ -98,7 +98,7 @@ class PathRouter(nn.Module):
         self.features = Features(inputs, grid, config)
         self.router = make_router(config.router, self.features.width, config.num_experts)
         for parameter in self.router.parameters():
-            mark(parameter, group="router")
+            mark(parameter, group="router", lr_scale=marks(parameter).lr_scale * config.router.lr_scale)
 
     def forward(self, z_BSI: Tensor, context: Context) -> Plan:
         """Plan the paths of all tokens (collective)."""

@@ -70,6 +70,7 @@ mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
 | parameters of the transformer | {parameters:,}, of which {experts:,} in routed experts |
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
 | routed experts per layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
+| scope of a routing decision | {model.moe.scope} |
 | training step of these weights | {models.step} |
 | weights (SHA-256 over all tensors) | {models.weights_sha256} |
 

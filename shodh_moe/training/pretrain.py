@@ -117,6 +117,7 @@ class _LatentTask:
         self._layers = self.engine.moe_layers
         assert isinstance(self.engine.model, LatentTransformer)
         self._routers = self.engine.model.routers
+        self._one_decision = self.engine.model.path is not None
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)
         self._recorded = 0  # step of the last routing record
@@ -166,7 +167,8 @@ class _LatentTask:
         self._recorded = step
         self._counts.clear()
         if dist.get_rank() == 0:
-            for line in self._warnings.check(step, routing):
+            decisions = routing[:1] if self._one_decision else routing
+            for line in self._warnings.check(step, decisions):
                 print(line, flush=True)
         return {"routing": routing}
 

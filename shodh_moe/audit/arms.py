@@ -1,10 +1,7 @@
 """The runs of the audit: one config for each arm, seed and learning rate. All other settings are equal.
 
-``moe`` is the mixture of the audit's base config. Not counting the router, ``dense_active`` is a dense network with as
-many parameters as one token uses in the mixture, and ``dense_total`` one with as many as the whole mixture. ``single``
-is ``dense_active`` trained on one domain, with the same samples of that domain in the same order. ``oracle`` routes by
-the domain's label, ``random`` by a router that keeps its initial weights. ``no_shared`` has no shared experts and
-routed experts that are wider to make up for them.
+`arm_models` describes the arms. ``single`` is trained on one domain, with the same samples of that domain in the same
+order as the other arms.
 
 The learning rate of every arm is chosen in the same way: on validation data, with seeds used for nothing else. One seed
 is not enough, because a high rate that is best for one seed can be unstable for the next.
@@ -17,20 +14,21 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from shodh_moe.audit.arm_models import ARMS, SINGLE
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.outcome import validation_score
 from shodh_moe.base.errors import UserError
-from shodh_moe.config import Config, MoEConfig
+from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths, tokenizer_seed
 
-SINGLE = "single"
-JOINT = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared")
 SET_ARMS = {
-    "main": ("moe", "dense_active", "dense_total", SINGLE, "oracle", "random", "no_shared"),
+    "main": tuple(arm for arm in ARMS if arm not in ("window", "both")),
     "hard": ("moe", "dense_active", SINGLE),
-    "four": ("moe", "dense_active"),
+    "four": ("moe", "dense_active", "oracle", SINGLE),
+    "bed": ("moe", "window", "both", "dense_active", SINGLE),
 }
+RELEARNING = ("moe", "layer", "dense_active", "oracle")  # arms of the main set that learn a third domain
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Run:
     Attributes:
         set: name of the set, a key of `SET_ARMS`.
         arm: name of the arm.
-        experts: number of routed experts; 0 for dense networks.
+        experts: number of routed experts; 0 for dense networks, those with a single expert included.
         domains: the domains it is trained on, sorted.
         config: the config that it is trained with.
     """
@@ -69,7 +67,8 @@ def tuned_as(arm: str, domains: list[str]) -> str:
 
 def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
     """The domains mixed in a set, sorted."""
-    return sorted({"main": audit.domains, "hard": audit.hard, "four": audit.all_domains}[set_name])
+    four = [name for name in audit.all_domains if name not in set(audit.bed) - set(audit.domains)]
+    return sorted({"main": audit.domains, "hard": audit.hard, "four": four, "bed": audit.bed}[set_name])
 
 
 def shared_config(audit: AuditConfig) -> Config:
@@ -103,24 +102,6 @@ def unseen_config(audit: AuditConfig) -> Config:
     )
 
 
-def arm_moe(moe: MoEConfig, arm: str, experts: int) -> MoEConfig:
-    """Derive an arm's ``moe`` section, with ``experts`` routed experts, from that of the base config."""
-    changes: dict[str, Any] = {
-        "moe": {"num_experts": experts},
-        "dense_active": {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
-        "dense_total": {"num_experts": 0, "shared_experts": moe.shared_experts + experts},
-        SINGLE: {"num_experts": 0, "shared_experts": moe.shared_experts + 1},
-        "oracle": {"num_experts": experts, "router": moe.router.model_copy(update={"kind": "oracle"})},
-        "random": {"num_experts": experts, "router": moe.router.model_copy(update={"frozen": True})},
-        "no_shared": {
-            "num_experts": experts,
-            "shared_experts": 0,
-            "expert_hidden": moe.expert_hidden * (1 + moe.shared_experts),
-        },
-    }
-    return moe.model_copy(update=changes[arm])
-
-
 def arm_config(
     audit: AuditConfig,
     set_name: str,
@@ -151,13 +132,13 @@ def arm_config(
         training |= {"keep_every": every, "checkpoint_every": every}
     experts = audit.base.model.moe.num_experts if experts is None else experts
     label = f"{arm}{experts}" if set_name == "four" and arm == "moe" else arm
-    return run_config(audit, label, arm_moe(audit.base.model.moe, arm, experts), domains, seed, training)
+    return run_config(audit, label, ARMS[arm].model(audit.base, experts), domains, seed, training)
 
 
 def run_config(
     audit: AuditConfig,
     label: str,
-    moe: MoEConfig,
+    model: ModelConfig,
     domains: list[str],
     seed: int,
     training: dict[str, Any],
@@ -177,7 +158,7 @@ def run_config(
             "seed": seed,
             "start": start,
             "data": config.data.model_copy(update={"weights": weights}),
-            "model": config.model.model_copy(update={"moe": moe}),
+            "model": model,
             # A run that diverges stops there and is reported as diverged.
             "training": config.training.model_copy(update={"on_nonfinite": "halt", **training}),
         }
@@ -192,19 +173,25 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
     """Yield the runs of a set, arm by arm.
 
     Args:
-        rates: learning rates by `tuned_as`. A single-domain run without an entry uses that of the first main domain.
+        rates: learning rates by `tuned_as`. See `choose_rates`.
     """
     mixed = set_domains(audit, set_name)
     for arm in SET_ARMS[set_name]:
-        counts: list[int | None] = list(audit.experts) if set_name == "four" and arm == "moe" else [None]
+        counts: list[int | None] = [None]
+        if set_name == "four" and arm == "moe":
+            counts = list(audit.experts)
+        elif set_name == "four" and arm == "oracle":
+            counts = [len(mixed)]
         for domains in [[one] for one in mixed] if arm == SINGLE else [mixed]:
             own = tuned_as(arm, domains)
-            rate = rates[own] if own in rates else rates[tuned_as(arm, audit.domains)]
+            # Arms and domains that the main set lacks use the rate of the mixture and of its first domain.
+            rate = next(rates[key] for key in (own, tuned_as(arm, audit.domains), "moe") if key in rates)
             for experts in counts:
                 for seed in seeds:
                     one = domains[0] if arm == SINGLE else None
                     config = arm_config(audit, set_name, arm, seed, rate, experts, one)
-                    yield Run(set_name, arm, config.model.moe.num_experts, domains, config)
+                    routed = config.model.moe.num_experts
+                    yield Run(set_name, arm, routed if routed > 1 else 0, domains, config)
 
 
 def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
@@ -214,6 +201,8 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
         runs += set_runs(audit, "hard", audit.more_seeds, rates)
     if audit.experts:
         runs += set_runs(audit, "four", audit.more_seeds, rates)
+    if audit.bed:
+        runs += set_runs(audit, "bed", audit.more_seeds, rates)
     return runs
 
 

@@ -14,8 +14,9 @@ from shodh_moe.config import Config, Domains
 class AuditConfig(Section):
     """All settings of the audit.
 
-    There are three sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to
-    tell apart; ``four``, all domains with several numbers of experts.
+    There are four sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to
+    tell apart; ``four``, all domains but those of ``bed`` alone, with several numbers of experts; ``bed``, the main
+    domains and one whose samples contain both kinds of flow.
     """
 
     name: Name = "audit"
@@ -35,9 +36,8 @@ class AuditConfig(Section):
     hard: list[Name] = Field(
         ["open_channel", "obstacle_wake"], description="two similar domains; [] to leave out the set `hard`"
     )
-    experts: list[Positive] = Field(
-        [2, 4, 8], description="numbers of experts in the set with all domains; [] to leave out the set `four`"
-    )
+    experts: list[Positive] = Field([2, 4, 8], description="numbers of experts in the set `four`; [] to leave it out")
+    bed: list[Name] = Field([], description="domains of the set `bed`; [] to leave it out")
     relearning_steps: Positive = Field(300, description="training steps on the third domain")
     gradient_samples: Positive = Field(16, description="samples per domain for comparing gradients")
     probes: Positive = Field(5, description="checkpoints during training at which gradients are compared")
@@ -79,7 +79,14 @@ class AuditConfig(Section):
         for key, names in (("domains", self.domains), ("hard", self.hard)):
             if len(set(names)) != 2 and not (key == "hard" and not names):
                 raise ValueError(f"{key} {names} must be two different domains")
-        for key, names in (("domains", self.domains), ("hard", self.hard), ("third", [self.third])):
+        if self.bed and not set(self.domains) < set(self.bed):
+            raise ValueError(f"bed {self.bed} must be the main domains {self.domains} and at least one more")
+        for key, names in (
+            ("domains", self.domains),
+            ("hard", self.hard),
+            ("third", [self.third]),
+            ("bed", self.bed),
+        ):
             if missing := [name for name in names if name not in self.all_domains]:
                 known = ", ".join(self.all_domains)
                 raise ValueError(f"{key}: base.data.domains has {known} but not {missing[0]}: correct one of them")
@@ -103,12 +110,14 @@ class AuditConfig(Section):
                 raise ValueError(f"base.{key} must be null: the audit sets it for each run")
         if self.base.parallel.hostfile:
             raise ValueError("base.parallel.hostfile must be null: every run of the audit is one process on this host")
-        for count in (2, len(self.all_domains)):
+        bed_only = set(self.bed) - set(self.domains)
+        for count in {2, len(set(self.all_domains) - bed_only), len(self.bed) or 2}:
             if batch % count:
                 raise ValueError(f"base.training.batch_size {batch} is not divisible by {count} domains: change it")
-        if moe.num_experts < 2 or not moe.shared_experts or moe.router.kind == "oracle" or moe.router.frozen:
+        learns = moe.router.kind not in ("oracle",) and not moe.router.frozen and moe.router.start == "kmeans"
+        if moe.scope != "path" or moe.num_experts < 2 or not moe.shared_experts or not learns:
             raise ValueError(
-                "base.model.moe must be the mixture that the other arms are derived from: num_experts 2 or more, "
-                "shared_experts 1 or more, and a router that learns"
+                "base.model.moe must be the mixture that the other arms are derived from: scope path, num_experts 2 or "
+                "more, shared_experts 1 or more, and a router that starts from kmeans and learns"
             )
         return self

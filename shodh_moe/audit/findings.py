@@ -85,7 +85,7 @@ def bifurcation(sets: Sets) -> list[dict[str, Any]]:
             "diverged": [s for s, run in seeds.items() if run["diverged"]],
         }
         for name, arm, seeds in arms_of(sets)
-        if not arm.startswith(("dense", "single"))
+        if next(iter(seeds.values()))["experts"]
     ]
 
 
@@ -159,8 +159,9 @@ def unseen(sets: Sets) -> list[dict[str, Any]]:
 
 
 def gradient_group(name: str) -> str:
-    """Map all experts to one group, because it differs between seeds which expert serves a domain."""
-    return "experts" if name.startswith("expert") else name
+    """Map all experts to one group, and all paths, because it differs between seeds which of them serves a domain."""
+    kind, _, number = name.partition(" ")
+    return f"{kind}s" if number else name
 
 
 def gradient_means(record: dict[str, Any], kind: str) -> dict[str, float]:

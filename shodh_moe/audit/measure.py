@@ -91,11 +91,12 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     speeds = local_speeds(config, paths.dataset, "test", test)
     # `test` contains only the domains the run was trained on, but the weights name other domains too.
     unweighted = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
-    routing = heldout_routing(transformer, test, speeds, unweighted)
+    # A dense network may be a mixture with a single expert.
+    routing = heldout_routing(transformer, test, speeds, unweighted) if run.experts else None
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
-        "bifurcation": bifurcation(read_run(run_folder(config), "train")),
+        "bifurcation": bifurcation(read_run(run_folder(config), "train")) if run.experts else None,
         "swap": swap_growth(transformer, samples, routing, batch),
         "unseen": _unseen(audit, run, models, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.audit import tables, verdict
+from shodh_moe.audit.arm_models import ARMS
 from shodh_moe.audit.results import MIN_SEEDS
 from shodh_moe.report import page as report_page
 from shodh_moe.report.figure import Figure
@@ -21,12 +22,14 @@ GOOD, BAD = ("shown", "no harm to end"), ("refuted",)
 ESTIMATES = f"""Mean over seeds with the 95 % Student t interval over seeds. There is no interval with fewer than
 {MIN_SEEDS} seeds or where a run diverged."""
 QUESTIONS = {
-    "dense_total": "Is it the routing, and not just the number of parameters? The mixture compared with the dense "
-    "model of the same total size, which computes more per token:",
-    "random": "Does it matter that the routing is learned? The mixture compared with frozen random routing:",
-    "oracle": f"Is learned routing as good as routing by domain, within {verdict.MARGIN:.0%}? The mixture compared "
-    "with oracle routing:",
-    "no_shared": "Do shared experts matter? The mixture compared with a mixture without them:",
+    **{
+        arm: f"{one.question} The mixture compared with the arm *{one.words}*"
+        + (f", within {verdict.MARGIN:.0%}:" if arm == "oracle" else ":")
+        for arm, one in ARMS.items()
+        if one.question
+    },
+    "grouping": "With as many experts as domains in the set of four: is the learned grouping as good as an expert for "
+    f"each domain, within {verdict.MARGIN:.0%}?",
     "splits": "Does the router give each domain its own expert?",
     "reads_mask": "Does the router only read the solid mask?",
 }

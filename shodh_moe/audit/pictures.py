@@ -32,6 +32,7 @@ GROUP_COLOURS = {
     "attention": "#1d4ed8",
     "shared": "#0d9488",
     "experts": "#c2410c",
+    "paths": "#f59e0b",
     "router": "#7c3aed",
     "rest": "#64748b",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.audit.arms import JOINT, Run, run_config
+from shodh_moe.audit.arms import RELEARNING, Run, run_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.outcome import diverged, run_folder
 from shodh_moe.config import Config
@@ -28,15 +28,17 @@ def pair(audit: AuditConfig, run: Run) -> tuple[Config, Config]:
         "validate_every": -(-audit.relearning_steps // POINTS),
         "warmup_steps": min(audit.base.training.warmup_steps, audit.relearning_steps // 4),
     }
-    moe, seed = run.config.model.moe, run.config.seed
+    model, seed = run.config.model, run.config.seed
     label = f"relearning-{run.arm}"
-    trained = run_config(audit, label, moe, [audit.third], seed, training, str(run_folder(run.config)))
-    return trained, run_config(audit, label, moe, [audit.third], seed, training)
+    trained = run_config(audit, label, model, [audit.third], seed, training, str(run_folder(run.config)))
+    return trained, run_config(audit, label, model, [audit.third], seed, training)
 
 
 def relearns(audit: AuditConfig, run: Run) -> bool:
-    """Whether relearning follows a run: a joint arm of the main set, one of ``more_seeds``, and not diverged."""
-    chosen = run.set == "main" and run.arm in JOINT and run.config.seed in audit.more_seeds
+    """Whether relearning follows a run: its arm in `RELEARNING`, its set ``main``, its seed in ``more_seeds``, and it
+    did not diverge.
+    """
+    chosen = run.set == "main" and run.arm in RELEARNING and run.config.seed in audit.more_seeds
     return chosen and diverged(run.config) is None
 
 

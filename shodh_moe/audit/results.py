@@ -10,10 +10,10 @@ from typing import Any
 
 from scipy import stats
 
+from shodh_moe.audit.arm_models import ARMS
 from shodh_moe.base.errors import UserError
 
-ARMS = ("moe", "dense_active", "dense_total", "oracle", "random", "no_shared", "single")
-SETS = ("main", "hard", "four")
+SETS = ("main", "hard", "four", "bed")
 
 Run = dict[str, Any]  # content of a result file
 Seeds = dict[int, Run]  # the runs of one arm, by seed
@@ -98,7 +98,7 @@ def by_arm(results: list[Run]) -> Sets:
     found: Sets = {}
 
     def place(run: Run) -> tuple[int, int, int, str, int]:
-        return SETS.index(run["set"]), ARMS.index(run["arm"]), run["experts"] or 0, arm_name(run), run["seed"]
+        return SETS.index(run["set"]), list(ARMS).index(run["arm"]), run["experts"] or 0, arm_name(run), run["seed"]
 
     for run in sorted(results, key=place):
         seeds = found.setdefault(run["set"], {}).setdefault(arm_name(run), {})

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from shodh_moe.audit import findings, verdict
+from shodh_moe.audit.arm_models import ARMS, SINGLE
 from shodh_moe.audit.results import (
     QUANTITIES,
     SETS,
@@ -24,7 +25,7 @@ from shodh_moe.audit.results import (
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json
 
-AGAINST = ("dense_active", "dense_total", "oracle", "random", "no_shared")  # arms that the mixture is compared with
+AGAINST = [arm for arm in ARMS if arm not in ("moe", SINGLE)]  # arms that the mixture is compared with
 
 
 def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
@@ -146,20 +147,25 @@ def _verdicts(sets: Sets, transfer: list[dict[str, Any]], pairs: list[dict[str, 
     main, harms = {}, {}
     for name in [one for one in SETS if any(row["set"] == one for row in transfer)]:
         dense = latent_mse(transfer, set=name, arm="dense_active")
-        moe = latent_mse(transfer, set=name, arm="moe")
-        against = latent_mse(pairs, set=name, arm="moe", base="dense_active")
+        arm = f"moe_{len(dense)}" if name == "four" else "moe"  # an expert for each domain
+        moe = latent_mse(transfer, set=name, arm=arm)
+        against = latent_mse(pairs, set=name, arm=arm, base="dense_active")
         harms[name] = {domain: verdict.harm(one) for domain, one in dense.items()}
         main[name] = verdict.ends_negative_transfer(dense, moe, against)
     differences = {base: latent_mse(pairs, set="main", arm="moe", base=base) for base in AGAINST}
+    four = next((len(domains_of(seeds)) for seeds in sets.get("four", {}).values()), 0)
+    grouping = latent_mse(pairs, set="four", arm=f"moe_{four}", base="oracle")
     seeds = sets.get("main", {}).get("moe", {})
     split = {seed: None if run["diverged"] else findings.bifurcated(run) for seed, run in seeds.items()}
     return {
         "ends_negative_transfer": main,
         "dense_joint_training": harms,
-        "dense_total": verdict.compare(differences["dense_total"]),
-        "random": verdict.compare(differences["random"]),
-        "oracle": verdict.as_good(differences["oracle"]),
-        "no_shared": verdict.compare(differences["no_shared"]),
+        **{
+            arm: (verdict.as_good if arm == "oracle" else verdict.compare)(differences[arm])
+            for arm, one in ARMS.items()
+            if one.question
+        },
+        "grouping": verdict.as_good(grouping),
         "splits": verdict.splits(split),
         "reads_mask": verdict.reads_mask(measured(seeds, findings.beyond_mask)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from shodh_moe.audit.arm_models import ARMS
 from shodh_moe.audit.results import QUANTITIES
 from shodh_moe.report.run import tables as run_tables
 from shodh_moe.report.style import words
@@ -12,7 +13,12 @@ from shodh_moe.report.table import Table, number
 
 Row = dict[str, Any]
 DASH = "-"
-SET_TITLES = {"main": "Main domains", "hard": "Domains that are hard to tell apart", "four": "All four domains"}
+SET_TITLES = {
+    "main": "Main domains",
+    "hard": "Domains that are hard to tell apart",
+    "four": "Four domains",
+    "bed": "Both kinds of flow in one sample",
+}
 
 
 def arm_words(name: str) -> str:
@@ -20,9 +26,9 @@ def arm_words(name: str) -> str:
     arm, _, rest = name.partition(":")
     if arm == "single":
         return f"{words(rest)} alone"
-    names = {"moe": "mixture", "dense_active": "dense, same active", "dense_total": "dense, same total"}
-    names |= {"oracle": "oracle routing", "random": "random routing", "no_shared": "no shared experts"}
-    return f"mixture, {arm[4:]} experts" if arm.startswith("moe_") else names.get(arm, words(arm))
+    if arm.startswith("moe_"):
+        return f"mixture, {arm[4:]} experts"
+    return ARMS[arm].words if arm in ARMS else words(arm)
 
 
 def _place(row: Row) -> list[str]:

@@ -8,8 +8,11 @@ from typing import Any
 MAIN, HARD = ("open_channel", "porous_media"), ("open_channel", "obstacle_wake")
 FOUR = ("obstacle_wake", "open_channel", "porous_media", "urban_canyon")
 # Ratio of an arm's error to the error of a single-domain model.
-RATIO = {"moe": 0.97, "dense_active": 1.3, "dense_total": 1.12, "oracle": 0.965, "random": 1.2, "no_shared": 1.0}
-ROUTED = ("moe", "oracle", "random", "no_shared")
+RATIO = {
+    "moe": 0.97, "layer": 1.35, "dense_active": 1.3, "dense_total": 1.12, "dense_wide": 1.1, "film": 1.25,
+    "oracle": 0.965, "random": 1.2, "random_start": 0.98, "no_shared": 1.0, "shared_attention": 0.975,
+}  # fmt: skip
+ROUTED = ("moe", "layer", "oracle", "random", "random_start", "no_shared", "shared_attention")
 LAYERS = 2
 
 
@@ -67,7 +70,9 @@ def bifurcation_of(routing: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def gradients_of(arm: str, domains: tuple[str, ...], experts: int, seed: int) -> list[dict[str, Any]]:
-    groups = ["attention", "shared", "rest"] + (["router", *(f"expert {e}" for e in range(experts))] if experts else [])
+    groups = ["attention", "shared", "rest"]
+    if experts:
+        groups += ["router", *(f"{part} {e}" for part in ("expert", "path") for e in range(experts))]
     pairs = [f"{a}|{b}" for i, a in enumerate(domains) for b in domains[i + 1 :]]
 
     def group(name: str, step: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shodh_moe.audit.arms import JOINT, all_runs, arm_config, set_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.arms import SET_ARMS, all_runs, arm_config, set_runs, shared_config, tuning_runs, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.compare import differing_keys
@@ -28,33 +28,54 @@ def _parameters(tmp_path, arm):
 
 def test_parameters_of_the_arms(tmp_path):
     moe = _parameters(tmp_path, "moe")
-    # Per block: a projection of 24 to the router's 16, two prototypes of 16, one temperature; experts of 24 x 16.
-    router, expert = 24 * 16 + 2 * 16 + 1, 3 * 24 * 16
+    # A projection of the 97 features to the router's 16, two prototypes of 16, one temperature.
+    features = 2 * 3 * 16 + 1
+    router, prototype = 16 * features + 2 * 16 + 1, 16
+    embedding, head, expert = 3 * 16 * 24, 24 * 16, 3 * 24 * 16
+    assert moe.total - moe.active == embedding + head + expert
     for arm in ("dense_active", "single"):
         dense = _parameters(tmp_path, arm)
-        assert dense.total == dense.active == moe.active - router
-    assert _parameters(tmp_path, "dense_total").total == moe.total - router
-    assert _parameters(tmp_path, "no_shared").active == moe.active
-    assert _parameters(tmp_path, "oracle").active == moe.active - router
-    assert _parameters(tmp_path, "random") == moe
-    assert moe.total - moe.active == expert
+        assert dense.total == dense.active == moe.active - prototype
+    for arm in ("dense_total", "dense_wide"):
+        dense = _parameters(tmp_path, arm)
+        assert dense.active == dense.total == pytest.approx(moe.total, rel=0.1)  # tiny networks have few sizes
+    oracle = _parameters(tmp_path, "oracle")
+    assert (oracle.total, oracle.active) == (moe.total - router, moe.active - router)
+    for arm in ("random", "random_start", "shared_attention"):
+        assert _parameters(tmp_path, arm) == moe
+    alone = _parameters(tmp_path, "no_shared")
+    assert alone.active == moe.active - embedding - head
+
+
+def test_dense_networks_are_as_large_as_the_mixture_at_the_shipped_size():
+    one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
+    sizes = {arm: count_parameters(arm_config(one, "main", arm, 0, 1e-3), 1) for arm in SET_ARMS["main"][:5]}
+    for arm in ("dense_total", "dense_wide"):
+        assert sizes[arm].active == sizes[arm].total == pytest.approx(sizes["moe"].total, rel=0.03)
+    assert sizes["dense_active"].total == pytest.approx(sizes["moe"].active, rel=0.001)
 
 
 def test_a_control_differs_from_the_mixture_only_in_its_own_settings(tmp_path):
     one = audit(tmp_path)
     moe = arm_config(one, "main", "moe", 0, 1e-3).model_dump()
+    router = "model.moe.router."
     expected = {
         "moe": set(),
-        "dense_active": {"model.moe.num_experts", "model.moe.shared_experts"},
-        "dense_total": {"model.moe.num_experts", "model.moe.shared_experts"},
-        "oracle": {"model.moe.router.kind"},
-        "random": {"model.moe.router.frozen"},
+        "layer": {"model.moe.scope"},
+        "dense_active": {"model.moe.num_experts"},
+        "dense_total": {"model.moe.num_experts", "model.moe.expert_hidden"},
+        "dense_wide": {"model.moe.num_experts", "model.moe.expert_hidden", "model.dim"},
+        "film": {"model.moe.num_experts", "model.moe.shared_experts", "model.film"},
+        "oracle": {router + "kind"},
+        "random": {router + "frozen", router + "start"},
+        "random_start": {router + "start"},
         "no_shared": {"model.moe.shared_experts", "model.moe.expert_hidden"},
+        "shared_attention": set(),  # as the tiny base has it
     }
-    assert set(expected) == set(JOINT)
+    assert {*expected, "single"} == set(SET_ARMS["main"])
     for arm, keys in expected.items():
         differing = set(differing_keys(moe, arm_config(one, "main", arm, 0, 1e-3).model_dump()))
-        assert differing - {"name"} == keys
+        assert differing - {"name"} == keys, arm
 
 
 def test_a_single_domain_run_sees_the_joint_runs_samples_of_the_domain(tmp_path):
@@ -108,14 +129,20 @@ def test_an_arm_has_the_same_rate_in_every_set(tmp_path):
         known = run.tuned_as if run.tuned_as in rates else "single:open_channel"
         assert run.config.training.learning_rate == rates[known]
     four = {(r.arm, r.experts) for r in set_runs(one, "four", [0], rates)}
-    assert four == {("moe", 2), ("moe", 4), ("dense_active", 0)}
+    assert four == {("moe", 2), ("moe", 4), ("dense_active", 0), ("oracle", 3), ("single", 0)}
+    bed = audit(tmp_path, bed=["open_channel", "porous_media", "decaying_turbulence"])
+    own = {(r.arm, r.config.training.learning_rate) for r in set_runs(bed, "bed", [0], rates)}
+    assert {("window", rates["moe"]), ("both", rates["moe"])} < own
 
 
 def test_the_shipped_audit_config():
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
-    assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four")] == [40, 12, 12]
-    assert len({run.name for run in runs}) == 61  # `hard` has three single-domain runs of `main`
+    assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four", "bed")] == [65, 12, 27, 21]
+    assert len({run.name for run in runs}) == 122  # `hard` has three single-domain runs of `main`
+    assert {run.domains[0] for run in runs if run.set == "four" and run.arm == "single"} == {
+        "decaying_turbulence", "obstacle_wake", "open_channel", "porous_media",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -132,6 +159,8 @@ def test_the_shipped_audit_config():
         ({"experts": [1, 2]}, "must be different numbers, at least 2"),
         ({"base.data.weights": {"open_channel": 2.0}}, "base.data.weights must be null"),
         ({"base.training.batch_size": 4}, "not divisible by 3 domains"),
+        ({"base.model.moe.scope": "layer"}, "must be the mixture that the other arms are derived from"),
+        ({"bed": ["open_channel", "decaying_turbulence"]}, "must be the main domains"),
         ({"base.model.moe.shared_experts": 0}, "must be the mixture that the other arms are derived from"),
         ({"unseen.porous_media": None}, "unseen has no porous_media"),
         ({"unseen.open_channel.bed": ["spheres"]}, "give it another geometry"),

@@ -20,7 +20,7 @@ def tree(folder: Path, **keys: Any) -> dict[str, Any]:
     base = {
         "data": {**CONFIG["data"], "root": str(folder / "data"), "domains": domains},
         "tokenizer": {**CONFIG["tokenizer"], "root": str(folder / "tokenizers")},
-        "model": {"dim": 24, "depth": 1, "heads": 2, "moe": {"expert_hidden": 16}},
+        "model": {"dim": 24, "depth": 1, "heads": 2, "moe": {"expert_hidden": 16, "scope": "path"}},
         "training": {"steps": 4, "batch_size": 6, "warmup_steps": 1, "checkpoint_every": 4, "log_every": 1},
         "telemetry": {"every": 1},
         "parallel": {"processes": 1},

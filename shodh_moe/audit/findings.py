@@ -8,6 +8,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from shodh_moe.audit.kinship import distances, groups, majority_of
 from shodh_moe.audit.results import (
     Estimate,
     Run,
@@ -116,6 +117,47 @@ def swap(sets: Sets) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def place(sets: Sets) -> list[dict[str, Any]]:
+    """Information of the expert about bed or stream, mean over layers, one row per arm and domain with beds."""
+
+    def value(run: Run, domain: str, key: str) -> float | None:
+        one = (run.get("place") or {}).get(domain)
+        return fmean(one[key]) if one else None
+
+    rows = []
+    for name, arm, seeds in arms_of(sets):
+        found = dict.fromkeys(domain for run in finished(seeds).values() for domain in run.get("place") or {})
+        rows += [
+            {
+                "set": name,
+                "arm": arm,
+                "domain": domain,
+                "information": measured(seeds, partial(value, domain=domain, key="information")),
+                "entropy": measured(seeds, partial(value, domain=domain, key="entropy")),
+            }
+            for domain in found
+        ]
+    return rows
+
+
+def kinship(sets: Sets) -> list[dict[str, Any]]:
+    """Which domains share an expert, and errors on the experts of others, one row per arm and seed of the set four."""
+    return [
+        {
+            "set": name,
+            "arm": arm,
+            "seed": seed,
+            "groups": groups(majority_of(run["routing"])),
+            "majority": majority_of(run["routing"]),
+            "growth": run["kinship"],
+            "distances": distances(run["kinship"], majority_of(run["routing"])),
+        }
+        for name, arm, seeds in arms_of(sets)
+        for seed, run in finished(seeds).items()
+        if run.get("kinship")
+    ]
 
 
 def unseen(sets: Sets) -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ import torch
 from shodh_moe.audit.arms import SINGLE, Run, unseen_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.gradients import gradients_over_training
+from shodh_moe.audit.kinship import growth_on_experts
 from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
+from shodh_moe.audit.place import place_information
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, trajectory_records, unseen
 from shodh_moe.audit.swap import swap_growth
@@ -31,7 +33,7 @@ from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from shodh_moe.training.records import read_run
 
-MEASURE_VERSION = 1  # increase it when the same weights would give different numbers
+MEASURE_VERSION = 2  # increase it when the same weights would give different numbers
 
 
 def result_path(audit: AuditConfig, run: Run) -> Path:
@@ -98,6 +100,10 @@ def measure(audit: AuditConfig, run: Run) -> Path:
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")) if run.experts else None,
         "swap": swap_growth(transformer, samples, routing, batch),
+        "kinship": growth_on_experts(transformer, samples, routing, batch, count) if run.set == "four" else None,
+        "place": place_information(transformer, samples, trajectory_records(config, paths.dataset, "test"), batch)
+        if run.experts
+        else {},
         "unseen": _unseen(audit, run, models, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
         "plasticity": plasticity(transformer, samples, count, batch),

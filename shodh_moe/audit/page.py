@@ -43,6 +43,8 @@ CAPTIONS = {
     domain's batch, the most that two domains can be expected to reach. A line ends where an expert sees only one
     domain.""",
     "swap": "Bars: mean over seeds. At 1 (black line), it does not matter which expert the tokens go to.",
+    "kinship": """Domains that share an expert join at 0. Others join at the mean logarithm of the factors by which
+    their errors grow on each other's expert (average linkage): the further right, the less they have in common.""",
     "relearning": "Where a solid line lies below the dashed one, what was learned before helps.",
     "routing_map": "Colour: expert of each token in the middle plane, beside the solid fraction (one run).",
 }
@@ -102,10 +104,14 @@ def sections(summary: Row, pictures: Sequence[Path] = ()) -> list[Section]:
             domain's majority expert, in a single layer or in all layers. There is nothing to swap for seeds where the
             domains share a majority expert.""",
             tables.swap(summary["swap"]), figures=["swap"]),
+        section("Bed and stream", """Mutual information of a token's expert and its place in samples that contain both a
+            free stream and a porous bed, mean over layers.""",
+            tables.place(summary["place"])),
         section("Unseen geometry", "", tables.unseen(summary["unseen"])),
         section("Four domains", """Number of distinct majority experts in each layer, by seed, and the load of the
-            experts for the first seed.""",
-            tables.load(summary["routing"])),
+            experts for the first seed. Below: which domains share a majority expert, and the factor by which a domain's
+            latent MSE grows when each expert takes the place of its own.""",
+            tables.load(summary["routing"]), tables.kinship(summary["kinship"]), figures=["kinship"]),
         section("Gradients", """Cosine between the gradients of two domains (mean over pairs) and, in brackets, between
             two halves of one domain's batch, at the first, middle and last record. Conflicting: share of records with
             a cosine below 0. Norm ratio: the larger gradient norm over the smaller one at the last record, geometric

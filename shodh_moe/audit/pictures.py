@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from shodh_moe.audit.findings import gradient_group, gradient_means
 from shodh_moe.audit.results import Run, by_arm, finished
@@ -64,6 +66,7 @@ def draw(results: list[Run], summary: Summary, folder: Path, maps: Maps | None =
         "load": _load(results),
         "gradients": _gradients(results),
         "swap": _swap(summary["swap"]),
+        "kinship": _kinship(summary["kinship"]),
         "relearning": _relearning(results),
     }
     for domain, one in (maps or {}).items():
@@ -244,6 +247,21 @@ def _swap(rows: list[dict[str, Any]]) -> Figure | None:
         for arm, name in zip(arms, names, strict=True)
     ]
     style.legend_below(figure, [*marks, Line2D([], [], color="black", marker=".", linestyle="", label="one seed")], 4)
+    return figure
+
+
+def _kinship(rows: list[dict[str, Any]]) -> Figure | None:
+    """Draw dendrograms of the domains, a panel for each seed, of the mixture with as many experts as domains."""
+    here = [row for row in rows if row["arm"] == f"moe_{len(row['growth'])}"]
+    if not here:
+        return None
+    figure, grid = style.panels(len(here), 3, 2.2, title="Kinship of domains: mixture with an expert for each")
+    for axes, row in zip(grid, here, strict=True):
+        names = [style.words(domain) for domain in row["growth"]]
+        linkage = hierarchy.linkage(squareform(np.array(row["distances"])), "average")
+        hierarchy.dendrogram(linkage, orientation="right", labels=names, ax=axes, color_threshold=0)
+        style.label(axes, f"seed {row['seed']}", "mean ln(growth)", "")
+        axes.grid(False)
     return figure
 
 

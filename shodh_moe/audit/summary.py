@@ -38,7 +38,8 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``verdicts``, ``diverged`` and lists of rows: ``arms``, ``errors``, ``transfer``, ``pairs``, ``routing``,
-        ``bifurcation``, ``swap``, ``unseen``, ``gradients``, ``plasticity``, ``relearning``; each row names its ``set``
+        ``bifurcation``, ``swap``, ``kinship``, ``place``, ``unseen``, ``gradients``, ``plasticity``, ``relearning``;
+        each row names its ``set``
         and ``arm``. Each `Estimate` is a dictionary with seeds as strings. ``tuning`` is returned as given.
 
     Raises:
@@ -63,6 +64,8 @@ def summarise(results: list[Run], tuning: dict[str, Any]) -> dict[str, Any]:
         "routing": findings.routing(sets),
         "bifurcation": findings.bifurcation(sets),
         "swap": findings.swap(sets),
+        "kinship": findings.kinship(sets),
+        "place": findings.place(sets),
         "unseen": findings.unseen(sets),
         "gradients": findings.gradients(sets),
         "plasticity": findings.plasticity(sets),

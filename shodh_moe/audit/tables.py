@@ -172,6 +172,23 @@ def swap(rows: list[Row]) -> Table:
     return Table(head, cells, _numbers(3, 5))
 
 
+def kinship(rows: list[Row]) -> Table:
+    cells = []
+    for row in rows:
+        shared = "; ".join(" + ".join(map(words, group)) for group in row["groups"])
+        growth = "; ".join(
+            f"{words(d)} {' '.join(f'{one:.3g}' for one in found)}" for d, found in row["growth"].items()
+        )
+        cells.append([arm_words(row["arm"]), str(row["seed"]), shared, growth])
+    return Table(("arm", "seed", "domains, by the expert they share", "growth of the error on each expert"), cells)
+
+
+def place(rows: list[Row]) -> Table:
+    cells = [[*_place(row), words(row["domain"]), estimate(row["information"]), _mean(row["entropy"])] for row in rows]
+    head = ("set", "arm", "domain", "information about bed or stream, nats", "largest possible")
+    return Table(head, cells, _numbers(3, 4))
+
+
 def unseen(rows: list[Row]) -> Table:
     cells = [
         [

@@ -88,6 +88,12 @@ def gradients_of(arm: str, domains: tuple[str, ...], experts: int, seed: int) ->
     return [{"step": step, "groups": {name: group(name, step) for name in groups}} for step in range(0, 2001, 200)]
 
 
+def kinship_of(routing: dict[str, Any]) -> dict[str, list[float]]:
+    majority = routing["layers"][0]["majority_expert"]
+    experts = len(next(iter(routing["layers"][0]["load"].values())))
+    return {d: [1.0 if e == own else 3.0 + e for e in range(experts)] for d, own in majority.items()}
+
+
 def result(name: str, arm: str, domains: tuple[str, ...], seed: int, experts: int = 2) -> dict[str, Any]:
     """Make the result of one run; ``domains`` has one entry for the arm ``single``."""
     routed = arm in ROUTED
@@ -124,6 +130,8 @@ def result(name: str, arm: str, domains: tuple[str, ...], seed: int, experts: in
         "routing": routing,
         "bifurcation": bifurcation_of(routing, seed) if routing is not None else None,
         "swap": swap,
+        "kinship": kinship_of(routing) if name == "four" and routing is not None else None,
+        "place": {},
         "unseen": {"errors": unseen, "routing": routing},
         "gradients": [] if arm == "single" else gradients_of(arm, domains, experts if routed else 0, seed),
         "plasticity": {
@@ -137,7 +145,7 @@ def result(name: str, arm: str, domains: tuple[str, ...], seed: int, experts: in
 
 def diverge(run: dict[str, Any], why: str = "loss is not finite at step 120") -> None:
     """Turn a result of `result` into that of a diverged run."""
-    for key in ("errors", "routing", "bifurcation", "swap", "unseen", "plasticity", "relearning"):
+    for key in ("errors", "routing", "bifurcation", "swap", "kinship", "place", "unseen", "plasticity", "relearning"):
         run[key] = None
     run["gradients"] = []
     run["diverged"] = why

@@ -40,6 +40,7 @@ def test_all_pictures_and_the_page_are_made_even_of_diverged_runs(
         "load",
         "gradients",
         "swap",
+        "kinship",
         "relearning",
         "routing_map_porous_media",
     }

@@ -12,18 +12,22 @@ from shodh_moe.base.errors import UserError
 EPS = torch.finfo(torch.float32).eps
 
 
-def make_norm(dim: int, backend: str) -> nn.Module:
+def make_norm(dim: int, backend: str, scale: float = 1.0) -> nn.Module:
     """RMS norm over the last axis of ``dim`` features, with one learned scale per feature, named ``weight``.
 
     Args:
         dim: width of the last axis.
         backend: ``torch`` or ``apex``, as returned by `available_norm`.
+        scale: initial value of the scales.
     """
     if backend == "apex":
         from apex.normalization import FusedRMSNorm
 
-        return FusedRMSNorm(dim, eps=EPS)
-    return nn.RMSNorm(dim, eps=EPS)
+        made = FusedRMSNorm(dim, eps=EPS)
+    else:
+        made = nn.RMSNorm(dim, eps=EPS)
+    nn.init.constant_(made.weight, scale)
+    return made
 
 
 def available_norm(choice: str, device_type: str) -> str:

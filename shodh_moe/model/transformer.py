@@ -50,11 +50,11 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
-        self.attention_out_norm = self.moe_out_norm = None
+        self.attention_out_norm: nn.Module | None = None
+        self.moe_out_norm: nn.Module | None = None
         if config.norms == "sandwich":
-            self.attention_out_norm, self.moe_out_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
-            for out_norm in (self.attention_out_norm, self.moe_out_norm):
-                nn.init.constant_(out_norm.weight, BRANCH_SCALE)
+            self.attention_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
+            self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
         self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank)
         for module in (self.attention_norm, self.attention):

@@ -6,8 +6,6 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import ValidationError
-
 from shodh_moe.base.section import first_changed
 from shodh_moe.config import ModelConfig
 
@@ -35,19 +33,9 @@ def differing_model_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
     A key that a section lacks, such as one of an older version, has its default value.
     """
-    return [
-        key
-        for key in differing_keys(_completed(a), _completed(b))
-        if first_changed(ModelConfig, key) not in ("run", "nothing")
-    ]
-
-
-def _completed(model: dict[str, Any]) -> dict[str, Any]:
-    """Add the default values of missing keys to a ``model`` section; one that this version refuses stays as it is."""
-    try:
-        return ModelConfig.model_validate(model).model_dump()
-    except ValidationError:
-        return model
+    defaults = flatten(ModelConfig().model_dump())
+    differing = differing_keys(defaults | flatten(a), defaults | flatten(b))
+    return [key for key in differing if first_changed(ModelConfig, key) not in ("run", "nothing")]
 
 
 def fingerprint(*parts: Any) -> str:

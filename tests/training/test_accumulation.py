@@ -20,7 +20,7 @@ def test_two_micro_batches_train_like_one_of_twice_the_size_at_every_zero_stage(
     """
     write_case(tmp_path)
     worker = Path(__file__).with_name("worker_accumulation.py")
-    plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0")
+    plain = ("model.moe.dropless=true", "model.moe.router.balance_weight=0.0", "model.moe.router.z_weight=0.0")
 
     def train(name: str, batch: int, accumulation: int, stage: int) -> dict[str, torch.Tensor]:
         sizes = (f"training.batch_size={batch}", f"training.accumulation={accumulation}")

@@ -123,7 +123,7 @@ def test_records_hold_temperature_norms_and_traffic():
         Exchange(1, "combine", 30, [3.0, 3.0, 3.25]),
     ]
     norms = torch.arange(6.0, dtype=torch.float64).view(2, 3)
-    first, second = layer_records(counts, model.moe_layers, exchanges, norms)
+    first, second = layer_records(counts, model.routers, exchanges, norms)
     assert first["temperature"] == pytest.approx(0.2)
     assert second["temperature"] == pytest.approx(0.01)  # its floor
     assert (first["expert_grad_norm"], second["expert_grad_norm"]) == ([0, 1, 2], [3, 4, 5])
@@ -134,7 +134,7 @@ def test_records_hold_temperature_norms_and_traffic():
         "dispatch": {"ms": 1000, "wait_ms": 500, "bytes": 300}, "combine": {"ms": 500, "wait_ms": 500, "bytes": 60},
     }  # fmt: skip
     linear = _model(router={"kind": "linear"})
-    assert layer_records(counts, linear.moe_layers, [], None)[0]["temperature"] is None
+    assert layer_records(counts, linear.routers, [], None)[0]["temperature"] is None
 
 
 def _layer(load: list[float], dropped: float, layer: int = 0) -> dict:

@@ -16,7 +16,7 @@ from shodh_moe.training.losses import total_loss
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
-folder, name, *overrides = sys.argv[-7:]
+_, folder, name, *overrides = sys.argv
 config = load_config(Path(folder, "config.yaml"), overrides)
 init_distributed()
 samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.model.history)

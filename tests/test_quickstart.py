@@ -33,6 +33,10 @@ def test_the_velocity_is_divergence_free_up_to_rounding(metrics):
     assert 0 < divergence["rms_relative"] <= 1e-12
 
 
+def test_the_router_gives_each_domain_an_expert_of_its_own(metrics):
+    assert metrics["routing"]["bifurcated"]
+
+
 def test_without_a_gpu_experts_were_sharded_over_two_ranks(metrics):
     environment = json.loads((METRICS.parent / "environment.json").read_text())
     if not environment["devices"]:

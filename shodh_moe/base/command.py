@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
+from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, ReportedByRank0, UserError
 from shodh_moe.base.files import disk_trouble
 
 EXIT_INTERRUPTED = 130
+PATIENCE_S = 10.0  # how long a rank waits to be stopped before it reports an error that another rank reports too
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -63,6 +64,9 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Run ``work`` and return an exit code: 0 done, 2 wrong input, 130 Ctrl-C, 1 any other exception."""
     try:
         work()
+    except ReportedByRank0 as error:
+        _wait_for_launcher()
+        return _wrong_input(str(error), debug)
     except UserError as error:
         return _wrong_input(str(error), debug)
     except KeyboardInterrupt:
@@ -76,9 +80,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
         return EXIT_FAILED
     except Exception as error:
         if _lost_a_peer(error):
-            # The rank that ended first has reported why, and its exit code counts: wait for the launcher to stop us.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            _wait_for_launcher()
             print(
                 "this rank stopped because another rank ended first: see that rank's message",
                 file=sys.stderr,
@@ -110,6 +112,12 @@ def _lost_a_peer(error: Exception) -> bool:
     """Whether a collective operation failed because the peer process has ended."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(f"Connection {end} by peer" in text for end in ("closed", "reset"))
+
+
+def _wait_for_launcher() -> None:
+    """Wait to be stopped by the launcher: the rank that ended first reports why, and its exit code counts."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE_S)
 
 
 def _wrong_input(message: str, debug: bool) -> int:

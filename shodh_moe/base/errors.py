@@ -14,3 +14,11 @@ class UserError(Exception):
     The message is one line that says what is wrong, where, and what to do. Commands print it without a traceback
     (unless ``--debug``) and exit with code 2. Every other exception is a bug in this package, with code 1.
     """
+
+
+class ReportedByRank0(UserError):
+    """A `UserError` of another rank that rank 0 reports as well, with all ranks that have it.
+
+    A rank that ends with it first waits for the launcher, which stops the other ranks once rank 0 has ended. So the
+    user sees one message.
+    """

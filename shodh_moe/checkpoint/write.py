@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from shodh_moe.base.errors import UserError
+from shodh_moe.base.errors import ReportedByRank0, UserError
 from shodh_moe.base.files import disk_trouble, remove_leftovers, replace_folder, sync, write_text
 from shodh_moe.base.polling import wait_until
 from shodh_moe.checkpoint.fragments import Fragment
@@ -47,7 +46,6 @@ from shodh_moe.checkpoint.state import (
 
 PATIENCE_S = 1800.0  # how long a rank that has written its part waits for the others
 GRACE_S = 2.0  # how long a network disk may take to show a rename to other hosts
-HEAD_START_S = 15.0  # other ranks raise this much later than rank 0, so that its message, which names all, comes first
 
 
 class _Save(NamedTuple):
@@ -171,8 +169,9 @@ class CheckpointWriter:
                 self._error.__cause__ = error if reason else cause
             if self._rank == 0:
                 _remove(save.temporary)
-            else:
-                time.sleep(HEAD_START_S)
+            elif isinstance(self._error, UserError):
+                self._error = ReportedByRank0(str(self._error))
+                self._error.__cause__ = error
 
     def _write_own_file(self, save: _Save) -> tuple[dict[str, Any], Exception | None]:
         """Write this rank's file. Returns a report (size, hash and pieces, or the error) and any exception."""

@@ -87,6 +87,12 @@ def shared_config(audit: AuditConfig) -> Config:
     )
 
 
+def with_all_domains(audit: AuditConfig, config: Config) -> Config:
+    """A config for making data and latents: its micro-batch, which no run uses, fits the domains of all sets."""
+    training = config.training.model_copy(update={"batch_size": len(audit.all_domains)})
+    return config.model_copy(update={"training": training})
+
+
 def unseen_config(audit: AuditConfig) -> Config:
     """The config whose data have geometry unseen in training, encoded by the same tokenizer."""
     config, names = shared_config(audit), [name for name, _ in audit.unseen.items()]

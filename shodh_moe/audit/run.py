@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh_moe.audit.arms import Run, all_runs, choose_rates, shared_config, tuning, tuning_runs, unseen_config
+from shodh_moe.audit.arms import (
+    Run,
+    all_runs,
+    choose_rates,
+    shared_config,
+    tuning,
+    tuning_runs,
+    unseen_config,
+    with_all_domains,
+)
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.measure import measured, result_path
 from shodh_moe.audit.outcome import diverged, ended
@@ -63,12 +72,13 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
 
 def make_latents(audit: AuditConfig) -> None:
     """Make the data, tokenizer and latents that all runs share, and the data and latents of unseen geometry."""
-    base = audit.base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
+    base = with_all_domains(audit, audit.base)
+    base = base.model_copy(update={"name": audit.name, "runs": str(audit.folder / "arms")})
     paths = resolve_paths(base)
     check(base, paths)
     pipeline.make_data(base, paths)
     pipeline.make_tokenizer(base, paths)
-    shared, unseen = shared_config(audit), unseen_config(audit)
+    shared, unseen = with_all_domains(audit, shared_config(audit)), unseen_config(audit)
     pipeline.make_latents(shared, resolve_paths(shared))
     unseen_paths = resolve_paths(unseen)
     pipeline.make_data(unseen, unseen_paths)

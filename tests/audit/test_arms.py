@@ -7,13 +7,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shodh_moe.audit.arms import SET_ARMS, all_runs, arm_config, set_runs, shared_config, tuning_runs, unseen_config
+from shodh_moe.audit.arms import (
+    SET_ARMS,
+    all_runs,
+    arm_config,
+    set_runs,
+    shared_config,
+    tuning_runs,
+    unseen_config,
+    with_all_domains,
+)
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.compare import differing_keys
 from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.runs.checks import check
 from shodh_moe.runs.plan import count_parameters
 from tests.audit.tiny import audit, tree
 
@@ -139,6 +149,8 @@ def test_the_shipped_audit_config():
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
     assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four", "bed")] == [65, 12, 27, 21]
+    data = with_all_domains(one, one.base)
+    check(data, resolve_paths(data))
     assert len({run.name for run in runs}) == 122  # `hard` has three single-domain runs of `main`
     assert {run.domains[0] for run in runs if run.set == "four" and run.arm == "single"} == {
         "decaying_turbulence", "obstacle_wake", "open_channel", "porous_media",

@@ -114,7 +114,7 @@ class AuditConfig(Section):
         for count in {2, len(set(self.all_domains) - bed_only), len(self.bed) or 2}:
             if batch % count:
                 raise ValueError(f"base.training.batch_size {batch} is not divisible by {count} domains: change it")
-        learns = moe.router.kind not in ("oracle",) and not moe.router.frozen and moe.router.start == "kmeans"
+        learns = moe.router.kind != "oracle" and not moe.router.frozen and moe.router.start == "kmeans"
         if moe.scope != "path" or moe.num_experts < 2 or not moe.shared_experts or not learns:
             raise ValueError(
                 "base.model.moe must be the mixture that the other arms are derived from: scope path, num_experts 2 or "

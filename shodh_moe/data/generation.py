@@ -16,6 +16,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress as default_progress
+from shodh_moe.base.threads import available_cores
 from shodh_moe.config import DataConfig
 from shodh_moe.data.estimate import format_estimate, update_rate, worth_measuring
 from shodh_moe.data.listing import list_trajectories
@@ -139,7 +140,7 @@ def flow_devices(config: DataConfig, cores: int, local_rank: int | None = None) 
 
 def own_cores() -> int:
     """Number of cores that this process may use, according to the system and SLURM."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     # Not every SLURM installation binds tasks to the cores it allocates.
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(cores, int(given)) if given.isdecimal() and int(given) else cores

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from shodh_moe.base.parameters import mark, marks
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.experts import Experts, shared_experts, sum_outputs, to_autocast
 from shodh_moe.model.plan import Plan, make_plan
@@ -33,8 +32,6 @@ class MoE(nn.Module):
         self.router: Router | None = None
         if config.scope == "layer":
             self.router = make_router(config.router, dim, config.num_experts)
-            for parameter in self.router.parameters():
-                mark(parameter, group="router", lr_scale=marks(parameter).lr_scale * config.router.lr_scale)
         self.shared = shared_experts(dim, config)
         self.experts = Experts(dim, config.expert_hidden, ep.local_experts(config.num_experts), seed, layer)
 

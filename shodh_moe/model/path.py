@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.parameters import mark, marks
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.plan import Plan, make_plan
 from shodh_moe.model.routers import Context, make_router
@@ -43,6 +42,7 @@ class Features(nn.Module):
     """
 
     window_S: Tensor
+    order_S: Tensor
 
     def __init__(self, inputs: int, grid: list[int], config: MoEConfig):
         super().__init__()
@@ -56,6 +56,7 @@ class Features(nn.Module):
             _, ny, nz = (size // window for size in grid)
             window_S = (axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]
             self.register_buffer("window_S", window_S.flatten(), persistent=False)
+            self.register_buffer("order_S", torch.argsort(self.window_S, stable=True), persistent=False)
             self.windows = int(window_S.max()) + 1
 
     def forward(self, z_BSI: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -69,8 +70,7 @@ class Features(nn.Module):
         if self.context == "sample":
             return _with_one(_mean_and_std(z_BSI)), sample_B.repeat_interleave(tokens)
         if self.context == "window":
-            order_S = torch.argsort(self.window_S, stable=True)
-            windows = z_BSI[:, order_S].view(samples * self.windows, -1, z_BSI.shape[2])
+            windows = z_BSI[:, self.order_S].view(samples * self.windows, -1, z_BSI.shape[2])
             return _with_one(_mean_and_std(windows)), (sample_B[:, None] * self.windows + self.window_S).flatten()
         token_NI = _unit_rms(z_BSI.flatten(0, 1))
         if self.context == "token":
@@ -97,8 +97,6 @@ class PathRouter(nn.Module):
         self.config, self.ep = config, ep
         self.features = Features(inputs, grid, config)
         self.router = make_router(config.router, self.features.width, config.num_experts)
-        for parameter in self.router.parameters():
-            mark(parameter, group="router", lr_scale=marks(parameter).lr_scale * config.router.lr_scale)
 
     def forward(self, z_BSI: Tensor, context: Context) -> Plan:
         """Plan the paths of all tokens (collective)."""

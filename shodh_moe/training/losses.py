@@ -16,7 +16,7 @@ from shodh_moe.model import Prediction
 from shodh_moe.tokenizer.latents import Batch
 
 # A sample that hardly changes would otherwise dominate the loss.
-LEAST_CHANGE = 0.1  # relative to the mean of all domains
+LEAST_CHANGE = 0.1  # relative to the mean of the micro-batch
 
 
 class Losses(NamedTuple):
@@ -64,7 +64,7 @@ def _norm(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
         return scale_D.to(target_BCxyz)[batch.domain_B]
     if kind == "sample":
         change_B = sample_mse(batch.history_BHCxyz[:, -1], target_BCxyz)
-        return change_B.clamp(min=LEAST_CHANGE * float(change_B.mean()))
+        return torch.maximum(change_B, LEAST_CHANGE * change_B.mean())
     if kind == "relative":
         return sample_mse(target_BCxyz, torch.zeros_like(target_BCxyz))
     return torch.ones_like(batch.domain_B, dtype=target_BCxyz.dtype)

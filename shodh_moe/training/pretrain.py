@@ -28,7 +28,7 @@ from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
-from shodh_moe.training.losses import Losses, total_loss
+from shodh_moe.training.losses import total_loss
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.router_start import start_router
@@ -105,7 +105,8 @@ class _LatentTask:
         self.engine = latent_engine(config, channels, list(grid), samples)
         self.facts = facts
         self._config, self._samples, self._valid = config, samples, valid
-        self._scale_D = samples.change_scale() if config.training.loss == "domain" else None
+        by_domain = config.training.loss == "domain"
+        self._scale_D = samples.change_scale().to(self.engine.device, self.engine.dtype) if by_domain else None
         self._sampler = DomainSampler(
             samples.sizes,
             config.training.batch_size,
@@ -145,8 +146,8 @@ class _LatentTask:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
         batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
         prediction = self.engine(*batch.inputs)
-        *values, error_B = total_loss(prediction, batch, self._config, self._scale_D)
-        named = dict(zip(Losses._fields, values, strict=False))
+        named = total_loss(prediction, batch, self._config, self._scale_D)._asdict()
+        error_B = named.pop("error_B")
         kept = {key: value.detach() for key, value in named.items()}
         self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
         return named

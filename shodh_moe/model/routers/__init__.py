@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pkgutil import resolve_name
 
+from shodh_moe.base.parameters import mark
 from shodh_moe.config import RouterConfig
 from shodh_moe.config.routers import ROUTERS
 from shodh_moe.model.routers.frozen import freeze
@@ -13,12 +14,14 @@ __all__ = ["ONE_SAMPLE", "Context", "Router", "Slots", "make_router"]
 
 
 def make_router(config: RouterConfig, dim: int, num_experts: int) -> Router:
-    """Make the router of one layer.
+    """Make a router, whose parameters are marked.
 
     Args:
         config: ``model.moe.router``.
-        dim: model width D.
+        dim: number of features D of a row.
         num_experts: E.
     """
-    router = resolve_name(ROUTERS[config.kind])(dim, num_experts, config)
+    router: Router = resolve_name(ROUTERS[config.kind])(dim, num_experts, config)
+    for parameter in router.parameters():
+        mark(parameter, group="router", lr_scale=config.lr_scale)
     return freeze(router) if config.frozen else router

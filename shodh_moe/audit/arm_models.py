@@ -110,11 +110,13 @@ class Arm:
         words: its name in tables and figures.
         model: makes its model from the audit's base config and the number of experts.
         question: what comparing the mixture with it answers; None if the comparison gives no verdict.
+        tuned: whether its learning rate is chosen for it; otherwise it is trained at the mixture's.
     """
 
     words: str
     model: Callable[[Config, int], ModelConfig]
     question: str | None = None
+    tuned: bool = True
 
 
 # In the order of the tables.
@@ -126,12 +128,16 @@ ARMS = {
     "dense_wide": Arm("dense, same total, wide", wider_model, "Is it the routing, and not the width?"),
     "film": Arm("dense, told the context", told, "Is it the routing, and not the knowledge of the context?"),
     "oracle": Arm("oracle routing", oracle, "Is learned routing as good as routing by domain?"),
-    "random": Arm("random routing", frozen_random, "Does it matter that the routing is learned?"),
-    "random_start": Arm("random start", random_start, "Does it matter that the router starts from k-means?"),
-    "no_shared": Arm("no shared parts", no_shared, "Do shared parts matter?"),
-    "shared_attention": Arm("shared attention", shared_attention, "Does it matter that each path has its attention?"),
-    "window": Arm("decision by window", by_window),
-    "both": Arm("decision by token", by_token),
+    "random": Arm("random routing", frozen_random, "Does it matter that the routing is learned?", tuned=False),
+    "random_start": Arm(
+        "random start", random_start, "Does it matter that the router starts from k-means?", tuned=False
+    ),
+    "no_shared": Arm("no shared parts", no_shared, "Do shared parts matter?", tuned=False),
+    "shared_attention": Arm(
+        "shared attention", shared_attention, "Does it matter that each path has its attention?", tuned=False
+    ),
+    "window": Arm("decision by window", by_window, tuned=False),
+    "both": Arm("decision by token", by_token, tuned=False),
     SINGLE: Arm("alone", one_expert),
 }
 

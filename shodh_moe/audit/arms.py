@@ -3,8 +3,9 @@
 `arm_models` describes the arms. ``single`` is trained on one domain, with the same samples of that domain in the same
 order as the other arms.
 
-The learning rate of every arm is chosen in the same way: on validation data, with seeds used for nothing else. One seed
-is not enough, because a high rate that is best for one seed can be unstable for the next.
+The learning rate of the mixture and of every rival is chosen in the same way: on validation data, with seeds used for
+nothing else. One seed is not enough, because a high rate that is best for one seed can be unstable for the next. An arm
+that removes one part of the mixture is trained at the mixture's rate.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
             counts = [len(mixed)]
         for domains in [[one] for one in mixed] if arm == SINGLE else [mixed]:
             own = tuned_as(arm, domains)
-            # Arms and domains that the main set lacks use the rate of the mixture and of its first domain.
+            # Arms that are not tuned, and domains that the main set lacks, use the rate of the mixture and of its
+            # first domain.
             rate = next(rates[key] for key in (own, tuned_as(arm, audit.domains), "moe") if key in rates)
             for experts in counts:
                 for seed in seeds:
@@ -215,10 +217,11 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
 def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, list[Run]]]:
     """The runs among which learning rates are chosen, by `tuned_as` and rate."""
     found: dict[str, dict[float, list[Run]]] = {}
-    names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] for one in audit.domains}
+    names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] if ARMS[arm].tuned for one in audit.domains}
     for rate in audit.learning_rates:
         for run in set_runs(audit, "main", audit.tuning_seeds, dict.fromkeys(names, rate)):
-            found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
+            if run.tuned_as in names:
+                found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
     return found
 
 

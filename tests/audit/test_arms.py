@@ -136,13 +136,19 @@ def test_an_arm_has_the_same_rate_in_every_set(tmp_path):
     one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 4])
     rates = {name: 1e-3 * (n + 1) for n, name in enumerate(tuning_runs(one))}
     for run in all_runs(one, rates):
-        known = run.tuned_as if run.tuned_as in rates else "single:open_channel"
+        like = "single:open_channel" if run.arm == "single" else "moe"
+        known = run.tuned_as if run.tuned_as in rates else like
         assert run.config.training.learning_rate == rates[known]
     four = {(r.arm, r.experts) for r in set_runs(one, "four", [0], rates)}
     assert four == {("moe", 2), ("moe", 4), ("dense_active", 0), ("oracle", 3), ("single", 0)}
     bed = audit(tmp_path, bed=["open_channel", "porous_media", "decaying_turbulence"])
     own = {(r.arm, r.config.training.learning_rate) for r in set_runs(bed, "bed", [0], rates)}
     assert {("window", rates["moe"]), ("both", rates["moe"])} < own
+
+
+def test_rates_are_chosen_for_the_mixture_and_its_rivals_only(tmp_path):
+    rivals = {"moe", "layer", "dense_active", "dense_total", "dense_wide", "film", "oracle"}
+    assert set(tuning_runs(audit(tmp_path))) == rivals | {"single:open_channel", "single:porous_media"}
 
 
 def test_the_shipped_audit_config():

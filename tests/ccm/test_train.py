@@ -20,7 +20,8 @@ from tests.ccm.tiny import config, tree
 from tests.training.launch import launch
 
 pytestmark = pytest.mark.distributed
-SCRIPT = Path("launch/train_expert.py")
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "train_expert.py"
 
 
 def _write(folder: Path, **changes) -> Path:
@@ -150,6 +151,8 @@ def test_the_shipped_configs_can_be_read():
     from shodh_moe.ccm.config import ExpertConfig
     from shodh_moe.config.load import load_config_of
 
-    for path in Path("configs/ccm").glob("*.yaml"):
+    paths = sorted((ROOT / "configs" / "ccm").glob("*.yaml"))
+    assert paths
+    for path in paths:
         kind = BenchConfig if path.stem.startswith("bench") else ExpertConfig
         load_config_of(kind, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from shodh_moe import config
 from shodh_moe.kernels import backend, cosine_gating, gating, top1_gating
 from tests.kernels.forms import DEVICE, form
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def test_the_automatic_choice_is_triton_only_on_a_gpu():
@@ -54,7 +57,7 @@ def _shodh(kernels: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_commands_refuse_an_impossible_choice(kernels, message, tmp_path):
     if kernels == "triton" and DEVICE.type == "cuda":
         pytest.skip("Triton runs on this machine")
-    result = _shodh(kernels, "run", "--config", "configs/quickstart.yaml", f"runs={tmp_path}")
+    result = _shodh(kernels, "run", "--config", str(CONFIG), f"runs={tmp_path}")
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

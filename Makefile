@@ -41,11 +41,12 @@ test-cluster: $(STAMP) ## tests with real SLURM, sshd, pdsh and MPI on this mach
 lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell scripts (shellcheck)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# kernels/ installs as shodh_moe.kernels: show the type checker the tree as it is installed.
+	@# kernels/ installs as shodh_moe.kernels: show the type checker the tree as it is installed. Scripts import by folder.
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/shodh_moe
 	@ln -s "$(CURDIR)"/shodh_moe/* "$(CURDIR)/kernels" $(TYPECHECK)/shodh_moe/
+	@ln -s "$(CURDIR)"/benchmarks/*.py "$(CURDIR)"/benchmarks/studies "$(CURDIR)"/benchmarks/support "$(CURDIR)"/launch/*.py $(TYPECHECK)/
 	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-	    --cache-dir "$(CURDIR)/.mypy_cache" --package shodh_moe
+	    --cache-dir "$(CURDIR)/.mypy_cache" .
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 

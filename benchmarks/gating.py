@@ -121,9 +121,10 @@ def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: t
         }
 
     keys, check = ("x", "projection", "prototypes", "temperature"), checks_finite(device)
+    fused = partial(cosine_top1_gating, capacity=capacity, check_finite=check)
 
     def ours(i: dict[str, Any]) -> tuple[Tensor, ...]:
-        return differentiable(cosine_top1_gating(*(i[k] for k in keys), capacity, check_finite=check))
+        return differentiable(fused(*(i[k] for k in keys)))
 
     def unfused(i: dict[str, Any]) -> tuple[Tensor, ...]:
         return differentiable(top1_gating(torch_cosine_logits(*(i[k] for k in keys)), capacity, check_finite=check))

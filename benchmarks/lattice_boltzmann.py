@@ -25,7 +25,7 @@ from support.common import OURS, Report, run, sizes
 from support.timing import Call, Missing, Times, release
 
 VISCOSITY, SPEED = 0.02, 0.02
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "eddies": {"smagorinsky": 0.16},
     "scalar": {"diffusivity": 0.01},

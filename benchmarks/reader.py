@@ -90,10 +90,15 @@ def bare_h5py(records: list[TrajectoryRecord], stack: ExitStack) -> dict[str, Tu
                     masks[index // length].read_direct(solid[slot], np.s_[0])
 
     same = np.empty((*grid, 3), np.float32), np.empty(grid, np.float32)
+
+    def into_same(indices: list[int]) -> None:
+        for index in indices:
+            read(index, *same)
+
     return {
         "bare h5py": partial(batches, False),
         "bare h5py with the mask": partial(batches, True),
-        "bare h5py, same array": lambda indices: [read(index, *same) for index in indices],
+        "bare h5py, same array": into_same,
     }
 
 
@@ -106,9 +111,13 @@ def ours(snapshots: Snapshots) -> dict[str, Turn]:
         for _ in read_batches(snapshots, parts, workers):
             pass
 
+    def into_same(indices: list[int]) -> None:
+        for index in indices:
+            snapshots.read(index, same)
+
     return {
         "ours": partial(batches, 0),
-        "ours, same array": lambda indices: [snapshots.read(index, same) for index in indices],
+        "ours, same array": into_same,
         "ours, 1 workers": partial(batches, 1),
         "ours, 2 workers": partial(batches, 2),
     }

@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if options.child:
-            child(options.seed, *options.child, folder)
+            start, stop = options.child
+            child(options.seed, start, stop, folder)
             return 0
         if options.only is not None:
             child(options.seed, options.only, options.only + 1, folder)

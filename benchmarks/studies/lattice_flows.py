@@ -17,7 +17,7 @@ from shodh_moe.solvers.d3q19 import VELOCITIES_Q3
 from shodh_moe.solvers.kernel import FREE
 from shodh_moe.solvers.lattice_boltzmann import MAGIC, SOUND_SPEED
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # times at which a start-up flow is compared, in gap^2 / viscosity
 
 
@@ -88,7 +88,7 @@ def heights(gap: int) -> Array:
     return np.arange(gap) + 0.5
 
 
-def steady(moving: LatticeBoltzmann, force_3: Sequence[float], steps: int, tolerance: float = 1e-11) -> Array:
+def steady(moving: LatticeBoltzmann, force_3: Sequence[float] | Array, steps: int, tolerance: float = 1e-11) -> Array:
     """Velocity [3, X, Y, Z] of the steady flow, which ``steps`` more steps change by less than ``tolerance``."""
     before = moving.velocity()
     for _ in range(1000):

@@ -33,6 +33,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.runs import pipeline
+from shodh_moe.runs.checks import check
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
@@ -209,9 +210,9 @@ def work(options: argparse.Namespace) -> None:
     require_writable(options.json.absolute().parent)
     paths = resolve_paths(base)
     if not options.summary_only:
-        pipeline.check(base)
-        pipeline.make_data(base)
-        pipeline.make_tokenizer(base)
+        check(base, paths)
+        pipeline.make_data(base, paths)
+        pipeline.make_tokenizer(base, paths)
     require_made(paths.tokenizer / "tokenizer.json", "shodh tokenizer train")
     meta = json.loads((paths.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     jobs = planned(options, base)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 # Drag of a sphere in a simple cubic array over Stokes' drag 6 pi mu a U, by solid fraction; U is the mean over the
 # whole volume. Zick and Homsy, J. Fluid Mech. 115 (1982) 13, table 2. At the last fraction the spheres touch.

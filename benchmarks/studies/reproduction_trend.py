@@ -1,11 +1,13 @@
-"""Measure how the latent error falls with model size and data, and persistence's error with the time between snapshots.
+"""Measure how the latent error falls with width, data and steps, and persistence's with the time between snapshots.
 
-    python benchmarks/studies/reproduction_trend.py [--steps 2000] [--summary-only] [key=value ...]
+    python benchmarks/studies/reproduction_trend.py [--steps LIST] [--summary-only] [key=value ...]
 
 Each run is `shodh run` on one rank with the tokenizer of configs/reproduce.yaml, so that all errors refer to the same
-latents. Finished runs are skipped, so repeating the command resumes. With one seed the results show a trend, not
-differences between two runs. Persistence needs no training: the test trajectories are simulated again with half and a
-quarter of the time between snapshots. Writes numbers (--json) and tables beside them (.md). See docs/reproduction.md.
+latents. Each axis varies one quantity and keeps the others at the base point: the config's width, the most training
+trajectories, and half the most steps. A power law is fitted to each axis. Finished runs are skipped, so repeating the
+command resumes. With one seed the results show a trend, not differences between two runs. Persistence needs no
+training: the test trajectories are simulated again with half and a quarter of the time between snapshots. Writes
+numbers (--json) and tables beside them (.md). See docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ from shodh_moe.runs.checks import check
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.solvers import SPLIT_BASE, Simulation, simulate
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
-from studies.reproduction_table import PAPER, number, ratio, table
+from studies.reproduction_laws import AXES, markdown, power_law
+from studies.reproduction_table import number
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "reproduce.yaml"
@@ -48,12 +51,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Point:
-    """One training: model width, and training trajectories per domain."""
+    """One training: model width, training trajectories per domain, and steps."""
 
     dim: int
     trajectories: int
+    steps: int
 
-    def settings(self, steps: int, tokenizer: Path, domains: Sequence[str], samples: int) -> list[str]:
+    def settings(self, tokenizer: Path, domains: Sequence[str], samples: int) -> list[str]:
         """Arguments ``key=value`` for `shodh run`; ``samples`` is the batch size of the single rank."""
         return [
             f"seed={SEED}",
@@ -61,34 +65,39 @@ class Point:
             f"model.moe.expert_hidden={2 * self.dim}",
             *(f"data.domains.{name}.trajectories.train={self.trajectories}" for name in domains),
             f"tokenizer.path={tokenizer}",
-            f"training.steps={steps}",
+            f"training.steps={self.steps}",
             f"training.batch_size={samples}",
-            f"training.warmup_steps={max(1, steps // 20)}",
+            f"training.warmup_steps={max(1, self.steps // 20)}",
             "parallel.processes=1",
             "parallel.ep_size=1",
         ]
 
-    def name(self, base: str, steps: int) -> str:
-        return f"{base}-trend-d{self.dim}-t{self.trajectories}-s{steps}"
+    def name(self, base: str) -> str:
+        return f"{base}-trend-d{self.dim}-t{self.trajectories}-s{self.steps}"
 
 
-def points(dims: Sequence[int], trajectories: Sequence[int], base_dim: int) -> list[Point]:
-    """All model sizes with the most data, then all amounts of data with the base size; each point once."""
-    most = max(trajectories)
-    points = [Point(dim, most) for dim in dims] + [Point(base_dim, count) for count in trajectories]
-    return list(dict.fromkeys(points))
+def axes(base: Point, dims: Sequence[int], trajectories: Sequence[int], steps: Sequence[int]) -> dict[str, list[Point]]:
+    """The points of each axis, a key of `AXES`: the base point, varied in that quantity alone."""
+    values = {"dim": dims, "trajectories": trajectories, "steps": steps}
+    return {axis: [replace(base, **{axis: value}) for value in sorted(values[axis])] for axis in AXES}
 
 
 def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]:
-    """Arguments of each point's `shodh run` after ``--config``."""
+    """Arguments of each point's `shodh run` after ``--config``; cheap points first."""
     tokenizer = resolve_paths(base).tokenizer
     domains = [name for name, _ in base.data.domains.items()]
     samples = base.training.batch_size * count_ranks(base)
     words = {}
-    for point in points(options.dims, options.trajectories, base.model.dim):
-        settings = point.settings(options.steps, tokenizer, domains, samples)
-        words[point] = ["--name", point.name(base.name, options.steps), *options.overrides, *settings]
+    found = {point for points in _axes(options, base).values() for point in points}
+    for point in sorted(found, key=lambda point: (point.dim**2 * point.steps, astuple(point))):
+        settings = point.settings(tokenizer, domains, samples)
+        words[point] = ["--name", point.name(base.name), *options.overrides, *settings]
     return words
+
+
+def _axes(options: argparse.Namespace, base: Config) -> dict[str, list[Point]]:
+    at = Point(base.model.dim, max(options.trajectories), max(options.steps) // 2)
+    return axes(at, options.dims, options.trajectories, options.steps)
 
 
 def carry_out(config: Path, words: list[str]) -> bool:
@@ -158,40 +167,18 @@ def persistence(base: Config, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(runs: Sequence[dict[str, Any]], still: Sequence[dict[str, Any]]) -> str:
-    """The two Markdown tables: trainings, and persistence by time between snapshots."""
-    parts = ["<!-- Made by benchmarks/studies/reproduction_trend.py; edits are lost. -->"]
-    if runs:
-        domains = list(runs[0]["errors"])
-        head = ["width", "active parameters", "training trajectories of a domain", "steps"]
-        head += [f"latent MSE, {domain} (over persistence's)" for domain in domains]
-        rows = []
-        for run in runs:
-            cells = [str(run["dim"]), f"{run['parameters']['active']:,}", str(run["trajectories"]), f"{run['steps']:,}"]
-            for domain in domains:
-                errors = run["errors"][domain]
-                share = ratio(errors["latent_mse"], errors["latent_mse_persistence"])
-                cells.append(f"{number(errors['latent_mse'])} ({share})")
-            rows.append(cells)
-        parts.append(table(head, rows))
-    if still:
-        head = [
-            "domain",
-            "time steps between snapshots",
-            "latent MSE of persistence",
-            "paper's latent MSE of its model",
-        ]
-        rows = [
-            [
-                row["domain"],
-                str(row["steps_per_snapshot"]),
-                number(row["latent_mse_persistence"]),
-                number(PAPER["latent_mse"].get(row["domain"])),
-            ]
-            for row in still
-        ]
-        parts.append(table(head, rows))
-    return "\n\n".join(parts) + "\n"
+def scaling(axes: dict[str, list[Point]], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The power law of each axis and domain, from the runs that exist."""
+    by_point = {Point(run["dim"], run["trajectories"], run["steps"]): run for run in runs}
+    rows = []
+    for axis, points in axes.items():
+        found = [point for point in points if point in by_point]
+        for domain in by_point[found[0]]["errors"] if found else ():
+            errors = [by_point[point]["errors"][domain]["latent_mse"] for point in found]
+            if law := power_law([getattr(point, axis) for point in found], errors):
+                values = [getattr(point, axis) for point in found]
+                rows.append({"axis": axis, "domain": domain, "values": values, **law.__dict__})
+    return rows
 
 
 def kept_persistence(path: Path, sha256: str) -> list[dict[str, Any]] | None:
@@ -224,6 +211,7 @@ def work(options: argparse.Namespace) -> None:
     still = kept_persistence(options.json, meta["sha256"])
     if still is None:
         still = [] if options.summary_only else persistence(base, load_tokenizer(paths.tokenizer))
+    laws = scaling(_axes(options, base), runs)
     content = {
         "benchmark": "reproduction_trend",
         "machine": describe_environment(),
@@ -232,9 +220,10 @@ def work(options: argparse.Namespace) -> None:
         "seed": SEED,
         "missing": missing,
         "runs": runs,
+        "power_laws": laws,
         "persistence": still,
     }
-    text = markdown(runs, still)
+    text = markdown(runs, laws, still)
     write_text(options.json, json.dumps(finite_json(content), indent=1) + "\n")
     write_text(options.json.with_suffix(".md"), text)
     print(f"\n{text}\n[trend] {options.json}" + (f"; missing: {', '.join(missing)}" if missing else ""))
@@ -253,16 +242,22 @@ def counts(text: str) -> list[int]:
 def parser() -> OneLineParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: configs/reproduce.yaml")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each training; default: %(default)s")
     parser.add_argument(
-        "--dims", type=counts, default=[32, 64, 128], metavar="LIST", help="model widths; default: 32,64,128"
+        "--steps",
+        type=counts,
+        default=[250, 500, 1000, 2000],
+        metavar="LIST",
+        help="steps of the trainings; the other axes use half the largest; default: 250,500,1000,2000",
+    )
+    parser.add_argument(
+        "--dims", type=counts, default=[64, 128, 256], metavar="LIST", help="model widths; default: 64,128,256"
     )
     parser.add_argument(
         "--trajectories",
         type=counts,
-        default=[8, 16, 32],
+        default=[16, 32, 64, 128],
         metavar="LIST",
-        help="training trajectories per domain; default: 8,16,32",
+        help="training trajectories per domain; default: 16,32,64,128",
     )
     parser.add_argument(
         "--summary-only", action="store_true", help="summarise existing results; train and simulate nothing"

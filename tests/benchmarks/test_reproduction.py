@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -50,6 +51,11 @@ def script() -> ModuleType:
 @pytest.fixture
 def trend() -> ModuleType:
     return importlib.import_module("studies.reproduction_trend")
+
+
+@pytest.fixture
+def laws() -> ModuleType:
+    return importlib.import_module("studies.reproduction_laws")
 
 
 def layer(number: int, pure: float) -> dict[str, Any]:
@@ -207,16 +213,43 @@ def test_the_long_runs(name):
     assert config.model.moe.num_experts == len(config.data.domains.items()) == 2
 
 
-def test_points_of_the_trend(trend):
-    points = trend.points([32, 64, 128], [8, 16, 32], 64)
-    assert [(point.dim, point.trajectories) for point in points] == [(32, 32), (64, 32), (128, 32), (64, 8), (64, 16)]
+def test_each_axis_of_the_trend_varies_one_quantity(trend):
+    axes = trend.axes(trend.Point(64, 32, 500), [32, 64], [32, 8], [250, 1000])
+    found = {axis: [(point.dim, point.trajectories, point.steps) for point in points] for axis, points in axes.items()}
+    assert found == {
+        "dim": [(32, 32, 500), (64, 32, 500)],
+        "trajectories": [(64, 8, 500), (64, 32, 500)],
+        "steps": [(64, 32, 250), (64, 32, 1000)],
+    }
+
+
+def test_power_law(laws):
+    law = laws.power_law([1, 2, 4, 8], [3.0, 1.5, 0.75, 0.375])
+    assert law.exponent == pytest.approx(1)
+    assert law.standard_error == pytest.approx(0, abs=1e-6)
+    noisy = laws.power_law([1, math.e, math.e**2], [1.0, 1.0, math.exp(-3)])
+    assert noisy.exponent == pytest.approx(1.5)  # least squares by hand: slope -1.5, residuals 0.5, -1, 0.5
+    assert noisy.standard_error == pytest.approx(math.sqrt(1.5 / 1 / 2))
+    assert math.isnan(laws.power_law([1, 2], [2.0, 1.0]).standard_error)
+    assert laws.power_law([1], [2.0]) is None
+    assert laws.power_law([1, 2], [2.0, 0.0]) is None
+
+
+def test_power_laws_use_the_runs_that_exist(trend):
+    def run(dim: int, steps: int, error: float) -> dict[str, Any]:
+        return {"dim": dim, "trajectories": 8, "steps": steps, "errors": {"open_channel": {"latent_mse": error}}}
+
+    axes = trend.axes(trend.Point(64, 8, 100), [32, 64, 128], [8], [100, 200])
+    found = trend.scaling(axes, [run(32, 100, 0.4), run(64, 100, 0.1), run(64, 200, 0.1)])
+    assert [(law["axis"], law["values"]) for law in found] == [("dim", [32, 64]), ("steps", [100, 200])]
+    assert [law["exponent"] for law in found] == pytest.approx([2, 0])
 
 
 def test_a_point_is_a_valid_config_with_the_same_samples_per_step(trend, tmp_path):
     path, tokenizer = tiny.write_config(tmp_path), tmp_path / "tokenizer"
     tokenizer.mkdir()
     base = tiny.config()
-    words = trend.Point(48, 1).settings(100, tokenizer, ["open_channel", "porous_media"], 8)
+    words = trend.Point(48, 1, 100).settings(tokenizer, ["open_channel", "porous_media"], 8)
     config: Config = load_config(path, words, "point")
     assert config.training.batch_size * 1 == base.training.batch_size * 2
     assert config.data.domains.porous_media.trajectories.train == 1
@@ -243,7 +276,7 @@ def test_persistence_of_a_steady_change(trend):
     assert trend.persistence_error(Encoder(), flow(9, 0.25), 2, 2) == pytest.approx(0.0625)
 
 
-def test_trend_table(trend):
+def test_trend_table(laws):
     run = {
         "dim": 32,
         "trajectories": 8,
@@ -252,10 +285,12 @@ def test_trend_table(trend):
         "errors": {"porous_media": {"latent_mse": 0.1, "latent_mse_persistence": 0.4}},
     }
     still = [{"domain": "porous_media", "steps_per_snapshot": 30, "latent_mse_persistence": 0.05}]
-    text = trend.markdown([run], still)
+    law = {"axis": "dim", "domain": "open_channel", "values": [32, 64], "exponent": 1.0, "standard_error": math.nan}
+    text = laws.markdown([run], [law], still)
+    assert row(text, "open_channel") == ["open_channel", "width", "32, 64", "1.00", "", "-50 %"]
     assert row(text, "32") == ["32", "1,234", "8", "2,000", "0.1 (0.25)"]
     assert row(text, "porous_media") == ["porous_media", "30", "0.05", "9.76e-06"]
-    assert "|" not in trend.markdown([], [])
+    assert "|" not in laws.markdown([], [], [])
 
 
 def test_results_of_another_tokenizer_are_measured_again(trend, tmp_path):

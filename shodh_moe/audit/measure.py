@@ -16,14 +16,14 @@ from shodh_moe.audit.kinship import growth_on_experts
 from shodh_moe.audit.outcome import diverged, last_checkpoint, run_folder
 from shodh_moe.audit.place import place_information
 from shodh_moe.audit.plasticity import plasticity
-from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, trajectory_records, unseen
+from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, unseen
 from shodh_moe.audit.swap import swap_growth
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import read_trajectory
+from shodh_moe.data import read_trajectory, trajectories_by_source
 from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
@@ -95,15 +95,14 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     unweighted = config.model_copy(update={"data": config.data.model_copy(update={"weights": None})})
     # A dense network may be a mixture with a single expert.
     routing = heldout_routing(transformer, test, speeds, unweighted) if run.experts else None
+    records = trajectories_by_source(paths.dataset, "test", config.data.grid, config.data.skip_bad)
     found = {
         "errors": heldout_errors(models, config, paths.dataset, test, samples),
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")) if run.experts else None,
         "swap": swap_growth(transformer, samples, routing, batch),
         "kinship": growth_on_experts(transformer, samples, routing, batch, count) if run.set == "four" else None,
-        "place": place_information(transformer, samples, trajectory_records(config, paths.dataset, "test"), batch)
-        if run.experts
-        else {},
+        "place": place_information(transformer, samples, records, batch) if run.experts else {},
         "unseen": _unseen(audit, run, models, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
         "plasticity": plasticity(transformer, samples, count, batch),
@@ -143,7 +142,7 @@ def heldout_errors(
     divided by the rms of the tokenizer's training data; and ``velocity_vrmse`` (`vrmse`). Those of persistence have the
     suffix ``_persistence``.
     """
-    records = trajectory_records(config, dataset, "test")
+    records = trajectories_by_source(dataset, "test", config.data.grid, config.data.skip_bad)
     tokenizer, h = models.tokenizer, config.model.history
     rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
     rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from shodh_moe.audit.windows import all_windows, latent_errors
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
+from shodh_moe.data import TrajectoryKey, TrajectoryRecord, read_snapshots, trajectories_by_source
 from shodh_moe.evaluation.evaluate import SOLID_CATEGORIES
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.routing import (
@@ -35,7 +35,6 @@ from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
 SPEED_CATEGORIES = 5  # quartiles of the tokens that contain fluid, and the tokens that are all solid
 SNAPSHOTS_AT_ONCE = 8  # number of snapshots that `local_speed` reads together
 MOST_RECORDS = 100
-TrajectoryKey = tuple[str, int]  # name of a data file, and index of the trajectory in it
 Speeds = dict[TrajectoryKey, Tensor]  # `local_speed` of each trajectory
 
 
@@ -149,12 +148,6 @@ def unseen(
     }
 
 
-def trajectory_records(config: Config, dataset: Path, split: str) -> dict[TrajectoryKey, TrajectoryRecord]:
-    """The records of a split's trajectories, by the file name and index that their latents store."""
-    listed = list_trajectories(dataset, split, config.data.grid, config.data.skip_bad)
-    return {(record.path.name, record.sample): record for record in listed}
-
-
 def local_speed(record: TrajectoryRecord, patch: int, compression: int = COMPRESSION) -> Tensor:
     """Mean of |u| over the cells of each token, including solid cells: float32 [T, x, y, z] in the data's units.
 
@@ -177,7 +170,7 @@ def local_speeds(config: Config, dataset: Path, split: str, trajectories: Iterab
     Raises:
         UserError: a trajectory's data are not in ``dataset``, or cannot be read.
     """
-    records = trajectory_records(config, dataset, split)
+    records = trajectories_by_source(dataset, split, config.data.grid, config.data.skip_bad)
     speeds = {}
     for one in trajectories:
         if (one.source, one.sample) not in records:

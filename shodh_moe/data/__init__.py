@@ -1,7 +1,7 @@
 """Generate flow data, store it in the_well's HDF5 schema, read it with checks, and sample it for training."""
 
 from shodh_moe.data.generation import generate, is_complete
-from shodh_moe.data.listing import SPLITS, domain_names, list_trajectories
+from shodh_moe.data.listing import SPLITS, TrajectoryKey, domain_names, list_trajectories, trajectories_by_source
 from shodh_moe.data.loader import Snapshots, mixed_batches, read_batches
 from shodh_moe.data.reading import (
     Trajectory,
@@ -20,6 +20,7 @@ __all__ = [
     "FieldStats",
     "Snapshots",
     "Trajectory",
+    "TrajectoryKey",
     "TrajectoryRecord",
     "compute_stats",
     "domain_names",
@@ -33,6 +34,7 @@ __all__ = [
     "read_snapshots",
     "read_trajectory",
     "require_trainable",
+    "trajectories_by_source",
     "write_stats",
     "write_trajectory",
 ]

@@ -11,6 +11,7 @@ from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_sna
 
 SPLITS = ("train", "valid", "test")
 READ_BYTES = 4 * 2**30
+TrajectoryKey = tuple[str, int]  # name of a data file, and index of the trajectory in it
 _read: set[tuple[object, ...]] = set()
 
 
@@ -54,6 +55,13 @@ def list_trajectories(
     if not left:
         raise UserError(f"none of the {len(paths)} files in {root} can be used: see the lines above")
     return left
+
+
+def trajectories_by_source(
+    folder: Path | str, split: str, grid: Sequence[int] | None = None, skip_bad: bool = False
+) -> dict[TrajectoryKey, TrajectoryRecord]:
+    """`list_trajectories` by the file name and index that latents store of the trajectory that they were made from."""
+    return {(one.path.name, one.sample): one for one in list_trajectories(folder, split, grid, skip_bad)}
 
 
 def files_of(path: Path) -> dict[str, list[Path]]:

@@ -23,7 +23,7 @@ from shodh_moe.base.progress import progress
 from shodh_moe.base.threads import map_in_threads
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
-from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory
+from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory, trajectories_by_source
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
 from shodh_moe.inference.loading import Models, find_source, load_models
@@ -70,7 +70,7 @@ def measure(
     )
     domains = test.domains
     listing = config.data.grid, config.data.skip_bad
-    records = {(r.path.name, r.sample): r for r in list_trajectories(paths.dataset, "test", *listing)}
+    records = trajectories_by_source(paths.dataset, "test", *listing)
 
     results: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Any] = {"domains": np.array(domains)}

@@ -21,7 +21,7 @@ from shodh_moe.base.files import require_made, require_writable, whole_folder
 from shodh_moe.base.progress import progress
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import TrajectoryRecord, list_trajectories, read_snapshots
+from shodh_moe.data import TrajectoryKey, TrajectoryRecord, read_snapshots, trajectories_by_source
 from shodh_moe.data.opening import opened
 from shodh_moe.data.prediction_file import FACES, new_prediction
 from shodh_moe.data.storage import free_bytes
@@ -56,8 +56,8 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
     require_fit(tokenizer, config, paths)
     require_made(paths.latents, "shodh tokenizer encode")
     latents = [one for one in load_latents(paths.latents, split, paths.tokenizer) if not one.copy]
-    listed = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)
-    pairs = _by_file(latents, {(record.path.name, record.sample): record for record in listed}, paths.dataset)
+    by_source = trajectories_by_source(paths.dataset, split, config.data.grid, config.data.skip_bad)
+    pairs = _by_file(latents, by_source, paths.dataset)
     faces = tokenizer.config.operator == "staggered"
     _require_space(output, latents, config.data.grid, 7 if faces else 4, dtype)
     provenance = {
@@ -85,7 +85,7 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
 
 
 def _by_file(
-    latents: list[LatentTrajectory], records: dict[tuple[str, int], TrajectoryRecord], dataset: Path
+    latents: list[LatentTrajectory], records: dict[TrajectoryKey, TrajectoryRecord], dataset: Path
 ) -> dict[str, list[tuple[TrajectoryRecord, LatentTrajectory]]]:
     """Group the trajectories by data file, in order. Raises: UserError: the dataset lacks one of them."""
     pairs = defaultdict(list)

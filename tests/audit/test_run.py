@@ -76,12 +76,12 @@ def test_the_best_rate_is_chosen_and_an_edge_of_the_range_is_reported(tmp_path):
             if name == "oracle" and rate > 1e-3:  # one diverged seed rules out a rate
                 _blow_up(other.config)
                 continue
-            spoilt = 0.1 if name == "no_shared" and rate == 4e-3 else 0
+            spoilt = 0.1 if name == "film" and rate == 4e-3 else 0
             _finish(other.config, dict.fromkeys(other.domains, 0.1 + abs(rate - best) + spoilt))
     found = tuning(one)
     assert (found["moe"]["chosen"], found["moe"]["at_edge"]) == (2e-3, False)
     assert (found["dense_active"]["chosen"], found["dense_active"]["at_edge"]) == (4e-3, True)
-    assert (found["no_shared"]["chosen"], found["no_shared"]["at_edge"]) == (2e-3, False)
+    assert (found["film"]["chosen"], found["film"]["at_edge"]) == (2e-3, False)
     assert found["oracle"]["chosen"] == 1e-3
     assert found["oracle"]["valid_latent_mse"] == [pytest.approx(0.103), math.inf, math.inf]
     assert choose_rates(one)["single:porous_media"] == 4e-3

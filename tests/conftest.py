@@ -79,15 +79,6 @@ def _wants_clusters(config: pytest.Config) -> bool:
     return "cluster" in (config.option.markexpr or "")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _empty_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run all tests in an empty folder: the repository may hold runs and data of its user."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("working_directory"))
-    yield
-    os.chdir(before)
-
-
 @pytest.fixture(autouse=True)
 def _memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Report the memory of a fresh process: a merge's limit covers memory that earlier tests left in this one."""

@@ -151,7 +151,8 @@ def test_rates_are_chosen_for_the_mixture_and_its_rivals_only(tmp_path):
     assert set(tuning_runs(audit(tmp_path))) == rivals | {"single:open_channel", "single:porous_media"}
 
 
-def test_the_shipped_audit_config():
+def test_the_shipped_audit_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the repository may hold a run named quickstart
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
     assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four", "bed")] == [65, 12, 27, 21]

@@ -24,7 +24,6 @@ class PowerLaw:
 
     exponent: float
     standard_error: float
-    points: int
 
 
 def power_law(x: Sequence[float], errors: Sequence[float]) -> PowerLaw | None:
@@ -32,7 +31,7 @@ def power_law(x: Sequence[float], errors: Sequence[float]) -> PowerLaw | None:
     if len(x) < 2 or min(errors) <= 0:
         return None
     fit = linregress([math.log(one) for one in x], [math.log(one) for one in errors])
-    return PowerLaw(-float(fit.slope), float(fit.stderr) if len(x) > 2 else math.nan, len(x))
+    return PowerLaw(-float(fit.slope), float(fit.stderr) if len(x) > 2 else math.nan)
 
 
 def markdown(runs: Sequence[dict[str, Any]], laws: Sequence[dict[str, Any]], still: Sequence[dict[str, Any]]) -> str:
@@ -40,7 +39,7 @@ def markdown(runs: Sequence[dict[str, Any]], laws: Sequence[dict[str, Any]], sti
     parts = ["<!-- Made by benchmarks/studies/reproduction_trend.py; edits are lost. -->"]
     if runs:
         domains = list(runs[0]["errors"])
-        head = ["width", "active parameters", "training trajectories of a domain", "steps"]
+        head = [AXES["dim"], "active parameters", AXES["trajectories"], AXES["steps"]]
         head += [f"latent MSE, {domain} (over persistence's)" for domain in domains]
         rows = []
         for run in runs:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Point:
 def axes(base: Point, dims: Sequence[int], trajectories: Sequence[int], steps: Sequence[int]) -> dict[str, list[Point]]:
     """The points of each axis, a key of `AXES`: the base point, varied in that quantity alone."""
     values = {"dim": dims, "trajectories": trajectories, "steps": steps}
-    return {axis: [replace(base, **{axis: value}) for value in sorted(values[axis])] for axis in AXES}
+    return {axis: [replace(base, **{axis: value}) for value in sorted(set(values[axis]))] for axis in AXES}
 
 
 def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]:
@@ -172,12 +172,11 @@ def scaling(axes: dict[str, list[Point]], runs: Sequence[dict[str, Any]]) -> lis
     by_point = {Point(run["dim"], run["trajectories"], run["steps"]): run for run in runs}
     rows = []
     for axis, points in axes.items():
-        found = [point for point in points if point in by_point]
-        for domain in by_point[found[0]]["errors"] if found else ():
-            errors = [by_point[point]["errors"][domain]["latent_mse"] for point in found]
-            if law := power_law([getattr(point, axis) for point in found], errors):
-                values = [getattr(point, axis) for point in found]
-                rows.append({"axis": axis, "domain": domain, "values": values, **law.__dict__})
+        found = [by_point[point] for point in points if point in by_point]
+        values = [run[axis] for run in found]
+        for domain in found[0]["errors"] if found else ():
+            if law := power_law(values, [run["errors"][domain]["latent_mse"] for run in found]):
+                rows.append({"axis": axis, "domain": domain, "values": values, **asdict(law)})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import read_trajectory, trajectories_by_source
+from shodh_moe.data import TrajectoryKey, TrajectoryRecord, read_trajectory, trajectories_by_source
 from shodh_moe.inference.loading import Models, find_source, load_models
 from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
@@ -97,7 +98,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     routing = heldout_routing(transformer, test, speeds, unweighted) if run.experts else None
     records = trajectories_by_source(paths.dataset, "test", config.data.grid, config.data.skip_bad)
     found = {
-        "errors": heldout_errors(models, config, paths.dataset, test, samples),
+        "errors": heldout_errors(models, config, records, test, samples),
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")) if run.experts else None,
         "swap": swap_growth(transformer, samples, routing, batch),
@@ -134,15 +135,21 @@ def _unseen(audit: AuditConfig, run: Run, models: Models, unweighted: Config) ->
 
 @torch.no_grad()
 def heldout_errors(
-    models: Models, config: Config, dataset: Path, test: list[LatentTrajectory], samples: LatentSamples
+    models: Models,
+    config: Config,
+    records: Mapping[TrajectoryKey, TrajectoryRecord],
+    test: list[LatentTrajectory],
+    samples: LatentSamples,
 ) -> dict[str, dict[str, float]]:
     """One-step errors of the model and of persistence by domain, means over all windows of the test trajectories.
 
     The errors (DESIGN 3.6) are ``latent_mse``; ``physical_mse``, that of velocity and pressure decoded in float32 and
     divided by the rms of the tokenizer's training data; and ``velocity_vrmse`` (`vrmse`). Those of persistence have the
     suffix ``_persistence``.
+
+    Args:
+        records: the data of the test split, see `trajectories_by_source`.
     """
-    records = trajectories_by_source(dataset, "test", config.data.grid, config.data.skip_bad)
     tokenizer, h = models.tokenizer, config.model.history
     rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
     rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}

@@ -7,7 +7,7 @@ import torch
 
 from shodh_moe.audit.measure import heldout_errors, routing_maps
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.data import list_trajectories, read_trajectory
+from shodh_moe.data import list_trajectories, read_trajectory, trajectories_by_source
 from shodh_moe.inference.loading import find_source, load_models
 from shodh_moe.inference.rollout import decode
 from shodh_moe.runs import pipeline
@@ -25,7 +25,8 @@ def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
     models = load_models(find_source(tmp_path / "runs" / "trained"))
     test = load_latents(paths.latents, "test", paths.tokenizer)
     samples = LatentSamples(test, HISTORY)
-    errors = heldout_errors(models, config, paths.dataset, test, samples)
+    records = trajectories_by_source(paths.dataset, "test")
+    errors = heldout_errors(models, config, records, test, samples)
 
     fields = {r.domain: trajectory_fields(read_trajectory(r)) for r in list_trajectories(paths.dataset, "test")}
     tokenizer = models.tokenizer

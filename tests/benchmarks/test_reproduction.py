@@ -213,7 +213,7 @@ def test_the_long_runs(name):
 
 
 def test_each_axis_of_the_trend_varies_one_quantity(trend):
-    axes = trend.axes(trend.Point(64, 32, 500), [32, 64], [32, 8], [250, 1000])
+    axes = trend.axes(trend.Point(64, 32, 500), [32, 64, 32], [32, 8], [250, 1000])
     found = {axis: [(point.dim, point.trajectories, point.steps) for point in points] for axis, points in axes.items()}
     assert found == {
         "dim": [(32, 32, 500), (64, 32, 500)],

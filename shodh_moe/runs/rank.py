@@ -56,8 +56,8 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
     options, rest = parser.parse_known_args()
     # DeepSpeed's launcher does not read options that follow the script's name. If it has started this process, it has
     # ignored --hostfile and used one host only: the first rank then starts the job again, and the others end.
-    if options.hostfile and number_in("CROSS_SIZE") in (None, 1):
-        first = not number_in("LOCAL_RANK")
+    if options.hostfile and os.environ.get("CROSS_SIZE", "1") == "1":
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         if "CROSS_SIZE" in os.environ:
             unset_rank_variables()
         return command(["--hostfile", options.hostfile, *rest]) if first else 0

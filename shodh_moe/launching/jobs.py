@@ -20,6 +20,7 @@ from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.network import free_port
 from shodh_moe.launching.devices import environment_of_each_gpu
+from shodh_moe.launching.rank_variables import WATCH_PARENT
 from shodh_moe.launching.stop_signals import on_stop_signals
 
 
@@ -115,7 +116,7 @@ def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> 
 def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
     """Run a job, on GPU number ``place`` if there are GPUs; return its CPU time in seconds."""
     # Each job is a single rank, no matter what started this process.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", WATCH_PARENT: "1"}
     environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if gpus := environment_of_each_gpu():
         environment |= gpus[place % len(gpus)]

@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
+import psutil
 import torch
 
 from shodh_moe.base.cores import available_cores
@@ -27,9 +29,10 @@ from shodh_moe.base.network import free_port
 from shodh_moe.base.variables import master_port
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.devices import VARIABLES, numbers_for_deepspeed, require_choice_fits
+from shodh_moe.launching.guard import guarded
 from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.sentinel import KILL, STOP
+from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP
 from shodh_moe.launching.ssh import SSH
 from shodh_moe.launching.stop_signals import on_stop_signals
 
@@ -88,10 +91,15 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
             raise KeyboardInterrupt
         stop_file.write_text(STOP)
 
-    with on_stop_signals(pass_on):
+    with guarded(stop_file) as guard, on_stop_signals(pass_on):
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        guard.watch(launcher.pid)
         try:
             code = launcher.wait()
+            if code < 0:  # the launcher was killed, and its ranks go on
+                stop_file.write_text(STOP)
+                while _group_is_alive(launcher.pid):
+                    time.sleep(PAUSE_S)
         except BaseException:
             # Checkpoints are complete at any moment, so the ranks may be killed.
             if config.parallel.hostfile:
@@ -109,6 +117,15 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
 
 # The launcher's own errors only repeat the exit code of a rank that has already reported the reason.
 _QUIET = ["--log_level", "critical"]
+
+
+def _group_is_alive(group: int) -> bool:
+    """Whether a process group has processes that have not ended."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -24,6 +24,9 @@ from shodh_moe.launching.devices import VARIABLES, deepspeed_launchers, launcher
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER = "SHODH_LAUNCHER"
+WATCH_PARENT = "SHODH_WATCH_PARENT"  # set by a process that starts single ranks itself
+_WATCHED = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", WATCH_PARENT)  # of DeepSpeed, torchrun, `run_jobs`
 _PORTS = range(20000, 30000)  # below the ephemeral ports of common systems
 
 
@@ -36,6 +39,9 @@ def set_rank_variables() -> None:
         UserError: the launcher did not set a variable that it should have set, or set it to something else than a
             number.
     """
+    os.environ.pop(_LAUNCHER, None)
+    if any(name in os.environ for name in _WATCHED):
+        os.environ[_LAUNCHER] = str(os.getppid())  # now: later, the launcher may be gone already
     if "RANK" in os.environ:
         restore_choice()
         found = _given_variables()
@@ -52,6 +58,14 @@ def set_rank_variables() -> None:
         else:
             os.environ[name] = str(value)
     master_port()  # check it
+
+
+def watched_launcher() -> int | None:
+    """Return the process ID of the launcher that started this rank, whose end is to end the rank; None without one.
+
+    The parent of a rank that no launcher started may be a shell, which may end.
+    """
+    return number_in(_LAUNCHER)
 
 
 def unset_rank_variables() -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from shodh_moe.base.cores import available_cores
+
 WORKERS = 2
 RANKS = "ranks"  # the group of all tests that start several ranks
 
@@ -35,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Number of workers for ``-n auto``; 0 runs the tests in this process."""
     chosen = config.args_source is config.ArgsSource.ARGS or config.option.keyword or config.getoption("lf", False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return 0 if chosen or _wants_clusters(config) or cores == 1 else min(WORKERS, cores)
 
 

@@ -124,7 +124,8 @@ def _wrong_input(message: str, debug: bool) -> int:
     """Print ``message`` as one line on stderr, after a traceback if ``debug``; return the exit code."""
     if debug:
         traceback.print_exc()
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    where = f" on rank {rank}" if rank.isdecimal() and rank.strip("0") else ""
     # Messages of libraries may contain line breaks.
-    print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -17,43 +17,46 @@ def port_holder(port: int) -> str:
     """Return the process that listens on a port of this host, such as ``python, process 4711``; "" if unknown."""
     import psutil
 
-    try:
+    try:  # the system may hide connections and processes
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
                 if connection.pid is None:  # the system hides other users' processes
                     return "a process of another user"
                 return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
-    except psutil.Error:
+    except (psutil.Error, OSError):
         pass
     return ""
 
 
 def interface_towards(host: str) -> str:
     """Return the name of the network interface through which this host reaches ``host``; "" if unknown."""
-    import psutil
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # a datagram socket sends nothing here
         except OSError:
             return ""
         own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in (address.address for address in addresses):
-            return name
-    return ""
+    return next((name for name, address, _ in _ipv4_addresses() if address == own), "")
 
 
 def own_networks() -> list[str]:
     """Return this host's IPv4 addresses with their networks, such as ``10.0.0.3/24``, without the loopback."""
+    return [f"{address}/{mask}" for _, address, mask in _ipv4_addresses() if not address.startswith("127.")]
+
+
+def _ipv4_addresses() -> list[tuple[str, str, str]]:
+    """Return interface, address and netmask of each IPv4 address of this host; [] if the system hides them."""
     import psutil
 
-    return [
-        f"{address.address}/{address.netmask}"
-        for addresses in psutil.net_if_addrs().values()
-        for address in addresses
-        if address.family == socket.AF_INET and not address.address.startswith("127.")
-    ]
+    try:
+        return [
+            (name, address.address, address.netmask or "255.255.255.255")
+            for name, addresses in psutil.net_if_addrs().items()
+            for address in addresses
+            if address.family == socket.AF_INET
+        ]
+    except (psutil.Error, OSError):
+        return []
 
 
 def common_address(networks: list[list[str]]) -> str:

@@ -6,7 +6,6 @@ The files are JSON and safetensors, so reading one never runs code from it.
 from __future__ import annotations
 
 import math
-import os
 import re
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.checkpoint.fragments import Fragment, model_fragments
@@ -77,7 +77,7 @@ def damages(path: Path) -> list[str]:
     except Damaged as error:
         return [str(error)]
     found = [_tensor_damage(name, record) for name, record in state["tensors"].items()]
-    with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(HASHED_AT_ONCE, available_cores())) as pool:
         found += pool.map(lambda rank: _file_damage(path, state, rank), range(state["world_size"]))
     return [reason for reason in found if reason]
 

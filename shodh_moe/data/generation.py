@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +13,9 @@ import numba
 import numpy as np
 import torch
 
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress as default_progress
-from shodh_moe.base.threads import available_cores
 from shodh_moe.config import DataConfig
 from shodh_moe.data.estimate import format_estimate, update_rate, worth_measuring
 from shodh_moe.data.listing import list_trajectories
@@ -46,10 +45,10 @@ def generate(config: DataConfig, folder: Path, progress: Progress = default_prog
     folder = Path(folder)
     jobs = unfinished(config, folder)
     if jobs:
-        print(f"[data] {estimate(jobs, config, folder, own_cores())}", flush=True)
+        print(f"[data] {estimate(jobs, config, folder, available_cores())}", flush=True)
     simulate_all(jobs, config, progress)
     records = list_trajectories(folder, "train", config.grid)
-    write_stats(folder, stats_of_files(records, min(own_cores(), 16), progress))
+    write_stats(folder, stats_of_files(records, min(available_cores(), 16), progress))
     for line in summarise(folder, config, [(job.domain, job.path) for job in planned_trajectories(config, folder)]):
         print(f"[data] {line}", flush=True)
     return folder
@@ -85,7 +84,7 @@ def simulate_all(
     """Simulate and write ``jobs`` on all cores or GPUs of this process. Raises `UserError` like `generate`."""
     if not jobs:
         return
-    cores = own_cores()
+    cores = available_cores()
     devices = flow_devices(config, cores, local_rank)
     if len(devices) == 1:
         _drain(progress((simulate_and_write(job, config, cores, devices[0]) for job in jobs), "simulating", len(jobs)))
@@ -136,14 +135,6 @@ def flow_devices(config: DataConfig, cores: int, local_rank: int | None = None) 
     if not gpus:
         return ["cpu"] * simulation_threads(config, cores)
     return [f"cuda:{n}" for n in range(gpus)] if local_rank is None else [f"cuda:{local_rank % gpus}"]
-
-
-def own_cores() -> int:
-    """Number of cores that this process may use, according to the system and SLURM."""
-    cores = available_cores()
-    # Not every SLURM installation binds tasks to the cores it allocates.
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(given)) if given.isdecimal() and int(given) else cores
 
 
 def simulation_threads(config: DataConfig, cores: int) -> int:

@@ -6,7 +6,6 @@ workers, and training can resume at any step. Only solid masks are cached.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import UserError
 from shodh_moe.data.direct import Places, find_places, read_places, unpack_bits
 from shodh_moe.data.listing import domain_names
@@ -26,8 +26,8 @@ from shodh_moe.data.sampler import DomainSampler
 
 # Masks are stored as bits: this is enough for two thousand trajectories of 128^3.
 MASK_BUDGET_BYTES = 2**29
-# Number of threads. One reads 128^3 snapshots at about memory speed, so a few are enough for any disk.
-WORKERS = min(os.cpu_count() or 1, 4)
+# One thread reads 128^3 snapshots at about memory speed, so a few are enough for any disk.
+MOST_THREADS = 4
 
 
 class Snapshots:
@@ -138,6 +138,11 @@ class _Masks:
                 self._kept[number] = np.packbits(solid_XYZ)
             while len(self._kept) * mask_XYZ.size / 8 > MASK_BUDGET_BYTES:
                 self._kept.popitem(last=False)
+
+
+def reading_threads() -> int:
+    """Return a good number of threads for `read_batches` in this process."""
+    return min(available_cores(), MOST_THREADS)
 
 
 def read_batches(

@@ -5,14 +5,13 @@ Only main threads send and receive messages, so any level of MPI thread support 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from shodh_moe.base.cores import available_cores, bound_to, cores_per_process
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.generation import own_cores
 
 _ANSWER_S = 0.02  # longest wait of a rank that has finished a job for the next one
 _STOP_S = 60.0  # how long a rank that reported an error waits for rank 0 to abort
@@ -24,10 +23,9 @@ def cores_of_rank(world: Any) -> tuple[int, int]:
 
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     # Ranks may be bound to one core each, to a socket together, or not at all.
-    cores = set().union(*here.allgather(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()))
-    share, number = max(1, (len(cores) or os.cpu_count() or 1) // here.size), here.rank
+    share, number = cores_per_process(here.size, set().union(*here.allgather(bound_to()))), here.rank
     here.Free()
-    return min(share, own_cores()), number
+    return min(share, available_cores()), number
 
 
 def share_jobs(world: Any, work: Callable[[int], object], count: int, threads: int) -> Iterator[None]:

@@ -5,11 +5,14 @@ A line names only the hosts that differ, so the table stays short for a hundred 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from typing import Any
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.doctor.table import Line
+from shodh_moe.launching.devices import VARIABLE, names_in, require_choice_fits
 from shodh_moe.launching.hostfile import Host
 
 Found = dict[str, Any]
@@ -103,7 +106,12 @@ def some(names: list[str]) -> str:
 
 
 def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
-    answered = [(host, facts[host.name]) for host in hosts if host.name in facts]
+    try:
+        require_choice_fits({host.name: host.slots for host in hosts})
+    except UserError as error:
+        value, _, remedy = str(error).rpartition(": ")
+        return Line("error", "slots", value, remedy)
+    answered = [(host, _with_visible_gpus(facts[host.name])) for host in hosts if host.name in facts]
     with_gpus = any(found["gpus"] for _, found in answered)
     unit, key = ("GPUs", "gpus") if with_gpus else ("cores", "cores")
     over = [
@@ -123,6 +131,12 @@ def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
         return Line("warning", "slots", some(under), "raise these slots in the hostfile, or GPUs stay idle")
     ranks = sum(host.slots for host, _ in answered)
     return Line("ok", "slots", f"{ranks} ranks, with a {unit[:-1].removesuffix('s')} or more for each")
+
+
+def _with_visible_gpus(found: Found) -> Found:
+    """Return a host's facts with the number of GPUs that its ranks will see: those listed here, or else on the host."""
+    visible = os.environ.get(VARIABLE, found["visible"])
+    return found if visible is None else found | {"gpus": min(found["gpus"], len(names_in(visible)))}
 
 
 def compiler_line(facts: dict[str, Found]) -> Line:

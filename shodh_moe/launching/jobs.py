@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.network import free_port
+from shodh_moe.launching.devices import environment_of_each_gpu
+from shodh_moe.launching.rank_variables import WATCH_PARENT
 from shodh_moe.launching.stop_signals import on_stop_signals
 
 
@@ -72,7 +73,7 @@ def resolve_jobs(jobs: int | str) -> int:
     """Return the number of processes to run at once; ``auto`` is one per GPU, or one per CPU core without GPUs."""
     if jobs != "auto":
         return int(jobs)
-    return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
+    return len(environment_of_each_gpu()) or available_cores()
 
 
 def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> None:
@@ -115,13 +116,11 @@ def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> 
 def _run(job: ProcessJob, place: int, progress: _Progress) -> float:
     """Run a job, on GPU number ``place`` if there are GPUs; return its CPU time in seconds."""
     # Each job is a single rank, no matter what started this process.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", WATCH_PARENT: "1"}
     environment = {**os.environ, **alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        devices = [one for one in visible if one] or [str(one) for one in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // progress.at_once)))
+    if gpus := environment_of_each_gpu():
+        environment |= gpus[place % len(gpus)]
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // progress.at_once)))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with open(job.log, "ab") as log:

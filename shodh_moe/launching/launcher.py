@@ -7,24 +7,32 @@ everything in that line, pass variables in a file, probe the hosts first, and le
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
+import psutil
 import torch
 
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.network import free_port
+from shodh_moe.base.variables import master_port
 from shodh_moe.config import RunConfig
+from shodh_moe.launching.devices import VARIABLES, numbers_for_deepspeed, require_choice_fits
+from shodh_moe.launching.guard import guarded
 from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.sentinel import KILL, STOP
+from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP
 from shodh_moe.launching.ssh import SSH
 from shodh_moe.launching.stop_signals import on_stop_signals
 
@@ -83,10 +91,15 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
             raise KeyboardInterrupt
         stop_file.write_text(STOP)
 
-    with on_stop_signals(pass_on):
+    with guarded(stop_file) as guard, on_stop_signals(pass_on):
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        guard.watch(launcher.pid)
         try:
             code = launcher.wait()
+            if code < 0:  # the launcher was killed, and its ranks go on
+                stop_file.write_text(STOP)
+                while _group_is_alive(launcher.pid):
+                    time.sleep(PAUSE_S)
         except BaseException:
             # Checkpoints are complete at any moment, so the ranks may be killed.
             if config.parallel.hostfile:
@@ -103,17 +116,28 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
 
 
 # The launcher's own errors only repeat the exit code of a rank that has already reported the reason.
-_DEEPSPEED = ["-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+_QUIET = ["--log_level", "critical"]
+
+
+def _group_is_alive(group: int) -> bool:
+    """Whether a process group has processes that have not ended."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts ``world`` ranks on this host, and its environment."""
-    # Some clusters have a /job/hostfile, which DeepSpeed would use by default.
-    command = [sys.executable, *_DEEPSPEED, "--hostfile", os.devnull, "--num_gpus", str(world)]
-    command += ["--master_port", str(free_port())]
+    # This is what DeepSpeed's runner starts. The runner itself would ignore CUDA_VISIBLE_DEVICES, or require numbers.
+    gpus = json.dumps({"localhost": numbers_for_deepspeed(world)})
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    command += ["--world_info", base64.urlsafe_b64encode(gpus.encode()).decode(), "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), *_QUIET]
     defaults = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)),
+        "OMP_NUM_THREADS": str(max(1, available_cores() // world)),
         "DEEPSPEED_LOG_LEVEL": "warning",
     }
     return [*command, *training], {**defaults, **os.environ}
@@ -122,6 +146,7 @@ def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
 def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts ranks on the hosts of a hostfile, and its environment."""
     hosts = read_hostfile(hostfile)
+    require_choice_fits({host.name: host.slots for host in hosts})
     for what, text in (
         ("the hostfile's path", str(hostfile)),
         ("the working folder", os.getcwd()),
@@ -132,8 +157,8 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
     if not shutil.which("pdsh"):
         raise UserError("no pdsh on this host's PATH, which DeepSpeed needs to start ranks on other hosts: install it")
     address, port = _meeting_point(hosts)
-    command = [sys.executable, *_DEEPSPEED, "--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
-    command += ["--master_addr", address, "--master_port", port]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *_QUIET, "--hostfile", str(hostfile)]
+    command += ["--force_multi", "--no_ssh_check", "--master_addr", address, "--master_port", port]
     environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "warning"}
     environment["DS_ENV_FILE"] = str(_write_variables(run / ".launch_env"))
     environment["PDSH_SSH_ARGS_APPEND"] = " ".join([*SSH_OPTIONS, os.environ.get("PDSH_SSH_ARGS_APPEND", "")]).strip()
@@ -166,16 +191,15 @@ def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
     # The bridge of a container engine has the same address on every host.
     others = {a for host in hosts[1:] for a in facts[host.name]["addresses"]}
     address = os.environ.get("MASTER_ADDR") or next((a for a in first["addresses"] if a not in others), "127.0.0.1")
-    port = os.environ.get("MASTER_PORT") or str(first["port"])
     _require_plain("MASTER_ADDR", address)
-    _require_plain("MASTER_PORT", port)
-    return address, port
+    return address, str(master_port() or first["port"])
 
 
 def _write_variables(path: Path) -> Path:
     """Write the variables for the ranks on all hosts, ours and the user's, to the file that DeepSpeed reads."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    lines = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(FORWARDED) and k != "DS_ENV_FILE"]
+    forwarded = (*FORWARDED, *VARIABLES)
+    lines = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(forwarded) and k != "DS_ENV_FILE"]
     for given in {Path.home() / name, Path.cwd() / name}:
         if given.is_file():
             lines += [line.strip() for line in given.read_text().splitlines() if line.strip() and line[0] != "#"]

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.variables import number_in
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -25,12 +26,12 @@ def under_mpirun() -> bool:
 
 def mpi_size() -> int:
     """Return the number of processes that ``mpirun`` started; 1 without it."""
-    return int(next((os.environ[name] for name in _SIZES if name in os.environ), "1")) if under_mpirun() else 1
+    return (number_in(*_SIZES, least=1) or 1) if under_mpirun() else 1
 
 
 def mpi_rank() -> int:
     """Return this process's rank among them; 0 without ``mpirun``."""
-    return int(next((os.environ[name] for name in _RANKS if name in os.environ), "0")) if under_mpirun() else 0
+    return (number_in(*_RANKS) or 0) if under_mpirun() else 0
 
 
 def mpi_world() -> Any:

@@ -33,7 +33,8 @@ def facts() -> dict[str, Any]:
         python, executable, hostname: text. addresses: IPv4 addresses except loopback, in the system's order. port: a
         TCP port that is free now. time: seconds since 1970. versions: by package, "none" if not installed. code: hash
         of shodh_moe's source, "none" if not installed. cores: number of cores that this process may use. gpus: number
-        of NVIDIA devices. tools: whether a C++ compiler and ninja, which DeepSpeed compiles with, are on the PATH.
+        of NVIDIA devices. visible: CUDA_VISIBLE_DEVICES, None if unset. tools: whether a C++ compiler and ninja, which
+        DeepSpeed compiles with, are on the PATH.
     """
     return {
         "python": platform.python_version(),
@@ -43,8 +44,9 @@ def facts() -> dict[str, Any]:
         "port": _free_port(),
         "versions": {name: _version(name) for name in PACKAGES},
         "code": _code(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "gpus": _gpus(),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "tools": {name: bool(shutil.which(name)) for name in (os.environ.get("CXX", "c++"), "ninja")},
         "time": time.time(),
     }
@@ -98,6 +100,14 @@ def _addresses() -> list[str]:
             except OSError:  # no IPv4 address
                 continue
     return found
+
+
+def _cores() -> int:
+    try:
+        from shodh_moe.base.cores import available_cores
+    except ImportError:
+        return os.cpu_count() or 1
+    return available_cores()
 
 
 def _gpus() -> int:

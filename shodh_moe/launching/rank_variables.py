@@ -15,31 +15,40 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
+from shodh_moe.base.cores import available_cores, cores_per_process
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import common_address, free_port, own_networks
+from shodh_moe.base.variables import master_port, number, number_in
+from shodh_moe.launching.devices import VARIABLES, deepspeed_launchers, launcher_options, names_in, restore_choice
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER = "SHODH_LAUNCHER"
+WATCH_PARENT = "SHODH_WATCH_PARENT"  # set by a process that starts single ranks itself
+_WATCHED = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", WATCH_PARENT)  # of DeepSpeed, torchrun, `run_jobs`
 _PORTS = range(20000, 30000)  # below the ephemeral ports of common systems
 
 
 def set_rank_variables() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT unless the launcher has.
 
+    Also gives a rank of DeepSpeed's launcher the user's choice of GPUs (`restore_choice`).
+
     Raises:
-        UserError: the launcher did not set a variable that it should have set.
+        UserError: the launcher did not set a variable that it should have set, or set it to something else than a
+            number.
     """
+    os.environ.pop(_LAUNCHER, None)
+    if any(name in os.environ for name in _WATCHED):
+        os.environ[_LAUNCHER] = str(os.getppid())  # now: later, the launcher may be gone already
     if "RANK" in os.environ:
-        local = os.environ.get("LOCAL_SIZE")  # DeepSpeed's name for it
-        if local:
-            os.environ.setdefault("LOCAL_WORLD_SIZE", local)
-        return
-    if under_mpirun():
-        found = _mpi_variables()
+        restore_choice()
+        found = _given_variables()
+    elif under_mpirun():
+        found = _with_own_gpus(_mpi_variables())
     elif in_slurm_step():
-        found = _slurm_variables()
+        found = _with_own_gpus(_slurm_variables())
     else:
         found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -48,12 +57,34 @@ def set_rank_variables() -> None:
             os.environ.setdefault(name, str(value))
         else:
             os.environ[name] = str(value)
+    master_port()  # check it
+
+
+def watched_launcher() -> int | None:
+    """Return the process ID of the launcher that started this rank, whose end is to end the rank; None without one.
+
+    The parent of a rank that no launcher started may be a shell, which may end.
+    """
+    return number_in(_LAUNCHER)
 
 
 def unset_rank_variables() -> None:
     """Unset the variables of DeepSpeed's launcher, so that this rank can start a job of its own."""
+    restore_choice(keep_deepspeeds=False)
     for name in (*_RANK_VARIABLES, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
         os.environ.pop(name, None)
+
+
+def cores_of_rank() -> int:
+    """Return the number of cores that this rank may use: its share of those that the ranks of this host have.
+
+    Raises:
+        UserError: a variable is not a number.
+    """
+    by_srun = in_slurm_step() and not any(name in os.environ for name in ("CROSS_SIZE", "TORCHELASTIC_RUN_ID"))
+    if by_srun and number_in("SLURM_CPUS_PER_TASK"):  # each rank is a task, and has these cores for itself
+        return available_cores()
+    return min(cores_per_process(number_in("LOCAL_WORLD_SIZE", least=1) or 1), available_cores())
 
 
 def require_launcher_hostfile() -> None:
@@ -62,24 +93,32 @@ def require_launcher_hostfile() -> None:
     Raises:
         UserError: ``deepspeed --hostfile`` was given a file that does not exist.
     """
-    import psutil
-
-    for ancestor in psutil.Process().parents() if os.environ.get("RANK") == "0" else []:
-        try:
-            words = ancestor.cmdline()
-        except psutil.Error:
-            continue
-        if not any("deepspeed" in Path(word).name for word in words[:3]):
-            continue
+    for launcher in deepspeed_launchers() if os.environ.get("RANK") == "0" else []:
+        words = launcher_options(launcher)
         for option, value in zip(words, [*words[1:], ""], strict=True):
-            if option.endswith(".py") and "deepspeed" not in option:  # the script, which gets the other arguments
-                break
             name, equals, joined = option.partition("=")
             if name in ("--hostfile", "-H") and not os.path.isfile(joined if equals else value):
                 raise UserError(
                     f"deepspeed --hostfile {joined or value} does not exist, so it trains on this host alone: "
                     "check the path"
                 )
+
+
+def _given_variables() -> dict[str, str | int]:
+    """Check and complete the variables of a launcher that sets RANK."""
+    found: dict[str, str | int] = {"RANK": number("RANK"), "WORLD_SIZE": number("WORLD_SIZE", least=1)}
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("RANK is set, and MASTER_ADDR is not: start with a launcher that sets it, or unset RANK")
+    number("MASTER_PORT", least=1, most=65535)
+    local = number_in("LOCAL_RANK")
+    size = number_in("LOCAL_WORLD_SIZE", "LOCAL_SIZE", least=1)  # the second is DeepSpeed's name for it
+    if local is None and (size or 1) > 1:
+        raise UserError(f"RANK is set, and LOCAL_RANK is not, with {size} ranks on this host: set LOCAL_RANK too")
+    # Kubeflow's PyTorchJob starts one process in each container and does not set LOCAL_RANK.
+    found["LOCAL_RANK"] = local or 0
+    if size or local is None:
+        found["LOCAL_WORLD_SIZE"] = size or 1
+    return found
 
 
 def _mpi_variables() -> dict[str, str | int]:
@@ -103,13 +142,18 @@ def _slurm_variables() -> dict[str, str | int]:
         "LOCAL_RANK": _slurm("SLURM_LOCALID"),
     }
     found["LOCAL_WORLD_SIZE"] = _tasks_here()
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if devices and devices.count(",") < int(found["LOCAL_RANK"]):  # with --gpus-per-task each task sees only its own
-        found["LOCAL_RANK"] = int(found["LOCAL_RANK"]) % (devices.count(",") + 1)
     if "MASTER_ADDR" not in os.environ:
         found["MASTER_ADDR"] = first_host(_text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"))
     # Every rank can compute this port without communication. The sbatch scripts choose a free port instead.
     found["MASTER_PORT"] = _PORTS[_slurm("SLURM_JOB_ID", "SLURM_JOBID") % len(_PORTS)]
+    return found
+
+
+def _with_own_gpus(found: dict[str, str | int]) -> dict[str, str | int]:
+    """Lower LOCAL_RANK where each rank sees only GPUs of its own, as with ``srun --gpus-per-task``."""
+    for name in VARIABLES:
+        if names := names_in(os.environ.get(name, "")):
+            found["LOCAL_RANK"] = int(found["LOCAL_RANK"]) % len(names)
     return found
 
 
@@ -138,10 +182,8 @@ def _tasks_here() -> int:
 
 
 def _slurm(*names: str) -> int:
-    text = _text(*names)
-    if not text.isdecimal():
-        raise UserError(f"SLURM's variable {names[0]} is {text!r}, not a whole number: start with srun")
-    return int(text)
+    _text(*names)  # refuse a missing one
+    return number(*names)
 
 
 def _text(*names: str) -> str:

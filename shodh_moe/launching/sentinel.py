@@ -6,6 +6,7 @@ It watches the run folder, which all hosts share.
   suspended ones, and then kills them.
 - Once the launching process has written ``stop`` to the stop file, it asks the ranks of its host to write a checkpoint
   and end (SIGUSR1). On ``kill`` it kills them.
+- Once the launcher of its host's ranks is gone without having ended them, it asks them likewise.
 
 It ends with the rank that started it, and imports nothing heavy.
 """
@@ -61,8 +62,13 @@ def ranks_here(stacks: Path, attempt: str) -> list[psutil.Process]:
     return found
 
 
-def watch(stacks: Path, attempt: str, parent: int, stop_file: Path | None) -> None:
-    """Watch until the parent process has ended or the ranks have been killed."""
+def watch(stacks: Path, attempt: str, parent: int, stop_file: Path | None, launcher: int | None = None) -> None:
+    """Watch until the parent process has ended or the ranks have been killed.
+
+    Args:
+        parent: process ID of the rank that started the sentinel.
+        launcher: process ID of that rank's parent; None to ignore its end.
+    """
     asked = False
     while os.getppid() == parent:
         if stall_mark(stacks, attempt).exists():
@@ -77,10 +83,16 @@ def watch(stacks: Path, attempt: str, parent: int, stop_file: Path | None) -> No
         if order == KILL:
             _send(stacks, attempt, signal.SIGKILL)
             return
-        if order == STOP and not asked:
+        if not asked and (order == STOP or (launcher and _parent_of(parent) not in (launcher, None))):
             _send(stacks, attempt, signal.SIGUSR1)
             asked = True
         time.sleep(PAUSE_S)
+
+
+def _parent_of(process: int) -> int | None:
+    with suppress(psutil.Error):
+        return psutil.Process(process).ppid()
+    return None
 
 
 def _send(stacks: Path, attempt: str, *signals: signal.Signals) -> None:
@@ -96,11 +108,12 @@ def main() -> None:
     parser.add_argument("attempt")
     parser.add_argument("parent", type=int)
     parser.add_argument("--stop-file", type=Path)
+    parser.add_argument("--launcher", type=int)
     options = parser.parse_args()
     # Signals that a terminal, scheduler or launcher sends to all processes are meant for the ranks.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    watch(options.stacks, options.attempt, options.parent, options.stop_file)
+    watch(options.stacks, options.attempt, options.parent, options.stop_file, options.launcher)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shodh_moe.base.errors import EXIT_FAILED
 from shodh_moe.launching import sentinel
+from shodh_moe.launching.rank_variables import watched_launcher
 
 WRITING_S = 10.0  # time limit for writing the stack: the host may have lost the network disk of the run folder
 
@@ -50,6 +51,7 @@ class Watchdog:
             if local_rank == 0:
                 command = [sys.executable, "-m", sentinel.__name__, str(self._folder), attempt, str(os.getpid())]
                 command += ["--stop-file", str(stop_file)] if stop_file else []
+                command += ["--launcher", str(launcher)] if (launcher := watched_launcher()) else []
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
                 resources.callback(process.wait)
                 resources.callback(process.kill)

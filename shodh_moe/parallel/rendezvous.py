@@ -21,6 +21,7 @@ import torch.distributed as dist
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import interface_towards, port_holder
 from shodh_moe.base.polling import wait_until
+from shodh_moe.base.variables import master_port, number
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "
@@ -45,7 +46,8 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     """
     if dist.is_initialized():
         return
-    rank, world = _number("RANK"), _number(WORLD)
+    rank, world = number("RANK"), number(WORLD, least=1)
+    number("MASTER_PORT", least=1, most=65535)
     try:
         # World size 1, so that the store does not wait: it could not say which rank is missing.
         store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=timeout_seconds)))
@@ -67,7 +69,7 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     if backend == "gloo" and (interface := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # Bind the group to its device as DeepSpeed does: NCCL then connects now, and subgroups share the connection.
-    device = torch.device("cuda", _number("LOCAL_RANK")) if backend == "nccl" and world > 1 else None
+    device = torch.device("cuda", number("LOCAL_RANK")) if backend == "nccl" and world > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device)
 
 
@@ -185,7 +187,7 @@ def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     reason = _short(error)
     if rank == 0:
-        holder = port_holder(int(os.environ.get("MASTER_PORT", "0") or 0))
+        holder = port_holder(master_port() or 0)
         holder = f", held by {holder}" if holder else ""
         return (
             f"rank 0 cannot listen on {where} ({reason}{holder}): set MASTER_ADDR to this host and MASTER_PORT to a "
@@ -199,13 +201,6 @@ def _unreachable(rank: int, world: int, timeout_seconds: float, error: Exception
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
-
-
-def _number(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    if not text.isdecimal():
-        raise UserError(f"the variable {variable} is {text!r}, not a whole number: start with a launcher that sets it")
-    return int(text)
 
 
 def _ranks(ranks: set[int]) -> str:

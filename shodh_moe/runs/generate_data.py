@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
+from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.base.polling import wait_until
 from shodh_moe.base.progress import progress
+from shodh_moe.base.variables import number, number_in
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
@@ -29,7 +31,6 @@ from shodh_moe.data.generation import (
     estimate,
     flow_devices,
     on_free_device,
-    own_cores,
     simulate_all,
     simulate_and_write,
 )
@@ -128,7 +129,7 @@ def _part(options: argparse.Namespace) -> tuple[int, int]:
             raise UserError(f"--part {part} --of {of}: parts are numbered from 0 to {max(of, 1) - 1}")
         return part, of
     if mpi_size() == 1 and in_slurm_step():
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+        return number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS", least=1)
     return 0, 1
 
 
@@ -157,15 +158,15 @@ def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
     jobs = _jobs(config, paths.dataset, part, of)
     print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to generate", flush=True)
     if jobs:
-        print(f"[data] {estimate(jobs, config.data, paths.dataset, own_cores(), _task_of_host())}", flush=True)
+        print(f"[data] {estimate(jobs, config.data, paths.dataset, available_cores(), _task_of_host())}", flush=True)
     simulate_all(jobs, config.data, local_rank=_task_of_host())
     _finish(config, paths)
 
 
 def _task_of_host() -> int | None:
     """Number of this ``srun`` task on its host; None if there is only one task."""
-    several = in_slurm_step() and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return int(os.environ.get("SLURM_LOCALID", "0")) if several else None
+    several = in_slurm_step() and (number_in("SLURM_STEP_NUM_TASKS") or 1) > 1
+    return (number_in("SLURM_LOCALID") or 0) if several else None
 
 
 def _estimate_only(config: Config, dataset: Path, part: int, of: int) -> None:
@@ -176,7 +177,7 @@ def _estimate_only(config: Config, dataset: Path, part: int, of: int) -> None:
     if not jobs:
         print("[data] nothing is left to generate", flush=True)
         return
-    print(f"[data] {estimate(jobs, config.data, dataset, own_cores(), _task_of_host())}", flush=True)
+    print(f"[data] {estimate(jobs, config.data, dataset, available_cores(), _task_of_host())}", flush=True)
     require_space(dataset, len(jobs), config.data)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_merge_arguments, exit_code
 from shodh_moe.base.memory import keep_freed_memory
+from shodh_moe.base.variables import number
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 from shodh_moe.merging.merge import merge
 
@@ -51,5 +52,5 @@ def process_place() -> tuple[Any, int, int]:
         world = mpi_world()
         return world, world.Get_rank(), world.Get_size()
     if in_slurm_step():
-        return None, int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        return None, number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", least=1)
     return None, 0, 1

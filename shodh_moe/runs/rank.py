@@ -9,7 +9,14 @@ from pathlib import Path
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.base.memory import keep_freed_memory
-from shodh_moe.launching.rank_variables import require_launcher_hostfile, set_rank_variables, unset_rank_variables
+from shodh_moe.base.variables import number_in
+from shodh_moe.launching.devices import require_own_gpu
+from shodh_moe.launching.rank_variables import (
+    cores_of_rank,
+    require_launcher_hostfile,
+    set_rank_variables,
+    unset_rank_variables,
+)
 
 
 def rank_main(description: str, work: Callable[[argparse.Namespace], None], arguments: list[str] | None = None) -> int:
@@ -49,8 +56,8 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
     options, rest = parser.parse_known_args()
     # DeepSpeed's launcher does not read options that follow the script's name. If it has started this process, it has
     # ignored --hostfile and used one host only: the first rank then starts the job again, and the others end.
-    if options.hostfile and int(os.environ.get("CROSS_SIZE", 1)) == 1:
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if options.hostfile and os.environ.get("CROSS_SIZE", "1") == "1":
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         if "CROSS_SIZE" in os.environ:
             unset_rank_variables()
         return command(["--hostfile", options.hostfile, *rest]) if first else 0
@@ -58,15 +65,21 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
 
 
 def prepare() -> None:
-    """Set this rank's number of threads, accelerator and memory allocator. Must run before DeepSpeed is imported."""
+    """Set this rank's number of threads, accelerator and memory allocator. Must run before DeepSpeed is imported.
+
+    Raises:
+        UserError: the accelerator cannot be used.
+    """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use all cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if not os.environ.get("OMP_NUM_THREADS"):  # otherwise every rank would use all cores
+        torch.set_num_threads(cores_of_rank())
+    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_own_gpu(accelerator)
+    os.environ["DS_ACCELERATOR"] = accelerator
     keep_freed_memory()
 
 
 def is_first() -> bool:
     """Whether this is rank 0, the only one that writes to the run folder before training starts."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not number_in("RANK")

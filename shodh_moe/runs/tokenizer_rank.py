@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.files import require_made
+from shodh_moe.base.variables import number
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import open_tokenizer_folder
@@ -30,7 +30,7 @@ def _work(options: argparse.Namespace) -> None:
             print(f"[tokenizer] unchanged, {paths.tokenizer}", flush=True)
         return
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
-    run = tokenizer_run(config, int(os.environ["WORLD_SIZE"]))
+    run = tokenizer_run(config, number("WORLD_SIZE"))
     if is_first():
         open_tokenizer_folder(run, paths.tokenizer)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
+from shodh_moe.data.loader import Snapshots, read_batches, reading_threads
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.data.symmetry import Symmetry, apply_each
 
@@ -49,5 +49,5 @@ def drawn_batches(
 def on_device(snapshots: Snapshots, batches: Iterable[Sequence[int]], device: torch.device | str) -> Iterator[Tensor]:
     """Yield batches of unchanged snapshots, [B, 5, X, Y, Z] on ``device``, read ahead."""
     gpu = torch.device(device).type == "cuda"
-    for fields in read_batches(snapshots, batches, WORKERS, pin=gpu):
+    for fields in read_batches(snapshots, batches, reading_threads(), pin=gpu):
         yield fields.to(device, non_blocking=gpu)

@@ -18,7 +18,7 @@ from shodh_moe.base.threads import map_in_threads
 from shodh_moe.config import COMPRESSION
 from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
-from shodh_moe.data.loader import WORKERS, Snapshots, read_batches
+from shodh_moe.data.loader import Snapshots, read_batches, reading_threads
 from shodh_moe.data.symmetry import Symmetry, draw_copies
 from shodh_moe.tokenizer.latents import mean_squared_change
 from shodh_moe.tokenizer.tokenizer import Tokenizer, tokenizer_sha256
@@ -69,7 +69,7 @@ def encode_dataset(
                     batches.append(range(first + start, first + min(start + BATCH, record.n_snapshots)))
                     jobs.append((split, record, copy, symmetry, start))
             first += record.n_snapshots
-    reads = read_batches(snapshots, batches, WORKERS, pin=torch.device(device).type == "cuda")
+    reads = read_batches(snapshots, batches, reading_threads(), pin=torch.device(device).type == "cuda")
 
     def encode(job: tuple[Symmetry, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the latents of a batch and the solid mask of its first snapshot."""

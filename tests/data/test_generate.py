@@ -302,7 +302,7 @@ def test_a_disk_that_fills_up_leaves_no_file(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    monkeypatch.setattr("shodh_moe.data.generation.own_cores", lambda: 1)  # one flow at a time, in order
+    monkeypatch.setattr("shodh_moe.data.generation.available_cores", lambda: 1)  # one flow at a time, in order
     with pytest.raises(UserError, match=r"cannot write .*open_channel_0000\.hdf5: no space left"):
         generate(config(), tmp_path, quiet)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

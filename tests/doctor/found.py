@@ -25,6 +25,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "code": "0123456789ab",
         "cores": 64,
         "gpus": 2,
+        "visible": None,
         "tools": {"c++": True, "ninja": True},
         "time": 1.7e9,
         "seconds": 0.3,

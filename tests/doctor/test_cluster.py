@@ -153,3 +153,19 @@ def test_a_host_that_stops_answering_is_reported() -> None:
     lines = between_lines(hosts(), checks(n2={"error": "no answer within 7 s"}), [FOLDER])
     assert line_about("host n2", lines).status == "error"
     assert line_about("ports", lines).status == "ok"
+
+
+def test_slots_are_compared_with_the_gpus_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slots(**changes: Any) -> Line:
+        lines = lines_of({"n0": facts(gpus=8), "n1": facts(gpus=8, **changes)})
+        return next(line for line in lines if line.what == "slots")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert slots(visible="5").value == "n1 has 1 GPUs for slots=2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,2")
+    assert slots(visible="5").status == "ok"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert slots().status == "error"
+    assert "CUDA_VISIBLE_DEVICES=3 allows 1 GPU" in slots().value
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert slots().value == "4 ranks, with a core or more for each"

@@ -105,6 +105,26 @@ def test_a_port_in_use_is_reported_with_its_holder(case: Path) -> None:
     assert f"process {os.getpid()}): set MASTER_ADDR to this host and MASTER_PORT to a free port" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["tcp://10.0.0.1:29500", "65536", "x"])
+def test_a_port_that_is_none_is_reported_in_one_line(case: Path, value: str) -> None:
+    """Kubernetes sets the first one in every container if there is a service named "master"."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for variables in (ranks, {}):
+        done = _script(case, "--config", "config.yaml", "--name", "port", **variables, MASTER_PORT=value)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.startswith(f"error: the variable MASTER_PORT is '{value}', not a whole number")
+        assert done.stderr.count("\n") == 1
+
+
+def test_ranks_without_a_local_rank_train(case: Path) -> None:
+    """Kubeflow's PyTorchJob starts ranks in containers of their own, without LOCAL_RANK."""
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [{**common, "RANK": str(rank)} for rank in range(2)]
+    done = forked.run(SCRIPT, ["--config", "config.yaml", "--name", "kubeflow"], environments, case, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout
+
+
 # Hosts behind a fake ssh: errors are found before anything starts.
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import common_address, interface_towards, port_holder
-from shodh_moe.launching.rank_variables import first_host, set_rank_variables
+from shodh_moe.launching.rank_variables import cores_of_rank, first_host, set_rank_variables
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Variables that srun of SLURM 22.05 sets in the second of two tasks on the second of two nodes, as observed.
@@ -104,6 +104,77 @@ def test_the_first_node_of_a_node_list_is_found_without_scontrol(
 ) -> None:
     environment.setenv("PATH", "")
     assert first_host(nodelist) == first
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "", "RANK is '', not a whole number"),
+        ("RANK", "first", "RANK is 'first', not a whole number"),
+        ("RANK", "-1", "RANK is '-1', not a whole number"),
+        ("RANK", "1" * 5000, "RANK is '1111"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE is '0', not a whole number of at least 1"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is '', not a whole number: start with a launcher"),
+        ("LOCAL_RANK", "x", "LOCAL_RANK is 'x', not a whole number"),
+        ("LOCAL_WORLD_SIZE", "2.0", "LOCAL_WORLD_SIZE is '2.0', not a whole number of at least 1"),
+        ("LOCAL_SIZE", "٣", "LOCAL_SIZE is '٣', not a whole number"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not: start with a launcher"),
+        ("MASTER_PORT", "", "MASTER_PORT is '', not a whole number"),
+        ("MASTER_PORT", "65536", "MASTER_PORT is '65536', not a whole number from 1 to 65535"),
+        (
+            "MASTER_PORT",
+            "tcp://10.0.0.1:80",
+            "Kubernetes sets it so for a service named 'master'",
+        ),
+    ],
+)
+def test_an_invalid_variable_of_a_launcher_is_refused(
+    environment: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        _set(environment, TORCHRUN | {name: value})
+
+
+def test_a_port_that_is_none_is_refused_without_a_launcher_and_under_srun(environment: pytest.MonkeyPatch) -> None:
+    for variables in ({}, SRUN):
+        with pytest.raises(UserError, match=r"MASTER_PORT is 'tcp://10\.0\.0\.1:80', not a whole number"):
+            _set(environment, {**variables, "MASTER_PORT": "tcp://10.0.0.1:80"})
+        for name in NAMES:
+            environment.delenv(name, raising=False)
+
+
+def test_a_rank_without_a_local_rank_is_alone_on_its_host(environment: pytest.MonkeyPatch) -> None:
+    """Kubeflow's PyTorchJob sets these variables in a container for each rank."""
+    kubeflow = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}
+    assert _set(environment, kubeflow) == ["1", "2", "0", "1", "a", "29500"]
+
+
+def test_a_missing_local_rank_among_several_is_refused(environment: pytest.MonkeyPatch) -> None:
+    variables = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_RANK"}
+    with pytest.raises(UserError, match="RANK is set, and LOCAL_RANK is not, with 2 ranks on this host"):
+        _set(environment, variables | {"LOCAL_WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({}, 4),
+        ({"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "6"}, 6),  # a task of srun has them for itself
+        ({"SLURM_STEP_ID": "0"}, 4),
+        ({"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "6", "TORCHELASTIC_RUN_ID": "a"}, 4),  # srun torchrun
+        ({"LOCAL_WORLD_SIZE": "1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "1", "SLURM_CPUS_PER_TASK": "3"}, 3),
+    ],
+)
+def test_the_cores_of_a_rank(environment: pytest.MonkeyPatch, variables: dict[str, str], cores: int) -> None:
+    environment.setattr("shodh_moe.base.cores.bound_to", lambda process=0: set(range(8)))
+    environment.setattr("shodh_moe.base.cores.cpu_quotas", lambda: iter([]))
+    for name, value in {"LOCAL_WORLD_SIZE": "2", **variables}.items():
+        environment.setenv(name, value)
+    assert cores_of_rank() == cores
 
 
 def test_mpirun_without_mpi4py_is_refused(environment: pytest.MonkeyPatch) -> None:

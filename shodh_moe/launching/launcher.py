@@ -53,7 +53,8 @@ class TrainingFailed(Exception):
 def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
 
-    SIGTERM and SIGUSR1 make the ranks write a checkpoint and end. A second signal, or Ctrl-C, ends them at once.
+    SIGTERM, SIGUSR1 and SIGHUP make the ranks write a checkpoint and end. A second signal (other than SIGHUP), or
+    Ctrl-C, ends them at once.
 
     Args:
         run: the run folder, which holds ``config.yaml``.

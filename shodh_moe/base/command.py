@@ -81,6 +81,7 @@ def exit_code(work: Callable[[], object], debug: bool = False, goes_on: bool = F
 def _run(work: Callable[[], object], debug: bool) -> int:
     try:
         work()
+        sys.stdout.flush()  # here, where an error can be reported
     except ReportedByRank0 as error:
         _wait_for_launcher()
         return _wrong_input(str(error), debug)

@@ -33,8 +33,9 @@ def guarded_output(goes_on: bool = False) -> Iterator[None]:
         yield
     finally:
         try:
-            error.flush()
-            output.flush()
+            for stream in (error, output):
+                with suppress(OSError):
+                    stream.flush()
         finally:
             sys.stdout, sys.stderr = before
 
@@ -64,14 +65,20 @@ class _Guarded:
             self._discard(error)
 
     def _discard(self, error: OSError) -> None:
-        """Discard this and all further output."""
-        closed_terminal = self._terminal and error.errno == errno.EIO
-        if not closed_terminal and error.errno != errno.EPIPE:
-            raise error
+        """Discard this and all further output, of which the interpreter may try to write some at its end.
+
+        Raises:
+            ReaderGone: the reader of a pipe has ended, and so does this process.
+            OSError: anything else than a missing reader, such as a full disk.
+        """
         assert self._stream
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        if self._ends and not closed_terminal:
+        if self._terminal and error.errno == errno.EIO:
+            return
+        if error.errno != errno.EPIPE:
+            raise error
+        if self._ends:
             raise ReaderGone from None

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, ReportedByRank0, UserError
+from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_UNREAD, EXIT_USER_ERROR, ReportedByRank0, UserError
 from shodh_moe.base.files import disk_trouble
+from shodh_moe.base.output import ReaderGone, guarded_output
 
 EXIT_INTERRUPTED = 130
 PATIENCE_S = 10.0  # how long a rank waits to be stopped before it reports an error that another rank reports too
@@ -35,6 +36,10 @@ class OneLineParser(argparse.ArgumentParser):
         if self.default_command and args and not args[0].startswith("-") and args[0] not in self.commands:
             args = [self.default_command, *args]
         return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        with guarded_output():
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"error: {message}: see `{self.prog} --help`\n")
@@ -60,10 +65,23 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def exit_code(work: Callable[[], object], debug: bool = False) -> int:
-    """Run ``work`` and return an exit code: 0 done, 2 wrong input, 130 Ctrl-C, 1 any other exception."""
+def exit_code(work: Callable[[], object], debug: bool = False, goes_on: bool = False) -> int:
+    """Run ``work`` and return an exit code.
+
+    It is 0 if the work is done, 2 for wrong input, 130 after Ctrl-C, 141 if the reader of the output has ended (unless
+    the work ``goes_on`` without), and 1 for any other exception.
+    """
+    try:
+        with guarded_output(goes_on):
+            return _run(work, debug)
+    except ReaderGone:
+        return EXIT_UNREAD
+
+
+def _run(work: Callable[[], object], debug: bool) -> int:
     try:
         work()
+        sys.stdout.flush()  # here, where an error can be reported
     except ReportedByRank0 as error:
         _wait_for_launcher()
         return _wrong_input(str(error), debug)

@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_UNREAD = 141  # the reader of the output has ended, as in `... | head`: what shells report for other programs
 EXIT_REQUEUE = 75  # stopped by a signal after writing a checkpoint: start again (EX_TEMPFAIL of sysexits.h)
 
 

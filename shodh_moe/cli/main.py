@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Multi-physics foundation models: divergence-free tokenizer, mixture-of-experts pretraining.",
         epilog=f"{EXAMPLE.format(command='run')}\n\n"
-        "exit codes: 0 done, 2 the input is wrong, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint,\n"
-        "130 interrupted, 1 everything else",
+        "exit codes: 0 done, 2 the input is wrong, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint,\n"
+        "130 interrupted, 141 the reader of the output has ended, 1 everything else",
     )
     parser.set_defaults(needs_torch=True)
     commands = parser.add_subparsers(required=True, metavar="command")

@@ -1,6 +1,6 @@
 """Lines about the hosts of a hostfile: pure functions of the results of gather_remote.py.
 
-A line names only the hosts that differ, so the table stays short for a hundred hosts. A silent host gets its own line.
+A line names only the hosts that differ, and of many only the first few, so the table stays short for a thousand hosts.
 """
 
 from __future__ import annotations
@@ -13,40 +13,74 @@ from typing import Any
 from shodh_moe.base.errors import UserError
 from shodh_moe.doctor.table import Line
 from shodh_moe.launching.devices import VARIABLE, names_in, require_choice_fits
-from shodh_moe.launching.hostfile import Host
+from shodh_moe.launching.hostfile import Host, require_startable
+from shodh_moe.launching.ssh import TIME_VARIABLE, group_failures, shown_ssh, some
 
 Found = dict[str, Any]
 HERE = "this host"
 GIB = 2**30
 SSH_REMEDIES = (
     ("Permission denied", "ssh-copy-id {host}: ssh must log in without a password"),
-    ("Host key verification", "ssh {host} once and accept its key, or put it into ~/.ssh/known_hosts"),
+    ("Host key verification", "{ssh} once and accept its key, or put it into ~/.ssh/known_hosts"),
     ("not known", "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config"),
     ("not resolve", "correct the name in the hostfile, or add it to /etc/hosts or ~/.ssh/config"),
     ("No such file", "make the same environment there at {python}, or put it on a shared file system"),
     ("not found", "make the same environment there at {python}, or put it on a shared file system"),
-    ("", "check that it is up, that sshd runs and that no firewall blocks port 22; try: ssh {host} true"),
+    ("not asked", f"allow more time, as in: export {TIME_VARIABLE}=60"),
+    ("", "check that it is up, that sshd runs and that no firewall blocks its port; try: {ssh} true"),
 )  # text in ssh's error message, and the remedy; the last entry matches every error
+SHOWN_HOSTS = 3  # hosts with a line of their own among those that fail alike
+SHOWN_KINDS = 6
+
+
+def failure_lines(errors: dict[str, str], before: str = "") -> list[Line]:
+    """Return lines for the hosts with an error: the first few of each kind, and how many more there are.
+
+    Args:
+        errors: by host.
+        before: text before each error.
+    """
+    kinds = group_failures(errors)
+    lines = []
+    for _, names in kinds[:SHOWN_KINDS]:
+        shown = names if len(names) == SHOWN_HOSTS + 1 else names[:SHOWN_HOSTS]
+        for name in shown:
+            remedy = next(remedy for text, remedy in SSH_REMEDIES if text in errors[name])
+            remedy = remedy.format(host=name, python=sys.executable, ssh=shown_ssh(name))
+            lines.append(Line("error", f"host {name}", before + errors[name], remedy))
+        if more := names[len(shown) :]:
+            value = f"{len(more)} more like host {shown[-1]}: {some(more)}"
+            lines.append(Line("error", "more hosts", value, "see the remedy above"))
+    if rest := [name for _, names in kinds[SHOWN_KINDS:] for name in names]:
+        value = f"{len(rest)} more with other errors: {some(rest)}"
+        lines.append(Line("error", "more hosts", value, "first repair the hosts above"))
+    return lines
 
 
 def answer_lines(facts: dict[str, Found]) -> list[Line]:
-    """Return one line per silent host, and one line for all hosts that answered."""
-    lines = []
-    for name, found in facts.items():
-        if "error" in found:
-            remedy = next(remedy for text, remedy in SSH_REMEDIES if text in found["error"])
-            lines.append(Line("error", f"host {name}", found["error"], remedy.format(host=name, python=sys.executable)))
+    """Return the lines of `failure_lines` for the silent hosts, and one line for all hosts that answered."""
+    lines = failure_lines({name: found["error"] for name, found in facts.items() if "error" in found})
     times = {name: found["seconds"] for name, found in facts.items() if "error" not in found}
     if times:
         slowest = max(times, key=lambda name: times[name])
         value = f"{len(times)} of {len(facts)} answer without a password, the slowest ({slowest})"
         value += f" after {times[slowest]:.1f} s"
         if times[slowest] > 4:
-            remedy = f"ssh -v {slowest} shows where the time goes; often UseDNS or a slow home folder"
+            remedy = f"{shown_ssh(slowest)} -v shows where the time goes; often UseDNS or a slow home folder"
             lines.append(Line("warning", "hosts", value, remedy))
         else:
             lines.append(Line("ok", "hosts", value))
     return lines
+
+
+def size_line(hosts: list[Host]) -> Line | None:
+    """Return an error if DeepSpeed's launcher cannot start so many hosts."""
+    try:
+        require_startable(hosts)
+    except UserError as error:
+        reason, _, remedy = str(error).partition(": ")
+        return Line("error", "hostfile", reason, remedy)
+    return None
 
 
 def fact_lines(hosts: list[Host], facts: dict[str, Found], own: Found) -> list[Line]:
@@ -98,11 +132,6 @@ def equal_line(what: str, values: dict[str, str], remedy: str) -> Line:
         return Line("ok", what, f"{next(iter(groups))} on every host")
     parts = (f"{value} on {some(names)}" for value, names in sorted(groups.items(), key=lambda group: len(group[1])))
     return Line("error", what, "; ".join(parts), remedy)
-
-
-def some(names: list[str]) -> str:
-    """List the names, or the first few of many."""
-    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
 
 
 def slots_line(hosts: list[Host], facts: dict[str, Found]) -> Line:
@@ -191,11 +220,9 @@ def keepalive_line(facts: dict[str, Found]) -> Line:
 
 def between_lines(facts: dict[str, Found], checks: dict[str, Found], folders: list[str]) -> list[Line]:
     """Return the lines of the second round: hosts that fell silent, ports, shared folders."""
-    silent = [
-        Line("error", f"host {name}", f"fell silent: {found['error']}", f"try: ssh {name} true")
-        for name, found in checks.items()
-        if "error" in found
-    ]
+    silent = failure_lines(
+        {name: found["error"] for name, found in checks.items() if "error" in found}, "in the second round: "
+    )
     checks = {name: found for name, found in checks.items() if "error" not in found}
     return [
         *silent,

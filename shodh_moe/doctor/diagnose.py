@@ -26,7 +26,7 @@ def doctor(hostfile: Path | None = None, folders: list[str] | None = None, json:
         exit code: 0 if no line is an error, otherwise 2.
 
     Raises:
-        UserError: the hostfile is wrong.
+        UserError: the hostfile or the time limit is wrong.
     """
     # Use absolute paths, so that a folder has the same name in every line.
     folders = list(dict.fromkeys(str(Path(folder).absolute()) for folder in folders or ["."]))
@@ -45,9 +45,11 @@ def _inspect(hostfile: Path | None, folders: list[str]) -> list[Line]:
         # These imports load torch, which may be broken.
         from shodh_moe.doctor import cluster, gather_remote
         from shodh_moe.launching.hostfile import read_hostfile
+        from shodh_moe.launching.ssh import time_limit
     except Exception as error:  # a broken torch may raise anything
         return [*_own_lines(gather(folders), True), _not_asked(error, "fix the errors above first")]
     hosts = read_hostfile(hostfile)
+    time_limit(1.0)  # raises where its variable is wrong
     with ThreadPoolExecutor(1) as pool:
         gathered = pool.submit(gather, folders)
         try:
@@ -60,6 +62,8 @@ def _inspect(hostfile: Path | None, folders: list[str]) -> list[Line]:
     lines = [*_own_lines(found, True), *cluster.answer_lines(facts)]
     if answered and "error" not in found["facts"]:
         lines += cluster.fact_lines(hosts, answered, found["facts"])
+    if line := cluster.size_line(hosts):
+        lines.append(line)
     return [*lines, *cluster.between_lines(answered, checks, folders)]
 
 

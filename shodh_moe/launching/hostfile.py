@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,14 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import RunConfig
 
-# An optional user, then a name or an IPv4 address: ssh, pdsh and mpirun accept it, and no shell interprets it.
-_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*", re.ASCII)
+# An optional user, then a name or an IPv4 address: ssh, pdsh and mpirun accept it, and no shell interprets it. DNS
+# limits a name to 253 characters.
+_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,63}@)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}", re.ASCII)
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)", re.ASCII)
+_MOST_SLOTS = 4096  # far more than the GPUs or cores of any host
+_LONGEST_WORD = (
+    120_000  # Linux accepts 131,072 characters (MAX_ARG_STRLEN), and a remote shell gets the whole line as one
+)
 
 
 @dataclass(frozen=True)
@@ -29,33 +35,57 @@ def read_hostfile(path: Path) -> list[Host]:
 
     Raises:
         UserError: the file is missing or empty, a line is not ``name slots=number``, a name is not a valid host name,
-            or a host occurs twice or has no slots.
+            or a host occurs twice (names that differ only in case, user or a final dot are one host) or has no slots
+            or too many.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # Windows editors begin a file with a mark
     except FileNotFoundError:
         raise UserError(f"hostfile {path} does not exist: check --hostfile") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise UserError(f"cannot read hostfile {path}: {reason}") from None
     hosts: list[Host] = []
+    line_of: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
         where, match = f"hostfile {path}, line {number}", _LINE.fullmatch(line.partition("#")[0].rstrip())
         if not match:
             raise UserError(f"{where}: {line[:80]!r} is not of the form `worker-0 slots=8`")
-        name, slots = match[1], int(match[2])
+        name, slots = match[1], match[2].lstrip("0")
         if not _NAME.fullmatch(name):
-            raise UserError(f"{where}: {name[:80]!r} is not a valid host name: use letters, digits, dots and hyphens")
+            raise UserError(
+                f"{where}: {name[:80]!r} is not a valid host name: use letters, digits, dots, hyphens and underscores, "
+                "at most 253"
+            )
         if not slots:
             raise UserError(f"{where}: {name} has slots=0: give it as many as it has GPUs, or remove the line")
-        if name in (host.name for host in hosts):
-            raise UserError(f"{where}: {name} occurs a second time: give it one line with all its slots")
-        hosts.append(Host(name, slots))
+        if len(slots) > 4 or int(slots) > _MOST_SLOTS:
+            raise UserError(f"{where}: {name} has slots={slots[:20]}: give it as many as it has GPUs")
+        first = line_of.setdefault(name.rpartition("@")[2].rstrip(".").lower(), number)
+        if first != number:
+            raise UserError(
+                f"{where}: {name} occurs a second time, after line {first}: give it one line with all its slots"
+            )
+        hosts.append(Host(name, int(slots)))
     if not hosts:
         raise UserError(f"hostfile {path} names no host: add one line per host, such as `worker-0 slots=8`")
     return hosts
+
+
+def require_startable(hosts: list[Host]) -> None:
+    """Check that DeepSpeed's launcher can pass the hosts to each of them, as JSON in one word of a command line.
+
+    Raises:
+        UserError: they are too many.
+    """
+    text = json.dumps({host.name: list(range(host.slots)) for host in hosts})
+    if len(text) * 4 / 3 > _LONGEST_WORD:  # in base64
+        raise UserError(
+            f"{len(hosts)} hosts are too many for DeepSpeed's launcher, which names all of them and their slots on one "
+            "command line: start with mpirun or SLURM (docs/cluster.md)"
+        )
 
 
 def count_ranks(config: RunConfig) -> int:

@@ -79,7 +79,7 @@ def resolve_jobs(jobs: int | str) -> int:
 def run_jobs(jobs: Sequence[ProcessJob], at_once: int, label: str = "bench") -> None:
     """Run all jobs. After a failure no more jobs are started, and the running ones finish.
 
-    SIGTERM and SIGUSR1 are passed on to the running jobs, and no more jobs are started.
+    After SIGTERM, SIGUSR1 or SIGHUP the running jobs get SIGTERM, and no more jobs are started.
 
     Args:
         label: prefix of the lines about finished jobs.

@@ -30,17 +30,14 @@ from shodh_moe.base.variables import master_port
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.devices import VARIABLES, numbers_for_deepspeed, require_choice_fits
 from shodh_moe.launching.guard import guarded
-from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile
+from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile, require_startable
 from shodh_moe.launching.probe import probe_hosts
 from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP
-from shodh_moe.launching.ssh import SSH
+from shodh_moe.launching.ssh import TIME_VARIABLE, group_failures, launcher_ssh_arguments, some, time_limit
 from shodh_moe.launching.stop_signals import on_stop_signals
 
 REACH_S = 10.0  # time limit for every host to answer
 END_S = 20.0  # time limit for ranks to end after an interruption
-# pdsh runs one ssh per host. Without these options a host that disappears would block it for the two hours that TCP
-# waits by default.
-SSH_OPTIONS = [*SSH[1:], "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
 FORWARDED = ("SHODH_", "DS_", "GLOO_", "NCCL_", "TORCH_", "OMP_", "MKL_", "CUDA_DEVICE_MAX", "TRITON_", "HDF5_", "FI_")
 # Prefixes of the variables that DeepSpeed exports to the hosts by itself, in double quotes if they need any.
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
@@ -64,7 +61,8 @@ class TrainingFailed(Exception):
 def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
 
-    SIGTERM and SIGUSR1 make the ranks write a checkpoint and end. A second signal, or Ctrl-C, ends them at once.
+    SIGTERM, SIGUSR1 and SIGHUP make the ranks write a checkpoint and end. A second signal (other than SIGHUP), or
+    Ctrl-C, ends them at once.
 
     Args:
         run: the run folder, which holds ``config.yaml``.
@@ -146,9 +144,9 @@ def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
 def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts ranks on the hosts of a hostfile, and its environment."""
     hosts = read_hostfile(hostfile)
+    require_startable(hosts)
     require_choice_fits({host.name: host.slots for host in hosts})
     for what, text in (
-        ("the hostfile's path", str(hostfile)),
         ("the working folder", os.getcwd()),
         ("the path of Python", sys.executable),
         *(("a setting", text) for text in training),
@@ -157,11 +155,14 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
     if not shutil.which("pdsh"):
         raise UserError("no pdsh on this host's PATH, which DeepSpeed needs to start ranks on other hosts: install it")
     address, port = _meeting_point(hosts)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *_QUIET, "--hostfile", str(hostfile)]
+    # DeepSpeed reads hostfiles differently: it would take a byte order mark for a part of the first name.
+    copy = run / ".launch_hosts"
+    copy.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *_QUIET, "--hostfile", str(copy)]
     command += ["--force_multi", "--no_ssh_check", "--master_addr", address, "--master_port", port]
     environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "warning"}
     environment["DS_ENV_FILE"] = str(_write_variables(run / ".launch_env"))
-    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([*SSH_OPTIONS, os.environ.get("PDSH_SSH_ARGS_APPEND", "")]).strip()
+    environment["PDSH_SSH_ARGS_APPEND"] = launcher_ssh_arguments()
     return [*command, *training], environment
 
 
@@ -176,17 +177,23 @@ def _require_plain(what: str, text: str) -> None:
 
 def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
     """Return address and port of rank 0, after checking that every host answers and has this Python version."""
-    facts = probe_hosts([host.name for host in hosts], REACH_S)
+    facts = probe_hosts([host.name for host in hosts], time_limit(REACH_S), brief=True)
     here = ".".join(map(str, sys.version_info[:3]))
-    wrong = []
+    wrong = {}
     for host, found in facts.items():
         if "error" in found:
-            wrong.append(f"{host}: {found['error']}")
+            wrong[host] = found["error"]
         elif found["python"] != here:
-            wrong.append(f"{host}: {sys.executable} is Python {found['python']}, here {here}")
+            wrong[host] = f"{sys.executable} is Python {found['python']}, here {here}"
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"hosts cannot be used: {'; '.join(wrong[:3])}{more}: see `shodh doctor --hostfile`")
+        kinds = group_failures(wrong)
+        text = "; ".join(f"{some(names)}: {error}" for error, names in kinds[:3])
+        if len(kinds) > 3:
+            text += f"; {sum(len(names) for _, names in kinds[3:])} more hosts with other errors"
+        remedy = "see `shodh doctor --hostfile`"
+        if any(error.startswith("not asked") for error in wrong.values()):
+            remedy += f", or allow more time, as in {TIME_VARIABLE}=60"
+        raise UserError(f"{len(wrong)} of {len(hosts)} hosts cannot be used: {text}: {remedy}")
     first = facts[hosts[0].name]
     # The bridge of a container engine has the same address on every host.
     others = {a for host in hosts[1:] for a in facts[host.name]["addresses"]}

@@ -1,7 +1,7 @@
 """Collect facts about a host in a fraction of a second, on this host or as a script that is sent to others.
 
 `facts` uses only the standard library, because the host that runs this file may have nothing else installed.
-``python probe.py`` prints the facts as one line of JSON.
+``python probe.py`` prints the facts as one line of JSON, ``python probe.py brief`` only those of `brief_facts`.
 """
 
 from __future__ import annotations
@@ -19,37 +19,50 @@ import struct
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shodh_moe.launching.ssh import Answer
 
 PACKAGES = ("torch", "deepspeed", "shodh_moe", "triton", "numpy")
+
+
+def brief_facts() -> dict[str, Any]:
+    """Collect, within milliseconds, what a start needs to know.
+
+    Returns:
+        python: text. addresses: IPv4 addresses except loopback, in the system's order. port: a TCP port that is free
+        now. time: seconds since 1970.
+    """
+    return {
+        "python": platform.python_version(),
+        "addresses": _addresses(),
+        "port": _free_port(),
+        "time": time.time(),
+    }
 
 
 def facts() -> dict[str, Any]:
     """Collect what must match between the hosts of a job.
 
     Returns:
-        python, executable, hostname: text. addresses: IPv4 addresses except loopback, in the system's order. port: a
-        TCP port that is free now. time: seconds since 1970. versions: by package, "none" if not installed. code: hash
-        of shodh_moe's source, "none" if not installed. cores: number of cores that this process may use. gpus: number
-        of NVIDIA devices. visible: CUDA_VISIBLE_DEVICES, None if unset. tools: whether a C++ compiler and ninja, which
-        DeepSpeed compiles with, are on the PATH.
+        those of `brief_facts`, and: executable, hostname: text. versions: by package, "none" if not installed. code:
+        hash of shodh_moe's source, "none" if not installed. cores: number of cores that this process may use. gpus:
+        number of NVIDIA devices. visible: CUDA_VISIBLE_DEVICES, None if unset. tools: whether a C++ compiler and ninja,
+        which DeepSpeed compiles with, are on the PATH.
     """
-    return {
-        "python": platform.python_version(),
+    found = {
         "executable": sys.executable,
         "hostname": socket.gethostname(),
-        "addresses": _addresses(),
-        "port": _free_port(),
         "versions": {name: _version(name) for name in PACKAGES},
         "code": _code(),
         "cores": _cores(),
         "gpus": _gpus(),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "tools": {name: bool(shutil.which(name)) for name in (os.environ.get("CXX", "c++"), "ninja")},
-        "time": time.time(),
     }
+    return found | brief_facts()  # last, so that the time is that of the answer
 
 
 def _version(name: str) -> str:
@@ -118,37 +131,35 @@ def _gpus() -> int:
         return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def probe_hosts(hosts: list[str], timeout_seconds: float = 10.0) -> dict[str, dict[str, Any]]:
-    """Collect the facts of all hosts over ssh, in parallel.
+def probe_hosts(hosts: list[str], seconds: float = 10.0, brief: bool = False) -> dict[str, dict[str, Any]]:
+    """Collect the facts of all hosts over ssh.
 
     Each host gets two more entries: ``seconds``, its response time, and ``clock``, the minimum number of seconds by
     which its clock is ahead of this host's (negative if behind, 0 if the response time leaves it open). A host that
     does not answer has only ``error``, one line.
+
+    Args:
+        seconds: time limit for all hosts together.
+        brief: collect only `brief_facts`.
     """
     # Imported here, because a host to which this file is sent may lack the package.
     from shodh_moe.launching.ssh import run_on_hosts
 
-    source = Path(__file__).read_text(encoding="utf-8")
+    answers = run_on_hosts(hosts, Path(__file__), [["brief"]] * len(hosts) if brief else None, seconds)
+    return {answer.host: _facts_of(answer) for answer in answers}
 
-    def ask(host: str) -> dict[str, Any]:
-        sent = time.time()
-        (answer,) = run_on_hosts([host], source, timeout_seconds=timeout_seconds)
-        received = time.time()
-        if answer.error:
-            return {"error": answer.error}
-        try:
-            found = json.loads(answer.output.splitlines()[-1])
-            earliest, latest = found["time"] - received, found["time"] - sent
-        except (ValueError, IndexError, KeyError, TypeError):
-            return {"error": f"unexpected answer: {answer.output[-200:]!r}"}
-        return found | {"seconds": received - sent, "clock": max(earliest, min(latest, 0.0))}
 
-    if not hosts:
-        return {}
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return dict(zip(hosts, pool.map(ask, hosts), strict=True))
+def _facts_of(answer: Answer) -> dict[str, Any]:
+    if answer.error:
+        return {"error": answer.error}
+    try:
+        found = json.loads(answer.output.splitlines()[-1])
+        earliest, latest = found["time"] - answer.received, found["time"] - answer.sent
+    except (ValueError, IndexError, KeyError, TypeError):
+        return {"error": f"unexpected answer: {answer.output[-200:]!r}"}
+    return found | {"seconds": answer.received - answer.sent, "clock": max(earliest, min(latest, 0.0))}
 
 
 if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if entry]  # a training ignores the working folder too
-    print(json.dumps(facts()))
+    print(json.dumps(brief_facts() if sys.argv[1:] == ["brief"] else facts()))

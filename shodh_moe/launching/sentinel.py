@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--launcher", type=int)
     options = parser.parse_args()
     # Signals that a terminal, scheduler or launcher sends to all processes are meant for the ranks.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     watch(options.stacks, options.attempt, options.parent, options.stop_file, options.launcher)
 

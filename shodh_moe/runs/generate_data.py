@@ -37,7 +37,7 @@ from shodh_moe.data.generation import (
 from shodh_moe.data.mpi_jobs import cores_of_rank, share_jobs
 from shodh_moe.data.planned import PlannedTrajectory, missing, planned_trajectories, require_space, unfinished
 from shodh_moe.launching.mpi import in_slurm_step, mpi_rank, mpi_size, mpi_world
-from shodh_moe.launching.stop_signals import SIGNALS
+from shodh_moe.launching.stop_signals import stop_signals
 from shodh_moe.runs import pipeline
 
 _VISIBLE_S = 60.0  # how long a network disk may take to show a file to other hosts
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             _generate_alone(options, part, of)
 
     with _ended_by_signals():
-        code = exit_code(work, options.debug)
+        code = exit_code(work, options.debug, goes_on=mpi_size() > 1)  # the other processes would wait for this one
     if world and code:
         # The other ranks would wait for this one forever.
         world.Abort(code)
@@ -92,19 +92,20 @@ def _ended_by_signals() -> Iterator[None]:
 
     A thread waits for the signals, as Python's own handlers do not run while the main thread is in compiled code.
     """
+    handled = stop_signals()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
     def wait() -> None:
         while number := os.read(reading, 1):
-            if number[0] in SIGNALS:
+            if number[0] in handled:
                 if mpi_rank() == 0:
                     print(
                         "stopped by a signal: run the same command to resume from the finished trajectories", flush=True
                     )
                 os._exit(EXIT_REQUEUE)
 
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = threading.Thread(target=wait, daemon=True)
     watcher.start()

@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ["RANK"] = str(rank)  # for error messages
         merge(options.config, options.output, options.memory_limit, options.out_shard_size, rank, size)
 
-    code = exit_code(work, options.debug)
+    # Among several, a process that ended early would leave the others waiting.
+    code = exit_code(work, options.debug, goes_on=under_mpirun() or in_slurm_step())
     if communicator is None:
         return code
     # Wait until all processes have finished: mpirun kills the others as soon as one fails.

@@ -38,7 +38,7 @@ def rank_main(description: str, work: Callable[[argparse.Namespace], None], argu
         set_rank_variables()
         work(options)
 
-    return exit_code(set_up_and_work, options.debug)
+    return exit_code(set_up_and_work, options.debug, goes_on=True)
 
 
 def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]], int]) -> int:

@@ -60,7 +60,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     Raises:
         UserError: no checkpoint fits, a step was not finite under the policy ``halt``, or another process trains in
             the run folder.
-        SystemExit: with `EXIT_REQUEUE`, after SIGTERM or SIGUSR1 and a checkpoint.
+        SystemExit: with `EXIT_REQUEUE`, after a stop signal and a checkpoint.
     """
     rank, local_rank = dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0))
     with ExitStack() as resources:

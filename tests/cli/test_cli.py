@@ -170,6 +170,25 @@ def test_the_command_as_a_process_gives_an_exit_code_and_one_line(here: Path) ->
     assert done.stderr == "error: cannot read config nowhere.yaml: No such file or directory; check --config\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--help", 141),
+        ("data info --help", 141),
+        ("doctor", 141),
+        ("plan --config tiny.yaml", 141),
+        ("plan --config nowhere.yaml", 2),
+    ],
+)
+def test_a_reader_that_ends_gives_no_traceback(here: Path, command: str, code: int) -> None:
+    """`true` reads nothing, and has ended before the command prints."""
+    script = f"(sleep 0.1; exec {sys.executable} -m shodh_moe.cli {command}) | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"{code}\n"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
 # Configs.
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shodh_moe.doctor.cluster import answer_lines, between_lines, fact_lines
+from shodh_moe.doctor.cluster import answer_lines, between_lines, fact_lines, size_line
 from shodh_moe.doctor.table import Line
 from shodh_moe.launching.hostfile import Host
 from tests.doctor.found import facts
@@ -63,6 +63,39 @@ def test_a_silent_host_gives_one_error_with_a_remedy(error: str, remedy: str) ->
     assert line_about("host n1", lines).value == error
     assert remedy in line_about("host n1", lines).remedy
     assert line_about("hosts", lines).value.startswith("1 of 2")
+
+
+def test_of_many_silent_hosts_the_first_of_each_kind_are_named() -> None:
+    """Failures are alike if only names and numbers differ."""
+    found: dict[str, dict[str, Any]] = {"n0": facts()}
+    for number in range(1, 5000):
+        found[f"a{number}"] = {"error": f"ssh: connect to host a{number} port 22: Connection refused"}
+        found[f"b{number}"] = {"error": f"root@b{number}: Permission denied (publickey)."}
+    found |= {f"c{number}": {"error": f"unexpected answer: '{'x' * number}'"} for number in range(1, 100)}
+    lines = answer_lines(found)
+    assert len(lines) < 20
+    for name in ("a", "b"):
+        assert [line.what for line in lines if line.what.startswith(f"host {name}")] == [
+            f"host {name}{number}" for number in (1, 2, 3)
+        ]
+    values = [line.value for line in lines if line.what == "more hosts"]
+    assert values[0] == "4996 more like host a3: a4, a5, a6, a7, a8 and 4991 more"
+    assert values[-1].startswith("95 more with other errors: c5, ")
+    assert "ssh-copy-id b1" in line_about("host b1", lines).remedy
+    assert line_about("hosts", lines).value.startswith("1 of 10098 answer")
+
+
+def test_remedies_name_the_ssh_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
+    line = line_about("host bob@n1", answer_lines({"bob@n1": {"error": "no answer within 8 s"}}))
+    assert "try: ssh -p 2222 -lbob n1 true" in line.remedy
+
+
+def test_too_many_hosts_for_the_launcher_are_an_error() -> None:
+    assert size_line([Host("n0", 8)]) is None
+    line = size_line([Host(f"node-{number:04}", 8) for number in range(10_000)])
+    assert line
+    assert (line.status, "mpirun" in line.remedy) == ("error", True)
 
 
 def test_a_slow_host_is_named() -> None:

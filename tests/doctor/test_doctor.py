@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,9 @@ def test_the_code_of_a_changed_copy_differs(tmp_path: Path) -> None:
     shutil.copytree(Path(shodh_moe.kernels.__file__).parent, copy / "kernels", ignore=excluded)
 
     def code() -> str:
-        script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + Path(probe.__file__).read_text().replace(
-            "from __future__ import annotations\n", ""
-        )
+        first = "from __future__ import annotations\n"
+        script = Path(probe.__file__).read_text()
+        script = script.replace(first, f"{first}import sys; sys.path.insert(0, {str(tmp_path)!r})\n")
         done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=True)
         return str(json.loads(done.stdout)["code"])
 
@@ -126,27 +128,27 @@ class Cluster:
         self.answers: dict[str, dict[str, Any]] = {}
 
     def run(
-        self, names: list[str], source: str, arguments: list[str] | None = None, timeout_seconds: float = 10.0
+        self, names: list[str], script: Path, arguments: list[list[str]] | None = None, seconds: float = 10.0
     ) -> list[Answer]:
-        return [self._answer(name, source, list(arguments or []), timeout_seconds) for name in names]
+        with ThreadPoolExecutor(len(names)) as pool:
+            return list(
+                pool.map(self._answer, names, [script.read_text()] * len(names), arguments or [[]] * len(names))
+            )
 
-    def _answer(self, name: str, source: str, arguments: list[str], timeout_seconds: float) -> Answer:
+    def _answer(self, name: str, source: str, arguments: list[str]) -> Answer:
         if name in self.silent:
             return Answer(name, "", self.silent[name])
         if arguments:
             arguments = [json.dumps(json.loads(arguments[0]) | self.orders.get(name, {}))]
+        sent = time.time()
         done = subprocess.run(
-            [sys.executable, "-", *arguments],
-            input=source,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds + 20,
+            [sys.executable, "-", *arguments], input=source, capture_output=True, text=True, timeout=30
         )
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout.splitlines()[-1])
         if not arguments:
             answer |= {"addresses": ["127.0.0.1"]} | self.answers.get(name, {})
-        return Answer(name, json.dumps(answer) + "\n", "")
+        return Answer(name, json.dumps(answer) + "\n", "", sent, time.time())
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     monkeypatch.setattr(ssh, "run_on_hosts", cluster.run)
     monkeypatch.setattr(gather_remote, "run_on_hosts", cluster.run)
-    monkeypatch.setattr(gather_remote, "_keepalive", lambda name: 15)
+    monkeypatch.setattr(gather_remote, "_keepalive", lambda names, seconds: dict.fromkeys(names, 15))
     monkeypatch.setattr(diagnose, "gather", lambda folders: found.here(facts=probe.facts()))
     return cluster
 
@@ -224,6 +226,46 @@ def test_a_folder_whose_files_other_hosts_do_not_see_is_reported(
     assert checks["b"]["folders"][str(shared)]["error"] == "accepts files that this host does not see"
 
 
+def test_a_host_that_was_not_asked_in_time_is_not_blamed_for_its_port(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first host stops listening at the end of the round."""
+    monkeypatch.setattr(gather_remote, "PORT_SECONDS", 0.5)
+
+    def run(names: list[str], *more: Any) -> list[Answer]:
+        first, second = cluster.run(names, *more)
+        return [first, replace(second, sent=first.received + 1)]
+
+    monkeypatch.setattr(gather_remote, "run_on_hosts", run)
+    cluster.orders["b"] = {"port": 1}  # nobody listens
+    facts = {name: probe.facts() | {"addresses": ["127.0.0.1"]} for name in ("a", "b")}
+    assert gather_remote.check_between(facts, [])["b"]["error"].startswith("not asked")
+
+
+def test_ten_thousand_silent_hosts_give_a_short_table_within_the_time_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/bash\nsleep 60\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SHODH_HOST_SECONDS", "1")
+    monkeypatch.setattr(diagnose, "gather", lambda folders: found.here(facts=probe.facts()))
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"n{number} slots=1\n" for number in range(10_000)))
+    began = time.monotonic()
+    assert doctor(hostfile, json=True) == 2
+    assert time.monotonic() - began < 5
+    printed = capsys.readouterr()
+    lines = [line for line in json.loads(printed.out)["lines"] if "host" in line["what"]]
+    assert [line["what"] for line in lines] == [
+        *("host n0", "host n1", "host n2", "more hosts"),
+        *("host n32", "host n33", "host n34", "more hosts", "hostfile"),
+    ]
+    assert lines[3]["value"] == "29 more like host n2: n3, n4, n5, n6, n7 and 24 more"
+    assert "SHODH_HOST_SECONDS=60" in lines[4]["remedy"]
+    assert "asking hosts: 10000/10000" in printed.err
+
+
 def test_no_answer_from_any_host(cluster: Cluster, hostfile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.silent = dict.fromkeys("abc", "ssh: connect to host port 22: No route to host")
     assert doctor(hostfile, json=True) == 2
@@ -233,7 +275,7 @@ def test_no_answer_from_any_host(cluster: Cluster, hostfile: Path, capsys: pytes
 
 def test_an_answer_that_is_not_json_is_an_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A login script that writes to the terminal can cause this."""
-    monkeypatch.setattr(ssh, "run_on_hosts", lambda names, source, **more: [Answer(names[0], "welcome\n", "")])
+    monkeypatch.setattr(ssh, "run_on_hosts", lambda names, *more: [Answer(names[0], "welcome\n", "")])
     assert "welcome" in probe.probe_hosts(["a"])["a"]["error"]
 
 

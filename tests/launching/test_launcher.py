@@ -135,7 +135,8 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "ssh").write_text(
         "#!/bin/bash\n"
-        'while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done; host=$1; shift; echo "$host $*" >>"$0.log"\n'
+        'echo "$*" >>"$0.log"\n'
+        "while [[ $1 == -* ]]; do [[ $1 == -[op] ]] && shift; shift; done; host=$1; shift\n"
         "case $host in\n"
         "dead) exec sleep 60 ;;\n"
         "closed) echo 'ssh: connect to host closed port 22: Connection refused' >&2; exit 255 ;;\n"
@@ -171,6 +172,31 @@ def test_unusable_hosts_are_named(case: Path, fake_ssh: Path, tmp_path: Path, ho
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (fake_ssh / "pdsh.log").exists(), "nothing was started"
+
+
+def test_many_unusable_hosts_are_summarised_by_kind(case: Path, fake_ssh: Path, tmp_path: Path) -> None:
+    fails = 'echo "ssh: connect to host $host port 22: Connection refused" >&2; exit 255'
+    script = (fake_ssh / "ssh").read_text().replace("case $host in\n", f"case $host in\nclosed*) {fails} ;;\n")
+    (fake_ssh / "ssh").write_text(script)
+    (tmp_path / "hosts").write_text("lost slots=1\n" + "".join(f"closed{n} slots=1\n" for n in range(20)))
+    command = ["--config", "config.yaml", "--name", "none", "--hostfile", str(tmp_path / "hosts")]
+    done = _script(case, *command)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: 21 of 21 hosts cannot be used: lost: ssh: Could not resolve" in done.stderr
+    assert "; closed0, closed1, closed2, closed3, closed4 and 15 more: ssh: connect to host closed0" in done.stderr
+    assert done.stderr.count("Connection refused") == 1
+
+
+def test_deepspeed_gets_the_hosts_as_they_were_read(case: Path, fake_ssh: Path, tmp_path: Path) -> None:
+    """It would take a byte order mark for a part of the first name."""
+    (tmp_path / "hosts").write_text("\ufeffgood slots=1\nfi_ne slots=1  # comment\n", encoding="utf-8")
+    command = ["--config", "config.yaml", "--name", "mark", "--hostfile", str(tmp_path / "hosts")]
+    done = _script(case, *command, PDSH_SSH_ARGS_APPEND="-p 2222")
+    words = (fake_ssh / "pdsh.log").read_text().splitlines()
+    assert words[words.index("-w") + 1] == "good,fi_ne", done.stdout + done.stderr
+    calls = (fake_ssh / "ssh.log").read_text().splitlines()
+    assert len(calls) == 2
+    assert all(" -p 2222 " in call for call in calls)
 
 
 def test_values_that_a_remote_shell_would_interpret_are_refused(case: Path, fake_ssh: Path, tmp_path: Path) -> None:

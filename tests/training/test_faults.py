@@ -88,7 +88,7 @@ def _end(process: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_one_rank_makes_all_save_a_checkpoint_and_stop(folder, unbroken, number):
     run = folder / number.name
     process = start(2, WORKER, str(folder), str(run), "auto", *LONG)

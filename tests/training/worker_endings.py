@@ -21,12 +21,13 @@ import torch.distributed as dist
 
 from shodh_moe.base.command import end_rank
 from shodh_moe.config.load import load_config
-from shodh_moe.launching.stop_signals import SIGNALS
+from shodh_moe.launching.stop_signals import stop_signals
 from shodh_moe.training import log, pretrain, trainer
 
 folder, ports = Path(sys.argv[1]), sys.argv[2:]
 rank, run = int(os.environ["RANK"]), folder / "run"
 end_of_step = pretrain._LatentTask.end
+SIGNALS = stop_signals()
 handlers = [signal.getsignal(number) for number in SIGNALS]
 logs: list[log.Log] = []
 

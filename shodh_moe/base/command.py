@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, ReportedByRank0, UserError
 from shodh_moe.base.files import disk_trouble
+from shodh_moe.base.text import printable
 
 EXIT_INTERRUPTED = 130
 PATIENCE_S = 10.0  # how long a rank waits to be stopped before it reports an error that another rank reports too
@@ -125,6 +126,6 @@ def _wrong_input(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", 0))
-    # Messages of libraries may contain line breaks.
-    print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # Messages may contain line breaks of libraries, and names from files of others.
+    print(f"error{f' on rank {rank}' if rank else ''}: {printable(message)}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
+from shodh_moe.base.text import printable
 from shodh_moe.cli.common import add_command, add_debug, add_group, add_tokenizer_option
 
 
@@ -41,7 +42,7 @@ def _verify(options: argparse.Namespace) -> int:
     exported = (options.path / "export.json").exists()
     damages = verify_export(options.path) if exported else verify(options.path)
     for damage in damages:
-        print(f"error: {damage}", file=sys.stderr)
+        print(f"error: {printable(damage)}", file=sys.stderr)
     if damages:
         return EXIT_USER_ERROR
     print(f"intact: {options.path}")

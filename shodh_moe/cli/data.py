@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
+from shodh_moe.base.text import printable
 from shodh_moe.cli.common import EXAMPLE, add_command, add_config_command, add_debug, add_group, stage
 
 DATASET = "dataset folder or HDF5 file"
@@ -34,7 +35,8 @@ def add_data(commands: Any) -> None:
     step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
     example = "example: shodh data info data/quickstart"
-    step = add_command(steps, "info", "show the contents of a dataset or a file", example, _info)
+    text = "show the contents of a dataset or a file; exit code 2 if a file cannot be read"
+    step = add_command(steps, "info", text, example, _info)
     step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
     step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
@@ -60,15 +62,16 @@ def _check(options: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if report.errors else EXIT_DONE
 
 
-def _info(options: argparse.Namespace) -> None:
+def _info(options: argparse.Namespace) -> int:
     from shodh_moe.data.info import describe, table
 
     found = describe(options.path)
     print(json.dumps(found, indent=2) if options.json else table(found))
+    return EXIT_USER_ERROR if found["unreadable"] else EXIT_DONE
 
 
 def _preview(options: argparse.Namespace) -> None:
     from shodh_moe.data.preview import preview
 
     for path in preview(options.path, options.output):
-        print(f"[preview] {path}")
+        print(printable(f"[preview] {path}"))

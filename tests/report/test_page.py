@@ -7,15 +7,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib import figure as matplotlib_figure
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.report import style, write_report
 from shodh_moe.report.figure import Figure, write_figures
 from shodh_moe.report.page import Box, Heading, Note, Page, Preformatted, Section, Text, formatted, markdown
 from shodh_moe.report.table import Table, number
-from tests.report.test_report import EXPERTS, LAYERS, evaluation_arrays, evaluation_metrics, make_run
+from tests.report.test_report import EXPERTS, LAYERS, evaluation_metrics, make_run
 
 EVIL = """<script>alert("1")</script> & 'quoted' "twice\""""
 ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#39;quoted&#39; &#34;twice&#34;"
@@ -111,18 +111,20 @@ def test_names_in_a_run_are_escaped_in_its_report(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(style, "DPI", 40)  # drawing takes most of the time
     folder = make_run(tmp_path / "run", n=(16, 16, 16))
     metrics = evaluation_metrics(LAYERS, EXPERTS)
-    metrics |= {"run": name, "domains": {name: metrics["domains"]["open_channel"]}, "routing": {}}
+    metrics |= {"run": name, "routing": {}}  # a domain of such a name is refused
+    metrics["divergence_table"] = [{**row, "what": name, "operator": name} for row in metrics["divergence_table"]]
     metrics["divergence"]["norm"] = metrics["divergence_table"][0]["norm"] = name
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "environment.json").write_text(json.dumps({name: name}))
     (folder / "config.yaml").write_text(name)
-    arrays = evaluation_arrays((16, 16, 16), LAYERS, EXPERTS)
-    np.savez(
-        folder / "evaluation.npz", domains=np.array([name]), **{"open_channel/solid": arrays["open_channel/solid"]}
-    )
     page = write_report(folder).read_text(encoding="utf-8")
     parsed = Parsed(page)
     assert name not in page
     assert "script" not in parsed.tags
     assert ("src", "x") not in parsed.attributes
     assert parsed.text.count(name) > 8
+    # Names of domains become parts of file names, so they are refused instead.
+    metrics["domains"] = {name: metrics["domains"]["open_channel"]}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match="a domain named"):
+        write_report(folder)

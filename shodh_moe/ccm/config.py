@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, Section, setting
+from shodh_moe.base.section import Fraction, Name, NonNegative, PathText, Positive, Section, setting
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
 from shodh_moe.config.compare import fingerprint
@@ -23,7 +23,7 @@ class FamilyConfig(Section):
     name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = setting(
         "reaction_diffusion", changes="data"
     )
-    root: str = setting("data", changes="nothing", description="folder that holds the generated families")
+    root: PathText = setting("data", changes="nothing", description="folder that holds the generated families")
     grid: Positive = setting(48, changes="data", description="cells along each side")
     snapshots: Positive = setting(21, changes="data", description="stored states per trajectory")
     trajectories: dict[Split, Positive] = setting(
@@ -70,8 +70,8 @@ class ExpertConfig(Section):
 
     name: Name = setting("expert", changes="nothing", description="name of the run folder")
     seed: NonNegative = setting(0, changes="run", description="seed of initial weights and data order")
-    runs: str = setting("runs", changes="nothing", description="folder that holds the run folders")
-    start: str | None = setting(
+    runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")
+    start: PathText | None = setting(
         None, changes="run", description="the anchor, a run or checkpoint to fine-tune; null: train from scratch"
     )
     family: FamilyConfig = FamilyConfig()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
 from shodh_moe.base.text import printable
 from shodh_moe.cli.common import add_command, add_debug, add_group, add_tokenizer_option
@@ -22,9 +22,9 @@ def add_checkpoint(commands: Any) -> None:
     ):
         end = " --output trial_model" if name == "export" else ""
         step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
-        step.add_argument("path", type=Path, metavar="PATH", help="a checkpoint or a run folder")
+        step.add_argument("path", type=path_option, metavar="PATH", help="a checkpoint or a run folder")
         if name == "export":
-            step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+            step.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="new folder")
             add_tokenizer_option(step)
         add_debug(step)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shodh_moe.base.section import Name, NonNegative, Section, setting
+from shodh_moe.base.section import Name, NonNegative, PathText, Section, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.model import ModelConfig
 from shodh_moe.config.tokenizer import TokenizerConfig
@@ -45,8 +45,8 @@ class Config(Section):
     seed: NonNegative = setting(
         0, changes="tokenizer", description="seed of initial weights and data order of tokenizer and pretraining"
     )
-    runs: str = setting("runs", changes="nothing", description="folder that holds the run folders")
-    start: str | None = setting(
+    runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")
+    start: PathText | None = setting(
         None, changes="run", description="run or checkpoint to take initial weights from; null: random weights"
     )
     data: DataConfig = DataConfig()

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+from shodh_moe.base.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    setting,
+)
 
 
 class TrainingConfig(Section):
@@ -80,7 +89,9 @@ class ParallelConfig(Section, changes="nothing"):
     """Parallel layout: world size = EP x EDP (DESIGN 7). A checkpoint fits every layout."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
-    hostfile: str | None = Field(None, description="file of hosts and slots, in DeepSpeed's format; null: this host")
+    hostfile: PathText | None = Field(
+        None, description="file of hosts and slots, in DeepSpeed's format; null: this host"
+    )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
     )

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress
 from shodh_moe.base.text import printable
+from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.data.derivatives import relative_divergence
 from shodh_moe.data.listing import domain_names, files_of, open_file, require_inside
 from shodh_moe.data.opening import opened
@@ -270,11 +270,11 @@ def _splits(folder: Path, records: dict[str, list[TrajectoryRecord]]) -> Iterato
 def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator[Finding]:
     """Compare stats.yaml with the statistics of the current training split."""
     try:
-        stored = yaml.safe_load((folder / STATS_FILE).read_text(encoding="utf-8"))
+        stored = parse_yaml((folder / STATS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         yield Finding("error", STATS_FILE, "", "missing: expected the statistics of the training split")
         return
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         yield Finding("error", STATS_FILE, "", f"cannot be read ({' '.join(str(error).split())[:200]})")
         return
     if not complete or not sums:

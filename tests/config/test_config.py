@@ -145,7 +145,7 @@ def test_an_override_needs_key_and_value(tmp_path: Path, override: str) -> None:
 
 
 def test_an_override_of_bad_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a valid YAML value"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_config(write_config(tmp_path), ["data.grid=[16"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from shodh_moe.base.section import Fraction, Name, NonNegative, PathText, Positi
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
 from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.training import DeepSpeedSettings
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, Coordinates
 
 Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high"]
@@ -86,7 +87,7 @@ class ExpertConfig(Section):
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
-    deepspeed: dict[str, Any] = setting(
+    deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )
 

@@ -13,7 +13,13 @@ from shodh_moe.base.section import Name, NonNegative, PathText, Section, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.model import ModelConfig
 from shodh_moe.config.tokenizer import TokenizerConfig
-from shodh_moe.config.training import EvaluationConfig, ParallelConfig, TelemetryConfig, TrainingConfig
+from shodh_moe.config.training import (
+    DeepSpeedSettings,
+    EvaluationConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainingConfig,
+)
 
 
 class RunConfig(Protocol):
@@ -56,6 +62,6 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    deepspeed: dict[str, Any] = setting(
+    deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )

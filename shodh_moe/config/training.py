@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from shodh_moe.base.paths import expand
 from shodh_moe.base.section import (
     Fraction,
     NonNegative,
@@ -16,6 +17,20 @@ from shodh_moe.base.section import (
     Section,
     setting,
 )
+
+# Paths among DeepSpeed's settings, which it does not expand itself.
+_DEEPSPEED_PATHS = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
+
+
+def _expand_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    for section, key in _DEEPSPEED_PATHS:
+        inner = settings.get(section)
+        if isinstance(inner, dict) and isinstance(inner.get(key), str):
+            settings = {**settings, section: {**inner, key: expand(inner[key])}}
+    return settings
+
+
+DeepSpeedSettings = Annotated[dict[str, Any], AfterValidator(_expand_paths)]
 
 
 class TrainingConfig(Section):

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # torch takes no larger one
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A path as the user wrote it; the value has ~ and $NAME replaced.
 PathText = Annotated[str, AfterValidator(expand)]

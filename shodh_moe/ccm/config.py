@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Fraction, Name, NonNegative, PathText, Positive, Section, setting
+from shodh_moe.base.section import Fraction, Name, PathText, Positive, Section, Seed, setting
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
 from shodh_moe.config.compare import fingerprint
@@ -30,7 +30,7 @@ class FamilyConfig(Section):
     trajectories: dict[Split, Positive] = setting(
         {}, changes="data", description="trajectories per regime of a split, instead of the family's default"
     )
-    seed: NonNegative = setting(0, changes="data")
+    seed: Seed = setting(0, changes="data")
 
     def family(self) -> Family:
         """The family with this config's sizes, counts and seed."""
@@ -70,7 +70,7 @@ class ExpertConfig(Section):
     """Everything that an expert's run depends on."""
 
     name: Name = setting("expert", changes="nothing", description="name of the run folder")
-    seed: NonNegative = setting(0, changes="run", description="seed of initial weights and data order")
+    seed: Seed = setting(0, changes="run", description="seed of initial weights and data order")
     runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")
     start: PathText | None = setting(
         None, changes="run", description="the anchor, a run or checkpoint to fine-tune; null: train from scratch"

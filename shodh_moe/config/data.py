@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from shodh_moe.base.section import Name, NonNegative, NonNegativeFloat, PathText, Positive, Section, setting
+from shodh_moe.base.section import Name, NonNegativeFloat, PathText, Positive, Section, Seed, setting
 from shodh_moe.config.tokenizer import COMPRESSION
 from shodh_moe.solvers.domains import DEFAULT, DOMAINS, Domain
 
@@ -45,7 +45,7 @@ class DataConfig(Section):
         None, changes="run", description="folder of an existing dataset; null: generate one under `root`"
     )
     root: PathText = setting("data", changes="run", description="folder that holds the generated datasets")
-    seed: NonNegative = setting(0, changes="data")
+    seed: Seed = setting(0, changes="data")
     grid: list[Positive] = setting([32, 32, 32], changes="data", description="cells along x, y and z")
     snapshots: Positive = setting(24, changes="data", description="stored snapshots per trajectory")
     compression: Literal["lzf", "gzip"] | None = setting(

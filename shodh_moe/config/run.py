@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shodh_moe.base.section import Name, NonNegative, PathText, Section, setting
+from shodh_moe.base.section import Name, PathText, Section, Seed, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.model import ModelConfig
 from shodh_moe.config.tokenizer import TokenizerConfig
@@ -48,7 +48,7 @@ class Config(Section):
     """Everything that a run of the latent transformer depends on."""
 
     name: Name = setting("quickstart", changes="nothing", description="name of the run folder")
-    seed: NonNegative = setting(
+    seed: Seed = setting(
         0, changes="tokenizer", description="seed of initial weights and data order of tokenizer and pretraining"
     )
     runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")

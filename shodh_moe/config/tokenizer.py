@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import NonNegative, NonNegativeFloat, PathText, Positive, PositiveFloat, Section, setting
+from shodh_moe.base.section import NonNegativeFloat, PathText, Positive, PositiveFloat, Section, Seed, setting
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
@@ -20,7 +20,7 @@ class TokenizerConfig(Section):
         None, changes="run", description="folder of a trained tokenizer; null: train one under `root`"
     )
     root: PathText = setting("tokenizers", changes="run", description="folder that holds the trained tokenizers")
-    seed: NonNegative | None = setting(
+    seed: Seed | None = setting(
         None, changes="tokenizer", description="seed of its weights, batches and latent copies; null: the run's seed"
     )
     operator: Literal["spectral", "central2", "central4", "staggered"] = setting(

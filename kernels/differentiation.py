@@ -28,7 +28,9 @@ other way round, and would not vanish for this curl. Backward differences are -D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +50,29 @@ def check_operator(operator: str, spacing: float) -> None:
     """Raise ValueError for an unknown operator or a spacing that is not a positive number."""
     if operator not in OPERATORS:
         raise ValueError(f"unknown derivative operator {operator!r}; known: {', '.join(OPERATORS)}")
-    if not (spacing > 0 and math.isfinite(spacing)):
+    number = _plain(spacing)
+    if not isinstance(number, (int, float)) or not (number > 0 and math.isfinite(number)):
         raise ValueError(f"spacing must be positive and finite, not {spacing!r}")
+
+
+def spacings(spacing: float | Sequence[float], operator: str) -> list[float]:
+    """Check the operator and the spacing, one number or one per axis, and return [x, y, z].
+
+    Raises:
+        ValueError: an unknown operator; or not one or three positive, finite numbers.
+    """
+    given = _plain(spacing)
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * 3
+    if len(each) != 3:
+        raise ValueError(f"spacing must be one positive number or three, along x, y and z, not {spacing!r}")
+    for one in each:
+        check_operator(operator, one)
+    return [float(one) for one in each]
+
+
+def _plain(value: Any) -> Any:
+    """Convert numbers and lists of numpy and torch to those of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_size(name: str, size: int, operator: str) -> None:

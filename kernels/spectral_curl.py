@@ -13,6 +13,7 @@ Shapes: B batch, 3 vector components, X Y Z space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from shodh_moe.kernels.differentiation import (
     MATRIX_LIMIT,
     OPERATORS,
     cached_matrix,
-    check_operator,
     check_size,
     differentiation_matrix,
+    spacings,
     stencil,
 )
 
@@ -38,7 +39,7 @@ def curl(
     potential_B3XYZ: Tensor,
     mean_B3: Tensor | None = None,
     operator: str = "spectral",
-    spacing: float = 1.0,
+    spacing: float | Sequence[float] = 1.0,
     adjoint: bool = False,
 ) -> Tensor:
     """u = curl_D(A) + Ubar, [B, 3, X, Y, Z]: u_x = D_y A_z - D_z A_y and cyclic, plus a constant.
@@ -47,7 +48,7 @@ def curl(
         potential_B3XYZ: A, float32, float64, bfloat16 or float16, any strides.
         mean_B3: Ubar, the constant part, which a periodic curl cannot represent; None means zero.
         operator: one of `OPERATORS`.
-        spacing: distance between grid points, the same along the three axes.
+        spacing: distance between grid points; one for each of x, y and z if it differs between the axes.
         adjoint: apply the transposed map instead, which is the curl with -D^T for D: the same for antisymmetric
             operators, the curl with backward differences for ``staggered``.
 
@@ -59,31 +60,34 @@ def curl(
             axis than the operator needs (spectral 1, staggered 2, central2 3, central4 5) or, for ``spectral``,
             more than 256.
     """
-    _check_field("potential_B3XYZ", potential_B3XYZ, operator, spacing)
+    steps = spacings(spacing, operator)
+    _check_field("potential_B3XYZ", potential_B3XYZ, operator)
     if mean_B3 is not None:
         _check_mean(mean_B3, potential_B3XYZ)
-    return _curl(potential_B3XYZ, mean_B3, operator, float(spacing), adjoint)
+    return _curl(potential_B3XYZ, mean_B3, operator, steps, adjoint)
 
 
-def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
+def divergence(u_B3XYZ: Tensor, operator: str = "spectral", spacing: float | Sequence[float] = 1.0) -> Tensor:
     """div_D(u) = D_x u_x + D_y u_y + D_z u_z, [B, X, Y, Z], with the same operators as `curl`.
 
     Dtypes and errors as for `curl`. Measure mass conservation in float64: in float32, rounding alone gives 1e-7 times
     velocity over spacing.
     """
-    _check_field("u_B3XYZ", u_B3XYZ, operator, spacing)
-    return _divergence(u_B3XYZ, operator, float(spacing))
+    steps = spacings(spacing, operator)
+    _check_field("u_B3XYZ", u_B3XYZ, operator)
+    return _divergence(u_B3XYZ, operator, steps)
 
 
-def divergence_adjoint(g_BXYZ: Tensor, operator: str = "spectral", spacing: float = 1.0) -> Tensor:
+def divergence_adjoint(g_BXYZ: Tensor, operator: str = "spectral", spacing: float | Sequence[float] = 1.0) -> Tensor:
     """The transposed `divergence` D^T g, [B, 3, X, Y, Z], with components D_i^T g (-D_i g for antisymmetric D).
 
     Dtypes and errors as for `curl`.
     """
+    steps = spacings(spacing, operator)
     if g_BXYZ.ndim != 4:
         raise ValueError(f"g_BXYZ has shape {list(g_BXYZ.shape)}; expected [B, X, Y, Z]")
-    _check_field("g_BXYZ", g_BXYZ[:, None].expand(-1, 3, -1, -1, -1), operator, spacing)
-    return _divergence_backward(g_BXYZ.to(compute_dtype(g_BXYZ.dtype)), operator, float(spacing))
+    _check_field("g_BXYZ", g_BXYZ[:, None].expand(-1, 3, -1, -1, -1), operator)
+    return _divergence_backward(g_BXYZ.to(compute_dtype(g_BXYZ.dtype)), operator, steps)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,8 +95,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_field(name: str, field: Tensor, operator: str, spacing: float) -> None:
-    check_operator(operator, spacing)
+def _check_field(name: str, field: Tensor, operator: str) -> None:
     if field.ndim != 5 or field.shape[1] != 3:
         raise ValueError(f"{name} has shape {list(field.shape)}; expected [B, 3, X, Y, Z]")
     if field.dtype not in DTYPES:
@@ -113,12 +116,16 @@ def _check_mean(mean_B3: Tensor, potential_B3XYZ: Tensor) -> None:
         raise ValueError(f"mean_B3 is on {mean_B3.device}; potential_B3XYZ is on {potential_B3XYZ.device}")
 
 
+How = tuple[str, list[float], bool]  # operator, spacing along x, y and z, adjoint
+
+
 # The torch reference. Everything is accumulated in the output, so nothing is stacked, added or copied afterwards.
 
 
-def _add_derivative(out_XYZ: Tensor, f_XYZ: Tensor, axis: int, sign: int, how: tuple[str, float, bool]) -> None:
-    """out += sign * D f along ``axis`` (0, 1 or 2); ``how`` is operator, spacing, adjoint. Both contiguous."""
-    operator, spacing, adjoint = how
+def _add_derivative(out_XYZ: Tensor, f_XYZ: Tensor, axis: int, sign: int, how: How) -> None:
+    """out += sign * D f along ``axis`` (0, 1 or 2). Both contiguous."""
+    operator, steps, adjoint = how
+    spacing = steps[axis]
     size = f_XYZ.shape[axis]
     if operator != "spectral":
         for offset, weight in stencil(operator, spacing, adjoint).items():
@@ -143,7 +150,7 @@ def _add_shifted(out_XYZ: Tensor, f_XYZ: Tensor, axis: int, offset: int, weight:
         out_XYZ.narrow(axis, inner, offset).add_(f_XYZ.narrow(axis, 0, offset), alpha=weight)
 
 
-def _curl_reference(potential_B3XYZ: Tensor, mean_B3: Tensor | None, how: tuple[str, float, bool]) -> Tensor:
+def _curl_reference(potential_B3XYZ: Tensor, mean_B3: Tensor | None, how: How) -> Tensor:
     a_B3XYZ = potential_B3XYZ.to(compute_dtype(potential_B3XYZ.dtype)).contiguous()
     u_B3XYZ = torch.empty_like(a_B3XYZ)
     u_B3XYZ.copy_(mean_B3[:, :, None, None, None]) if mean_B3 is not None else u_B3XYZ.zero_()
@@ -155,7 +162,7 @@ def _curl_reference(potential_B3XYZ: Tensor, mean_B3: Tensor | None, how: tuple[
     return u_B3XYZ
 
 
-def _divergence_reference(u_B3XYZ: Tensor, how: tuple[str, float, bool]) -> Tensor:
+def _divergence_reference(u_B3XYZ: Tensor, how: How) -> Tensor:
     u_B3XYZ = u_B3XYZ.to(compute_dtype(u_B3XYZ.dtype)).contiguous()
     div_BXYZ = torch.zeros_like(u_B3XYZ[:, 0], memory_format=torch.contiguous_format)
     for u_3XYZ, div_XYZ in zip(u_B3XYZ, div_BXYZ, strict=True):
@@ -164,7 +171,7 @@ def _divergence_reference(u_B3XYZ: Tensor, how: tuple[str, float, bool]) -> Tens
     return div_BXYZ
 
 
-def _divergence_backward_reference(g_BXYZ: Tensor, how: tuple[str, float, bool]) -> Tensor:
+def _divergence_backward_reference(g_BXYZ: Tensor, how: How) -> Tensor:
     g_BXYZ = g_BXYZ.contiguous()
     du_B3XYZ = g_BXYZ.new_zeros((g_BXYZ.shape[0], 3, *g_BXYZ.shape[1:]))
     for g_XYZ, du_3XYZ in zip(g_BXYZ, du_B3XYZ, strict=True):
@@ -175,7 +182,7 @@ def _divergence_backward_reference(g_BXYZ: Tensor, how: tuple[str, float, bool])
 
 @torch.library.custom_op("shodh::curl", mutates_args=())
 def _curl(
-    potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool
+    potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: list[float], adjoint: bool
 ) -> Tensor:  # also the backward pass: the transposed curl of the gradient
     if use_triton(potential_B3XYZ):
         from shodh_moe.kernels import spectral_curl_triton
@@ -191,7 +198,7 @@ def _curl(
 
 
 @_curl.register_fake
-def _(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool) -> Tensor:
+def _(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: list[float], adjoint: bool) -> Tensor:
     return potential_B3XYZ.new_empty(potential_B3XYZ.shape, dtype=compute_dtype(potential_B3XYZ.dtype))
 
 
@@ -214,7 +221,7 @@ _curl.register_autograd(_curl_grad, setup_context=_curl_context)
 
 
 @torch.library.custom_op("shodh::divergence", mutates_args=())
-def _divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def _divergence(u_B3XYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     if use_triton(u_B3XYZ):
         from shodh_moe.kernels import spectral_curl_triton
 
@@ -224,13 +231,13 @@ def _divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
 
 
 @_divergence.register_fake
-def _(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def _(u_B3XYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     batch, _, x, y, z = u_B3XYZ.shape
     return u_B3XYZ.new_empty((batch, x, y, z), dtype=compute_dtype(u_B3XYZ.dtype))
 
 
 @torch.library.custom_op("shodh::divergence_backward", mutates_args=())
-def _divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def _divergence_backward(g_BXYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     """du_i = D_i^T g, [B, 3, X, Y, Z]."""
     if use_triton(g_BXYZ):
         from shodh_moe.kernels import spectral_curl_triton
@@ -241,7 +248,7 @@ def _divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tenso
 
 
 @_divergence_backward.register_fake
-def _(g_BXYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def _(g_BXYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     batch, x, y, z = g_BXYZ.shape
     return g_BXYZ.new_empty((batch, 3, x, y, z))
 

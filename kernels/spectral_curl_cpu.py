@@ -153,13 +153,13 @@ def fits(field: Tensor) -> bool:
     return wide and all(n % 2 == 0 and n >= MINIMUM for n in field.shape[2:])
 
 
-def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: float, adjoint: bool) -> Tensor:
+def curl(a_B3XYZ: Tensor, mean_B3: Tensor | None, spacing: list[float], adjoint: bool) -> Tensor:
     """`spectral_curl.curl` of a contiguous float32 or float64 field with even X, Y and Z."""
     u_B3XYZ = torch.empty_like(a_B3XYZ)
     a, u = a_B3XYZ.detach().numpy(), u_B3XYZ.numpy()
     mean = np.zeros(a.shape[:2], a.dtype) if mean_B3 is None else mean_B3.to(a_B3XYZ.dtype).detach().numpy()
-    d_x, d_y = (_blocks(n, spacing, a_B3XYZ.dtype, adjoint, False) for n in a.shape[2:4])
-    d_zt = _blocks(a.shape[4], spacing, a_B3XYZ.dtype, adjoint, True)
+    d_x, d_y = (_blocks(a.shape[2 + i], spacing[i], a_B3XYZ.dtype, adjoint, False) for i in range(2))
+    d_zt = _blocks(a.shape[4], spacing[2], a_B3XYZ.dtype, adjoint, True)
     parts = PARTS * torch.get_num_threads()
     for b in range(len(a)):
         for rows_are_x, d_r in ((False, d_y), (True, d_x)):  # in order: the second adds to the first's u_z

@@ -129,7 +129,7 @@ class Product(NamedTuple):
     accumulate: bool = False
 
 
-def _launch(product: Product, spacing: float, adjoint: bool) -> None:
+def _launch(product: Product, spacing: list[float], adjoint: bool) -> None:
     """Launch a product. Its fields are [B, X, Y, Z], components of contiguous fields; inputs have equal strides."""
     inputs = [f for f in (product.p, product.q, product.s) if f is not None]
     outputs = [f for f in (product.out1, product.out2) if f is not None]
@@ -148,8 +148,8 @@ def _launch(product: Product, spacing: float, adjoint: bool) -> None:
         folded_plane_kernel if fold else plane_kernel,
         (tiles, planes, batch),
         *(like if f is None else f for f in (product.p, product.q, product.s)),
-        _matrix(rows, spacing, out, adjoint, fold),
-        _matrix(z, spacing, out, not adjoint, fold),  # -D^T: its sign goes into SIGN_Q
+        _matrix(rows, spacing[product.axis], out, adjoint, fold),
+        _matrix(z, spacing[2], out, not adjoint, fold),  # -D^T: its sign goes into SIGN_Q
         *means,
         *(out if f is None else f for f in (product.out1, product.out2)),
         rows,
@@ -181,7 +181,7 @@ def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def curl(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: float, adjoint: bool) -> Tensor:
+def curl(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing: list[float], adjoint: bool) -> Tensor:
     """`spectral_curl.curl` for arguments that have been checked."""
     potential_B3XYZ = potential_B3XYZ.contiguous()
     u_B3XYZ = _result(potential_B3XYZ, potential_B3XYZ.shape)
@@ -205,7 +205,7 @@ def curl(potential_B3XYZ: Tensor, mean_B3: Tensor | None, operator: str, spacing
     return u_B3XYZ
 
 
-def divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def divergence(u_B3XYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     """`spectral_curl.divergence` for arguments that have been checked."""
     u_B3XYZ = u_B3XYZ.contiguous()
     out_BXYZ = _result(u_B3XYZ, (u_B3XYZ.shape[0], *u_B3XYZ.shape[2:]))
@@ -218,7 +218,7 @@ def divergence(u_B3XYZ: Tensor, operator: str, spacing: float) -> Tensor:
     return out_BXYZ
 
 
-def divergence_backward(g_BXYZ: Tensor, operator: str, spacing: float) -> Tensor:
+def divergence_backward(g_BXYZ: Tensor, operator: str, spacing: list[float]) -> Tensor:
     """The transposed divergence, du_i = D_i^T g: [B, 3, X, Y, Z]."""
     g_BXYZ = g_BXYZ.contiguous()
     du_B3XYZ = _result(g_BXYZ, (g_BXYZ.shape[0], 3, *g_BXYZ.shape[1:]))

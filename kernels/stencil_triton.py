@@ -1,8 +1,8 @@
 """Triton kernels of the local derivative operators: curl, divergence and its transpose, in one launch each.
 
 A program computes a tile of lines along z for all output components; it reads neighbours from the caches.
-The operator's weights are data (`weights_ptr[offset + REACH]`), so forward, adjoint and transposed forms use the same
-kernels.
+The operator's weights are data, `weights_ptr[axis * (2 * REACH + 1) + offset + REACH]`. So forward, adjoint and
+transposed forms use the same kernels, and the spacing may differ between the axes.
 
 Shapes: B batch, 3 vector components, X Y Z space, Z contiguous.
 """
@@ -35,7 +35,10 @@ def _derivative(
     HIGH: tl.constexpr,
     CENTRE: tl.constexpr,
 ):
-    """Sum over offsets of weight * f[position + offset], periodic along the axis with this size and stride."""
+    """Sum over offsets of weight * f[position + offset], periodic along the axis with this size and stride.
+
+    ``weights_ptr`` points to the weights of the axis.
+    """
     total = tl.zeros(index.shape, weights_ptr.dtype.element_ty)
     for offset in tl.static_range(LOW, HIGH + 1):
         if offset != 0 or CENTRE:
@@ -63,7 +66,7 @@ def _tile(x_size, y_size, z_size, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
 def curl_kernel(
     a_ptr,  # [B, 3, X, Y, Z]
     mean_ptr,  # [B, 3]
-    weights_ptr,  # [2 * REACH + 1]
+    weights_ptr,  # [3, 2 * REACH + 1]
     out_ptr,  # [B, 3, X, Y, Z]
     x_size,
     y_size,
@@ -80,12 +83,12 @@ def curl_kernel(
     a_x = a_ptr + 3 * batch
     a_y = a_x + volume
     a_z = a_y + volume
-    u_x = _derivative(a_z, weights_ptr, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
-    u_x -= _derivative(a_y, weights_ptr, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
-    u_y = _derivative(a_x, weights_ptr, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
+    u_x = _derivative(a_z, weights_ptr + 5, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
+    u_x -= _derivative(a_y, weights_ptr + 10, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
+    u_y = _derivative(a_x, weights_ptr + 10, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
     u_y -= _derivative(a_z, weights_ptr, index, mask, x, x_size, y_size * z_size, LOW, HIGH, CENTRE)
     u_z = _derivative(a_y, weights_ptr, index, mask, x, x_size, y_size * z_size, LOW, HIGH, CENTRE)
-    u_z -= _derivative(a_x, weights_ptr, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
+    u_z -= _derivative(a_x, weights_ptr + 5, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
     if HAS_MEAN:
         mean = mean_ptr + 3 * tl.program_id(1)
         u_x += tl.load(mean)
@@ -115,8 +118,8 @@ def divergence_kernel(
     x, y, z, index, mask, volume, batch = _tile(x_size, y_size, z_size, BLOCK_R, BLOCK_Z)
     u_x = u_ptr + 3 * batch
     total = _derivative(u_x, weights_ptr, index, mask, x, x_size, y_size * z_size, LOW, HIGH, CENTRE)
-    total += _derivative(u_x + volume, weights_ptr, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
-    total += _derivative(u_x + 2 * volume, weights_ptr, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
+    total += _derivative(u_x + volume, weights_ptr + 5, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
+    total += _derivative(u_x + 2 * volume, weights_ptr + 10, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
     tl.store(out_ptr + batch + index, total, mask=mask)
 
 
@@ -140,18 +143,18 @@ def gradient_kernel(
     out = out_ptr + 3 * batch + index
     d = _derivative(g, weights_ptr, index, mask, x, x_size, y_size * z_size, LOW, HIGH, CENTRE)
     tl.store(out, d, mask=mask)
-    d = _derivative(g, weights_ptr, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
+    d = _derivative(g, weights_ptr + 5, index, mask, y, y_size, z_size, LOW, HIGH, CENTRE)
     tl.store(out + volume, d, mask=mask)
-    d = _derivative(g, weights_ptr, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
+    d = _derivative(g, weights_ptr + 10, index, mask, z, z_size, 1, LOW, HIGH, CENTRE)
     tl.store(out + 2 * volume, d, mask=mask)
 
 
 @lru_cache(maxsize=64)
 def _weights(
-    operator: str, spacing: float, adjoint: bool, sign: int, dtype: torch.dtype, device: torch.device
+    operator: str, spacing: tuple[float, ...], adjoint: bool, sign: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    weights = stencil(operator, spacing, adjoint)
-    values = [sign * weights.get(offset, 0.0) for offset in range(-REACH, REACH + 1)]
+    axes = [stencil(operator, one, adjoint) for one in spacing]
+    values = [[sign * weights.get(offset, 0.0) for offset in range(-REACH, REACH + 1)] for weights in axes]
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -161,13 +164,13 @@ def _launch(
     inputs: list[Tensor],
     out: Tensor,
     operator: str,
-    spacing: float,
+    spacing: list[float],
     adjoint: bool,
     sign: int,
     **meta: int,
 ) -> None:
     """Run ``kernel`` over the grid of ``out`` with sign * D, or sign * -D^T if ``adjoint``."""
-    weights = _weights(operator, spacing, adjoint, sign, out.dtype, out.device)
+    weights = _weights(operator, tuple(spacing), adjoint, sign, out.dtype, out.device)
     offsets = [-o if adjoint else o for o in STENCILS[operator]]
     batch, x, y, z = out.shape[0], *out.shape[-3:]
     default = {"BLOCK": 512, "BLOCK_Z": 128, "num_warps": 4}
@@ -193,7 +196,12 @@ def _launch(
 
 
 def curl(
-    potential_B3XYZ: Tensor, mean_B3: Tensor | None, out_B3XYZ: Tensor, operator: str, spacing: float, adjoint: bool
+    potential_B3XYZ: Tensor,
+    mean_B3: Tensor | None,
+    out_B3XYZ: Tensor,
+    operator: str,
+    spacing: list[float],
+    adjoint: bool,
 ) -> None:
     """out = curl_D(A) + mean. Tensors are contiguous, and the mean has the dtype of ``out_B3XYZ``."""
     mean = out_B3XYZ if mean_B3 is None else mean_B3  # any tensor can replace a mean that is not read
@@ -202,11 +210,11 @@ def curl(
     )
 
 
-def divergence(u_B3XYZ: Tensor, out_BXYZ: Tensor, operator: str, spacing: float) -> None:
+def divergence(u_B3XYZ: Tensor, out_BXYZ: Tensor, operator: str, spacing: list[float]) -> None:
     """out = div_D(u)."""
     _launch(divergence_kernel, [u_B3XYZ], out_BXYZ, operator, spacing, False, 1)
 
 
-def divergence_backward(g_BXYZ: Tensor, out_B3XYZ: Tensor, operator: str, spacing: float) -> None:
+def divergence_backward(g_BXYZ: Tensor, out_B3XYZ: Tensor, operator: str, spacing: list[float]) -> None:
     """out_i = D_i^T g."""
     _launch(gradient_kernel, [g_BXYZ], out_B3XYZ, operator, spacing, True, -1)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from shodh_moe.cli import main
 from shodh_moe.config import TokenizerConfig
 from shodh_moe.data import generation, is_complete
 from shodh_moe.runs import pipeline
@@ -127,6 +128,56 @@ def test_a_dataset_that_does_not_fit_the_config_is_refused(
     before = tree(dataset.parent)
     refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", override, says=says)
     assert tree(dataset.parent) == before
+
+
+@pytest.mark.parametrize("attribute", ["domain", "dataset_name"])
+@pytest.mark.parametrize(
+    "name", ["x/../../../../escaped", "..", "\x1b[2Jwild", "wild\nerror: no", "<script>", "w" * 101]
+)
+def test_a_domain_whose_name_is_no_part_of_a_file_name_is_refused(
+    dataset: Path, capfd: pytest.CaptureFixture[str], attribute: str, name: str
+) -> None:
+    for path in dataset.glob("data/*/wild.hdf5"):
+        with h5py.File(path, "r+") as file:
+            del file.attrs["domain"]
+            file.attrs[attribute] = name
+    before = tree(dataset.parent)
+    says = ("wild.hdf5", f"attribute {attribute} is ", "letters, digits")
+    assert "\x1b" not in refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", says=says)
+    refused(capfd, "data", "preview", "theirs", "--output", "pictures", says=says)
+    for command in ("check", "info"):
+        assert main(["data", command, "theirs"]) == 2
+        shown = capfd.readouterr().out
+        assert f"attribute {attribute} is " in shown
+        assert "\x1b" not in shown
+        assert "\nerror: no" not in shown
+    assert tree(dataset.parent) == before
+
+
+@pytest.mark.parametrize("where", ["object", "attribute", "value", "link", "file name"])
+def test_escape_bytes_of_a_dataset_do_not_reach_the_terminal(
+    dataset: Path, capfd: pytest.CaptureFixture[str], where: str
+) -> None:
+    path = dataset / "data/train/wild.hdf5"
+    with h5py.File(path, "r+") as file:
+        if where == "object":
+            file["scalars/\x1b[2Jviscosity"] = 1.0
+        elif where == "attribute":
+            file.attrs["\x1b[2Jversion"] = 1
+        elif where == "link":
+            file["link"] = h5py.SoftLink("/\x1b[2J")
+        elif where == "value":
+            file["provenance"].attrs["source"] = file["provenance"].attrs["units"] = "\x1b[2J simulated"
+            file["boundary_conditions/x_periodic"].attrs["bc_type"] = "\x1b[2J"
+    if where == "file name":
+        path.rename(dataset / "data/train/\x1b[2Jwild.hdf5")
+    for command in ("check", "info", "preview"):
+        output = ("--output", "pictures") if command == "preview" else ()
+        main(["data", command, "theirs", *output])
+        out, err = capfd.readouterr()
+        assert "\x1b" not in out + err.replace("\x1b[A", ""), command
+        assert out + err
+    assert "\\x1b" in out + err or where == "value"
 
 
 def test_a_domain_in_only_one_split_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def unseen_config(audit: AuditConfig) -> Config:
     return config.model_copy(
         update={
             "data": data.model_copy(
-                update={"name": f"{data.name}_unseen", "domains": audit.unseen, "seed": data.seed + 1}
+                update={"name": f"{data.name}_unseen", "domains": audit.unseen, "seed": (data.seed + 1) % 2**64}
             ),
             "tokenizer": config.tokenizer.model_copy(update={"latent_copies": 1}),
             "training": config.training.model_copy(update={"batch_size": max(len(names), 1)}),

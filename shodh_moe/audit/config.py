@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.base.section import Name, PathText, Positive, PositiveFloat, Section, Seed
 from shodh_moe.config import Config, Domains
 
 
@@ -20,10 +20,10 @@ class AuditConfig(Section):
     """
 
     name: Name = "audit"
-    runs: str = Field("runs", description="folder that holds the audit's folder")
-    seeds: list[NonNegative] = Field([0, 1, 2, 3, 4], description="seeds of the main set, for weights and data order")
-    more_seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
-    tuning_seeds: list[NonNegative] = Field(
+    runs: PathText = Field("runs", description="folder that holds the audit's folder")
+    seeds: list[Seed] = Field([0, 1, 2, 3, 4], description="seeds of the main set, for weights and data order")
+    more_seeds: list[Seed] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
+    tuning_seeds: list[Seed] = Field(
         [1000, 1001, 1002], description="seeds of the runs for choosing learning rates; not used otherwise"
     )
     learning_rates: list[PositiveFloat] = Field(

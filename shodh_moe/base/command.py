@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_UNREAD, EXIT_USER_ERROR, ReportedByRank0, UserError
 from shodh_moe.base.files import disk_trouble
 from shodh_moe.base.output import ReaderGone, guarded_output
+from shodh_moe.base.paths import expand
+from shodh_moe.base.text import printable
 
 EXIT_INTERRUPTED = 130
 PATIENCE_S = 10.0  # how long a rank waits to be stopped before it reports an error that another rank reports too
@@ -45,9 +47,22 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"error: {message}: see `{self.prog} --help`\n")
 
 
+def path_text(text: str) -> str:
+    """Expand a path of the command line (see `expand`); for ``type=`` of ``add_argument``."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_option(text: str) -> Path:
+    """Like `path_text`, as a `Path`."""
+    return Path(path_text(text))
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that all commands with a config share."""
-    parser.add_argument("--config", required=True, help="config file, e.g. configs/quickstart.yaml")
+    parser.add_argument("--config", type=path_text, required=True, help="config file, e.g. configs/quickstart.yaml")
     parser.add_argument("--name", help="run name; default: the config's")
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -55,8 +70,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `shodh merge` and launch/ccm_merge.py."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="merge config, e.g. configs/merge/example.yaml")
-    parser.add_argument("--output", type=Path, help="folder to write; default: the config's")
+    parser.add_argument(
+        "config", type=path_option, metavar="CONFIG", help="merge config, e.g. configs/merge/example.yaml"
+    )
+    parser.add_argument("--output", type=path_option, help="folder to write; default: the config's")
     parser.add_argument(
         "--memory-limit", default="1GiB", metavar="SIZE", help="limit for the whole process; default: %(default)s"
     )
@@ -144,6 +161,6 @@ def _wrong_input(message: str, debug: bool) -> int:
         traceback.print_exc()
     rank = os.environ.get("RANK", "0")
     where = f" on rank {rank}" if rank.isdecimal() and rank.strip("0") else ""
-    # Messages of libraries may contain line breaks.
-    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # Messages may contain line breaks of libraries, and names from files of others.
+    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

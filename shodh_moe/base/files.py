@@ -36,11 +36,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+# Errors of disks that cannot flush a folder, such as CIFS and the shared folders of VirtualBox.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk.
+
+    On a disk that cannot flush a folder, files are still complete or absent when a process is killed. Only after a
+    power cut may the folder lack the newest ones.
+
+    Raises:
+        OSError: any other error, such as a full disk.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

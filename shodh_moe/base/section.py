@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+
+from shodh_moe.base.paths import expand
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # torch takes no larger one
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# A path as the user wrote it; the value has ~ and $NAME replaced.
+PathText = Annotated[str, AfterValidator(expand)]
 # Becomes part of a folder name and must not lead out of its parent folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$", max_length=100)]
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Fraction, Name, NonNegative, Positive, Section, setting
+from shodh_moe.base.section import Fraction, Name, PathText, Positive, Section, Seed, setting
 from shodh_moe.ccm.family import FAMILIES, Family
 from shodh_moe.config import ParallelConfig, TrainingConfig
 from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.training import DeepSpeedSettings
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, Coordinates
 
 Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high"]
@@ -23,13 +24,13 @@ class FamilyConfig(Section):
     name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = setting(
         "reaction_diffusion", changes="data"
     )
-    root: str = setting("data", changes="nothing", description="folder that holds the generated families")
+    root: PathText = setting("data", changes="nothing", description="folder that holds the generated families")
     grid: Positive = setting(48, changes="data", description="cells along each side")
     snapshots: Positive = setting(21, changes="data", description="stored states per trajectory")
     trajectories: dict[Split, Positive] = setting(
         {}, changes="data", description="trajectories per regime of a split, instead of the family's default"
     )
-    seed: NonNegative = setting(0, changes="data")
+    seed: Seed = setting(0, changes="data")
 
     def family(self) -> Family:
         """The family with this config's sizes, counts and seed."""
@@ -69,9 +70,9 @@ class ExpertConfig(Section):
     """Everything that an expert's run depends on."""
 
     name: Name = setting("expert", changes="nothing", description="name of the run folder")
-    seed: NonNegative = setting(0, changes="run", description="seed of initial weights and data order")
-    runs: str = setting("runs", changes="nothing", description="folder that holds the run folders")
-    start: str | None = setting(
+    seed: Seed = setting(0, changes="run", description="seed of initial weights and data order")
+    runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")
+    start: PathText | None = setting(
         None, changes="run", description="the anchor, a run or checkpoint to fine-tune; null: train from scratch"
     )
     family: FamilyConfig = FamilyConfig()
@@ -86,7 +87,7 @@ class ExpertConfig(Section):
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
-    deepspeed: dict[str, Any] = setting(
+    deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )
 

@@ -16,9 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-import yaml
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.yaml_text import parse_yaml
 
 _GROUP_CHANNELS = {2: ("activator", "inhibitor"), 1: ("depth",)}
 _FLOW_CHANNELS = ("velocity_x", "velocity_y", "particles")
@@ -148,7 +148,7 @@ def _require_even(path: Path, name: str, times: np.ndarray) -> np.ndarray:
 
 def _config(item: h5py.HLObject) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(str(item.attrs.get("config", "")))
-    except yaml.YAMLError:
+        content = parse_yaml(str(item.attrs.get("config", "")))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import printable_tree
 from shodh_moe.checkpoint.find import checkpoints_at
 from shodh_moe.checkpoint.read import damages
 from shodh_moe.checkpoint.state import Damaged, load_state
@@ -24,7 +25,7 @@ def inspect(path: Path) -> str:
     """
     path = _checkpoints(path)[-1]
     try:
-        state = load_state(path)
+        state = printable_tree(load_state(path))
     except Damaged as error:
         raise UserError(f"checkpoint {path} is refused: {error}") from error
     shapes = {name: record["shape"] for name, record in state["tensors"].items()}

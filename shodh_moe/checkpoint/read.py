@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
+from shodh_moe.base.text import printable
 from shodh_moe.checkpoint.fragments import Fragment, model_fragments
 from shodh_moe.checkpoint.rank_file import DTYPES
 from shodh_moe.checkpoint.state import RANK_STATE, Damaged, load_state, not_covered, piece_key, rank_file
@@ -55,7 +56,7 @@ def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) ->
             return path, load_state(path)
         newest_reason = newest_reason or f"{step}: {reason}"
         more = "; trying the one before it" if step > steps[0] else ""
-        print(f"checkpoint {path} is refused: {reason}{more}", flush=True)
+        print(printable(f"checkpoint {path} is refused: {reason}{more}"), flush=True)
     if steps:
         raise UserError(
             f"no checkpoint in {folder} can be used ({newest_reason}): "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from shodh_moe.base.command import add_config_arguments
+from shodh_moe.base.command import add_config_arguments, path_option
 from shodh_moe.cli.common import add_command
 from shodh_moe.config.load import load_config_of
 
@@ -15,7 +14,7 @@ def add_audit(commands: Any) -> None:
     text = "measure whether joint training harms a domain and whether a mixture of experts prevents it; writes a report"
     audit = add_command(commands, "audit", text, "example: shodh audit --config configs/audit/cpu.yaml", _audit)
     add_config_arguments(audit)
-    audit.add_argument("--output", type=Path, metavar="FOLDER", help="folder for a copy of the report")
+    audit.add_argument("--output", type=path_option, metavar="FOLDER", help="folder for a copy of the report")
 
 
 def _audit(options: argparse.Namespace) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from shodh_moe.base.command import add_config_arguments
+from shodh_moe.base.command import add_config_arguments, path_option
 from shodh_moe.cli.common import add_command
 from shodh_moe.config.load import load_config_of
 
@@ -17,7 +16,9 @@ def add_bench(commands: Any) -> None:
     text = "compare CCM with baselines: generate data, train experts, measure them, and write tables and figures"
     ccm = add_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _ccm)
     add_config_arguments(ccm)
-    ccm.add_argument("--output", type=Path, metavar="FOLDER", help="folder for a copy of tables, figures and results")
+    ccm.add_argument(
+        "--output", type=path_option, metavar="FOLDER", help="folder for a copy of tables, figures and results"
+    )
 
 
 def _ccm(options: argparse.Namespace) -> None:

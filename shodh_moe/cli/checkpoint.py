@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
+from shodh_moe.base.text import printable
 from shodh_moe.cli.common import add_command, add_debug, add_group, add_tokenizer_option
 
 
@@ -21,9 +22,9 @@ def add_checkpoint(commands: Any) -> None:
     ):
         end = " --output trial_model" if name == "export" else ""
         step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
-        step.add_argument("path", type=Path, metavar="PATH", help="a checkpoint or a run folder")
+        step.add_argument("path", type=path_option, metavar="PATH", help="a checkpoint or a run folder")
         if name == "export":
-            step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+            step.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="new folder")
             add_tokenizer_option(step)
         add_debug(step)
 
@@ -41,7 +42,7 @@ def _verify(options: argparse.Namespace) -> int:
     exported = (options.path / "export.json").exists()
     damages = verify_export(options.path) if exported else verify(options.path)
     for damage in damages:
-        print(f"error: {damage}", file=sys.stderr)
+        print(f"error: {printable(damage)}", file=sys.stderr)
     if damages:
         return EXIT_USER_ERROR
     print(f"intact: {options.path}")

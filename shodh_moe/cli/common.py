@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from shodh_moe.base.command import OneLineParser, add_config_arguments
+from shodh_moe.base.command import OneLineParser, add_config_arguments, path_option, path_text
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
@@ -58,13 +57,17 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def add_hostfile(parser: argparse.ArgumentParser) -> None:
     """Add ``--hostfile`` to a command that starts ranks."""
-    parser.add_argument("--hostfile", help="file with the hosts to train on, one per line, as in `worker-0 slots=8`")
+    parser.add_argument(
+        "--hostfile", type=path_text, help="file with the hosts to train on, one per line, as in `worker-0 slots=8`"
+    )
 
 
 def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--tokenizer`` to a command that loads a trained model."""
     parser.add_argument(
-        "--tokenizer", type=Path, help="folder of the model's tokenizer, if it is not where the model's config says"
+        "--tokenizer",
+        type=path_option,
+        help="folder of the model's tokenizer, if it is not where the model's config says",
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
+from shodh_moe.base.text import printable
 from shodh_moe.cli.common import EXAMPLE, add_command, add_config_command, add_debug, add_group, stage
 
 DATASET = "dataset folder or HDF5 file"
@@ -20,28 +21,29 @@ def add_data(commands: Any) -> None:
     example = "example: shodh data import configs/import/jhtdb_channel.yaml"
     text = "convert your own HDF5, NetCDF or npz arrays to a dataset (docs/import.md)"
     step = add_command(steps, "import", text, example, _import)
-    step.add_argument("mapping", type=Path, metavar="MAPPING", help="YAML file that describes your arrays")
-    step.add_argument("--output", type=Path, metavar="FOLDER", help="dataset folder, instead of the mapping's")
+    step.add_argument("mapping", type=path_option, metavar="MAPPING", help="YAML file that describes your arrays")
+    step.add_argument("--output", type=path_option, metavar="FOLDER", help="dataset folder, instead of the mapping's")
     step.add_argument("--skip-bad", action="store_true", help="skip files that cannot be read, and list them")
     add_debug(step)
     example = "example: shodh data check data/quickstart"
     text = "read a whole dataset and list its errors; exit code 2 if training would fail or learn from wrong data"
     step = add_command(steps, "check", text, example, _check)
-    step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
+    step.add_argument("path", type=path_option, metavar="PATH", help=DATASET)
     step.add_argument(
         "--skip-bad", action="store_true", help="list files that cannot be read, but do not count them as errors"
     )
     step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
     example = "example: shodh data info data/quickstart"
-    step = add_command(steps, "info", "show the contents of a dataset or a file", example, _info)
-    step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
+    text = "show the contents of a dataset or a file; exit code 2 if a file cannot be read"
+    step = add_command(steps, "info", text, example, _info)
+    step.add_argument("path", type=path_option, metavar="PATH", help=DATASET)
     step.add_argument("--json", action="store_true", help="print JSON")
     add_debug(step)
     example = "example: shodh data preview data/quickstart --output pictures"
     step = add_command(steps, "preview", "write slices of the flow as PNG pictures", example, _preview)
-    step.add_argument("path", type=Path, metavar="PATH", help=DATASET)
-    step.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
+    step.add_argument("path", type=path_option, metavar="PATH", help=DATASET)
+    step.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="folder for the pictures")
     add_debug(step)
 
 
@@ -60,15 +62,16 @@ def _check(options: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if report.errors else EXIT_DONE
 
 
-def _info(options: argparse.Namespace) -> None:
+def _info(options: argparse.Namespace) -> int:
     from shodh_moe.data.info import describe, table
 
     found = describe(options.path)
     print(json.dumps(found, indent=2) if options.json else table(found))
+    return EXIT_USER_ERROR if found["unreadable"] else EXIT_DONE
 
 
 def _preview(options: argparse.Namespace) -> None:
     from shodh_moe.data.preview import preview
 
     for path in preview(options.path, options.output):
-        print(f"[preview] {path}")
+        print(printable(f"[preview] {path}"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option, path_text
 from shodh_moe.cli.common import add_command, add_debug
 
 
@@ -15,11 +15,12 @@ def add_doctor(commands: Any) -> None:
     parser = add_command(commands, "doctor", text, example, _doctor)
     parser.set_defaults(needs_torch=False)  # it must run if torch cannot be imported
     parser.add_argument(
-        "--hostfile", type=Path, help="file with hosts to check too, one per line, as in `worker-0 slots=8`"
+        "--hostfile", type=path_option, help="file with hosts to check too, one per line, as in `worker-0 slots=8`"
     )
     parser.add_argument(
         "--shared",
         action="append",
+        type=path_text,
         metavar="FOLDER",
         help="folder of runs, data or tokenizers that all hosts share; may be repeated; default: the working folder",
     )

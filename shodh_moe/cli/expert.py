@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from shodh_moe.base.command import add_config_arguments
+from shodh_moe.base.command import add_config_arguments, path_text
 from shodh_moe.cli.common import add_command, add_group, add_hostfile, overrides_of
 from shodh_moe.config.load import load_config_of
 
@@ -23,7 +23,9 @@ def add_expert(commands: Any) -> None:
         step.set_defaults(step=name)
         if name == "train":
             add_hostfile(step)
-            step.add_argument("--resume", default="auto", help="checkpoint to resume from; default: the newest one")
+            step.add_argument(
+                "--resume", type=path_text, default="auto", help="checkpoint to resume from; default: the newest one"
+            )
 
 
 def _expert(options: argparse.Namespace) -> None:

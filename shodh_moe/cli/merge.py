@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from shodh_moe.base.command import add_merge_arguments
+from shodh_moe.base.command import add_merge_arguments, path_option
 from shodh_moe.cli.common import add_command, add_debug, add_group
 
 
@@ -21,15 +20,15 @@ def add_merge(commands: Any) -> None:
     text = "fit gamma for two experts of a ccm config on validation data, and measure how straight their path is"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
     calibrate = add_command(steps, "calibrate", text, example, _calibrate)
-    calibrate.add_argument("config", type=Path, metavar="CONFIG", help="ccm config of two experts")
-    calibrate.add_argument("--output", type=Path, metavar="FILE", help="new JSON file for the result")
+    calibrate.add_argument("config", type=path_option, metavar="CONFIG", help="ccm config of two experts")
+    calibrate.add_argument("--output", type=path_option, metavar="FILE", help="new JSON file for the result")
     add_debug(calibrate)
     text = "merge two experts at the point that best predicts the first frames of your own trajectories"
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
     prefix = add_command(steps, "prefix", text, example, _prefix)
     add_merge_arguments(prefix)
     about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data` or of PDEBench"
-    prefix.add_argument("--input", type=Path, required=True, metavar="FILE", help=about)
+    prefix.add_argument("--input", type=path_option, required=True, metavar="FILE", help=about)
     prefix.add_argument("--frames", type=int, default=4, metavar="K", help="frames to use; default: %(default)s")
     add_debug(prefix)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option
 from shodh_moe.cli.common import MODEL, add_command, add_debug, add_tokenizer_option
 
 
 def add_predict(commands: Any) -> None:
     example = "example: shodh predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"
     parser = add_command(commands, "predict", "continue your own flow with a trained model", example, _predict)
-    parser.add_argument("--checkpoint", type=Path, required=True, help=MODEL)
-    parser.add_argument("--input", type=Path, required=True, help="HDF5 file in the_well's schema")
+    parser.add_argument("--checkpoint", type=path_option, required=True, help=MODEL)
+    parser.add_argument("--input", type=path_option, required=True, help="HDF5 file in the_well's schema")
     parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
     parser.add_argument(
-        "--output", type=Path, required=True, help="new HDF5 file; a file for ParaView with suffix .vtkhdf is added"
+        "--output",
+        type=path_option,
+        required=True,
+        help="new HDF5 file; a file for ParaView with suffix .vtkhdf is added",
     )
     parser.add_argument("--start", type=int, default=0, help="first input snapshot; default: %(default)s")
     parser.add_argument("--sample", type=int, help="index of a trajectory in the file, from 0; default: all")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option, path_text
 from shodh_moe.base.errors import UserError
 from shodh_moe.cli.common import MODEL, add_config_command, add_hostfile, add_tokenizer_option, config_of, stage
 from shodh_moe.config.paths import resolve_paths
@@ -20,14 +20,16 @@ def add_pretrain(commands: Any) -> None:
     text = "pretrain the latent transformer under the DeepSpeed launcher"
     parser = add_config_command(commands, "pretrain", text, _pretrain)
     add_hostfile(parser)
-    parser.add_argument("--resume", default="auto", help="checkpoint to resume from; default: the run's newest one")
+    parser.add_argument(
+        "--resume", type=path_text, default="auto", help="checkpoint to resume from; default: the run's newest one"
+    )
 
 
 def add_evaluate(commands: Any) -> None:
     text = "measure the newest checkpoint, or another model, on held-out trajectories"
     parser = add_config_command(commands, "evaluate", text, _evaluate)
-    parser.add_argument("--checkpoint", type=Path, help=f"{MODEL}, instead of the config's run")
-    parser.add_argument("--output", type=Path, help="folder for the results; required with --checkpoint")
+    parser.add_argument("--checkpoint", type=path_option, help=f"{MODEL}, instead of the config's run")
+    parser.add_argument("--output", type=path_option, help="folder for the results; required with --checkpoint")
     add_tokenizer_option(parser)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import path_option
 from shodh_moe.cli.common import EXAMPLE, add_config_command, add_group, add_hostfile, config_of, stage
 from shodh_moe.cli.runs import add_world, world_of
 
@@ -22,12 +22,15 @@ def add_tokenizer(commands: Any) -> None:
     evaluate = add_config_command(steps, "evaluate", text, _evaluate, "tokenizer evaluate")
     evaluate.add_argument("--split", choices=SPLITS, default="test", help="split to measure; default: %(default)s")
     evaluate.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON file; default: evaluation.json in the tokenizer's folder"
+        "--output",
+        type=path_option,
+        metavar="FILE",
+        help="JSON file; default: evaluation.json in the tokenizer's folder",
     )
     text = "decode cached latents to flows in the layout of a dataset"
     decode = add_config_command(steps, "decode", text, _decode, "tokenizer decode")
     decode.add_argument("--split", choices=SPLITS, default="test", help="split to decode; default: %(default)s")
-    decode.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder")
+    decode.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="new folder")
     decode.add_argument(
         "--dtype", choices=["float32", "float64"], default="float32", help="precision of the fields; default: float32"
     )

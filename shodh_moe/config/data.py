@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from shodh_moe.base.section import Name, NonNegative, NonNegativeFloat, Positive, Section, setting
+from shodh_moe.base.section import Name, NonNegativeFloat, PathText, Positive, Section, Seed, setting
 from shodh_moe.config.tokenizer import COMPRESSION
 from shodh_moe.solvers.domains import DEFAULT, DOMAINS, Domain
 
@@ -41,11 +41,11 @@ class DataConfig(Section):
     name: Name = setting(
         "quickstart", changes="run", description="first part of the names of the dataset, tokenizer and latents folders"
     )
-    path: str | None = setting(
+    path: PathText | None = setting(
         None, changes="run", description="folder of an existing dataset; null: generate one under `root`"
     )
-    root: str = setting("data", changes="run", description="folder that holds the generated datasets")
-    seed: NonNegative = setting(0, changes="data")
+    root: PathText = setting("data", changes="run", description="folder that holds the generated datasets")
+    seed: Seed = setting(0, changes="data")
     grid: list[Positive] = setting([32, 32, 32], changes="data", description="cells along x, y and z")
     snapshots: Positive = setting(24, changes="data", description="stored snapshots per trajectory")
     compression: Literal["lzf", "gzip"] | None = setting(

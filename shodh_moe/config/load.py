@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.section import Section, section_of
+from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.config import Config
 
 Kind = TypeVar("Kind", bound=Section)
-
-
-class _Loader(yaml.SafeLoader):
-    """Parse ``1e-3`` as a number, as YAML 1.2 does; PyYAML's own loaders return a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
@@ -35,16 +23,16 @@ def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
         remedy: end of the error message for a file that cannot be opened.
 
     Raises:
-        UserError: the file is missing, or is not a YAML mapping in UTF-8.
+        UserError: the file is missing, is not a YAML mapping in UTF-8, or has a key twice.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8: give a YAML config") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
@@ -74,9 +62,9 @@ def load_config_of(
         if not equals or not key:
             raise UserError(f"override {override!r} must look like key.sub=value")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: {text!r} is not a valid YAML value") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"override {override!r}: {error}") from None
         _set(tree, key, value)
         written_in[key] = f"override {override!r}"
     if name is not None:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shodh_moe.base.section import Name, NonNegative, Section, setting
+from shodh_moe.base.section import Name, PathText, Section, Seed, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.model import ModelConfig
 from shodh_moe.config.tokenizer import TokenizerConfig
-from shodh_moe.config.training import EvaluationConfig, ParallelConfig, TelemetryConfig, TrainingConfig
+from shodh_moe.config.training import (
+    DeepSpeedSettings,
+    EvaluationConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainingConfig,
+)
 
 
 class RunConfig(Protocol):
@@ -42,11 +48,11 @@ class Config(Section):
     """Everything that a run of the latent transformer depends on."""
 
     name: Name = setting("quickstart", changes="nothing", description="name of the run folder")
-    seed: NonNegative = setting(
+    seed: Seed = setting(
         0, changes="tokenizer", description="seed of initial weights and data order of tokenizer and pretraining"
     )
-    runs: str = setting("runs", changes="nothing", description="folder that holds the run folders")
-    start: str | None = setting(
+    runs: PathText = setting("runs", changes="nothing", description="folder that holds the run folders")
+    start: PathText | None = setting(
         None, changes="run", description="run or checkpoint to take initial weights from; null: random weights"
     )
     data: DataConfig = DataConfig()
@@ -56,6 +62,6 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    deepspeed: dict[str, Any] = setting(
+    deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )

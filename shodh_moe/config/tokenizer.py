@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+from shodh_moe.base.section import NonNegativeFloat, PathText, Positive, PositiveFloat, Section, Seed, setting
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
@@ -16,11 +16,11 @@ class TokenizerConfig(Section):
     """The divergence-free autoencoder (DESIGN 3.1, 3.2)."""
 
     # A tokenizer at `path` is identified by its contents, see `config.paths`.
-    path: str | None = setting(
+    path: PathText | None = setting(
         None, changes="run", description="folder of a trained tokenizer; null: train one under `root`"
     )
-    root: str = setting("tokenizers", changes="run", description="folder that holds the trained tokenizers")
-    seed: NonNegative | None = setting(
+    root: PathText = setting("tokenizers", changes="run", description="folder that holds the trained tokenizers")
+    seed: Seed | None = setting(
         None, changes="tokenizer", description="seed of its weights, batches and latent copies; null: the run's seed"
     )
     operator: Literal["spectral", "central2", "central4", "staggered"] = setting(

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from shodh_moe.base.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
+from shodh_moe.base.paths import expand
+from shodh_moe.base.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    setting,
+)
+
+# Paths among DeepSpeed's settings, which it does not expand itself.
+_DEEPSPEED_PATHS = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
+
+
+def _expand_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    for section, key in _DEEPSPEED_PATHS:
+        inner = settings.get(section)
+        if isinstance(inner, dict) and isinstance(inner.get(key), str):
+            settings = {**settings, section: {**inner, key: expand(inner[key])}}
+    return settings
+
+
+DeepSpeedSettings = Annotated[dict[str, Any], AfterValidator(_expand_paths)]
 
 
 class TrainingConfig(Section):
@@ -80,7 +104,9 @@ class ParallelConfig(Section, changes="nothing"):
     """Parallel layout: world size = EP x EDP (DESIGN 7). A checkpoint fits every layout."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
-    hostfile: str | None = Field(None, description="file of hosts and slots, in DeepSpeed's format; null: this host")
+    hostfile: PathText | None = Field(
+        None, description="file of hosts and slots, in DeepSpeed's format; null: this host"
+    )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
     )

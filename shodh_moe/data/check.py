@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress
+from shodh_moe.base.text import printable
+from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.data.derivatives import relative_divergence
-from shodh_moe.data.listing import domain_names, files_of
+from shodh_moe.data.listing import domain_names, files_of, open_file, require_inside
 from shodh_moe.data.opening import opened
-from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
+from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
 from shodh_moe.data.schema import schema_findings
 from shodh_moe.data.stats import STATS_FILE, TrajectorySums, combined
 from shodh_moe.data.trainable import require_trainable
@@ -47,7 +48,7 @@ class Finding:
 
     def line(self) -> str:
         """Format the finding as one line."""
-        return f"{self.severity}: {self.file}: {self.dataset + ': ' if self.dataset else ''}{self.text}"
+        return printable(f"{self.severity}: {self.file}: {self.dataset + ': ' if self.dataset else ''}{self.text}")
 
 
 @dataclass
@@ -69,8 +70,8 @@ class CheckReport:
         """One line per finding, then the divergence of each trajectory and a summary."""
         lines = [finding.line() for finding in self.findings]
         lines += [
-            f"{one['file']}{'' if one['sample'] == 0 else ' trajectory ' + str(one['sample'])}: rms of the divergence "
-            f"is {one['divergence']:.2g} of the velocity gradient's"
+            f"{printable(one['file'])}{'' if one['sample'] == 0 else ' trajectory ' + str(one['sample'])}: "
+            f"rms of the divergence is {one['divergence']:.2g} of the velocity gradient's"
             for one in self.trajectories
         ]
         warnings = len(self.findings) - self.errors
@@ -97,7 +98,7 @@ def check_files(path: Path, skip_bad: bool = False) -> CheckReport:
     for split, file in progress(every, "checking", len(every)):
         name = str(file.relative_to(root))
         try:
-            found = open_trajectories(file)
+            found = open_file(file, path)
             report.findings += _header(name, file, found)
             for record in found:
                 report.findings += _values(name, split, record, report, seen, sums if split == "train" else [])
@@ -106,7 +107,7 @@ def check_files(path: Path, skip_bad: bool = False) -> CheckReport:
             bad += 1
             text = str(error).removeprefix(f"{file}").lstrip(": ")
             report.findings.append(Finding("warning" if skip_bad else "error", name, "", text))
-            report.findings += _schema_of_bad(name, file)
+            report.findings += _schema_of_bad(name, file, path)
     report.findings += seen.findings()
     report.findings += _grids(root, [record for found in records.values() for record in found])
     if path.is_dir():
@@ -136,9 +137,10 @@ def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[
         yield Finding("error", name, "", f"grid {list(record.grid)}: the tokenizer needs multiples of 8; crop it")
 
 
-def _schema_of_bad(name: str, path: Path) -> list[Finding]:
+def _schema_of_bad(name: str, path: Path, dataset: Path) -> list[Finding]:
     """Find schema problems of a file that cannot be used, if it can at least be opened."""
     try:
+        require_inside(path, dataset)
         with opened(path) as file:
             return [Finding("warning", name, where, text) for where, text in schema_findings(file)]
     except UserError:
@@ -268,11 +270,11 @@ def _splits(folder: Path, records: dict[str, list[TrajectoryRecord]]) -> Iterato
 def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator[Finding]:
     """Compare stats.yaml with the statistics of the current training split."""
     try:
-        stored = yaml.safe_load((folder / STATS_FILE).read_text(encoding="utf-8"))
+        stored = parse_yaml((folder / STATS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         yield Finding("error", STATS_FILE, "", "missing: expected the statistics of the training split")
         return
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         yield Finding("error", STATS_FILE, "", f"cannot be read ({' '.join(str(error).split())[:200]})")
         return
     if not complete or not sums:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.listing import files_of
+from shodh_moe.base.text import printable, printable_tree
+from shodh_moe.data.listing import files_of, open_file
 from shodh_moe.data.opening import opened
-from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
+from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
 
 _MOST_READ = 16  # snapshots per domain and split whose values are read
 
@@ -30,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
     for split, files in files_of(path).items():
         for file in files:
             try:
-                for record in open_trajectories(file):
+                for record in open_file(file, path):
                     groups.setdefault((split, record.domain), []).append(record)
             except UserError as error:
                 unreadable.append(str(error))
@@ -51,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _entry(split: str, domain: str, records: list[TrajectoryRecord]) -> dict[str, Any]:
     files = list(dict.fromkeys(record.path for record in records))
     first = records[0]
-    provenance = [read_provenance(file) for file in files]
+    provenance = [printable_tree(read_provenance(file)) for file in files]
     return {
         "split": split,
         "domain": domain,
@@ -156,7 +157,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [*_aligned(rows), ""]
     for domain in dict.fromkeys(one["domain"] for one in found["entries"]):
         lines += _about(domain, [one for one in found["entries"] if one["domain"] == domain])
-    lines += [f"cannot be read: {text}" for text in found["unreadable"]]
+    lines += [printable(f"cannot be read: {text}") for text in found["unreadable"]]
     return "\n".join(lines).rstrip()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import printable
 from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_snapshots
 
 SPLITS = ("train", "valid", "test")
@@ -40,8 +42,7 @@ def list_trajectories(
     wanted = tuple(grid) if grid is not None else None
     for path in paths:
         try:
-            _require_inside(path, Path(folder))
-            records[path] = open_trajectories(path, wanted)
+            records[path] = open_file(path, Path(folder), wanted)
             wanted = records[path][0].grid
         except UserError as error:
             if not skip_bad:
@@ -50,7 +51,7 @@ def list_trajectories(
     if skip_bad and sum(record.nbytes for found in records.values() for record in found) <= READ_BYTES:
         bad |= {path: why for path, found in records.items() if (why := _bad_values(found))}
     for path, why in sorted(bad.items()):
-        print(f"left out {path.relative_to(folder)}: {why}", file=sys.stderr, flush=True)
+        print(printable(f"left out {path.relative_to(folder)}: {why}"), file=sys.stderr, flush=True)
     left = [record for path, found in records.items() if path not in bad for record in found]
     if not left:
         raise UserError(f"none of the {len(paths)} files in {root} can be used: see the lines above")
@@ -78,14 +79,28 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     return found
 
 
+def open_file(path: Path, dataset: Path, grid: tuple[int, ...] | None = None) -> list[TrajectoryRecord]:
+    """List the trajectories of one of the files of `files_of`; every command reads a dataset's files through here.
+
+    Args:
+        dataset: the dataset's folder, or ``path`` itself for a single file.
+
+    Raises:
+        UserError: as in `open_trajectories`, or the file is a link that leads out of the folder.
+    """
+    require_inside(path, dataset)
+    return open_trajectories(path, grid)
+
+
 def _hdf5_files(root: Path) -> list[Path]:
     # A leading dot marks an unfinished file.
     return sorted(p for ending in ("*.hdf5", "*.h5") for p in root.glob(ending) if not p.name.startswith("."))
 
 
-def _require_inside(path: Path, folder: Path) -> None:
-    target = path.resolve()
-    if not target.is_relative_to(folder.resolve()):
+def require_inside(path: Path, folder: Path) -> None:
+    """Raise `UserError` if ``path`` is a link that leads out of ``folder``."""
+    target = Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a link to itself
+    if not target.is_relative_to(os.path.realpath(folder)):
         raise UserError(
             f"{path} is a symbolic link to {target}, outside {folder}: copy the file itself into the folder"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import printable_tree
 
 CPU_SECONDS = 10  # a sound file takes milliseconds
 WALL_SECONDS = 120.0  # generous: a slow file system does not mean a damaged file
@@ -48,7 +49,7 @@ def inspected(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is empty (0 bytes): copy or generate it again")
     if not _has_signature(path, status.st_size):
         raise UserError(f"{path} is not an HDF5 file: remove it from the folder or convert it to the_well's format")
-    found = _ask(path.absolute())
+    found = printable_tree(_ask(path.absolute()))
     if "refused" in found:
         raise UserError(_sentence(path, found["refused"]))
     _sound[key] = found

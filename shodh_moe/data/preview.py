@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file
 from shodh_moe.base.progress import progress
+from shodh_moe.base.text import printable
 from shodh_moe.data.derivatives import vorticity
-from shodh_moe.data.listing import files_of
-from shodh_moe.data.reading import TrajectoryRecord, open_trajectories, read_provenance, read_snapshots
+from shodh_moe.data.listing import files_of, open_file
+from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
 
 DPI = 130
 _MOST_PER_DOMAIN = 2  # trajectories drawn per domain and split
@@ -63,7 +64,7 @@ def preview(path: Path, folder: Path) -> list[Path]:
     chosen: dict[tuple[str, str], list[TrajectoryRecord]] = {}
     for split, files in files_of(path).items():
         for file in files:
-            for record in open_trajectories(file):
+            for record in open_file(file, path):
                 found = chosen.setdefault((split, record.domain), [])
                 if len(found) < _MOST_PER_DOMAIN or not split:
                     found.append(record)
@@ -97,7 +98,9 @@ def _trajectory(record: TrajectoryRecord) -> Figure:
     )
     sample = f", trajectory {record.sample}" if record.sample else ""
     grid = " x ".join(map(str, record.grid))
-    title = f"{_words(record.domain)} — {record.path.name}{sample}: {grid} cells, {record.n_snapshots} snapshots"
+    title = (
+        f"{_words(record.domain)} — {_shown(record.path.name)}{sample}: {grid} cells, {record.n_snapshots} snapshots"
+    )
     figure.suptitle(f"{title}\n", fontsize=11, fontweight="bold")
     parts = figure.subfigures(1, len(kinds), squeeze=False)[0]
     for number, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
@@ -122,7 +125,9 @@ def _overview(firsts: list[tuple[str, TrajectoryRecord]], name: str) -> Figure:
     """Draw one row per domain and split: its first trajectory's last snapshot in the middle plane normal to y."""
     ratio = max(record.grid[_sides(record.grid, 1)[1]] / record.grid[_sides(record.grid, 1)[0]] for _, record in firsts)
     figure = Figure(figsize=(9.5, len(firsts) * (2.0 * ratio + 0.7) + 0.5), dpi=DPI, layout="constrained")
-    figure.suptitle(f"{name}: last snapshot of a trajectory of each domain and split", fontsize=11, fontweight="bold")
+    figure.suptitle(
+        f"{_shown(name)}: last snapshot of a trajectory of each domain and split", fontsize=11, fontweight="bold"
+    )
     panels = figure.subplots(len(firsts), 3, squeeze=False)
     for row, (split, record) in zip(panels, firsts, strict=True):
         frame = _frame(record, record.n_snapshots - 1)
@@ -147,6 +152,7 @@ def _label(bar: Colorbar, name: str, unit: str) -> None:
     bar.update_ticks()
     bar.ax.tick_params(labelsize=7)
     unit = unit if len(unit) <= _LONGEST_UNIT else f"{unit[:_LONGEST_UNIT]}..."
+    unit = _shown(unit)
     factor = f"$10^{{{power}}}$ " if power else ""
     bar.set_label(f"{name} [{factor}{unit}]".strip(), fontsize=8)
 
@@ -213,6 +219,11 @@ def _sides(grid: tuple[int, ...], axis: int) -> tuple[int, int]:
     """Return the horizontal and vertical axis of the plane normal to ``axis``; a clearly longer axis is horizontal."""
     first, second = (one for one in range(3) if one != axis)
     return (first, second) if grid[second] <= 1.25 * grid[first] else (second, first)
+
+
+def _shown(text: str) -> str:
+    """Prepare text of a file for matplotlib, which takes what lies between two dollar signs for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _words(name: str) -> str:

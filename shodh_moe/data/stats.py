@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file
+from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import Trajectory, TrajectoryRecord, read_snapshots
 from shodh_moe.data.storage import CONCENTRATION
@@ -189,15 +190,12 @@ class FieldStats:
         """
         path = Path(folder) / STATS_FILE
         try:
-            stats = yaml.safe_load(path.read_text(encoding="utf-8"))
+            stats = parse_yaml(path.read_text(encoding="utf-8"))
             numbers = [_rms(stats[key][name]) for key in ("rms", "rms_delta") for name in ("velocity", "pressure")]
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: generate the data again, or compute its statistics") from error
-        # On some invalid input (a timestamp, deep nesting) the parser fails with various exceptions.
-        except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} lacks the rms of velocity and pressure ({error!r}): generate it again") from error
-        except RecursionError as error:
-            raise UserError(f"{path} is nested too deeply: generate it again") from error
         if not all(np.isfinite(numbers)) or min(numbers[:2]) <= 0:
             raise UserError(f"{path}: the rms of velocity and pressure must be positive, not {numbers[:2]}")
         return cls(*numbers)

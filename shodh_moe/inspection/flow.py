@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.inspection.structure import check_written, why_unreadable
 
 UNIFORM = 1e-3  # largest relative deviation of a step in space or time from the mean step
@@ -54,13 +55,24 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
         "samples": samples,
         "n_snapshots": n_snapshots,
         "grid": grid,
-        "domain": str(file.attrs.get("domain", file.attrs.get("dataset_name", default_domain))),
+        "domain": _domain(file, default_domain),
         "periodic": _periodic(file, axes),
         "forced": bool(np.any(file.attrs.get("forced", True))),
         "spacing": _spacing(file, axes, grid),
         "intervals": _intervals(file, samples, n_snapshots),
-        "units": str(file["provenance"].attrs.get("units", "")) if "provenance" in file else "",
+        "units": _text(file["provenance"].attrs.get("units", "")) if "provenance" in file else "",
     }
+
+
+def _domain(file: h5py.File, default: str) -> str:
+    """Return the domain's name, which becomes a part of file names; ``default`` is the name of the file's folder."""
+    for key in ("domain", "dataset_name"):
+        if key in file.attrs:
+            domain = _text(file.attrs[key])
+            if not is_name(domain):
+                raise UserError(f"attribute {key} is {_short(repr(domain))}, expected {NAME_RULE}; set another one")
+            return domain
+    return default if is_name(default) else "unnamed"
 
 
 def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:

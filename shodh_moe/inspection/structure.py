@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import h5py
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import printable
 
 # Limits of a file that is accepted.
 ATTRIBUTE_BYTES = 64 * 2**10
@@ -73,6 +74,7 @@ def _objects(file: h5py.File) -> Iterator[tuple[str, h5py.HLObject]]:
         parent, group = groups.pop()
         for key in group:
             name = f"{parent}/{key}".lstrip("/")
+            _require_printable("an object", name)
             link = group.get(key, getlink=True)
             if isinstance(link, h5py.ExternalLink):
                 raise UserError(f"{name} is an external link to {link.filename}: expected the data itself")
@@ -100,9 +102,16 @@ def _check_attributes(name: str, item: h5py.HLObject) -> None:
         number_of_values = attribute.get_space().get_simple_extent_npoints()
         _require_small(name, attribute.name, number_of_values * attribute.get_type().get_size())
     for key, value in item.attrs.items():
+        _require_printable(f"an attribute of {name}", key)
         # Variable-length text is stored elsewhere; its size is known only after reading.
         texts = [value] if isinstance(value, (str, bytes)) else getattr(value, "flat", ())
         _require_small(name, key, sum(len(text) for text in texts if isinstance(text, (str, bytes))))
+
+
+def _require_printable(what: str, name: str) -> None:
+    if not name.isprintable():
+        shown = printable(name)[:80]
+        raise UserError(f"{what} is named {shown}: expected a name without control characters; rename it")
 
 
 def _require_small(name: str, key: str | bytes, size: int) -> None:

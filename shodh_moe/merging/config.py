@@ -16,6 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.paths import expand
+from shodh_moe.base.section import PathText
 from shodh_moe.config.load import read_yaml
 from shodh_moe.merging.alpha import Composition, compose
 from shodh_moe.merging.methods import METHODS
@@ -34,7 +36,7 @@ class _Strict(BaseModel):
 class ModelEntry(_Strict):
     """One entry of ``models``."""
 
-    model: str = Field(min_length=1)
+    model: PathText = Field(min_length=1)
     parameters: dict[str, Setting] = {}
 
 
@@ -43,7 +45,7 @@ class MergeConfig(_Strict):
 
     merge_method: str
     models: list[ModelEntry] = Field(min_length=1)
-    base_model: str | None = None
+    base_model: PathText | None = None
     parameters: dict[str, Setting] = {}
     dtype: DTYPES | None = None
     out_dtype: DTYPES | None = None
@@ -107,7 +109,10 @@ def load_targets(path: Path, output: Path | None = None, found: dict[str, Any] |
     tree = read_yaml(path, "check its path")
     sweep = tree.pop("sweep", None)
     named = tree.pop("output", None)
-    folder = output or (Path(named) if isinstance(named, str) and named else None)
+    try:
+        folder = output or (Path(expand(named)) if isinstance(named, str) and named else None)
+    except ValueError as error:
+        raise UserError(f"{path}: output: {error}") from None
     if folder is None:
         raise UserError(f"{path} has no output folder: write `output: FOLDER`, or give --output")
     if found and sweep is not None:

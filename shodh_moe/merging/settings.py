@@ -154,6 +154,8 @@ def check_settings(
                 raise UserError(f"{where}: parameter {key} takes no values by axis: give one number")
             if key in (*method.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
                 raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
+            if key == "seed" and not (0 <= setting < 2**53 and setting == int(setting)):  # type: ignore[operator,arg-type]
+                raise UserError(f"{where}: seed is a whole number from 0 to 2^53 - 1, not {setting:.17g}")
             if key == "density":
                 values = [one.value for one in setting] if isinstance(setting, list) else singles(setting)
                 if any(not 0 < value <= 1 for value in values):  # type: ignore[operator]

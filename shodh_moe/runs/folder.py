@@ -14,6 +14,7 @@ from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.section import Section, first_changed
+from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.config import Config, RunConfig
 from shodh_moe.config.compare import differing_keys, flatten
 from shodh_moe.config.paths import Paths
@@ -34,11 +35,13 @@ def claim_run_folder(config: RunConfig, write: bool = True) -> None:
     stored = None
     if stored_path.exists():
         try:
-            stored = yaml.safe_load(stored_path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError):
-            stored = None
+            stored, why = parse_yaml(stored_path.read_text(encoding="utf-8")), "it holds no settings"
+        except ValueError as error:
+            why = str(error)
         if not isinstance(stored, dict):
-            raise UserError(f"{stored_path} is damaged: choose another name (NAME=... or --name) or remove {run}")
+            raise UserError(
+                f"{stored_path} is damaged ({why}): choose another name (NAME=... or --name) or remove {run}"
+            )
         with suppress(ValidationError):  # keys added since the run began get their defaults
             stored = type(config).model_validate(stored).model_dump()
         kind = cast(type[Section], type(config))

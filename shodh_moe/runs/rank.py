@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
-from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
+from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code, path_option, path_text
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.base.variables import number_in
 from shodh_moe.launching.devices import require_own_gpu
@@ -29,8 +28,12 @@ def rank_main(description: str, work: Callable[[argparse.Namespace], None], argu
     """
     parser = OneLineParser(description=description)
     add_config_arguments(parser)
-    parser.add_argument("--resume", default="auto", help="auto (the run's newest intact checkpoint) or a checkpoint")
-    parser.add_argument("--stop-file", type=Path, help="file in which the launching process asks the ranks to stop")
+    parser.add_argument(
+        "--resume", type=path_text, default="auto", help="auto (the run's newest intact checkpoint) or a checkpoint"
+    )
+    parser.add_argument(
+        "--stop-file", type=path_option, help="file in which the launching process asks the ranks to stop"
+    )
     parser.add_argument("--local_rank", help="set by some launchers and ignored: LOCAL_RANK is used instead")
     options = parser.parse_args(arguments)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.config import COMPRESSION
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
@@ -127,8 +128,11 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
 
 
 def _trajectory(group: h5py.Group) -> LatentTrajectory:
+    domain = str(group.attrs["domain"])
+    if not is_name(domain):
+        raise ValueError(f"domain {domain!r} is not {NAME_RULE}")
     return LatentTrajectory(
-        domain=str(group.attrs["domain"]),
+        domain=domain,
         source=str(group.attrs["source"]),
         sample=int(group.attrs["sample"]),
         z=group["z"],

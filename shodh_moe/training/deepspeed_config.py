@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Collection
 from typing import Any
 
 from shodh_moe.base.errors import UserError
@@ -37,22 +39,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a config; the ``deepspeed`` section is merged in last.
 
     Raises:
-        UserError: the section asks for something that checkpoints cannot hold, or sets a key that another section
-            owns.
+        UserError: the section has a key that DeepSpeed does not know, that would have no effect here or break
+            checkpoints, or that another section owns; the message names the key to use instead.
     """
-    owned = {"train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"}
-    if clash := sorted(owned & config.deepspeed.keys()):
-        raise UserError(f"deepspeed.{clash[0]} is set from the training section: change it there")
-    for key in ("fp16", "bf16", "torch_autocast", "data_types"):
-        if key in config.deepspeed:
-            raise UserError(f"deepspeed.{key}: set training.precision instead")
-    zero = _section(config, "zero_optimization")
-    if refused := sorted(zero.keys() - _ZERO_SETTINGS):
-        instead = (
-            "set parallel.zero_stage instead" if refused[0] == "stage" else "checkpoints and clipping do not support it"
-        )
-        raise UserError(f"deepspeed.zero_optimization.{refused[0]}: {instead}")
-    stage = config.parallel.zero_stage
+    _check_keys(config.deepspeed)
+    stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "train_batch_size": config.training.batch_size * config.training.accumulation * world_size,
@@ -64,11 +55,64 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-_ZERO_SETTINGS = {"reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "use_multi_rank_bucket_allreduce"}
+_FLAGS = (
+    *("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc", "steps_per_print", "log_level"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer"),
+)
+_FLOPS = {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"}
+_COMET = {"enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name", "online", "mode"}
+# The keys of DeepSpeed that have an effect here, each with the keys of its section; empty for a single value.
+SETTINGS: dict[str, set[str]] = {
+    **{key: set() for key in _FLAGS},
+    "zero_optimization": {
+        *("reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "use_multi_rank_bucket_allreduce")
+    },
+    "flops_profiler": _FLOPS,
+    "comms_logger": {"enabled", "prof_all", "prof_ops", "verbose", "debug"},
+    "timers": {"throughput"},
+    "tensorboard": {"enabled", "output_path", "job_name"},
+    "csv_monitor": {"enabled", "output_path", "job_name"},
+    "wandb": {"enabled", "group", "team", "project"},
+    "comet": {*_COMET, "experiment_key"},
+}
+_PRECISION, _BATCH = "set training.precision", "set training.batch_size and training.accumulation"
+_CHECKPOINTS, _EXPERTS = "set training.checkpoint_every and training.keep_last", "set parallel.ep_size"
+_OFFLOAD = "state stays in the GPUs' memory; shard it with parallel.zero_stage"
+_ONE_STEP = "gradients are averaged, and clipped by training.grad_clip"
+# What to do instead of the other keys of DeepSpeed.
+INSTEAD = {
+    "optimizer": "set training.optimizer, training.learning_rate, training.betas and training.weight_decay",
+    "scheduler": "set training.learning_rate, training.min_learning_rate and training.warmup_steps",
+    "gradient_clipping": "set training.grad_clip",
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), _BATCH),
+    **dict.fromkeys(("fp16", "bf16", "bfloat16", "torch_autocast", "data_types", "amp"), _PRECISION),
+    "activation_checkpointing": "set training.activation_checkpointing",
+    **dict.fromkeys(("checkpoint", "datastates_ckpt", "nebula"), _CHECKPOINTS),
+    **dict.fromkeys(("expert_parallel", "use_data_before_expert_parallelism"), _EXPERTS),
+    **dict.fromkeys(("aio", "zero_force_ds_cpu_optimizer"), _OFFLOAD),
+    **dict.fromkeys(("gradient_allreduce_op", "managed_gradient_accumulation", "disable_allgather"), _ONE_STEP),
+    "zero_optimization.stage": "set parallel.zero_stage",
+}
 
 
-def _section(config: RunConfig, key: str) -> dict[str, Any]:
-    section = config.deepspeed.get(key, {})
-    if not isinstance(section, dict):
-        raise UserError(f"deepspeed.{key} must contain `key: value` settings, not {section!r}")
-    return section
+def _check_keys(section: dict[str, Any]) -> None:
+    for key, value in section.items():
+        _check_key(key, SETTINGS)
+        if not SETTINGS[key]:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"deepspeed.{key} must contain `key: value` settings, not {value!r}")
+        for inner in value:
+            _check_key(inner, SETTINGS[key], f"{key}.")
+
+
+def _check_key(key: str, known: Collection[str], prefix: str = "") -> None:
+    """Raise `UserError` with a remedy unless ``key`` is one of the ``known`` ones."""
+    if key in known:
+        return
+    full = f"{prefix}{key}"
+    if full in INSTEAD:
+        raise UserError(f"deepspeed.{full} has no effect here: {INSTEAD[full]} instead")
+    near = difflib.get_close_matches(str(key), [*known, *(() if prefix else INSTEAD)], n=1)
+    remedy = f"the nearest is {near[0]!r}" if near else f"the supported ones are {', '.join(sorted(known))}"
+    raise UserError(f"deepspeed.{full} is not a key of DeepSpeed that training supports: {remedy}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -158,3 +159,45 @@ def test_require_writable_refuses_files_and_missing_permission(tmp_path: Path, m
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+@pytest.fixture
+def folder_sync_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[int]]:
+    """Let fsync of every folder, or of every file, fail with an error number; return the descriptors that failed."""
+
+    def fail(number: int, of_folders: bool) -> list[int]:
+        fsync, failed = os.fsync, []
+
+        def one(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+                failed.append(descriptor)
+                raise OSError(number, os.strerror(number))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", one)
+        return failed
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_flush_folders_is_used(
+    tmp_path: Path, folder_sync_fails: Callable[[int, bool], list[int]], number: int
+) -> None:
+    failed = folder_sync_fails(number, True)
+    for text in ("first", "second"):
+        write_text(tmp_path / "a.txt", text)
+        with whole_folder(tmp_path / "b") as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner/x").write_text(text)
+        assert (tmp_path / "a.txt").read_text() == (tmp_path / "b/inner/x").read_text() == text
+    assert failed
+
+
+@pytest.mark.parametrize(("number", "of_folders"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_other_errors_of_flushing_are_not_ignored(
+    tmp_path: Path, folder_sync_fails: Callable[[int, bool], list[int]], number: int, of_folders: bool
+) -> None:
+    folder_sync_fails(number, of_folders)
+    with pytest.raises((OSError, UserError)):
+        write_text(tmp_path / "a.txt", "x")

@@ -6,14 +6,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shodh_moe.audit.config import AuditConfig
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.section import Section
+from shodh_moe.ccm.bench.config import BenchConfig
+from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_keys, fingerprint
-from shodh_moe.config.load import load_config
+from shodh_moe.config.load import load_config, load_config_of
 from tests.tiny import CONFIG, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,8 +149,30 @@ def test_an_override_needs_key_and_value(tmp_path: Path, override: str) -> None:
         load_config(write_config(tmp_path), [override])
 
 
+@pytest.mark.parametrize(
+    ("kind", "base", "key"),
+    [
+        *((Config, "quickstart.yaml", key) for key in ("seed", "data.seed", "tokenizer.seed")),
+        *((ExpertConfig, "ccm/reaction_diffusion.yaml", key) for key in ("seed", "family.seed")),
+        (AuditConfig, "audit/cpu.yaml", "base.seed"),
+        (AuditConfig, "audit/cpu.yaml", "tuning_seeds"),
+        (BenchConfig, "ccm/bench.yaml", "seeds"),
+    ],
+)
+def test_a_seed_that_torch_cannot_take_is_refused(kind: type[Section], base: str, key: str) -> None:
+    path = ROOT / "configs" / base
+    for seed, accepted in ((2**64 - 1, True), (2**64, False), (-1, False)):
+        value = f"[{seed}]" if key.endswith("seeds") else seed
+        if accepted:
+            load_config_of(kind, path, [f"{key}={value}"])
+            torch.Generator().manual_seed(seed)
+        else:
+            with pytest.raises(UserError, match=rf"{key}.* should be (less|greater) than .*, not {seed}"):
+                load_config_of(kind, path, [f"{key}={value}"])
+
+
 def test_an_override_of_bad_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a valid YAML value"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_config(write_config(tmp_path), ["data.grid=[16"])
 
 

@@ -60,7 +60,7 @@ def test_foreign_and_damaged_files(dataset: Path, tmp_path: Path, capfd: pytest.
         file.create_dataset("t1_fields/velocity", data=np.ones((2, 3, 8, 8, 8, 3)), compression="gzip")
         file["t0_fields/pressure"] = np.ones((2, 3, 8, 8, 8))
     (bare / "bad.hdf5").write_bytes(b"x")
-    assert main(["data", "info", str(tmp_path)]) == 0
+    assert main(["data", "info", str(tmp_path)]) == 2
     output = capfd.readouterr().out
     for words in ("2 trajectories, 6 snapshots", "no stats.yaml", "gzip", "not stated", "bad.hdf5 is not an HDF5 file"):
         assert words in output

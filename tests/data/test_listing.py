@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.cli import main
 from shodh_moe.data import list_trajectories, listing
 from tests.tiny import write_dataset
 
@@ -68,3 +69,25 @@ def test_symbolic_links_that_leave_the_folder_are_refused(dataset: Path, tmp_pat
     assert names(dataset) == ["a.hdf5", "b.hdf5", "c.hdf5"]
     (tmp_path / "alias").symlink_to(dataset)  # a link to the folder itself stays inside it
     assert len(list_trajectories(tmp_path / "alias", "train")) == 3
+
+
+@pytest.mark.parametrize("command", ["check", "info", "preview"])
+def test_every_command_refuses_links_that_training_refuses(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = dataset / "data/train/a.hdf5"
+    path.rename(tmp_path / "a.hdf5")
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        file["t0_fields/secret"] = np.zeros(3)
+    path.symlink_to(tmp_path / "a.hdf5")
+    (dataset / "data/train/b.hdf5").unlink()
+    (dataset / "data/train/b.hdf5").symlink_to("b.hdf5")  # to itself
+    output = ("--output", str(tmp_path / "pictures")) if command == "preview" else ()
+    assert main(["data", command, str(dataset), *output]) == 2
+    shown = "".join(capsys.readouterr())
+    assert "is a symbolic link to " in shown
+    assert "secret" not in shown
+    assert command == "preview" or "b.hdf5" in shown
+    # A file that the user names is the user's choice.
+    main(["data", command, str(path), *output])
+    assert "symbolic link" not in "".join(capsys.readouterr())

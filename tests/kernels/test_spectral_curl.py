@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from tests.kernels.forms import DEVICE, form
 FORMS = ("reference", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Triton uses the folded kernel for planes with multiples of 16, the plain kernel for others.
+STEP = st.floats(0.1, 10.0)
 SHAPES = st.tuples(st.integers(1, 2), *[st.integers(5, 8)] * 3) | st.sampled_from(
     [(1, 1, 2, 3), (1, 2, 7, 40), (2, 16, 2, 32), (1, 2, 32, 16)]
 )
@@ -39,13 +41,17 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt())
 
 
-def plain_derivative(f: Tensor, axis: int, operator: str, spacing: float) -> Tensor:
+Spacing = float | tuple[float, float, float]
+
+
+def plain_derivative(f: Tensor, axis: int, operator: str, spacing: Spacing) -> Tensor:
     """Return the definition's result, differentiable: D along one of the last three axes."""
-    d = differentiation_matrix(f.shape[axis - 3], operator, spacing, f.dtype, f.device)
+    step = spacing[axis] if isinstance(spacing, tuple) else spacing
+    d = differentiation_matrix(f.shape[axis - 3], operator, step, f.dtype, f.device)
     return torch.movedim(torch.movedim(f, axis - 3, -1) @ d.T, -1, axis - 3)
 
 
-def plain_curl(a: Tensor, mean: Tensor | None, operator: str, spacing: float) -> Tensor:
+def plain_curl(a: Tensor, mean: Tensor | None, operator: str, spacing: Spacing) -> Tensor:
     def d(axis: int, component: int) -> Tensor:
         return plain_derivative(a[:, component], axis, operator, spacing)
 
@@ -53,7 +59,7 @@ def plain_curl(a: Tensor, mean: Tensor | None, operator: str, spacing: float) ->
     return u if mean is None else u + mean[:, :, None, None, None]
 
 
-def plain_divergence(u: Tensor, operator: str, spacing: float) -> Tensor:
+def plain_divergence(u: Tensor, operator: str, spacing: Spacing) -> Tensor:
     return sum((plain_derivative(u[:, i], i, operator, spacing) for i in range(3)), start=torch.zeros_like(u[:, 0]))
 
 
@@ -85,12 +91,12 @@ def test_the_adjoint_of_the_divergence(name: str, operator: str, dtype: torch.dt
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=10, deadline=None)
 @given(
-    SHAPES, st.sampled_from(DTYPES), st.sampled_from(OPERATORS), st.booleans(), st.booleans(), st.floats(0.1, 10.0),
-    st.integers(0, 2**16),
+    SHAPES, st.sampled_from(DTYPES), st.sampled_from(OPERATORS), st.booleans(), st.booleans(),
+    STEP | st.tuples(STEP, STEP, STEP), st.integers(0, 2**16),
 )  # fmt: skip
 def test_both_forms_equal_the_definition(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, operator: str, has_mean: bool, permuted: bool,
-    spacing: float, seed: int,
+    spacing: Spacing, seed: int,
 ) -> None:  # fmt: skip
     if min(shape[1:]) < MINIMUM[operator]:
         operator = "spectral"
@@ -139,6 +145,27 @@ def test_mass_is_conserved_and_adjoints_are_adjoint(name: str, operator: str) ->
         torch.testing.assert_close((div * g).sum(), (a * gradient).sum())
         # The transposed pair: a gradient has no (transposed) curl.
         assert spacing * rms(curl(gradient, None, operator, spacing, adjoint=True)) <= 1e-13 * rms(gradient)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("box", [(6, 7, 5), (16, 6, 16), (64, 64, 64)])  # each size has its own form
+def test_the_spacing_may_differ_between_the_axes(name: str, operator: str, box: tuple[int, int, int]) -> None:
+    if box[0] > 6 and (operator != "spectral" or (box[0] == 64 and name == "triton" and DEVICE.type == "cpu")):
+        return  # has no other form, or is interpreted and slow
+    spacing = (0.5, 2.0, 0.125)
+    a, mean, g = random(1, 3, *box), random(1, 3), random(1, *box, seed=1)
+    with form(name):
+        u = curl(a, mean, operator, spacing)
+        agree(u, plain_curl(a, mean, operator, spacing), torch.float64)
+        agree(divergence(a, operator, spacing), plain_divergence(a, operator, spacing), torch.float64)
+        assert min(spacing) * rms(divergence(u, operator, spacing)) <= 1e-13 * rms(u)
+        adjoint = divergence_adjoint(g, operator, spacing)
+        torch.testing.assert_close((adjoint * a).sum(), (g * divergence(a, operator, spacing)).sum())
+        transposed = curl(a, None, operator, spacing, adjoint=True)
+        torch.testing.assert_close((transposed * u).sum(), (a * curl(u, None, operator, spacing)).sum())
+        for same in ([0.3] * 3, (0.3, 0.3, 0.3), torch.tensor([0.3] * 3, dtype=torch.float64), np.full(3, 0.3)):
+            assert torch.equal(curl(a, None, operator, same), curl(a, None, operator, 0.3))
 
 
 @pytest.mark.parametrize("box", [(32, 3, 48), (33, 3, 35), (3, 48, 32), (3, 20, 33)])
@@ -191,10 +218,11 @@ def test_opcheck(name: str) -> None:
     half = random(1, 3, 5, 5, 6, dtype=torch.bfloat16).requires_grad_()
     ops = torch.ops.shodh
     with form(name):
-        torch.library.opcheck(ops.curl.default, (a, mean, "spectral", 1.0, False))
-        torch.library.opcheck(ops.curl.default, (half, None, "staggered", 1.0, True))
-        torch.library.opcheck(ops.divergence.default, (half, "central4", 1.0))
-        torch.library.opcheck(ops.divergence_backward.default, (a[:, 0].detach().requires_grad_(), "spectral", 1.0))
+        torch.library.opcheck(ops.curl.default, (a, mean, "spectral", [1.0, 0.5, 2.0], False))
+        torch.library.opcheck(ops.curl.default, (half, None, "staggered", [1.0, 0.5, 2.0], True))
+        torch.library.opcheck(ops.divergence.default, (half, "central4", [1.0, 0.5, 2.0]))
+        g = a[:, 0].detach().requires_grad_()
+        torch.library.opcheck(ops.divergence_backward.default, (g, "spectral", [1.0, 0.5, 2.0]))
 
 
 def gradients(step: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,11 +331,11 @@ def test_the_form_for_large_cpu_fields(box, batch, dtype, with_mean, adjoint) ->
     a = torch.randn(batch, 3, *box, dtype=dtype)
     mean = torch.randn(batch, 3, dtype=dtype) if with_mean else None
     with form("reference"):
-        expected = curl(a.double(), None if mean is None else mean.double(), "spectral", 0.5, adjoint)
+        expected = curl(a.double(), None if mean is None else mean.double(), "spectral", (0.5, 1.0, 0.75), adjoint)
     results = []
     for threads in (1, 2):
         with mock.patch("torch.get_num_threads", return_value=threads):
-            results.append(spectral_curl_cpu.curl(a, mean, 0.5, adjoint))
+            results.append(spectral_curl_cpu.curl(a, mean, [0.5, 1.0, 0.75], adjoint))
     assert torch.equal(*results)  # the same bits for any number of threads
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert rms(results[0] - expected) <= tolerance * max(rms(expected), 1)
@@ -353,6 +381,12 @@ def test_an_empty_batch() -> None:
         (lambda: divergence_adjoint(torch.zeros(8, 8, 8)), r"g_BXYZ has shape \[8, 8, 8\]; expected \[B, X, Y, Z\]"),
         (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing=0.0), "spacing must be positive and finite, not 0.0"),
         (lambda: divergence(torch.zeros(1, 3, 8, 8, 8), spacing=-1.0), "spacing must be positive"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing=(1.0, 2.0)), r"one positive number or three.*\(1.0, 2.0\)"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing=(1.0, 0.0, 1.0)), "positive and finite, not 0.0"),
+        (lambda: curl(torch.zeros(1, 3, 8, 8, 8), spacing="wide"), "positive and finite, not 'wide'"),
+        (lambda: divergence(torch.zeros(1, 3, 8, 8, 8), spacing=None), "positive and finite, not None"),
+        (lambda: divergence_adjoint(torch.zeros(1, 8, 8, 8), spacing=[1.0] * 4), "one positive number or three"),
+        (lambda: differentiation_matrix(8, "central2", (1.0, 1.0, 1.0), torch.float64), "positive and finite, not"),
     ],
 )  # fmt: skip
 def test_invalid_input_is_refused(call: Callable[[], Tensor], message: str) -> None:

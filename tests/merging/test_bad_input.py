@@ -73,6 +73,13 @@ def refused(*messages: str, path: Path | None = None, method: str = "ccm", model
             {"method": "ties", "base_model": "base.safetensors", "parameters": {"weight": 1, "density": 0}},
             ("density", "(0, 1]"),
         ),
+        *(
+            (
+                {"method": "dare_ties", "base_model": "base.safetensors", "parameters": {"weight": 1, "seed": seed}},
+                ("seed is a whole number from 0 to 2^53 - 1",),
+            )
+            for seed in (2**53, 2**64, 1.5, -1)
+        ),
         ({"dtype": "int8"}, ("dtype",)),
         ({"format": "checkpoint"}, ("checkpoint among the inputs",)),
         ({"output": "low.safetensors"}, ("another output",)),

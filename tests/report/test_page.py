@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib import figure as matplotlib_figure
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.report import style, write_report
 from shodh_moe.report.figure import Figure, write_figures
 from shodh_moe.report.page import Box, Heading, Note, Page, Preformatted, Section, Text, formatted, markdown
 from shodh_moe.report.table import Table, number
-from tests.report.test_report import EXPERTS, LAYERS, evaluation_arrays, evaluation_metrics, make_run
+from tests.report.test_report import EXPERTS, LAYERS, evaluation_metrics, make_run
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = """<script>alert("1")</script> & 'quoted' "twice\""""
 ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#39;quoted&#39; &#34;twice&#34;"
 
@@ -101,6 +105,35 @@ def test_sections_as_markdown(tmp_path: Path) -> None:
     assert "<th>b</th>" not in Page("title", sections[:1]).html()
 
 
+LONG = "a-run-with-a-long-name-" * 4
+
+
+def test_links_and_long_names_can_break() -> None:
+    """A page without a place to break a line would be wider than a phone."""
+    page = Page(LONG, [Section("Flow fields"), Section("Cost")]).html()
+    assert re.search(r"^nav \{.* flex-wrap: wrap;", page, re.MULTILINE)
+    assert re.search(r"^body \{[^}]* overflow-wrap: anywhere;", page, re.MULTILINE)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_page_is_not_wider_than_a_phone(tmp_path: Path) -> None:
+    blocks = [Text(LONG), Note(LONG), Box([f"**{LONG}**"]), Text(f"`{LONG}`"), Preformatted(LONG), Heading(LONG)]
+    table = Table((LONG, "b"), [(LONG, "1")], frozenset({1}))
+    titles = ("Summary", "Flow fields", "Spectra", "Rollout", "Routing", "Training", "Divergence", "Cost", "Config")
+    page = Page(LONG, [Section(title, [*blocks, table]) for title in (*titles, LONG)], subtitle=LONG).html()
+    script = "<script>document.title = [innerWidth, document.documentElement.scrollWidth]</script>"
+    # In a frame, because the window of a browser may have a smallest width.
+    frame = html.escape(page.replace("</body>", f"{script}<script>parent.document.title = document.title</script>"))
+    path = tmp_path / "phone.html"
+    path.write_text(f'<iframe width="360" height="800" srcdoc="{frame}"></iframe>', encoding="utf-8")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(\d+),(\d+)</title>", found)
+    assert title, found[:300]
+    assert int(title[2]) <= int(title[1]) <= 360
+
+
 def test_links_lead_to_sections() -> None:
     page = Page("title", [Section("Flow fields"), Section("Cost")]).html()
     assert re.findall(r'href="#([^"]*)"', page) == re.findall(r'<h2 id="([^"]*)"', page) == ["flow-fields", "cost"]
@@ -111,18 +144,20 @@ def test_names_in_a_run_are_escaped_in_its_report(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(style, "DPI", 40)  # drawing takes most of the time
     folder = make_run(tmp_path / "run", n=(16, 16, 16))
     metrics = evaluation_metrics(LAYERS, EXPERTS)
-    metrics |= {"run": name, "domains": {name: metrics["domains"]["open_channel"]}, "routing": {}}
+    metrics |= {"run": name, "routing": {}}  # a domain of such a name is refused
+    metrics["divergence_table"] = [{**row, "what": name, "operator": name} for row in metrics["divergence_table"]]
     metrics["divergence"]["norm"] = metrics["divergence_table"][0]["norm"] = name
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "environment.json").write_text(json.dumps({name: name}))
     (folder / "config.yaml").write_text(name)
-    arrays = evaluation_arrays((16, 16, 16), LAYERS, EXPERTS)
-    np.savez(
-        folder / "evaluation.npz", domains=np.array([name]), **{"open_channel/solid": arrays["open_channel/solid"]}
-    )
     page = write_report(folder).read_text(encoding="utf-8")
     parsed = Parsed(page)
     assert name not in page
     assert "script" not in parsed.tags
     assert ("src", "x") not in parsed.attributes
     assert parsed.text.count(name) > 8
+    # Names of domains become parts of file names, so they are refused instead.
+    metrics["domains"] = {name: metrics["domains"]["open_channel"]}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match="a domain named"):
+        write_report(folder)

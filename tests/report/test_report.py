@@ -322,6 +322,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         write_report(folder)
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "evaluation.npz"])
+def test_a_domain_that_is_no_part_of_a_file_name_is_refused(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path / "run", n=(16, 16, 16))
+    outside = tmp_path / "outside.png"
+    outside.write_text("kept")
+    if name == "metrics.json":
+        metrics = json.loads((folder / name).read_text())
+        metrics["domains"]["x/../../../outside"] = metrics["domains"]["open_channel"]
+        (folder / name).write_text(json.dumps(metrics))
+    else:
+        arrays = dict(np.load(folder / name))
+        np.savez(folder / name, **{**arrays, "domains": np.array(["open_channel", "x/../../../outside"])})
+    (folder / "report" / "fields_x").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"a domain named 'x/\.\./\.\./\.\./outside'"):
+        write_report(folder)
+    assert outside.read_text() == "kept"
+
+
 def test_a_missing_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path / "nothing")

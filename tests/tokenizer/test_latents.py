@@ -179,6 +179,11 @@ def unnamed(path: Path) -> None:
         del file.attrs["tokenizer_sha256"]
 
 
+def hostile(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        next(iter(file.values())).attrs["domain"] = "x/../y"
+
+
 def empty(path: Path) -> None:
     h5py.File(path, "w").close()
 
@@ -202,6 +207,7 @@ Z = np.zeros((5, CHANNELS, 2, 2, 2), np.float32)
     (lambda path: path.write_bytes(b"no HDF5"), "cannot read latents"),
     (Path.unlink, "cannot read latents"),
     (not_a_group, "cannot read latents"),
+    (hostile, "domain 'x/../y' is not at most 100 letters"),
     (unnamed, "were made with an unknown tokenizer"),
     (empty, "hold no trajectory"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import INSTEAD, SETTINGS, deepspeed_config, expert_parallel_size
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_case
 
@@ -147,11 +147,90 @@ def test_impossible_layouts_are_refused(tmp_path):
         "{zero_optimization: {offload_optimizer: {device: cpu}}}",
         "{bf16: {enabled: true}}",
         "{gradient_clipping: 1.0}",
+        "{optimizer: {type: Adam, params: {lr: 0.1}}}",
+        "{scheduler: {type: WarmupLR}}",
+        "{zero_optimization: 1}",
     ],
 )
 def test_deepspeed_settings_that_would_break_a_run_are_refused(tmp_path, section):
     with pytest.raises(UserError, match=r"deepspeed\."):
         deepspeed_config(_config(tmp_path, f"deepspeed={section}"), 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("{optimizer: {type: Adam}}", "deepspeed.optimizer has no effect here: set training.optimizer, training.lear"),
+        ("{scheduler: {}}", "deepspeed.scheduler has no effect here: set training.learning_rate, training.min_lear"),
+        ("{activation_checkpointing: {}}", "set training.activation_checkpointing instead"),
+        ("{wall_clock_breakdwon: true}", "the nearest is 'wall_clock_breakdown'"),
+        ("{optimiser: {}}", "the nearest is 'optimizer'"),
+        ("{flops_profiler: {enable: true}}", "deepspeed.flops_profiler.enable is not a key"),
+        ("{zero_optimization: {reduce_buket_size: 1}}", "the nearest is 'reduce_bucket_size'"),
+        ("{zero_optimization: {offload_param: {}}}", "the supported ones are allgather_bucket_size, "),
+        ("{nonsense: 1}", "the supported ones are comet, "),
+        ("{1: 1}", "should be a valid string"),
+    ],
+)
+def test_deepspeed_settings_without_effect_are_refused_with_the_key_to_use(tmp_path, section, says):
+    with pytest.raises(UserError) as error:
+        deepspeed_config(_config(tmp_path, f"deepspeed={section}"), 2)
+    assert says in str(error.value)
+
+
+def test_every_key_of_deepspeed_is_accepted_or_refused_on_purpose():
+    """Our table against the keys that DeepSpeed itself reads from its config, and against its sections' classes."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    read = set()
+
+    class Recorded(dict):
+        def __contains__(self, key):
+            read.add(key)
+            return super().__contains__(key)
+
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+        def keys(self):
+            return self
+
+        def __copy__(self):
+            return Recorded(self)
+
+    DeepSpeedConfig(Recorded(train_micro_batch_size_per_gpu=1))
+    own = SETTINGS.keys() | {key for key in INSTEAD if "." not in key}
+    assert own - read <= {"amp", "nebula"}  # older versions of DeepSpeed read these
+    # Keys of DeepSpeed that training does not use at all.
+    unused = {
+        *("autotuning", "compile", "data_efficiency", "dataloader_drop_last", "hybrid_engine", "pipeline"),
+        *("seq_parallel_communication_data_type", "tensor_parallel", "vocabulary_size", "weight_quantization"),
+        *("compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting"),
+        *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+    }
+    assert read - own <= unused, "DeepSpeed has a new key: decide whether it has an effect here"
+    for name, kind in (
+        ("comms_logger", CommsLoggerConfig),
+        ("tensorboard", TensorBoardConfig),
+        ("csv_monitor", CSVConfig),
+        ("wandb", WandbConfig),
+        ("comet", CometConfig),
+        ("zero_optimization", DeepSpeedZeroConfig),
+    ):
+        assert SETTINGS[name] <= kind.model_fields.keys()
+
+
+def test_paths_among_deepspeeds_settings_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    config = _config(tmp_path, "deepspeed={csv_monitor: {enabled: true, output_path: $SCRATCH/csv}}")
+    assert deepspeed_config(config, 2)["csv_monitor"]["output_path"] == "/scratch/me/csv"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(UserError, match="SCRATCH is not set"):
+        _config(tmp_path, "deepspeed={tensorboard: {output_path: $SCRATCH/tb}}")
 
 
 def test_other_deepspeed_settings_pass_through(tmp_path):

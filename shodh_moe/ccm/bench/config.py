@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.base.section import Name, PathText, Positive, PositiveFloat, Section, Seed
 from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
 from shodh_moe.config import ParallelConfig, TrainingConfig
 
@@ -55,8 +55,8 @@ class BenchConfig(Section):
     """All settings of the benchmark."""
 
     name: Name = "ccm"
-    runs: str = Field("runs", description="folder that holds the benchmark's folder")
-    seeds: list[NonNegative] = Field([0, 1, 2], description="seeds of weights and data order; the data are the same")
+    runs: PathText = Field("runs", description="folder that holds the benchmark's folder")
+    seeds: list[Seed] = Field([0, 1, 2], description="seeds of weights and data order; the data are the same")
     jobs: Positive | Literal["auto"] = Field(
         "auto", description="concurrent trainings; auto: one per GPU, or one per core"
     )

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shodh_moe.base.section import Name, NonNegative, Positive, PositiveFloat, Section
+from shodh_moe.base.section import Name, NonNegative, PathText, Positive, PositiveFloat, Section
 from shodh_moe.config.load import load_config_of
 
 AXES = ("x", "y", "z")
 Edge = Literal["periodic", "wall", "free slip", "open"]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
 # A string is a file or pattern, and each matching file is a trajectory; a list is one trajectory in several files.
-Entries = list[str | list[str]]
+Entries = list[PathText | list[PathText]]
 
 
 class Files(Section):
@@ -77,7 +77,7 @@ class Mask(Section):
     """Solid voxels: values above 0.5, or with ``inverted`` values up to 0.5."""
 
     dataset: str
-    file: str | None = Field(None, description="file with the dataset; default: the trajectory's own file")
+    file: PathText | None = Field(None, description="file with the dataset; default: the trajectory's own file")
     inverted: bool = False
 
 
@@ -118,7 +118,7 @@ class Mapping(Section):
 
     name: Name
     domain: Name
-    output: str | None = Field(None, description="the dataset's folder; --output overrides it")
+    output: PathText | None = Field(None, description="the dataset's folder; --output overrides it")
     source: str = Field("", description="origin of the data and how to cite it, for the provenance")
     files: Files
     snapshots: Snapshots = Snapshots()

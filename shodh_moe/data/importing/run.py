@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import remove_leftovers, require_writable
 from shodh_moe.base.progress import progress as default_progress
+from shodh_moe.base.text import printable
 from shodh_moe.data.importing.grids import Grid, even_step, new_grid, points_of
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
 from shodh_moe.data.importing.mapping import AXES, Mapping
@@ -27,7 +28,7 @@ from shodh_moe.data.importing.snapshots import (
     read_velocity,
 )
 from shodh_moe.data.importing.writing import Header, new_trajectory_file
-from shodh_moe.data.listing import SPLITS, list_trajectories
+from shodh_moe.data.listing import SPLITS, list_trajectories, open_file
 from shodh_moe.data.reading import open_trajectories
 from shodh_moe.data.stats import stats_of_files, write_stats
 
@@ -70,7 +71,7 @@ def import_data(
                 raise
             left_out.append(f"{item.path.name}: {error}")
     for line in left_out:
-        print(f"left out: {line}")
+        print(printable(f"left out: {line}"))
     for split in SPLITS[1:]:
         if not any((folder / "data" / split).glob("*.hdf5")):
             print(f"warning: no trajectories for {split}: training needs some; add files.{split} to the mapping")
@@ -87,7 +88,7 @@ def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
     for split in SPLITS:
         for path in sorted((folder / "data" / split).glob("*.h*5")):
             if path.name[0] != "." and not path.name.startswith(f"{domain}_"):
-                return open_trajectories(path)[0].grid
+                return open_file(path, folder)[0].grid
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.training.records import Record, read_history
 
 Array = NDArray[Any]
@@ -62,6 +63,12 @@ def load_run(run_folder: Path) -> RunData:
     in_arrays = [str(domain) for domain in arrays.pop("domains", np.array([])).tolist()]
     # A domain may have numbers without example fields, or fields without numbers.
     domains = list(dict.fromkeys([*metrics.get("domains", {}), *in_arrays]))
+    # They become parts of the figures' file names.
+    if bad := next((domain for domain in domains if not is_name(domain)), None):
+        raise UserError(
+            f"{run_folder} has results of a domain named {bad!r}, not {NAME_RULE}: "
+            "make them again with `shodh evaluate`"
+        )
     tokenizer = run_folder / "tokenizer_metrics.jsonl"
     return RunData(
         name=str(metrics.get("run") or run_folder.resolve().name),

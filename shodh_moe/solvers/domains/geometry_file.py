@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
-from shodh_moe.base.section import Positive, Section
+from shodh_moe.base.section import PathText, Positive, Section
 from shodh_moe.solvers.domains.domain import Grid
 
 _SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
@@ -27,7 +27,7 @@ _SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
 class GeometryFile(Section, changes="data"):
     """A binary volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset)."""
 
-    path: str
+    path: PathText
     shape: list[Positive] | None = Field(None, description="[X, Y, Z] of a .raw file")
     dtype: Literal["uint8", "int8", "uint16", "int16", "int32", "float32"] | None = Field(
         None, description="number type of a .raw file, little-endian"

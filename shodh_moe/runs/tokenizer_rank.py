@@ -7,12 +7,12 @@ import os
 
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.files import require_made
+from shodh_moe.config.inputs import tokenizer_inputs
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import open_tokenizer_folder
 from shodh_moe.runs.rank import is_first, prepare, rank_main
-from shodh_moe.tokenizer import load_tokenizer
-from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
@@ -26,18 +26,19 @@ def _work(options: argparse.Namespace) -> None:
     finished = (paths.tokenizer / "tokenizer.json").exists() and options.resume == "auto"
     if finished or config.tokenizer.path:
         if is_first():
-            require_fit(load_tokenizer(paths.tokenizer), config, paths)
-            print(f"[tokenizer] unchanged, {paths.tokenizer}", flush=True)
+            print(f"[tokenizer] {use_tokenizer(config, paths)}", flush=True)
         return
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
     run = tokenizer_run(config, int(os.environ["WORLD_SIZE"]))
+    inputs = None
     if is_first():
-        open_tokenizer_folder(run, paths.tokenizer)
+        open_tokenizer_folder(run, paths)
+        inputs = tokenizer_inputs(config, paths)
 
     prepare()
     from shodh_moe.training.tokenizer_task import train_tokenizer
 
-    train_tokenizer(run, paths.dataset, paths.tokenizer, options.resume, options.stop_file)
+    train_tokenizer(run, paths.dataset, paths.tokenizer, options.resume, options.stop_file, inputs)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
+from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import Paths
@@ -51,6 +52,7 @@ def check(config: Config, paths: Paths) -> None:
     require_same_inputs_as_run(config, paths)
     if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a resumed run no longer needs its start
         start = Path(config.start)
+        wait_for_maker(start, "pretrain")  # the weights of a run in training change
         if checkpoints_at(start) is None:
             raise UserError(f"start: {start} is not a run folder or checkpoint: give one of the same network, or null")
     require_writable(paths.run)

@@ -14,6 +14,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, whole_folder, write_text
+from shodh_moe.base.lock import making, wait_for_maker
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
@@ -50,7 +51,10 @@ def run_all(config: Config, paths: Paths) -> dict[str, Any]:
 
 
 def make_data(config: Config, paths: Paths) -> Path:
-    """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead."""
+    """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead.
+
+    If another process is generating it, this waits and then uses it. The same holds for tokenizers and latents.
+    """
     from shodh_moe.data import generate, is_complete, require_trainable
     from shodh_moe.data.listing import READ_BYTES
 
@@ -65,10 +69,13 @@ def make_data(config: Config, paths: Paths) -> Path:
         return _say("data", f"given, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
-    began = time.perf_counter()
-    generate(config.data, dataset)
-    write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
-    return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
+    with making(dataset, "data", config.name):
+        if manifest.exists() and is_complete(config.data, dataset):  # another process has made it meanwhile
+            return _say("data", f"unchanged, {dataset}", dataset)
+        began = time.perf_counter()
+        generate(config.data, dataset)
+        write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
+        return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
 
 
 def make_tokenizer(config: Config, paths: Paths) -> Path:
@@ -81,12 +88,15 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
         return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
     run = tokenizer_run(config, count_ranks(config))
-    open_tokenizer_folder(run, paths)
-    began = time.perf_counter()
-    if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
-        raise TrainingFailed(code)
-    if not _has_tokenizer(config, paths):
-        raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
+    with making(paths.tokenizer, "tokenizer", config.name):
+        if _has_tokenizer(config, paths):  # another process has made it meanwhile
+            return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
+        open_tokenizer_folder(run, paths)
+        began = time.perf_counter()
+        if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
+            raise TrainingFailed(code)
+        if not _has_tokenizer(config, paths):
+            raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
 
 
@@ -100,12 +110,15 @@ def make_latents(config: Config, paths: Paths) -> Path:
         _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
-    began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
-    with whole_folder(paths.latents, keep_first=True) as temporary:
-        c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
-        how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
-        encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
+    with making(paths.latents, "latents", config.name):
+        if paths.latents.exists():  # another process has made them meanwhile
+            return make_latents(config, paths)
+        began = time.perf_counter()
+        with whole_folder(paths.latents, keep_first=True) as temporary:
+            c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
+            how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
+            encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
     remember_data(config, paths)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
@@ -135,6 +148,7 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
     Raises:
         TrainingFailed: the launcher exited with an error.
     """
+    wait_for_maker(paths.latents, "latents")
     require_made(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
     claim_run_folder(config, write=False)

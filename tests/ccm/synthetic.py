@@ -64,6 +64,7 @@ def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Sca
     facts = {
         "config": config.model_dump(),
         "tokenizer_sha256": "",
+        "inputs": expert_inputs(config),
         **facts_of(scale, channels, config.family.folder().name),
     }
     writer.save(int(path.name), fragments, shapes, {"rng/cpu": torch.zeros(5, dtype=torch.uint8)}, facts)

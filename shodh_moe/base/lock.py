@@ -72,10 +72,14 @@ def take_lock(path: Path, shared: bool = False, **facts: str) -> IO[str]:
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now, **facts}))
         file.flush()
-        os.fsync(file.fileno())  # other hosts read it while it is open
     except OSError as error:
-        file.close()
+        with suppress(OSError):
+            path.unlink()
+        with suppress(OSError):
+            file.close()
         raise UserError(f"cannot write {path}: {disk_trouble(error) or error.strerror}") from error
+    with suppress(OSError):
+        os.fsync(file.fileno())  # other hosts read it while it is open
     return file
 
 
@@ -110,9 +114,9 @@ def making(target: Path, stage: str, run: str, shared: bool = False, job: str = 
         try:
             yield
         finally:
-            if not shared:
-                with suppress(OSError):
-                    path.unlink()
+            with suppress(OSError):  # other processes may share it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def wait_for_maker(target: Path, stage: str) -> None:

@@ -90,7 +90,10 @@ def test_a_waiter_takes_over_from_a_maker_that_died(tmp_path: Path, start: Start
 
 def test_only_one_of_many_makes_it(tmp_path: Path, start: Start) -> None:
     processes = [start(str(number)) for number in range(4)]
-    output = [process.communicate("\n", timeout=60)[0].splitlines() for process in processes]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    output = [process.communicate(timeout=60)[0].splitlines() for process in processes]
     assert sum("making" in said for said in output) == 1
     assert all(said[-1] == "done" for said in output)
     assert os.listdir(tmp_path) == ["artefact"]

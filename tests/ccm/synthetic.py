@@ -13,7 +13,7 @@ from shodh_moe.base.files import atomic_file
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert, compose, facts_of, make_network
+from shodh_moe.ccm.expert import Expert, compose, expert_inputs, facts_of, make_network
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import CheckpointWriter, Fragment
 from shodh_moe.data.hdf5 import new_hdf5

@@ -74,8 +74,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Shell]]:
 
     yield begin
     for shell in shells:
-        os.killpg(shell.process.pid, signal.SIGKILL)
+        shell.process.kill()
         shell.process.communicate()
+    for rank in ranks(tmp_path):
+        os.kill(rank, signal.SIGKILL)
 
 
 def at_once(shells: list[Shell], *command: str) -> list[str]:

@@ -19,58 +19,55 @@ from shodh_moe.config.compare import fingerprint
 HASHED_AT_ONCE = 8  # files
 SHOW_BYTES = 4 * 2**30  # hashing at least this much shows its progress
 _Key = tuple[str, int, int]  # absolute path, bytes, modification time in ns
+Listing = dict[Path, _Key]
 _hashes: dict[_Key, str] = {}
+_listings: dict[Path, Listing] = {}  # of each dataset that this process has identified
 
 
-def content_of(dataset: Path, root: Path) -> str:
+def list_dataset(dataset: Path) -> Listing:
+    """List the files that belong to a dataset, those of its splits and its statistics, by path, with size and time."""
+    found = [*dataset.glob("data/*/*"), dataset / "stats.yaml"]
+    paths = sorted(path for path in found if path.is_file() and path.name[0] != ".")
+    return {path: (str(path.absolute()), (status := path.stat()).st_size, status.st_mtime_ns) for path in paths}
+
+
+def content_of(dataset: Path, listing: Listing, root: Path) -> str:
     """Return the identity of a dataset's content: eight hexadecimal digits.
 
     Args:
         dataset: folder of the dataset.
+        listing: its files, from `list_dataset`.
         root: folder in which `remember_content` keeps the hashes, which may not exist.
 
     Raises:
         UserError: a file cannot be read.
     """
-    keys = {path: _key(path) for path in files_of_dataset(dataset)}
-    if any(key not in _hashes for key in keys.values()):
+    if any(key not in _hashes for key in listing.values()):
         _hashes.update(_read(_memory(dataset, root)))
-    new = {key: path for path, key in keys.items() if key not in _hashes}
+    new = {key: path for path, key in listing.items() if key not in _hashes}
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         found: Iterable[str] = pool.map(_hash, new.values())
         if sum(size for _, size, _ in new) >= SHOW_BYTES:
             found = progress(found, "identify the data", len(new))
         _hashes.update(zip(new, found, strict=True))
-    return fingerprint([(str(path.relative_to(dataset)), _hashes[key]) for path, key in keys.items()])
+    _listings[dataset] = listing
+    return fingerprint([(str(path.relative_to(dataset)), _hashes[key]) for path, key in listing.items()])
 
 
 def remember_content(dataset: Path, root: Path) -> None:
-    """Keep the hashes that `content_of` has computed in this process for later ones.
+    """Keep the hashes that `content_of` has computed in this process, if any, for later ones.
 
     Raises:
         UserError: the file cannot be written.
     """
-    keys = [_key(path) for path in files_of_dataset(dataset)]
-    known = {key: _hashes[key] for key in keys if key in _hashes}
+    known = {key: _hashes[key] for key in _listings.get(dataset, {}).values()}
     if known and _read(_memory(dataset, root)) != known:
         write_text(_memory(dataset, root), json.dumps([[*key, digest] for key, digest in known.items()]) + "\n")
 
 
-def times_of(dataset: Path) -> str:
+def times_of(dataset: Path, listing: Listing) -> str:
     """Return the identity that earlier versions gave a dataset, from the sizes and times of its files."""
-    found = ((path, path.stat()) for path in files_of_dataset(dataset))
-    return fingerprint([(str(path.relative_to(dataset)), one.st_size, one.st_mtime_ns) for path, one in found])
-
-
-def files_of_dataset(dataset: Path) -> list[Path]:
-    """List the files that belong to a dataset: those of its splits and its statistics, by path."""
-    found = [*dataset.glob("data/*/*"), dataset / "stats.yaml"]
-    return sorted(path for path in found if path.is_file() and path.name[0] != ".")
-
-
-def _key(path: Path) -> _Key:
-    status = path.stat()
-    return str(path.absolute()), status.st_size, status.st_mtime_ns
+    return fingerprint([(str(path.relative_to(dataset)), size, time) for path, (_, size, time) in listing.items()])
 
 
 def _hash(path: Path) -> str:

@@ -19,7 +19,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.section import settings_that_change
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
-from shodh_moe.config.content import content_of, times_of
+from shodh_moe.config.content import content_of, list_dataset, times_of
 
 # Increment these when the code creates different files from the same config.
 DATA_VERSION = 1
@@ -57,10 +57,11 @@ def resolve_paths(config: Config) -> Paths:
         return _paths(config, Path(data.root) / f"{data.name}-{data_id}", data_id)
     dataset = _existing(data.path, "data.path")
     # Earlier versions identified a dataset by the times of its files. Their artefacts are used while the times last.
-    earlier = _paths(config, dataset, times_of(dataset))
+    listing = list_dataset(dataset)
+    earlier = _paths(config, dataset, times_of(dataset, listing))
     if (earlier.latents if config.tokenizer.path else earlier.tokenizer).exists():
         return earlier
-    return _paths(config, dataset, content_of(dataset, Path(config.tokenizer.root)))
+    return _paths(config, dataset, content_of(dataset, listing, Path(config.tokenizer.root)))
 
 
 def _paths(config: Config, dataset: Path, data_id: str) -> Paths:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shodh_moe.config import content
-from shodh_moe.config.content import content_of, remember_content, times_of
+from shodh_moe.config.content import list_dataset, remember_content, times_of
 from shodh_moe.config.paths import resolve_paths
 from tests.tiny import CONFIG, config
 
@@ -42,6 +42,10 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(content, "sha256", counted)
     return names
+
+
+def content_of(dataset: Path, root: Path) -> str:
+    return content.content_of(dataset, list_dataset(dataset), root)
 
 
 def test_a_touch_and_a_copy_keep_the_identity(dataset: Path, tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_artefacts_named_after_times_are_used_while_the_times_last(
     mine = config(data=data, tokenizer={**CONFIG["tokenizer"], "root": str(tmp_path / "tokenizers")})
     new = resolve_paths(mine)
     with monkeypatch.context() as patch:
-        patch.setattr("shodh_moe.config.paths.content_of", lambda dataset, root: times_of(dataset))
+        patch.setattr("shodh_moe.config.paths.content_of", lambda dataset, listing, root: times_of(dataset, listing))
         old = resolve_paths(mine)
     assert old.tokenizer != new.tokenizer
     old.tokenizer.mkdir(parents=True)

@@ -75,7 +75,8 @@ def require_same_inputs(checkpoint: Path, state: dict[str, Any], now: Inputs) ->
     if found := difference(recorded_inputs(state), now):
         raise UserError(
             f"checkpoint {checkpoint} is refused: it was trained on something else, which differs in {found}: restore "
-            "that to go on with this run, or choose another name (NAME=... or --name) to train anew"
+            "that to go on from it; to train anew, choose another name (NAME=... or --name), or remove the folder of a "
+            "tokenizer"
         )
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from shodh_moe.base.lock import RUN_LOCK, holder_of
+from shodh_moe.checkpoint import CheckpointReader, list_checkpoints
 from tests.ccm.tiny import tree as expert_tree
 from tests.tiny import write_config
 
@@ -146,6 +147,17 @@ def test_a_waiter_takes_over_when_the_maker_and_its_ranks_are_killed(
     assert "[tokenizer] the wait is over: " in said, said
     two.process.send_signal(signal.SIGTERM)
     two.until("exit 75")
+
+    # Not on other data, though: the ranks record and compare what the tokenizer is trained on.
+    newest = max(list_checkpoints(folder / "checkpoints"))
+    recorded = CheckpointReader(folder / "checkpoints" / str(newest)).state["inputs"]
+    assert recorded.keys() == {"data", "data_version", "grid", "stats_sha256", "tokenizer_version"}
+    (stats,) = tmp_path.glob("data/*/stats.yaml")
+    stats.write_text(stats.read_text() + "# changed\n")
+    two.begin("tokenizer", "train", *settings, "--name", "two")
+    said = two.until("exit 2")
+    assert f"checkpoints/{newest} is refused: it was trained on something else" in said, said
+    assert "the statistics of the data (" in said, said
 
 
 def ranks(folder: Path) -> list[int]:

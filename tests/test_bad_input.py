@@ -258,6 +258,16 @@ def test_a_missing_start_is_refused(here: Path, capfd: pytest.CaptureFixture[str
     assert tree(here) == before
 
 
+@pytest.mark.parametrize("link", ["runs", "data", "tokenizers", "runs/tiny"])
+def test_a_link_to_nothing_is_refused_before_any_work(here: Path, capfd: pytest.CaptureFixture[str], link: str) -> None:
+    (here / link).parent.mkdir(exist_ok=True)
+    (here / link).symlink_to(here / "scratch that is gone")
+    before = tree(here)
+    says = (f"{link} is a link to {here}/scratch that is gone, which does not exist", "create that folder")
+    refused(capfd, "run", "--config", "tiny.yaml", says=says)
+    assert tree(here) == before
+
+
 def rewrite(key: str, value: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / "tokenizer.json"

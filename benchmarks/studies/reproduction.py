@@ -40,7 +40,7 @@ OUTPUT = ROOT / "docs" / "reproduction"
 PICTURES = ("expert_load", "routing_over_steps", "losses", "routing_map_")
 COPIED = ("metrics.json", "config.yaml", "environment.json")
 STAGES = ("data", "tokenizer", "latents", "pretrain", "evaluate", "report")
-ENDS = re.compile(rf"\[({'|'.join(STAGES)})\] (unchanged, .*|.* in \d+ s)")
+ENDS = re.compile(rf"\[({'|'.join(STAGES)})\] ((?:unchanged|given), .*|.* in \d+ s)")
 
 
 def run_stages(options: argparse.Namespace, times: Path) -> int:
@@ -93,7 +93,7 @@ class StageClock:
     def hear(self, line: str) -> None:
         if found := ENDS.fullmatch(line):
             now = time.perf_counter()
-            self._ended[found[1]] = None if found[2].startswith("unchanged") else now - self._mark
+            self._ended[found[1]] = None if found[2].startswith(("unchanged", "given")) else now - self._mark
             self._mark = now
 
     def seconds(self, finished: bool) -> dict[str, float]:

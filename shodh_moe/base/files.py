@@ -131,7 +131,8 @@ def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
             raise UserError(str(error).replace(str(temporary), str(target))) from error
         raise
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        if target.exists() or not (workshop / "old").exists():  # otherwise the old target could not be put back
+            shutil.rmtree(workshop, ignore_errors=True)
         if lock:
             lock.close()
 
@@ -139,7 +140,7 @@ def whole_folder(target: Path, keep_first: bool = False) -> Iterator[Path]:
 def _move_into_place(temporary: Path, target: Path, replaces: bool, keep_first: bool) -> None:
     try:
         if replaces:
-            replace_folder(temporary, target)
+            replace_folder(temporary, target, temporary.parent / "old")
         else:
             os.rename(temporary, target)
             sync(target.parent)
@@ -163,24 +164,30 @@ def _lock_file(workshop: Path) -> IO[str]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove the temporary folders of `whole_folder` calls for ``target`` whose process was killed."""
+    """Remove the temporary folders of `whole_folder` calls for ``target`` whose process was killed.
+
+    A process that was killed while it replaced ``target`` may have left the old one in there, which is restored.
+    """
     prefix = f".writing-{target.name}-"
     for workshop in target.parent.iterdir():
         if workshop.name.startswith(prefix):
             with suppress(OSError), open(workshop / "lock", "r+", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError):  # there is none, or there is a new target
+                    os.rename(workshop / "old", target)
                 shutil.rmtree(workshop, ignore_errors=True)
 
 
-def replace_folder(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path, old: Path) -> None:
     """Rename the synced folder ``temporary`` to ``target``, and remove the old ``target``, if any.
 
-    If the process is killed half-way, the old folder remains next to ``target`` as ``.old-<name>``.
+    Args:
+        old: name of the old folder in between, on the same disk and used by no other process. If this process is killed
+            half-way, the old folder remains there.
 
     Raises:
-        OSError: ``target`` could not be replaced; the old folder is restored if possible.
+        OSError: ``target`` could not be replaced; the old folder is restored unless another process has put one there.
     """
-    old = target.with_name(f".old-{target.name}")
     # Two renames instead of a slow removal first, so that ``target`` is missing only for a moment.
     shutil.rmtree(old, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -199,10 +206,16 @@ def require_writable(folder: Path) -> None:
     """Check that a folder can be created or written to, before any work is done for it.
 
     Raises:
-        UserError: a file stands where a folder is needed, or permission is missing.
+        UserError: a file or a link to nothing stands where a folder is needed, or permission is missing.
     """
     try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        # A link to nothing exists as well: no folder can be created in its place.
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if existing.is_symlink() and not existing.exists():
+            raise UserError(
+                f"cannot write to {folder}: {existing} is a link to {os.readlink(existing)}, which does not exist: "
+                "create that folder, or remove the link"
+            )
         if not existing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
         if not os.access(existing, os.W_OK | os.X_OK):

@@ -20,6 +20,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file, remove_leftovers, require_writable
+from shodh_moe.base.lock import making
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.ccm.family import SOLVERS, SPLITS, Family, require_sound, simulate
 from shodh_moe.data.hdf5 import new_hdf5
@@ -98,12 +99,18 @@ def regimes(family: Family, folder: Path) -> list[Regime]:
 
 
 def generate(
-    family: Family, folder: Path, progress: Progress = default_progress, device: str | torch.device = "cpu"
+    family: Family,
+    folder: Path,
+    progress: Progress = default_progress,
+    device: str | torch.device = "cpu",
+    run: str = "",
 ) -> Path:
     """Make the files of ``family`` that are missing, damaged or of another request; return ``<folder>/<family>``.
 
     Solutions are computed in float64. On a CPU the bits depend neither on the batch nor on other regimes; other devices
     agree to rounding. ``progress`` is called as ``progress(iterable, desc, total)`` and must yield the items.
+
+    If another process is generating the same folder, this waits for it and prints the name of its ``run``.
 
     Raises:
         UserError: the family is invalid, the disk is too small or not writable, or a solution diverged.
@@ -111,13 +118,14 @@ def generate(
     home = Path(folder) / family.name
     wanted = regimes(family, folder)
     require_writable(home)
-    for split in SPLITS:
-        remove_leftovers(home / split)
-    unfinished = [regime for regime in wanted if not is_done(regime)]
-    _require_space(family, unfinished, home)
-    files = (_make(family, regime, device) for regime in unfinished)
-    for _ in progress(files, family.name.replace("_", " "), len(unfinished)):
-        pass
+    with making(home, "data", run):
+        for split in SPLITS:
+            remove_leftovers(home / split)
+        unfinished = [regime for regime in wanted if not is_done(regime)]
+        _require_space(family, unfinished, home)
+        files = (_make(family, regime, device) for regime in unfinished)
+        for _ in progress(files, family.name.replace("_", " "), len(unfinished)):
+            pass
     return home
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
+from shodh_moe.ccm.data import regimes
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import (
     CheckpointReader,
@@ -23,10 +24,13 @@ from shodh_moe.checkpoint import (
     mismatch,
     resolve_checkpoint,
 )
+from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.inputs import Inputs, require_same_inputs
 from shodh_moe.merging.config import Target
 from shodh_moe.merging.methods import TensorMerge, recipe, weighted_sum
 from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
+from shodh_moe.solvers.planar import PLANAR_VERSION
 
 
 @dataclass
@@ -83,8 +87,14 @@ def facts_of(scale: Scale, channels: tuple[str, ...], dataset: str) -> dict[str,
     return {"expert": {"channels": list(channels), **units, "dataset": dataset}}
 
 
+def expert_inputs(config: ExpertConfig) -> Inputs:
+    """What an expert's training depends on besides its config: the requests that its family's files answer."""
+    requests = [regime.request for regime in regimes(config.family.family(), config.family.folder())]
+    return {"data_version": PLANAR_VERSION, "data": fingerprint(requests)}
+
+
 def require_same_dataset(config: ExpertConfig) -> None:
-    """Refuse to resume a run whose family has been redefined since.
+    """Refuse to resume a run whose family has been redefined since, or would be generated differently.
 
     Raises:
         UserError: the run's newest checkpoint was trained on data other than those that the config now names.
@@ -97,6 +107,7 @@ def require_same_dataset(config: ExpertConfig) -> None:
                 f"run folder {run} was trained on {trained}, but family {config.family.name} is now {current}: "
                 f"choose another name or remove {run}"
             )
+        require_same_inputs(*found, expert_inputs(config))
 
 
 def checkpoint_of(path: Path) -> Path:

@@ -9,10 +9,11 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
+from shodh_moe.base.lock import making, wait_for_maker
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
-from shodh_moe.checkpoint import find_checkpoint
+from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
@@ -38,6 +39,8 @@ def check(config: ExpertConfig) -> None:
     coordinates = {regime.coordinate for regime in regimes}
     DomainSampler(tuple(1 for _ in coordinates), config.training.batch_size, config.seed, world)
     if config.start:
+        if not list_checkpoints(Path(config.runs) / config.name / "checkpoints"):
+            wait_for_maker(Path(config.start), "expert")  # an anchor in training is not finished
         units_of_start(config)
     claim_run_folder(config, write=False)
     require_same_dataset(config)
@@ -52,7 +55,7 @@ def make_data(config: ExpertConfig) -> Path:
         print(f"[data] unchanged, {folder / family.name}", flush=True)
         return folder / family.name
     began = time.perf_counter()
-    home = data.generate(family, folder, device=device)
+    home = data.generate(family, folder, device=device, run=config.name)
     print(f"[data] {home} in {time.perf_counter() - began:.0f} s", flush=True)
     return home
 
@@ -60,18 +63,29 @@ def make_data(config: ExpertConfig) -> Path:
 def train(config: ExpertConfig, resume: str = "auto") -> Path:
     """Train under the DeepSpeed launcher unless the run already has its last checkpoint; return the run folder.
 
+    If another process is training the same expert, this waits and then uses it.
+
     Raises:
         TrainingFailed: the launcher exited with an error.
     """
     run = Path(config.runs) / config.name
-    found = find_checkpoint(run / "checkpoints")
-    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
-        print(f"[expert] unchanged, {found[0]}", flush=True)
+    if resume == "auto" and _is_trained(config, run):
         return run
-    claim_run_folder(config)
-    write_environment(run)
-    began = time.perf_counter()
-    if code := launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank"):
-        raise TrainingFailed(code)
-    print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
+    with making(run, "expert", config.name):
+        if resume == "auto" and _is_trained(config, run):  # another process has trained it meanwhile
+            return run
+        claim_run_folder(config)
+        write_environment(run)
+        began = time.perf_counter()
+        if code := launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank"):
+            raise TrainingFailed(code)
+        print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
     return run
+
+
+def _is_trained(config: ExpertConfig, run: Path) -> bool:
+    found = find_checkpoint(run / "checkpoints")
+    if found is None or found[1]["step"] < config.training.steps:
+        return False
+    print(f"[expert] unchanged, {found[0]}", flush=True)
+    return True

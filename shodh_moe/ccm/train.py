@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.data import read_split
-from shodh_moe.ccm.expert import facts_of, make_network, units_of_start
+from shodh_moe.ccm.expert import expert_inputs, facts_of, make_network, units_of_start
 from shodh_moe.ccm.windows import Scale, Windows
 from shodh_moe.config.compare import flatten
 from shodh_moe.data.sampler import DomainSampler
@@ -66,7 +66,7 @@ class _ExpertTask:
         self._valid = read_split(family, folder, "validation")
         network = make_network(config.network, len(family.channels), config.seed)
         self.engine = Engine(network, config, ExpertParallel(), "torch")
-        self.facts = facts_of(scale, family.channels, folder.name)
+        self.facts, self.inputs = facts_of(scale, family.channels, folder.name), expert_inputs(config)
         self.tokens = t.batch_size
         self._network = _InEngine(self.engine, config.network.history)
         self._nonfinite = NonFinite(t.on_nonfinite, run, self._windows)

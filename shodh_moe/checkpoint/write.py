@@ -220,7 +220,7 @@ class CheckpointWriter:
         sync(save.temporary / STATE)
         sync(save.temporary)
         self._set_aside_later(save.step)
-        replace_folder(save.temporary, save.final)
+        replace_folder(save.temporary, save.final, self._folder / f".old-{save.final.name}")
         write_text(self._folder / "latest", f"{save.step}\n")
         self._remove_old()
 

@@ -19,6 +19,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.section import settings_that_change
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.content import content_of, list_dataset, times_of
 
 # Increment these when the code creates different files from the same config.
 DATA_VERSION = 1
@@ -28,33 +29,43 @@ LATENTS_VERSION = 2
 
 @dataclass(frozen=True)
 class Paths:
-    """The folders of a config."""
+    """The folders of a config.
+
+    Attributes:
+        data_id: identity of the dataset: of its content for one at ``data.path``, otherwise of its settings.
+    """
 
     dataset: Path
     tokenizer: Path
     latents: Path
     run: Path
+    data_id: str = ""
 
 
 def resolve_paths(config: Config) -> Paths:
     """Find the folders of a config.
 
     The folders need not exist, except those at ``data.path`` and ``tokenizer.path``. This lists the files of
-    ``data.path``, so a command calls it once and passes the result on.
+    ``data.path`` and hashes those that are new, so a command calls it once and passes the result on.
 
     Raises:
-        UserError: ``data.path`` or ``tokenizer.path`` is not a folder.
+        UserError: ``data.path`` or ``tokenizer.path`` is not a folder, or a file at ``data.path`` cannot be read.
     """
     data = config.data
-    if data.path:
-        dataset = _existing(data.path, "data.path")
-        found = [*dataset.glob("data/*/*"), dataset / "stats.yaml"]
-        files = sorted(path for path in found if path.is_file() and path.name[0] != ".")
-        data_id = fingerprint([(str(p.relative_to(dataset)), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
-    else:
+    if not data.path:
         data_id = fingerprint(DATA_VERSION, settings_that_change(data, "data"))
-        dataset = Path(data.root) / f"{data.name}-{data_id}"
-    seed = tokenizer_seed(config)
+        return _paths(config, Path(data.root) / f"{data.name}-{data_id}", data_id)
+    dataset = _existing(data.path, "data.path")
+    # Earlier versions identified a dataset by the times of its files. Their artefacts are used while the times last.
+    listing = list_dataset(dataset)
+    earlier = _paths(config, dataset, times_of(dataset, listing))
+    if (earlier.latents if config.tokenizer.path else earlier.tokenizer).exists():
+        return earlier
+    return _paths(config, dataset, content_of(dataset, listing, Path(config.tokenizer.root)))
+
+
+def _paths(config: Config, dataset: Path, data_id: str) -> Paths:
+    data, seed = config.data, tokenizer_seed(config)
     if config.tokenizer.path:
         tokenizer = _existing(config.tokenizer.path, "tokenizer.path")
         meta = tokenizer / "tokenizer.json"
@@ -70,7 +81,7 @@ def resolve_paths(config: Config) -> Paths:
         tokenizer = cache = Path(config.tokenizer.root) / f"{data.name}-{tokenizer_id}"
     copies = list(settings_that_change(config.tokenizer, "latents").values())
     latents = cache / "latents" / f"{data.name}-{fingerprint(LATENTS_VERSION, data_id, copies, seed)}"
-    return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name)
+    return Paths(dataset, tokenizer, latents, Path(config.runs) / config.name, data_id)
 
 
 def tokenizer_seed(config: Config) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
+from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
 from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.paths import Paths
@@ -16,7 +17,7 @@ from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.path import require_window
-from shodh_moe.runs.folder import claim_run_folder
+from shodh_moe.runs.folder import claim_run_folder, require_same_inputs_as_run
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
@@ -27,8 +28,8 @@ def check(config: Config, paths: Paths) -> None:
     """Check everything about a config that can be checked before any work starts.
 
     Raises:
-        UserError: the parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, or a
-            folder cannot be written.
+        UserError: the parallel layout, DeepSpeed section, back ends, sizes, tokenizer or run folder do not fit, the run
+            was trained on other inputs, or a folder cannot be written.
     """
     world = count_ranks(config)
     expert_parallel_size(config, world)
@@ -48,8 +49,10 @@ def check(config: Config, paths: Paths) -> None:
     if config.tokenizer.path:
         require_fit(load_tokenizer(paths.tokenizer), config, paths)
     claim_run_folder(config, write=False)
+    require_same_inputs_as_run(config, paths)
     if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a resumed run no longer needs its start
         start = Path(config.start)
+        wait_for_maker(start, "pretrain")  # the weights of a run in training change
         if checkpoints_at(start) is None:
             raise UserError(f"start: {start} is not a run folder or checkpoint: give one of the same network, or null")
     require_writable(paths.run)

@@ -15,9 +15,30 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.section import Section, first_changed
 from shodh_moe.base.yaml_text import parse_yaml
+from shodh_moe.checkpoint import Damaged, list_checkpoints
+from shodh_moe.checkpoint.state import load_state
 from shodh_moe.config import Config, RunConfig
 from shodh_moe.config.compare import differing_keys, flatten
+from shodh_moe.config.content import remember_content
+from shodh_moe.config.inputs import require_same_inputs
 from shodh_moe.config.paths import Paths
+from shodh_moe.tokenizer.encoding import latent_inputs
+
+
+def require_same_inputs_as_run(config: Config, paths: Paths) -> None:
+    """Check that the newest checkpoint of the run was trained on the inputs that the config now has.
+
+    Inputs that do not exist yet are not compared. A damaged checkpoint is left to those who read it.
+
+    Raises:
+        UserError: they differ (the message names which).
+    """
+    checkpoints = paths.run / "checkpoints"
+    for step in reversed(list_checkpoints(checkpoints)):
+        with suppress(Damaged):
+            state = load_state(checkpoints / str(step))
+            require_same_inputs(checkpoints / str(step), state, latent_inputs(config, paths))
+            return
 
 
 def claim_run_folder(config: RunConfig, write: bool = True) -> None:
@@ -66,16 +87,24 @@ def open_run_folder(config: Config, paths: Paths) -> None:
         write_text(paths.run / "tokenizer_metrics.jsonl", tokenizer_log.read_text(encoding="utf-8"))
 
 
-def open_tokenizer_folder(config: Config, folder: Path) -> None:
+def open_tokenizer_folder(config: Config, paths: Paths) -> None:
     """Create the folder in which a tokenizer is trained. Its name already ties it to the config.
 
     Args:
         config: the tokenizer's own config, from `tokenizer_run`.
     """
+    folder = paths.tokenizer
+    remember_data(config, paths)
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     if not (folder / "config.yaml").exists() or (folder / "config.yaml").read_text(encoding="utf-8") != text:
         write_text(folder / "config.yaml", text)
     write_environment(folder)
+
+
+def remember_data(config: Config, paths: Paths) -> None:
+    """Keep the hashes of a dataset at ``data.path``, so that the next process need not read it to identify it."""
+    if config.data.path:
+        remember_content(paths.dataset, Path(config.tokenizer.root))
 
 
 def write_environment(run: Path) -> None:

@@ -11,13 +11,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code
 from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_REQUEUE, UserError
+from shodh_moe.base.lock import making
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.base.polling import wait_until
 from shodh_moe.base.progress import progress
@@ -156,12 +157,19 @@ def _generate_alone(options: argparse.Namespace, part: int, of: int) -> None:
             )
         pipeline.make_data(config, paths)
         return
-    jobs = _jobs(config, paths.dataset, part, of)
-    print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to generate", flush=True)
-    if jobs:
-        print(f"[data] {estimate(jobs, config.data, paths.dataset, available_cores(), _task_of_host())}", flush=True)
-    simulate_all(jobs, config.data, local_rank=_task_of_host())
+    with _sharing(config, paths.dataset):
+        jobs = _jobs(config, paths.dataset, part, of)
+        print(f"[data] part {part} of {of}, counted from 0: {len(jobs)} trajectories to generate", flush=True)
+        if jobs:
+            expected = estimate(jobs, config.data, paths.dataset, available_cores(), _task_of_host())
+            print(f"[data] {expected}", flush=True)
+        simulate_all(jobs, config.data, local_rank=_task_of_host())
     _finish(config, paths)
+
+
+def _sharing(config: Config, dataset: Path) -> AbstractContextManager[None]:
+    """Within the block, other parts may generate the same dataset, but commands that generate all of it wait."""
+    return nullcontext() if config.data.path else making(dataset, "data", config.name, shared=True)
 
 
 def _task_of_host() -> int | None:
@@ -185,22 +193,26 @@ def _estimate_only(config: Config, dataset: Path, part: int, of: int) -> None:
 def _generate_on_ranks(world: Any, options: argparse.Namespace, part: int, of: int) -> None:
     """Generate with MPI. Only rank 0 reads the config and the folder, so that errors are reported once."""
     found: tuple[Config, Paths, list[PlannedTrajectory]] | None = None
-    if world.rank == 0:
-        if options.estimate:
-            raise UserError("--estimate is for one process: leave out mpirun")
-        config, paths = _config(options)
-        flow_devices(config.data, 1, 0)  # report a missing GPU once
-        found = config, paths, _jobs(config, paths.dataset, part, of)
-        print(f"[data] {world.size} ranks, {len(found[2])} trajectories to generate", flush=True)
-    config, paths, jobs = world.bcast(found)
-    cores, number = cores_of_rank(world)
-    devices = flow_devices(config.data, cores, number)
-    if jobs:
-        _print_estimate(world, jobs, config, paths.dataset, devices, cores)
-        work = on_free_device(lambda job, device: simulate_and_write(jobs[job], config.data, cores, device), devices)
-        ends = share_jobs(world, work, len(jobs), len(devices))
-        for _ in progress(ends, "simulating", len(jobs)) if world.rank == 0 else ends:
-            pass
+    with ExitStack() as stack:
+        if world.rank == 0:
+            if options.estimate:
+                raise UserError("--estimate is for one process: leave out mpirun")
+            config, paths = _config(options)
+            flow_devices(config.data, 1, 0)  # report a missing GPU once
+            stack.enter_context(_sharing(config, paths.dataset))
+            found = config, paths, _jobs(config, paths.dataset, part, of)
+            print(f"[data] {world.size} ranks, {len(found[2])} trajectories to generate", flush=True)
+        config, paths, jobs = world.bcast(found)
+        cores, number = cores_of_rank(world)
+        devices = flow_devices(config.data, cores, number)
+        if jobs:
+            _print_estimate(world, jobs, config, paths.dataset, devices, cores)
+            work = on_free_device(
+                lambda job, device: simulate_and_write(jobs[job], config.data, cores, device), devices
+            )
+            ends = share_jobs(world, work, len(jobs), len(devices))
+            for _ in progress(ends, "simulating", len(jobs)) if world.rank == 0 else ends:
+                pass
     if world.rank == 0:
         if not wait_until(lambda: not missing(jobs), _VISIBLE_S):
             unseen = missing(jobs)

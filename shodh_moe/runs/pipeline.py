@@ -14,19 +14,27 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, whole_folder, write_text
+from shodh_moe.base.lock import making, wait_for_maker
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.inputs import difference
 from shodh_moe.config.paths import Paths, tokenizer_seed
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
 from shodh_moe.runs.checks import check
-from shodh_moe.runs.folder import claim_run_folder, open_run_folder, open_tokenizer_folder
+from shodh_moe.runs.folder import (
+    claim_run_folder,
+    open_run_folder,
+    open_tokenizer_folder,
+    remember_data,
+    require_same_inputs_as_run,
+)
 from shodh_moe.tokenizer import load_tokenizer
-from shodh_moe.tokenizer.encoding import encode_dataset
-from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
+from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
@@ -43,7 +51,10 @@ def run_all(config: Config, paths: Paths) -> dict[str, Any]:
 
 
 def make_data(config: Config, paths: Paths) -> Path:
-    """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead."""
+    """Generate the missing or damaged files of the dataset. A dataset that the config names is checked instead.
+
+    If another process is generating it, this waits and then uses it. The same holds for tokenizers and latents.
+    """
     from shodh_moe.data import generate, is_complete, require_trainable
     from shodh_moe.data.listing import READ_BYTES
 
@@ -54,13 +65,17 @@ def make_data(config: Config, paths: Paths) -> Path:
         budget = 0 if paths.latents.exists() else READ_BYTES
         history, batch, data = config.model.history, config.training.batch_size, config.data
         require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
-        return _say("data", f"unchanged, {dataset}", dataset)
+        remember_data(config, paths)
+        return _say("data", f"given, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
         return _say("data", f"unchanged, {dataset}", dataset)
-    began = time.perf_counter()
-    generate(config.data, dataset)
-    write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
-    return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
+    with making(dataset, "data", config.name):
+        if manifest.exists() and is_complete(config.data, dataset):  # another process has made it meanwhile
+            return _say("data", f"unchanged, {dataset}", dataset)
+        began = time.perf_counter()
+        generate(config.data, dataset)
+        write_text(manifest, json.dumps({"config": config.data.model_dump()}, indent=2) + "\n")
+        return _say("data", f"{dataset} in {time.perf_counter() - began:.0f} s", dataset)
 
 
 def make_tokenizer(config: Config, paths: Paths) -> Path:
@@ -70,17 +85,18 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
         TrainingFailed: the launcher exited with an error.
     """
     if _has_tokenizer(config, paths):
-        tokenizer = load_tokenizer(paths.tokenizer)
-        require_fit(tokenizer, config, paths)
-        return _say("tokenizer", f"unchanged, {paths.tokenizer}", paths.tokenizer)
+        return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
     run = tokenizer_run(config, count_ranks(config))
-    open_tokenizer_folder(run, paths.tokenizer)
-    began = time.perf_counter()
-    if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
-        raise TrainingFailed(code)
-    if not _has_tokenizer(config, paths):
-        raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
+    with making(paths.tokenizer, "tokenizer", config.name):
+        if _has_tokenizer(config, paths):  # another process has made it meanwhile
+            return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
+        open_tokenizer_folder(run, paths)
+        began = time.perf_counter()
+        if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
+            raise TrainingFailed(code)
+        if not _has_tokenizer(config, paths):
+            raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
 
 
@@ -94,21 +110,34 @@ def make_latents(config: Config, paths: Paths) -> Path:
         _check_latents(config, paths)
         return _say("latents", f"unchanged, {paths.latents}", paths.latents)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
-    began = time.perf_counter()
     tokenizer = load_tokenizer(paths.tokenizer)
-    with whole_folder(paths.latents, keep_first=True) as temporary:
-        c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
-        how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
-        encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer)
+    with making(paths.latents, "latents", config.name):
+        if paths.latents.exists():  # another process has made them meanwhile
+            return make_latents(config, paths)
+        began = time.perf_counter()
+        with whole_folder(paths.latents, keep_first=True) as temporary:
+            c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
+            how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
+            encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
+    remember_data(config, paths)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
 
 def _check_latents(config: Config, paths: Paths) -> None:
-    """Report once, before the ranks start, any error in the latents that every rank would find."""
+    """Report once, before the ranks start, any error in the latents that every rank would find.
+
+    Raises:
+        UserError: in addition, if the latents were made from something else than the config's data and tokenizer.
+    """
     for split in ("train", "valid", "test"):
         latents = load_latents(paths.latents, split, paths.tokenizer)
         samples = LatentSamples(latents, config.model.history, config.data.weights)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
+    if found := difference(inputs_of_latents(paths.latents), latent_inputs(config, paths)):
+        raise UserError(
+            f"latents {paths.latents} were made from something else, which differs in {found}: restore that, or remove "
+            f"{paths.latents} and run `shodh tokenizer encode` again"
+        )
 
 
 def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
@@ -119,9 +148,11 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
     Raises:
         TrainingFailed: the launcher exited with an error.
     """
+    wait_for_maker(paths.latents, "latents")
     require_made(paths.latents, "shodh tokenizer encode")
     _check_latents(config, paths)
     claim_run_folder(config, write=False)
+    require_same_inputs_as_run(config, paths)  # again: now the latents exist
     found = find_checkpoint(paths.run / "checkpoints")
     if resume == "auto" and found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)

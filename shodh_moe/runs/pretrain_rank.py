@@ -6,6 +6,7 @@ import argparse
 
 from shodh_moe.base.command import end_rank
 from shodh_moe.base.files import require_made
+from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
     paths = resolve_paths(config)
+    wait_for_maker(paths.latents, "latents")
     require_made(paths.latents, "shodh tokenizer encode")
     if is_first():
         open_run_folder(config, paths)

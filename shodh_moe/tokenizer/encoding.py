@@ -15,7 +15,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.base.progress import progress
 from shodh_moe.base.threads import map_in_threads
-from shodh_moe.config import COMPRESSION
+from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config.inputs import Inputs, data_inputs
+from shodh_moe.config.paths import LATENTS_VERSION, Paths, tokenizer_seed
 from shodh_moe.data import SPLITS, Trajectory, TrajectoryRecord, list_trajectories
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.data.loader import Snapshots, read_batches, reading_threads
@@ -38,6 +40,7 @@ def encode_dataset(
     skip_bad: bool = False,
     symmetries: str = "all",
     tokenizer_folder: Path | None = None,
+    inputs: Inputs | None = None,
 ) -> None:
     """Encode every trajectory of every split into ``folder``, which should be temporary until this returns.
 
@@ -53,6 +56,7 @@ def encode_dataset(
         symmetries: ``all``, ``shifts`` or ``cube``, see `draw_copies`. A flow with fewer symmetries gets fewer copies.
         tokenizer_folder: the folder from which ``tokenizer`` was read. Without it the cache does not record its
             tokenizer, and `load_latents` refuses it whenever a tokenizer is given there.
+        inputs: further values for the cache to record, see `latent_inputs`.
 
     Raises:
         UserError: bad data, or latents that are not finite (names the trajectory).
@@ -77,9 +81,9 @@ def encode_dataset(
         fields_B5XYZ = symmetry.apply(fields_B5XYZ.to(device, non_blocking=True))
         return tokenizer.encode(fields_B5XYZ).cpu(), fields_B5XYZ[:1, 4:]
 
-    inputs = zip((symmetry for _, _, _, symmetry, _ in jobs), reads, strict=True)
+    flows = zip((symmetry for _, _, _, symmetry, _ in jobs), reads, strict=True)
     batch_bytes = BATCH * 5 * math.prod(tokenizer.grid) * 4
-    encoded = map_in_threads(encode, inputs, WORKSPACE * batch_bytes) if device == "cpu" else map(encode, inputs)
+    encoded = map_in_threads(encode, flows, WORKSPACE * batch_bytes) if device == "cpu" else map(encode, flows)
     stats = dataset / "stats.yaml"
     origin = {
         "tokenizer_sha256": (tokenizer_folder and tokenizer_sha256(tokenizer_folder)) or "",
@@ -91,6 +95,7 @@ def encode_dataset(
         "copies": copies,
         "symmetries": symmetries,
         "seed": seed,
+        **(inputs or {}),
     }
     with ExitStack() as stack:
         files = {split: stack.enter_context(new_hdf5(folder / f"{split}.hdf5")) for split in SPLITS}
@@ -132,6 +137,14 @@ def _new_group(
     group.create_dataset("z", shape, "float32")
     group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()
     group["solid_fraction"] = F.avg_pool3d(solid_11XYZ, COMPRESSION)[0, 0].cpu().numpy()
+
+
+def latent_inputs(config: Config, paths: Paths) -> Inputs:
+    """What the latents of a config depend on, as `encode_dataset` records it and `inputs_of_latents` reads it."""
+    c = config.tokenizer
+    made = {"copies": c.latent_copies, "symmetries": c.latent_symmetries, "seed": tokenizer_seed(config)}
+    tokenizer = {"tokenizer_sha256": tokenizer_sha256(paths.tokenizer) or ""}
+    return {**data_inputs(config, paths), **tokenizer, "latents_version": LATENTS_VERSION, **made}
 
 
 def trajectory_fields(trajectory: Trajectory) -> Tensor:

@@ -9,7 +9,8 @@ caches) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
-fields), ``latent_channels``, ``copies``, ``symmetries`` and ``seed``.
+fields), ``latent_channels``, ``copies``, ``symmetries``, ``seed`` and, except in older caches, ``data`` (identity of
+the dataset), ``data_version`` (of generated data) and ``latents_version`` (of the code).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.config import COMPRESSION
+from shodh_moe.config.inputs import NAMES, Inputs
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
 
@@ -125,6 +128,18 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
     if tokenizer:
         _require_made_with(tokenizer, made_with, shape, path, remedy)
     return found
+
+
+def inputs_of_latents(folder: Path) -> Inputs:
+    """Read what the training latents in a cache folder were made from, see `shodh_moe.config.inputs`.
+
+    Raises:
+        UserError: the cache is missing or damaged.
+    """
+    path = folder / "train.hdf5"
+    with _readable(path), h5py.File(path, "r") as file:
+        # numpy's numbers and arrays become plain ones, as a checkpoint stores them.
+        return {key: np.asarray(file.attrs[key]).tolist() for key in NAMES if key in file.attrs}
 
 
 def _trajectory(group: h5py.Group) -> LatentTrajectory:

@@ -17,6 +17,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file, sha256, write_text
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import COMPRESSION, Config, TokenizerConfig
+from shodh_moe.config.inputs import Inputs, difference, tokenizer_inputs
 from shodh_moe.config.paths import Paths
 from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
@@ -125,8 +126,11 @@ class Tokenizer(nn.Module):
         velocity, pressure, conserved = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
         return Flow(velocity * self.velocity_rms, pressure * self.pressure_rms, conserved * self.velocity_rms)
 
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights).
+    def save(self, folder: Path, inputs: Inputs | None = None) -> None:
+        """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights, inputs).
+
+        Args:
+            inputs: what it was trained on, see `tokenizer_inputs`.
 
         Raises:
             UserError: no space or no permission; both old files are then unchanged.
@@ -138,6 +142,7 @@ class Tokenizer(nn.Module):
             "grid": self.grid,
             "fields": list(FIELDS),
             "sha256": sha256(folder / "tokenizer.safetensors"),
+            **({"inputs": inputs} if inputs else {}),
         }
         write_text(folder / "tokenizer.json", json.dumps(meta, indent=2) + "\n")
 
@@ -194,3 +199,22 @@ def require_fit(tokenizer: Tokenizer, config: Config, paths: Paths) -> None:
             f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
             f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
         )
+
+
+def use_tokenizer(config: Config, paths: Paths) -> str:
+    """Check that the tokenizer of a config, which exists, can be used, and return a phrase that says which it is.
+
+    Raises:
+        UserError: it is damaged, of another grid, or was trained on something else than the config's data.
+    """
+    folder = paths.tokenizer
+    require_fit(load_tokenizer(folder), config, paths)
+    if config.tokenizer.path:
+        return f"given, {folder}"
+    recorded = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("inputs", {})
+    if found := difference(recorded, tokenizer_inputs(config, paths)):
+        raise UserError(
+            f"tokenizer {folder} was trained on something else, which differs in {found}: restore that, set "
+            f"tokenizer.path to this folder to keep the tokenizer, or remove {folder} to train it again"
+        )
+    return f"unchanged, {folder}"

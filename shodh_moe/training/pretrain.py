@@ -18,13 +18,14 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
+from shodh_moe.config.inputs import Inputs
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
-from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
@@ -61,8 +62,9 @@ def pretrain(
         for split in ("train", "valid")
     )
     init_distributed(_facts(config, train_samples, valid))
+    inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
-    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with})
+    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
     train(task, config, run, resume, stop_file)
 
 
@@ -100,10 +102,18 @@ class _LatentTask:
 
     name = "pretrain"
 
-    def __init__(self, config: Config, samples: LatentSamples, valid: LatentSamples, run: Path, facts: dict[str, Any]):
+    def __init__(
+        self,
+        config: Config,
+        samples: LatentSamples,
+        valid: LatentSamples,
+        run: Path,
+        facts: dict[str, Any],
+        inputs: Inputs,
+    ):
         _, channels, *grid = samples.trajectories[0].z.shape
         self.engine = latent_engine(config, channels, list(grid), samples)
-        self.facts = facts
+        self.facts, self.inputs = facts, inputs
         self._config, self._samples, self._valid = config, samples, valid
         by_domain = config.training.loss == "domain"
         self._scale_D = samples.change_scale().to(self.engine.device, self.engine.dtype) if by_domain else None

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from shodh_moe.base.errors import EXIT_USER_ERROR, UserError
 from shodh_moe.checkpoint import CheckpointReader, Damaged, damage, find_checkpoint, mismatch, resolve_checkpoint
-from shodh_moe.training.engine import Engine
+from shodh_moe.config.inputs import Inputs, require_same_inputs
 from shodh_moe.training.task import Task
 
 
-def restore_checkpoint(
-    checkpoints: Path, resume: str, engine: Engine
-) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+def restore_checkpoint(checkpoints: Path, resume: str, task: Task) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Load weights, optimizer state and, if the number of ranks is the same, random state (collective).
 
     Args:
@@ -30,11 +28,12 @@ def restore_checkpoint(
         it, which is empty if the number of ranks has changed.
 
     Raises:
-        UserError: on rank 0, if there are checkpoints but none is intact and fits; the other ranks exit silently.
+        UserError: on rank 0, if there are checkpoints but none is intact and fits, or the one that does was trained on
+            other inputs; the other ranks exit silently.
     """
-    shapes = engine.shapes()
+    engine, shapes = task.engine, task.engine.shapes()
     state: dict[str, Tensor] = {}
-    found = on_rank_0(lambda: _find(checkpoints, resume, shapes))
+    found = on_rank_0(lambda: _find(checkpoints, resume, shapes, task.inputs))
     if found:
         reader = CheckpointReader(Path(found["path"]))
         engine.load(reader)
@@ -78,19 +77,26 @@ def _find_weights(path: Path, task: Task) -> dict[str, Any]:
     return {"path": str(path), "step": state["step"], "sha256": state["sha256"]}
 
 
-def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]]) -> dict[str, Any] | None:
+def _find(checkpoints: Path, resume: str, shapes: dict[str, list[int]], inputs: Inputs) -> dict[str, Any] | None:
     """Return {path, step, world_size, start} of the checkpoint to resume from, None to start from scratch."""
     if resume == "auto":
         found = find_checkpoint(checkpoints, shapes)
-        return {"path": str(found[0]), **_pick(found[1])} if found else None
-    path = Path(resume)
-    if reason := damage(path) or mismatch(path, shapes):
-        raise UserError(f"checkpoint {path} is refused: {reason}")
-    return {"path": str(path), **_pick(CheckpointReader(path).state)}
-
-
-def _pick(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state.get(key) for key in ("step", "world_size", "start")}
+        if found is None:
+            return None
+        path, state = found
+    else:
+        path = Path(resume)
+        if reason := damage(path) or mismatch(path, shapes):
+            raise UserError(f"checkpoint {path} is refused: {reason}")
+        state = CheckpointReader(path).state
+    require_same_inputs(path, state, inputs)
+    if inputs and "inputs" not in state:
+        print(
+            f"checkpoint {path} is of an earlier version and does not record its data and latents: make sure that they "
+            "have not changed since",
+            flush=True,
+        )
+    return {"path": str(path), **{key: state.get(key) for key in ("step", "world_size", "start")}}
 
 
 def on_rank_0(work: Callable[[], Any], share: bool = True) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from shodh_moe.config.inputs import Inputs
 from shodh_moe.training.engine import Engine, Step
 
 
@@ -19,12 +20,15 @@ class Task(Protocol):
         tokens: number of tokens in one rank's micro-batch, from which records compute the speed. A network without
             tokens counts samples.
         facts: entries that checkpoints keep in addition to the trainer's own.
+        inputs: what the training depends on besides its config. Checkpoints record it, and a run that resumes from one
+            must have the same. Only that of rank 0 is used.
     """
 
     engine: Engine
     name: str
     tokens: int
     facts: dict[str, Any]
+    inputs: Inputs
 
     def check_start(self, state: dict[str, Any]) -> str | None:
         """Return why the weights of another run, given its ``state.json``, would mean something else here, or None."""

@@ -24,6 +24,7 @@ from shodh_moe.base.parameters import mark
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import Config
 from shodh_moe.config.compare import flatten
+from shodh_moe.config.inputs import Inputs
 from shodh_moe.data import FieldStats, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.sampler import DomainSampler, domain_weights
@@ -42,7 +43,12 @@ VALID_SAMPLES = 64  # per domain
 
 
 def train_tokenizer(
-    config: Config, dataset: Path, folder: Path, resume: str = "auto", stop_file: Path | None = None
+    config: Config,
+    dataset: Path,
+    folder: Path,
+    resume: str = "auto",
+    stop_file: Path | None = None,
+    inputs: Inputs | None = None,
 ) -> None:
     """Train a tokenizer up to ``tokenizer.steps``.
 
@@ -53,6 +59,7 @@ def train_tokenizer(
         config: from `tokenizer_run`.
         dataset: folder of the dataset.
         folder: folder of the tokenizer, visible to all ranks.
+        inputs: what the training depends on, see `tokenizer_inputs`; None: not recorded. Needed on rank 0 only.
 
     Raises:
         UserError: in addition, if the data cannot be used or ranks differ in their configs.
@@ -62,7 +69,8 @@ def train_tokenizer(
     data, sampler = on_rank_0(lambda: _list_data(config, dataset))
     train_samples, valid = (_Samples(records) for records in data)
     tokenizer = started_tokenizer(config, train_samples, dataset, folder)
-    train(_TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder), config, folder, resume, stop_file)
+    task = _TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder, inputs or {})
+    train(task, config, folder, resume, stop_file)
 
 
 def _list_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:
@@ -160,11 +168,13 @@ class _TokenizerTask:
         valid: _Samples,
         sampler: DomainSampler | None,
         folder: Path,
+        inputs: Inputs,
     ):
         set_learning_rate_scales(tokenizer)
         self._errors = Reconstruction(tokenizer)
         self.engine = Engine(self._errors, config, ExpertParallel(), "torch")
         self.facts: dict[str, Any] = {}
+        self.inputs = inputs
         self.tokens = config.training.batch_size
         self._config, self._tokenizer, self._folder = config, tokenizer, folder
         self._samples, self._valid, self._sampler = samples, valid, sampler
@@ -247,7 +257,7 @@ class _TokenizerTask:
         # A copy with its own memory: ZeRO keeps the parameters in a common buffer.
         tokenizer = Tokenizer(self._config.tokenizer, self._config.data.grid)
         tokenizer.load_state_dict(self._tokenizer.state_dict())
-        tokenizer.save(self._folder)
+        tokenizer.save(self._folder, self.inputs)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class _Start:
 
 def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> _Start:
     """Load the checkpoint to resume from, or the weights that ``start`` names (collective)."""
-    found, state = restore_checkpoint(checkpoints, resume, task.engine)
+    found, state = restore_checkpoint(checkpoints, resume, task)
     origin = found["start"] if found else load_initial_weights(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
@@ -235,6 +235,7 @@ class _Loop:
             "sampler": {"seed": config.seed, "batch_size": t.batch_size, "accumulation": t.accumulation},
             "versions": versions(),
             "start": self.start.origin,
+            "inputs": task.inputs,
             **task.facts,
         }
         rank_state = random_state() | self.start.interval.state() | task.state()

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,65 @@ def test_only_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["b"]
 
 
+REPLACER = """
+import os, sys
+from pathlib import Path
+from shodh_moe.base import files
+
+replace = os.replace
+def replaced(source, target):
+    replace(source, target)
+    print(Path(source).name, flush=True)
+    sys.stdin.readline()
+os.replace = replaced
+with files.whole_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "new").write_text("")
+"""
+
+
+@contextmanager
+def replacer(target: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that replaces ``target`` and has just moved the old one away, but not put the new one there."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", REPLACER, str(target)], **pipes)
+    try:
+        assert process.stdout.readline() == f"{target.name}\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_that_replace_a_folder_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    write_text(tmp_path / "b" / "original", "")
+    with ExitStack() as stack:
+        with whole_folder(tmp_path / "b") as temporary:
+            (temporary / "mine").write_text("")
+            process = stack.enter_context(replacer(tmp_path / "b"))
+        assert os.listdir(tmp_path / "b") == ["mine"]
+        assert list(tmp_path.rglob("original")), "it belongs to the other process until that has put the new one there"
+        assert "was written by another process meanwhile" in process.communicate("\n\n", timeout=60)[1]
+    assert os.listdir(tmp_path / "b") == ["mine"]
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_folder_whose_replacement_was_killed_half_way_comes_back(tmp_path: Path) -> None:
+    write_text(tmp_path / "b" / "original", "")
+    with replacer(tmp_path / "b"):
+        pass
+    assert not (tmp_path / "b").exists()
+
+    def fail() -> None:
+        with whole_folder(tmp_path / "b"):
+            assert os.listdir(tmp_path / "b") == ["original"]
+            raise ValueError("no new content")
+
+    with pytest.raises(ValueError, match="no new content"):
+        fail()
+    assert os.listdir(tmp_path / "b") == ["original"]
+    assert os.listdir(tmp_path) == ["b"]
+
+
 def test_messages_name_the_final_folder(tmp_path: Path) -> None:
     def write() -> None:
         with whole_folder(tmp_path / "b") as temporary, atomic_file(temporary / "x"):
@@ -151,6 +210,12 @@ def test_require_writable_refuses_files_and_missing_permission(tmp_path: Path, m
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a file stands where a folder is needed"):
         require_writable(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(UserError, match="link is a link to nowhere, which does not exist: create that folder"):
+            require_writable(folder)
+    (tmp_path / "nowhere").mkdir()
+    require_writable(tmp_path / "link" / "run")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="permission denied"):
         require_writable(tmp_path / "run")

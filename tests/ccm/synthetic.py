@@ -13,7 +13,7 @@ from shodh_moe.base.files import atomic_file
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert, compose, facts_of, make_network
+from shodh_moe.ccm.expert import Expert, compose, expert_inputs, facts_of, make_network
 from shodh_moe.ccm.windows import Scale
 from shodh_moe.checkpoint import CheckpointWriter, Fragment
 from shodh_moe.data.hdf5 import new_hdf5
@@ -64,6 +64,7 @@ def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Sca
     facts = {
         "config": config.model_dump(),
         "tokenizer_sha256": "",
+        "inputs": expert_inputs(config),
         **facts_of(scale, channels, config.family.folder().name),
     }
     writer.save(int(path.name), fragments, shapes, {"rng/cpu": torch.zeros(5, dtype=torch.uint8)}, facts)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm.expert import load_expert, require_same_network
+from shodh_moe.ccm.expert import load_expert, require_same_dataset, require_same_network
 from shodh_moe.ccm.windows import Scale
 from tests.ccm.synthetic import CHANNELS, SCALE, expert_config, initial, make_expert, save_expert
 
@@ -91,3 +91,15 @@ def test_a_checkpoint_of_another_kind_is_not_an_expert(tmp_path: Path) -> None:
     (path / "state.json").write_text(seal(state))
     with pytest.raises(UserError, match="not a checkpoint of an expert"):
         load_expert(path)
+
+
+def test_an_expert_of_data_that_would_now_differ_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version of the solvers changes the files of a family, but not the name of their folder."""
+    config = expert_config(tmp_path / "data").model_copy(update={"runs": str(tmp_path)})
+    expert = make_expert(config, 1)
+    save_expert(tmp_path / config.name / "checkpoints" / "7", config, expert.network, expert.scale, CHANNELS)
+    require_same_dataset(config)
+    monkeypatch.setattr("shodh_moe.ccm.data.PLANAR_VERSION", 99)
+    monkeypatch.setattr("shodh_moe.ccm.expert.PLANAR_VERSION", 99)
+    with pytest.raises(UserError, match=r"the version of the code that generates data \(1 then, 99 now\), the data \("):
+        require_same_dataset(config)

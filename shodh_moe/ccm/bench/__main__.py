@@ -25,7 +25,8 @@ def main() -> int:
         config = load_config_of(BenchConfig, path)
         if step == "data":
             one = config.families[key].family
-            data.generate(one.family(), one.folder(), device="cuda" if torch.cuda.is_available() else "cpu")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            data.generate(one.family(), one.folder(), device=device, run=config.name)
         else:
             measure(config, key, int(seed))
 

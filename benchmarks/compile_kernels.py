@@ -137,10 +137,11 @@ def _launch_field(size: Field) -> None:
 
     field = _meta(size.batch, 3, *size.grid, dtype=size.dtype)
     scalar = _meta(size.batch, *size.grid, dtype=torch.float64 if size.dtype == torch.float64 else torch.float32)
-    triton_curl.curl(field, _meta(size.batch, 3, dtype=size.dtype), size.operator, 1.0, False)
-    triton_curl.curl(field.to(scalar.dtype), None, size.operator, 1.0, True)
-    triton_curl.divergence(field, size.operator, 1.0)
-    triton_curl.divergence_backward(scalar, size.operator, 1.0)
+    unit = [1.0, 1.0, 1.0]  # spacing
+    triton_curl.curl(field, _meta(size.batch, 3, dtype=size.dtype), size.operator, unit, False)
+    triton_curl.curl(field.to(scalar.dtype), None, size.operator, unit, True)
+    triton_curl.divergence(field, size.operator, unit)
+    triton_curl.divergence_backward(scalar, size.operator, unit)
 
 
 def _launch_flow(size: Flow) -> None:

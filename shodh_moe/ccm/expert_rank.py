@@ -9,7 +9,7 @@ from shodh_moe.base.command import end_rank
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.config.load import load_config_of
 from shodh_moe.runs.folder import claim_run_folder, write_environment
-from shodh_moe.runs.rank import is_first, prepare, rank_main
+from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config_of(ExpertConfig, options.config, options.overrides, options.name)
+    warn_if_not_elastic(options, config)
     run = Path(config.runs) / config.name
     claim_run_folder(config, write=is_first())
     if is_first():

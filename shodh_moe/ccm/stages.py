@@ -16,7 +16,8 @@ from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
-from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
+from shodh_moe.launching.launcher import launch_ranks
+from shodh_moe.runs.elastic import train_elastic
 from shodh_moe.runs.folder import claim_run_folder, write_environment
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.optimizer import resolve_optimizer
@@ -71,14 +72,17 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     run = Path(config.runs) / config.name
     if resume == "auto" and _is_trained(config, run):
         return run
+
+    def start(config: ExpertConfig, resume: str) -> int:
+        claim_run_folder(config)
+        write_environment(run)
+        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank")
+
     with making(run, "expert", config.name):
         if resume == "auto" and _is_trained(config, run):  # another process has trained it meanwhile
             return run
-        claim_run_folder(config)
-        write_environment(run)
         began = time.perf_counter()
-        if code := launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank"):
-            raise TrainingFailed(code)
+        train_elastic(config, run, resume, start, lambda config, ranks: config)
         print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
     return run
 

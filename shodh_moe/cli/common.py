@@ -55,10 +55,15 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback even if the input is wrong")
 
 
-def add_hostfile(parser: argparse.ArgumentParser) -> None:
-    """Add ``--hostfile`` to a command that starts ranks."""
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--hostfile`` and ``--elastic`` to a command that starts ranks."""
     parser.add_argument(
         "--hostfile", type=path_text, help="file with the hosts to train on, one per line, as in `worker-0 slots=8`"
+    )
+    parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="start again after a failure, on the hosts that still answer",
     )
 
 
@@ -77,10 +82,13 @@ def config_of(options: argparse.Namespace) -> Config:
 
 
 def overrides_of(options: argparse.Namespace) -> list[str]:
-    """The overrides of a command line, including its hostfile."""
-    hostfile = [f"parallel.hostfile={options.hostfile}"] if getattr(options, "hostfile", None) else []
-    overrides: list[str] = options.overrides
-    return overrides + hostfile
+    """The overrides of a command line, including the options of `add_launch_options`."""
+    overrides: list[str] = list(options.overrides)
+    if hostfile := getattr(options, "hostfile", None):
+        overrides.append(f"parallel.hostfile={hostfile}")
+    if getattr(options, "elastic", False):
+        overrides.append("parallel.elastic=true")
+    return overrides
 
 
 def stage(name: str) -> Callable[[argparse.Namespace], None]:

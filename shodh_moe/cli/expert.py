@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from shodh_moe.base.command import add_config_arguments, path_text
-from shodh_moe.cli.common import add_command, add_group, add_hostfile, overrides_of
+from shodh_moe.cli.common import add_command, add_group, add_launch_options, overrides_of
 from shodh_moe.config.load import load_config_of
 
 
@@ -22,7 +22,7 @@ def add_expert(commands: Any) -> None:
         add_config_arguments(step)
         step.set_defaults(step=name)
         if name == "train":
-            add_hostfile(step)
+            add_launch_options(step)
             step.add_argument(
                 "--resume", type=path_text, default="auto", help="checkpoint to resume from; default: the newest one"
             )

@@ -7,19 +7,19 @@ from typing import Any
 
 from shodh_moe.base.command import path_option, path_text
 from shodh_moe.base.errors import UserError
-from shodh_moe.cli.common import MODEL, add_config_command, add_hostfile, add_tokenizer_option, config_of, stage
+from shodh_moe.cli.common import MODEL, add_config_command, add_launch_options, add_tokenizer_option, config_of, stage
 from shodh_moe.config.paths import resolve_paths
 
 
 def add_run(commands: Any) -> None:
     text = "run every stage that is not up to date, then write the report"
-    add_hostfile(add_config_command(commands, "run", text, _run))
+    add_launch_options(add_config_command(commands, "run", text, _run))
 
 
 def add_pretrain(commands: Any) -> None:
     text = "pretrain the latent transformer under the DeepSpeed launcher"
     parser = add_config_command(commands, "pretrain", text, _pretrain)
-    add_hostfile(parser)
+    add_launch_options(parser)
     parser.add_argument(
         "--resume", type=path_text, default="auto", help="checkpoint to resume from; default: the run's newest one"
     )

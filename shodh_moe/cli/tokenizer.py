@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from shodh_moe.base.command import path_option
-from shodh_moe.cli.common import EXAMPLE, add_config_command, add_group, add_hostfile, config_of, stage
+from shodh_moe.cli.common import EXAMPLE, add_config_command, add_group, add_launch_options, config_of, stage
 from shodh_moe.cli.runs import add_world, world_of
 
 SPLITS = ("train", "valid", "test")
@@ -16,7 +16,7 @@ def add_tokenizer(commands: Any) -> None:
     text = "train a tokenizer, encode a dataset, evaluate the tokenizer, or decode latents"
     steps = add_group(commands, "tokenizer", text, EXAMPLE.format(command="tokenizer train"))
     train = add_config_command(steps, "train", "train the tokenizer", stage("make_tokenizer"), "tokenizer train")
-    add_hostfile(train)
+    add_launch_options(train)
     add_config_command(steps, "encode", "cache the latents of the dataset", stage("make_latents"), "tokenizer encode")
     text = "measure the reconstructions of a split, the test split by default"
     evaluate = add_config_command(steps, "evaluate", text, _evaluate, "tokenizer evaluate")

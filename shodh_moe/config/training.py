@@ -107,6 +107,10 @@ class ParallelConfig(Section, changes="nothing"):
     hostfile: PathText | None = Field(
         None, description="file of hosts and slots, in DeepSpeed's format; null: this host"
     )
+    elastic: bool = Field(
+        False,
+        description="start again after a failure, on the hosts that still answer (docs/cluster.md)",
+    )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
     )

@@ -58,6 +58,10 @@ class TrainingFailed(Exception):
         super().__init__(f"training ended with exit code {self.exit_code}")
 
 
+class HostsUnusable(UserError):
+    """Hosts of the hostfile do not answer, or lack this Python."""
+
+
 def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
 
@@ -70,7 +74,8 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
         module: name of the module that each rank runs.
 
     Raises:
-        UserError: the hostfile or a host cannot be used.
+        HostsUnusable: hosts do not answer, or lack this Python.
+        UserError: the hostfile cannot be used.
     """
     for path in run.glob(".stop-*"):
         path.unlink()
@@ -109,7 +114,10 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
             raise
-    stop_file.unlink(missing_ok=True)
+    if config.parallel.hostfile and code not in (0, EXIT_REQUEUE):
+        stop_file.write_text(KILL)  # to ranks on hosts that are cut off, which would keep the run locked
+    else:
+        stop_file.unlink(missing_ok=True)
     return code
 
 
@@ -193,7 +201,7 @@ def _meeting_point(hosts: list[Host]) -> tuple[str, str]:
         remedy = "see `shodh doctor --hostfile`"
         if any(error.startswith("not asked") for error in wrong.values()):
             remedy += f", or allow more time, as in {TIME_VARIABLE}=60"
-        raise UserError(f"{len(wrong)} of {len(hosts)} hosts cannot be used: {text}: {remedy}")
+        raise HostsUnusable(f"{len(wrong)} of {len(hosts)} hosts cannot be used: {text}: {remedy}")
     first = facts[hosts[0].name]
     # The bridge of a container engine has the same address on every host.
     others = {a for host in hosts[1:] for a in facts[host.name]["addresses"]}

@@ -168,12 +168,14 @@ class _Work:
                 _kill(group)
 
     def run(self, host: str, command: list[str]) -> Answer:
+        if time.monotonic() >= self.deadline:  # of many hosts most end here, so before any file is opened
+            return self._not_asked(host)
         # Pipes would keep us waiting for children of ssh, such as a ProxyCommand or a multiplexing master, that
         # outlive it. Files do not.
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors, open(self.standard_input) as given:
             with self.lock:
                 if time.monotonic() >= self.deadline:
-                    return Answer(host, "", f"not asked: the {self.seconds:g} s for all hosts were over")
+                    return self._not_asked(host)
                 sent = time.time()
                 # A session of its own, as under pdsh: ssh's children can be killed with it.
                 process = subprocess.Popen(command, stdin=given, stdout=output, stderr=errors, start_new_session=True)
@@ -197,6 +199,9 @@ class _Work:
         # Python.
         reason = (lines[-1] if lines else f"exit code {process.returncode}")[:200]
         return Answer(host, printed, reason, sent, received)
+
+    def _not_asked(self, host: str) -> Answer:
+        return Answer(host, "", f"not asked: the {self.seconds:g} s for all hosts were over")
 
 
 def _kill(group: int) -> None:

@@ -22,8 +22,9 @@ from shodh_moe.config.inputs import difference
 from shodh_moe.config.paths import Paths, tokenizer_seed
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
-from shodh_moe.launching.launcher import TrainingFailed, launch_ranks
+from shodh_moe.launching.launcher import launch_ranks
 from shodh_moe.runs.checks import check
+from shodh_moe.runs.elastic import train_elastic
 from shodh_moe.runs.folder import (
     claim_run_folder,
     open_run_folder,
@@ -35,6 +36,7 @@ from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
+from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
@@ -87,14 +89,22 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
     if _has_tokenizer(config, paths):
         return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
     require_made(paths.dataset / "stats.yaml", "shodh data generate")
-    run = tokenizer_run(config, count_ranks(config))
+    tokenizer_run(config, count_ranks(config))  # raises where its config is wrong
+
+    def start(config: Config, resume: str) -> int:
+        run = tokenizer_run(config, count_ranks(config))
+        open_tokenizer_folder(run, paths)
+        return launch_ranks(run, paths.tokenizer, resume, "shodh_moe.runs.tokenizer_rank")
+
+    def for_ranks(config: Config, ranks: int) -> Config:
+        tokenizer_run(config, ranks)
+        return config
+
     with making(paths.tokenizer, "tokenizer", config.name):
         if _has_tokenizer(config, paths):  # another process has made it meanwhile
             return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
-        open_tokenizer_folder(run, paths)
         began = time.perf_counter()
-        if code := launch_ranks(run, paths.tokenizer, "auto", "shodh_moe.runs.tokenizer_rank"):
-            raise TrainingFailed(code)
+        train_elastic(config, paths.tokenizer, "auto", start, for_ranks)
         if not _has_tokenizer(config, paths):
             raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
@@ -156,10 +166,13 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
     found = find_checkpoint(paths.run / "checkpoints")
     if resume == "auto" and found and found[1]["step"] >= config.training.steps:
         return _say("pretrain", f"unchanged, {found[0]}", paths.run)
-    open_run_folder(config, paths)
+
+    def start(config: Config, resume: str) -> int:
+        open_run_folder(config, paths)
+        return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank")
+
     began = time.perf_counter()
-    if code := launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank"):
-        raise TrainingFailed(code)
+    train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
     found = find_checkpoint(paths.run / "checkpoints")
     if found is None or found[1]["step"] < config.training.steps:
         raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")

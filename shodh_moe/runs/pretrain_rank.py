@@ -10,7 +10,7 @@ from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder
-from shodh_moe.runs.rank import is_first, prepare, rank_main
+from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
+    warn_if_not_elastic(options, config)
     paths = resolve_paths(config)
     wait_for_maker(paths.latents, "latents")
     require_made(paths.latents, "shodh tokenizer encode")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code, path_option, path_text
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.base.variables import number_in
+from shodh_moe.config import RunConfig
 from shodh_moe.launching.devices import require_own_gpu
 from shodh_moe.launching.rank_variables import (
     cores_of_rank,
@@ -65,6 +66,16 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
             unset_rank_variables()
         return command(["--hostfile", options.hostfile, *rest]) if first else 0
     return exit_code(require_launcher_hostfile) or train(rest)
+
+
+def warn_if_not_elastic(options: argparse.Namespace, config: RunConfig) -> None:
+    """On the first rank, print that ``parallel.elastic`` has no effect if another launcher started the ranks."""
+    if config.parallel.elastic and options.stop_file is None and is_first():
+        print(
+            "warning: parallel.elastic has no effect under this launcher: start with `shodh pretrain` or "
+            "`launch/pretrain.py --hostfile`",
+            flush=True,
+        )
 
 
 def prepare() -> None:

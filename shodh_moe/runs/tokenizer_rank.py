@@ -15,7 +15,7 @@ from shodh_moe.config.inputs import tokenizer_inputs
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.runs.folder import open_tokenizer_folder
-from shodh_moe.runs.rank import is_first, prepare, rank_main
+from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
+    warn_if_not_elastic(options, config)
     paths = resolve_paths(config)
 
     def is_made() -> bool:

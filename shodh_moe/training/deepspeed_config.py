@@ -35,6 +35,16 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
     return ep
 
 
+def fit_expert_parallel_size(config: Config, world_size: int) -> Config:
+    """Return the config with the largest ``parallel.ep_size`` up to the given one that this world size allows."""
+    ep = config.parallel.ep_size
+    if ep == "auto":
+        return config
+    common = math.gcd(world_size, config.model.moe.num_experts)
+    ep = max(size for size in range(1, min(ep, common) + 1) if common % size == 0)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a config; the ``deepspeed`` section is merged in last.
 

@@ -1,8 +1,8 @@
-"""Two hosts on one machine, which look like a cluster to ssh, pdsh, mpirun and the network.
+"""Several hosts on one machine, which look like a cluster to ssh, pdsh, mpirun and the network.
 
 A host is a set of Linux namespaces with its own network interface, host name, processes, mounts, /dev/shm and sshd. A
-third network namespace is the switch between the hosts. Both see the machine's files, like a shared file system. Root
-can ssh from each host to the other and to itself, by name and by address. The machine's own network, /etc and ~/.ssh
+further network namespace is the switch between the hosts. All see the machine's files, like a shared file system. Root
+can ssh from each host to the others and to itself, by name and by address. The machine's own network, /etc and ~/.ssh
 are neither used nor changed.
 
 Namespaces live as long as their first process, which dies with the process that started it, however that ends, so
@@ -25,8 +25,7 @@ import psutil
 
 from tests.cluster.packages import lacking
 
-NAMES = ("node1", "node2")
-ADDRESSES = ("192.0.2.1", "192.0.2.2")  # a range that no network uses (RFC 5737)
+NETWORK = "192.0.2"  # a range that no network uses (RFC 5737)
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}  # by program
 BIN = Path(sys.executable).parent
 # setpriv makes unshare die with this process, and unshare makes its child die with it.
@@ -94,22 +93,27 @@ class Host:
 
 @dataclass(frozen=True)
 class Hosts:
-    first: Host
-    second: Host
-    hostfile: Path  # lists both hosts by name, with one slot each
+    all: list[Host]
+    hostfile: Path  # lists all hosts by name
     switch: int  # id of the process that holds the switch's namespace
 
     @property
-    def all(self) -> tuple[Host, Host]:
-        return self.first, self.second
+    def first(self) -> Host:
+        return self.all[0]
+
+    @property
+    def second(self) -> Host:
+        return self.all[1]
 
     def set_link(self, host: Host, state: str) -> None:
         """Unplug the host's cable from the switch (``down``) or plug it in again (``up``)."""
         _ip(self.switch, "link", "set", host.name, state)
 
     def kill_all(self) -> None:
-        """End every process on both hosts except their sshd, and restore the links."""
+        """End every process on the hosts that are left, except their sshd, and restore the links."""
         for host in self.all:
+            if not psutil.pid_exists(host.process):
+                continue
             self.set_link(host, "up")
             for process in host.processes():
                 with suppress(psutil.Error):
@@ -117,7 +121,7 @@ class Hosts:
 
 
 def missing() -> str:
-    """Return why this machine cannot be two hosts, "" if it can; install missing Debian packages where possible."""
+    """Return why this machine cannot be several hosts, "" if it can; install missing Debian packages where possible."""
     if sys.platform != "linux":
         return "namespaces are Linux's"
     if os.geteuid() != 0:
@@ -133,26 +137,31 @@ def missing() -> str:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """Boot two hosts, with their keys and logs in ``folder``; every process on them ends with the block."""
+def boot_hosts(folder: Path, count: int = 2, slots: int = 1) -> Iterator[Hosts]:
+    """Boot node1, node2, ..., with their keys and logs in ``folder``; every process on them ends with the block.
+
+    Args:
+        slots: slots of each host in the hostfile.
+    """
+    addresses = {f"node{number}": f"{NETWORK}.{number}" for number in range(1, count + 1)}
     settings = folder / "ssh"
     settings.mkdir(parents=True)
     for key in ("host_key", "client_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(settings / key)], check=True)
     (settings / "sshd_config").write_text(SSHD_CONFIG)
     (settings / "ssh_config").write_text(SSH_CONFIG)
-    for own in NAMES:
+    for own in addresses:
         # Like Debian, map the host's own name to a loopback address, which other hosts cannot reach.
-        others = [f"{address} {name}" for name, address in zip(NAMES, ADDRESSES, strict=True) if name != own]
+        others = [f"{address} {name}" for name, address in addresses.items() if name != own]
         (folder / f"hosts.{own}").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {own}", *others]) + "\n")
     hostfile = folder / "hostfile"
-    hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    hostfile.write_text("".join(f"{name} slots={slots}\n" for name in addresses))
     with ExitStack() as stack:
         switch = stack.enter_context(_namespaces(folder / "switch.log", ["--net"], ["sleep", "infinity"]))
         _ip(switch, "link", "add", "switch", "type", "bridge")
         _ip(switch, "link", "set", "switch", "up")
         hosts = []
-        for name, address in zip(NAMES, ADDRESSES, strict=True):
+        for name, address in addresses.items():
             log = folder / f"{name}.log"
             kinds = ["--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net"]
             process = stack.enter_context(_namespaces(log, kinds, ["sh", "-c", BOOT, "sh", name, str(folder)]))
@@ -162,7 +171,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
             _ip(process, "address", "add", f"{address}/24", "dev", "eth0")
             _ip(process, "link", "set", "eth0", "up")
             hosts.append(Host(name, address, process))
-        yield Hosts(*hosts, hostfile, switch)
+        yield Hosts(hosts, hostfile, switch)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,14 +20,14 @@ from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
-from tests.cluster.hosts import BIN, Host, Hosts, missing, two_hosts
+from tests.cluster.hosts import BIN, Host, Hosts, boot_hosts, missing
+from tests.cluster.launch import ROOT, Launch, check_all_gone
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_latents
 from tests.training.weights import check_same_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/pretrain.py"
 STEPS = 60
 STALL_S = 6
@@ -40,7 +40,7 @@ KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2 -o ConnectTimeou
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     if reason := missing():
         pytest.skip(f"NO TEST OVER TWO HOSTS: {reason}")
-    with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+    with boot_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
 
 
@@ -74,50 +74,6 @@ def unbroken(config: Path) -> Path:
     return config.parent / "runs" / "unbroken"
 
 
-class Launch:
-    """A command that runs on the first host, with its output in a file."""
-
-    def __init__(self, host: Host, config: Path, run: str, *command: str, **environment: str):
-        self.run = config.parent / "runs" / run
-        self._printed = config.parent / f"{run}.log"
-        environment["DS_ENV_FILE"] = str(config.parent / "deepspeed_env")
-        self._host = host
-        with self._printed.open("w") as output:
-            self._process = subprocess.Popen(
-                host.command(*command, "--config", str(config), "--name", run, folder=ROOT, **environment),
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-
-    def printed(self) -> str:
-        return self._printed.read_text(errors="replace")
-
-    def end(self, seconds: float = 120) -> int:
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"no end within {seconds:g} s: {self._host.processes()}\n{self.printed()}")
-
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self._process.poll() is None, self.printed()
-            assert time.monotonic() < deadline, self.printed()
-            time.sleep(0.05)
-
-    def until_training(self) -> None:
-        log = self.run / "metrics.jsonl"
-        self.until(lambda: log.exists() and log.stat().st_size)
-
-
-def _check_all_gone(hosts: Hosts, deadline: float) -> None:
-    while left := [(host.name, process) for host in hosts.all for process in host.processes()]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-
-
 def _check_stacks(run: Path) -> None:
     for rank in (0, 1):
         stack = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
@@ -146,8 +102,8 @@ def test_there_are_two_separate_hosts(hosts: Hosts):
 
 
 def test_killing_the_tests_removes_their_hosts(hosts: Hosts, tmp_path: Path):
-    code = "import sys, time, pathlib; from tests.cluster.hosts import two_hosts\n"
-    code += "with two_hosts(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
+    code = "import sys, time, pathlib; from tests.cluster.hosts import boot_hosts\n"
+    code += "with boot_hosts(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "hosts")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
         assert tests.stdout
@@ -163,7 +119,7 @@ def test_deepspeed_with_a_hostfile_trains_like_one_host(hosts, config, unbroken)
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
     check_same_weights(run.run, unbroken, STEPS)
-    _check_all_gone(hosts, time.monotonic() + 5)
+    check_all_gone(hosts, time.monotonic() + 5)
 
 
 def test_a_hostfile_after_the_script_is_used(hosts, config, unbroken):
@@ -171,7 +127,7 @@ def test_a_hostfile_after_the_script_is_used(hosts, config, unbroken):
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
     check_same_weights(run.run, unbroken, STEPS)
-    _check_all_gone(hosts, time.monotonic() + 5)
+    check_all_gone(hosts, time.monotonic() + 5)
 
 
 def test_deepspeed_with_open_mpi_trains_like_one_host(hosts, config, unbroken):
@@ -186,7 +142,7 @@ def test_deepspeed_with_open_mpi_trains_like_one_host(hosts, config, unbroken):
     assert run.end() == 0, run.printed()
     assert "2 ranks, EP 2" in run.printed()
     check_same_weights(run.run, unbroken, STEPS)
-    _check_all_gone(hosts, time.monotonic() + 5)
+    check_all_gone(hosts, time.monotonic() + 5)
 
 
 def test_losing_a_host_ends_the_job_without_losing_progress(hosts, config, unbroken):
@@ -196,7 +152,7 @@ def test_losing_a_host_ends_the_job_without_losing_progress(hosts, config, unbro
     hosts.set_link(hosts.second, "down")
     deadline = time.monotonic() + STALL_S + 30
     assert run.end(STALL_S + 30) not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), run.printed()
-    _check_all_gone(hosts, deadline)
+    check_all_gone(hosts, deadline)
     assert f"no progress for {STALL_S} s" in run.printed()
     _check_stacks(run.run)
     hosts.set_link(hosts.second, "up")
@@ -215,7 +171,7 @@ def test_a_stopped_rank_on_the_other_host_ends_the_job(hosts, config):
     _rank(hosts.second).send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + STALL_S + 30
     assert run.end(STALL_S + 30) not in (0, EXIT_USER_ERROR, EXIT_REQUEUE), run.printed()
-    _check_all_gone(hosts, deadline)
+    check_all_gone(hosts, deadline)
     assert f"no progress for {STALL_S} s" in run.printed()
     _check_stacks(run.run)
 
@@ -228,7 +184,17 @@ def test_a_signal_to_the_launching_command_makes_both_hosts_save_and_stop(hosts,
     assert run.end(40) == EXIT_REQUEUE, run.printed()
     (step,) = list_checkpoints(run.run / "checkpoints")
     assert f"stopped by a signal after step {step}" in run.printed()
-    _check_all_gone(hosts, time.monotonic() + 5)
+    check_all_gone(hosts, time.monotonic() + 5)
+
+
+def test_killing_the_launching_command_makes_both_hosts_save_and_stop(hosts, config):
+    run = Launch(hosts.first, config, "killed", "python", SCRIPT, "--hostfile", str(hosts.hostfile), *ENDLESS)
+    run.until_training()
+    (command,) = (p for p in hosts.first.processes("--hostfile") if p.cmdline()[1] == SCRIPT)
+    command.kill()
+    check_all_gone(hosts, time.monotonic() + 40)
+    (step,) = list_checkpoints(run.run / "checkpoints")
+    assert f"stopped by a signal after step {step}" in run.printed()
 
 
 def test_the_doctor_checks_every_host(hosts, config, tmp_path):

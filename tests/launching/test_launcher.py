@@ -210,6 +210,7 @@ def test_values_that_a_remote_shell_would_interpret_are_refused(case: Path, fake
 
     (tmp_path / "f").mkdir()
     for name in ("data", "tokenizers"):
+        (case / name).mkdir(exist_ok=True)
         for folder in ("a b", "c;touch x", "d$(touch x)", "%h", "f"):
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / name).symlink_to(case / name)

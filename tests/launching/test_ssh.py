@@ -24,7 +24,7 @@ from shodh_moe.launching.ssh import (
 )
 
 # Each call leaves a line with its arguments, and a file as long as it runs.
-RECORD = 'printf "%s\\t" "$@" >>"{folder}/calls"; echo >>"{folder}/calls"\n'
+RECORD = 'line=$(printf "%s\\t" "$@"); echo "$line" >>"{folder}/calls"\n'
 COUNT = 'touch "{folder}/running/$$"; ls "{folder}/running" | wc -l >>"{folder}/counts"\n'
 
 

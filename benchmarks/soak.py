@@ -103,7 +103,7 @@ def _records(run: Path, tail: int | None = None) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [record for line in lines[1 if start else 0 :] if "loss" in (record := json.loads(line))]
+    return [record for line in lines[1 if start else 0 :] if (record := json.loads(line))["kind"] == "train"]
 
 
 def check_run(run: Path) -> None:

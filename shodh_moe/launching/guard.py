@@ -69,7 +69,7 @@ def main() -> None:
         print("shodh was killed: its ranks write a checkpoint and end", file=sys.stderr, flush=True)
     with suppress(psutil.Error):
         process = psutil.Process(int(launcher))
-        # Again and again, because the next start in this run folder removes stop files.
+        # Again and again, because the disk may be full at first.
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             with suppress(OSError):
                 stop_file.write_text(STOP)

@@ -77,8 +77,6 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
         HostsUnusable: hosts do not answer, or lack this Python.
         UserError: the hostfile cannot be used.
     """
-    for path in run.glob(".stop-*"):
-        path.unlink()
     stop_file = run / f".stop-{uuid.uuid4().hex[:8]}"
     training = ["--module", module, "--config", str(run / "config.yaml")]
     training += ["--resume", resume, "--stop-file", str(stop_file)]

@@ -93,15 +93,29 @@ def require_launcher_hostfile() -> None:
     Raises:
         UserError: ``deepspeed --hostfile`` was given a file that does not exist.
     """
-    for launcher in deepspeed_launchers() if os.environ.get("RANK") == "0" else []:
+    hostfile = _launcher_option("--hostfile", "-H") if os.environ.get("RANK") == "0" else None
+    if hostfile is not None and not os.path.isfile(hostfile):
+        raise UserError(
+            f"deepspeed --hostfile {hostfile} does not exist, so it trains on this host alone: check the path"
+        )
+
+
+def use_launcher_ssh_port() -> None:
+    """Make the ssh commands of this process use the port that DeepSpeed's launcher was given with ``--ssh_port``."""
+    if port := _launcher_option("--ssh_port"):
+        given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+        os.environ["PDSH_SSH_ARGS_APPEND"] = f"{given} -p {port}".strip()
+
+
+def _launcher_option(*names: str) -> str | None:
+    """Return the value of an option of DeepSpeed's launcher that started this process; None if it is not given."""
+    for launcher in deepspeed_launchers():
         words = launcher_options(launcher)
         for option, value in zip(words, [*words[1:], ""], strict=True):
             name, equals, joined = option.partition("=")
-            if name in ("--hostfile", "-H") and not os.path.isfile(joined if equals else value):
-                raise UserError(
-                    f"deepspeed --hostfile {joined or value} does not exist, so it trains on this host alone: "
-                    "check the path"
-                )
+            if name in names:
+                return joined if equals else value
+    return None
 
 
 def _given_variables() -> dict[str, str | int]:

@@ -41,6 +41,13 @@ def remove_marks(stacks: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_stop_files(run: Path, keep: Path | None = None) -> None:
+    """Remove the stop files of earlier attempts from a run folder, which this attempt must have locked."""
+    for path in run.glob(".stop-*"):
+        if keep is None or path.name != keep.name:
+            path.unlink(missing_ok=True)
+
+
 def register(stacks: Path, rank: int, attempt: str) -> None:
     """Register this process, a rank, with the sentinel of its host."""
     me = psutil.Process()

@@ -16,6 +16,7 @@ from shodh_moe.launching.rank_variables import (
     require_launcher_hostfile,
     set_rank_variables,
     unset_rank_variables,
+    use_launcher_ssh_port,
 )
 
 
@@ -63,6 +64,7 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
     if options.hostfile and os.environ.get("CROSS_SIZE", "1") == "1":
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if "CROSS_SIZE" in os.environ:
+            use_launcher_ssh_port()
             unset_rank_variables()
         return command(["--hostfile", options.hostfile, *rest]) if first else 0
     return exit_code(require_launcher_hostfile) or train(rest)

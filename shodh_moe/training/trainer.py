@@ -25,6 +25,7 @@ from shodh_moe.base.progress import progress
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter
 from shodh_moe.config import RunConfig, TrainingConfig
 from shodh_moe.kernels.backend import describe
+from shodh_moe.launching.sentinel import remove_stop_files
 from shodh_moe.launching.stop_signals import stop_request
 from shodh_moe.launching.watchdog import Watchdog, watched
 from shodh_moe.parallel.rendezvous import versions
@@ -66,6 +67,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     with ExitStack() as resources:
         resources.push(_leave_process_group)
         on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
+        on_rank_0(lambda: remove_stop_files(run, keep=stop_file))
         attempt = on_rank_0(lambda: uuid.uuid4().hex)  # identifies this start of the run
         stop_requests = resources.enter_context(stop_request())
         stall_seconds = config.training.stall_seconds

@@ -199,6 +199,16 @@ def test_deepspeed_gets_the_hosts_as_they_were_read(case: Path, fake_ssh: Path, 
     assert all(" -p 2222 " in call for call in calls)
 
 
+def test_the_ssh_port_given_to_deepspeed_holds_for_a_hostfile_after_the_script(case, fake_ssh, tmp_path) -> None:
+    (tmp_path / "hosts").write_text("good slots=1\nclosed slots=1\n")
+    script = [str(SCRIPT), "--config", "config.yaml", "--name", "port", "--hostfile", str(tmp_path / "hosts")]
+    done = _run(case, *DEEPSPEED, "--num_gpus", "1", "--ssh_port", "2222", *script)
+    assert "1 of 2 hosts cannot be used: closed" in done.stderr
+    calls = (fake_ssh / "ssh.log").read_text().splitlines()
+    assert len(calls) == 2
+    assert all(" -p 2222 " in call for call in calls)
+
+
 def test_values_that_a_remote_shell_would_interpret_are_refused(case: Path, fake_ssh: Path, tmp_path: Path) -> None:
     def start(folder: Path, **variables: str) -> str:
         folder.mkdir(exist_ok=True)

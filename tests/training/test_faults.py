@@ -155,13 +155,17 @@ def test_a_stopped_rank_ends_the_job_and_keeps_stacks_but_a_suspended_job_contin
 def test_a_second_start_in_the_same_run_folder_is_refused(folder):
     run = folder / "twice"
     lock = lock_run(run)
+    (run / ".stop-first").write_text("stop")  # its ranks have not read it yet
     done = launch(2, WORKER, str(folder), str(run))
     assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
     assert f"run folder {run} is being trained by another process" in done.stderr
     assert f'"process": {os.getpid()}' in done.stderr
     assert done.stderr.count("error") == 1
+    assert (run / ".stop-first").exists()
     lock.close()
-    lock_run(run).close()
+    done = launch(2, WORKER, str(folder), str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (run / ".stop-first").exists(), "else it would stay forever"
 
 
 def test_the_lock_names_its_holder_and_is_released_when_it_closes(tmp_path):

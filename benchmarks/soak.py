@@ -1,10 +1,10 @@
 """Train for hours on two hosts while something breaks every two minutes; check that only steps are lost.
 
-    sudo .venv/bin/python -m benchmarks.soak --json benchmarks/results/soak_cpu.json
+    sudo .venv/bin/python benchmarks/soak.py --json benchmarks/results/soak_cpu.json
 
 Needs root and Linux, because the two hosts are namespaces of this machine, the run folder is on a disk of its own, and
 one fault sets the machine's clock. Data, tokenizer and latents are made first. Then ``shodh pretrain --elastic`` trains
-over both hosts. Every two minutes one of the faults of `benchmarks.support.faults` happens, chosen at random. If the
+over both hosts. Every two minutes one of the faults of `support.faults` happens, chosen at random. If the
 command ends, it is started again, as a user would, up to three times without progress.
 
 Reported for each fault: whether training went on untouched, by itself or after a new start of the command, how long no
@@ -32,11 +32,11 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.support.faults import FAULTS, Site, loop_disk
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.checkpoint import CheckpointReader, damage, list_checkpoints
 from shodh_moe.config.load import load_config
-from tests.cluster.hosts import BIN, boot_hosts, missing
+from support.faults import FAULTS, Site, loop_disk
+from support.hosts import BIN, boot_hosts, missing
 
 ROOT = Path(__file__).parents[1]
 LOG_EVERY = 5

@@ -1,6 +1,6 @@
 """Faults of machines for the soak test: each takes a number of seconds of its own, and leaves the machine as it was.
 
-They act on two hosts of `tests.cluster.hosts`, whose run folder is on a disk of its own (a file mounted as a loop
+They act on two hosts of `hosts`, whose run folder is on a disk of its own (a file mounted as a loop
 device), and need root.
 """
 
@@ -18,7 +18,7 @@ from random import Random
 
 import psutil
 
-from tests.cluster.hosts import Host, Hosts
+from support.hosts import Host, Hosts
 
 DISK_BYTES = 2 * 2**30
 PROGRAMS = ("shodh_moe.cli", "/shodh", "deepspeed.launcher", "pdsh")  # that start and watch ranks

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.files import write_text
 from shodh_moe.base.lock import RUN_LOCK, holder_of
 from shodh_moe.base.polling import wait_until
+from shodh_moe.base.section import Section
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.hostfile import Host, read_hostfile
@@ -128,5 +129,5 @@ def _on_hosts(left: list[Host], config: C, run: Path, for_ranks: Callable[[C, in
         hostfile = run / HOSTS_LEFT
         write_text(hostfile, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
         parallel = changed.parallel.model_copy(update={"hostfile": str(hostfile)})
-        return hosts, changed.model_copy(update={"parallel": parallel})
+        return hosts, cast(C, cast(Section, changed).model_copy(update={"parallel": parallel}))
     raise UserError("no host of the hostfile answers: see `shodh doctor --hostfile`")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Host, Hosts
+from benchmarks.support.hosts import Host, Hosts
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.packages import lacking
+from benchmarks.support.packages import lacking
 
 _SLURM = dict.fromkeys(("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel"), "slurm-wlm")
 PACKAGES = {"munged": "munge", **_SLURM, "unshare": "util-linux"}  # by program

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.support.hosts import BIN, Host, Hosts, boot_hosts, missing
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
-from tests.cluster.hosts import BIN, Host, Hosts, boot_hosts, missing
 from tests.cluster.launch import ROOT, Launch, check_all_gone
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_latents
@@ -102,7 +102,7 @@ def test_there_are_two_separate_hosts(hosts: Hosts):
 
 
 def test_killing_the_tests_removes_their_hosts(hosts: Hosts, tmp_path: Path):
-    code = "import sys, time, pathlib; from tests.cluster.hosts import boot_hosts\n"
+    code = "import sys, time, pathlib; from benchmarks.support.hosts import boot_hosts\n"
     code += "with boot_hosts(pathlib.Path(sys.argv[1])): print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "hosts")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:

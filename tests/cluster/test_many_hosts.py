@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.support.hosts import BIN, Host, Hosts, boot_hosts, missing
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.elastic import HOSTS_LEFT
-from tests.cluster.hosts import BIN, Host, Hosts, boot_hosts, missing
 from tests.cluster.launch import Launch
 from tests.training.synthetic import CONFIG, write_latents
 from tests.training.weights import check_same_weights

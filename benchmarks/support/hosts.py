@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from tests.cluster.packages import lacking
+from .packages import lacking
 
 NETWORK = "192.0.2"  # a range that no network uses (RFC 5737)
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2"}  # by program
@@ -165,13 +166,17 @@ def boot_hosts(folder: Path, count: int = 2, slots: int = 1) -> Iterator[Hosts]:
             log = folder / f"{name}.log"
             kinds = ["--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net"]
             process = stack.enter_context(_namespaces(log, kinds, ["sh", "-c", BOOT, "sh", name, str(folder)]))
-            _wait(lambda log=log: "Server listening" in log.read_text(), f"sshd of {name}: see {log}")
+            _wait(partial(_listens, log), f"sshd of {name}: see {log}")
             _ip(switch, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(process))
             _ip(switch, "link", "set", name, "master", "switch", "up")
             _ip(process, "address", "add", f"{address}/24", "dev", "eth0")
             _ip(process, "link", "set", "eth0", "up")
             hosts.append(Host(name, address, process))
         yield Hosts(hosts, hostfile, switch)
+
+
+def _listens(log: Path) -> bool:
+    return "Server listening" in log.read_text()
 
 
 @contextmanager
@@ -184,9 +189,13 @@ def _namespaces(log: Path, kinds: Sequence[str], command: Sequence[str]) -> Iter
         )
     try:
         children: list[psutil.Process] = []
-        _wait(lambda: bool(children) or children.extend(psutil.Process(unshare.pid).children()), f"see {log}")
-        first = children[0]
-        yield first.pid
+
+        def has_started() -> bool:
+            children[:] = psutil.Process(unshare.pid).children()
+            return bool(children)
+
+        _wait(has_started, f"see {log}")
+        yield children[0].pid
     finally:
         with suppress(IndexError, psutil.Error):
             children[0].kill()  # which ends its whole process namespace

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -77,6 +78,10 @@ class Training:
                 )
             self.starts += 1
 
+    def printed(self) -> str:
+        """Return the end of what the command has printed."""
+        return self._log.read_text(errors="replace")[-4000:]
+
     def step(self) -> int:
         """Return the last step in the records."""
         records = _records(self.run, TAIL)
@@ -124,30 +129,37 @@ def wait_for_progress(training: Training, beyond: int, seconds: float) -> None:
     while training.step() <= beyond:
         training.keep_running()
         if training.starts > starts + MOST_STARTS:
-            raise RuntimeError(f"no progress beyond step {beyond} after {MOST_STARTS} starts")
+            raise RuntimeError(f"no progress beyond step {beyond} after {MOST_STARTS} starts:\n{training.printed()}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"no progress beyond step {beyond} within {seconds:.0f} s")
         time.sleep(0.2)
 
 
 def one_fault(training: Training, site: Site, kind: str) -> dict[str, Any]:
-    """Let a fault of one kind happen, and measure what it costs until a new step is reached."""
-    lowest, starts, restarts, began = training.step(), training.starts, training.by_itself, time.monotonic()
-    before = training.best
-    what = FAULTS[kind](site)
-    while (step := training.step()) <= before:
-        lowest = min(lowest, step)
-        training.keep_running()
-        time.sleep(0.2)
-        if time.monotonic() - began > 600:
-            raise RuntimeError(f"no new step within 600 s after: {kind}, {what}")
+    """Let a fault of one kind happen, and watch until a checkpoint of a later step shows that it is over."""
+    before = lowest = training.step()
+    starts, restarts, began = training.starts, training.by_itself, time.monotonic()
+    pause, last_new, best, over = 0.0, began, training.best, None
+    with ThreadPoolExecutor(1) as pool:
+        fault = pool.submit(FAULTS[kind], site)
+        while over is None or max(list_checkpoints(training.run / "checkpoints"), default=0) <= over:
+            if over is None and fault.done():
+                over = training.best
+            now, step = time.monotonic(), training.step()
+            lowest = min(lowest, step)
+            if step > best:
+                pause, last_new, best = max(pause, now - last_new), now, step
+            if now - began > 600:
+                raise RuntimeError(f"no new checkpoint within 600 s after {kind}:\n{training.printed()}")
+            training.keep_running()
+            time.sleep(0.2)
     started, itself = training.starts - starts, training.by_itself - restarts
     return {
         "fault": kind,
-        "what": what,
+        "what": fault.result(),
         "step": before,
         "outcome": "new start" if started else "by itself" if itself else "untouched",
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(pause, 1),
         "steps_repeated": before - lowest,
     }
 
@@ -155,7 +167,7 @@ def one_fault(training: Training, site: Site, kind: str) -> dict[str, Any]:
 def summary(faults: list[dict[str, Any]]) -> str:
     """Return a Markdown table with a row for each kind of fault."""
     heads = ["fault", "times", "untouched", "by itself", "new start"]
-    heads += ["seconds until a new step, median (most)", "steps repeated, median (most)"]
+    heads += ["seconds without a new step, median (most)", "steps repeated, median (most)"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in FAULTS:
         rows = [row for row in faults if row["fault"] == kind]
@@ -176,6 +188,7 @@ def write_config(source: Path, folder: Path, checkpoint_every: int) -> Path:
         settings[key]["root"] = str(
             Path(settings[key].get("root", {"data": "data", "tokenizer": "tokenizers"}[key])).absolute()
         )
+    settings.get("parallel", {}).pop("processes", None)  # which a hostfile replaces
     settings.setdefault("training", {}).update(
         steps=STEPS, checkpoint_every=checkpoint_every, log_every=LOG_EVERY, validate_every=1000, stall_seconds=20
     )
@@ -205,6 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := missing():
         sys.exit(f"error: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the disk is unmounted
     work = Path(tempfile.mkdtemp(prefix="soak-"))
     config = write_config(options.config, work, options.checkpoint_every)
     for stage in (["data", "generate"], ["tokenizer", "train"], ["tokenizer", "encode"]):

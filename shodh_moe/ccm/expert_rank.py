@@ -9,7 +9,7 @@ from shodh_moe.base.command import end_rank
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.config.load import load_config_of
 from shodh_moe.runs.folder import claim_run_folder, write_environment
-from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
+from shodh_moe.runs.rank import is_first, prepare, rank_main, start_watchdog
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,16 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config_of(ExpertConfig, options.config, options.overrides, options.name)
-    warn_if_not_elastic(options, config)
     run = Path(config.runs) / config.name
     claim_run_folder(config, write=is_first())
     if is_first():
         write_environment(run)
+    watchdog = start_watchdog(options, config, run)
 
     prepare()
     from shodh_moe.ccm.train import train_expert
 
-    train_expert(config, run, options.resume, options.stop_file)
+    train_expert(config, run, options.resume, watchdog)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from shodh_moe.ccm.expert import expert_inputs, facts_of, make_network, units_of
 from shodh_moe.ccm.windows import Scale, Windows
 from shodh_moe.config.compare import flatten
 from shodh_moe.data.sampler import DomainSampler
+from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.operators import nrmse, rollout
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.engine import Engine, Step
@@ -26,7 +27,7 @@ from shodh_moe.training.trainer import train
 
 
 def train_expert(
-    config: ExpertConfig, run: Path, resume: str = "auto", stop_file: Path | None = None
+    config: ExpertConfig, run: Path, resume: str = "auto", watchdog: Watchdog | None = None
 ) -> None:  # fmt: skip
     """Train to ``training.steps``; arguments as in `trainer.train`.
 
@@ -35,7 +36,7 @@ def train_expert(
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed({f"config.{key}": value for key, value in flatten(config.model_dump()).items()})
-    train(_ExpertTask(config, run), config, run, resume, stop_file)
+    train(_ExpertTask(config, run), config, run, resume, watchdog)
 
 
 class _InEngine:

@@ -32,7 +32,7 @@ from shodh_moe.launching.devices import VARIABLES, numbers_for_deepspeed, requir
 from shodh_moe.launching.guard import guarded
 from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile, require_startable
 from shodh_moe.launching.probe import probe_hosts
-from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP
+from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP, STOP_FILE
 from shodh_moe.launching.ssh import TIME_VARIABLE, group_failures, launcher_ssh_arguments, some, time_limit
 from shodh_moe.launching.stop_signals import on_stop_signals
 
@@ -77,7 +77,7 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
         HostsUnusable: hosts do not answer, or lack this Python.
         UserError: the hostfile cannot be used.
     """
-    stop_file = run / f".stop-{uuid.uuid4().hex[:8]}"
+    stop_file = run / f"{STOP_FILE}{uuid.uuid4().hex[:8]}"
     training = ["--module", module, "--config", str(run / "config.yaml")]
     training += ["--resume", resume, "--stop-file", str(stop_file)]
     if config.parallel.hostfile:
@@ -113,7 +113,8 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
                 os.killpg(launcher.pid, signal.SIGKILL)
             raise
     if config.parallel.hostfile and code not in (0, EXIT_REQUEUE):
-        stop_file.write_text(KILL)  # to ranks on hosts that are cut off, which would keep the run locked
+        with contextlib.suppress(OSError):  # the disk may be full
+            stop_file.write_text(KILL)  # to ranks on hosts that are cut off, which would keep the run locked
     else:
         stop_file.unlink(missing_ok=True)
     return code

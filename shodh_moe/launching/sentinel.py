@@ -25,9 +25,12 @@ from typing import Any
 
 import psutil
 
+from shodh_moe.base.files import write_text
+
 PAUSE_S = 0.5
 WAKING_S = 1.0  # time for a suspended rank to write its stack
-STOP, KILL = "stop", "kill"  # contents of a stop file
+STOP_FILE = ".stop-"  # its name in the run folder begins so, and goes on with the name of the attempt
+STOP, KILL = "stop", "kill"  # its contents
 
 
 def stall_mark(stacks: Path, attempt: str) -> Path:
@@ -35,37 +38,43 @@ def stall_mark(stacks: Path, attempt: str) -> Path:
     return stacks / f"stalled-{attempt}"
 
 
-def remove_marks(stacks: Path) -> None:
-    """Remove the stall marks of earlier attempts."""
-    for path in stacks.glob("stalled-*"):
-        path.unlink(missing_ok=True)
+def attempt_of(stop_file: Path) -> str:
+    """Return what identifies an attempt on all ranks before they have met."""
+    return stop_file.name.removeprefix(STOP_FILE)
 
 
-def remove_stop_files(run: Path, keep: Path | None = None) -> None:
-    """Remove the stop files of earlier attempts from a run folder, which this attempt must have locked."""
-    for path in run.glob(".stop-*"):
-        if keep is None or path.name != keep.name:
-            path.unlink(missing_ok=True)
+def clear(run: Path, attempt: str) -> None:
+    """Remove what earlier attempts have left in a run folder, which this attempt must have locked."""
+    for pattern in (f"{STOP_FILE}*", "stacks/stalled-*", "stacks/rank_*.json"):
+        for path in run.glob(pattern):
+            if attempt not in path.name:
+                path.unlink(missing_ok=True)
+    for path in run.glob("stacks/rank_*.txt"):
+        os.truncate(path, 0)
 
 
-def register(stacks: Path, rank: int, attempt: str) -> None:
-    """Register this process, a rank, with the sentinel of its host."""
+def register(stacks: Path, rank: int, attempt: str, stoppable: bool) -> None:
+    """Register this process, a rank, with the sentinel of its host.
+
+    Args:
+        stoppable: SIGUSR1 makes the rank write a checkpoint and end.
+    """
     me = psutil.Process()
-    facts = {"attempt": attempt, "host": socket.gethostname(), "process": me.pid, "started": me.create_time()}
-    (stacks / f"rank_{rank:05d}.json").write_text(json.dumps(facts))
+    facts = {"host": socket.gethostname(), "process": me.pid, "started": me.create_time(), "stoppable": stoppable}
+    write_text(stacks / f"rank_{rank:05d}-{attempt}.json", json.dumps(facts))
 
 
-def ranks_here(stacks: Path, attempt: str) -> list[psutil.Process]:
-    """Return the live ranks of this host."""
+def ranks_here(stacks: Path, attempt: str) -> list[tuple[psutil.Process, bool]]:
+    """Return the live ranks of this host, and for each whether it is stoppable."""
     found = []
-    for path in sorted(stacks.glob("rank_*.json")):
+    for path in sorted(stacks.glob(f"rank_*-{attempt}.json")):
         with suppress(OSError, ValueError, KeyError, psutil.Error):
             facts: dict[str, Any] = json.loads(path.read_text())
-            if (facts["attempt"], facts["host"]) == (attempt, socket.gethostname()):
+            if facts["host"] == socket.gethostname():
                 process = psutil.Process(facts["process"])
                 # Hosts may share a name, and process IDs are reused, so compare the start times.
                 if process.create_time() == facts["started"]:
-                    found.append(process)
+                    found.append((process, facts["stoppable"]))
     return found
 
 
@@ -91,8 +100,9 @@ def watch(stacks: Path, attempt: str, parent: int, stop_file: Path | None, launc
             _send(stacks, attempt, signal.SIGKILL)
             return
         if not asked and (order == STOP or (launcher and _parent_of(parent) not in (launcher, None))):
-            _send(stacks, attempt, signal.SIGUSR1)
-            asked = True
+            asked = all(stoppable for _, stoppable in ranks_here(stacks, attempt))
+            if asked:  # otherwise they are starting, and the signal would kill them
+                _send(stacks, attempt, signal.SIGUSR1)
         time.sleep(PAUSE_S)
 
 
@@ -103,7 +113,7 @@ def _parent_of(process: int) -> int | None:
 
 
 def _send(stacks: Path, attempt: str, *signals: signal.Signals) -> None:
-    for process in ranks_here(stacks, attempt):
+    for process, _ in ranks_here(stacks, attempt):
         for number in signals:
             with suppress(psutil.Error):
                 process.send_signal(number)

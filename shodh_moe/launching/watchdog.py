@@ -9,8 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from shodh_moe.base.errors import EXIT_FAILED
@@ -31,23 +30,31 @@ class Watchdog:
         run: the run folder; stacks are written to its folder ``stacks``.
         attempt: identifies this start of the run; equal on all ranks.
         local_rank: 0 starts the sentinel.
+        stoppable: see `sentinel.register`.
         seconds: 0 switches the watchdog off; the sentinel still obeys the stop file.
         stop_file: see `sentinel`.
     """
 
-    def __init__(self, run: Path, rank: int, local_rank: int, attempt: str, seconds: float, stop_file: Path | None):
-        self.seconds, self._rank, self._attempt = seconds, rank, attempt
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        local_rank: int,
+        attempt: str,
+        seconds: float,
+        stop_file: Path | None = None,
+        stoppable: bool = True,
+    ):
+        self.seconds, self.attempt, self._rank = seconds, attempt, rank
         self._folder = run / "stacks"
         self._folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            sentinel.remove_marks(self._folder)
         self._ended = threading.Event()
         with ExitStack() as resources:
             # Opened now, because opening it may fail once the job hangs.
-            self._file = resources.enter_context(open(self._folder / f"rank_{rank:05d}.txt", "w"))
+            self._file = resources.enter_context(open(self._folder / f"rank_{rank:05d}.txt", "a"))
             faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
             resources.callback(faulthandler.unregister, signal.SIGUSR2)
-            sentinel.register(self._folder, rank, attempt)
+            sentinel.register(self._folder, rank, attempt, stoppable)
             if local_rank == 0:
                 command = [sys.executable, "-m", sentinel.__name__, str(self._folder), attempt, str(os.getpid())]
                 command += ["--stop-file", str(stop_file)] if stop_file else []
@@ -59,6 +66,11 @@ class Watchdog:
             if seconds:
                 threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             self._resources = resources.pop_all()
+
+    def stoppable(self) -> None:
+        """Say that SIGUSR1 makes this rank write a checkpoint and end from now on."""
+        sentinel.register(self._folder, self._rank, self.attempt, stoppable=True)
+        self.alive()
 
     def alive(self) -> None:
         """Report progress."""
@@ -93,16 +105,4 @@ class Watchdog:
     def _write_stack(self) -> None:
         faulthandler.dump_traceback(self._file, all_threads=True)
         with suppress(OSError):
-            sentinel.stall_mark(self._folder, self._attempt).touch()
-
-
-@contextmanager
-def watched(
-    run: Path, rank: int, local_rank: int, attempt: str, seconds: float, stop_file: Path | None
-) -> Iterator[Watchdog]:
-    """Run a `Watchdog` for the time of the block."""
-    watchdog = Watchdog(run, rank, local_rank, attempt, seconds, stop_file)
-    try:
-        yield watchdog
-    finally:
-        watchdog.stop()
+            sentinel.stall_mark(self._folder, self.attempt).touch()

@@ -10,7 +10,7 @@ from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.runs.folder import claim_run_folder, open_run_folder
-from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
+from shodh_moe.runs.rank import is_first, prepare, rank_main, start_watchdog
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
-    warn_if_not_elastic(options, config)
     paths = resolve_paths(config)
     wait_for_maker(paths.latents, "latents")
     require_made(paths.latents, "shodh tokenizer encode")
@@ -27,11 +26,12 @@ def _work(options: argparse.Namespace) -> None:
         open_run_folder(config, paths)
     else:
         claim_run_folder(config, write=False)
+    watchdog = start_watchdog(options, config, paths.run)
 
     prepare()
     from shodh_moe.training.pretrain import pretrain
 
-    pretrain(config, paths.run, paths.latents, options.resume, paths.tokenizer, options.stop_file)
+    pretrain(config, paths.run, paths.latents, options.resume, paths.tokenizer, watchdog)
 
 
 if __name__ == "__main__":

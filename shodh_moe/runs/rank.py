@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_code, path_option, path_text
 from shodh_moe.base.memory import keep_freed_memory
-from shodh_moe.base.variables import number_in
+from shodh_moe.base.variables import number, number_in
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.devices import require_own_gpu
 from shodh_moe.launching.rank_variables import (
@@ -18,6 +19,8 @@ from shodh_moe.launching.rank_variables import (
     unset_rank_variables,
     use_launcher_ssh_port,
 )
+from shodh_moe.launching.sentinel import attempt_of
+from shodh_moe.launching.watchdog import Watchdog
 
 
 def rank_main(description: str, work: Callable[[argparse.Namespace], None], arguments: list[str] | None = None) -> int:
@@ -70,14 +73,26 @@ def script_main(command: Callable[[list[str]], int], train: Callable[[list[str]]
     return exit_code(require_launcher_hostfile) or train(rest)
 
 
-def warn_if_not_elastic(options: argparse.Namespace, config: RunConfig) -> None:
-    """On the first rank, print that ``parallel.elastic`` has no effect if another launcher started the ranks."""
-    if config.parallel.elastic and options.stop_file is None and is_first():
-        print(
-            "warning: parallel.elastic has no effect under this launcher: start with `shodh pretrain` or "
-            "`launch/pretrain.py --hostfile`",
-            flush=True,
-        )
+def start_watchdog(options: argparse.Namespace, config: RunConfig, run: Path) -> Watchdog | None:
+    """Watch this rank from now on, if `launch_ranks` started it.
+
+    Under other launchers this returns None: ranks must have met to agree on the name of an attempt. There
+    ``parallel.elastic`` has no effect, and the first rank says so.
+
+    Args:
+        run: the run folder.
+    """
+    if options.stop_file is None:
+        if config.parallel.elastic and is_first():
+            print(
+                "warning: parallel.elastic has no effect under this launcher: start with `shodh pretrain` or "
+                "`launch/pretrain.py --hostfile`",
+                flush=True,
+            )
+        return None
+    attempt, seconds = attempt_of(options.stop_file), config.training.stall_seconds
+    # A stop signal would end the rank without a checkpoint until it trains.
+    return Watchdog(run, number("RANK"), number("LOCAL_RANK"), attempt, seconds, options.stop_file, stoppable=False)
 
 
 def prepare() -> None:

@@ -15,7 +15,7 @@ from shodh_moe.config.inputs import tokenizer_inputs
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.runs.folder import open_tokenizer_folder
-from shodh_moe.runs.rank import is_first, prepare, rank_main, warn_if_not_elastic
+from shodh_moe.runs.rank import is_first, prepare, rank_main, start_watchdog
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
@@ -26,7 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, options.name)
-    warn_if_not_elastic(options, config)
     paths = resolve_paths(config)
 
     def is_made() -> bool:
@@ -54,11 +53,12 @@ def _train(options: argparse.Namespace, config: Config, paths: Paths) -> None:
     if is_first():
         open_tokenizer_folder(run, paths)
         inputs = tokenizer_inputs(config, paths)
+    watchdog = start_watchdog(options, run, paths.tokenizer)
 
     prepare()
     from shodh_moe.training.tokenizer_task import train_tokenizer
 
-    train_tokenizer(run, paths.dataset, paths.tokenizer, options.resume, options.stop_file, inputs)
+    train_tokenizer(run, paths.dataset, paths.tokenizer, options.resume, watchdog, inputs)
 
 
 if __name__ == "__main__":

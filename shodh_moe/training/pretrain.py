@@ -21,6 +21,7 @@ from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.kernels import expert_capacity
+from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.norm import available_norm
@@ -45,7 +46,7 @@ def pretrain(
     latents: Path,
     resume: str = "auto",
     tokenizer: Path | None = None,
-    stop_file: Path | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Pretrain the transformer up to ``training.steps``. See `trainer.train` for the other arguments and errors.
 
@@ -65,7 +66,7 @@ def pretrain(
     inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
     task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
-    train(task, config, run, resume, stop_file)
+    train(task, config, run, resume, watchdog)
 
 
 def latent_engine(

@@ -28,6 +28,7 @@ from shodh_moe.config.inputs import Inputs
 from shodh_moe.data import FieldStats, list_trajectories
 from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.sampler import DomainSampler, domain_weights
+from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.batches import draw, drawn_batches, on_device, share
 from shodh_moe.tokenizer.reconstruction import Reconstruction
@@ -47,7 +48,7 @@ def train_tokenizer(
     dataset: Path,
     folder: Path,
     resume: str = "auto",
-    stop_file: Path | None = None,
+    watchdog: Watchdog | None = None,
     inputs: Inputs | None = None,
 ) -> None:
     """Train a tokenizer up to ``tokenizer.steps``.
@@ -70,7 +71,7 @@ def train_tokenizer(
     train_samples, valid = (_Samples(records) for records in data)
     tokenizer = started_tokenizer(config, train_samples, dataset, folder)
     task = _TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder, inputs or {})
-    train(task, config, folder, resume, stop_file)
+    train(task, config, folder, resume, watchdog)
 
 
 def _list_data(config: Config, dataset: Path) -> tuple[list[list[Any]], DomainSampler | None]:

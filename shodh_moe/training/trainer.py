@@ -25,9 +25,9 @@ from shodh_moe.base.progress import progress
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter
 from shodh_moe.config import RunConfig, TrainingConfig
 from shodh_moe.kernels.backend import describe
-from shodh_moe.launching.sentinel import remove_stop_files
+from shodh_moe.launching.sentinel import clear
 from shodh_moe.launching.stop_signals import stop_request
-from shodh_moe.launching.watchdog import Watchdog, watched
+from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.parallel.rendezvous import versions
 from shodh_moe.training.engine import Step
 from shodh_moe.training.interval import Interval
@@ -47,7 +47,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_file: Path | None = None) -> None:
+def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchdog: Watchdog | None = None) -> None:
     """Train to ``training.steps``, then leave the process group that `init_distributed` joined.
 
     However the training ends, the log is closed, the watchdog stopped, the run folder unlocked and the process group
@@ -56,7 +56,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     Args:
         resume: ``auto`` resumes from the newest intact checkpoint of the run folder, if there is one; a checkpoint
             folder resumes from that one.
-        stop_file: file in which the launching process asks the ranks to stop (see `sentinel`).
+        watchdog: watches this rank since it started, and is stopped here; None: a new one watches the training.
 
     Raises:
         UserError: no checkpoint fits, a step was not finite under the policy ``halt``, or another process trains in
@@ -67,11 +67,13 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", stop_f
     with ExitStack() as resources:
         resources.push(_leave_process_group)
         on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
-        on_rank_0(lambda: remove_stop_files(run, keep=stop_file))
-        attempt = on_rank_0(lambda: uuid.uuid4().hex)  # identifies this start of the run
+        # The attempt is this start of the run.
+        attempt = on_rank_0(lambda: watchdog.attempt if watchdog else uuid.uuid4().hex)
+        on_rank_0(lambda: clear(run, attempt))
         stop_requests = resources.enter_context(stop_request())
-        stall_seconds = config.training.stall_seconds
-        watchdog = resources.enter_context(watched(run, rank, local_rank, attempt, stall_seconds, stop_file))
+        watchdog = watchdog or Watchdog(run, rank, local_rank, attempt, config.training.stall_seconds)
+        resources.callback(watchdog.stop)
+        watchdog.stoppable()
 
         start = _restore(task, config, run / "checkpoints", resume)
         writer = _checkpoint_writer(run / "checkpoints", config.training, attempt)

@@ -35,7 +35,7 @@ require_launcher_hostfile()
 set_rank_variables()
 unset_rank_variables()
 folder = Path(sys.argv[1])
-register(folder, 0, "attempt")
+register(folder, 0, "attempt", True)
 listener = socket.create_server(("127.0.0.1", 0))
 print(json.dumps({
     "hidden": hidden, "ancestors": len(ancestors()), "holder": port_holder(listener.getsockname()[1]),

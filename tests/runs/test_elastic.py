@@ -5,6 +5,7 @@ tests/cluster/test_many_hosts.py loses real hosts.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -224,6 +225,44 @@ def case(folder: Path) -> Path:
     write_latents(latents)
     latents.parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
     return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_rank_that_stops_while_it_starts_ends_the_job(case: Path) -> None:
+    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", "stopped"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    stacks = case / "runs/stopped/stacks"
+    command += ["training.stall_seconds=15"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not (registered := list(stacks.glob("rank_00001-*.json"))):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        rank = psutil.Process(json.loads(registered[0].read_text())["process"])
+        rank.suspend()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FAILED, error
+    assert "error on rank 0: no progress for 15 s" in error
+    assert not rank.is_running()
+    for number in (0, 1):
+        assert "most recent call first" in (stacks / f"rank_{number:05d}.txt").read_text()
+    assert not (case / "runs/stopped/checkpoints").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_stop_while_ranks_start_makes_them_write_a_checkpoint(case: Path) -> None:
+    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", "early"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    stacks = case / "runs/early/stacks"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while not list(stacks.glob("rank_00001-*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE, out
+    assert len(list_checkpoints(case / "runs/early/checkpoints")) == 1
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -53,10 +54,12 @@ class Training:
         starts: number of times that the command was started.
         by_itself: number of times that ``--elastic`` started ranks again.
         best: greatest step ever logged.
+        kept: copy of the checkpoint of step ``keep``.
     """
 
-    def __init__(self, site: Site, config: Path, work: Path, name: str):
+    def __init__(self, site: Site, config: Path, work: Path, name: str, keep: int):
         self.run, self.starts, self.best = site.disk / "runs" / name, 0, 0
+        self.kept, self._keep = work / f"{name}_{keep}", keep
         self._site, self._log = site, work / f"{name}.log"
         self._command = [str(BIN / "shodh"), "pretrain", "--config", str(config), "--name", name, "--elastic"]
         self._command += ["--hostfile", str(site.hosts.hostfile), f"runs={site.disk / 'runs'}"]
@@ -86,6 +89,8 @@ class Training:
         """Return the last step in the records."""
         records = _records(self.run, TAIL)
         last = records[-1]["step"] if records else 0
+        if not self.kept.exists() and (checkpoint := self.run / "checkpoints" / str(self._keep)).exists():
+            shutil.copytree(checkpoint, self.kept)
         self.best = max(self.best, last)
         return last
 
@@ -135,17 +140,17 @@ def wait_for_progress(training: Training, beyond: int, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def one_fault(training: Training, site: Site, kind: str) -> dict[str, Any]:
-    """Let a fault of one kind happen, and watch until a checkpoint of a later step shows that it is over."""
+def one_fault(training: Training, site: Site, kind: str, watch_s: float) -> dict[str, Any]:
+    """Let a fault of one kind happen, and watch for ``watch_s`` and until there is a checkpoint of a later step."""
     before = lowest = training.step()
     starts, restarts, began = training.starts, training.by_itself, time.monotonic()
     pause, last_new, best, over = 0.0, began, training.best, None
     with ThreadPoolExecutor(1) as pool:
         fault = pool.submit(FAULTS[kind], site)
         while over is None or max(list_checkpoints(training.run / "checkpoints"), default=0) <= over:
-            if over is None and fault.done():
-                over = training.best
             now, step = time.monotonic(), training.step()
+            if over is None and fault.done() and now - began > watch_s:
+                over = training.best
             lowest = min(lowest, step)
             if step > best:
                 pause, last_new, best = max(pause, now - last_new), now, step
@@ -189,21 +194,20 @@ def write_config(source: Path, folder: Path, checkpoint_every: int) -> Path:
             Path(settings[key].get("root", {"data": "data", "tokenizer": "tokenizers"}[key])).absolute()
         )
     settings.get("parallel", {}).pop("processes", None)  # which a hostfile replaces
-    settings.setdefault("training", {}).update(
-        steps=STEPS, checkpoint_every=checkpoint_every, log_every=LOG_EVERY, validate_every=1000, stall_seconds=20
-    )
-    settings["training"]["keep_every"] = checkpoint_every * 20
+    training = settings.setdefault("training", {})
+    training |= {"steps": STEPS, "checkpoint_every": checkpoint_every, "log_every": LOG_EVERY, "validate_every": 1000}
+    training |= {"stall_seconds": 20, "keep_last": 3, "keep_every": 0}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     load_config(path, [], None)
     return path
 
 
-def check_equal(run: Path, other: Path, step: int) -> None:
-    """Check that weights at a step and all losses up to it are equal bit for bit."""
-    a, b = (CheckpointReader(folder / "checkpoints" / str(step)) for folder in (run, other))
+def check_equal(training: Training, other: Training, step: int) -> None:
+    """Check that the kept weights and all losses up to a step are equal bit for bit."""
+    a, b = (CheckpointReader(one.kept) for one in (training, other))
     assert all(a.tensor(name).equal(b.tensor(name)) for name in b.names()), f"weights differ at step {step}"
-    losses = [[r["loss"] for r in _records(folder) if r["step"] <= step] for folder in (run, other)]
+    losses = [[r["loss"] for r in _records(one.run) if r["step"] <= step] for one in (training, other)]
     assert losses[0] == losses[1], "losses differ"
 
 
@@ -213,6 +217,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--every", type=float, default=120, help="seconds from one fault to the next")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
+    parser.add_argument("--compare-at", type=int, default=1000, help="step of a checkpoint")
+    parser.add_argument("--without", choices=sorted(FAULTS), action="append", default=[], help="leave out a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -224,35 +230,36 @@ def main() -> None:
     for stage in (["data", "generate"], ["tokenizer", "train"], ["tokenizer", "encode"]):
         subprocess.run([str(BIN / "shodh"), *stage, "--config", str(config)], check=True)
     random = Random(options.seed)
+    kinds = [kind for kind in FAULTS if kind not in options.without]
     faults: list[dict[str, Any]] = []
     with loop_disk(work / "disk", work / "mounted"), boot_hosts(work / "hosts") as hosts:
         site = Site(hosts, work / "mounted", random)
-        training = Training(site, config, work, "soak")
+        training = Training(site, config, work, "soak", options.compare_at)
         wait_for_progress(training, 0, 300)
         end = time.monotonic() + 60 * options.minutes
         # Every kind in turn, in a new order each round, so that all occur equally often.
         order: list[str] = []
         while (began := time.monotonic()) < end:
-            order = order or random.sample(list(FAULTS), len(FAULTS))
+            order = order or random.sample(kinds, len(kinds))
             faults.append({"minute": round((began - end) / 60 + options.minutes, 1)})
-            faults[-1] |= one_fault(training, site, order.pop())
+            faults[-1] |= one_fault(training, site, order.pop(), options.every / 2)
             check_run(training.run)
             print(json.dumps(faults[-1]), flush=True)
             while time.monotonic() < min(began + options.every, end):
                 training.keep_running()
                 training.step()
                 time.sleep(0.2)
+        while not training.kept.exists():
+            wait_for_progress(training, training.step(), 300)
         code = training.stop()
         check_run(training.run)
         left = [process.cmdline() for host in hosts.all for process in host.processes()]
         assert not left, left
-        compared = options.checkpoint_every * 20
-        reference = Training(site, config, work, "reference")
-        while compared not in list_checkpoints(reference.run / "checkpoints"):
-            reference.keep_running()
-            time.sleep(1)
+        reference = Training(site, config, work, "reference", options.compare_at)
+        while not reference.kept.exists():
+            wait_for_progress(reference, reference.step(), 300)
         reference.stop()
-        check_equal(training.run, reference.run, compared)
+        check_equal(training, reference, options.compare_at)
         result = {
             "seed": options.seed,
             "minutes": options.minutes,
@@ -262,7 +269,7 @@ def main() -> None:
             "starts": training.starts,
             "by_itself": training.by_itself,
             "exit_code": code,
-            "equal_to_a_run_without_faults_at_step": compared,
+            "equal_to_a_run_without_faults_at_step": options.compare_at,
             "faults": faults,
             "environment": describe_environment(),
         }

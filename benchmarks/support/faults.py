@@ -20,7 +20,7 @@ import psutil
 
 from support.hosts import Host, Hosts
 
-DISK_BYTES = 2 * 2**30
+DISK_BYTES = 4 * 2**30
 PROGRAMS = ("shodh_moe.cli", "/shodh", "deepspeed.launcher", "pdsh")  # that start and watch ranks
 
 

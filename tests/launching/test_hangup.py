@@ -15,14 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from shodh_moe.base.errors import EXIT_REQUEUE
 from shodh_moe.checkpoint import list_checkpoints
-from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import resolve_paths
 from tests import forked
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_job
 
 pytestmark = pytest.mark.distributed
 
@@ -32,14 +29,7 @@ SHORT = ["training.steps=60", "training.checkpoint_every=60"]
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hangup")
-    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
-    settings["training"] |= {"log_every": 1, "validate_every": 1000}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = resolve_paths(load_config(folder / "config.yaml")).latents
-    write_latents(folder / latents)
-    (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
-    return folder
+    return write_job(tmp_path_factory.mktemp("hangup"), log_every=1, validate_every=1000)
 
 
 class Terminal:

@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from shodh_moe.base.network import free_port
 from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.launcher import launch_ranks
 from tests import forked
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_job
 
 pytestmark = pytest.mark.distributed
 
@@ -28,15 +26,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a working folder for training: a config and its latents."""
-    folder = tmp_path_factory.mktemp("launch")
-    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
-    settings["training"] |= {"steps": 2, "checkpoint_every": 2}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = resolve_paths(load_config(folder / "config.yaml")).latents
-    write_latents(folder / latents)
-    (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
-    return folder
+    return write_job(tmp_path_factory.mktemp("launch"), steps=2, checkpoint_every=2)
 
 
 def _run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:

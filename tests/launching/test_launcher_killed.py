@@ -12,12 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from shodh_moe.checkpoint import find_checkpoint
-from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import resolve_paths
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_job
 
 pytestmark = pytest.mark.distributed
 
@@ -30,15 +27,9 @@ STARTS = {
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a working folder with a config and its latents for a training without end."""
-    folder = tmp_path_factory.mktemp("killed")
-    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
-    settings["training"] |= {"steps": 1_000_000, "checkpoint_every": 1_000_000, "validate_every": 1_000_000}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = resolve_paths(load_config(folder / "config.yaml")).latents
-    write_latents(folder / latents)
-    (folder / latents).parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
-    return folder
+    """A training without end."""
+    never = 1_000_000
+    return write_job(tmp_path_factory.mktemp("killed"), steps=never, checkpoint_every=never, validate_every=never)
 
 
 def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:

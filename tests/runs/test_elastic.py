@@ -17,21 +17,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.lock import RUN_LOCK, take_lock
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import Config
-from shodh_moe.config.load import load_config
-from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import HostsUnusable, TrainingFailed
 from shodh_moe.runs import elastic
 from shodh_moe.runs.elastic import HOSTS_LEFT, train_elastic
 from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
 from tests.training.launch import launch
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.synthetic import write_job
 from tests.training.weights import check_same_weights
 
 SCRIPT = Path(__file__).parents[2] / "launch/pretrain.py"
@@ -218,23 +215,20 @@ def test_a_stop_while_hosts_are_asked_ends_the_command(folder, silent, monkeypat
 
 @pytest.fixture
 def case(folder: Path) -> Path:
-    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
-    settings["training"] |= {"steps": 60, "checkpoint_every": 5, "validate_every": 60}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    latents = resolve_paths(load_config(folder / "config.yaml")).latents
-    write_latents(latents)
-    latents.parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
-    return folder
+    return write_job(folder, steps=60, checkpoint_every=5, validate_every=60)
+
+
+def _pretrain(name: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", name, *arguments]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_rank_that_stops_while_it_starts_ends_the_job(case: Path) -> None:
-    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", "stopped"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     stacks = case / "runs/stopped/stacks"
-    command += ["training.stall_seconds=15"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with _pretrain("stopped", "training.stall_seconds=15") as process:
         while not (registered := list(stacks.glob("rank_00001-*.json"))):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -252,10 +246,8 @@ def test_a_rank_that_stops_while_it_starts_ends_the_job(case: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_stop_while_ranks_start_makes_them_write_a_checkpoint(case: Path) -> None:
-    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", "early"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     stacks = case / "runs/early/stacks"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with _pretrain("early") as process:
         while not list(stacks.glob("rank_00001-*.json")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -271,10 +263,8 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(case: Path) -> 
     done = launch(2, SCRIPT, "--config", "config.yaml", "--name", "unbroken", "parallel.elastic=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: parallel.elastic has no effect under this launcher" in done.stdout
-    command = [sys.executable, "-m", "shodh_moe.cli", "pretrain", "--config", "config.yaml", "--name", "killed"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     checkpoints = case / "runs/killed/checkpoints"
-    with subprocess.Popen([*command, "--elastic"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with _pretrain("killed", "--elastic") as process:
         while not list_checkpoints(checkpoints):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import yaml
+
+from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import resolve_paths
 
 CONFIG = """\
 name: small
@@ -46,4 +50,19 @@ def write_case(folder: Path, nan_in: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG)
     write_latents(folder / "latents", nan_in=nan_in)
+    return folder
+
+
+def write_job(folder: Path, **training: int) -> Path:
+    """Write ``config.yaml`` and its latents to a folder in which `shodh pretrain` can run, and return it.
+
+    Args:
+        training: keys of the section ``training`` that differ from `CONFIG`.
+    """
+    settings = yaml.safe_load(CONFIG) | {"data": {"root": "data"}, "tokenizer": {"root": "tokenizers"}}
+    settings["training"] |= training
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    latents = folder / resolve_paths(load_config(folder / "config.yaml")).latents
+    write_latents(latents)
+    latents.parents[1].joinpath("tokenizer.safetensors").write_bytes(b"none is needed here")
     return folder

@@ -25,6 +25,7 @@ from shodh_moe.config.paths import resolve_paths, tokenizer_seed
 
 SET_ARMS = {
     "main": tuple(arm for arm in ARMS if arm not in ("window", "both")),
+    "long": ("moe", "dense_active", SINGLE),
     "hard": ("moe", "dense_active", SINGLE),
     "four": ("moe", "dense_active", "oracle", SINGLE),
     "bed": ("moe", "window", "both", "dense_active", SINGLE),
@@ -69,7 +70,9 @@ def tuned_as(arm: str, domains: list[str]) -> str:
 def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
     """The domains mixed in a set, sorted."""
     four = [name for name in audit.all_domains if name not in set(audit.bed) - set(audit.domains)]
-    return sorted({"main": audit.domains, "hard": audit.hard, "four": four, "bed": audit.bed}[set_name])
+    return sorted(
+        {"main": audit.domains, "long": audit.domains, "hard": audit.hard, "four": four, "bed": audit.bed}[set_name]
+    )
 
 
 def shared_config(audit: AuditConfig) -> Config:
@@ -131,11 +134,12 @@ def arm_config(
     domains = [domain] if domain else mixed
     # A single-domain network sees as many samples of its domain as the joint one.
     training = {
+        "steps": audit.long_steps if set_name == "long" and audit.long_steps else audit.base.training.steps,
         "batch_size": audit.base.training.batch_size * len(domains) // len(mixed),
         "learning_rate": learning_rate,
     }
     if seed not in audit.tuning_seeds and arm != SINGLE:
-        every = -(-audit.base.training.steps // audit.probes)
+        every = -(-training["steps"] // audit.probes)
         training |= {"keep_every": every, "checkpoint_every": every}
     experts = audit.base.model.moe.num_experts if experts is None else experts
     label = f"{arm}{experts}" if set_name == "four" and arm == "moe" else arm
@@ -205,6 +209,8 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
 def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
     """All runs to measure, set by set."""
     runs = list(set_runs(audit, "main", audit.seeds, rates))
+    if audit.long_steps:
+        runs += set_runs(audit, "long", audit.seeds, rates)
     if audit.hard:
         runs += set_runs(audit, "hard", audit.more_seeds, rates)
     if audit.experts:

@@ -14,14 +14,16 @@ from shodh_moe.config import Config, Domains
 class AuditConfig(Section):
     """All settings of the audit.
 
-    There are four sets of runs: ``main``, the two main domains with every arm; ``hard``, two domains that are hard to
-    tell apart; ``four``, all domains but those of ``bed`` alone, with several numbers of experts; ``bed``, the main
-    domains and one whose samples contain both kinds of flow.
+    There are five sets of runs: ``main``, the two main domains with every arm; ``long``, the same domains with more
+    steps; ``hard``, two domains that are hard to tell apart; ``four``, all domains but those of ``bed`` alone, with
+    several numbers of experts; ``bed``, the main domains and one whose samples contain both kinds of flow.
     """
 
     name: Name = "audit"
     runs: PathText = Field("runs", description="folder that holds the audit's folder")
-    seeds: list[Seed] = Field([0, 1, 2, 3, 4], description="seeds of the main set, for weights and data order")
+    seeds: list[Seed] = Field(
+        [0, 1, 2, 3, 4], description="seeds of the sets `main` and `long`, for weights and data order"
+    )
     more_seeds: list[Seed] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
     tuning_seeds: list[Seed] = Field(
         [1000, 1001, 1002], description="seeds of the runs for choosing learning rates; not used otherwise"
@@ -33,6 +35,9 @@ class AuditConfig(Section):
     )
     domains: list[Name] = Field(["open_channel", "porous_media"], description="the two main domains")
     third: Name = Field("decaying_turbulence", description="domain that the trained networks learn afterwards")
+    long_steps: Positive | None = Field(
+        None, description="training steps in the set `long`, at the rates chosen for `main`; null to leave it out"
+    )
     hard: list[Name] = Field(
         ["open_channel", "obstacle_wake"], description="two similar domains; [] to leave out the set `hard`"
     )

@@ -151,7 +151,8 @@ def _verdict(summary: Row) -> Box:
 
 
 def _domains(summary: Row, set_name: str) -> str:
-    return " and ".join(dict.fromkeys(row["domain"] for row in summary["transfer"] if row["set"] == set_name))
+    domains = " and ".join(dict.fromkeys(row["domain"] for row in summary["transfer"] if row["set"] == set_name))
+    return f"{domains}, more steps" if set_name == "long" else domains
 
 
 def _diverged_text(rows: list[Row]) -> str:

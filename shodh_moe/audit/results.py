@@ -13,7 +13,7 @@ from scipy import stats
 from shodh_moe.audit.arm_models import ARMS
 from shodh_moe.base.errors import UserError
 
-SETS = ("main", "hard", "four", "bed")
+SETS = ("main", "long", "hard", "four", "bed")
 
 Run = dict[str, Any]  # content of a result file
 Seeds = dict[int, Run]  # the runs of one arm, by seed

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 DASH = "-"
 SET_TITLES = {
     "main": "Main domains",
+    "long": "Main domains, more steps",
     "hard": "Domains that are hard to tell apart",
     "four": "Four domains",
     "bed": "Both kinds of flow in one sample",

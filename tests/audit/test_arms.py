@@ -155,10 +155,13 @@ def test_the_shipped_audit_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the repository may hold a run named quickstart
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
-    assert [sum(run.set == name for run in runs) for name in ("main", "hard", "four", "bed")] == [65, 12, 27, 21]
+    counts = [sum(run.set == name for run in runs) for name in ("main", "long", "hard", "four", "bed")]
+    assert counts == [65, 20, 12, 27, 21]
+    assert {run.config.training.steps for run in runs if run.set == "long"} == {1500}
+    assert {run.config.training.steps for run in runs if run.set != "long"} == {600}
     data = with_all_domains(one, one.base)
     check(data, resolve_paths(data))
-    assert len({run.name for run in runs}) == 122  # `hard` has three single-domain runs of `main`
+    assert len({run.name for run in runs}) == 142  # `hard` has three single-domain runs of `main`
     assert {run.domains[0] for run in runs if run.set == "four" and run.arm == "single"} == {
         "decaying_turbulence", "obstacle_wake", "open_channel", "porous_media",
     }  # fmt: skip

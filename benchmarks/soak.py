@@ -8,7 +8,7 @@ over both hosts. Every two minutes one of the faults of `support.faults` happens
 command ends, it is started again, as a user would, up to three times without progress.
 
 Reported for each fault: whether training went on untouched, by itself or after a new start of the command, how long no
-step was made, and how many steps were repeated. At the end, and after every start, the records of the run must have no
+step was made, and how many steps were repeated. At the end, and after every fault, the records of the run must have no
 gap and every checkpoint must be intact. Weights and losses at an early step must equal those of a run without faults.
 """
 
@@ -187,19 +187,15 @@ def summary(faults: list[dict[str, Any]]) -> str:
 
 
 def write_config(source: Path, folder: Path, checkpoint_every: int) -> Path:
-    settings = yaml.safe_load(source.read_text())
+    settings = load_config(source).model_dump()
     for key in ("data", "tokenizer"):
-        settings.setdefault(key, {})
-        settings[key]["root"] = str(
-            Path(settings[key].get("root", {"data": "data", "tokenizer": "tokenizers"}[key])).absolute()
-        )
-    settings.get("parallel", {}).pop("processes", None)  # which a hostfile replaces
-    training = settings.setdefault("training", {})
+        settings[key]["root"] = str(Path(settings[key]["root"]).absolute())
+    settings["parallel"]["processes"] = "auto"  # a hostfile replaces it
+    training = settings["training"]
     training |= {"steps": STEPS, "checkpoint_every": checkpoint_every, "log_every": LOG_EVERY, "validate_every": 1000}
     training |= {"stall_seconds": 20, "keep_last": 3, "keep_every": 0}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    load_config(path, [], None)
     return path
 
 

@@ -32,7 +32,7 @@ def cores_per_process(processes: int, bound: set[int] | None = None) -> int:
     """
     if bound is None:
         bound = bound_to() | bound_to(os.getppid())
-    return max(1, min(_within_quota(len(bound)) // processes, len(bound_to())))
+    return max(1, min(_within_quota(len(bound)) // processes, available_cores()))
 
 
 def bound_to(process: int = 0) -> set[int]:

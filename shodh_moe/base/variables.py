@@ -6,6 +6,8 @@ import os
 
 from shodh_moe.base.errors import UserError
 
+_LAST_PORT = 65535
+
 
 def number_in(*names: str, least: int = 0, most: int = 10**9) -> int | None:
     """Return the whole number in the first of these environment variables that is set and not empty; None without one.
@@ -40,7 +42,12 @@ def number(*names: str, least: int = 0, most: int = 10**9) -> int:
 
 def master_port() -> int | None:
     """Return the number in MASTER_PORT; None if it is not set. Raises `UserError` if it is not a port number."""
-    return number_in("MASTER_PORT", least=1, most=65535)
+    return number_in("MASTER_PORT", least=1, most=_LAST_PORT)
+
+
+def require_master_port() -> int:
+    """Like `master_port`, but it must be set; raises `UserError` otherwise."""
+    return number("MASTER_PORT", least=1, most=_LAST_PORT)
 
 
 def _limits(least: int, most: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from shodh_moe.base.cores import available_cores, bound_to, cores_per_process
+from shodh_moe.base.cores import bound_to, cores_per_process
 from shodh_moe.base.errors import UserError
 
 _ANSWER_S = 0.02  # longest wait of a rank that has finished a job for the next one
@@ -25,7 +25,7 @@ def cores_of_rank(world: Any) -> tuple[int, int]:
     # Ranks may be bound to one core each, to a socket together, or not at all.
     share, number = cores_per_process(here.size, set().union(*here.allgather(bound_to()))), here.rank
     here.Free()
-    return min(share, available_cores()), number
+    return share, number
 
 
 def share_jobs(world: Any, work: Callable[[int], object], count: int, threads: int) -> Iterator[None]:

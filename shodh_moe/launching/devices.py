@@ -48,6 +48,13 @@ def environment_of_each_gpu() -> list[dict[str, str]]:
     return [{variable: name} for name in names[:count]]
 
 
+def accelerator() -> str:
+    """Return DS_ACCELERATOR if it is set, else ``cuda`` if torch can use it, else ``cpu``."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def numbers_for_deepspeed(ranks: int) -> list[int | str]:
     """Return what DeepSpeed's launcher writes to CUDA_VISIBLE_DEVICES, with commas between: one entry for each rank.
 
@@ -56,8 +63,7 @@ def numbers_for_deepspeed(ranks: int) -> list[int | str]:
     """
     import torch
 
-    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if accelerator == "cuda" and ranks > torch.cuda.device_count():
+    if accelerator() == "cuda" and ranks > torch.cuda.device_count():
         raise UserError(
             f"parallel.processes is {ranks}, and this process may use {torch.cuda.device_count()} GPUs "
             f"({describe_choice()}): each rank needs its own GPU, so lower parallel.processes or allow more GPUs"
@@ -67,20 +73,20 @@ def numbers_for_deepspeed(ranks: int) -> list[int | str]:
     return list(names[:ranks]) if len(names) >= ranks else list(range(ranks))
 
 
-def require_own_gpu(accelerator: str) -> None:
+def require_own_gpu(kind: str) -> None:
     """Check that this rank can use the accelerator, with a GPU of its own.
 
     Args:
-        accelerator: value of DS_ACCELERATOR.
+        kind: name of the accelerator, see `accelerator`.
 
     Raises:
         UserError: it is neither ``cpu`` nor ``cuda``, there is no GPU, or this host has more ranks than GPUs.
     """
     import torch
 
-    if accelerator not in ("cpu", "cuda"):
-        raise UserError(f"the variable DS_ACCELERATOR is {accelerator[:80]!r}: set it to cpu or cuda, or unset it")
-    if accelerator == "cuda":
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"the variable DS_ACCELERATOR is {kind[:80]!r}: set it to cpu or cuda, or unset it")
+    if kind == "cuda":
         local, gpus = number("LOCAL_RANK"), torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local >= gpus:
             raise UserError(

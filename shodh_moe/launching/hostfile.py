@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.files import write_text
 from shodh_moe.config import RunConfig
 
 # An optional user, then a name or an IPv4 address: ssh, pdsh and mpirun accept it, and no shell interprets it. DNS
@@ -17,9 +18,8 @@ from shodh_moe.config import RunConfig
 _NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,63}@)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}", re.ASCII)
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)", re.ASCII)
 _MOST_SLOTS = 4096  # far more than the GPUs or cores of any host
-_LONGEST_WORD = (
-    120_000  # Linux accepts 131,072 characters (MAX_ARG_STRLEN), and a remote shell gets the whole line as one
-)
+# Linux accepts 131,072 characters (MAX_ARG_STRLEN), and a remote shell gets the whole line as one word.
+_LONGEST_WORD = 120_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def read_hostfile(path: Path) -> list[Host]:
     if not hosts:
         raise UserError(f"hostfile {path} names no host: add one line per host, such as `worker-0 slots=8`")
     return hosts
+
+
+def write_hostfile(path: Path, hosts: list[Host]) -> None:
+    """Write a file that `read_hostfile` and DeepSpeed read."""
+    write_text(path, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
 
 
 def require_startable(hosts: list[Host]) -> None:

@@ -21,16 +21,15 @@ import uuid
 from pathlib import Path
 
 import psutil
-import torch
 
 from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from shodh_moe.base.network import free_port
 from shodh_moe.base.variables import master_port
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.devices import VARIABLES, numbers_for_deepspeed, require_choice_fits
+from shodh_moe.launching.devices import VARIABLES, accelerator, numbers_for_deepspeed, require_choice_fits
 from shodh_moe.launching.guard import guarded
-from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile, require_startable
+from shodh_moe.launching.hostfile import Host, count_ranks, read_hostfile, require_startable, write_hostfile
 from shodh_moe.launching.probe import probe_hosts
 from shodh_moe.launching.sentinel import KILL, PAUSE_S, STOP, STOP_FILE
 from shodh_moe.launching.ssh import TIME_VARIABLE, group_failures, launcher_ssh_arguments, some, time_limit
@@ -141,7 +140,7 @@ def _here(world: int, training: list[str]) -> tuple[list[str], dict[str, str]]:
     command += ["--world_info", base64.urlsafe_b64encode(gpus.encode()).decode(), "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), *_QUIET]
     defaults = {
-        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        "DS_ACCELERATOR": accelerator(),
         "OMP_NUM_THREADS": str(max(1, available_cores() // world)),
         "DEEPSPEED_LOG_LEVEL": "warning",
     }
@@ -164,7 +163,7 @@ def _on_hosts(hostfile: Path, run: Path, training: list[str]) -> tuple[list[str]
     address, port = _meeting_point(hosts)
     # DeepSpeed reads hostfiles differently: it would take a byte order mark for a part of the first name.
     copy = run / ".launch_hosts"
-    copy.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    write_hostfile(copy, hosts)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *_QUIET, "--hostfile", str(copy)]
     command += ["--force_multi", "--no_ssh_check", "--master_addr", address, "--master_port", port]
     environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "warning"}

@@ -19,7 +19,7 @@ import subprocess
 from shodh_moe.base.cores import available_cores, cores_per_process
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import common_address, free_port, own_networks
-from shodh_moe.base.variables import master_port, number, number_in
+from shodh_moe.base.variables import master_port, number, number_in, require_master_port
 from shodh_moe.launching.devices import VARIABLES, deepspeed_launchers, launcher_options, names_in, restore_choice
 from shodh_moe.launching.mpi import in_slurm_step, mpi_world, under_mpirun
 
@@ -84,7 +84,7 @@ def cores_of_rank() -> int:
     by_srun = in_slurm_step() and not any(name in os.environ for name in ("CROSS_SIZE", "TORCHELASTIC_RUN_ID"))
     if by_srun and number_in("SLURM_CPUS_PER_TASK"):  # each rank is a task, and has these cores for itself
         return available_cores()
-    return min(cores_per_process(number_in("LOCAL_WORLD_SIZE", least=1) or 1), available_cores())
+    return cores_per_process(number_in("LOCAL_WORLD_SIZE", least=1) or 1)
 
 
 def require_launcher_hostfile() -> None:
@@ -123,7 +123,7 @@ def _given_variables() -> dict[str, str | int]:
     found: dict[str, str | int] = {"RANK": number("RANK"), "WORLD_SIZE": number("WORLD_SIZE", least=1)}
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("RANK is set, and MASTER_ADDR is not: start with a launcher that sets it, or unset RANK")
-    number("MASTER_PORT", least=1, most=65535)
+    require_master_port()
     local = number_in("LOCAL_RANK")
     size = number_in("LOCAL_WORLD_SIZE", "LOCAL_SIZE", least=1)  # the second is DeepSpeed's name for it
     if local is None and (size or 1) > 1:

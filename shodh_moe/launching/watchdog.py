@@ -30,20 +30,12 @@ class Watchdog:
         run: the run folder; stacks are written to its folder ``stacks``.
         attempt: identifies this start of the run; equal on all ranks.
         local_rank: 0 starts the sentinel.
-        stoppable: see `sentinel.register`.
         seconds: 0 switches the watchdog off; the sentinel still obeys the stop file.
         stop_file: see `sentinel`.
     """
 
     def __init__(
-        self,
-        run: Path,
-        rank: int,
-        local_rank: int,
-        attempt: str,
-        seconds: float,
-        stop_file: Path | None = None,
-        stoppable: bool = True,
+        self, run: Path, rank: int, local_rank: int, attempt: str, seconds: float, stop_file: Path | None = None
     ):
         self.seconds, self.attempt, self._rank = seconds, attempt, rank
         self._folder = run / "stacks"
@@ -54,7 +46,7 @@ class Watchdog:
             self._file = resources.enter_context(open(self._folder / f"rank_{rank:05d}.txt", "a"))
             faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
             resources.callback(faulthandler.unregister, signal.SIGUSR2)
-            sentinel.register(self._folder, rank, attempt, stoppable)
+            sentinel.register(self._folder, rank, attempt, stoppable=False)
             if local_rank == 0:
                 command = [sys.executable, "-m", sentinel.__name__, str(self._folder), attempt, str(os.getpid())]
                 command += ["--stop-file", str(stop_file)] if stop_file else []
@@ -67,8 +59,8 @@ class Watchdog:
                 threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             self._resources = resources.pop_all()
 
-    def stoppable(self) -> None:
-        """Say that SIGUSR1 makes this rank write a checkpoint and end from now on."""
+    def accept_stops(self) -> None:
+        """Say that from now on SIGUSR1 makes this rank write a checkpoint and end; before, it would kill the rank."""
         sentinel.register(self._folder, self._rank, self.attempt, stoppable=True)
         self.alive()
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import interface_towards, port_holder
 from shodh_moe.base.polling import wait_until
-from shodh_moe.base.variables import master_port, number
+from shodh_moe.base.variables import master_port, number, require_master_port
 
 WORLD = "WORLD_SIZE"
 VERSION = "version of "
@@ -47,7 +47,7 @@ def join(backend: str, facts: dict[str, Any], timeout_seconds: float) -> None:
     if dist.is_initialized():
         return
     rank, world = number("RANK"), number(WORLD, least=1)
-    number("MASTER_PORT", least=1, most=65535)
+    require_master_port()
     try:
         # World size 1, so that the store does not wait: it could not say which rank is missing.
         store, _, _ = next(dist.rendezvous("env://", rank, 1, timeout=timedelta(seconds=timeout_seconds)))

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from shodh_moe.base.files import write_text
 from shodh_moe.base.lock import RUN_LOCK, holder_of
 from shodh_moe.base.polling import wait_until
 from shodh_moe.base.section import Section
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.hostfile import Host, read_hostfile
+from shodh_moe.launching.hostfile import Host, read_hostfile, write_hostfile
 from shodh_moe.launching.launcher import REACH_S, HostsUnusable, TrainingFailed
 from shodh_moe.launching.probe import probe_hosts
 from shodh_moe.launching.ssh import some, time_limit
@@ -127,7 +126,7 @@ def _on_hosts(left: list[Host], config: C, run: Path, for_ranks: Callable[[C, in
                 raise
             continue
         hostfile = run / HOSTS_LEFT
-        write_text(hostfile, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+        write_hostfile(hostfile, hosts)
         parallel = changed.parallel.model_copy(update={"hostfile": str(hostfile)})
         return hosts, cast(C, cast(Section, changed).model_copy(update={"parallel": parallel}))
     raise UserError("no host of the hostfile answers: see `shodh doctor --hostfile`")

@@ -11,7 +11,7 @@ from shodh_moe.base.command import OneLineParser, add_config_arguments, exit_cod
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.base.variables import number, number_in
 from shodh_moe.config import RunConfig
-from shodh_moe.launching.devices import require_own_gpu
+from shodh_moe.launching.devices import accelerator, require_own_gpu
 from shodh_moe.launching.rank_variables import (
     cores_of_rank,
     require_launcher_hostfile,
@@ -91,8 +91,7 @@ def start_watchdog(options: argparse.Namespace, config: RunConfig, run: Path) ->
             )
         return None
     attempt, seconds = attempt_of(options.stop_file), config.training.stall_seconds
-    # A stop signal would end the rank without a checkpoint until it trains.
-    return Watchdog(run, number("RANK"), number("LOCAL_RANK"), attempt, seconds, options.stop_file, stoppable=False)
+    return Watchdog(run, number("RANK"), number("LOCAL_RANK"), attempt, seconds, options.stop_file)
 
 
 def prepare() -> None:
@@ -105,9 +104,9 @@ def prepare() -> None:
 
     if not os.environ.get("OMP_NUM_THREADS"):  # otherwise every rank would use all cores
         torch.set_num_threads(cores_of_rank())
-    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_own_gpu(accelerator)
-    os.environ["DS_ACCELERATOR"] = accelerator
+    kind = accelerator()
+    require_own_gpu(kind)
+    os.environ["DS_ACCELERATOR"] = kind
     keep_freed_memory()
 
 

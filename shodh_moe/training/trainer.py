@@ -67,13 +67,11 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchd
     with ExitStack() as resources:
         resources.push(_leave_process_group)
         on_rank_0(lambda: resources.enter_context(lock_run(run)), share=False)
-        # The attempt is this start of the run.
-        attempt = on_rank_0(lambda: watchdog.attempt if watchdog else uuid.uuid4().hex)
-        on_rank_0(lambda: clear(run, attempt))
+        attempt = on_rank_0(lambda: _begin_attempt(run, watchdog))
         stop_requests = resources.enter_context(stop_request())
         watchdog = watchdog or Watchdog(run, rank, local_rank, attempt, config.training.stall_seconds)
         resources.callback(watchdog.stop)
-        watchdog.stoppable()
+        watchdog.accept_stops()
 
         start = _restore(task, config, run / "checkpoints", resume)
         writer = _checkpoint_writer(run / "checkpoints", config.training, attempt)
@@ -86,6 +84,13 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchd
         if rank == 0:
             print(f"stopped by a signal after step {step}: the same command resumes from there", flush=True)
         raise SystemExit(EXIT_REQUEUE)
+
+
+def _begin_attempt(run: Path, watchdog: Watchdog | None) -> str:
+    """Return what identifies this start of the run, after removing what earlier ones have left."""
+    attempt = watchdog.attempt if watchdog else uuid.uuid4().hex
+    clear(run, attempt)
+    return attempt
 
 
 def _leave_process_group(

@@ -234,7 +234,7 @@ def test_a_rank_that_stops_while_it_starts_ends_the_job(case: Path) -> None:
             time.sleep(0.01)
         rank = psutil.Process(json.loads(registered[0].read_text())["process"])
         rank.suspend()
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=150)
     assert process.returncode == EXIT_FAILED, error
     assert "error on rank 0: no progress for 15 s" in error
     assert not rank.is_running()
@@ -252,7 +252,7 @@ def test_a_stop_while_ranks_start_makes_them_write_a_checkpoint(case: Path) -> N
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=150)
     assert process.returncode == EXIT_REQUEUE, out
     assert len(list_checkpoints(case / "runs/early/checkpoints")) == 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -95,3 +96,15 @@ def _same_threads_for_torch() -> Iterator[None]:
     yield
     if before and sys.modules["torch"].get_num_threads() != before:
         sys.modules["torch"].set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _default_signals() -> Iterator[None]:
+    """Let the processes of tests obey SIGHUP and SIGINT even under ``nohup`` or in a background job."""
+    defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ignored = [number for number in defaults if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, defaults[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

@@ -79,12 +79,13 @@ def test_ten_thousand_silent_hosts_take_no_longer_than_the_limit(
 
 def test_an_answer_is_not_delayed_by_children_that_outlive_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The master of a multiplexed connection (ControlPersist) does so; it is left alone."""
-    _install(folder, monkeypatch, "setsid sleep 3.7 & echo hello\n")
+    _install(folder, monkeypatch, "setsid sleep 63.7 & echo hello\n")
     began = time.monotonic()
-    (answer,) = run_on_hosts(["n"], folder / "script.py", seconds=10)
+    (answer,) = run_on_hosts(["n"], folder / "script.py", seconds=60)
     assert (answer.output, answer.error) == ("hello\n", "")
-    assert time.monotonic() - began < 3
-    assert _running("sleep 3.7")
+    assert time.monotonic() - began < 60
+    (sleep,) = _running("sleep 63.7")
+    os.kill(int(sleep), signal.SIGKILL)
 
 
 def test_ctrl_c_ends_every_ssh_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

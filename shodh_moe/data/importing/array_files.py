@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.io import netcdf_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.text import printable
+from shodh_moe.data.importing.filters import require_filters
 
 Part = tuple[int | slice, ...]
 
@@ -57,10 +59,15 @@ class Array:
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, and a function that opens each of them."""
+    """An open file: the names of its arrays, and a function that opens each of them.
 
-    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]]):
-        self.path, self._arrays = path, arrays
+    Attributes:
+        path: the file.
+        unusable: what the other names in the file are, which cannot be read, to complete "NAME is ...".
+    """
+
+    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]], unusable: dict[str, str] | None = None):
+        self.path, self._arrays, self.unusable = path, arrays, unusable or {}
         self._open: dict[str, Array] = {}
 
     @property
@@ -72,6 +79,14 @@ class ArrayFile:
         if name not in self._open:
             self._open[name] = self._arrays[name]()
         return self._open[name]
+
+    def seen_through(self, view: Callable[[Array], Array]) -> ArrayFile:
+        """The same file, each of whose arrays is passed through ``view``."""
+
+        def opener(name: str) -> Callable[[], Array]:
+            return lambda: view(self.array(name))
+
+        return ArrayFile(self.path, {name: opener(name) for name in self._arrays}, self.unusable)
 
 
 @contextmanager
@@ -104,11 +119,17 @@ def open_array_file(path: Path) -> Iterator[ArrayFile]:
 def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
     file = stack.enter_context(h5py.File(path, "r"))
     arrays: dict[str, Callable[[], Array]] = {}
+    links: dict[str, str] = {}
 
     def take(group: h5py.Group, prefix: str, depth: int) -> None:
         for name in group:
-            # Ignore soft and external links, which may lead to any file on this machine.
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            # Soft and external links are not followed, as they may lead to any file on this machine.
+            link = group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                there = (
+                    f"to {link.path} in {link.filename}" if isinstance(link, h5py.ExternalLink) else f"to {link.path}"
+                )
+                links[prefix + name] = printable(f"a link {there}; links are not followed: name its target instead")
                 continue
             item = group[name]
             if isinstance(item, h5py.Group) and depth < 8:
@@ -117,13 +138,16 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
-    return ArrayFile(path, arrays)
+    return ArrayFile(path, arrays, links)
 
 
 def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     _require_numbers(path, name, dataset.dtype)
+    if dataset.shape is None:
+        raise UserError(f"{path}: {name} is empty (a null dataspace): write the values again")
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
+    require_filters(path, name, dataset)
     # Read only these attributes; others may be references or of excessive size.
     attributes = {key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs}
     return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], _packing(attributes))
@@ -159,13 +183,13 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
         start = stream.tell()
 
         def read(part: Part) -> Any:
-            # Read single entries of the first axis if possible: an array may be larger than memory.
-            count, first = int(np.prod(shape)), 0
-            if part and isinstance(part[0], int) and not fortran:
-                count //= max(shape[0], 1)
-                first, inner, part = part[0] * count * dtype.itemsize, shape[1:], part[1:]
-            else:
-                inner = shape[::-1] if fortran else shape
+            # Read single entries of the first axes if possible: an array may be larger than memory.
+            count, first, inner = int(np.prod(shape)), 0, shape
+            while part and isinstance(part[0], int) and not fortran:
+                count //= max(inner[0], 1)
+                first, inner, part = first + part[0] * count * dtype.itemsize, inner[1:], part[1:]
+            if fortran:
+                inner = shape[::-1]
             stream.seek(start + first)
             block = stream.read(count * dtype.itemsize)
             if len(block) != count * dtype.itemsize:

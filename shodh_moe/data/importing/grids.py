@@ -25,15 +25,19 @@ class Grid:
         spacing: size of the cubic cells, in the input's unit of length.
         origin: position of the first grid point, in the same unit.
         weights: for each axis the interpolation matrix [new, old], or None without interpolation.
+        reversed: the axes of X, Y, Z (0, 1, 2) along which the input's coordinates decrease.
     """
 
     cells: tuple[int, int, int]
     spacing: float
     origin: tuple[float, float, float]
     weights: tuple[NDArray[np.float64] | None, ...]
+    reversed: tuple[int, ...] = ()
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Interpolate fields [..., X, Y, Z] to the new grid."""
+        """Put fields [..., X, Y, Z] on the new grid: reverse axes along which coordinates decrease, and interpolate."""
+        if self.reversed:
+            values = np.ascontiguousarray(np.flip(values, [values.ndim - 3 + axis for axis in self.reversed]))
         for axis, (matrix, size) in enumerate(zip(self.weights, self.cells, strict=True), start=values.ndim - 3):
             if matrix is None:
                 values = np.take(values, np.arange(size), axis) if values.shape[axis] != size else values
@@ -55,8 +59,10 @@ def even_step(points: NDArray[np.float64]) -> float:
 def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
     """Read the coordinates of the cropped grid points along x, y and z, in the input's unit of length.
 
+    They increase or decrease, as they are stored.
+
     Raises:
-        UserError: a coordinate dataset is missing, has a wrong length, or does not increase.
+        UserError: a coordinate dataset is missing, has a wrong length, or neither increases nor decreases.
     """
     if mapping.coordinates is None:
         given = mapping.spacing
@@ -69,8 +75,12 @@ def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[n
         if array.shape != (size,):
             raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
         values = array.read((slice(None),))[cut]
-        if not np.isfinite(values).all() or (len(values) > 1 and np.diff(values).min() <= 0):
-            raise UserError(f"{path}: {name} does not increase, expected the coordinates along {axis}")
+        steps = np.diff(values)
+        if not np.isfinite(values).all() or not ((steps > 0).all() or (steps < 0).all()):
+            raise UserError(
+                f"{path}: {name} neither increases nor decreases from point to point, expected the coordinates along "
+                f"{axis}"
+            )
         points.append(values)
     return points
 
@@ -81,6 +91,11 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
     Raises:
         UserError: cells are not cubic and the mapping has no ``resample``, or the new grid does not fit.
     """
+    backwards = tuple(axis for axis, one in enumerate(points) if len(one) > 1 and one[0] > one[-1])
+    points = [one[::-1] if axis in backwards else one for axis, one in enumerate(points)]
+    for axis, one in zip(AXES, points, strict=True):
+        if len(one) < 2:
+            raise UserError(f"the input has {len(one)} point along {axis}: the model needs 3D flows, not 2D ones")
     if mapping.resample is None:
         steps = [even_step(one) for one in points]
         if min(steps) <= 0 or np.ptp(steps) > UNEVEN * min(steps):
@@ -96,7 +111,7 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
         spacing, origin, sizes, weights = _resampled(points, mapping.resample, mapping.boundaries.periodic)
     cells = _divisible(sizes, mapping)
     weights = [None if one is None else one[:size] for one, size in zip(weights, cells, strict=True)]
-    return Grid((cells[0], cells[1], cells[2]), spacing, (origin[0], origin[1], origin[2]), tuple(weights))
+    return Grid((cells[0], cells[1], cells[2]), spacing, (origin[0], origin[1], origin[2]), tuple(weights), backwards)
 
 
 def _resampled(
@@ -168,7 +183,12 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
     for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
         if size == fit and size:
             continue
-        if mapping.crop != "auto" or not fit:
+        if not fit:
+            raise UserError(
+                f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
+                f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
+            )
+        if mapping.crop != "auto":
             raise UserError(
                 f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
                 f"crop.{axis}, or `crop: auto` to keep {fit}, or choose resample.spacing"
@@ -184,5 +204,5 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
 def _spacing(axis: str, points: NDArray[np.float64]) -> str:
     if len(points) < 2:
         return f"{axis}: one point"
-    steps = np.diff(points)
+    steps = np.abs(np.diff(points))
     return f"{axis}: {steps.mean():.4g}" if even_step(points) else f"{axis}: {steps.min():.4g} to {steps.max():.4g}"

@@ -25,8 +25,8 @@ from shodh_moe.data import (
 )
 from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
+from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.importing.projection import project
-from shodh_moe.data.importing.snapshots import natural
 from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
@@ -143,7 +143,7 @@ def test_velocity_and_pressure_in_separate_files_of_one_snapshot(cutouts: Path) 
     trajectory = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity[8:11])
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure[8:11])
-    assert sorted(["a10b2", "a9b10", "a9b9"], key=natural) == ["a9b9", "a9b10", "a10b2"]
+    assert sorted(["a10b2", "a9b10", "a9b9"], key=number_key) == ["a9b9", "a9b10", "a10b2"]
 
 
 def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.ndarray) -> None:

@@ -29,6 +29,7 @@ class Array:
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
         packing: NetCDF's scale factor, offset and missing values.
+        attributes: its attributes that may state a time, with names in lower case.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Array:
     shape: tuple[int, ...]
     raw: Callable[[Part], Any] = field(repr=False)
     packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     def read(self, part: Part) -> NDArray[np.float64]:
         """Read a part as float64; packed NetCDF values are unpacked, missing values become NaN.
@@ -57,10 +59,10 @@ class Array:
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, and a function that opens each of them."""
+    """An open file: the names of its arrays, a function that opens each of them, and attributes as in `Array`."""
 
-    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]]):
-        self.path, self._arrays = path, arrays
+    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]], attributes: dict[str, Any] | None = None):
+        self.path, self._arrays, self.attributes = path, arrays, attributes or {}
         self._open: dict[str, Array] = {}
 
     @property
@@ -117,16 +119,20 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
-    return ArrayFile(path, arrays)
+    return ArrayFile(path, arrays, _attributes(file))
 
 
 def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     _require_numbers(path, name, dataset.dtype)
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
+    packing = _packing({key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs})
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packing, _attributes(dataset))
+
+
+def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
     # Read only these attributes; others may be references or of excessive size.
-    attributes = {key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs}
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], _packing(attributes))
+    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in _READ}
 
 
 def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
@@ -178,6 +184,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
     return ArrayFile(path, {name: partial(array, name) for name in members})
 
 
+_READ = ("time", "times", "t")
 _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 
 

@@ -10,8 +10,9 @@ from scipy.interpolate import CubicSpline
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION
+from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Mapping, Resample
-from shodh_moe.data.importing.snapshots import ArrayFiles, Plan
+from shodh_moe.data.importing.snapshots import Plan
 
 UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
 
@@ -64,7 +65,7 @@ def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[n
         return [step * np.arange(cut.start, cut.stop) for step, cut in zip(steps, plan.crop, strict=True)]
     points = []
     for axis, size, cut in zip(AXES, plan.shape, plan.crop, strict=True):
-        path, name, _ = files.find(getattr(mapping.coordinates, axis))[0]
+        path, name = files.find(getattr(mapping.coordinates, axis))[0]
         array = files.at(path).array(name)
         if array.shape != (size,):
             raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")

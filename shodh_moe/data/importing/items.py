@@ -11,7 +11,7 @@ from typing import Any
 from shodh_moe.base.errors import UserError
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.data.importing.mapping import Mapping
-from shodh_moe.data.importing.snapshots import natural
+from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.listing import SPLITS
 from shodh_moe.data.reading import read_provenance
 
@@ -22,15 +22,19 @@ class Item:
 
     Attributes:
         path: the file to write.
-        files: input files.
+        entries: input files, in one list for each entry (a file or a pattern) of the mapping that names them.
         snapshots: range [first, last + 1] of snapshots to import; None: all.
         request: JSON-like values that identify its content.
     """
 
     path: Path
-    files: list[Path]
+    entries: list[list[Path]]
     snapshots: tuple[int, int] | None
     request: dict[str, Any]
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for entry in self.entries for path in entry]
 
 
 def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
@@ -45,7 +49,8 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
         groups = [group for entry in getattr(mapping.files, split) for group in _groups(entry, f"files.{split}")]
         given = getattr(mapping.snapshots, split)
         cut = (given[0], given[1]) if given else None
-        for index, paths in enumerate(groups):
+        for index, entries in enumerate(groups):
+            paths = [path for entry in entries for path in entry]
             for other, range_ in taken.setdefault(tuple(paths), []):
                 if cut is None or range_ is None or max(cut[0], range_[0]) < min(cut[1], range_[1]):
                     raise UserError(
@@ -61,7 +66,7 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
                 "snapshots": list(cut) if cut else None,
             }
             path = folder / "data" / split / f"{mapping.domain}_{index:04d}.hdf5"
-            items.append(Item(path, paths, cut, request))
+            items.append(Item(path, entries, cut, request))
     return items
 
 
@@ -72,18 +77,22 @@ def is_done(item: Item) -> bool:
     return False
 
 
-def _groups(entry: str | list[str], key: str) -> list[list[Path]]:
-    """Return the files of each trajectory of an entry: one file each for a pattern, all files for a list."""
+def _groups(entry: str | list[str], key: str) -> list[list[list[Path]]]:
+    """Return the files of each trajectory of an entry: one file each for a pattern, the files of all for a list."""
     patterns = [entry] if isinstance(entry, str) else entry
-    paths: list[Path] = []
+    found = []
     for pattern in patterns:
-        found = sorted((Path(one) for one in glob(pattern, recursive=True)), key=lambda one: natural(str(one)))
-        if not found:
+        paths = [Path(one) for one in sorted(sorted(glob(pattern, recursive=True)), key=number_key)]
+        if not paths:
             raise UserError(
                 f"{key}: no file matches {pattern!r}: paths are relative to the folder in which you run the command"
             )
-        paths += found
-    return [[path] for path in paths] if isinstance(entry, str) else [paths]
+        found.append(paths)
+    every = [path for paths in found for path in paths]
+    if len(set(every)) < len(every):
+        twice = next(path for path in every if every.count(path) > 1)
+        raise UserError(f"{key}: one list names {twice} twice: name every file of a trajectory once")
+    return [[[path]] for path in every] if isinstance(entry, str) else [found]
 
 
 def require_no_others(folder: Path, domain: str, wanted: set[Path]) -> None:

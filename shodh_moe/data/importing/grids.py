@@ -169,15 +169,17 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
     for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
         if size == fit and size:
             continue
+        if periodic:
+            raise UserError(
+                (f"`crop: auto` would remove {size - fit}" if mapping.crop == "auto" else f"the grid has {size}")
+                + f" cells along {axis}, which is periodic, but the tokenizer needs a multiple of {COMPRESSION}: "
+                + (f"if the last point repeats the first, write `repeated_end: [{axis}]`; " if size == fit + 1 else "")
+                + f"choose resample.spacing so that the period fits, or set boundaries.{axis} to open and crop"
+            )
         if mapping.crop != "auto" or not fit:
             raise UserError(
                 f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
                 f"crop.{axis}, or `crop: auto` to keep {fit}, or choose resample.spacing"
-            )
-        if periodic:
-            raise UserError(
-                f"`crop: auto` would remove {size - fit} cells of the periodic axis {axis}: set boundaries.{axis} "
-                "to open, or choose resample.spacing so that the period fits"
             )
     return cells
 

@@ -14,6 +14,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import remove_leftovers, require_writable
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.base.text import printable
+from shodh_moe.data.importing.ends import require_ends_once
 from shodh_moe.data.importing.file_set import ArrayFiles, open_array_files
 from shodh_moe.data.importing.grids import UNEVEN, Grid, even_step, new_grid, points_of
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
@@ -105,6 +106,7 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         for line in _gaps(found):
             print(f"{item.path.name}: {line}")
         start_time, time_step = _times(files, mapping, found.times, start, stop)
+        require_ends_once(files, mapping, found)
         points = points_of(files, mapping, found)
         grid = new_grid(points, mapping)
         if wanted_grid and grid.cells != tuple(wanted_grid):

@@ -53,7 +53,7 @@ def plan(files: ArrayFiles, mapping: Mapping) -> Plan:
     crop = mapping.crop if isinstance(mapping.crop, Crop) else Crop()
     cuts = []
     for axis, size in zip(AXES, shape, strict=True):
-        low, high = getattr(crop, axis) or (0, size)
+        low, high = getattr(crop, axis) or (0, size - (axis in mapping.repeated_end))
         if high > size:
             raise UserError(f"crop.{axis} ends at {high}, but {first.path} has only {size} points there")
         cuts.append(slice(low, high))

@@ -129,6 +129,18 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def repeated_frames(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        for name in ("t1_fields/velocity", "t0_fields/pressure"):
+            file[name][0, 2:] = file[name][0, 1:2]
+
+
+def both_ends(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file["t0_fields/solid"][...] = 0
+        file["t1_fields/velocity"][:, :, :, -1] = file["t1_fields/velocity"][:, :, :, 0]
+
+
 def small(path: Path) -> None:
     write_dataset(path.parent / "x", grid=(8, 8, 8), snapshots=4)
     shutil.copy(path.parent / "x/data/train/wild.hdf5", path)
@@ -152,6 +164,8 @@ def small(path: Path) -> None:
         (foreign_schema, "warning", ("bc_type is MOVING", "WALL, OPEN, PERIODIC")),
         (double, "warning", ("t0_fields/pressure: holds float64, expected float32",)),
         (truncate, "error", ("truncated",)),
+        (repeated_frames, "warning", ("2 snapshots are the same as an earlier one", "snapshot 2 as 1")),
+        (both_ends, "error", ("the last plane along y repeats the first", "repeated_end: [y]")),
         (small, "error", ("grid [8, 8, 8], expected [16, 16, 16] as in data/train/calm.hdf5",)),
     ],
 )

@@ -25,8 +25,8 @@ from shodh_moe.data import (
 )
 from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
+from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.importing.projection import project
-from shodh_moe.data.importing.snapshots import natural
 from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
@@ -143,7 +143,7 @@ def test_velocity_and_pressure_in_separate_files_of_one_snapshot(cutouts: Path) 
     trajectory = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity[8:11])
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure[8:11])
-    assert sorted(["a10b2", "a9b10", "a9b9"], key=natural) == ["a9b9", "a9b10", "a10b2"]
+    assert sorted(["a10b2", "a9b10", "a9b9"], key=number_key) == ["a9b9", "a9b10", "a10b2"]
 
 
 def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.ndarray) -> None:
@@ -387,6 +387,8 @@ def write_faulty(folder: Path, fault: str) -> None:
         ("", {"snapshots": {"train": [2, 9]}}, ("2..9 of 3",)),
         ("", {"project": True, "mask": {"dataset": "m"}}, ("project does not support solids",)),
         ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
+        ("", {"repeated_end": ["x"], "boundaries": dict.fromkeys("xyz", "open")}, ("axis x is not periodic", "crop.x")),
+        ("", {"repeated_end": ["x"]}, ("last point along x does not repeat the first", "out of repeated_end")),
         ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
         (
@@ -396,7 +398,7 @@ def write_faulty(folder: Path, fault: str) -> None:
         ),
         ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
         ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
-        ("odd", {"crop": "auto"}, ("7 cells of the periodic axis z",)),
+        ("odd", {"crop": "auto"}, ("would remove 7 cells along z, which is periodic",)),
         ("truncated", {}, ("train.h5", "truncated")),
         ("text", {}, ("train.h5", "not HDF5, NetCDF 3 or 4, or npz")),
         ("link", {}, ("train.h5: Pressure_0002 is a link to Pressure_0002 in valid.h5",)),
@@ -422,6 +424,56 @@ def test_crop_and_pressure_of_zero(cutouts: Path, capsys: pytest.CaptureFixture[
     np.testing.assert_array_equal(stored.velocity_T3XYZ, velocity[..., :16])
     assert not stored.pressure_T1XYZ.any()
     assert "pressure is zero everywhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_periodic_box_stored_with_both_ends(cutouts: Path, size: int) -> None:
+    """N + 1 points are refused, also where that is a multiple of 8, unless the mapping drops the repeated end."""
+    grid = (size - 1, 16, 24)
+    rng = np.random.default_rng(0)
+    velocity = smooth(rng, 3, 3, *grid).astype(np.float32)
+    closed = np.concatenate([velocity, velocity[:, :, :1] * (1 + 1e-6)], 2)
+    pressure = smooth(rng, 3, *closed.shape[2:])
+    write_cutout(cutouts / "closed.h5", closed, pressure, even_points(closed.shape[2:]))
+    changes: dict[str, Any] = {"files": {"train": ["closed.h5"]}, "spacing": None}
+    changes["coordinates"] = {axis: f"{axis}coor" for axis in "xyz"}
+    with pytest.raises(UserError, match=r"last point along x repeats the first.*repeated_end: \[x\]"):
+        imported(cutouts, **changes)
+    if size == 8:
+        with pytest.raises(UserError, match="the grid has 7 cells along x, which is periodic"):
+            imported(cutouts, **changes, repeated_end=["x"])
+        return
+    record = list_trajectories(imported(cutouts, **changes, repeated_end=["x"]), "train")[0]
+    assert (record.grid, record.periodic) == ((8, 16, 24), (True,) * 3)
+    stored = read_trajectory(record)
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, velocity)
+    np.testing.assert_array_equal(stored.pressure_T1XYZ[:, 0], pressure[:, :8].astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["walls in the planes", "no change along x", "mirror image"])
+def test_planes_that_cannot_tell_are_no_repeated_end(cutouts: Path, kind: str) -> None:
+    velocity, pressure = flow(0)
+    if kind == "walls in the planes":
+        velocity[:, :, [0, -1]] = 0
+    elif kind == "no change along x":
+        velocity[:] = velocity[:, :, :1]
+    else:
+        velocity[:, :, 4:] = velocity[:, :, 3::-1]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points())
+    np.testing.assert_array_equal(
+        read_trajectory(list_trajectories(imported(cutouts), "train")[0]).velocity_T3XYZ, velocity
+    )
+
+
+def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """N + 1 points whose values cannot tell (no change along x): the first message names the key that helps."""
+    velocity, pressure = flow(0, grid=(9, 16, 24))
+    velocity[:] = velocity[:, :, :1]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points((9, 16, 24)))
+    mapping = mapping_file(cutouts, files={"train": ["train.h5"]})
+    refused(capfd, "data", "import", str(mapping), "--output", "out", says=("repeats the first", "repeated_end: [x]"))
+    out = imported(cutouts, files={"train": ["train.h5"]}, repeated_end=["x"])
+    assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
 
 
 def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:

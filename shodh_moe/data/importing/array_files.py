@@ -31,6 +31,7 @@ class Array:
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
         packing: NetCDF's scale factor, offset and missing values.
+        attributes: its attributes that may state a time, with names in lower case.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Array:
     shape: tuple[int, ...]
     raw: Callable[[Part], Any] = field(repr=False)
     packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     def read(self, part: Part) -> NDArray[np.float64]:
         """Read a part as float64; packed NetCDF values are unpacked, missing values become NaN.
@@ -59,15 +61,23 @@ class Array:
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, and a function that opens each of them.
+    """An open file: the names of its arrays, a function that opens each of them, and attributes as in `Array`.
 
     Attributes:
         path: the file.
         unusable: what the other names in the file are, which cannot be read, to complete "NAME is ...".
+        attributes: as in `Array`.
     """
 
-    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]], unusable: dict[str, str] | None = None):
-        self.path, self._arrays, self.unusable = path, arrays, unusable or {}
+    def __init__(
+        self,
+        path: Path,
+        arrays: dict[str, Callable[[], Array]],
+        attributes: dict[str, Any] | None = None,
+        unusable: dict[str, str] | None = None,
+    ):
+        self.path, self._arrays = path, arrays
+        self.attributes, self.unusable = attributes or {}, unusable or {}
         self._open: dict[str, Array] = {}
 
     @property
@@ -86,7 +96,7 @@ class ArrayFile:
         def opener(name: str) -> Callable[[], Array]:
             return lambda: view(self.array(name))
 
-        return ArrayFile(self.path, {name: opener(name) for name in self._arrays}, self.unusable)
+        return ArrayFile(self.path, {name: opener(name) for name in self._arrays}, self.attributes, self.unusable)
 
 
 @contextmanager
@@ -138,7 +148,7 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
-    return ArrayFile(path, arrays, links)
+    return ArrayFile(path, arrays, _attributes(file), links)
 
 
 def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
@@ -148,9 +158,13 @@ def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
     require_filters(path, name, dataset)
+    packing = _packing({key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs})
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packing, _attributes(dataset))
+
+
+def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
     # Read only these attributes; others may be references or of excessive size.
-    attributes = {key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs}
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], _packing(attributes))
+    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in _READ}
 
 
 def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
@@ -202,6 +216,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
     return ArrayFile(path, {name: partial(array, name) for name in members})
 
 
+_READ = ("time", "times", "t")
 _PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 
 

@@ -10,8 +10,9 @@ from scipy.interpolate import CubicSpline
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION
+from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Mapping, Resample
-from shodh_moe.data.importing.snapshots import ArrayFiles, Plan
+from shodh_moe.data.importing.snapshots import Plan
 
 UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
 
@@ -70,7 +71,7 @@ def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[n
         return [step * np.arange(cut.start, cut.stop) for step, cut in zip(steps, plan.crop, strict=True)]
     points = []
     for axis, size, cut in zip(AXES, plan.shape, plan.crop, strict=True):
-        path, name, _ = files.find(getattr(mapping.coordinates, axis))[0]
+        path, name = files.find(getattr(mapping.coordinates, axis))[0]
         array = files.at(path).array(name)
         if array.shape != (size,):
             raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
@@ -188,15 +189,17 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
                 f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
                 f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
             )
+        if periodic:
+            raise UserError(
+                (f"`crop: auto` would remove {size - fit}" if mapping.crop == "auto" else f"the grid has {size}")
+                + f" cells along {axis}, which is periodic, but the tokenizer needs a multiple of {COMPRESSION}: "
+                + (f"if the last point repeats the first, write `repeated_end: [{axis}]`; " if size == fit + 1 else "")
+                + f"choose resample.spacing so that the period fits, or set boundaries.{axis} to open and crop"
+            )
         if mapping.crop != "auto":
             raise UserError(
                 f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
                 f"crop.{axis}, or `crop: auto` to keep {fit}, or choose resample.spacing"
-            )
-        if periodic:
-            raise UserError(
-                f"`crop: auto` would remove {size - fit} cells of the periodic axis {axis}: set boundaries.{axis} "
-                "to open, or choose resample.spacing so that the period fits"
             )
     return cells
 

@@ -150,6 +150,9 @@ class Mapping(Section):
     time_step: PositiveFloat | None = Field(None, description="time between snapshots, before scaling")
     time: str | None = Field(None, description="name of the dataset with the times of the snapshots")
     boundaries: Boundaries
+    repeated_end: list[Literal["x", "y", "z"]] = Field(
+        [], description="periodic axes whose last point repeats the first; it is dropped"
+    )
     crop: Crop | Literal["auto"] | None = None
     resample: Resample | None = None
     project: bool = Field(False, description="remove the divergent part of the velocity")
@@ -186,6 +189,9 @@ class Mapping(Section):
                 raise ValueError(f"give either {one} or {other}")
         if self.project and self.mask:
             raise ValueError("project does not support solids: leave out mask, or write `project: false`")
+        for axis in self.repeated_end:
+            if getattr(self.boundaries, axis) != "periodic":
+                raise ValueError(f"axis {axis} is not periodic: use crop.{axis} in place of repeated_end")
         if isinstance(self.crop, Crop):
             for axis, periodic in zip(AXES, self.boundaries.periodic, strict=True):
                 if getattr(self.crop, axis) and periodic:

@@ -14,15 +14,16 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import remove_leftovers, require_writable
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.base.text import printable
-from shodh_moe.data.importing.grids import Grid, even_step, new_grid, points_of
+from shodh_moe.data.importing.ends import require_ends_once
+from shodh_moe.data.importing.file_set import ArrayFiles, open_array_files
+from shodh_moe.data.importing.grids import UNEVEN, Grid, even_step, new_grid, points_of
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
 from shodh_moe.data.importing.mapping import AXES, Mapping
+from shodh_moe.data.importing.order import largest_gap
 from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.samples import mapping_of, sample_names, view_of
 from shodh_moe.data.importing.snapshots import (
-    ArrayFiles,
     Plan,
-    open_array_files,
     plan,
     read_mask,
     read_pressure,
@@ -98,9 +99,9 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
     view = None
     if mapping.many:
         # Of files that could not be read while planning, the reason is needed now.
-        sample = item.sample if item.sample is not None else sample_names(mapping, item.files)[0]
+        sample = item.sample if item.sample is not None else sample_names(mapping, item.entries)[0]
         mapping, view = mapping_of(mapping, sample), view_of(mapping, sample, item.samples)
-    with open_array_files(item.files, view) as files:
+    with open_array_files(item.entries, view) as files:
         found = plan(files, mapping)
         start, stop = item.snapshots or (0, len(found))
         if stop > len(found) or stop - start < 2:
@@ -108,7 +109,10 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
                 f"{item.files[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
                 "or more; check `snapshots`, or name all files of a trajectory in one list"
             )
-        start_time, time_step = _times(files, mapping, start, stop)
+        for line in _gaps(found):
+            print(f"{item.path.name}: {line}")
+        start_time, time_step = _times(files, mapping, found.times, start, stop)
+        require_ends_once(files, mapping, found)
         points = points_of(files, mapping, found)
         grid = new_grid(points, mapping)
         if wanted_grid and grid.cells != tuple(wanted_grid):
@@ -224,23 +228,38 @@ def _snapshot(
     return stored
 
 
-def _times(files: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
+def _gaps(found: Plan) -> Iterator[str]:
+    """Warn of a snapshot that seems to be missing, if only names tell the time."""
+    places = found.velocity[0]
+    names = [place.name for place in places]
+    if found.times is not None or any(place.time is not None for place in places):
+        return
+    if gap := largest_gap(names if len(set(names)) == len(names) else [str(place.path) for place in places]):
+        yield (
+            f"warning: {gap[0]} is followed by {gap[1]}, which is a larger step than others: is a snapshot missing? "
+            "the time step is taken as constant"
+        )
+
+
+def _times(
+    files: ArrayFiles, mapping: Mapping, times: NDArray[np.float64] | None, start: int, stop: int
+) -> tuple[float, float]:
     """Return the time of the first snapshot and the time step, before scaling."""
-    if mapping.time is None:
-        step = float(mapping.time_step or 0)
-        return start * step, step
-    parts = []
-    for path, name, _ in files.find(mapping.time):
-        array = files.at(path).array(name)
-        parts.append(np.ravel(array.read(tuple(slice(None) for _ in array.shape))))
-    times = np.concatenate(parts)[start:stop]
-    if len(times) != stop - start:
-        raise UserError(f"{files.paths[0]}: {mapping.time} has {len(times)} times for {stop - start} snapshots")
+    given = mapping.time_step
+    if times is None:
+        return start * float(given or 0), float(given or 0)
+    times = times[start:stop]
     step = even_step(times)
     if step <= 0:
+        steps = np.diff(times)
         raise UserError(
-            f"{files.paths[0]}: {mapping.time} goes from {times[0]:g} to {times[-1]:g} in uneven steps: the model "
-            "needs a constant time step; choose a part with `snapshots`"
+            f"{files}: the times of the snapshots go from {times[0]:g} to {times[-1]:g} in uneven steps, from "
+            f"{steps.min():g} to {steps.max():g}: the model needs a constant time step; choose a part with `snapshots`"
+        )
+    if given is not None and abs(step - given) > UNEVEN * step:
+        raise UserError(
+            f"{files}: time_step is {given:g}, but the times in the files go in steps of {step:g}: write "
+            f"`time_step: {step:g}`, and scale.time if your unit of time is another"
         )
     return float(times[0]), step
 

@@ -9,22 +9,24 @@ from pathlib import Path
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.data.importing.array_files import Array, Part
+from shodh_moe.data.importing.file_set import open_array_files
 from shodh_moe.data.importing.mapping import SAMPLE, Mapping
-from shodh_moe.data.importing.snapshots import natural, open_array_files
+from shodh_moe.data.importing.order import number_key
 
 View = Callable[[Array], Array]
 
 
-def sample_names(mapping: Mapping, paths: list[Path]) -> list[str]:
+def sample_names(mapping: Mapping, entries: list[list[Path]]) -> list[str]:
     """List the trajectories in the files of one entry: their numbers along n, or the names that ``{n}`` stands for.
 
     Raises:
         UserError: a file cannot be read, or has no dataset that the mapping names.
     """
     velocity = mapping.velocity if isinstance(mapping.velocity, str) else mapping.velocity[0]
-    with open_array_files(paths) as files:
+    with open_array_files(entries) as files:
+        first = files.paths[0]
         if "n" in mapping.axes:
-            path, name, _ = files.find(velocity)[0]
+            path, name = files.find(velocity)[0]
             array = files.at(path).array(name)
             count = array.shape[_position(mapping, array)]
             if not count:
@@ -32,15 +34,15 @@ def sample_names(mapping: Mapping, paths: list[Path]) -> list[str]:
             return [str(number) for number in range(count)]
         before, after = (_regex(part) for part in velocity.split(SAMPLE))
         pattern = re.compile(f"{before}([^/]+){after}")
-        names = files.at(paths[0]).names
-        for name, what in files.at(paths[0]).unusable.items():
+        names = files.at(first).names
+        for name, what in files.at(first).unusable.items():
             if pattern.fullmatch(name) or re.fullmatch(f"{before}[^/]+", name):
-                raise UserError(f"{paths[0]}: {name} is {what}")
+                raise UserError(f"{first}: {name} is {what}")
         found = {match.group(1) for name in names if (match := pattern.fullmatch(name))}
     if not found:
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-        raise UserError(f"{paths[0]} has no dataset {velocity!r}; it has {shown or 'none'}")
-    return sorted(found, key=natural)
+        raise UserError(f"{first} has no dataset {velocity!r}; it has {shown or 'none'}")
+    return sorted(found, key=number_key)
 
 
 def _regex(pattern: str) -> str:

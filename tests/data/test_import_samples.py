@@ -199,7 +199,7 @@ def test_more_channels_than_the_velocity_are_explained(cutouts: Path) -> None:  
         file["data"] = np.zeros((4, 3, *GRID, 5))
     axes = ["n", "t", "x", "y", "z", "c"]
     with pytest.raises(UserError, match=r"expected 3 along c of .*; if it holds more than the velocity"):
-        imported(cutouts, files=FILES, samples=SPLITS, axes=axes, velocity="data")
+        imported(cutouts, files=FILES, samples=SPLITS, axes=axes, velocity="data", pressure="zero")
 
 
 def test_a_file_that_cannot_be_read_is_left_out(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

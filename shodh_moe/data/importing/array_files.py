@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.io import netcdf_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.hdf5_filters import require_filters
 from shodh_moe.base.text import printable
-from shodh_moe.data.importing.filters import require_filters
 
 Part = tuple[int | slice, ...]
 
@@ -50,8 +50,10 @@ class Array:
         try:
             stored = np.asarray(self.raw(part))
             values = stored.astype(np.float64)
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: cannot read {self.name} ({_first_line(error)}): copy it again") from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises
+            raise _unreadable(self.path, self.name, error) from error
         factor, offset, missing = self.packing
         if (factor, offset) != (1.0, 0.0):
             values = values * factor + offset
@@ -67,6 +69,7 @@ class ArrayFile:
         path: the file.
         unusable: what the other names in the file are, which cannot be read, to complete "NAME is ...".
         attributes: as in `Array`.
+        in_memory: whether arrays that were opened are in memory, so that only few files should be open.
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class ArrayFile:
         arrays: dict[str, Callable[[], Array]],
         attributes: dict[str, Any] | None = None,
         unusable: dict[str, str] | None = None,
+        in_memory: bool = False,
     ):
         self.path, self._arrays = path, arrays
-        self.attributes, self.unusable = attributes or {}, unusable or {}
+        self.attributes, self.unusable, self.in_memory = attributes or {}, unusable or {}, in_memory
         self._open: dict[str, Array] = {}
 
     @property
@@ -85,9 +89,14 @@ class ArrayFile:
         return list(self._arrays)
 
     def array(self, name: str) -> Array:
-        """Return an array by name. Raises `UserError` if it does not contain real numbers."""
+        """Return an array by name. Raises `UserError` if it does not contain real numbers, or is damaged."""
         if name not in self._open:
-            self._open[name] = self._arrays[name]()
+            try:
+                self._open[name] = self._arrays[name]()
+            except UserError:
+                raise
+            except Exception as error:  # whatever a library raises
+                raise _unreadable(self.path, name, error) from error
         return self._open[name]
 
     def seen_through(self, view: Callable[[Array], Array]) -> ArrayFile:
@@ -96,7 +105,9 @@ class ArrayFile:
         def opener(name: str) -> Callable[[], Array]:
             return lambda: view(self.array(name))
 
-        return ArrayFile(self.path, {name: opener(name) for name in self._arrays}, self.attributes, self.unusable)
+        return ArrayFile(
+            self.path, {name: opener(name) for name in self._arrays}, self.attributes, self.unusable, self.in_memory
+        )
 
 
 @contextmanager
@@ -152,7 +163,7 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
 
 
 def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
-    _require_numbers(path, name, dataset.dtype)
+    require_numbers(path, name, dataset.dtype)
     if dataset.shape is None:
         raise UserError(f"{path}: {name} is empty (a null dataspace): write the values again")
     if dataset.external or dataset.is_virtual:
@@ -172,7 +183,7 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
 
     def array(name: str) -> Array:
         variable = file.variables[name]
-        _require_numbers(path, name, variable.data.dtype)
+        require_numbers(path, name, variable.data.dtype)
         attributes = {key: getattr(variable, key) for key in _PACKING if hasattr(variable, key)}
 
         # Look the variable up each time: holding a mapped array would keep the file open.
@@ -193,7 +204,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(stream)
-        _require_numbers(path, name, dtype)
+        require_numbers(path, name, dtype)
         start = stream.tell()
 
         def read(part: Part) -> Any:
@@ -228,9 +239,13 @@ def _packing(attributes: dict[str, Any]) -> tuple[float, float, tuple[float, ...
     return float(numbers.get(_PACKING[0], [1.0])[0]), float(numbers.get(_PACKING[1], [0.0])[0]), missing
 
 
-def _require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:
+def require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "biuf" or dtype.itemsize > 16:
         raise UserError(f"{path}: {name} holds {dtype}, expected real numbers")
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot read {name} ({printable(_first_line(error))[:200]}): copy it again")
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,10 +10,12 @@ from fnmatch import translate
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, ArrayFile, open_array_file
+from shodh_moe.data.importing.array_files import Array, ArrayFile
+from shodh_moe.data.importing.formats import open_file
 from shodh_moe.data.importing.order import number_key
 
 _MOST_OPEN = 8
+_MOST_IN_MEMORY = 4  # four files for u, v, w and p are read once for each snapshot
 
 
 @dataclass
@@ -37,10 +39,11 @@ class ArrayFiles:
     def at(self, path: Path) -> ArrayFile:
         """Open a file, or return it if it is already open."""
         if path not in self._open:
-            if len(self._open) >= _MOST_OPEN:
+            in_memory = any(file.in_memory for file, _ in self._open.values())
+            while len(self._open) >= (_MOST_IN_MEMORY if in_memory else _MOST_OPEN):
                 self._open.pop(next(iter(self._open)))[1].close()
             stack = ExitStack()
-            opened = stack.enter_context(open_array_file(path))
+            opened = stack.enter_context(open_file(path))
             self._open[path] = opened.seen_through(self.view) if self.view else opened, stack
         return self._open[path][0]
 

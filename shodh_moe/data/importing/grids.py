@@ -38,7 +38,7 @@ class Grid:
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Put fields [..., X, Y, Z] on the new grid: reverse axes along which coordinates decrease, and interpolate."""
         if self.reversed:
-            values = np.ascontiguousarray(np.flip(values, [values.ndim - 3 + axis for axis in self.reversed]))
+            values = np.ascontiguousarray(np.flip(values, tuple(values.ndim - 3 + axis for axis in self.reversed)))
         for axis, (matrix, size) in enumerate(zip(self.weights, self.cells, strict=True), start=values.ndim - 3):
             if matrix is None:
                 values = np.take(values, np.arange(size), axis) if values.shape[axis] != size else values
@@ -76,8 +76,8 @@ def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[n
         if array.shape != (size,):
             raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
         values = array.read((slice(None),))[cut]
-        steps = np.diff(values)
-        if not np.isfinite(values).all() or not ((steps > 0).all() or (steps < 0).all()):
+        between = np.diff(values)
+        if not np.isfinite(values).all() or not ((between > 0).all() or (between < 0).all()):
             raise UserError(
                 f"{path}: {name} neither increases nor decreases from point to point, expected the coordinates along "
                 f"{axis}"
@@ -184,17 +184,17 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
     for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
         if size == fit and size:
             continue
-        if not fit:
-            raise UserError(
-                f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
-                f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
-            )
         if periodic:
             raise UserError(
                 (f"`crop: auto` would remove {size - fit}" if mapping.crop == "auto" else f"the grid has {size}")
                 + f" cells along {axis}, which is periodic, but the tokenizer needs a multiple of {COMPRESSION}: "
                 + (f"if the last point repeats the first, write `repeated_end: [{axis}]`; " if size == fit + 1 else "")
                 + f"choose resample.spacing so that the period fits, or set boundaries.{axis} to open and crop"
+            )
+        if not fit:
+            raise UserError(
+                f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
+                f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
             )
         if mapping.crop != "auto":
             raise UserError(

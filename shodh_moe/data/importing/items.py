@@ -50,14 +50,14 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
         UserError: no file matches a pattern, or two splits would get the same snapshots.
     """
     items = []
-    taken: dict[tuple[Path | str, ...], list[tuple[str, tuple[int, int] | None]]] = {}
+    taken: dict[tuple[tuple[Path, ...], str | None], list[tuple[str, tuple[int, int] | None]]] = {}
     for split in SPLITS:
         groups = [group for entry in getattr(mapping.files, split) for group in _groups(entry, f"files.{split}")]
         given = getattr(mapping.snapshots, split)
         cut = (given[0], given[1]) if given else None
         for index, (entries, sample, samples) in enumerate(_trajectories(groups, mapping, split)):
             paths = [path for entry in entries for path in entry]
-            key = (*paths, sample or "")
+            key = (tuple(paths), sample)
             for other, range_ in taken.setdefault(key, []):
                 if cut is None or range_ is None or max(cut[0], range_[0]) < min(cut[1], range_[1]):
                     raise UserError(
@@ -65,7 +65,7 @@ def plan_items(mapping: Mapping, folder: Path) -> list[Item]:
                         "time with `snapshots`" + (", or trajectories with `samples`" if mapping.many else "")
                     )
             taken[key].append((split, cut))
-            states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+            states = [_state(path) for path in paths]
             # Store a hash, as HDF5 attributes are limited to 64 KB.
             request = {
                 "mapping": mapping.request,
@@ -98,6 +98,14 @@ def _trajectories(
             raise UserError(f"samples.{split} ends at {stop}, but {entries[0][0]} holds {len(names)} trajectories")
         else:
             yield from ((entries, name, len(names)) for name in names[first:stop])
+
+
+def _state(path: Path) -> list[Any]:
+    """Name, size and time of a file; of a folder, such as .zarr or an OpenFOAM case, those of all files in it."""
+    if path.is_dir():
+        inner = [_state(one) for one in sorted(path.rglob("*")) if one.is_file()]
+        return [str(path), len(inner), fingerprint(inner)]
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def is_done(item: Item) -> bool:

@@ -101,9 +101,9 @@ def view_of(mapping: Mapping, sample: str, count: int) -> View | None:
 
 def _position(mapping: Mapping, array: Array) -> int:
     """The position of the axis n in an array: a field, a mask (without t and c), or times (n and t)."""
-    axes = list(mapping.axes)
-    fields = [axes, [axis for axis in axes if axis != "c"]]
-    kinds = [*fields, [axis for axis in axes if axis not in "tc"], [axis for axis in axes if axis in "nt"]]
+    axes: list[str] = list(mapping.axes)
+    kinds = [axes, [axis for axis in axes if axis != "c"]]
+    kinds += [[axis for axis in axes if axis not in "tc"], [axis for axis in axes if axis in "nt"]]
     for kind in kinds:
         if len(kind) == len(array.shape):
             return kind.index("n")

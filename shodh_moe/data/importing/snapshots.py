@@ -78,7 +78,8 @@ def read_velocity(files: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int
         components = zip(plan.velocity, faces, strict=True)
         return np.stack([_read_scalar(files, mapping, plan, one[snapshot], axis) for one, axis in components])
     values_CXYZ = _read_components(files, mapping, plan, snapshot)
-    return values_CXYZ[[mapping.components.index(axis) for axis in AXES]]
+    order: list[str] = list(mapping.components)
+    return values_CXYZ[[order.index(axis) for axis in AXES]]
 
 
 def read_pressure(files: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:

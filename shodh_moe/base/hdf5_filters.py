@@ -12,7 +12,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import printable
 
 
-def require_filters(path: Path, name: str, dataset: h5py.Dataset) -> None:
+def require_filters(path: Path | str, name: str, dataset: h5py.Dataset) -> None:
     """Check that the filters of a dataset are there; load those of the package hdf5plugin if one is missing.
 
     Raises:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from vtkmodules.vtkIOImage import vtkMetaImageReader, vtkNrrdReader
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.data.importing.array_files import ArrayFile
-from shodh_moe.data.importing.readers.vtk_data import arrays_of, lazily, updated
+from shodh_moe.data.importing.readers.vtk_data import Values, lazily, updated, values_of
+from shodh_moe.data.importing.readers.worker import run_apart
 
 _DATA_FILE = re.compile(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s*$")
 
@@ -19,14 +19,15 @@ _DATA_FILE = re.compile(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s
 def read(path: Path, stack: ExitStack) -> ArrayFile:
     """Read the whole volume: values [z, y, x], and the coordinates x, y and z."""
     _require_own_data(path)
+    found = run_apart(path, _load)
+    return ArrayFile(path, lazily(path, lambda: found, list(found)), in_memory=True)
+
+
+def _load(path: Path) -> Values:
     reader = vtkMetaImageReader() if path.suffix.lower() in (".mhd", ".mha") else vtkNrrdReader()
     reader.SetFileName(str(path))
-    found = {
-        name if (name := full.rpartition("/")[2]) in "xyz" else "values": array
-        for full, array in arrays_of(path, updated(path, reader)).items()
-    }
-    named = {name: replace(array, name=name) for name, array in found.items()}
-    return ArrayFile(path, lazily(lambda: named, list(named)), in_memory=True)
+    found = values_of(path, updated(path, reader))
+    return {name if (name := full.rpartition("/")[2]) in "xyz" else "values": found[full] for full in found}
 
 
 def _require_own_data(path: Path) -> None:

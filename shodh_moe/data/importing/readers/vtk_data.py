@@ -1,5 +1,7 @@
 """Read VTK's data sets with the package vtk, and name their arrays.
 
+VTK may crash or hang on a damaged file, so its readers run in the process of `worker`.
+
 Arrays are named point/NAME, cell/NAME and field/NAME, in axes z, y, x and c. The coordinates of the points and of the
 cells' centres are point/x and cell/x, and so on.
 """
@@ -20,6 +22,8 @@ from vtkmodules.vtkFiltersCore import vtkCellCenters
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import printable
 from shodh_moe.data.importing.array_files import Array, require_numbers
+
+Values = dict[str, NDArray[Any]]
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]  # coordinates along x, y and z
 _APART = 1e-5  # coordinates closer than this share of the box are those of the same plane
@@ -50,32 +54,33 @@ def updated(path: Path, reader: Any, update: Callable[[], object] | None = None)
     return data
 
 
-def arrays_of(path: Path, data: Any) -> dict[str, Array]:
+def values_of(path: Path, data: Any) -> Values:
     """All arrays of a data set, and the coordinates of its points and cells.
 
     Raises:
         UserError: the points or cells are not those of a grid along x, y and z.
     """
-    found: dict[str, Array] = {}
+    found: Values = {}
     for kind, attributes in (("point", data.GetPointData()), ("cell", data.GetCellData())):
         if not attributes.GetNumberOfArrays():
             continue
         points, order = _places(path, data, kind)
         for axis, values in zip("xyz", points, strict=True):
-            found[f"{kind}/{axis}"] = _stored(path, f"{kind}/{axis}", values)
+            found[f"{kind}/{axis}"] = values
         shape = tuple(len(values) for values in points[::-1])
         for name, flat in _numbers(attributes):
             values = flat if order is None else flat[order]
-            found[f"{kind}/{name}"] = _stored(path, f"{kind}/{name}", values.reshape(*shape, *flat.shape[1:]))
-    return {**found, **field_arrays(path, data)}
+            found[f"{kind}/{name}"] = values.reshape(*shape, *flat.shape[1:])
+    return {**found, **field_values(data)}
 
 
-def field_arrays(path: Path, data: Any) -> dict[str, Array]:
-    """Arrays that belong to the whole data set, such as its time."""
-    return {f"field/{name}": _stored(path, f"field/{name}", flat) for name, flat in _numbers(data.GetFieldData())}
+def field_values(data: Any) -> Values:
+    """Values that belong to the whole data set, such as its time."""
+    return {f"field/{name}": flat for name, flat in _numbers(data.GetFieldData())}
 
 
-def _stored(path: Path, name: str, values: NDArray[Any]) -> Array:
+def array_of(path: Path, name: str, values: NDArray[Any]) -> Array:
+    """An array that is in memory."""
     require_numbers(path, name, values.dtype)
     return Array(path, name, tuple(values.shape), lambda part: values[part])
 
@@ -147,15 +152,15 @@ def _sorted_to_a_grid(path: Path, positions: NDArray[np.float64], what: str) -> 
     return (planes[0], planes[1], planes[2]), np.argsort(flat)
 
 
-def lazily(load: Callable[[], dict[str, Array]], names: list[str]) -> dict[str, Callable[[], Array]]:
+def lazily(path: Path, load: Callable[[], Values], names: list[str]) -> dict[str, Callable[[], Array]]:
     """Functions that open each array; the first of them loads all."""
-    loaded: dict[str, Array] = {}
+    loaded: Values = {}
 
     def opener(name: str) -> Callable[[], Array]:
         def array() -> Array:
             if not loaded:
                 loaded.update(load())
-            return loaded[name]
+            return array_of(path, name, loaded[name])
 
         return array
 

@@ -9,8 +9,9 @@ from typing import Any
 from vtkmodules import vtkIOXML
 from vtkmodules.vtkIOLegacy import vtkDataSetReader
 
-from shodh_moe.data.importing.array_files import Array, ArrayFile
-from shodh_moe.data.importing.readers.vtk_data import arrays_of, field_arrays, lazily, updated
+from shodh_moe.data.importing.array_files import ArrayFile
+from shodh_moe.data.importing.readers.vtk_data import Values, field_values, lazily, updated, values_of
+from shodh_moe.data.importing.readers.worker import run_apart
 
 _READERS: dict[str, Any] = {
     ".vti": vtkIOXML.vtkXMLImageDataReader,
@@ -30,31 +31,39 @@ def read(path: Path, stack: ExitStack) -> ArrayFile:
 
     ``TimeValue``, which ParaView and many programs write, is the file's time.
     """
-    if path.suffix.lower() == ".vtk":
-        reader = vtkDataSetReader()
-        for kind in _OF_LEGACY:
-            getattr(reader, f"ReadAll{kind}On")()
-        reader.SetFileName(str(path))
-        found = arrays_of(path, updated(path, reader))
-        return ArrayFile(path, lazily(lambda: found, list(found)), _time(found), in_memory=True)
+    names, fields = run_apart(path, _header)
+    stored = fields.get("field/TimeValue")
+    time = {} if stored is None else {"time": stored}
+    return ArrayFile(path, lazily(path, lambda: run_apart(path, _load), names), time, in_memory=True)
+
+
+def _header(path: Path) -> tuple[list[str], Values]:
+    """The names of all arrays, and the values of those that belong to the whole data set."""
+    if path.suffix.lower() == ".vtk":  # has no header
+        found = _load(path)
+        return list(found), {name: values for name, values in found.items() if name.startswith("field/")}
     reader = _READERS[path.suffix.lower()]()
     reader.SetFileName(str(path))
     updated(path, reader, reader.UpdateInformation)
     names = []
-    for kind in ("point", "cell"):
-        part = kind.capitalize()
-        count = getattr(reader, f"GetNumberOf{part}Arrays")()
-        names += [f"{kind}/{getattr(reader, f'Get{part}ArrayName')(index)}" for index in range(count)]
+    for kind, selection in (
+        ("point", reader.GetPointDataArraySelection()),
+        ("cell", reader.GetCellDataArraySelection()),
+    ):
+        count = selection.GetNumberOfArrays()
+        names += [f"{kind}/{selection.GetArrayName(index)}" for index in range(count)]
         names += [f"{kind}/{axis}" for axis in "xyz"] if count else []
-    selections = reader.GetPointDataArraySelection(), reader.GetCellDataArraySelection()
-    for selection in selections:
         selection.DisableAllArrays()
-    time = _time(field_arrays(path, updated(path, reader)))
-    for selection in selections:
-        selection.EnableAllArrays()
-    return ArrayFile(path, lazily(lambda: arrays_of(path, updated(path, reader)), names), time, in_memory=True)
+    return names, field_values(updated(path, reader))
 
 
-def _time(arrays: dict[str, Array]) -> dict[str, Any]:
-    stored = arrays.get("field/TimeValue")
-    return {} if stored is None else {"time": stored.read((slice(None),))}
+def _load(path: Path) -> Values:
+    """The values of all arrays."""
+    if path.suffix.lower() == ".vtk":
+        reader = vtkDataSetReader()
+        for kind in _OF_LEGACY:
+            getattr(reader, f"ReadAll{kind}On")()
+    else:
+        reader = _READERS[path.suffix.lower()]()
+    reader.SetFileName(str(path))
+    return values_of(path, updated(path, reader))

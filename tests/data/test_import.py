@@ -483,6 +483,21 @@ def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytes
     assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
 
 
+def test_a_value_that_no_flow_has_stops_only_its_trajectory(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fill values without an attribute, as 1e20, are found before the file gets its name."""
+    velocity, pressure = flow(0)
+    pressure[2, 0, 0, 0] = 1e20
+    write_cutout(cutouts / "filled.h5", velocity, pressure, even_points())
+    mapping = mapping_file(cutouts, files={"train": ["filled.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
+    assert main(["data", "import", str(mapping)]) == 2
+    assert "filled.h5: pressure of snapshot 2 (Velocity_0003) has values up to 1e+20" in capsys.readouterr().err
+    assert not list(cutouts.rglob("out/data/train/*"))
+    assert main(["data", "import", str(mapping), "--skip-bad"]) == 0
+    assert "left out: box_0000.hdf5: filled.h5: pressure of snapshot 2" in capsys.readouterr().out
+    assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+    assert FieldStats.load(cutouts / "out").velocity_rms == pytest.approx(1, rel=0.05)
+
+
 def test_other_domains_in_the_folder_are_kept_and_counted(cutouts: Path) -> None:
     imported(cutouts)
     out = imported(cutouts, domain="second", scale={"velocity": 3.0})

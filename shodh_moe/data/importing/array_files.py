@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.io import netcdf_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.data.importing.packed_values import ATTRIBUTES, Packing, packing
 
 Part = tuple[int | slice, ...]
 
@@ -28,7 +29,7 @@ class Array:
         path, name: its file, and its name in the file.
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
-        packing: NetCDF's scale factor, offset and missing values.
+        packing: how stored numbers become values, as NetCDF attributes state it; None: they are the values.
         attributes: its attributes that may state a time, with names in lower case.
     """
 
@@ -36,7 +37,7 @@ class Array:
     name: str
     shape: tuple[int, ...]
     raw: Callable[[Part], Any] = field(repr=False)
-    packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
+    packing: Packing | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def read(self, part: Part) -> NDArray[np.float64]:
@@ -47,15 +48,9 @@ class Array:
         """
         try:
             stored = np.asarray(self.raw(part))
-            values = stored.astype(np.float64)
+            return stored.astype(np.float64) if self.packing is None else self.packing.values(stored)
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path}: cannot read {self.name} ({_first_line(error)}): copy it again") from error
-        factor, offset, missing = self.packing
-        if (factor, offset) != (1.0, 0.0):
-            values = values * factor + offset
-        for one in missing:
-            values[stored == one] = np.nan
-        return values
 
 
 class ArrayFile:
@@ -126,8 +121,11 @@ def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     _require_numbers(path, name, dataset.dtype)
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
-    packing = _packing({key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs})
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packing, _attributes(dataset))
+    attributes = {key: dataset.attrs[key] for key in ATTRIBUTES if key in dataset.attrs}
+    # The first is in files of the last ten years, the second in variables of older ones.
+    netcdf = "_NCProperties" in dataset.file.attrs or "DIMENSION_LIST" in dataset.attrs
+    packed = packing(f"{path}: {name}", attributes, dataset.dtype, netcdf)
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, _attributes(dataset))
 
 
 def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
@@ -141,13 +139,14 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
     def array(name: str) -> Array:
         variable = file.variables[name]
         _require_numbers(path, name, variable.data.dtype)
-        attributes = {key: getattr(variable, key) for key in _PACKING if hasattr(variable, key)}
+        attributes = {key: getattr(variable, key) for key in ATTRIBUTES if hasattr(variable, key)}
+        packed = packing(f"{path}: {name}", attributes, variable.data.dtype, netcdf=True)
 
         # Look the variable up each time: holding a mapped array would keep the file open.
         def read(part: Part) -> Any:
             return np.array(file.variables[name].data[part])
 
-        return Array(path, name, tuple(variable.data.shape), read, _packing(attributes))
+        return Array(path, name, tuple(variable.data.shape), read, packed)
 
     return ArrayFile(path, {name: partial(array, name) for name in file.variables})
 
@@ -185,15 +184,6 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
 
 
 _READ = ("time", "times", "t")
-_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
-
-
-def _packing(attributes: dict[str, Any]) -> tuple[float, float, tuple[float, ...]]:
-    """Return scale factor, offset and missing values from a variable's NetCDF attributes."""
-    numbers = {key: np.ravel(value) for key, value in attributes.items()}
-    numbers = {key: value for key, value in numbers.items() if value.size and value.dtype.kind in "iuf"}
-    missing = tuple(float(one) for key in _PACKING[2:] for one in numbers.get(key, ()) if np.isfinite(one))
-    return float(numbers.get(_PACKING[0], [1.0])[0]), float(numbers.get(_PACKING[1], [0.0])[0]), missing
 
 
 def _require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:

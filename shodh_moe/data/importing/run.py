@@ -30,7 +30,7 @@ from shodh_moe.data.importing.snapshots import (
 )
 from shodh_moe.data.importing.writing import Header, new_trajectory_file
 from shodh_moe.data.listing import SPLITS, list_trajectories, open_file
-from shodh_moe.data.reading import open_trajectories
+from shodh_moe.data.reading import LARGEST, open_trajectories
 from shodh_moe.data.stats import stats_of_files, write_stats
 
 Progress = Callable[..., Iterator[Any]]
@@ -202,6 +202,12 @@ def _snapshot(
             raise UserError(
                 f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
                 + ("" if mapping.mask else ": if they mark solids, name their mask")
+            )
+        largest = np.abs(values).max()
+        if largest >= LARGEST:
+            raise UserError(
+                f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values up to {largest:.3g}: if these "
+                "mark missing values, state it in the attribute _FillValue; if they mark solids, name the mask"
             )
     totals.energy += float(np.sum(velocity_3XYZ**2))
     totals.cells += pressure_XYZ.size

@@ -472,6 +472,42 @@ def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.Ca
     assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
 
 
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [
+        ("open", slice(0, 16)),
+        (["wall", "open"], slice(0, 16)),
+        (["open", "wall"], slice(7, 23)),
+        (["open", "free slip"], slice(7, 23)),
+        ("wall", None),
+        (["wall", "free slip"], None),
+    ],
+)
+def test_crop_auto_keeps_the_walls(cutouts: Path, ends: str | list[str], kept: slice | None) -> None:
+    write_faulty(cutouts, "odd")
+    changes = {"crop": "auto", "boundaries": {"x": "periodic", "y": "periodic", "z": ends}}
+    changes["files"] = {"train": ["train.h5"]}
+    if kept is None:
+        with pytest.raises(UserError, match="remove 7 of 23 cells along z and with them one of its two walls"):
+            imported(cutouts, **changes)
+        with pytest.raises(UserError, match=r"set crop.z, or choose resample"):
+            imported(cutouts, **{**changes, "crop": None})
+        return
+    (record,) = list_trajectories(imported(cutouts, **changes), "train")
+    stored = read_trajectory(record)
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, flow(0)[0][..., kept])
+    np.testing.assert_array_equal(stored.pressure_T1XYZ[:, 0], flow(0)[1][..., kept])
+    assert read_provenance(record.path)["origin"] == [0, 0, 0.5 * kept.start]
+
+
+def test_resampling_to_fewer_cells_keeps_the_wall(cutouts: Path) -> None:
+    ends = {"x": "open", "y": "open", "z": ["open", "wall"]}
+    resample = {"method": "linear", "spacing": 0.4, "cells": [8, 16, 16]}
+    with pytest.raises(UserError, match=r"16 along z, but 28 of size 0\.4 fit: fewer would cut off the wall"):
+        imported(cutouts, boundaries=ends, resample=resample)
+    assert list_trajectories(imported(cutouts, boundaries={**ends, "z": "open"}, resample=resample), "train")
+
+
 def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cutouts / "bad.h5").write_bytes(b"no HDF5")
     mapping = mapping_file(cutouts, files={"train": ["bad.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")

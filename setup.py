@@ -24,6 +24,7 @@ RUNTIME = [
     "psutil>=5.9",
     "deepspeed>=0.19.8",
     "jinja2>=3.1",
+    "pint>=0.24",
 ]
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.

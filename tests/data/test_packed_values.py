@@ -50,7 +50,7 @@ def theirs(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def ours(path: Path) -> dict[str, np.ndarray]:
     with open_array_file(path) as file:
-        return {name: file.array(name).read((slice(None),)) for name in file.names if name != "x"}
+        return {name: file.array(name).read((slice(None),)) for name in file.names}
 
 
 def combinations() -> dict[str, tuple[str, dict[str, Any]]]:

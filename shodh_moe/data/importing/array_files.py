@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ class Array:
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
         packing: how stored numbers become values, as NetCDF attributes state it; None: they are the values.
-        attributes: its attributes that may state a time, with names in lower case.
+        attributes: its attributes that may state a time or units, with names in lower case.
+        dimensions: names of its axes, "" where one has none; empty if the file has no such names.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Array:
     raw: Callable[[Part], Any] = field(repr=False)
     packing: Packing | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    dimensions: tuple[str, ...] = ()
 
     def read(self, part: Part) -> NDArray[np.float64]:
         """Read a part as float64; packed NetCDF values are unpacked, missing values become NaN.
@@ -110,7 +112,7 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
             item = group[name]
             if isinstance(item, h5py.Group) and depth < 8:
                 take(item, f"{prefix}{name}/", depth + 1)
-            elif isinstance(item, h5py.Dataset):
+            elif isinstance(item, h5py.Dataset) and not _is_bare_dimension(item):
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
@@ -125,7 +127,22 @@ def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     # The first is in files of the last ten years, the second in variables of older ones.
     netcdf = "_NCProperties" in dataset.file.attrs or "DIMENSION_LIST" in dataset.attrs
     packed = packing(f"{path}: {name}", attributes, dataset.dtype, netcdf)
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, _attributes(dataset))
+    about = _attributes(dataset), _dimensions(dataset)
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, *about)
+
+
+def _is_bare_dimension(dataset: h5py.Dataset) -> bool:
+    """Whether NetCDF 4 stores a dimension without coordinates in a dataset, whose values mean nothing."""
+    note = dataset.attrs["NAME"] if "CLASS" in dataset.attrs and "NAME" in dataset.attrs else b""
+    return isinstance(note, bytes) and note.startswith(b"This is a netCDF dimension but not a netCDF variable")
+
+
+def _dimensions(dataset: h5py.Dataset) -> tuple[str, ...]:
+    names = []
+    if "DIMENSION_LIST" in dataset.attrs:
+        with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
+            names = [one[0].name.rpartition("/")[2] if len(one) else "" for one in dataset.dims]
+    return tuple(names)
 
 
 def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
@@ -146,7 +163,8 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
         def read(part: Part) -> Any:
             return np.array(file.variables[name].data[part])
 
-        return Array(path, name, tuple(variable.data.shape), read, packed)
+        about = {key: getattr(variable, key) for key in _READ if hasattr(variable, key)}, tuple(variable.dimensions)
+        return Array(path, name, tuple(variable.data.shape), read, packed, *about)
 
     return ArrayFile(path, {name: partial(array, name) for name in file.variables})
 
@@ -183,7 +201,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
     return ArrayFile(path, {name: partial(array, name) for name in members})
 
 
-_READ = ("time", "times", "t")
+_READ = ("time", "times", "t", "units")
 
 
 def _require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:

@@ -10,11 +10,8 @@ from scipy.interpolate import CubicSpline
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION
-from shodh_moe.data.importing.file_set import ArrayFiles
+from shodh_moe.data.importing.coordinates import UNEVEN, even_step
 from shodh_moe.data.importing.mapping import AXES, Boundaries, Mapping, Resample
-from shodh_moe.data.importing.snapshots import Plan
-
-UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
 
 
 @dataclass(frozen=True)
@@ -45,39 +42,6 @@ class Grid:
             elif values.shape[axis] != size:
                 values = np.take(values, first + np.arange(size), axis)
         return values
-
-
-def even_step(points: NDArray[np.float64]) -> float:
-    """Distance between neighbouring points; 0 if the points are not evenly spaced (to float32 precision)."""
-    steps = np.diff(points)
-    if len(steps) == 0 or not np.isfinite(steps).all():
-        return 0.0
-    step = float(steps.mean())
-    rounding = 2 * float(np.finfo(np.float32).eps) * float(np.abs(points).max())
-    return step if step and np.abs(steps - step).max() <= UNEVEN * abs(step) + rounding else 0.0
-
-
-def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
-    """Read the coordinates of the cropped grid points along x, y and z, in the input's unit of length.
-
-    Raises:
-        UserError: a coordinate dataset is missing, has a wrong length, or does not increase.
-    """
-    if mapping.coordinates is None:
-        given = mapping.spacing
-        steps = list(given) if isinstance(given, list) else [float(given or 0)] * 3
-        return [step * np.arange(cut.start, cut.stop) for step, cut in zip(steps, plan.crop, strict=True)]
-    points = []
-    for axis, size, cut in zip(AXES, plan.shape, plan.crop, strict=True):
-        path, name = files.find(getattr(mapping.coordinates, axis))[0]
-        array = files.at(path).array(name)
-        if array.shape != (size,):
-            raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
-        values = array.read((slice(None),))[cut]
-        if not np.isfinite(values).all() or (len(values) > 1 and np.diff(values).min() <= 0):
-            raise UserError(f"{path}: {name} does not increase, expected the coordinates along {axis}")
-        points.append(values)
-    return points
 
 
 def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:

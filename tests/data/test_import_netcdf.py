@@ -186,6 +186,14 @@ def test_times_since_different_days_are_not_mixed() -> None:
     assert record.n_snapshots == 6
 
 
+def test_files_in_different_units_are_not_mixed() -> None:
+    write("a.nc")
+    write("b.nc", first=3, units={**UNITS, "p": "Pa"})
+    with pytest.raises(UserError, match=r"a.nc: p is in 'hPa', but p of b.nc in 'Pa'"):
+        imported(files={"train": [["a.nc", "b.nc"]]})
+    assert not list(Path("out").rglob("*.hdf5"))
+
+
 @pytest.mark.parametrize(
     ("quantity", "unit", "wanted", "factor"),
     [

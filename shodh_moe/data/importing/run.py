@@ -29,7 +29,7 @@ from shodh_moe.data.importing.snapshots import (
     read_velocity,
 )
 from shodh_moe.data.importing.time_step import gap_warning, start_and_step
-from shodh_moe.data.importing.units import scale_of
+from shodh_moe.data.importing.units import require_same_unit, scale_of
 from shodh_moe.data.importing.writing import Header, new_trajectory_file
 from shodh_moe.data.listing import SPLITS, list_trajectories, open_file
 from shodh_moe.data.reading import LARGEST, open_trajectories
@@ -186,6 +186,9 @@ def _snapshot(
     totals: _Totals,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store."""
+    for places in [*found.velocity, *([found.pressure] if found.pressure else [])]:
+        first, here = places[0], places[snapshot]
+        require_same_unit(files.array(first.path, first.name), files.array(here.path, here.name))
     velocity_3XYZ = grid.apply(read_velocity(files, mapping, found, snapshot)) * scale.velocity
     if found.pressure is None:
         pressure_XYZ = np.zeros(grid.cells)

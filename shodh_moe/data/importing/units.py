@@ -64,11 +64,7 @@ def _factor(quantity: str, arrays: list[Array], mapping: Mapping) -> float:
         return float(given)
     unit, where = unit_of(arrays[0]), f"{arrays[0].path}: {arrays[0].name}"
     for array in arrays[1:]:
-        other = unit_of(array)
-        if other != unit and (_parsed(other) is None or _parsed(other) != _parsed(unit)):
-            raise UserError(
-                f"{where} is in {unit!r}, but {array.name} of {array.path} in {other!r}: convert one of them"
-            )
+        require_same_unit(arrays[0], array)
     wanted = mapping.units.of()[quantity]
     try:
         factor = conversion(quantity, unit, wanted, where)
@@ -84,6 +80,14 @@ def _factor(quantity: str, arrays: list[Array], mapping: Mapping) -> float:
             f"{given:g}: leave it out, or correct units.{quantity}"
         )
     return factor
+
+
+def require_same_unit(first: Array, array: Array) -> None:
+    """Refuse an array in another unit than the first of its quantity; one without a unit has the same."""
+    unit, other = unit_of(first), unit_of(array)
+    if unit and other not in ("", unit) and (_parsed(other) is None or _parsed(other) != _parsed(unit)):
+        beside = f"{array.name} of {array.path}"
+        raise UserError(f"{first.path}: {first.name} is in {unit!r}, but {beside} in {other!r}: convert one of them")
 
 
 def unit_of(array: Array) -> str:

@@ -279,6 +279,8 @@ def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator
                 if isinstance(stored, dict) and isinstance(stored.get(key), dict)
                 else None
             )
+            if name == "solid" and got is None and not numbers["rms"]["solid"]:
+                continue  # files of others often have no solids
             wanted = np.atleast_1d(np.asarray(value, dtype=np.float64))
             try:
                 found = np.atleast_1d(np.asarray(got, dtype=np.float64))

@@ -210,6 +210,22 @@ def test_stale_statistics_are_named(dataset: Path) -> None:
         assert messages in check_files(dataset).findings[0].text
 
 
+@pytest.mark.parametrize("solid", [False, True])
+def test_statistics_without_solids_are_correct_for_files_without_them(dataset: Path, solid: bool) -> None:
+    """The Well's own files and stats.yaml have no solid."""
+    for path in dataset.rglob("*.hdf5"):
+        with h5py.File(path, "a") as file:
+            if not solid:
+                del file["t0_fields/solid"]
+            file["t0_fields"].attrs["field_names"] = list(file["t0_fields"])
+    stats = compute_stats(read_trajectory(record) for record in list_trajectories(dataset, "train"))
+    for numbers in stats.values():
+        numbers.pop("solid", None)
+    write_stats(dataset, stats)
+    errors = [finding.dataset for finding in check_files(dataset).findings if finding.severity == "error"]
+    assert errors == ([f"{key}.solid" for key in ("mean", "std", "rms")] if solid else [])
+
+
 def test_missing_splits_and_unmatched_domains(dataset: Path) -> None:
     with h5py.File(dataset / "data/valid/wild.hdf5", "a") as file:
         file.attrs["domain"] = "third"

@@ -351,8 +351,8 @@ def write_faulty(folder: Path, fault: str) -> None:
         pressure[1, 2, 3, 4] = np.nan
     if fault == "uneven":
         points[1] = points[1] ** 1.5
-    if fault == "backwards":
-        points[2] = points[2][::-1]
+    if fault == "unordered":
+        points[2] = np.append(points[2][1:], 0)
     if fault == "short":
         pressure = pressure[:2]
     if fault == "odd":
@@ -391,13 +391,17 @@ def write_faulty(folder: Path, fault: str) -> None:
         ("", {"repeated_end": ["x"]}, ("last point along x does not repeat the first", "out of repeated_end")),
         ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
-        ("backwards", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("zcoor does not increase",)),
+        (
+            "unordered",
+            {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}},
+            ("zcoor neither increases nor decreases",),
+        ),
         ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
         ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
         ("odd", {"crop": "auto"}, ("would remove 7 cells along z, which is periodic",)),
         ("truncated", {}, ("train.h5", "truncated")),
         ("text", {}, ("train.h5", "not HDF5, NetCDF 3 or 4, or npz")),
-        ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
+        ("link", {}, ("train.h5: Pressure_0002 is a link to Pressure_0002 in valid.h5",)),
     ],
 )
 def test_each_mistake_is_named_in_one_line(

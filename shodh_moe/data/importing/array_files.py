@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.io import netcdf_file
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.hdf5_filters import require_filters
+from shodh_moe.base.text import printable
 from shodh_moe.data.importing.packed_values import ATTRIBUTES, Packing, packing
 
 Part = tuple[int | slice, ...]
@@ -51,15 +53,32 @@ class Array:
         try:
             stored = np.asarray(self.raw(part))
             return stored.astype(np.float64) if self.packing is None else self.packing.values(stored)
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: cannot read {self.name} ({_first_line(error)}): copy it again") from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises
+            raise _unreadable(self.path, self.name, error) from error
 
 
 class ArrayFile:
-    """An open file: the names of its arrays, a function that opens each of them, and attributes as in `Array`."""
+    """An open file: the names of its arrays, a function that opens each of them, and attributes as in `Array`.
 
-    def __init__(self, path: Path, arrays: dict[str, Callable[[], Array]], attributes: dict[str, Any] | None = None):
-        self.path, self._arrays, self.attributes = path, arrays, attributes or {}
+    Attributes:
+        path: the file.
+        unusable: what the other names in the file are, which cannot be read, to complete "NAME is ...".
+        attributes: as in `Array`.
+        in_memory: whether arrays that were opened are in memory, so that only few files should be open.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        arrays: dict[str, Callable[[], Array]],
+        attributes: dict[str, Any] | None = None,
+        unusable: dict[str, str] | None = None,
+        in_memory: bool = False,
+    ):
+        self.path, self._arrays = path, arrays
+        self.attributes, self.unusable, self.in_memory = attributes or {}, unusable or {}, in_memory
         self._open: dict[str, Array] = {}
 
     @property
@@ -67,10 +86,25 @@ class ArrayFile:
         return list(self._arrays)
 
     def array(self, name: str) -> Array:
-        """Return an array by name. Raises `UserError` if it does not contain real numbers."""
+        """Return an array by name. Raises `UserError` if it does not contain real numbers, or is damaged."""
         if name not in self._open:
-            self._open[name] = self._arrays[name]()
+            try:
+                self._open[name] = self._arrays[name]()
+            except UserError:
+                raise
+            except Exception as error:  # whatever a library raises
+                raise _unreadable(self.path, name, error) from error
         return self._open[name]
+
+    def seen_through(self, view: Callable[[Array], Array]) -> ArrayFile:
+        """The same file, each of whose arrays is passed through ``view``."""
+
+        def opener(name: str) -> Callable[[], Array]:
+            return lambda: view(self.array(name))
+
+        return ArrayFile(
+            self.path, {name: opener(name) for name in self._arrays}, self.attributes, self.unusable, self.in_memory
+        )
 
 
 @contextmanager
@@ -103,11 +137,17 @@ def open_array_file(path: Path) -> Iterator[ArrayFile]:
 def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
     file = stack.enter_context(h5py.File(path, "r"))
     arrays: dict[str, Callable[[], Array]] = {}
+    links: dict[str, str] = {}
 
     def take(group: h5py.Group, prefix: str, depth: int) -> None:
         for name in group:
-            # Ignore soft and external links, which may lead to any file on this machine.
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            # Soft and external links are not followed, as they may lead to any file on this machine.
+            link = group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                there = (
+                    f"to {link.path} in {link.filename}" if isinstance(link, h5py.ExternalLink) else f"to {link.path}"
+                )
+                links[prefix + name] = printable(f"a link {there}; links are not followed: name its target instead")
                 continue
             item = group[name]
             if isinstance(item, h5py.Group) and depth < 8:
@@ -116,13 +156,16 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
-    return ArrayFile(path, arrays, _attributes(file))
+    return ArrayFile(path, arrays, _attributes(file), links)
 
 
 def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
-    _require_numbers(path, name, dataset.dtype)
+    require_numbers(path, name, dataset.dtype)
+    if dataset.shape is None:
+        raise UserError(f"{path}: {name} is empty (a null dataspace): write the values again")
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
+    require_filters(path, name, dataset)
     attributes = {key: dataset.attrs[key] for key in ATTRIBUTES if key in dataset.attrs}
     # The first is in files of the last ten years, the second in variables of older ones.
     netcdf = "_NCProperties" in dataset.file.attrs or "DIMENSION_LIST" in dataset.attrs
@@ -147,7 +190,7 @@ def _dimensions(dataset: h5py.Dataset) -> tuple[str, ...]:
 
 def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
     # Read only these attributes; others may be references or of excessive size.
-    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in _READ}
+    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in READ_ATTRIBUTES}
 
 
 def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
@@ -155,7 +198,7 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
 
     def array(name: str) -> Array:
         variable = file.variables[name]
-        _require_numbers(path, name, variable.data.dtype)
+        require_numbers(path, name, variable.data.dtype)
         attributes = {key: getattr(variable, key) for key in ATTRIBUTES if hasattr(variable, key)}
         packed = packing(f"{path}: {name}", attributes, variable.data.dtype, netcdf=True)
 
@@ -163,7 +206,10 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
         def read(part: Part) -> Any:
             return np.array(file.variables[name].data[part])
 
-        about = {key: getattr(variable, key) for key in _READ if hasattr(variable, key)}, tuple(variable.dimensions)
+        about = (
+            {key: getattr(variable, key) for key in READ_ATTRIBUTES if hasattr(variable, key)},
+            tuple(variable.dimensions),
+        )
         return Array(path, name, tuple(variable.data.shape), read, packed, *about)
 
     return ArrayFile(path, {name: partial(array, name) for name in file.variables})
@@ -178,17 +224,17 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(stream)
-        _require_numbers(path, name, dtype)
+        require_numbers(path, name, dtype)
         start = stream.tell()
 
         def read(part: Part) -> Any:
-            # Read single entries of the first axis if possible: an array may be larger than memory.
-            count, first = int(np.prod(shape)), 0
-            if part and isinstance(part[0], int) and not fortran:
-                count //= max(shape[0], 1)
-                first, inner, part = part[0] * count * dtype.itemsize, shape[1:], part[1:]
-            else:
-                inner = shape[::-1] if fortran else shape
+            # Read single entries of the first axes if possible: an array may be larger than memory.
+            count, first, inner = int(np.prod(shape)), 0, shape
+            while part and isinstance(part[0], int) and not fortran:
+                count //= max(inner[0], 1)
+                first, inner, part = first + part[0] * count * dtype.itemsize, inner[1:], part[1:]
+            if fortran:
+                inner = shape[::-1]
             stream.seek(start + first)
             block = stream.read(count * dtype.itemsize)
             if len(block) != count * dtype.itemsize:
@@ -201,12 +247,16 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
     return ArrayFile(path, {name: partial(array, name) for name in members})
 
 
-_READ = ("time", "times", "t", "units")
+READ_ATTRIBUTES = ("time", "times", "t", "units")
 
 
-def _require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:
+def require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "biuf" or dtype.itemsize > 16:
         raise UserError(f"{path}: {name} holds {dtype}, expected real numbers")
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot read {name} ({printable(_first_line(error))[:200]}): copy it again")
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,14 +9,17 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.data.importing.array_files import Array
 
 
-def stored_axes(axes: Sequence[str], array: Array, vector: bool) -> list[str]:
-    """Return the axes of an array after checking its shape: a scalar has no component axis, or one of length 1."""
+def stored_axes(axes: Sequence[str], array: Array, components: int = 0) -> list[str]:
+    """Return the axes of an array after checking its shape and the names of its dimensions.
+
+    Args:
+        components: expected length of the component axis; 0 for a scalar, which has no such axis, or one of length 1.
+    """
     stored = list(axes)
-    if not vector and "c" in stored and len(array.shape) == len(stored) - 1:
+    if not components and "c" in stored and len(array.shape) == len(stored) - 1:
         stored.remove("c")
-    fits = len(array.shape) == len(stored) and (vector or "c" not in stored or array.shape[stored.index("c")] == 1)
-    if not fits:
-        wanted = stored if vector else [axis for axis in axes if axis != "c"]
+    if len(array.shape) != len(stored):
+        wanted = stored if components else [axis for axis in axes if axis != "c"]
         raise UserError(f"{array.path}: {array.name} has shape {array.shape}, expected the axes {_shown(wanted)}")
     named = [_axis_of(name) or axis for name, axis in zip(array.dimensions, stored, strict=False)]
     if named and named != stored:
@@ -25,8 +28,13 @@ def stored_axes(axes: Sequence[str], array: Array, vector: bool) -> list[str]:
             f"{array.path}: {array.name} has the dimensions ({', '.join(array.dimensions)}), but the mapping's axes "
             f"are {_shown(stored)}: correct axes{cure}"
         )
-    if vector and "c" in stored and array.shape[stored.index("c")] != 3:
-        raise UserError(f"{array.path}: {array.name} has shape {array.shape}, expected 3 along c of {_shown(stored)}")
+    found = array.shape[stored.index("c")] if "c" in stored else 1
+    wanted_length = components or 1
+    if found != wanted_length:
+        raise UserError(
+            f"{array.path}: {array.name} has shape {array.shape}, expected {wanted_length} along c of {_shown(stored)}"
+            + ("; if it holds more than the velocity, say what in `components`" if found > components > 0 else "")
+        )
     return stored
 
 

@@ -40,9 +40,11 @@ def coordinate_arrays(files: ArrayFiles, mapping: Mapping) -> list[Array]:
 def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
     """Read the coordinates of the cropped grid points along x, y and z, in the input's unit of length.
 
+    They increase or decrease, as they are stored.
+
     Raises:
-        UserError: a coordinate dataset is missing, has a wrong length, or does not increase; or the mapping gives a
-            spacing other than that of the coordinates which a NetCDF file names as those of the field's dimensions.
+        UserError: a coordinate dataset is missing, has a wrong length, or neither increases nor decreases; or the
+            mapping's spacing is not that of the coordinates along the field's dimensions that a NetCDF file holds.
     """
     if mapping.coordinates is None:
         given = mapping.spacing
@@ -55,8 +57,11 @@ def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[n
         if array.shape != (size,):
             raise UserError(f"{where} has shape {array.shape}, expected [{size}] as the fields along {axis}")
         values = array.read((slice(None),))[cut]
-        if not np.isfinite(values).all() or (len(values) > 1 and np.diff(values).min() <= 0):
-            raise UserError(f"{where} does not increase, expected the coordinates along {axis}")
+        between = np.diff(values)
+        if not np.isfinite(values).all() or not ((between > 0).all() or (between < 0).all()):
+            raise UserError(
+                f"{where} neither increases nor decreases from point to point, expected the coordinates along {axis}"
+            )
         points.append(values)
     return points
 
@@ -65,7 +70,13 @@ def _require_stated_spacing(files: ArrayFiles, mapping: Mapping, plan: Plan, ste
     """Compare the mapping's spacing with coordinates that have a dimension's name and a known unit."""
     place = plan.velocity[0][0]
     array = files.array(place.path, place.name)
-    names = dict(zip(stored_axes(mapping.axes, array, "c" in mapping.axes), array.dimensions, strict=False))
+    names = dict(
+        zip(
+            stored_axes(mapping.axes, array, len(mapping.components) if "c" in mapping.axes else 0),
+            array.dimensions,
+            strict=False,
+        )
+    )
     for axis, step, size in zip(AXES, steps, plan.shape, strict=True):
         if names.get(axis) not in files.at(place.path).names:
             continue

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, ArrayFile, open_array_file
+from shodh_moe.data.importing.array_files import Array, ArrayFile
+from shodh_moe.data.importing.formats import open_file
 from shodh_moe.data.importing.order import number_key
 
 _MOST_OPEN = 8
+_MOST_IN_MEMORY = 4  # four files for u, v, w and p are read once for each snapshot
 
 
 @dataclass
@@ -22,9 +24,11 @@ class ArrayFiles:
 
     Attributes:
         entries: for each entry of the mapping's list, which is a file or a pattern, the files that it names.
+        view: cuts the trajectory out of each array; None if arrays hold one trajectory.
     """
 
     entries: list[list[Path]]
+    view: Callable[[Array], Array] | None = None
     _names: dict[Path, list[str]] = field(default_factory=dict)
     _open: dict[Path, tuple[ArrayFile, ExitStack]] = field(default_factory=dict)
 
@@ -35,10 +39,12 @@ class ArrayFiles:
     def at(self, path: Path) -> ArrayFile:
         """Open a file, or return it if it is already open."""
         if path not in self._open:
-            if len(self._open) >= _MOST_OPEN:
+            in_memory = any(file.in_memory for file, _ in self._open.values())
+            while len(self._open) >= (_MOST_IN_MEMORY if in_memory else _MOST_OPEN):
                 self._open.pop(next(iter(self._open)))[1].close()
             stack = ExitStack()
-            self._open[path] = stack.enter_context(open_array_file(path)), stack
+            opened = stack.enter_context(open_file(path))
+            self._open[path] = opened.seen_through(self.view) if self.view else opened, stack
         return self._open[path][0]
 
     def array(self, path: Path, name: str) -> Array:
@@ -49,18 +55,24 @@ class ArrayFiles:
         """List the datasets of a file that match a pattern (or have it as their name), in the order of their numbers.
 
         Several groups of names, such as u_1, u_2, v_1, v_2, follow each other in alphabetical order.
+
+        Raises:
+            UserError: what matches is a link, or cannot be read for another reason.
         """
         if path not in self._names:
             self._names[path] = self.at(path).names
         names = self._names[path]
         fits = re.compile(translate(pattern))
+        for name, what in self.at(path).unusable.items():
+            if fits.fullmatch(name) or pattern.startswith(f"{name}/"):
+                raise UserError(f"{path}: {name} is {what}")
         return [pattern] if pattern in names else sorted(filter(fits.fullmatch, names), key=number_key)
 
     def find(self, pattern: str) -> list[tuple[Path, str]]:
         """List (file, dataset name) of every dataset that matches a pattern, file by file.
 
         Raises:
-            UserError: no dataset matches.
+            UserError: no dataset matches, or one that cannot be read.
         """
         found = [(path, name) for path in self.paths for name in self.names(path, pattern)]
         if not found:
@@ -80,9 +92,9 @@ class ArrayFiles:
 
 
 @contextmanager
-def open_array_files(entries: list[list[Path]]) -> Iterator[ArrayFiles]:
+def open_array_files(entries: list[list[Path]], view: Callable[[Array], Array] | None = None) -> Iterator[ArrayFiles]:
     """Open the files of a trajectory; they are closed at the end of the block."""
-    files = ArrayFiles(entries)
+    files = ArrayFiles(entries, view)
     try:
         yield files
     finally:

@@ -24,6 +24,7 @@ class Grid:
         spacing: size of the cubic cells, in the input's unit of length.
         origin: position of the first grid point, in the same unit.
         weights: for each axis the interpolation matrix [new, old], or None without interpolation.
+        reversed: the axes of X, Y, Z (0, 1, 2) along which the input's coordinates decrease.
     """
 
     cells: tuple[int, int, int]
@@ -31,9 +32,12 @@ class Grid:
     spacing: float
     origin: tuple[float, float, float]
     weights: tuple[NDArray[np.float64] | None, ...]
+    reversed: tuple[int, ...] = ()
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Interpolate fields [..., X, Y, Z] to the new grid."""
+        """Put fields [..., X, Y, Z] on the new grid: reverse axes along which coordinates decrease, and interpolate."""
+        if self.reversed:
+            values = np.ascontiguousarray(np.flip(values, tuple(values.ndim - 3 + axis for axis in self.reversed)))
         for axis, (matrix, first, size) in enumerate(
             zip(self.weights, self.first, self.cells, strict=True), start=values.ndim - 3
         ):
@@ -50,6 +54,11 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
     Raises:
         UserError: cells are not cubic and the mapping has no ``resample``, or the new grid does not fit.
     """
+    backwards = tuple(axis for axis, one in enumerate(points) if len(one) > 1 and one[0] > one[-1])
+    points = [one[::-1] if axis in backwards else one for axis, one in enumerate(points)]
+    for axis, one in zip(AXES, points, strict=True):
+        if len(one) < 2:
+            raise UserError(f"the input has {len(one)} point along {axis}: the model needs 3D flows, not 2D ones")
     if mapping.resample is None:
         steps = [even_step(one) for one in points]
         if min(steps) <= 0 or np.ptp(steps) > UNEVEN * min(steps):
@@ -72,6 +81,7 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
         spacing,
         (origin[0], origin[1], origin[2]),
         tuple(weights),
+        backwards,
     )
 
 
@@ -165,14 +175,19 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[slice]:
                 + (f"if the last point repeats the first, write `repeated_end: [{axis}]`; " if rest == 1 else "")
                 + f"choose resample.spacing so that the period fits, or set boundaries.{axis} to open and crop"
             )
+        if not fit:
+            raise UserError(
+                f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
+                f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
+            )
         if mapping.crop == "auto" and all(walls):
             raise UserError(
                 f"`crop: auto` would remove {rest} of {size} cells along {axis} and with them one of its two walls: "
                 f"choose resample.spacing so that a multiple of {COMPRESSION} cells fits, or set one end of "
                 f"boundaries.{axis} to open"
             )
-        if mapping.crop != "auto" or not fit:
-            cure = "" if all(walls) or not fit else f", or `crop: auto` to keep {fit}"
+        if mapping.crop != "auto":
+            cure = "" if all(walls) else f", or `crop: auto` to keep {fit}"
             raise UserError(
                 f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
                 f"crop.{axis}{cure}, or choose resample.spacing"
@@ -183,5 +198,5 @@ def _divisible(sizes: list[int], mapping: Mapping) -> list[slice]:
 def _spacing(axis: str, points: NDArray[np.float64]) -> str:
     if len(points) < 2:
         return f"{axis}: one point"
-    steps = np.diff(points)
+    steps = np.abs(np.diff(points))
     return f"{axis}: {steps.mean():.4g}" if even_step(points) else f"{axis}: {steps.min():.4g} to {steps.max():.4g}"

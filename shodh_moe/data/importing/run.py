@@ -21,11 +21,12 @@ from shodh_moe.data.importing.grids import Grid, new_grid
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
 from shodh_moe.data.importing.mapping import AXES, Mapping, Scale
 from shodh_moe.data.importing.projection import project
+from shodh_moe.data.importing.samples import mapping_of, sample_names, view_of
 from shodh_moe.data.importing.snapshots import (
     Plan,
     plan,
     read_mask,
-    read_scalar,
+    read_pressure,
     read_velocity,
 )
 from shodh_moe.data.importing.time_step import gap_warning, start_and_step
@@ -97,7 +98,12 @@ def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
 
 def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -> None:
     """Import one trajectory; raise `UserError` if its grid is not ``wanted_grid``."""
-    with open_array_files(item.entries) as files:
+    view = None
+    if mapping.many:
+        # Of files that could not be read while planning, the reason is needed now.
+        sample = item.sample if item.sample is not None else sample_names(mapping, item.entries)[0]
+        mapping, view = mapping_of(mapping, sample), view_of(mapping, sample, item.samples)
+    with open_array_files(item.entries, view) as files:
         found = plan(files, mapping)
         start, stop = item.snapshots or (0, len(found))
         if stop > len(found) or stop - start < 2:
@@ -114,7 +120,8 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         grid = new_grid(points, mapping)
         if wanted_grid and grid.cells != tuple(wanted_grid):
             raise UserError(f"{item.files[0]} gives the grid {list(grid.cells)}, the dataset has {list(wanted_grid)}")
-        solid_XYZ = grid.apply(read_mask(files, mapping, found)) > 0.5
+        mask_XYZ = read_mask(files, mapping, found)
+        solid_XYZ = grid.apply(mask_XYZ) > 0.5
         header = Header(
             mapping.name,
             mapping.domain,
@@ -128,7 +135,9 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         with new_trajectory_file(item.path, header) as (file, provenance):
             totals = _Totals()
             for index, snapshot in enumerate(range(start, stop)):
-                velocity_3XYZ, pressure_XYZ = _snapshot(files, mapping, scale, found, snapshot, grid, solid_XYZ, totals)
+                velocity_3XYZ, pressure_XYZ = _snapshot(
+                    files, mapping, scale, found, snapshot, grid, mask_XYZ > 0.5, solid_XYZ, totals
+                )
                 file["t1_fields/velocity"][0, index] = np.moveaxis(velocity_3XYZ, 0, -1)
                 file["t0_fields/pressure"][0, index] = pressure_XYZ
             provenance.update(_provenance(item, mapping, scale, grid, points, totals, start_time))
@@ -182,21 +191,25 @@ def _snapshot(
     found: Plan,
     snapshot: int,
     grid: Grid,
+    stored_solid_XYZ: NDArray[np.bool_],
     solid_XYZ: NDArray[np.bool_],
     totals: _Totals,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store."""
+    """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store.
+
+    Args:
+        stored_solid_XYZ, solid_XYZ: the solid voxels of the input, cropped, and those on the new grid.
+    """
     for places in [*found.velocity, *([found.pressure] if found.pressure else [])]:
         first, here = places[0], places[snapshot]
         require_same_unit(files.array(first.path, first.name), files.array(here.path, here.name))
-    velocity_3XYZ = grid.apply(read_velocity(files, mapping, found, snapshot)) * scale.velocity
-    if found.pressure is None:
-        pressure_XYZ = np.zeros(grid.cells)
-    else:
-        read = read_scalar(files, mapping, found, found.pressure[snapshot])
-        pressure_XYZ = grid.apply(read) * scale.pressure
+    read_3XYZ, read_XYZ = read_velocity(files, mapping, found, snapshot), read_pressure(files, mapping, found, snapshot)
+    for read in (*read_3XYZ, read_XYZ):
+        # Solid voxels often contain NaN, which interpolation would spread.
+        read[stored_solid_XYZ & ~np.isfinite(read)] = 0
+    velocity_3XYZ = grid.apply(read_3XYZ) * scale.velocity
+    pressure_XYZ = grid.apply(read_XYZ) * scale.pressure
     if solid_XYZ.any():
-        # Solid voxels often contain NaN or a fill value.
         inside = np.linalg.norm(np.nan_to_num(velocity_3XYZ[:, solid_XYZ], posinf=0, neginf=0), axis=0)
         totals.fastest_in_solids = max(totals.fastest_in_solids, float(inside.max()))
         velocity_3XYZ[:, solid_XYZ] = 0
@@ -263,8 +276,10 @@ def _provenance(
         "scale": scale.model_dump(),
         "pressure": "zero: the source has none" if mapping.pressure == "zero" else "of the source",
     }
+    if item.sample is not None:
+        found["sample"] = item.sample
     if mapping.resample:
-        spacings = [np.diff(one) for one in points]
+        spacings = [np.abs(np.diff(one)) for one in points]
         found["resampled"] = {
             "method": mapping.resample.method,
             "spacing": grid.spacing * scale.length,

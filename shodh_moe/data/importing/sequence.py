@@ -33,6 +33,8 @@ def in_order(files: ArrayFiles, mapping: Mapping, fields: Sequence[str]) -> tupl
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{count} of {field}" for field, count in counts.items())
         raise UserError(f"{files}: found {shown}: every snapshot needs each of them once")
+    if not all(counts.values()):
+        raise UserError(f"{files}: {fields[0]} holds no snapshot: its time axis has length 0")
     own = {field: own_times(files, mapping.time, stored[field]) for field in fields}
     with_times = [(field, times) for field, times in own.items() if times is not None]
     if not with_times:
@@ -63,7 +65,7 @@ def _places_of(files: ArrayFiles, mapping: Mapping, field: str, found: tuple[Pat
     if "t" not in mapping.axes:
         return [Place(*found, None)]
     array = files.array(*found)
-    axes = stored_axes(mapping.axes, array, field == mapping.velocity)
+    axes = stored_axes(mapping.axes, array, len(mapping.components) if field == mapping.velocity else 0)
     return [Place(*found, time) for time in range(array.shape[axes.index("t")])]
 
 

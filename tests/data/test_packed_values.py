@@ -57,9 +57,9 @@ def ours(path: Path) -> dict[str, np.ndarray]:
 
 
 def combinations() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Variables with every pair of these attributes (for the last two types, with each of them)."""
+    """Variables of two types with every pair of these attributes, and of other types with each of them."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for dtype in ("i1", "i2", "f4", "i4", "f8"):
+    for dtype in ("i1", "i2", "i4", "f4", "f8"):
         kind = np.dtype(dtype).type
         single: list[dict[str, Any]] = [
             {},
@@ -79,8 +79,8 @@ def combinations() -> dict[str, tuple[str, dict[str, Any]]]:
         ]
         if dtype[0] == "f":
             single += [{"missing_value": kind(np.nan)}, {"_FillValue": kind(1e20)}]
-        some = single if dtype in ("i1", "i2", "f4") else single[:1]
-        pairs = [{**one, **other} for one, other in itertools.product(some, single)]
+        pairs = [{**one, **other} for one, other in itertools.combinations(single, 2)]
+        pairs = pairs if dtype in ("i2", "f4") else single
         found |= {f"{dtype}_{number}": (dtype, attributes) for number, attributes in enumerate(pairs)}
     return found
 

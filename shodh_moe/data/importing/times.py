@@ -77,15 +77,16 @@ def own_times(files: ArrayFiles, time: str | None, stored: list[list[Place]]) ->
     """Return the times of a field's snapshots from the files that hold them; None if not all of these have times."""
     places = [place for places in stored for place in places]
     parts = []
-    for path, group in groupby(places, key=attrgetter("path")):
-        times = _unnamed_times(files, list(group)) if time is None else _times_in(files, path, files.names(path, time))
-        if times is None:
+    for path, grouped in groupby(places, key=attrgetter("path")):
+        group = list(grouped)
+        times = _unnamed_times(files, group) if time is None else _times_in(files, path, files.names(path, time))
+        if times is None or len(times.values) != len(group):
             return None
         parts.append(times)
     every = Times.joined(parts)
     # Times that the mapping does not name and that are all equal were never set.
     unset = time is None and len(every.values) > 1 and not np.ptp(every.values)
-    return None if unset or len(every.values) != len(places) else every
+    return None if unset else every
 
 
 def _unnamed_times(files: ArrayFiles, places: list[Place]) -> Times | None:
@@ -98,7 +99,10 @@ def _unnamed_times(files: ArrayFiles, places: list[Place]) -> Times | None:
         stated = [_time_attribute(file.array(place.name).attributes) for place in group if place.time is None]
         of_file = [_time_attribute(file.attributes)] if len(places) == 1 else []
         datasets = [name for name in file.names if name.split("/")[-1].lower() in _TIME and _folder(name) in within]
-        candidates = [Times.joined(stated), *of_file, *(_times_in(files, path, [name]) for name in datasets)]
+        candidates = [Times.joined(stated), *of_file]
+        for name in datasets:
+            with suppress(UserError):  # text, or damaged
+                candidates.append(_times_in(files, path, [name]))
         fitting = [one for one in candidates if len(one.values) == len(group)]
         if not fitting:
             return None
@@ -120,14 +124,13 @@ def _time_attribute(attributes: dict[str, Any]) -> Times:
 
 
 def _times_in(files: ArrayFiles, path: Path, names: list[str]) -> Times:
-    """Return the values of 1D datasets of a file, one after the other; one of text or of more axes has none."""
+    """Return the values of 1D datasets of a file, one after the other; a dataset of more axes has none."""
     found = []
     for name in names:
-        with suppress(UserError):
-            array = files.array(path, name)
-            if len(array.shape) < 2 or np.prod(array.shape) == max(array.shape):
-                values = np.ravel(array.read(tuple(slice(None) for _ in array.shape)))
-                found.append(Times(values, array))
+        array = files.array(path, name)
+        if len(array.shape) < 2 or np.prod(array.shape) == max(array.shape):
+            values = np.ravel(array.read(tuple(slice(None) for _ in array.shape)))
+            found.append(Times(values, array))
     return Times.joined(found)
 
 

@@ -476,6 +476,42 @@ def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.Ca
     assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
 
 
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [
+        ("open", slice(0, 16)),
+        (["wall", "open"], slice(0, 16)),
+        (["open", "wall"], slice(7, 23)),
+        (["open", "free slip"], slice(7, 23)),
+        ("wall", None),
+        (["wall", "free slip"], None),
+    ],
+)
+def test_crop_auto_keeps_the_walls(cutouts: Path, ends: str | list[str], kept: slice | None) -> None:
+    write_faulty(cutouts, "odd")
+    changes = {"crop": "auto", "boundaries": {"x": "periodic", "y": "periodic", "z": ends}}
+    changes["files"] = {"train": ["train.h5"]}
+    if kept is None:
+        with pytest.raises(UserError, match="remove 7 of 23 cells along z and with them one of its two walls"):
+            imported(cutouts, **changes)
+        with pytest.raises(UserError, match=r"set crop.z, or choose resample"):
+            imported(cutouts, **{**changes, "crop": None})
+        return
+    (record,) = list_trajectories(imported(cutouts, **changes), "train")
+    stored = read_trajectory(record)
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, flow(0)[0][..., kept])
+    np.testing.assert_array_equal(stored.pressure_T1XYZ[:, 0], flow(0)[1][..., kept])
+    assert read_provenance(record.path)["origin"] == [0, 0, 0.5 * kept.start]
+
+
+def test_resampling_to_fewer_cells_keeps_the_wall(cutouts: Path) -> None:
+    ends = {"x": "open", "y": "open", "z": ["open", "wall"]}
+    resample = {"method": "linear", "spacing": 0.4, "cells": [8, 16, 16]}
+    with pytest.raises(UserError, match=r"16 along z, but 28 of size 0\.4 fit: fewer would cut off the wall"):
+        imported(cutouts, boundaries=ends, resample=resample)
+    assert list_trajectories(imported(cutouts, boundaries={**ends, "z": "open"}, resample=resample), "train")
+
+
 def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cutouts / "bad.h5").write_bytes(b"no HDF5")
     mapping = mapping_file(cutouts, files={"train": ["bad.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
@@ -485,6 +521,21 @@ def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytes
     assert "left out: box_0000.hdf5: bad.h5 is not HDF5, NetCDF" in output
     assert "no trajectories for test" in output
     assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+
+
+def test_a_value_that_no_flow_has_stops_only_its_trajectory(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fill values without an attribute, as 1e20, are found before the file gets its name."""
+    velocity, pressure = flow(0)
+    pressure[2, 0, 0, 0] = 1e20
+    write_cutout(cutouts / "filled.h5", velocity, pressure, even_points())
+    mapping = mapping_file(cutouts, files={"train": ["filled.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
+    assert main(["data", "import", str(mapping)]) == 2
+    assert "filled.h5: pressure of snapshot 2 (Velocity_0003) has values up to 1e+20" in capsys.readouterr().err
+    assert not list(cutouts.rglob("out/data/train/*"))
+    assert main(["data", "import", str(mapping), "--skip-bad"]) == 0
+    assert "left out: box_0000.hdf5: filled.h5: pressure of snapshot 2" in capsys.readouterr().out
+    assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+    assert FieldStats.load(cutouts / "out").velocity_rms == pytest.approx(1, rel=0.05)
 
 
 def test_other_domains_in_the_folder_are_kept_and_counted(cutouts: Path) -> None:

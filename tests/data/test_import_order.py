@@ -168,6 +168,14 @@ def test_the_time_that_a_file_holds_decides(where: str) -> None:
         order([["first.h5", "second.h5", "third.h5", "fifth.h5"]])
 
 
+def test_times_stay_with_the_file_that_holds_them() -> None:
+    """The first file has a time too many and the second one too few: together they are as many as the snapshots."""
+    write_numbered("a.h5", [1, 2], [0.0, 0.25, 0.5])
+    write_numbered("b.h5", [3, 4], [0.75])
+    with pytest.raises(UserError, match=r"a.h5 and b.h5 both hold u_0001"):
+        order([["a.h5", "b.h5"]], velocity="u_*", pressure="p_*")
+
+
 def test_times_that_were_never_set_are_ignored() -> None:
     for value in (1, 2):
         np.savez(f"a_{value}.npz", time=0.0, **snapshot(value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from scipy.io import netcdf_file
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.hdf5_filters import require_filters
 from shodh_moe.base.text import printable
+from shodh_moe.data.importing.packed_values import ATTRIBUTES, Packing, packing
 
 Part = tuple[int | slice, ...]
 
@@ -30,16 +31,18 @@ class Array:
         path, name: its file, and its name in the file.
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
-        packing: NetCDF's scale factor, offset and missing values.
-        attributes: its attributes that may state a time, with names in lower case.
+        packing: how stored numbers become values, as NetCDF attributes state it; None: they are the values.
+        attributes: its attributes that may state a time or units, with names in lower case.
+        dimensions: names of its axes, "" where one has none; empty if the file has no such names.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     raw: Callable[[Part], Any] = field(repr=False)
-    packing: tuple[float, float, tuple[float, ...]] = (1.0, 0.0, ())
+    packing: Packing | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    dimensions: tuple[str, ...] = ()
 
     def read(self, part: Part) -> NDArray[np.float64]:
         """Read a part as float64; packed NetCDF values are unpacked, missing values become NaN.
@@ -49,17 +52,11 @@ class Array:
         """
         try:
             stored = np.asarray(self.raw(part))
-            values = stored.astype(np.float64)
+            return stored.astype(np.float64) if self.packing is None else self.packing.values(stored)
         except UserError:
             raise
         except Exception as error:  # whatever a library raises
             raise _unreadable(self.path, self.name, error) from error
-        factor, offset, missing = self.packing
-        if (factor, offset) != (1.0, 0.0):
-            values = values * factor + offset
-        for one in missing:
-            values[stored == one] = np.nan
-        return values
 
 
 class ArrayFile:
@@ -155,7 +152,7 @@ def _hdf5(path: Path, stack: ExitStack) -> ArrayFile:
             item = group[name]
             if isinstance(item, h5py.Group) and depth < 8:
                 take(item, f"{prefix}{name}/", depth + 1)
-            elif isinstance(item, h5py.Dataset):
+            elif isinstance(item, h5py.Dataset) and not _is_bare_dimension(item):
                 arrays[prefix + name] = partial(_hdf5_array, path, prefix + name, item)
 
     take(file, "", 0)
@@ -169,13 +166,31 @@ def _hdf5_array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     if dataset.external or dataset.is_virtual:
         raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
     require_filters(path, name, dataset)
-    packing = _packing({key: dataset.attrs[key] for key in _PACKING if key in dataset.attrs})
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packing, _attributes(dataset))
+    attributes = {key: dataset.attrs[key] for key in ATTRIBUTES if key in dataset.attrs}
+    # The first is in files of the last ten years, the second in variables of older ones.
+    netcdf = "_NCProperties" in dataset.file.attrs or "DIMENSION_LIST" in dataset.attrs
+    packed = packing(f"{path}: {name}", attributes, dataset.dtype, netcdf)
+    about = _attributes(dataset), _dimensions(dataset)
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, *about)
+
+
+def _is_bare_dimension(dataset: h5py.Dataset) -> bool:
+    """Whether NetCDF 4 stores a dimension without coordinates in a dataset, whose values mean nothing."""
+    note = dataset.attrs["NAME"] if "CLASS" in dataset.attrs and "NAME" in dataset.attrs else b""
+    return isinstance(note, bytes) and note.startswith(b"This is a netCDF dimension but not a netCDF variable")
+
+
+def _dimensions(dataset: h5py.Dataset) -> tuple[str, ...]:
+    names = []
+    if "DIMENSION_LIST" in dataset.attrs:
+        with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
+            names = [one[0].name.rpartition("/")[2] if len(one) else "" for one in dataset.dims]
+    return tuple(names)
 
 
 def _attributes(item: h5py.Group | h5py.Dataset) -> dict[str, Any]:
     # Read only these attributes; others may be references or of excessive size.
-    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in _READ}
+    return {key.lower(): item.attrs[key] for key in item.attrs if key.lower() in READ_ATTRIBUTES}
 
 
 def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
@@ -184,13 +199,18 @@ def _netcdf(path: Path, stack: ExitStack) -> ArrayFile:
     def array(name: str) -> Array:
         variable = file.variables[name]
         require_numbers(path, name, variable.data.dtype)
-        attributes = {key: getattr(variable, key) for key in _PACKING if hasattr(variable, key)}
+        attributes = {key: getattr(variable, key) for key in ATTRIBUTES if hasattr(variable, key)}
+        packed = packing(f"{path}: {name}", attributes, variable.data.dtype, netcdf=True)
 
         # Look the variable up each time: holding a mapped array would keep the file open.
         def read(part: Part) -> Any:
             return np.array(file.variables[name].data[part])
 
-        return Array(path, name, tuple(variable.data.shape), read, _packing(attributes))
+        about = (
+            {key: getattr(variable, key) for key in READ_ATTRIBUTES if hasattr(variable, key)},
+            tuple(variable.dimensions),
+        )
+        return Array(path, name, tuple(variable.data.shape), read, packed, *about)
 
     return ArrayFile(path, {name: partial(array, name) for name in file.variables})
 
@@ -227,16 +247,7 @@ def _npz(path: Path, stack: ExitStack) -> ArrayFile:
     return ArrayFile(path, {name: partial(array, name) for name in members})
 
 
-_READ = ("time", "times", "t")
-_PACKING = ("scale_factor", "add_offset", "_FillValue", "missing_value")
-
-
-def _packing(attributes: dict[str, Any]) -> tuple[float, float, tuple[float, ...]]:
-    """Return scale factor, offset and missing values from a variable's NetCDF attributes."""
-    numbers = {key: np.ravel(value) for key, value in attributes.items()}
-    numbers = {key: value for key, value in numbers.items() if value.size and value.dtype.kind in "iuf"}
-    missing = tuple(float(one) for key in _PACKING[2:] for one in numbers.get(key, ()) if np.isfinite(one))
-    return float(numbers.get(_PACKING[0], [1.0])[0]), float(numbers.get(_PACKING[1], [0.0])[0]), missing
+READ_ATTRIBUTES = ("time", "times", "t", "units")
 
 
 def require_numbers(path: Path, name: str, dtype: np.dtype[Any]) -> None:

@@ -189,9 +189,9 @@ class Mapping(Section):
                 raise ValueError(f"give either {one} or {other}")
         if self.project and self.mask:
             raise ValueError("project does not support solids: leave out mask, or write `project: false`")
-        for axis in self.repeated_end:
-            if getattr(self.boundaries, axis) != "periodic":
-                raise ValueError(f"axis {axis} is not periodic: use crop.{axis} in place of repeated_end")
+        for closed in self.repeated_end:
+            if getattr(self.boundaries, closed) != "periodic":
+                raise ValueError(f"axis {closed} is not periodic: use crop.{closed} in place of repeated_end")
         if isinstance(self.crop, Crop):
             for axis, periodic in zip(AXES, self.boundaries.periodic, strict=True):
                 if getattr(self.crop, axis) and periodic:

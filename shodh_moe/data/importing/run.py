@@ -14,12 +14,12 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import remove_leftovers, require_writable
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.base.text import printable
+from shodh_moe.data.importing.coordinates import coordinate_arrays, points_of
 from shodh_moe.data.importing.ends import require_ends_once
 from shodh_moe.data.importing.file_set import ArrayFiles, open_array_files
-from shodh_moe.data.importing.grids import UNEVEN, Grid, even_step, new_grid, points_of
+from shodh_moe.data.importing.grids import Grid, new_grid
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
-from shodh_moe.data.importing.mapping import AXES, Mapping
-from shodh_moe.data.importing.order import largest_gap
+from shodh_moe.data.importing.mapping import AXES, Mapping, Scale
 from shodh_moe.data.importing.projection import project
 from shodh_moe.data.importing.samples import mapping_of, sample_names, view_of
 from shodh_moe.data.importing.snapshots import (
@@ -29,9 +29,11 @@ from shodh_moe.data.importing.snapshots import (
     read_pressure,
     read_velocity,
 )
+from shodh_moe.data.importing.time_step import gap_warning, start_and_step
+from shodh_moe.data.importing.units import require_same_unit, scale_of
 from shodh_moe.data.importing.writing import Header, new_trajectory_file
 from shodh_moe.data.listing import SPLITS, list_trajectories, open_file
-from shodh_moe.data.reading import open_trajectories
+from shodh_moe.data.reading import LARGEST, open_trajectories
 from shodh_moe.data.stats import stats_of_files, write_stats
 
 Progress = Callable[..., Iterator[Any]]
@@ -109,9 +111,10 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
                 f"{item.files[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
                 "or more; check `snapshots`, or name all files of a trajectory in one list"
             )
-        for line in _gaps(found):
+        if line := gap_warning(found):
             print(f"{item.path.name}: {line}")
-        start_time, time_step = _times(files, mapping, found.times, start, stop)
+        scale = _scale(files, mapping, found)
+        start_time, time_step = start_and_step(files, mapping, found.times, scale.time, start, stop)
         require_ends_once(files, mapping, found)
         points = points_of(files, mapping, found)
         grid = new_grid(points, mapping)
@@ -122,9 +125,9 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         header = Header(
             mapping.name,
             mapping.domain,
-            time_step * mapping.scale.time,
+            time_step,
             stop - start,
-            grid.spacing * mapping.scale.length,
+            grid.spacing * scale.length,
             [mapping.boundaries.ends(axis) for axis in AXES],
             solid_XYZ,
             mapping.scalars,
@@ -133,11 +136,11 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
             totals = _Totals()
             for index, snapshot in enumerate(range(start, stop)):
                 velocity_3XYZ, pressure_XYZ = _snapshot(
-                    files, mapping, found, snapshot, grid, mask_XYZ > 0.5, solid_XYZ, totals
+                    files, mapping, scale, found, snapshot, grid, mask_XYZ > 0.5, solid_XYZ, totals
                 )
                 file["t1_fields/velocity"][0, index] = np.moveaxis(velocity_3XYZ, 0, -1)
                 file["t0_fields/pressure"][0, index] = pressure_XYZ
-            provenance.update(_provenance(item, mapping, grid, points, totals, start_time))
+            provenance.update(_provenance(item, mapping, scale, grid, points, totals, start_time))
     for line in totals.lines(mapping):
         print(f"{item.path.name}: {line}")
 
@@ -184,6 +187,7 @@ class _Totals:
 def _snapshot(
     files: ArrayFiles,
     mapping: Mapping,
+    scale: Scale,
     found: Plan,
     snapshot: int,
     grid: Grid,
@@ -196,12 +200,15 @@ def _snapshot(
     Args:
         stored_solid_XYZ, solid_XYZ: the solid voxels of the input, cropped, and those on the new grid.
     """
+    for places in [*found.velocity, *([found.pressure] if found.pressure else [])]:
+        first, here = places[0], places[snapshot]
+        require_same_unit(files.array(first.path, first.name), files.array(here.path, here.name))
     read_3XYZ, read_XYZ = read_velocity(files, mapping, found, snapshot), read_pressure(files, mapping, found, snapshot)
     for read in (*read_3XYZ, read_XYZ):
         # Solid voxels often contain NaN, which interpolation would spread.
         read[stored_solid_XYZ & ~np.isfinite(read)] = 0
-    velocity_3XYZ = grid.apply(read_3XYZ) * mapping.scale.velocity
-    pressure_XYZ = grid.apply(read_XYZ) * mapping.scale.pressure
+    velocity_3XYZ = grid.apply(read_3XYZ) * scale.velocity
+    pressure_XYZ = grid.apply(read_XYZ) * scale.pressure
     if solid_XYZ.any():
         inside = np.linalg.norm(np.nan_to_num(velocity_3XYZ[:, solid_XYZ], posinf=0, neginf=0), axis=0)
         totals.fastest_in_solids = max(totals.fastest_in_solids, float(inside.max()))
@@ -216,6 +223,12 @@ def _snapshot(
                 f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
                 + ("" if mapping.mask else ": if they mark solids, name their mask")
             )
+        largest = np.abs(values).max()
+        if largest >= LARGEST:
+            raise UserError(
+                f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values up to {largest:.3g}: if these "
+                "mark missing values, state it in the attribute _FillValue; if they mark solids, name the mask"
+            )
     totals.energy += float(np.sum(velocity_3XYZ**2))
     totals.cells += pressure_XYZ.size
     if mapping.project:
@@ -228,44 +241,26 @@ def _snapshot(
     return stored
 
 
-def _gaps(found: Plan) -> Iterator[str]:
-    """Warn of a snapshot that seems to be missing, if only names tell the time."""
-    places = found.velocity[0]
-    names = [place.name for place in places]
-    if found.times is not None or any(place.time is not None for place in places):
-        return
-    if gap := largest_gap(names if len(set(names)) == len(names) else [str(place.path) for place in places]):
-        yield (
-            f"warning: {gap[0]} is followed by {gap[1]}, which is a larger step than others: is a snapshot missing? "
-            "the time step is taken as constant"
-        )
-
-
-def _times(
-    files: ArrayFiles, mapping: Mapping, times: NDArray[np.float64] | None, start: int, stop: int
-) -> tuple[float, float]:
-    """Return the time of the first snapshot and the time step, before scaling."""
-    given = mapping.time_step
-    if times is None:
-        return start * float(given or 0), float(given or 0)
-    times = times[start:stop]
-    step = even_step(times)
-    if step <= 0:
-        steps = np.diff(times)
-        raise UserError(
-            f"{files}: the times of the snapshots go from {times[0]:g} to {times[-1]:g} in uneven steps, from "
-            f"{steps.min():g} to {steps.max():g}: the model needs a constant time step; choose a part with `snapshots`"
-        )
-    if given is not None and abs(step - given) > UNEVEN * step:
-        raise UserError(
-            f"{files}: time_step is {given:g}, but the times in the files go in steps of {step:g}: write "
-            f"`time_step: {step:g}`, and scale.time if your unit of time is another"
-        )
-    return float(times[0]), step
+def _scale(files: ArrayFiles, mapping: Mapping, found: Plan) -> Scale:
+    """Return the factors for all values, from the units that the files state and from the mapping."""
+    first = {
+        "velocity": [one[0] for one in found.velocity],
+        "pressure": found.pressure[:1] if found.pressure else [],
+    }
+    stated = {quantity: [files.array(one.path, one.name) for one in places] for quantity, places in first.items()}
+    stated["length"] = coordinate_arrays(files, mapping)
+    stated["time"] = [found.times.array] if found.times and found.times.array else []
+    return scale_of(stated, mapping)
 
 
 def _provenance(
-    item: Item, mapping: Mapping, grid: Grid, points: list[NDArray[np.float64]], totals: _Totals, start_time: float
+    item: Item,
+    mapping: Mapping,
+    scale: Scale,
+    grid: Grid,
+    points: list[NDArray[np.float64]],
+    totals: _Totals,
+    start_time: float,
 ) -> dict[str, Any]:
     units = mapping.units.of()
     found: dict[str, Any] = {
@@ -275,9 +270,10 @@ def _provenance(
         "source": mapping.source or "not stated",
         "files": str(item.files[0]) + (f" to {item.files[-1]}" if len(item.files) > 1 else ""),
         "request": item.request,
-        "origin": [one * mapping.scale.length for one in grid.origin],
+        "origin": [one * scale.length for one in grid.origin],
         "first_snapshot": item.snapshots[0] if item.snapshots else 0,
-        "start_time": start_time * mapping.scale.time,
+        "start_time": start_time,
+        "scale": scale.model_dump(),
         "pressure": "zero: the source has none" if mapping.pressure == "zero" else "of the source",
     }
     if item.sample is not None:
@@ -286,7 +282,7 @@ def _provenance(
         spacings = [np.abs(np.diff(one)) for one in points]
         found["resampled"] = {
             "method": mapping.resample.method,
-            "spacing": grid.spacing * mapping.scale.length,
+            "spacing": grid.spacing * scale.length,
             "from_spacing": [[float(one.min()), float(one.max())] for one in spacings],
         }
     if mapping.project:

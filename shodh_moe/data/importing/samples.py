@@ -94,7 +94,8 @@ def view_of(mapping: Mapping, sample: str, count: int) -> View | None:
             return array.raw((*part[:at], number, *part[at:]))
 
         shape = (*array.shape[:at], *array.shape[at + 1 :])
-        return replace(array, name=f"{array.name}[n={number}]", shape=shape, raw=raw)
+        dimensions = (*array.dimensions[:at], *array.dimensions[at + 1 :])
+        return replace(array, name=f"{array.name}[n={number}]", shape=shape, raw=raw, dimensions=dimensions)
 
     return view
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.data.importing.array_files import Array
+from shodh_moe.data.importing.axes import stored_axes
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Crop, Mapping
-from shodh_moe.data.importing.sequence import Place, in_order, stored_axes
+from shodh_moe.data.importing.sequence import in_order
+from shodh_moe.data.importing.times import Place, Times
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,14 @@ class Plan:
         pressure: places of the pressure; None if it is zero or a component of the velocity's array.
         shape: number of grid points (X, Y, Z) in the files.
         crop: the grid points to import along each axis.
-        times: times of the snapshots as stored, before scaling; None if the files hold none.
+        times: times of the snapshots; None if the files hold none.
     """
 
     velocity: list[list[Place]]
     pressure: list[Place] | None
     shape: tuple[int, int, int]
     crop: tuple[slice, slice, slice]
-    times: NDArray[np.float64] | None
+    times: Times | None
 
     def __len__(self) -> int:
         return len(self.velocity[0])

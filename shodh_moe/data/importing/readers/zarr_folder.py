@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from shodh_moe.data.importing.array_files import Array, ArrayFile, _packing, require_numbers
+from shodh_moe.data.importing.array_files import READ_ATTRIBUTES, Array, ArrayFile, require_numbers
+from shodh_moe.data.importing.packed_values import ATTRIBUTES, packing
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:
@@ -34,5 +37,20 @@ def _opener(path: Path, name: str, stored: Any) -> Callable[[], Array]:
 
 def _array(path: Path, name: str, stored: Any) -> Array:
     require_numbers(path, name, stored.dtype)
-    packing = _packing(dict(stored.attrs))
-    return Array(path, name, tuple(stored.shape), lambda part: np.asarray(stored[part]), packing)
+    attributes = dict(stored.attrs)
+    packed = packing(f"{path}: {name}", _packing_attributes(stored), stored.dtype, netcdf=False)
+    stated = {key.lower(): value for key, value in attributes.items() if key.lower() in READ_ATTRIBUTES}
+    dimensions = attributes.get("_ARRAY_DIMENSIONS") or getattr(stored.metadata, "dimension_names", None) or ()
+    names = tuple(str(one or "") for one in dimensions)
+    return Array(path, name, tuple(stored.shape), lambda part: np.asarray(stored[part]), packed, stated, names)
+
+
+def _packing_attributes(stored: Any) -> dict[str, Any]:
+    """Return the NetCDF attributes of an array, with the missing value where xarray keeps it."""
+    found = {key: value for key, value in dict(stored.attrs).items() if key in ATTRIBUTES}
+    if "_ARRAY_DIMENSIONS" in stored.attrs and stored.fill_value is not None:
+        found.setdefault("_FillValue", stored.fill_value)  # in format 2
+    if isinstance(text := found.get("_FillValue"), str) and len(text) == 12:
+        with suppress(ValueError):
+            found["_FillValue"] = struct.unpack("<d", base64.b64decode(text, validate=True))[0]  # in format 3
+    return found

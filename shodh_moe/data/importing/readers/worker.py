@@ -53,6 +53,7 @@ def _start() -> tuple[multiprocessing.process.BaseProcess, Connection]:
     process = context.Process(target=_serve, args=(there,), daemon=True)
     process.start()
     there.close()
+    here.recv()  # it has started; on a busy machine this takes longer than a call
     return process, here
 
 
@@ -71,6 +72,7 @@ def _serve(connection: Connection) -> None:
     """Answer calls until the other side is closed."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libraries print there what they also report
+    connection.send("started")
     while True:
         try:
             function, path, arguments = connection.recv()

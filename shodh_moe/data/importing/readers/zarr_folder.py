@@ -40,7 +40,9 @@ def _array(path: Path, name: str, stored: Any) -> Array:
     attributes = dict(stored.attrs)
     packed = packing(f"{path}: {name}", _packing_attributes(stored), stored.dtype, netcdf=False)
     stated = {key.lower(): value for key, value in attributes.items() if key.lower() in READ_ATTRIBUTES}
-    dimensions = attributes.get("_ARRAY_DIMENSIONS") or getattr(stored.metadata, "dimension_names", None) or ()
+    dimensions = (
+        attributes.get("_ARRAY_DIMENSIONS") or getattr(getattr(stored, "metadata", None), "dimension_names", None) or ()
+    )
     names = tuple(str(one or "") for one in dimensions)
     return Array(path, name, tuple(stored.shape), lambda part: np.asarray(stored[part]), packed, stated, names)
 

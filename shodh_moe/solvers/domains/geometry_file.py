@@ -8,6 +8,7 @@ already periodic is used unchanged.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -155,6 +156,7 @@ def _tiff(path: str) -> np.ndarray:
         import tifffile
     except ImportError:
         raise UserError(f"geometry_file {path} needs the package tifffile: `pip install tifffile`") from None
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it would print what it also raises
     try:
         try:
             volume = tifffile.memmap(path, mode="r")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import tifffile
 
 from shodh_moe.data.importing.array_files import Array, ArrayFile, require_numbers
+
+# Without a handler it would print what it also raises.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:

@@ -49,7 +49,7 @@ def updated(path: Path, reader: Any, update: Callable[[], object] | None = None)
     data = reader.GetOutputDataObject(0)
     if "ERR" in text or data is None:
         lines = [line.split("): ", 1)[-1].strip() for line in text.splitlines() if "ERR|" in line or "): " in line]
-        reason = printable(lines[-1] if lines else text)[:160] or "no data"
+        reason = printable(lines[0] if lines else text)[:160] or "no data"
         raise UserError(f"{path}: VTK cannot read it ({reason}): check that it is complete")
     return data
 

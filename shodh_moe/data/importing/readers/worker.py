@@ -32,7 +32,8 @@ def run_apart(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         path.stat().st_size if path.is_file() else sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
     )
     try:
-        connection.send((function, path, arguments))
+        # The process keeps the working folder in which it was started.
+        connection.send((function, path.absolute(), arguments))
         if not connection.poll(SECONDS + SECONDS_PER_BYTE * size):
             raise UserError(f"{path} is damaged (VTK does not finish reading it): copy it again")
         raised, result = connection.recv()
@@ -42,6 +43,8 @@ def run_apart(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException:
         stop()  # a late answer would be mistaken for that of the next call
         raise
+    if isinstance(result, UserError):
+        raise UserError(str(result).replace(str(path.absolute()), str(path)))
     if raised:
         raise result
     return result

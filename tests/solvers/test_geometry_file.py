@@ -192,7 +192,7 @@ def test_hdf5_links_out_of_the_file_are_refused(tmp_path: Path, volume: np.ndarr
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"path": "rock.tif"}, "path must end in"),
+        ({"path": "rock.jpg"}, "path must end in"),
         ({"path": "rock.raw", "dtype": "uint8"}, "needs its shape"),
         ({"path": "rock.raw", "shape": [3, 3, 3]}, "needs its shape"),
         ({"path": "rock.raw", "shape": [3, 3], "dtype": "uint8"}, "needs its shape"),

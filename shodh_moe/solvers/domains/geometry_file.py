@@ -8,7 +8,6 @@ already periodic is used unchanged.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -151,22 +150,13 @@ class GeometryFile(Section, changes="data"):
 
 
 def _tiff(path: str) -> np.ndarray:
-    """Return the volume [X, Y, Z] of a TIFF stack, mapped into memory if it is not compressed."""
+    """Return the volume [X, Y, Z] of the first series of a TIFF file."""
     try:
-        import tifffile
+        from shodh_moe.base.tiff import open_tiff
     except ImportError:
         raise UserError(f"geometry_file {path} needs the package tifffile: `pip install tifffile`") from None
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it would print what it also raises
-    try:
-        try:
-            volume = tifffile.memmap(path, mode="r")
-        except ValueError:  # compressed, or stored in several parts
-            volume = tifffile.imread(path)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises errors of many kinds
-        raise ValueError(str(error) or type(error).__name__) from error
-    return np.asarray(volume).T
+    with open_tiff(path) as file:
+        return np.asarray(file.series[0].asarray()).T
 
 
 @functools.lru_cache(maxsize=8)

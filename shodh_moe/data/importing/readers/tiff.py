@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import tifffile
-
+from shodh_moe.base.tiff import open_tiff
 from shodh_moe.data.importing.array_files import Array, ArrayFile, require_numbers
-
-# Without a handler it would print what it also raises.
-logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:
     """List the series; each is loaded as a whole when it is first read. The usual order of axes is z, y, x."""
-    file = stack.enter_context(tifffile.TiffFile(path))
-    many = len(file.series) > 1
+    with open_tiff(path) as file:
+        count = len(file.series)
 
     def array(name: str, index: int) -> Array:
-        series = file.series[index]
-        require_numbers(path, name, series.dtype)
-        values = series.asarray()
+        with open_tiff(path) as file:
+            require_numbers(path, name, file.series[index].dtype)
+            values = file.series[index].asarray()
         return Array(path, name, tuple(values.shape), lambda part: values[part])
 
-    names = {f"image_{index}" if many else "image": index for index in range(len(file.series))}
+    names = {f"image_{index}" if count > 1 else "image": index for index in range(count)}
     return ArrayFile(path, {name: partial(array, name, index) for name, index in names.items()}, in_memory=True)

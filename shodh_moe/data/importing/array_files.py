@@ -128,7 +128,9 @@ def open_array_file(path: Path) -> Iterator[ArrayFile]:
                 raise UserError(
                     f"{path} is not HDF5, NetCDF 3 or 4, or npz: convert it (NetCDF 5: `nccopy -k nc4 in.nc out.nc`)"
                 )
-        except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises, such as MemoryError for a damaged length
             reason = getattr(error, "strerror", None) or _first_line(error)
             raise UserError(f"cannot read {path} ({reason}): check the path or copy the file again") from error
         yield opened

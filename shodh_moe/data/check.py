@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress
@@ -20,6 +17,7 @@ from shodh_moe.data.derivatives import relative_divergence
 from shodh_moe.data.listing import domain_names, files_of, open_file, require_inside
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
+from shodh_moe.data.repeats import SeenSnapshots, has_repeated_end
 from shodh_moe.data.schema import schema_findings
 from shodh_moe.data.stats import STATS_FILE, TrajectorySums, combined
 from shodh_moe.data.trainable import require_trainable
@@ -90,7 +88,7 @@ def check_files(path: Path, skip_bad: bool = False) -> CheckReport:
     path = Path(path)
     splits = files_of(path)
     root = path if path.is_dir() else path.parent
-    report, seen = CheckReport(), _Seen()
+    report, seen = CheckReport(), SeenSnapshots()
     sums: list[TrajectorySums] = []
     records: dict[str, list[TrajectoryRecord]] = {split: [] for split in splits}
     bad = 0
@@ -108,7 +106,7 @@ def check_files(path: Path, skip_bad: bool = False) -> CheckReport:
             text = str(error).removeprefix(f"{file}").lstrip(": ")
             report.findings.append(Finding("warning" if skip_bad else "error", name, "", text))
             report.findings += _schema_of_bad(name, file, path)
-    report.findings += seen.findings()
+    report.findings += [Finding("error" if one.leak else "warning", one.file, "", one.text) for one in seen.repeats()]
     report.findings += _grids(root, [record for found in records.values() for record in found])
     if path.is_dir():
         report.findings += _splits(path, records)
@@ -148,10 +146,16 @@ def _schema_of_bad(name: str, path: Path, dataset: Path) -> list[Finding]:
 
 
 def _values(
-    name: str, split: str, record: TrajectoryRecord, report: CheckReport, seen: _Seen, sums: list[TrajectorySums]
+    name: str,
+    split: str,
+    record: TrajectoryRecord,
+    report: CheckReport,
+    seen: SeenSnapshots,
+    sums: list[TrajectorySums],
 ) -> Iterator[Finding]:
     """Find problems of the field values, read one snapshot at a time; add measurements to ``report`` and ``sums``."""
     bad, energy, fastest, divergences, solid_1XYZ = [], 0.0, 0.0, [], None
+    ends: dict[str, list[bool | None]] = {"xyz"[axis]: [] for axis in range(3) if record.periodic[axis]}
     own = TrajectorySums()
     sums.append(own)
     observed = {0, record.n_snapshots // 2, record.n_snapshots - 1}
@@ -163,12 +167,14 @@ def _values(
             own.add({})
             continue
         u_3XYZ, solid_XYZ = fields_T4XYZ[0, :3], solid_1XYZ[0] > 0.5
-        seen.add(name, split, record.sample, fields_T4XYZ)
+        seen.add(name, split, record.sample, snapshot, fields_T4XYZ)
         energy += float(np.mean(np.sum(u_3XYZ.astype(np.float64) ** 2, 0)))
         if solid_XYZ.any():
             fastest = max(fastest, float(np.linalg.norm(u_3XYZ[:, solid_XYZ], axis=0).max()))
         if snapshot in observed:
             divergences.append(relative_divergence(u_3XYZ, solid_XYZ, record))
+            for axis, found in ends.items():
+                found.append(has_repeated_end(u_3XYZ, "xyz".index(axis), ~solid_XYZ))
         fields = {"velocity": fields_T4XYZ[0, :3], "pressure": fields_T4XYZ[0, 3:]}
         own.add(fields if snapshot else {**fields, "solid": solid_1XYZ})
     for text in bad[:3]:
@@ -196,6 +202,15 @@ def _values(
         yield Finding("warning", name, "t0_fields/solid", "values other than 0 and 1")
     if solid_1XYZ is not None and solid_1XYZ.min() > 0.5:
         yield Finding("error", name, "t0_fields/solid", "solid everywhere: expected 1 in solids and 0 in the fluid")
+    for axis, found in ends.items():
+        if True in found and False not in found:
+            yield Finding(
+                "error",
+                name,
+                "t1_fields/velocity",
+                f"the last plane along {axis} repeats the first, but a periodic axis holds each point once: drop the "
+                f"last plane, e.g. by an import with `repeated_end: [{axis}]`",
+            )
     if divergence > DIVERGENCE:
         yield Finding(
             "warning",
@@ -204,29 +219,6 @@ def _values(
             f"rms of the divergence is {divergence:.2g} of the velocity gradient's (central differences), above "
             f"{DIVERGENCE}: not divergence-free, badly resolved, or axes and components mixed up",
         )
-
-
-@dataclass
-class _Seen:
-    """Hashes of all snapshots, to count those that occur in more than one trajectory."""
-
-    first: dict[bytes, tuple[str, str, int]] = field(default_factory=dict)
-    again: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
-
-    def add(self, name: str, split: str, sample: int, fields_14XYZ: NDArray[np.float32]) -> None:
-        """Add a snapshot [1, 4, X, Y, Z] of a trajectory."""
-        if not fields_14XYZ[:, :3].any():
-            return  # all flows that start from rest share this snapshot
-        key = hashlib.blake2b(fields_14XYZ.tobytes(), digest_size=16).digest()
-        other, other_split, other_sample = self.first.setdefault(key, (name, split, sample))
-        if (other, other_sample) != (name, sample):
-            self.again[name, split, other, other_split] += 1
-
-    def findings(self) -> Iterator[Finding]:
-        for (name, split, other, other_split), count in self.again.items():
-            leak = split != other_split
-            text = f"{count} snapshots are also in {other}" + (": the splits must not share any" if leak else "")
-            yield Finding("error" if leak else "warning", name, "", text)
 
 
 def _grids(root: Path, records: list[TrajectoryRecord]) -> Iterator[Finding]:
@@ -287,6 +279,8 @@ def _stats(folder: Path, sums: list[TrajectorySums], complete: bool) -> Iterator
                 if isinstance(stored, dict) and isinstance(stored.get(key), dict)
                 else None
             )
+            if name == "solid" and got is None and not numbers["rms"]["solid"]:
+                continue  # files of others often have no solids
             wanted = np.atleast_1d(np.asarray(value, dtype=np.float64))
             try:
                 found = np.atleast_1d(np.asarray(got, dtype=np.float64))

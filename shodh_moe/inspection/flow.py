@@ -78,7 +78,7 @@ def _domain(file: h5py.File, default: str) -> str:
 def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:
     """Return a field after checking its number of axes and its dtype; ``kinds`` holds the allowed `dtype.kind`."""
     if name not in file or not isinstance(file[name], h5py.Dataset):
-        raise UserError(f"has no {name}: it is not a flow trajectory in the_well's format")
+        raise UserError(f"has no {name}{_instead(file, name)}")
     dataset = file[name]
     if dataset.ndim != ndim:
         raise UserError(f"{name} has {dataset.ndim} axes (shape {dataset.shape}), expected {ndim}: {AGAIN}")
@@ -87,6 +87,16 @@ def _field(file: h5py.File, name: str, ndim: int, kinds: str) -> h5py.Dataset:
         wanted = "float32 or float64" if kinds == "f" else "numbers"
         raise UserError(f"{name} holds {_short(dtype)}, expected {wanted}: {AGAIN}")
     return dataset
+
+
+def _instead(file: h5py.File, name: str) -> str:
+    """Say what the file holds instead of a missing field, and what to do."""
+    group = name.split("/")[0]
+    if not all(isinstance(file.get(one), h5py.Group) for one in ("t0_fields", "t1_fields")):
+        return ": it is not a flow trajectory in the_well's format; import it with shodh data import"
+    there = _short(", ".join(sorted(file[group])) or "nothing")
+    remedy = "`pressure: zero`, or another field as the pressure" if name.endswith("pressure") else "another field"
+    return f", its {group} hold {there}: import it with shodh data import and {remedy} (configs/import/the_well.yaml)"
 
 
 def _try_reading(name: str, dataset: h5py.Dataset) -> None:

@@ -161,7 +161,8 @@ def check_written(name: str, dataset: h5py.Dataset) -> None:
         if code not in FILTERS:
             title = text.decode(errors="replace")[:80]
             raise UserError(
-                f"{name} is compressed with filter {code} ({title}): expected gzip, lzf, shuffle or fletcher32"
+                f"{name} is compressed with filter {code} ({title}): expected gzip, lzf, shuffle or fletcher32; where "
+                "that filter is installed, convert the file with `h5repack -f GZIP=4 in.h5 out.h5`"
             )
         codes.append(code)
         # lzf allocates its output buffer from this parameter.

@@ -129,6 +129,18 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def repeated_frames(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        for name in ("t1_fields/velocity", "t0_fields/pressure"):
+            file[name][0, 2:] = file[name][0, 1:2]
+
+
+def both_ends(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file["t0_fields/solid"][...] = 0
+        file["t1_fields/velocity"][:, :, :, -1] = file["t1_fields/velocity"][:, :, :, 0]
+
+
 def small(path: Path) -> None:
     write_dataset(path.parent / "x", grid=(8, 8, 8), snapshots=4)
     shutil.copy(path.parent / "x/data/train/wild.hdf5", path)
@@ -152,6 +164,8 @@ def small(path: Path) -> None:
         (foreign_schema, "warning", ("bc_type is MOVING", "WALL, OPEN, PERIODIC")),
         (double, "warning", ("t0_fields/pressure: holds float64, expected float32",)),
         (truncate, "error", ("truncated",)),
+        (repeated_frames, "warning", ("2 snapshots are the same as an earlier one", "snapshot 2 as 1")),
+        (both_ends, "error", ("the last plane along y repeats the first", "repeated_end: [y]")),
         (small, "error", ("grid [8, 8, 8], expected [16, 16, 16] as in data/train/calm.hdf5",)),
     ],
 )
@@ -194,6 +208,22 @@ def test_stale_statistics_are_named(dataset: Path) -> None:
         if content:
             (dataset / "stats.yaml").write_text(content)
         assert messages in check_files(dataset).findings[0].text
+
+
+@pytest.mark.parametrize("solid", [False, True])
+def test_statistics_without_solids_are_correct_for_files_without_them(dataset: Path, solid: bool) -> None:
+    """The Well's own files and stats.yaml have no solid."""
+    for path in dataset.rglob("*.hdf5"):
+        with h5py.File(path, "a") as file:
+            if not solid:
+                del file["t0_fields/solid"]
+            file["t0_fields"].attrs["field_names"] = list(file["t0_fields"])
+    stats = compute_stats(read_trajectory(record) for record in list_trajectories(dataset, "train"))
+    for numbers in stats.values():
+        numbers.pop("solid", None)
+    write_stats(dataset, stats)
+    errors = [finding.dataset for finding in check_files(dataset).findings if finding.severity == "error"]
+    assert errors == ([f"{key}.solid" for key in ("mean", "std", "rms")] if solid else [])
 
 
 def test_missing_splits_and_unmatched_domains(dataset: Path) -> None:

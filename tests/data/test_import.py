@@ -25,8 +25,8 @@ from shodh_moe.data import (
 )
 from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
+from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.importing.projection import project
-from shodh_moe.data.importing.snapshots import natural
 from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
@@ -143,7 +143,7 @@ def test_velocity_and_pressure_in_separate_files_of_one_snapshot(cutouts: Path) 
     trajectory = read_trajectory(list_trajectories(out, "train")[0])
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity[8:11])
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure[8:11])
-    assert sorted(["a10b2", "a9b10", "a9b9"], key=natural) == ["a9b9", "a9b10", "a10b2"]
+    assert sorted(["a10b2", "a9b10", "a9b9"], key=number_key) == ["a9b9", "a9b10", "a10b2"]
 
 
 def write_axes(path: Path, velocity: np.ndarray, pressure: np.ndarray, mask: np.ndarray) -> None:
@@ -351,8 +351,8 @@ def write_faulty(folder: Path, fault: str) -> None:
         pressure[1, 2, 3, 4] = np.nan
     if fault == "uneven":
         points[1] = points[1] ** 1.5
-    if fault == "backwards":
-        points[2] = points[2][::-1]
+    if fault == "unordered":
+        points[2] = np.append(points[2][1:], 0)
     if fault == "short":
         pressure = pressure[:2]
     if fault == "odd":
@@ -387,15 +387,21 @@ def write_faulty(folder: Path, fault: str) -> None:
         ("", {"snapshots": {"train": [2, 9]}}, ("2..9 of 3",)),
         ("", {"project": True, "mask": {"dataset": "m"}}, ("project does not support solids",)),
         ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
+        ("", {"repeated_end": ["x"], "boundaries": dict.fromkeys("xyz", "open")}, ("axis x is not periodic", "crop.x")),
+        ("", {"repeated_end": ["x"]}, ("last point along x does not repeat the first", "out of repeated_end")),
         ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
-        ("backwards", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("zcoor does not increase",)),
+        (
+            "unordered",
+            {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}},
+            ("zcoor neither increases nor decreases",),
+        ),
         ("short", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
         ("odd", {}, ("23 cells along z", "multiple of 8", "crop")),
-        ("odd", {"crop": "auto"}, ("7 cells of the periodic axis z",)),
+        ("odd", {"crop": "auto"}, ("would remove 7 cells along z, which is periodic",)),
         ("truncated", {}, ("train.h5", "truncated")),
         ("text", {}, ("train.h5", "not HDF5, NetCDF 3 or 4, or npz")),
-        ("link", {}, ("3 of Velocity_*, 2 of Pressure_*",)),
+        ("link", {}, ("train.h5: Pressure_0002 is a link to Pressure_0002 in valid.h5",)),
     ],
 )
 def test_each_mistake_is_named_in_one_line(
@@ -420,6 +426,92 @@ def test_crop_and_pressure_of_zero(cutouts: Path, capsys: pytest.CaptureFixture[
     assert "pressure is zero everywhere" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_periodic_box_stored_with_both_ends(cutouts: Path, size: int) -> None:
+    """N + 1 points are refused, also where that is a multiple of 8, unless the mapping drops the repeated end."""
+    grid = (size - 1, 16, 24)
+    rng = np.random.default_rng(0)
+    velocity = smooth(rng, 3, 3, *grid).astype(np.float32)
+    closed = np.concatenate([velocity, velocity[:, :, :1] * (1 + 1e-6)], 2)
+    pressure = smooth(rng, 3, *closed.shape[2:])
+    write_cutout(cutouts / "closed.h5", closed, pressure, even_points(closed.shape[2:]))
+    changes: dict[str, Any] = {"files": {"train": ["closed.h5"]}, "spacing": None}
+    changes["coordinates"] = {axis: f"{axis}coor" for axis in "xyz"}
+    with pytest.raises(UserError, match=r"last point along x repeats the first.*repeated_end: \[x\]"):
+        imported(cutouts, **changes)
+    if size == 8:
+        with pytest.raises(UserError, match="the grid has 7 cells along x, which is periodic"):
+            imported(cutouts, **changes, repeated_end=["x"])
+        return
+    record = list_trajectories(imported(cutouts, **changes, repeated_end=["x"]), "train")[0]
+    assert (record.grid, record.periodic) == ((8, 16, 24), (True,) * 3)
+    stored = read_trajectory(record)
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, velocity)
+    np.testing.assert_array_equal(stored.pressure_T1XYZ[:, 0], pressure[:, :8].astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["walls in the planes", "no change along x", "mirror image"])
+def test_planes_that_cannot_tell_are_no_repeated_end(cutouts: Path, kind: str) -> None:
+    velocity, pressure = flow(0)
+    if kind == "walls in the planes":
+        velocity[:, :, [0, -1]] = 0
+    elif kind == "no change along x":
+        velocity[:] = velocity[:, :, :1]
+    else:
+        velocity[:, :, 4:] = velocity[:, :, 3::-1]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points())
+    np.testing.assert_array_equal(
+        read_trajectory(list_trajectories(imported(cutouts), "train")[0]).velocity_T3XYZ, velocity
+    )
+
+
+def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """N + 1 points whose values cannot tell (no change along x): the first message names the key that helps."""
+    velocity, pressure = flow(0, grid=(9, 16, 24))
+    velocity[:] = velocity[:, :, :1]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points((9, 16, 24)))
+    mapping = mapping_file(cutouts, files={"train": ["train.h5"]})
+    refused(capfd, "data", "import", str(mapping), "--output", "out", says=("repeats the first", "repeated_end: [x]"))
+    out = imported(cutouts, files={"train": ["train.h5"]}, repeated_end=["x"])
+    assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [
+        ("open", slice(0, 16)),
+        (["wall", "open"], slice(0, 16)),
+        (["open", "wall"], slice(7, 23)),
+        (["open", "free slip"], slice(7, 23)),
+        ("wall", None),
+        (["wall", "free slip"], None),
+    ],
+)
+def test_crop_auto_keeps_the_walls(cutouts: Path, ends: str | list[str], kept: slice | None) -> None:
+    write_faulty(cutouts, "odd")
+    changes = {"crop": "auto", "boundaries": {"x": "periodic", "y": "periodic", "z": ends}}
+    changes["files"] = {"train": ["train.h5"]}
+    if kept is None:
+        with pytest.raises(UserError, match="remove 7 of 23 cells along z and with them one of its two walls"):
+            imported(cutouts, **changes)
+        with pytest.raises(UserError, match=r"set crop.z, or choose resample"):
+            imported(cutouts, **{**changes, "crop": None})
+        return
+    (record,) = list_trajectories(imported(cutouts, **changes), "train")
+    stored = read_trajectory(record)
+    np.testing.assert_array_equal(stored.velocity_T3XYZ, flow(0)[0][..., kept])
+    np.testing.assert_array_equal(stored.pressure_T1XYZ[:, 0], flow(0)[1][..., kept])
+    assert read_provenance(record.path)["origin"] == [0, 0, 0.5 * kept.start]
+
+
+def test_resampling_to_fewer_cells_keeps_the_wall(cutouts: Path) -> None:
+    ends = {"x": "open", "y": "open", "z": ["open", "wall"]}
+    resample = {"method": "linear", "spacing": 0.4, "cells": [8, 16, 16]}
+    with pytest.raises(UserError, match=r"16 along z, but 28 of size 0\.4 fit: fewer would cut off the wall"):
+        imported(cutouts, boundaries=ends, resample=resample)
+    assert list_trajectories(imported(cutouts, boundaries={**ends, "z": "open"}, resample=resample), "train")
+
+
 def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cutouts / "bad.h5").write_bytes(b"no HDF5")
     mapping = mapping_file(cutouts, files={"train": ["bad.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
@@ -429,6 +521,21 @@ def test_skip_bad_continues_and_lists_skipped_files(cutouts: Path, capsys: pytes
     assert "left out: box_0000.hdf5: bad.h5 is not HDF5, NetCDF" in output
     assert "no trajectories for test" in output
     assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+
+
+def test_a_value_that_no_flow_has_stops_only_its_trajectory(cutouts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fill values without an attribute, as 1e20, are found before the file gets its name."""
+    velocity, pressure = flow(0)
+    pressure[2, 0, 0, 0] = 1e20
+    write_cutout(cutouts / "filled.h5", velocity, pressure, even_points())
+    mapping = mapping_file(cutouts, files={"train": ["filled.h5", "train.h5"], "valid": ["valid.h5"]}, output="out")
+    assert main(["data", "import", str(mapping)]) == 2
+    assert "filled.h5: pressure of snapshot 2 (Velocity_0003) has values up to 1e+20" in capsys.readouterr().err
+    assert not list(cutouts.rglob("out/data/train/*"))
+    assert main(["data", "import", str(mapping), "--skip-bad"]) == 0
+    assert "left out: box_0000.hdf5: filled.h5: pressure of snapshot 2" in capsys.readouterr().out
+    assert [record.path.name for record in list_trajectories(cutouts / "out", "train")] == ["box_0001.hdf5"]
+    assert FieldStats.load(cutouts / "out").velocity_rms == pytest.approx(1, rel=0.05)
 
 
 def test_other_domains_in_the_folder_are_kept_and_counted(cutouts: Path) -> None:

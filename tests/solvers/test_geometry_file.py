@@ -8,6 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
@@ -49,12 +50,19 @@ def test_all_formats_give_the_same_solid(tmp_path: Path, volume: np.ndarray) -> 
     with h5py.File(tmp_path / "rock.hdf5", "w") as file:
         file["scan/solid"] = volume.astype(np.float32)
         file["pores"] = 1 - volume
+    tifffile.imwrite(tmp_path / "rock.tif", volume.T, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "packed.tiff", 255 * volume.T, photometric="minisblack", compression="zlib")
+    labels = np.where(volume, 2 + 5 * (np.arange(9) % 2), np.arange(9) % 2)  # solids 2 and 7, fluids 0 and 1
+    saved(tmp_path / "labels.npy", labels.astype(np.uint16))
     files: list[dict[str, Any]] = [
         {"path": "rock.npy"},
         {"path": "rock.raw", "shape": [12, 10, 9], "dtype": "uint16"},
         {"path": "rock_f.raw", "shape": [12, 10, 9], "dtype": "uint8", "order": "F"},
         {"path": "rock.hdf5", "dataset": "scan/solid"},
         {"path": "rock.hdf5", "dataset": "pores", "solid_value": 0},
+        {"path": "rock.tif"},
+        {"path": "packed.tiff", "solid_value": 255},
+        {"path": "labels.npy", "solid_value": [2, 7]},
     ]
     masks = []
     for keys in files:
@@ -132,6 +140,17 @@ def test_bad_files_are_named(tmp_path: Path, volume: np.ndarray) -> None:
         r"grey\.npy is not binary: it has more than two values, from \d+ to \d+", saved(tmp_path / "grey.npy", grey)
     )
     refused(r"nan\.npy is not binary", saved(tmp_path / "nan.npy", np.where(volume == 1, np.nan, 0)))
+    refused(
+        r"holes\.npy has values that are not finite",
+        saved(tmp_path / "holes.npy", np.where(volume == 1, np.nan, 0)),
+        solid_value=[0],
+    )
+    for name, options in (("short.tif", {}), ("packed.tif", {"compression": "zlib"})):
+        tifffile.imwrite(tmp_path / name, grey.T.astype(np.uint8), photometric="minisblack", **options)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-300])
+        refused(rf"{name} (cannot be read|must hold)", tmp_path / name, solid_value=[1])
+    (tmp_path / "text.tif").write_text("no TIFF")
+    refused(r"text\.tif cannot be read", tmp_path / "text.tif")
     wall = np.zeros_like(volume)
     wall[5:7] = 1
     refused(
@@ -145,6 +164,15 @@ def test_bad_files_are_named(tmp_path: Path, volume: np.ndarray) -> None:
         shape=[12, 10, 9],
         dtype="uint16",
     )
+
+
+def test_hdf5_datasets_without_readable_values_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with h5py.File(tmp_path / "rock.h5", "w") as file:
+        file["none"] = h5py.Empty("u1")
+        file.create_dataset("packed", data=np.zeros(GRID, np.uint8), compression="lzf")
+    refused(r"rock\.h5 must hold numbers of shape", tmp_path / "rock.h5", dataset="none")
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
+    refused(r"packed is compressed with filter 32000 .*pip install hdf5plugin", tmp_path / "rock.h5", dataset="packed")
 
 
 def test_hdf5_links_out_of_the_file_are_refused(tmp_path: Path, volume: np.ndarray) -> None:
@@ -164,7 +192,7 @@ def test_hdf5_links_out_of_the_file_are_refused(tmp_path: Path, volume: np.ndarr
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"path": "rock.tif"}, "path must end in"),
+        ({"path": "rock.jpg"}, "path must end in"),
         ({"path": "rock.raw", "dtype": "uint8"}, "needs its shape"),
         ({"path": "rock.raw", "shape": [3, 3, 3]}, "needs its shape"),
         ({"path": "rock.raw", "shape": [3, 3], "dtype": "uint8"}, "needs its shape"),

@@ -10,10 +10,8 @@ from scipy.interpolate import CubicSpline
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import COMPRESSION
-from shodh_moe.data.importing.mapping import AXES, Mapping, Resample
-from shodh_moe.data.importing.snapshots import ArrayFiles, Plan
-
-UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
+from shodh_moe.data.importing.coordinates import UNEVEN, even_step
+from shodh_moe.data.importing.mapping import AXES, Boundaries, Mapping, Resample
 
 
 @dataclass(frozen=True)
@@ -22,57 +20,32 @@ class Grid:
 
     Attributes:
         cells: number of cells (X, Y, Z).
+        first: for each axis the first cell that is kept, of those before ``crop: auto``.
         spacing: size of the cubic cells, in the input's unit of length.
         origin: position of the first grid point, in the same unit.
         weights: for each axis the interpolation matrix [new, old], or None without interpolation.
+        reversed: the axes of X, Y, Z (0, 1, 2) along which the input's coordinates decrease.
     """
 
     cells: tuple[int, int, int]
+    first: tuple[int, int, int]
     spacing: float
     origin: tuple[float, float, float]
     weights: tuple[NDArray[np.float64] | None, ...]
+    reversed: tuple[int, ...] = ()
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Interpolate fields [..., X, Y, Z] to the new grid."""
-        for axis, (matrix, size) in enumerate(zip(self.weights, self.cells, strict=True), start=values.ndim - 3):
-            if matrix is None:
-                values = np.take(values, np.arange(size), axis) if values.shape[axis] != size else values
-            else:
+        """Put fields [..., X, Y, Z] on the new grid: reverse axes along which coordinates decrease, and interpolate."""
+        if self.reversed:
+            values = np.ascontiguousarray(np.flip(values, tuple(values.ndim - 3 + axis for axis in self.reversed)))
+        for axis, (matrix, first, size) in enumerate(
+            zip(self.weights, self.first, self.cells, strict=True), start=values.ndim - 3
+        ):
+            if matrix is not None:
                 values = np.moveaxis(np.tensordot(matrix, values, (1, axis)), 0, axis)
+            elif values.shape[axis] != size:
+                values = np.take(values, first + np.arange(size), axis)
         return values
-
-
-def even_step(points: NDArray[np.float64]) -> float:
-    """Distance between neighbouring points; 0 if the points are not evenly spaced (to float32 precision)."""
-    steps = np.diff(points)
-    if len(steps) == 0 or not np.isfinite(steps).all():
-        return 0.0
-    step = float(steps.mean())
-    rounding = 2 * float(np.finfo(np.float32).eps) * float(np.abs(points).max())
-    return step if step and np.abs(steps - step).max() <= UNEVEN * abs(step) + rounding else 0.0
-
-
-def points_of(files: ArrayFiles, mapping: Mapping, plan: Plan) -> list[NDArray[np.float64]]:
-    """Read the coordinates of the cropped grid points along x, y and z, in the input's unit of length.
-
-    Raises:
-        UserError: a coordinate dataset is missing, has a wrong length, or does not increase.
-    """
-    if mapping.coordinates is None:
-        given = mapping.spacing
-        steps = list(given) if isinstance(given, list) else [float(given or 0)] * 3
-        return [step * np.arange(cut.start, cut.stop) for step, cut in zip(steps, plan.crop, strict=True)]
-    points = []
-    for axis, size, cut in zip(AXES, plan.shape, plan.crop, strict=True):
-        path, name, _ = files.find(getattr(mapping.coordinates, axis))[0]
-        array = files.at(path).array(name)
-        if array.shape != (size,):
-            raise UserError(f"{path}: {name} has shape {array.shape}, expected [{size}] as the fields along {axis}")
-        values = array.read((slice(None),))[cut]
-        if not np.isfinite(values).all() or (len(values) > 1 and np.diff(values).min() <= 0):
-            raise UserError(f"{path}: {name} does not increase, expected the coordinates along {axis}")
-        points.append(values)
-    return points
 
 
 def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
@@ -81,6 +54,11 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
     Raises:
         UserError: cells are not cubic and the mapping has no ``resample``, or the new grid does not fit.
     """
+    backwards = tuple(axis for axis, one in enumerate(points) if len(one) > 1 and one[0] > one[-1])
+    points = [one[::-1] if axis in backwards else one for axis, one in enumerate(points)]
+    for axis, one in zip(AXES, points, strict=True):
+        if len(one) < 2:
+            raise UserError(f"the input has {len(one)} point along {axis}: the model needs 3D flows, not 2D ones")
     if mapping.resample is None:
         steps = [even_step(one) for one in points]
         if min(steps) <= 0 or np.ptp(steps) > UNEVEN * min(steps):
@@ -93,21 +71,29 @@ def new_grid(points: list[NDArray[np.float64]], mapping: Mapping) -> Grid:
         weights: list[NDArray[np.float64] | None] = [None, None, None]
         origin, sizes = [float(one[0]) for one in points], [len(one) for one in points]
     else:
-        spacing, origin, sizes, weights = _resampled(points, mapping.resample, mapping.boundaries.periodic)
-    cells = _divisible(sizes, mapping)
-    weights = [None if one is None else one[:size] for one, size in zip(weights, cells, strict=True)]
-    return Grid((cells[0], cells[1], cells[2]), spacing, (origin[0], origin[1], origin[2]), tuple(weights))
+        spacing, origin, sizes, weights = _resampled(points, mapping.resample, mapping.boundaries)
+    x, y, z = kept = _divisible(sizes, mapping)
+    weights = [None if one is None else one[cut] for one, cut in zip(weights, kept, strict=True)]
+    origin = [low + cut.start * spacing for low, cut in zip(origin, kept, strict=True)]
+    return Grid(
+        (x.stop - x.start, y.stop - y.start, z.stop - z.start),
+        (x.start, y.start, z.start),
+        spacing,
+        (origin[0], origin[1], origin[2]),
+        tuple(weights),
+        backwards,
+    )
 
 
 def _resampled(
-    points: list[NDArray[np.float64]], resample: Resample, periodic: tuple[bool, bool, bool]
+    points: list[NDArray[np.float64]], resample: Resample, boundaries: Boundaries
 ) -> tuple[float, list[float], list[int], list[NDArray[np.float64] | None]]:
     """Return spacing, origin, sizes and interpolation matrices of the grid that ``resample`` specifies."""
     origin: list[float] = []
     sizes: list[int] = []
     weights: list[NDArray[np.float64] | None] = []
     for index, (axis, old) in enumerate(zip(AXES, points, strict=True)):
-        if periodic[index]:
+        if boundaries.periodic[index]:
             new, period = _periodic_points(axis, old, resample.spacing), len(old) * even_step(old)
         else:
             # Cells fill the box from its first point on; values are at cell centres.
@@ -115,10 +101,17 @@ def _resampled(
             new, period = old[0] + (np.arange(count) + 0.5) * resample.spacing, None
             new = new[new <= old[-1]]
         wanted = resample.cells[index] if resample.cells else len(new)
-        if not 0 < wanted <= len(new) or (period and wanted != len(new)):
+        wall = not period and boundaries.ends(axis)[1] in ("wall", "free slip")
+        if not 0 < wanted <= len(new) or ((period or wall) and wanted != len(new)):
             raise UserError(
                 f"resample.cells asks for {wanted} along {axis}, but {len(new)} of size {resample.spacing:g} fit"
-                + (": a periodic axis needs all of them" if period else ": choose another spacing")
+                + (
+                    ": a periodic axis needs all of them"
+                    if period
+                    else f": fewer would cut off the wall at its end; set the high end of boundaries.{axis} to open"
+                    if wall
+                    else ": choose another spacing"
+                )
             )
         origin.append(float(new[0]))
         sizes.append(wanted)
@@ -158,31 +151,52 @@ def interpolation(
     return np.stack([np.interp(new, old, column) for column in identity.T], 1)
 
 
-def _divisible(sizes: list[int], mapping: Mapping) -> list[int]:
-    """Return the sizes if the tokenizer supports them; with ``crop: auto``, the next smaller sizes that it supports.
+def _divisible(sizes: list[int], mapping: Mapping) -> list[slice]:
+    """Return the cells to keep along each axis: all, or with ``crop: auto`` as many as the tokenizer supports.
+
+    ``crop: auto`` cuts off the high end, or the low end if there is a wall at the high one.
 
     Raises:
         UserError: a size is not a multiple of the tokenizer's compression and cannot be cropped.
     """
-    cells = [size // COMPRESSION * COMPRESSION for size in sizes]
-    for axis, size, fit, periodic in zip(AXES, sizes, cells, mapping.boundaries.periodic, strict=True):
-        if size == fit and size:
+    kept = []
+    for axis, size, periodic in zip(AXES, sizes, mapping.boundaries.periodic, strict=True):
+        rest = size % COMPRESSION
+        fit = size - rest
+        walls = [end in ("wall", "free slip") for end in mapping.boundaries.ends(axis)]
+        cut_low = walls[1]
+        kept.append(slice(rest if cut_low else 0, size if cut_low else fit))
+        if not rest and size:
             continue
-        if mapping.crop != "auto" or not fit:
-            raise UserError(
-                f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
-                f"crop.{axis}, or `crop: auto` to keep {fit}, or choose resample.spacing"
-            )
         if periodic:
             raise UserError(
-                f"`crop: auto` would remove {size - fit} cells of the periodic axis {axis}: set boundaries.{axis} "
-                "to open, or choose resample.spacing so that the period fits"
+                (f"`crop: auto` would remove {rest}" if mapping.crop == "auto" else f"the grid has {size}")
+                + f" cells along {axis}, which is periodic, but the tokenizer needs a multiple of {COMPRESSION}: "
+                + (f"if the last point repeats the first, write `repeated_end: [{axis}]`; " if rest == 1 else "")
+                + f"choose resample.spacing so that the period fits, or set boundaries.{axis} to open and crop"
             )
-    return cells
+        if not fit:
+            raise UserError(
+                f"the grid has {size} cells along {axis}, but the tokenizer needs {COMPRESSION} or more: use "
+                f"`resample` with a spacing of at most {size / COMPRESSION:.2g} times this one, or finer data"
+            )
+        if mapping.crop == "auto" and all(walls):
+            raise UserError(
+                f"`crop: auto` would remove {rest} of {size} cells along {axis} and with them one of its two walls: "
+                f"choose resample.spacing so that a multiple of {COMPRESSION} cells fits, or set one end of "
+                f"boundaries.{axis} to open"
+            )
+        if mapping.crop != "auto":
+            cure = "" if all(walls) else f", or `crop: auto` to keep {fit}"
+            raise UserError(
+                f"the grid has {size} cells along {axis}, but the tokenizer needs a multiple of {COMPRESSION}: set "
+                f"crop.{axis}{cure}, or choose resample.spacing"
+            )
+    return kept
 
 
 def _spacing(axis: str, points: NDArray[np.float64]) -> str:
     if len(points) < 2:
         return f"{axis}: one point"
-    steps = np.diff(points)
+    steps = np.abs(np.diff(points))
     return f"{axis}: {steps.mean():.4g}" if even_step(points) else f"{axis}: {steps.min():.4g} to {steps.max():.4g}"

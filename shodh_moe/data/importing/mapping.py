@@ -11,6 +11,7 @@ from shodh_moe.base.section import Name, NonNegative, PathText, Positive, Positi
 from shodh_moe.config.load import load_config_of
 
 AXES = ("x", "y", "z")
+SAMPLE = "{n}"  # stands for the name of a trajectory in the names of datasets
 Edge = Literal["periodic", "wall", "free slip", "open"]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
 # A string is a file or pattern, and each matching file is a trajectory; a list is one trajectory in several files.
@@ -27,6 +28,14 @@ class Files(Section):
 
 class Snapshots(Section):
     """Range [first, last + 1] of snapshots for all trajectories of a split; default: all."""
+
+    train: Range | None = None
+    valid: Range | None = None
+    test: Range | None = None
+
+
+class Samples(Section):
+    """Range [first, last + 1] of a file's trajectories for each split, if files hold many; default: all."""
 
     train: Range | None = None
     valid: Range | None = None
@@ -74,11 +83,14 @@ class Boundaries(Section):
 
 
 class Mask(Section):
-    """Solid voxels: values above 0.5, or with ``inverted`` values up to 0.5."""
+    """Solid voxels: values above 0.5, or with ``inverted`` values up to 0.5; or missing values."""
 
     dataset: str
     file: PathText | None = Field(None, description="file with the dataset; default: the trajectory's own file")
     inverted: bool = False
+    solid: Literal["values", "missing", "both"] = Field(
+        "values", description="solid by value, where a value is missing (NaN, or NetCDF's fill value), or by both"
+    )
 
 
 class Resample(Section):
@@ -122,11 +134,15 @@ class Mapping(Section):
     source: str = Field("", description="origin of the data and how to cite it, for the provenance")
     files: Files
     snapshots: Snapshots = Snapshots()
-    axes: list[Literal["t", "x", "y", "z", "c"]] = Field(description="order of the stored axes; c: component")
-    velocity: str | list[str]
-    components: list[Literal["x", "y", "z"]] = Field(
-        ["x", "y", "z"], description="order of the components in the array"
+    samples: Samples = Samples()
+    axes: list[Literal["n", "t", "x", "y", "z", "c"]] = Field(
+        description="order of the stored axes; n: trajectory, c: component"
     )
+    velocity: str | list[str]
+    components: list[Literal["x", "y", "z", "p", "skip"]] = Field(
+        ["x", "y", "z"], description="order of the components in the array; p: pressure, skip: another field"
+    )
+    staggered: bool = Field(False, description="each component is on the faces of the cells, N + 1 along its own axis")
     pressure: str | None = None
     mask: Mask | None = None
     spacing: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)] | None = None
@@ -134,6 +150,9 @@ class Mapping(Section):
     time_step: PositiveFloat | None = Field(None, description="time between snapshots, before scaling")
     time: str | None = Field(None, description="name of the dataset with the times of the snapshots")
     boundaries: Boundaries
+    repeated_end: list[Literal["x", "y", "z"]] = Field(
+        [], description="periodic axes whose last point repeats the first; it is dropped"
+    )
     crop: Crop | Literal["auto"] | None = None
     resample: Resample | None = None
     project: bool = Field(False, description="remove the divergent part of the velocity")
@@ -144,33 +163,75 @@ class Mapping(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Mapping:
         needed = {"x", "y", "z", "c"} if isinstance(self.velocity, str) else {"x", "y", "z"}
-        if len(set(self.axes)) != len(self.axes) or not needed <= set(self.axes) <= needed | {"t"}:
+        if len(set(self.axes)) != len(self.axes) or not needed <= set(self.axes) <= needed | {"n", "t"}:
             kind = "one array of velocity" if "c" in needed else "three arrays of velocity"
-            raise ValueError(f"axes must name {', '.join(sorted(needed))} once each, and t if there is one, for {kind}")
+            raise ValueError(
+                f"axes must name {', '.join(sorted(needed))} once each, and t and n if there are any, for {kind}"
+            )
         if isinstance(self.velocity, list) and len(self.velocity) != 3:
             raise ValueError("velocity must be one dataset with all components, or a list of three")
-        if sorted(self.components) != ["x", "y", "z"]:
-            raise ValueError("components must name x, y and z once each")
-        if self.pressure is None:
-            raise ValueError("training needs a pressure: name its dataset, or write `pressure: zero`")
+        named = sorted(one for one in self.components if one != "skip")
+        if named not in (["x", "y", "z"], ["p", "x", "y", "z"]):
+            raise ValueError("components must name x, y and z once each, and p if the array holds the pressure, too")
+        if self.components != ["x", "y", "z"] and isinstance(self.velocity, list):
+            raise ValueError("components is for one array of velocity: leave it out for three arrays")
+        if "p" in self.components and self.pressure is not None:
+            raise ValueError("components names the pressure p: leave out `pressure`, or write skip instead of p")
+        if "p" not in self.components and self.pressure is None:
+            raise ValueError(
+                "training needs a pressure: name its dataset, write `pressure: zero`, or put p into `components`"
+            )
+        if self.staggered and isinstance(self.velocity, str):
+            raise ValueError("staggered components have different shapes: name three arrays in `velocity`")
+        self._require_samples()
         for one, other in (("spacing", "coordinates"), ("time_step", "time")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"give either {one} or {other}")
         if self.project and self.mask:
             raise ValueError("project does not support solids: leave out mask, or write `project: false`")
+        for closed in self.repeated_end:
+            if getattr(self.boundaries, closed) != "periodic":
+                raise ValueError(f"axis {closed} is not periodic: use crop.{closed} in place of repeated_end")
         if isinstance(self.crop, Crop):
             for axis, periodic in zip(AXES, self.boundaries.periodic, strict=True):
                 if getattr(self.crop, axis) and periodic:
                     raise ValueError(f"axis {axis} is cropped and so not periodic: set boundaries.{axis} to open")
-        for name, cut in (*_ranges("crop", self.crop), *_ranges("snapshots", self.snapshots)):
+        for name, cut in (
+            *_ranges("crop", self.crop),
+            *_ranges("snapshots", self.snapshots),
+            *_ranges("samples", self.samples),
+        ):
             if cut[0] >= cut[1]:
                 raise ValueError(f"{name} {cut} is empty: give the first and the last plus one")
         return self
 
+    def _require_samples(self) -> None:
+        fields = [self.velocity] if isinstance(self.velocity, str) else list(self.velocity)
+        fields += [self.pressure] if self.pressure not in (None, "zero") else []
+        named = [name for name in fields if SAMPLE in name]
+        if named and (len(named) < len(fields) or "n" in self.axes or any(name.count(SAMPLE) > 1 for name in named)):
+            raise ValueError(
+                f"{SAMPLE} in {named[0]} stands for a trajectory: write it once in each of velocity and pressure, "
+                "and leave n out of axes"
+            )
+        if not self.many and self.samples != Samples():
+            raise ValueError(f"samples is for files with many trajectories: add n to axes, or {SAMPLE} to the names")
+
+    @property
+    def many(self) -> bool:
+        """Whether a file holds many trajectories: along the axis n, or in datasets whose names hold `SAMPLE`."""
+        return "n" in self.axes or SAMPLE in (self.velocity if isinstance(self.velocity, str) else self.velocity[0])
+
     @property
     def request(self) -> dict[str, object]:
         """All keys that a trajectory's values depend on, except for its files, as JSON-like values."""
-        return self.model_dump(mode="json", exclude={"files", "output", "source", "snapshots"})
+        values = self.model_dump(mode="json", exclude={"files", "output", "source", "snapshots", "samples"})
+        # Data imported before these keys existed stay valid.
+        if not self.staggered:
+            del values["staggered"]
+        if self.mask and self.mask.solid == "values":
+            del values["mask"]["solid"]
+        return values
 
 
 def _ranges(name: str, section: Section | str | None) -> list[tuple[str, list[int]]]:

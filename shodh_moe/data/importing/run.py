@@ -14,22 +14,26 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import remove_leftovers, require_writable
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.base.text import printable
-from shodh_moe.data.importing.grids import Grid, even_step, new_grid, points_of
+from shodh_moe.data.importing.coordinates import coordinate_arrays, points_of
+from shodh_moe.data.importing.ends import require_ends_once
+from shodh_moe.data.importing.file_set import ArrayFiles, open_array_files
+from shodh_moe.data.importing.grids import Grid, new_grid
 from shodh_moe.data.importing.items import Item, is_done, plan_items, require_no_others
-from shodh_moe.data.importing.mapping import AXES, Mapping
+from shodh_moe.data.importing.mapping import AXES, Mapping, Scale
 from shodh_moe.data.importing.projection import project
+from shodh_moe.data.importing.samples import mapping_of, sample_names, view_of
 from shodh_moe.data.importing.snapshots import (
-    ArrayFiles,
     Plan,
-    open_array_files,
     plan,
     read_mask,
-    read_scalar,
+    read_pressure,
     read_velocity,
 )
+from shodh_moe.data.importing.time_step import gap_warning, start_and_step
+from shodh_moe.data.importing.units import require_same_unit, scale_of
 from shodh_moe.data.importing.writing import Header, new_trajectory_file
 from shodh_moe.data.listing import SPLITS, list_trajectories, open_file
-from shodh_moe.data.reading import open_trajectories
+from shodh_moe.data.reading import LARGEST, open_trajectories
 from shodh_moe.data.stats import stats_of_files, write_stats
 
 Progress = Callable[..., Iterator[Any]]
@@ -94,7 +98,12 @@ def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
 
 def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -> None:
     """Import one trajectory; raise `UserError` if its grid is not ``wanted_grid``."""
-    with open_array_files(item.files) as files:
+    view = None
+    if mapping.many:
+        # Of files that could not be read while planning, the reason is needed now.
+        sample = item.sample if item.sample is not None else sample_names(mapping, item.entries)[0]
+        mapping, view = mapping_of(mapping, sample), view_of(mapping, sample, item.samples)
+    with open_array_files(item.entries, view) as files:
         found = plan(files, mapping)
         start, stop = item.snapshots or (0, len(found))
         if stop > len(found) or stop - start < 2:
@@ -102,18 +111,23 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
                 f"{item.files[0]}: asked for the snapshots {start}..{stop} of {len(found)}: a trajectory needs two "
                 "or more; check `snapshots`, or name all files of a trajectory in one list"
             )
-        start_time, time_step = _times(files, mapping, start, stop)
+        if line := gap_warning(found):
+            print(f"{item.path.name}: {line}")
+        scale = _scale(files, mapping, found)
+        start_time, time_step = start_and_step(files, mapping, found.times, scale.time, start, stop)
+        require_ends_once(files, mapping, found)
         points = points_of(files, mapping, found)
         grid = new_grid(points, mapping)
         if wanted_grid and grid.cells != tuple(wanted_grid):
             raise UserError(f"{item.files[0]} gives the grid {list(grid.cells)}, the dataset has {list(wanted_grid)}")
-        solid_XYZ = grid.apply(read_mask(files, mapping, found)) > 0.5
+        mask_XYZ = read_mask(files, mapping, found)
+        solid_XYZ = grid.apply(mask_XYZ) > 0.5
         header = Header(
             mapping.name,
             mapping.domain,
-            time_step * mapping.scale.time,
+            time_step,
             stop - start,
-            grid.spacing * mapping.scale.length,
+            grid.spacing * scale.length,
             [mapping.boundaries.ends(axis) for axis in AXES],
             solid_XYZ,
             mapping.scalars,
@@ -121,10 +135,12 @@ def _import(item: Item, mapping: Mapping, wanted_grid: tuple[int, ...] | None) -
         with new_trajectory_file(item.path, header) as (file, provenance):
             totals = _Totals()
             for index, snapshot in enumerate(range(start, stop)):
-                velocity_3XYZ, pressure_XYZ = _snapshot(files, mapping, found, snapshot, grid, solid_XYZ, totals)
+                velocity_3XYZ, pressure_XYZ = _snapshot(
+                    files, mapping, scale, found, snapshot, grid, mask_XYZ > 0.5, solid_XYZ, totals
+                )
                 file["t1_fields/velocity"][0, index] = np.moveaxis(velocity_3XYZ, 0, -1)
                 file["t0_fields/pressure"][0, index] = pressure_XYZ
-            provenance.update(_provenance(item, mapping, grid, points, totals, start_time))
+            provenance.update(_provenance(item, mapping, scale, grid, points, totals, start_time))
     for line in totals.lines(mapping):
         print(f"{item.path.name}: {line}")
 
@@ -171,21 +187,29 @@ class _Totals:
 def _snapshot(
     files: ArrayFiles,
     mapping: Mapping,
+    scale: Scale,
     found: Plan,
     snapshot: int,
     grid: Grid,
+    stored_solid_XYZ: NDArray[np.bool_],
     solid_XYZ: NDArray[np.bool_],
     totals: _Totals,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store."""
-    velocity_3XYZ = grid.apply(read_velocity(files, mapping, found, snapshot)) * mapping.scale.velocity
-    if found.pressure is None:
-        pressure_XYZ = np.zeros(grid.cells)
-    else:
-        read = read_scalar(files, mapping, found, found.pressure[snapshot])
-        pressure_XYZ = grid.apply(read) * mapping.scale.pressure
+    """Read and convert one snapshot: velocity [3, X, Y, Z] and pressure [X, Y, Z], ready to store.
+
+    Args:
+        stored_solid_XYZ, solid_XYZ: the solid voxels of the input, cropped, and those on the new grid.
+    """
+    for places in [*found.velocity, *([found.pressure] if found.pressure else [])]:
+        first, here = places[0], places[snapshot]
+        require_same_unit(files.array(first.path, first.name), files.array(here.path, here.name))
+    read_3XYZ, read_XYZ = read_velocity(files, mapping, found, snapshot), read_pressure(files, mapping, found, snapshot)
+    for read in (*read_3XYZ, read_XYZ):
+        # Solid voxels often contain NaN, which interpolation would spread.
+        read[stored_solid_XYZ & ~np.isfinite(read)] = 0
+    velocity_3XYZ = grid.apply(read_3XYZ) * scale.velocity
+    pressure_XYZ = grid.apply(read_XYZ) * scale.pressure
     if solid_XYZ.any():
-        # Solid voxels often contain NaN or a fill value.
         inside = np.linalg.norm(np.nan_to_num(velocity_3XYZ[:, solid_XYZ], posinf=0, neginf=0), axis=0)
         totals.fastest_in_solids = max(totals.fastest_in_solids, float(inside.max()))
         velocity_3XYZ[:, solid_XYZ] = 0
@@ -199,6 +223,12 @@ def _snapshot(
                 f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
                 + ("" if mapping.mask else ": if they mark solids, name their mask")
             )
+        largest = np.abs(values).max()
+        if largest >= LARGEST:
+            raise UserError(
+                f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values up to {largest:.3g}: if these "
+                "mark missing values, state it in the attribute _FillValue; if they mark solids, name the mask"
+            )
     totals.energy += float(np.sum(velocity_3XYZ**2))
     totals.cells += pressure_XYZ.size
     if mapping.project:
@@ -211,29 +241,26 @@ def _snapshot(
     return stored
 
 
-def _times(files: ArrayFiles, mapping: Mapping, start: int, stop: int) -> tuple[float, float]:
-    """Return the time of the first snapshot and the time step, before scaling."""
-    if mapping.time is None:
-        step = float(mapping.time_step or 0)
-        return start * step, step
-    parts = []
-    for path, name, _ in files.find(mapping.time):
-        array = files.at(path).array(name)
-        parts.append(np.ravel(array.read(tuple(slice(None) for _ in array.shape))))
-    times = np.concatenate(parts)[start:stop]
-    if len(times) != stop - start:
-        raise UserError(f"{files.paths[0]}: {mapping.time} has {len(times)} times for {stop - start} snapshots")
-    step = even_step(times)
-    if step <= 0:
-        raise UserError(
-            f"{files.paths[0]}: {mapping.time} goes from {times[0]:g} to {times[-1]:g} in uneven steps: the model "
-            "needs a constant time step; choose a part with `snapshots`"
-        )
-    return float(times[0]), step
+def _scale(files: ArrayFiles, mapping: Mapping, found: Plan) -> Scale:
+    """Return the factors for all values, from the units that the files state and from the mapping."""
+    first = {
+        "velocity": [one[0] for one in found.velocity],
+        "pressure": found.pressure[:1] if found.pressure else [],
+    }
+    stated = {quantity: [files.array(one.path, one.name) for one in places] for quantity, places in first.items()}
+    stated["length"] = coordinate_arrays(files, mapping)
+    stated["time"] = [found.times.array] if found.times and found.times.array else []
+    return scale_of(stated, mapping)
 
 
 def _provenance(
-    item: Item, mapping: Mapping, grid: Grid, points: list[NDArray[np.float64]], totals: _Totals, start_time: float
+    item: Item,
+    mapping: Mapping,
+    scale: Scale,
+    grid: Grid,
+    points: list[NDArray[np.float64]],
+    totals: _Totals,
+    start_time: float,
 ) -> dict[str, Any]:
     units = mapping.units.of()
     found: dict[str, Any] = {
@@ -243,16 +270,19 @@ def _provenance(
         "source": mapping.source or "not stated",
         "files": str(item.files[0]) + (f" to {item.files[-1]}" if len(item.files) > 1 else ""),
         "request": item.request,
-        "origin": [one * mapping.scale.length for one in grid.origin],
+        "origin": [one * scale.length for one in grid.origin],
         "first_snapshot": item.snapshots[0] if item.snapshots else 0,
-        "start_time": start_time * mapping.scale.time,
+        "start_time": start_time,
+        "scale": scale.model_dump(),
         "pressure": "zero: the source has none" if mapping.pressure == "zero" else "of the source",
     }
+    if item.sample is not None:
+        found["sample"] = item.sample
     if mapping.resample:
-        spacings = [np.diff(one) for one in points]
+        spacings = [np.abs(np.diff(one)) for one in points]
         found["resampled"] = {
             "method": mapping.resample.method,
-            "spacing": grid.spacing * mapping.scale.length,
+            "spacing": grid.spacing * scale.length,
             "from_spacing": [[float(one.min()), float(one.max())] for one in spacings],
         }
     if mapping.project:

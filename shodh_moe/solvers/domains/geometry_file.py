@@ -1,4 +1,4 @@
-"""Read a user's own binary geometry from a NumPy, raw or HDF5 file.
+"""Read a user's own geometry from a NumPy, raw, HDF5 or TIFF file.
 
 A scan is not periodic, but the flow is. Therefore a block of half the grid's size is cut out at a random position and
 mirrored along all three axes, so that opposite sides have the same pores and no seam closes a pore. A volume that is
@@ -21,11 +21,14 @@ from shodh_moe.base.files import sha256
 from shodh_moe.base.section import PathText, Positive, Section
 from shodh_moe.solvers.domains.domain import Grid
 
-_SUFFIXES = (".npy", ".raw", ".h5", ".hdf5")
+_SUFFIXES = (".npy", ".raw", ".h5", ".hdf5", ".tif", ".tiff")
 
 
 class GeometryFile(Section, changes="data"):
-    """A binary volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset)."""
+    """A volume [X, Y, Z]: .npy, .raw (with shape and dtype), .h5 or .hdf5 (with dataset), or a TIFF stack.
+
+    The pages, rows and columns of a TIFF stack are z, y and x.
+    """
 
     path: PathText
     shape: list[Positive] | None = Field(None, description="[X, Y, Z] of a .raw file")
@@ -34,7 +37,9 @@ class GeometryFile(Section, changes="data"):
     )
     order: Literal["C", "F"] = Field("C", description="fastest axis of a .raw file: z (C) or x (F)")
     dataset: str | None = Field(None, description="name of the dataset in an HDF5 file")
-    solid_value: int | None = Field(None, description="value of solid cells; null: every value except zero is solid")
+    solid_value: int | list[int] | None = Field(
+        None, description="value of solid cells, or a list of labels; null: every value except zero is solid"
+    )
     periodic: bool = Field(False, description="the volume is periodic and has the grid's size; use it unchanged")
 
     @model_validator(mode="after")
@@ -94,7 +99,11 @@ class GeometryFile(Section, changes="data"):
                 )
             volume = np.memmap(self.path, dtype, "r", shape=shape, order=self.order)
             return self._cut(volume, wanted, rng)
+        if suffix in (".tif", ".tiff"):
+            return self._cut(_tiff(self.path), wanted, rng)
         import h5py
+
+        from shodh_moe.base.hdf5_filters import require_filters
 
         with h5py.File(self.path, "r") as file:
             dataset = file.get(self.dataset or "")
@@ -104,6 +113,7 @@ class GeometryFile(Section, changes="data"):
                 raise UserError(
                     f"geometry_file {self.path} holds no dataset {self.dataset!r} of its own: set geometry_file.dataset"
                 )
+            require_filters(f"geometry_file {self.path}", self.dataset or "", dataset)
             return self._cut(dataset, wanted, rng)
 
     def _cut(self, volume, wanted: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:  # type: ignore[no-untyped-def]  # an array or an h5py dataset
@@ -111,7 +121,7 @@ class GeometryFile(Section, changes="data"):
         if volume.ndim != 3 or volume.dtype.kind not in "biuf":
             raise UserError(
                 f"geometry_file {self.path} must hold numbers of shape [X, Y, Z], not {volume.dtype} of shape "
-                f"{list(volume.shape)}"
+                f"{list(volume.shape or [])}"
             )
         shape = tuple(volume.shape)
         if self.periodic:
@@ -125,14 +135,28 @@ class GeometryFile(Section, changes="data"):
         return np.asarray(volume[part]), corner_3
 
     def _solid(self, values: np.ndarray) -> NDArray[np.bool_]:
-        """Return the solid mask of a block; raise `UserError` if it has more than two values."""
+        """Return the solid mask of a block; raise `UserError` if it has more than two values and no list of labels."""
+        if isinstance(self.solid_value, list):
+            if not np.isfinite(values).all():
+                raise UserError(f"geometry_file {self.path} has values that are not finite: expected labels")
+            return np.isin(values, self.solid_value)
         low, high = values.min(), values.max()
         if not ((values == low) | (values == high)).all():
             raise UserError(
                 f"geometry_file {self.path} is not binary: it has more than two values, from {low} to {high}; "
-                "write one value for solid and one for fluid"
+                "write one value for solid and one for fluid, or list the labels of solids: `solid_value: [1, 3]`"
             )
         return values != 0 if self.solid_value is None else values == self.solid_value
+
+
+def _tiff(path: str) -> np.ndarray:
+    """Return the volume [X, Y, Z] of the first series of a TIFF file."""
+    try:
+        from shodh_moe.base.tiff import open_tiff
+    except ImportError:
+        raise UserError(f"geometry_file {path} needs the package tifffile: `pip install tifffile`") from None
+    with open_tiff(path) as file:
+        return np.asarray(file.series[0].asarray()).T
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,58 @@
+"""Zarr folders (formats 2 and 3), by zarr: arrays are named as in HDF5, group/name."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from shodh_moe.data.importing.array_files import READ_ATTRIBUTES, Array, ArrayFile, require_numbers
+from shodh_moe.data.importing.packed_values import ATTRIBUTES, packing
+
+
+def read(path: Path, stack: ExitStack) -> ArrayFile:
+    """List the arrays; only the chunks of what is read are loaded. Attributes are those of NetCDF, as xarray writes."""
+    root = zarr.open(str(path), mode="r")
+    found = _arrays(root, "") if isinstance(root, zarr.Group) else [(path.stem, root)]
+    return ArrayFile(path, {name: _opener(path, name, one) for name, one in found})
+
+
+def _arrays(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, array in group.arrays():
+        yield prefix + name, array
+    for name, inner in group.groups():
+        yield from _arrays(inner, f"{prefix}{name}/")
+
+
+def _opener(path: Path, name: str, stored: Any) -> Callable[[], Array]:
+    return partial(_array, path, name, stored)
+
+
+def _array(path: Path, name: str, stored: Any) -> Array:
+    require_numbers(path, name, stored.dtype)
+    attributes = dict(stored.attrs)
+    packed = packing(f"{path}: {name}", _packing_attributes(stored), stored.dtype, netcdf=False)
+    stated = {key.lower(): value for key, value in attributes.items() if key.lower() in READ_ATTRIBUTES}
+    dimensions = (
+        attributes.get("_ARRAY_DIMENSIONS") or getattr(getattr(stored, "metadata", None), "dimension_names", None) or ()
+    )
+    names = tuple(str(one or "") for one in dimensions)
+    return Array(path, name, tuple(stored.shape), lambda part: np.asarray(stored[part]), packed, stated, names)
+
+
+def _packing_attributes(stored: Any) -> dict[str, Any]:
+    """Return the NetCDF attributes of an array, with the missing value where xarray keeps it."""
+    found = {key: value for key, value in dict(stored.attrs).items() if key in ATTRIBUTES}
+    if "_ARRAY_DIMENSIONS" in stored.attrs and stored.fill_value is not None:
+        found.setdefault("_FillValue", stored.fill_value)  # in format 2
+    if isinstance(text := found.get("_FillValue"), str) and len(text) == 12:
+        with suppress(ValueError):
+            found["_FillValue"] = struct.unpack("<d", base64.b64decode(text, validate=True))[0]  # in format 3
+    return found

@@ -27,7 +27,7 @@ def add_merge(commands: Any) -> None:
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
     prefix = add_command(steps, "prefix", text, example, _prefix)
     add_merge_arguments(prefix)
-    about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data` or of PDEBench"
+    about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data`, The Well or PDEBench"
     prefix.add_argument("--input", type=path_option, required=True, metavar="FILE", help=about)
     prefix.add_argument("--frames", type=int, default=4, metavar="K", help="frames to use; default: %(default)s")
     add_debug(prefix)

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shodh_moe.base.section import Name, PathText, Positive, PositiveFloat, Section, Seed
-from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
+from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
+from shodh_moe.ccm.family_config import FamilyConfig, Split
 from shodh_moe.config import ParallelConfig, TrainingConfig
 
 EXPERTS = ("anchor", "low", "high", "conditioned")

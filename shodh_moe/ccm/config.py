@@ -34,6 +34,13 @@ class NetworkConfig(Section, changes="model"):
             raise ValueError("padding is for fno: leave it out for dpot")
         return self
 
+    @property
+    def label(self) -> str:
+        """The network in a few words: ``FNO 24/10`` (width/modes), ``DPOT tiny``."""
+        if self.kind == "dpot":
+            return f"DPOT {self.size}"
+        return f"FNO {FNO_SIZES[self.size].width}/{FNO_SIZES[self.size].modes}"
+
 
 class ExpertConfig(Section):
     """Everything that an expert's run depends on."""

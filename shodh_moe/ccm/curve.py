@@ -14,6 +14,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.ccm.expert import Expert, compose, require_same_network
 from shodh_moe.ccm.readout import BANK, FRAMES, finite_error, golden_section, rollout_errors
 from shodh_moe.checkpoint.state import load_state
+from shodh_moe.merging.axes import parabola
 from shodh_moe.merging.methods import weighted_sum
 
 Curve = Callable[[float], Expert]
@@ -53,8 +54,7 @@ def quadratic(low: Expert, middle: Expert, high: Expert, at: float = 0.0, bow: f
     require_same_network([low, middle, high])
 
     def on_curve(alpha: float) -> Expert:
-        share = bow * (1 - alpha * alpha) / (1 - at * at)
-        coefficients = [(1 - alpha) / 2 - share * (1 - at) / 2, share, (1 + alpha) / 2 - share * (1 + at) / 2]
+        coefficients = parabola(alpha, at, bow)
         inputs = [one.weights() for one in (low, middle, high)]
         with torch.no_grad():
             return low.with_weights(

@@ -54,6 +54,8 @@ def compose(
     layout = _layout(own, where)
     if layout.kind == "star" and not base:
         raise UserError(f"{where}: the models form a star, which needs base_model as its centre: add it")
+    if layout.kind == "curve":
+        layout = _placed(shared, layout, where)
     clip = _numbers(shared, "clip", layout, REACH, where)
     straight = _numbers(shared, "straight", layout, math.inf, where)
     for key, limits in (("clip", clip), ("straight", straight)):
@@ -110,8 +112,7 @@ def _from_coordinate(
                 f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `power: {power[axis]:g}` it must be "
                 "positive"
             )
-        if abs(power[axis]) > 8:  # larger powers of common coordinates overflow float64
-            raise UserError(f"{where}: power {power[axis]:g} is outside the range -8 to 8")
+        _require_power(power[axis], where)
         unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, power[axis])
         alphas[axis] = min(max(unclipped[axis], -clip[axis]), clip[axis])
         if alphas[axis] != unclipped[axis]:
@@ -132,6 +133,23 @@ def _from_coordinate(
     if "power" in shared:
         facts["power"] = power
     return alphas, _record(layout, "scale" if "gamma" in shared else "coordinate", facts), warnings
+
+
+def _placed(shared: dict[str, Setting], layout: Layout, where: str) -> Layout:
+    """The layout of a curve for the parameter ``power``. Raises `UserError` if a coordinate does not permit it."""
+    power = _numbers(shared, "power", layout, 1.0, where)[layout.axes[0]]
+    _require_power(power, where)
+    if power != 1 and (low := layout.ends[layout.axes[0]][0]) <= 0:
+        raise UserError(
+            f"{where}: {layout.axes[0] or 'coordinate'} of {layout.models[0]} is {low:g}: with `power: {power:g}` it must "
+            "be positive"
+        )
+    return layout.with_power(power)
+
+
+def _require_power(power: float, where: str) -> None:
+    if abs(power) > 8:  # larger powers of common coordinates overflow float64
+        raise UserError(f"{where}: power {power:g} is outside the range -8 to 8")
 
 
 def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:

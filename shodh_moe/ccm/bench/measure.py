@@ -67,7 +67,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
     support = read_split(family, folder, "support")
     bends = bend(experts["low"], experts["high"], probes(support, one.network.history))
     regimes, prefixes, example = [], [], None
-    for split in TEST_SPLITS:
+    for split in (one for one in TEST_SPLITS if family.coordinates.get(one)):
         for regime in read_split(family, folder, split):
             rows, prefix = chosen.rows(regime)
             prefixes.append({"coordinate": regime.coordinate, "alpha": prefix.alpha, "sharpness": prefix.sharpness})
@@ -114,7 +114,8 @@ class _Choices:
             "high": [r for r in validation if r.coordinate > 0],
         }
         self._best_end = {
-            side: min(("low", "high"), key=lambda end: mean_error(experts[end], regimes, k))
+            # Without validation regimes on this side, all of them decide.
+            side: min(("low", "high"), key=lambda end: mean_error(experts[end], regimes or validation, k))
             for side, regimes in sides.items()
         }
         self.record["best_endpoint"] = self._best_end

@@ -93,7 +93,8 @@ def vary(config: BenchConfig, key: str, seed: int) -> None:
     one = config.families[key]
     family, folder = one.family.family(), one.family.folder()
     validation = read_split(family, folder, "validation")
-    regimes = [(split, regime) for split in OOD for regime in read_split(family, folder, split)]
+    tested = [split for split in OOD if family.coordinates.get(split)]
+    regimes = [(split, regime) for split in tested for regime in read_split(family, folder, split)]
     for name in unmeasured(config, key, seed):
         result = {
             "key": _key(config, key, seed, name),

@@ -26,7 +26,7 @@ from shodh_moe.report import page
 from tests.ccm.synthetic import CHANNELS, GRID, SNAPSHOTS, initial, make_expert, save_expert, write_split
 
 KEY = "reaction_diffusion"
-REGIMES = {"validation": [-1.2, 0.6], "ood_low": [-1.5], "ood_high": [1.35]}
+REGIMES: dict[str, list[float]] = {"validation": [-1.2, 0.6], "ood_low": [], "ood_high": [1.35]}
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "ccm"
 
 
@@ -57,7 +57,7 @@ def write_experts(config: BenchConfig) -> dict[str, Expert]:
 def write_truth(config: BenchConfig, low: Expert, high: Expert, curve: Any = None) -> None:
     """Write the regimes that the line between two experts, or another curve, predicts at alpha = s."""
     family = config.families[KEY].family
-    for split in ("validation", "ood_low", "ood_high"):
+    for split in ("validation", "ood_high"):
         fields = {}
         for number, s in enumerate(family.family().coordinates[split]):
             first, expert = initial(number), (curve or (lambda alpha: compose(low, high, alpha)))(clip(s))
@@ -211,12 +211,14 @@ def test_experts_are_trained_only_where_a_variant_needs_others(tmp_path: Path) -
         ({"anchor": {"name": "navier_stokes"}}, {}, "variants.odd.anchor has 1 channels, but reaction_diffusion has 2"),
         ({"ends": -1.0}, {}, "should be greater than 0"),
         ({"frame": 3}, {}, "unknown key"),
+        ({"frames": 3}, {"coordinates": {"ood_low": [], "ood_high": []}}, "of which the family has no regimes"),
     ],
 )
 def test_variants_that_make_no_sense_are_refused(
     variant: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tree = bench(tmp_path, {}, **changes).model_dump()
+    tree = bench(tmp_path, {}).model_dump()
+    tree["families"][KEY]["family"] |= changes
     tree["families"][KEY]["variants"] = {"odd": variant}
     path = tmp_path / "odd.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -192,13 +192,13 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
     """Load the low and the high expert of a ccm target with one axis, on a GPU if there is one.
 
     Raises:
-        UserError: there are not two models; one of them is not an expert, is damaged, not finite or conditioned on the coordinate; or their
-            networks, units or families differ; or their weights are the same.
+        UserError: there are not two models; one of them is not an expert, is damaged, not finite or conditioned on the
+            coordinate; or their networks, units or families differ; or their weights are the same.
     """
     if len(target.models) != 2:
         raise UserError(
-            f"{target.output}: a readout is for two experts, but there are {len(target.models)}: leave out the one between "
-            "them"
+            f"{target.output}: a readout is for two experts, but there are {len(target.models)}: leave out the one "
+            "between them"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low, high = (load_expert(Path(path), device) for path in target.models)

@@ -141,8 +141,8 @@ def _placed(shared: dict[str, Setting], layout: Layout, where: str) -> Layout:
     _require_power(power, where)
     if power != 1 and (low := layout.ends[layout.axes[0]][0]) <= 0:
         raise UserError(
-            f"{where}: {layout.axes[0] or 'coordinate'} of {layout.models[0]} is {low:g}: with `power: {power:g}` it must "
-            "be positive"
+            f"{where}: {layout.axes[0] or 'coordinate'} of {layout.models[0]} is {low:g}: with `power: {power:g}` it "
+            "must be positive"
         )
     return layout.with_power(power)
 

@@ -173,7 +173,6 @@ def test_three_models_on_an_axis_are_points_of_a_parabola() -> None:
                 assert same_bits(made, states[name])
     # Lagrange's formula through -1, -1/3 and 1.
     low, between, high = (states[name]["double"] for name in places)
-    expected = low * (-1 / 3) * (1 / 2) / (2 / 3) + 0 * between
     a, t = 1.5, -1 / 3
     expected = (
         low * (a - t) * (a - 1) / ((-1 - t) * -2)

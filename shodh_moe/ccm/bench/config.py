@@ -63,9 +63,9 @@ class FamilyBench(Section):
                         f"variants.{name}.anchor has {len(theirs)} channels, but {self.family.name} has {len(ours)}: "
                         "choose a family with as many"
                     )
-        default = None if self.family.source is None else []
-        places = self.family.values if self.family.source else self.family.coordinates
-        if self.variants and all(places.get(split, default) == [] for split in ("ood_low", "ood_high")):  # type: ignore[call-overload]
+        ood: tuple[Split, ...] = ("ood_low", "ood_high")
+        given = self.family.values if self.family.source else self.family.family().coordinates
+        if self.variants and not any(given.get(split) for split in ood):
             raise ValueError(
                 "variants are measured on ood_low and ood_high, of which the family has no regimes: add some"
             )

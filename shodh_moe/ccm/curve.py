@@ -5,6 +5,7 @@ A curve maps alpha to an expert. All of them pass through the experts of the two
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -19,12 +20,12 @@ from shodh_moe.merging.methods import weighted_sum
 
 Curve = Callable[[float], Expert]
 
-# The layers of both networks, by the beginning or a part of their parameters' names.
+# The layers of both networks, as regular expressions for the names of their parameters.
 LAYERS = {
-    "lift": ("lift.", "embed.", "aggregate."),
-    "spectral": ("spectral.", ".attention."),
-    "pointwise": ("pointwise.", ".mlp.", ".norm1.", ".norm2."),
-    "projection": ("hidden.", "cell.", "out."),
+    "lift": r"^(lift|embed|aggregate)\.",
+    "spectral": r"^spectral\.|\.attention\.",
+    "pointwise": r"^pointwise\.|\.(mlp|norm1|norm2)\.",
+    "projection": r"^(hidden|cell|out)\.",
 }
 # The groups that get an alpha of their own: input, middle and output.
 GROUPS = {"input": ("lift",), "blocks": ("spectral", "pointwise"), "output": ("projection",)}
@@ -85,8 +86,8 @@ def require_one_anchor(experts: list[Expert], anchor: Expert | None = None) -> N
 
 def layer_of(parameter: str) -> str:
     """The key of `LAYERS` to which a parameter belongs."""
-    for layer, parts in LAYERS.items():
-        if any(parameter.startswith(part) or (part.startswith(".") and part in parameter) for part in parts):
+    for layer, names in LAYERS.items():
+        if re.search(names, parameter):
             return layer
     raise UserError(f"{parameter} belongs to none of the layers {', '.join(LAYERS)}: this network has no groups")
 
@@ -106,6 +107,11 @@ def by_layer(low: Expert, high: Expert, alphas: dict[str, float]) -> Expert:
 def by_group(low: Expert, high: Expert, alphas: dict[str, float]) -> Expert:
     """Compose two experts with an alpha for each of `GROUPS`."""
     return by_layer(low, high, {layer: alphas[group] for group, layers in GROUPS.items() for layer in layers})
+
+
+def group_names(group: str) -> str:
+    """A regular expression for the names of the parameters of one of `GROUPS`."""
+    return "|".join(LAYERS[layer] for layer in GROUPS[group])
 
 
 def fit_groups(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.ccm import data
+from shodh_moe.ccm.curve import fit_groups, group_names
 from shodh_moe.ccm.expert import Expert, load_ends
 from shodh_moe.ccm.family_config import every_snapshot
 from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix, json_number
@@ -32,6 +34,7 @@ def merge_by_prefix(
     output: Path | None = None,
     memory_limit: str = "1GiB",
     out_shard_size: str = "5GB",
+    by_group: bool = False,
 ) -> Path:
     """Merge the two experts of a ccm config at the alpha that predicts the first frames of ``file`` best.
 
@@ -40,6 +43,7 @@ def merge_by_prefix(
             memory limit applies to the merge, after the networks have been freed.
         file: trajectories of one regime, in a file of a family, of The Well or of PDEBench.
         frames: number of frames used, K.
+        by_group: find an alpha for each of `curve.GROUPS` instead of one for all layers.
 
     Returns:
         the new folder.
@@ -54,11 +58,20 @@ def merge_by_prefix(
     require_apart(target)
     for path in target.paths:
         open_input(path)  # refuse models that cannot be merged before loading networks
-    prefix, facts = _fit(*load_ends(target), file, frames)
+    low, high = load_ends(target)
+    fields, facts = _input_for(low, file, frames)
+    prefix, fitted = _fit(low, high, fields, file, frames)
+    value: float | list[dict[str, Any]] = prefix.alpha
     print("\n".join(_lines(prefix, file)), flush=True)
+    if by_group:
+        alphas, error = fit_groups(low, high, fields, prefix.alpha, frames)
+        value = [{"regex": group_names(group), "value": alpha} for group, alpha in alphas.items()]
+        fitted |= {"groups": alphas, "error": json_number(error, 4)}
+        print(f"by group: {', '.join(f'{name} {alpha:+.3f}' for name, alpha in alphas.items())}: error {error:.4g}")
     for warning in _warnings(prefix):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    found = {"found": "prefix", "value": prefix.alpha, **facts}
+    del low, high  # the memory limit applies to the merge alone
+    found = {"found": "prefix", "value": value, **facts, **fitted}
     return merge(config, output, memory_limit, out_shard_size, found=found)[0]
 
 
@@ -83,10 +96,10 @@ def read_input(path: Path) -> Stored:
     return Stored(found.fields, found.interval, found.channels)
 
 
-def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
-    """Fit the prefix to a file. Returns it and its record for the manifest."""
+def _input_for(expert: Expert, path: Path, frames: int) -> tuple[Tensor, dict[str, Any]]:
+    """The first frames of a file's trajectories, [N, K, C, H, W], and their record for the manifest."""
     found = read_input(path)
-    family, network = low.config.family.family(), low.config.network
+    family, network = expert.config.family.family(), expert.config.network
     if set(family.channels) < set(found.channels):  # the experts use only some of the file's
         fields = found.fields[:, :, [found.channels.index(name) for name in family.channels]]
         found = Stored(fields, found.interval, family.channels)
@@ -112,7 +125,13 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         )
     if frames <= network.history:
         raise UserError(f"--frames {frames}: the network sees {network.history}; give at least {network.history + 1}")
-    prefix = fit_prefix(low, high, fields[:, :frames], frames)
+    record = {"file": str(path), "sha256": sha256(path), "trajectories": len(fields), "every": every, "frames": frames}
+    return fields[:, :frames], record
+
+
+def _fit(low: Expert, high: Expert, fields: Tensor, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
+    """Fit the prefix to the frames of a file. Returns it and its record for the manifest."""
+    prefix = fit_prefix(low, high, fields, frames)
     if not math.isfinite(prefix.error):
         raise UserError(
             f"{path}: the error of its first {frames} frames is not finite at any alpha: a frame is zero everywhere, "
@@ -120,11 +139,6 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         )
     # Four digits, because the last bits depend on device and threads, and a repeated merge must be recognised.
     record = {
-        "file": str(path),
-        "sha256": sha256(path),
-        "trajectories": len(fields),
-        "every": every,
-        "frames": frames,
         "error": json_number(prefix.error, 4),
         "sharpness": json_number(prefix.sharpness, 4),
         "flat": prefix.flat,

@@ -10,7 +10,7 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.merging.axes import Layout, Point, alpha_at, find_layout, in_order
-from shodh_moe.merging.settings import Lookup, Setting, Single
+from shodh_moe.merging.settings import Conditional, Lookup, Setting, Single
 
 REACH = 1.5  # largest |alpha| in the bank of the CCM paper
 
@@ -45,7 +45,8 @@ def compose(
         shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``power`` and ``clip``.
         own: parameters of each model, by its path.
         base: whether there is a base model.
-        found: record of an alpha from an external readout, with its ``value``; the manifest stores it unchanged.
+        found: record of an alpha from an external readout, with its ``value`` (a number, or filters as in a config);
+            the manifest stores it unchanged.
 
     Raises:
         UserError: neither or both of alpha and coordinate are given, the models do not form a layout, or an axis is
@@ -62,11 +63,16 @@ def compose(
         if negative := [limit for limit in limits.values() if limit < 0]:
             raise UserError(f"{where}: {key} is a largest |alpha| and cannot be {negative[0]:g}")
     alphas: Mapping[str, Single]
+    value: Any = found["value"] if found else None
     warnings: list[str] = []
     if found:
         if len(layout.axes) > 1:
             raise UserError(f"{where}: the readout {found['found']} finds one alpha, but there are {_all(layout)}")
-        alphas, record = {layout.axes[0]: float(found["value"])}, found
+        if isinstance(value, list):  # one alpha for each group of tensors
+            alphas = {layout.axes[0]: [Conditional.model_validate(one) for one in value]}
+        else:
+            alphas = {layout.axes[0]: float(value)}
+        record = found
     elif ("alpha" in shared) == ("coordinate" in shared):
         raise UserError(f"{where}: ccm needs exactly one of alpha and coordinate under parameters")
     elif "alpha" in shared:

@@ -22,6 +22,7 @@ from tests.ccm.synthetic import (
     CHANNELS,
     SCALE,
     expert_config,
+    initial,
     make_ends,
     make_expert,
     save_ends,
@@ -320,7 +321,7 @@ def test_invalid_arguments_give_one_line(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_alpha_for_each_group_of_layers(ends: tuple[Expert, Expert], here: Path, capsys: Any) -> None:
     wanted = {"input": 0.2, "blocks": 0.8, "output": 0.2}
-    first = truth(*ends, 0.0, frames=1)
+    first = initial(0)
     write(torch.cat([first, by_group(*ends, wanted).predict(first, 3, 0.0)], dim=1))
     assert prefix("--output", "one") == prefix("--output", "each", "--by-group") == 0
     one, each = (json.loads(Path(name, "merge.json").read_text())["alpha"] for name in ("one", "each"))

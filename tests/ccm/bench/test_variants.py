@@ -60,7 +60,7 @@ def write_truth(config: BenchConfig, low: Expert, high: Expert, curve: Any = Non
     for split in ("validation", "ood_high"):
         fields = {}
         for number, s in enumerate(family.family().coordinates[split]):
-            first, expert = initial(number), (curve or (lambda alpha: compose(low, high, alpha)))(clip(s))
+            first, expert = initial(number, count=1), (curve or (lambda alpha: compose(low, high, alpha)))(clip(s))
             fields[s] = torch.cat([first, expert.predict(first, SNAPSHOTS - 1, 0.0)], dim=1)
         write_split(config.expert(KEY, 0, "anchor"), split, fields)
 

@@ -325,7 +325,7 @@ def test_an_alpha_for_each_group_of_layers(ends: tuple[Expert, Expert], here: Pa
     write(torch.cat([first, by_group(*ends, wanted).predict(first, 3, 0.0)], dim=1))
     assert prefix("--output", "one") == prefix("--output", "each", "--by-group") == 0
     one, each = (json.loads(Path(name, "merge.json").read_text())["alpha"] for name in ("one", "each"))
-    assert "by group: input +" in capsys.readouterr().out
+    assert "by group: input " in capsys.readouterr().out
     assert each["error"] < one["error"]
     assert each["groups"].keys() == wanted.keys()
     expected, found = by_group(*ends, each["groups"]).weights(), load_expert(Path("each")).weights()

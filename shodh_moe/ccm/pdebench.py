@@ -132,7 +132,16 @@ def _dataset(path: Path, file: h5py.File, name: str, ndim: int) -> h5py.Dataset:
         raise UserError(f"{path} has no dataset {name}: {_DOWNLOAD}")
     if file[name].ndim != ndim:
         raise UserError(f"{path}: {name} has shape {file[name].shape}, expected {ndim} axes; {_DOWNLOAD}")
+    require_own(path, file, file[name])
     return file[name]
+
+
+def require_own(path: Path, file: h5py.File, item: h5py.HLObject) -> None:
+    """Refuse an object of ``file`` whose values lie in another one. Raises `UserError`."""
+    elsewhere = item.file.filename != file.filename
+    if elsewhere or (isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)):
+        name = item.name.lstrip("/")
+        raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
 
 
 def _times(path: Path, file: h5py.File, name: str, snapshots: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm.pdebench import require_even
+from shodh_moe.ccm.pdebench import require_even, require_own
 
 _GROUPS = ("t0_fields", "t1_fields", "t2_fields")
 _REMEDY = "give a file in the schema of The Well"
@@ -82,6 +82,9 @@ def _read(path: Path, file: h5py.File, part: slice) -> WellFile:
     fields = []
     for order, group in enumerate(_GROUPS):
         for name in _names(file, group):
+            if not name.isprintable():
+                raise UserError(f"{path}: {group} has a field {name!r}: give it a name of printable characters")
+            require_own(path, file, file[group][name])
             values = _field(path, file[group][name], order, shape, part)
             for place in itertools.product(range(2), repeat=order):
                 channels.append(name + ("_" if order else "") + "".join(axes[one] for one in place))

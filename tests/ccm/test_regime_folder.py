@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.ccm import data, well
+from shodh_moe.ccm import data, pdebench, well
 from shodh_moe.ccm.family_config import FamilyConfig
 from shodh_moe.ccm.stages import make_data
 from shodh_moe.cli import main as shodh
@@ -210,6 +210,30 @@ def test_files_outside_the_schema_are_refused(spoil: Any, words: str, tmp_path: 
         well.read(path)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_values_in_other_files_are_refused(tmp_path: Path) -> None:
+    write_well(tmp_path / "secret.hdf5", 1.0, smooth(2, 3, 1.0))
+    write_pdebench(tmp_path / "b.h5", {"Du": 1.0}, smooth(2, 2, 1.0))
+    for name in ("link.hdf5", "odd.hdf5"):
+        write_well(tmp_path / name, 1.0, smooth(2, 3, 1.0))
+    with h5py.File(tmp_path / "link.hdf5", "r+") as file:
+        del file["t0_fields/pressure"]
+        file["t0_fields/pressure"] = h5py.ExternalLink("secret.hdf5", "t0_fields/pressure")
+    with pytest.raises(UserError, match=r"link\.hdf5: t0_fields/pressure keeps its values in other files"):
+        well.read(tmp_path / "link.hdf5")
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        del file["0001/data"]
+        layout = h5py.VirtualLayout((7, 20, 24, 2), "f4")
+        layout[...] = h5py.VirtualSource(tmp_path / "other.h5", "0001/data", (7, 20, 24, 2))
+        file.create_virtual_dataset("0001/data", layout)
+    with pytest.raises(UserError, match=r"b\.h5: 0001/data keeps its values in other files"):
+        pdebench.read(tmp_path / "b.h5")
+    with h5py.File(tmp_path / "odd.hdf5", "r+") as file:
+        file["t0_fields"].move("pressure", "\x1b[31m")
+        file["t0_fields"].attrs["field_names"] = ["\x1b[31m"]
+    with pytest.raises(UserError, match=r"has a field '\\x1b\[31m'"):
+        well.read(tmp_path / "odd.hdf5")
 
 
 def test_trajectories_that_a_file_does_not_have_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.files import finite_json, require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, checkpoint_of_last_step, expert_name
@@ -22,7 +22,7 @@ from shodh_moe.ccm.bench.measure import measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.summary import summarise
 from shodh_moe.ccm.bench.tables import markdown
-from shodh_moe.ccm.bench.vary import unmeasured
+from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
@@ -77,6 +77,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     summary = {
         **summarise(results),
         "backbones": backbones(config),
+        "variants": finite_json(summarise_variants(config)),
         "environment": describe_environment(),
         "config": config.model_dump(),
     }

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from shodh_moe.base.section import Fraction, Name, PathText, Positive, Section, Seed, setting
-from shodh_moe.ccm.family import FAMILIES, Family
+from shodh_moe.ccm.family_config import FamilyConfig, Split
 from shodh_moe.config import ParallelConfig, TrainingConfig
-from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.training import DeepSpeedSettings
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, Coordinates
-
-Split = Literal["support", "endpoint_low", "endpoint_high", "validation", "interpolation", "ood_low", "ood_high"]
-
-
-class FamilyConfig(Section):
-    """The data: one of the families in shodh_moe/ccm/family.py. Missing files are generated under ``root``."""
-
-    name: Literal["reaction_diffusion", "navier_stokes", "shallow_water", "dam_height"] = setting(
-        "reaction_diffusion", changes="data"
-    )
-    root: PathText = setting("data", changes="nothing", description="folder that holds the generated families")
-    grid: Positive = setting(48, changes="data", description="cells along each side")
-    snapshots: Positive = setting(21, changes="data", description="stored states per trajectory")
-    trajectories: dict[Split, Positive] = setting(
-        {}, changes="data", description="trajectories per regime of a split, instead of the family's default"
-    )
-    seed: Seed = setting(0, changes="data")
-
-    def family(self) -> Family:
-        """The family with this config's sizes, counts and seed."""
-        own = FAMILIES[self.name]
-        counts = own.trajectories | {str(split): count for split, count in self.trajectories.items()}
-        return replace(own, grid=self.grid, snapshots=self.snapshots, trajectories=counts, seed=self.seed)
-
-    def folder(self) -> Path:
-        """Folder of the family's files; a different size or equation has a different folder."""
-        family = self.family()
-        return Path(self.root) / f"ccm-{fingerprint(type(family.settings).__name__, asdict(family))}"
 
 
 class NetworkConfig(Section, changes="model"):
@@ -64,6 +33,13 @@ class NetworkConfig(Section, changes="model"):
         if self.kind == "dpot" and self.padding:
             raise ValueError("padding is for fno: leave it out for dpot")
         return self
+
+    @property
+    def label(self) -> str:
+        """The network in a few words: ``FNO 24/10`` (width/modes), ``DPOT tiny``."""
+        if self.kind == "dpot":
+            return f"DPOT {self.size}"
+        return f"FNO {FNO_SIZES[self.size].width}/{FNO_SIZES[self.size].modes}"
 
 
 class ExpertConfig(Section):

@@ -1,4 +1,6 @@
-"""Generate the data of a family with the planar solvers, one HDF5 file per regime, and read them as tensors.
+"""Make the data of a family, one HDF5 file per regime, and read them as tensors.
+
+The planar solvers generate the data of a built-in family; those of a user's regimes are copied from the user's files.
 
 Files are ``<folder>/<family>/<split>/s<coordinate>.hdf5``. They are like PDEBench's ``tensor`` files except that
 channels come before space: ``tensor`` [N, T, C, H, W] float32, ``x-coordinate``, ``y-coordinate``, ``t-coordinate``.
@@ -8,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from shodh_moe.base.files import atomic_file, remove_leftovers, require_writable
 from shodh_moe.base.lock import making
 from shodh_moe.base.progress import progress as default_progress
 from shodh_moe.ccm.family import SOLVERS, SPLITS, Family, require_sound, simulate
+from shodh_moe.ccm.family_config import every_snapshot
+from shodh_moe.ccm.regime_folder import RegimeFolder
 from shodh_moe.data.hdf5 import new_hdf5
 from shodh_moe.solvers import DivergedError, trajectory_seed
 from shodh_moe.solvers.planar import PLANAR_VERSION
@@ -79,18 +84,22 @@ def regimes(family: Family, folder: Path) -> list[Regime]:
         UserError: the family is invalid.
     """
     require_sound(family)
-    settings = {key: value for key, value in asdict(family).items() if key not in ("coordinates", "trajectories")}
+    settings = {key: value for key, value in family.identity().items() if key not in ("coordinates", "trajectories")}
+    files = family.settings if isinstance(family.settings, RegimeFolder) else None
+    made_by: dict[str, Any] = {} if files else {"planar_version": PLANAR_VERSION}
     found = []
     for split in SPLITS:
         for coordinate in family.coordinates.get(split, ()):
             value = family.value(coordinate)
+            if files:  # undo the rounding
+                value = min(files.pieces, key=lambda one, value=value: abs(one - value))  # type: ignore[misc]
             request = {
-                "planar_version": PLANAR_VERSION,
+                **made_by,
                 "equation": type(family.settings).__name__,
                 "split": split,
                 "coordinate": coordinate,
                 "value": value,
-                "trajectories": family.trajectories[split],
+                "trajectories": family.count(split, value),
                 **json.loads(json.dumps(settings)),
             }
             path = Path(folder) / family.name / split / f"s{coordinate:+.3f}.hdf5"
@@ -113,7 +122,8 @@ def generate(
     If another process is generating the same folder, this waits for it and prints the name of its ``run``.
 
     Raises:
-        UserError: the family is invalid, the disk is too small or not writable, or a solution diverged.
+        UserError: the family is invalid, the disk is too small or not writable, a solution diverged, or a user's file
+            is damaged.
     """
     home = Path(folder) / family.name
     wanted = regimes(family, folder)
@@ -183,6 +193,14 @@ def read_split(family: Family, folder: Path, split: str) -> list[Trajectories]:
 
 
 def _make(family: Family, regime: Regime, device: str | torch.device) -> Path:
+    make = _copied if isinstance(family.settings, RegimeFolder) else _solved
+    fields = make(family, regime, device)
+    with atomic_file(regime.path) as temporary, new_hdf5(temporary) as file:
+        _write(file, family, regime, fields)
+    return regime.path
+
+
+def _solved(family: Family, regime: Regime, device: str | torch.device) -> np.ndarray:
     stream = f"{family.name}/{regime.split}/{regime.coordinate:+.3f}"
     seeds = [trajectory_seed(family.seed, stream, index) for index in range(family.trajectories[regime.split])]
     where = f"{family.name} at {family.parameter} {regime.value:g} (s = {regime.coordinate:g}, {regime.split})"
@@ -193,18 +211,28 @@ def _make(family: Family, regime: Regime, device: str | torch.device) -> Path:
         except DivergedError as error:
             raise UserError(f"{where}, trajectories from {first} on: {error}") from error
         parts.append(solution.float().cpu().numpy())
-    with atomic_file(regime.path) as temporary, new_hdf5(temporary) as file:
-        _write(file, family, regime, np.concatenate(parts))
-    return regime.path
+    return np.concatenate(parts)
+
+
+def _copied(family: Family, regime: Regime, device: str | torch.device) -> np.ndarray:
+    files = family.settings
+    assert isinstance(files, RegimeFolder)
+    every = every_snapshot(family.interval, files.interval)
+    fields = files.read(regime.value, family.count(regime.split, regime.value))
+    return fields[:, ::every][:, : family.snapshots].numpy()
 
 
 def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.ndarray) -> None:
     file.create_dataset("tensor", data=tensor_NTCHW)
     settings = family.settings
-    # On the torus, grid points start at the corner; the other two grids are cell centres around the origin.
-    shift = 0.0 if isinstance(settings, NavierStokes) else 0.5 - family.grid / 2
-    axis = (np.arange(family.grid) + shift) * settings.side / family.grid
-    file["x-coordinate"] = file["y-coordinate"] = axis.astype(np.float32)
+    if isinstance(settings, RegimeFolder):
+        made_by = {"units": "those of the source", "label": "imported", "content": settings.content}
+    else:
+        made_by = {"units": "dimensionless", "label": "synthetic", "solver": SOLVERS[type(settings)].__name__}
+        # On the torus, grid points start at the corner; the other two grids are cell centres around the origin.
+        shift = 0.0 if isinstance(settings, NavierStokes) else 0.5 - family.grid / 2
+        axis = (np.arange(family.grid) + shift) * settings.side / family.grid
+        file["x-coordinate"] = file["y-coordinate"] = axis.astype(np.float32)
     file["t-coordinate"] = (np.arange(family.snapshots) * family.interval).astype(np.float32)
     file.attrs.update(
         family=family.name,
@@ -212,14 +240,12 @@ def _write(file: h5py.File, family: Family, regime: Regime, tensor_NTCHW: np.nda
         parameter=family.parameter,
         value=regime.value,
         coordinate=regime.coordinate,
-        units="dimensionless",
         dt=family.interval,
         channels=np.array(family.channels, dtype=h5py.string_dtype()),
-        solver=SOLVERS[type(family.settings)].__name__,
         seed=family.seed,
-        label="synthetic",
         request=json.dumps(regime.request, sort_keys=True),
         request_hash=_hash(regime.request),
+        **made_by,
     )
     file.attrs["complete"] = True
 
@@ -234,8 +260,8 @@ def _hash(request: dict[str, Any]) -> str:
 
 
 def _require_space(family: Family, unfinished: list[Regime], home: Path) -> None:
-    numbers = family.snapshots * len(family.channels) * family.grid**2
-    needed = sum(4 * numbers * family.trajectories[regime.split] + 2**16 for regime in unfinished)
+    numbers = family.snapshots * len(family.channels) * math.prod(family.cells)
+    needed = sum(4 * numbers * family.count(regime.split, regime.value) + 2**16 for regime in unfinished)
     existing = next(path for path in (home, *home.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -90,7 +90,8 @@ def facts_of(scale: Scale, channels: tuple[str, ...], dataset: str) -> dict[str,
 def expert_inputs(config: ExpertConfig) -> Inputs:
     """What an expert's training depends on besides its config: the requests that its family's files answer."""
     requests = [regime.request for regime in regimes(config.family.family(), config.family.folder())]
-    return {"data_version": PLANAR_VERSION, "data": fingerprint(requests)}
+    solved: Inputs = {} if config.family.source else {"data_version": PLANAR_VERSION}
+    return {**solved, "data": fingerprint(requests)}
 
 
 def require_same_dataset(config: ExpertConfig) -> None:
@@ -191,17 +192,24 @@ def load_ends(target: Target) -> tuple[Expert, Expert]:
     """Load the low and the high expert of a ccm target with one axis, on a GPU if there is one.
 
     Raises:
-        UserError: one of them is not an expert, is damaged, not finite or conditioned on the coordinate; or their
-            networks, units or families differ; or their weights are the same.
+        UserError: there are not two models; one of them is not an expert, is damaged, not finite or conditioned on the
+            coordinate; or their networks, units or families differ; or their weights are the same.
     """
+    if len(target.models) != 2:
+        raise UserError(
+            f"{target.output}: a readout is for two experts, but there are {len(target.models)}: leave out the one "
+            "between them"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low, high = (load_expert(Path(path), device) for path in target.models)
     require_same_network([low, high])
-    if low.config.family.name != high.config.family.name:
-        raise UserError(
-            f"{low.path} belongs to family {low.config.family.name}, {high.path} to {high.config.family.name}: "
-            "give experts of one family"
-        )
+    for key in ("name", "parameter", "low", "high", "scale", "interval", "solver"):
+        one, other = (getattr(expert.config.family, key) for expert in (low, high))
+        if one != other:
+            raise UserError(
+                f"{low.path} belongs to family {low.config.family.name}, {high.path} to {high.config.family.name}, "
+                f"whose {key} differs ({one} and {other}): give experts of one family"
+            )
     if low.config.network.conditioned:
         raise UserError(
             f"{low.path} has a network that takes the coordinate as input: give experts whose network does not"

@@ -35,6 +35,7 @@ class PDEBenchFile:
         interval: time between snapshots.
         channels: names of the C channels.
         config: the generator's settings; empty if the file has none.
+        total: number of trajectories in the file.
     """
 
     fields: torch.Tensor
@@ -42,6 +43,7 @@ class PDEBenchFile:
     interval: float
     channels: tuple[str, ...]
     config: dict[str, Any]
+    total: int
 
 
 def read(path: Path, start: int = 0, stop: int | None = None) -> PDEBenchFile:
@@ -94,7 +96,7 @@ def _read_groups(path: Path, file: h5py.File, wanted: list[str], names: list[str
     # The dam breaks are stored with x first, the reactions with y first.
     order = (0, 1, 4, 2, 3) if channels == 2 else (0, 1, 4, 3, 2)
     stacked = np.stack(fields) if fields else np.zeros((0, *first.shape), dtype=np.float32)
-    return _found(stacked.transpose(order), times, _GROUP_CHANNELS[channels], _config(file[names[0]]))
+    return _found(stacked.transpose(order), times, _GROUP_CHANNELS[channels], _config(file[names[0]]), len(names))
 
 
 def _read_flow(path: Path, file: h5py.File, start: int, stop: int | None) -> PDEBenchFile:
@@ -110,17 +112,19 @@ def _read_flow(path: Path, file: h5py.File, start: int, stop: int | None) -> PDE
     all_times = np.asarray(_dataset(path, file, "t", 2)[start:stop, :written], dtype=np.float64)
     if all_times.size and not np.allclose(all_times, all_times[:1]):
         raise UserError(f"{path}: t differs between trajectories: read them one by one")
-    times = _require_even(path, "t", all_times[0]) if all_times.size else np.zeros(0)
+    times = require_even(path, "t", all_times[0]) if all_times.size else np.zeros(0)
     parts = [np.asarray(part[start:stop, :written], dtype=np.float32) for part in (velocity, particles)]
-    return _found(np.concatenate(parts, -1).transpose(0, 1, 4, 3, 2), times, _FLOW_CHANNELS, _config(file))
+    return _found(
+        np.concatenate(parts, -1).transpose(0, 1, 4, 3, 2), times, _FLOW_CHANNELS, _config(file), len(velocity)
+    )
 
 
 def _found(
-    fields_NTCHW: np.ndarray, times: np.ndarray, channels: tuple[str, ...], config: dict[str, Any]
+    fields_NTCHW: np.ndarray, times: np.ndarray, channels: tuple[str, ...], config: dict[str, Any], total: int
 ) -> PDEBenchFile:
     interval = float((times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else 0.0
     fields = torch.from_numpy(np.ascontiguousarray(fields_NTCHW))
-    return PDEBenchFile(fields, torch.from_numpy(times), interval, channels, config)
+    return PDEBenchFile(fields, torch.from_numpy(times), interval, channels, config, total)
 
 
 def _dataset(path: Path, file: h5py.File, name: str, ndim: int) -> h5py.Dataset:
@@ -128,22 +132,39 @@ def _dataset(path: Path, file: h5py.File, name: str, ndim: int) -> h5py.Dataset:
         raise UserError(f"{path} has no dataset {name}: {_DOWNLOAD}")
     if file[name].ndim != ndim:
         raise UserError(f"{path}: {name} has shape {file[name].shape}, expected {ndim} axes; {_DOWNLOAD}")
+    require_own(path, file, file[name])
     return file[name]
+
+
+def require_own(path: Path, file: h5py.File, item: h5py.HLObject) -> None:
+    """Refuse an object of ``file`` whose values lie in another one. Raises `UserError`."""
+    elsewhere = item.file.filename != file.filename
+    if elsewhere or (isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)):
+        name = item.name.lstrip("/")
+        raise UserError(f"{path}: {name} keeps its values in other files: copy them into one with h5repack")
 
 
 def _times(path: Path, file: h5py.File, name: str, snapshots: int) -> np.ndarray:
     times = np.asarray(_dataset(path, file, name, 1), dtype=np.float64)
     if len(times) != snapshots:
         raise UserError(f"{path}: {name} has {len(times)} times for {snapshots} snapshots; {_DOWNLOAD}")
-    return _require_even(path, name, times)
+    return require_even(path, name, times)
 
 
-def _require_even(path: Path, name: str, times: np.ndarray) -> np.ndarray:
+def require_even(path: Path, name: str, times: np.ndarray) -> np.ndarray:
+    """Return ``times`` if they are evenly spaced. Raises `UserError` otherwise."""
     steps = np.diff(times)
     # The tolerance allows for times that were stored in float32.
     if not np.isfinite(times).all() or (len(steps) and (steps.min() <= 0 or np.ptp(steps) > 1e-2 * steps.mean())):
         raise UserError(f"{path}: the times in {name} are not evenly spaced: keep a range of snapshots that are")
     return times
+
+
+def configs(path: Path) -> list[dict[str, Any]]:
+    """The generator's settings of each trajectory of a file that `read` accepts, without reading the fields."""
+    with h5py.File(path, "r") as file:
+        names = sorted((name for name in file if name.isdecimal()), key=int)
+        return [_config(file[name]) for name in names] or [_config(file)] * len(file["velocity"])
 
 
 def _config(item: h5py.HLObject) -> dict[str, Any]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
-from shodh_moe.ccm import data, pdebench
+from shodh_moe.ccm import data
+from shodh_moe.ccm.curve import fit_groups, group_names
 from shodh_moe.ccm.expert import Expert, load_ends
+from shodh_moe.ccm.family_config import every_snapshot
 from shodh_moe.ccm.readout import BANK, FLAT, FRAMES, Prefix, fit_prefix, json_number
+from shodh_moe.ccm.regime_folder import Stored, read_stored
 from shodh_moe.merging import merge
 from shodh_moe.merging.checks import require_apart
 from shodh_moe.merging.config import load_targets
@@ -31,14 +34,16 @@ def merge_by_prefix(
     output: Path | None = None,
     memory_limit: str = "1GiB",
     out_shard_size: str = "5GB",
+    by_group: bool = False,
 ) -> Path:
     """Merge the two experts of a ccm config at the alpha that predicts the first frames of ``file`` best.
 
     Args:
         config, output, memory_limit, out_shard_size: as in `merge`; the config's alpha or coordinate is ignored. The
             memory limit applies to the merge, after the networks have been freed.
-        file: trajectories of one regime, in a file of a family or of PDEBench.
+        file: trajectories of one regime, in a file of a family, of The Well or of PDEBench.
         frames: number of frames used, K.
+        by_group: find an alpha for each of `curve.GROUPS` instead of one for all layers.
 
     Returns:
         the new folder.
@@ -53,29 +58,30 @@ def merge_by_prefix(
     require_apart(target)
     for path in target.paths:
         open_input(path)  # refuse models that cannot be merged before loading networks
-    prefix, facts = _fit(*load_ends(target), file, frames)
+    low, high = load_ends(target)
+    fields, facts = _input_for(low, file, frames)
+    prefix, fitted = _fit(low, high, fields, file, frames)
+    value: float | list[dict[str, Any]] = prefix.alpha
     print("\n".join(_lines(prefix, file)), flush=True)
+    if by_group:
+        alphas, error = fit_groups(low, high, fields, prefix.alpha, frames)
+        value = [{"regex": group_names(group), "value": alpha} for group, alpha in alphas.items()]
+        fitted |= {"groups": alphas, "error": json_number(error, 4)}
+        print(f"by group: {', '.join(f'{name} {alpha:+.3f}' for name, alpha in alphas.items())}: error {error:.4g}")
     for warning in _warnings(prefix):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    found = {"found": "prefix", "value": prefix.alpha, **facts}
+    del low, high  # the memory limit applies to the merge alone
+    found = {"found": "prefix", "value": value, **facts, **fitted}
     return merge(config, output, memory_limit, out_shard_size, found=found)[0]
 
 
-class Input(NamedTuple):
-    """Trajectories of a file: ``fields`` [N, T, C, H, W] float32, time ``interval``, and names of ``channels``."""
-
-    fields: Tensor
-    interval: float
-    channels: tuple[str, ...]
-
-
-def read_input(path: Path) -> Input:
-    """Read the first trajectories of a file of a family or of PDEBench.
+def read_input(path: Path) -> Stored:
+    """Read the first trajectories of a file of a family, The Well or PDEBench.
 
     Raises:
         UserError: the file is missing, damaged or of neither kind, or has values that are not finite.
     """
-    remedy = "give a file of a family (`shodh expert data`) or of PDEBench"
+    remedy = "give a file of a family (`shodh expert data`), The Well or PDEBench"
     try:
         with h5py.File(path, "r") as file:
             ours = "tensor" in file
@@ -83,18 +89,20 @@ def read_input(path: Path) -> Input:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read as HDF5 ({error}): {remedy}") from None
-    kind: Any = data if ours else pdebench
-    found = kind.read(path, 0, TRAJECTORIES)
+    found: Any = (data.read if ours else read_stored)(path, 0, TRAJECTORIES)
     if found.fields.ndim != 5 or not len(found.fields) or found.fields.shape[2] != len(found.channels):
         shape = list(found.fields.shape)
         raise UserError(f"{path}: tensor has shape {shape}, with names for {len(found.channels)} channels: {remedy}")
-    return Input(found.fields, found.interval, found.channels)
+    return Stored(found.fields, found.interval, found.channels)
 
 
-def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
-    """Fit the prefix to a file. Returns it and its record for the manifest."""
+def _input_for(expert: Expert, path: Path, frames: int) -> tuple[Tensor, dict[str, Any]]:
+    """The first frames of a file's trajectories, [N, K, C, H, W], and their record for the manifest."""
     found = read_input(path)
-    family, network = low.config.family.family(), low.config.network
+    family, network = expert.config.family.family(), expert.config.network
+    if set(family.channels) < set(found.channels):  # the experts use only some of the file's
+        fields = found.fields[:, :, [found.channels.index(name) for name in family.channels]]
+        found = Stored(fields, found.interval, family.channels)
     if found.channels != family.channels:
         raise UserError(
             f"{path} has the channels {', '.join(found.channels)}, but the experts of {family.name} have "
@@ -102,8 +110,8 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         )
     if found.fields.shape[1] < 2:
         raise UserError(f"{path} has 1 frame, but {frames} are needed: give a longer file")
-    every = max(1, round(family.interval / found.interval)) if found.interval > 0 else 0
-    if not every or not math.isclose(every * found.interval, family.interval, rel_tol=1e-3):
+    every = every_snapshot(family.interval, found.interval)
+    if not every:
         raise UserError(
             f"{path} has a frame every {found.interval:g}, but the experts predict {family.interval:g} ahead: "
             "give a file with that interval, or an integer fraction of it"
@@ -117,7 +125,13 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         )
     if frames <= network.history:
         raise UserError(f"--frames {frames}: the network sees {network.history}; give at least {network.history + 1}")
-    prefix = fit_prefix(low, high, fields[:, :frames], frames)
+    record = {"file": str(path), "sha256": sha256(path), "trajectories": len(fields), "every": every, "frames": frames}
+    return fields[:, :frames], record
+
+
+def _fit(low: Expert, high: Expert, fields: Tensor, path: Path, frames: int) -> tuple[Prefix, dict[str, Any]]:
+    """Fit the prefix to the frames of a file. Returns it and its record for the manifest."""
+    prefix = fit_prefix(low, high, fields, frames)
     if not math.isfinite(prefix.error):
         raise UserError(
             f"{path}: the error of its first {frames} frames is not finite at any alpha: a frame is zero everywhere, "
@@ -125,11 +139,6 @@ def _fit(low: Expert, high: Expert, path: Path, frames: int) -> tuple[Prefix, di
         )
     # Four digits, because the last bits depend on device and threads, and a repeated merge must be recognised.
     record = {
-        "file": str(path),
-        "sha256": sha256(path),
-        "trajectories": len(fields),
-        "every": every,
-        "frames": frames,
         "error": json_number(prefix.error, 4),
         "sharpness": json_number(prefix.sharpness, 4),
         "flat": prefix.flat,

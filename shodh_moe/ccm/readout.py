@@ -67,7 +67,7 @@ def fit_scale(low: Expert, high: Expert, validation: list[Trajectories], given: 
             alpha = round(clip(gamma * regime.coordinate), 6)
             if (number, alpha) not in cache:
                 errors = rollout_errors(compose(low, high, alpha), regime.fields, regime.coordinate, given)
-                cache[number, alpha] = _finite(errors.mean())
+                cache[number, alpha] = finite_error(errors.mean())
             total += cache[number, alpha]
         return total / len(validation)
 
@@ -104,15 +104,21 @@ class Prefix:
 
 
 def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FRAMES) -> Prefix:
+    """`fit_prefix_on` the line between two experts."""
+    return fit_prefix_on(lambda alpha: compose(low, high, alpha), low.config.network.history, fields_NTCHW, frames)
+
+
+def fit_prefix_on(curve: Callable[[float], Expert], history: int, fields_NTCHW: Tensor, frames: int = FRAMES) -> Prefix:
     """Find the alpha that best predicts frames ``history`` to ``frames`` - 1 of the trajectories from the earlier ones.
 
     Args:
+        curve: the expert at each alpha.
+        history: number of frames that the network sees.
         fields_NTCHW: trajectories of one regime; only their first ``frames`` frames are used.
 
     Raises:
         UserError: there are fewer frames, or too few for the network's history.
     """
-    history = low.config.network.history
     if fields_NTCHW.shape[1] < frames:
         raise UserError(f"the prefix has {fields_NTCHW.shape[1]} frames, but {frames} are needed: give a longer prefix")
     if frames <= history:
@@ -124,7 +130,7 @@ def fit_prefix(low: Expert, high: Expert, fields_NTCHW: Tensor, frames: int = FR
 
     def error(alpha: float) -> float:
         # The coordinate is unknown here; only a conditioned network would use it, and that needs no prefix.
-        return _finite(rollout_errors(compose(low, high, alpha), seen, 0.0, history).mean())
+        return finite_error(rollout_errors(curve(alpha), seen, 0.0, history).mean())
 
     bank = {alpha: error(alpha) for alpha in BANK}
     best = min(bank, key=lambda alpha: bank[alpha])
@@ -158,7 +164,7 @@ def golden_section(error: Callable[[float], float], low: float, high: float, ste
     return (a, at_a) if at_a <= at_b else (b, at_b)
 
 
-def _finite(error: Tensor) -> float:
+def finite_error(error: Tensor) -> float:
     """Replace NaN by infinity: a rollout that blew up counts as worse than any other."""
     value = float(error)
     return value if torch.isfinite(error) else float("inf")

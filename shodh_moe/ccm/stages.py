@@ -13,6 +13,7 @@ from shodh_moe.base.lock import making, wait_for_maker
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
+from shodh_moe.ccm.regime_folder import remember
 from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
@@ -57,6 +58,8 @@ def make_data(config: ExpertConfig) -> Path:
         return folder / family.name
     began = time.perf_counter()
     home = data.generate(family, folder, device=device, run=config.name)
+    if config.family.source:
+        remember(Path(config.family.source), Path(config.family.root))
     print(f"[data] {home} in {time.perf_counter() - began:.0f} s", flush=True)
     return home
 

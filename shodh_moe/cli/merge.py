@@ -27,9 +27,11 @@ def add_merge(commands: Any) -> None:
     example = "example: shodh merge prefix merge.yaml --input mine.hdf5 --frames 4 --output merged"
     prefix = add_command(steps, "prefix", text, example, _prefix)
     add_merge_arguments(prefix)
-    about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data` or of PDEBench"
+    about = "HDF5 file with trajectories of one regime, in the format of `shodh expert data`, The Well or PDEBench"
     prefix.add_argument("--input", type=path_option, required=True, metavar="FILE", help=about)
     prefix.add_argument("--frames", type=int, default=4, metavar="K", help="frames to use; default: %(default)s")
+    about = "find one alpha each for the input, the blocks and the output of the network, instead of one for all"
+    prefix.add_argument("--by-group", action="store_true", help=about)
     add_debug(prefix)
 
 
@@ -49,4 +51,4 @@ def _prefix(options: argparse.Namespace) -> None:
     from shodh_moe.ccm.prefix import merge_by_prefix
 
     limits = (options.memory_limit, options.out_shard_size)
-    merge_by_prefix(options.config, options.input, options.frames, options.output, *limits)
+    merge_by_prefix(options.config, options.input, options.frames, options.output, *limits, options.by_group)

@@ -10,7 +10,7 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.merging.axes import Layout, Point, alpha_at, find_layout, in_order
-from shodh_moe.merging.settings import Lookup, Setting, Single
+from shodh_moe.merging.settings import Conditional, Lookup, Setting, Single
 
 REACH = 1.5  # largest |alpha| in the bank of the CCM paper
 
@@ -45,7 +45,8 @@ def compose(
         shared: parameters for all models: ``alpha``, or ``coordinate`` with ``gamma``, ``power`` and ``clip``.
         own: parameters of each model, by its path.
         base: whether there is a base model.
-        found: record of an alpha from an external readout, with its ``value``; the manifest stores it unchanged.
+        found: record of an alpha from an external readout, with its ``value`` (a number, or filters as in a config);
+            the manifest stores it unchanged.
 
     Raises:
         UserError: neither or both of alpha and coordinate are given, the models do not form a layout, or an axis is
@@ -54,17 +55,24 @@ def compose(
     layout = _layout(own, where)
     if layout.kind == "star" and not base:
         raise UserError(f"{where}: the models form a star, which needs base_model as its centre: add it")
+    if layout.kind == "curve":
+        layout = _placed(shared, layout, where)
     clip = _numbers(shared, "clip", layout, REACH, where)
     straight = _numbers(shared, "straight", layout, math.inf, where)
     for key, limits in (("clip", clip), ("straight", straight)):
         if negative := [limit for limit in limits.values() if limit < 0]:
             raise UserError(f"{where}: {key} is a largest |alpha| and cannot be {negative[0]:g}")
     alphas: Mapping[str, Single]
+    value: Any = found["value"] if found else None
     warnings: list[str] = []
     if found:
         if len(layout.axes) > 1:
             raise UserError(f"{where}: the readout {found['found']} finds one alpha, but there are {_all(layout)}")
-        alphas, record = {layout.axes[0]: float(found["value"])}, found
+        if isinstance(value, list):  # one alpha for each group of tensors
+            alphas = {layout.axes[0]: [Conditional.model_validate(one) for one in value]}
+        else:
+            alphas = {layout.axes[0]: float(value)}
+        record = found
     elif ("alpha" in shared) == ("coordinate" in shared):
         raise UserError(f"{where}: ccm needs exactly one of alpha and coordinate under parameters")
     elif "alpha" in shared:
@@ -110,8 +118,7 @@ def _from_coordinate(
                 f"{where}: {axis or 'coordinate'} of {whose} is {value:g}: with `power: {power[axis]:g}` it must be "
                 "positive"
             )
-        if abs(power[axis]) > 8:  # larger powers of common coordinates overflow float64
-            raise UserError(f"{where}: power {power[axis]:g} is outside the range -8 to 8")
+        _require_power(power[axis], where)
         unclipped[axis] = gamma[axis] * alpha_at(wanted[axis], low, high, power[axis])
         alphas[axis] = min(max(unclipped[axis], -clip[axis]), clip[axis])
         if alphas[axis] != unclipped[axis]:
@@ -132,6 +139,23 @@ def _from_coordinate(
     if "power" in shared:
         facts["power"] = power
     return alphas, _record(layout, "scale" if "gamma" in shared else "coordinate", facts), warnings
+
+
+def _placed(shared: dict[str, Setting], layout: Layout, where: str) -> Layout:
+    """The layout of a curve for the parameter ``power``. Raises `UserError` if a coordinate does not permit it."""
+    power = _numbers(shared, "power", layout, 1.0, where)[layout.axes[0]]
+    _require_power(power, where)
+    if power != 1 and (low := layout.ends[layout.axes[0]][0]) <= 0:
+        raise UserError(
+            f"{where}: {layout.axes[0] or 'coordinate'} of {layout.models[0]} is {low:g}: with `power: {power:g}` it "
+            "must be positive"
+        )
+    return layout.with_power(power)
+
+
+def _require_power(power: float, where: str) -> None:
+    if abs(power) > 8:  # larger powers of common coordinates overflow float64
+        raise UserError(f"{where}: power {power:g} is outside the range -8 to 8")
 
 
 def _layout(own: dict[str, dict[str, Setting]], where: str) -> Layout:

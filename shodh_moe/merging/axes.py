@@ -1,14 +1,15 @@
 """Arrange ccm's experts along physical axes: find the layout of their points, and each model's coefficient.
 
-There are three layouts: ``line``, two models at the ends of one axis; ``corners``, 2^n models at all corners of a box
-with n axes; and ``star``, 2 n models, each at an end of one axis and in the middle of all others.
+There are four layouts: ``line``, two models at the ends of one axis; ``curve``, these and a third one between them;
+``corners``, 2^n models at all corners of a box with n axes; and ``star``, 2 n models, each at an end of one axis and in
+the middle of all others.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shodh_moe.base.errors import UserError
@@ -28,13 +29,21 @@ class Layout:
         axes: sorted names; one empty name if the coordinates are plain numbers.
         ends: lowest and highest coordinate of each axis; empty without coordinates.
         places: each model's position on each axis: -1 at its low end, 1 at its high end, 0 in the middle.
+        between: coordinate of the model between the ends of a curve.
+        at: its alpha.
     """
 
-    kind: Literal["line", "corners", "star"]
+    kind: Literal["line", "curve", "corners", "star"]
     models: tuple[str, ...]
     axes: tuple[str, ...]
     ends: dict[str, tuple[float, float]]
     places: tuple[tuple[int, ...], ...]
+    between: float = 0.0
+    at: float = 0.0
+
+    def with_power(self, power: float) -> Layout:
+        """The layout of a curve if alpha is linear in the coordinate to this power; see `alpha_at`."""
+        return replace(self, at=alpha_at(self.between, *self.ends[self.axes[0]], power))
 
     def coefficients(self, alphas: list[float]) -> list[float]:
         """Coefficients of base and models for one alpha per axis (CCM, arXiv 2605.14546, extended to n axes).
@@ -44,7 +53,11 @@ class Layout:
 
         star: theta = theta_0 + sum_k (shared_k + alpha_k direction_k) with shared_k = (d_low,k + d_high,k)/2,
         direction_k = (d_high,k - d_low,k)/2, d = theta - theta_0; so the base's coefficient is 1 - n.
+
+        curve: the parabola through theta_low at alpha = -1, theta_between at ``at`` and theta_high at 1.
         """
+        if self.kind == "curve":
+            return [0.0, *parabola(alphas[0], self.at)]
         base = 1.0 - len(self.axes) if self.kind == "star" else 0.0
         factors = [[(1 + s * a) / 2 for s, a in zip(place, alphas, strict=True) if s] for place in self.places]
         return [base, *(math.prod(one) for one in factors)]
@@ -52,6 +65,8 @@ class Layout:
     def role(self, model: str) -> str:
         """A model's position in words: ``low``, or ``gravity=low, viscosity=high``."""
         ends = [(axis, s) for axis, s in zip(self.axes, self.places[self.models.index(model)], strict=True) if s]
+        if self.kind == "curve" and not ends:
+            return f"{self.axes[0]}=between" if self.axes[0] else "between"
         return ", ".join((f"{axis}=" if axis else "") + ("low" if s < 0 else "high") for axis, s in ends)
 
 
@@ -63,6 +78,18 @@ def alpha_at(coordinate: float, low: float, high: float, power: float = 1) -> fl
     if power != 1:
         low, high, coordinate = (math.log(value) if power == 0 else value**power for value in (low, high, coordinate))
     return ((coordinate - low) + (coordinate - high)) / (high - low)
+
+
+def parabola(alpha: float, at: float, bow: float = 1.0) -> list[float]:
+    """Coefficients of the models at -1, ``at`` and 1 for the point at ``alpha`` of the parabola through them.
+
+    They are exactly 0 and 1 at -1 and 1, and for ``at`` 0 also there.
+
+    Args:
+        bow: share of the parabola's distance from the straight line between the ends.
+    """
+    share = bow * (1 - alpha * alpha) / (1 - at * at)
+    return [(1 - alpha) / 2 - share * (1 - at) / 2, share, (1 + alpha) / 2 - share * (1 + at) / 2]
 
 
 def in_order(models: list[str], where: str) -> Layout:
@@ -106,11 +133,16 @@ def find_layout(points: dict[str, Point], where: str) -> Layout:
                 f"{where}: all models have {axis or 'coordinate'}={values[axis][0]:g}: an axis needs models at "
                 "two ends; give other values, or leave this axis out"
             )
-    if len(axes) == 1 and len(models) > 2:
+    if len(axes) == 1 and len(models) > 3:
         raise UserError(
-            f"{where}: {len(models)} models lie on one axis, at {_listed(axes[0], points)}: keep its two ends; for "
-            "several axes name them, as in `coordinate: {viscosity: 0.001, gravity: 9.8}`"
+            f"{where}: {len(models)} models lie on one axis, at {_listed(axes[0], points)}: keep its two ends, and at "
+            "most one between them; for several axes name them, as in `coordinate: {viscosity: 0.001, gravity: 9.8}`"
         )
+    if len(axes) == 1 and len(models) == 3:
+        low, between, high = values[axes[0]]
+        ordered = sorted(models, key=lambda model: points[model][axes[0]])
+        curve = Layout("curve", tuple(ordered), axes, {axes[0]: (low, high)}, ((-1,), (0,), (1,)), between)
+        return curve.with_power(1)
     counts = {len(one) for one in values.values()}
     if counts == {2}:
         places = _corners(points, values, where)

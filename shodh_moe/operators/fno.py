@@ -43,12 +43,16 @@ class FNOSize:
     blocks: int = 4
 
 
-# small, medium and large are those of the CCM paper (arXiv 2605.14546); tiny is ours, for a CPU.
+# small, medium and large are those of the CCM paper (arXiv 2605.14546), and the next three have half their width and
+# modes; tiny is ours. These four are for a CPU.
 FNO_SIZES = {
     "tiny": FNOSize(24, 10),
     "small": FNOSize(48, 12),
     "medium": FNOSize(64, 16),
     "large": FNOSize(80, 20),
+    "half_small": FNOSize(24, 6),
+    "half_medium": FNOSize(32, 8),
+    "half_large": FNOSize(40, 10),
 }
 
 

@@ -55,8 +55,10 @@ def make_ends(root: Path | str = "data", **words: Any) -> tuple[Expert, Expert]:
     return low, high
 
 
-def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Scale, channels: tuple[str, ...]) -> str:
-    """Write the checkpoint ``path``, a folder named after the step, and return it."""
+def save_expert(
+    path: Path, config: ExpertConfig, network: nn.Module, scale: Scale, channels: tuple[str, ...], **more: Any
+) -> str:
+    """Write the checkpoint ``path``, a folder named after the step, and return it; ``more`` facts go into its state."""
     tensors = {f"model/{name}": parameter.detach() for name, parameter in network.named_parameters()}
     writer = CheckpointWriter(path.parent, 0, 1, 9, 0, "synthetic")
     fragments = [Fragment(name, 0, tensor.flatten()) for name, tensor in tensors.items()]
@@ -66,6 +68,7 @@ def save_expert(path: Path, config: ExpertConfig, network: nn.Module, scale: Sca
         "tokenizer_sha256": "",
         "inputs": expert_inputs(config),
         **facts_of(scale, channels, config.family.folder().name),
+        **more,
     }
     writer.save(int(path.name), fragments, shapes, {"rng/cpu": torch.zeros(5, dtype=torch.uint8)}, facts)
     writer.finish()

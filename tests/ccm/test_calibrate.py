@@ -192,6 +192,7 @@ def test_diverging_rollouts_are_refused(
         ({"network": {"history": 2}}, ("have different networks",)),
         ({"family": {"name": "navier_stokes"}}, ("family reaction_diffusion", "navier_stokes", "one family")),
         ({"family": {"seed": 5}}, ("different validation data",)),
+        ({"family": {"high": 7e-3}}, ("whose high differs (None and 0.007)", "one family")),
         ({"splits": ["endpoint_low"]}, ("trained on endpoint_low", "swap the two models")),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shodh_moe.ccm.curve import by_group
 from shodh_moe.ccm.expert import Expert, compose, load_expert
 from shodh_moe.ccm.prefix import TRAJECTORIES, read_input
 from shodh_moe.cli import main
@@ -21,6 +22,7 @@ from tests.ccm.synthetic import (
     CHANNELS,
     SCALE,
     expert_config,
+    initial,
     make_ends,
     make_expert,
     save_ends,
@@ -315,3 +317,16 @@ def test_invalid_arguments_give_one_line(capsys: pytest.CaptureFixture[str]) -> 
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
+
+
+def test_an_alpha_for_each_group_of_layers(ends: tuple[Expert, Expert], here: Path, capsys: Any) -> None:
+    wanted = {"input": 0.2, "blocks": 0.8, "output": 0.2}
+    first = initial(0)
+    write(torch.cat([first, by_group(*ends, wanted).predict(first, 3, 0.0)], dim=1))
+    assert prefix("--output", "one") == prefix("--output", "each", "--by-group") == 0
+    one, each = (json.loads(Path(name, "merge.json").read_text())["alpha"] for name in ("one", "each"))
+    assert "by group: input " in capsys.readouterr().out
+    assert each["error"] < one["error"]
+    assert each["groups"].keys() == wanted.keys()
+    expected, found = by_group(*ends, each["groups"]).weights(), load_expert(Path("each")).weights()
+    assert all(torch.equal(values, expected[name]) for name, values in found.items())

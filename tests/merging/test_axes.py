@@ -155,6 +155,38 @@ def test_a_single_axis_may_be_named() -> None:
     assert (manifest["alpha"]["layout"], manifest["alpha"]["value"]) == ("line", {"viscosity": 0.5})
 
 
+def test_three_models_on_an_axis_are_points_of_a_parabola() -> None:
+    places = {"low": (1.0, 0.0), "between": (2.0, 0.0), "high": (4.0, 0.0)}
+    entries, states = experts(places)
+    models = [(path, {"coordinate": places[Path(path).stem][0]}) for path, _ in entries]
+
+    def at(**parameters: Any) -> State:
+        merge(config(Path(), "ccm", models, parameters=parameters), Path(f"out-{len(list(Path().glob('out-*')))}"))
+        return load(Path(f"out-{len(list(Path().glob('out-*'))) - 1}"))
+
+    for name, (value, _) in places.items():
+        for power in (1, 0, 0.5):
+            made = at(coordinate=value, power=power)
+            if name == "between" and power != 0:  # in the middle of the logarithms, its alpha is 0
+                torch.testing.assert_close(made["double"], states[name]["double"], rtol=1e-12, atol=1e-12)
+            else:
+                assert same_bits(made, states[name])
+    # Lagrange's formula through -1, -1/3 and 1.
+    low, between, high = (states[name]["double"] for name in places)
+    a, t = 1.5, -1 / 3
+    expected = (
+        low * (a - t) * (a - 1) / ((-1 - t) * -2)
+        + between * (a + 1) * (a - 1) / ((t + 1) * (t - 1))
+        + high * (a + 1) * (a - t) / (2 * (1 - t))
+    )
+    torch.testing.assert_close(at(alpha=a)["double"], expected, rtol=1e-12, atol=1e-12)
+    manifest = json.loads(Path("out-0/merge.json").read_text())
+    roles = {Path(path).stem: one["role"] for path, one in manifest["inputs"].items()}
+    assert roles == {"low": "low", "between": "between", "high": "high"}
+    with pytest.raises(UserError, match="power 9 is outside"):
+        at(alpha=0.5, power=9)
+
+
 def test_the_manifest_lists_alpha_by_axis(capsys: pytest.CaptureFixture[str]) -> None:
     entries, _ = experts(STAR)
     parameters = {"coordinate": point(0.004, 12), "gamma": {"gravity": 0.5}, "clip": {"gravity": 1.25}}
@@ -212,7 +244,7 @@ def without(places: dict[str, tuple[float, float]], name: str) -> dict[str, dict
         (without(STAR, "heavy"), ("viscosity is 0.001 in thin; 0.002 in light; 0.004 in thick",)),
         ({**without(STAR, ""), "corner": point(0.001, 7)}, ("corner", "at an end of viscosity and of gravity")),
         ({**without(STAR, ""), "centre": point(0.002, 3)}, ("centre", "as base_model is")),
-        ({"a": {"": 1}, "b": {"": 2}, "c": {"": 4}}, ("3 models lie on one axis", "2 in b")),
+        ({"a": {"": 1}, "b": {"": 2}, "c": {"": 4}, "d": {"": 5}}, ("4 models lie on one axis", "2 in b")),
         ({"a": {"": 1}, "b": {"": 1}}, ("a and b have the same coordinate 1",)),
     ],
 )

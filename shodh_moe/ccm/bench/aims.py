@@ -60,8 +60,9 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
     """Judge each aim for each readout whose rows were measured.
 
     Args:
-        name: name of the family.
-        family: its ``rows`` and ``regimes``, as `summarise` makes them; errors of rollouts that blew up are infinite.
+        name: the family's key in the benchmark.
+        family: its ``name``, ``rows`` and ``regimes``, as `summarise` makes them; errors of rollouts that blew up are
+            infinite.
 
     Returns:
         records with ``family``, ``readout``, ``aim``, ``target``, ``value``, ``held`` (whether the aim is met) and
@@ -88,8 +89,8 @@ def judge(name: str, family: dict[str, Any]) -> list[dict[str, Any]]:
             )
 
         reduced = family["rows"].get(readout, {}).get("reduction", {}).get("anchor")
-        if reduced and name in REDUCTIONS:
-            record(REDUCTION, REDUCTIONS[name], reduced["value"], f"mean over {len(ood)} OOD regimes")
+        if reduced and (target := REDUCTIONS.get(family.get("name", name))):
+            record(REDUCTION, target, reduced["value"], f"mean over {len(ood)} OOD regimes")
         for aim, base in ((BETTER_ENDPOINT, ("low", "high")), (CHOSEN_ENDPOINT, ("best_endpoint",))):
             if ratios := _ratios(regimes, readout, base):
                 where, worst = max(ratios, key=lambda one: one[1])

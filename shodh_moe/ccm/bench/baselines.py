@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from shodh_moe.ccm.bench.config import FineTuning
+from shodh_moe.ccm.curve import Curve
 from shodh_moe.ccm.data import Trajectories
-from shodh_moe.ccm.expert import Expert, compose, from_anchor
+from shodh_moe.ccm.expert import Expert, from_anchor
 from shodh_moe.ccm.readout import golden_section, rollout_errors
 from shodh_moe.operators import rollout_loss
 
@@ -92,7 +93,7 @@ def choose_rate(
     return min(errors, key=lambda rate: errors[rate]), {str(rate): value for rate, value in errors.items()}
 
 
-def oracle(low: Expert, high: Expert, regime: Trajectories, k: int, known: Iterable[float]) -> tuple[float, Tensor]:
+def oracle(curve: Curve, regime: Trajectories, k: int, known: Iterable[float]) -> tuple[float, Tensor]:
     """Find the best alpha of a regime from its true frames. This bounds readouts; it is not a method.
 
     Searches by golden section further than CCM's reach, and tries the ``known`` alphas too. Returns alpha and its
@@ -101,7 +102,7 @@ def oracle(low: Expert, high: Expert, regime: Trajectories, k: int, known: Itera
     found: dict[float, Tensor] = {}
 
     def error(alpha: float) -> float:
-        found[alpha] = rollout_errors(compose(low, high, alpha), regime.fields, regime.coordinate, k)
+        found[alpha] = rollout_errors(curve(alpha), regime.fields, regime.coordinate, k)
         value = float(found[alpha].mean())
         return value if math.isfinite(value) else math.inf
 

@@ -8,7 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shodh_moe.base.section import Name, PathText, Positive, PositiveFloat, Section, Seed
-from shodh_moe.ccm.config import ExpertConfig, FamilyConfig, NetworkConfig, Split
+from shodh_moe.ccm.bench.variants import Variant, own_experts
+from shodh_moe.ccm.config import ExpertConfig, NetworkConfig
+from shodh_moe.ccm.family_config import FamilyConfig, Split
 from shodh_moe.config import ParallelConfig, TrainingConfig
 
 EXPERTS = ("anchor", "low", "high", "conditioned")
@@ -40,6 +42,36 @@ class FamilyBench(Section):
     endpoint: Phase = Phase()
     frames: Positive = Field(4, description="K, the number of given frames; errors are those of the later frames")
     fine_tuning: FineTuning = FineTuning()
+    variants: dict[Name, Variant] = Field({}, description="further rows, each with one change, in a table of their own")
+
+    @model_validator(mode="after")
+    def _variants(self) -> FamilyBench:
+        for name, variant in self.variants.items():
+            if variant.frames and not self.network.history < variant.frames < self.family.snapshots:
+                raise ValueError(
+                    f"variants.{name}.frames {variant.frames} must be more than network.history {self.network.history} "
+                    f"and less than family.snapshots {self.family.snapshots}"
+                )
+            if variant.generates and self.family.source:
+                raise ValueError(
+                    f"variants.{name} needs regimes that must be generated, but the family has a source: leave it out"
+                )
+            if variant.anchor and not (variant.anchor.source or self.family.source):
+                theirs, ours = (one.family().channels for one in (variant.anchor, self.family))
+                if len(theirs) != len(ours):
+                    raise ValueError(
+                        f"variants.{name}.anchor has {len(theirs)} channels, but {self.family.name} has {len(ours)}: "
+                        "choose a family with as many"
+                    )
+        ood: tuple[Split, ...] = ("ood_low", "ood_high")
+        given = self.family.values if self.family.source else self.family.family().coordinates
+        if self.variants and not any(given.get(split) for split in ood):
+            raise ValueError(
+                "variants are measured on ood_low and ood_high, of which the family has no regimes: add some"
+            )
+        if "unchanged" in self.variants:
+            raise ValueError("variants.unchanged is the row of the family itself: choose another name")
+        return self
 
     @model_validator(mode="after")
     def _frames(self) -> FamilyBench:
@@ -102,6 +134,16 @@ class BenchConfig(Section):
             training=training,
             parallel=ParallelConfig(processes=1),
         )
+
+    def experts_of_variant(self, key: str, seed: int, variant: Variant) -> dict[str, ExpertConfig]:
+        """The experts that a variant is measured with: ``base_anchor``, ``low``, ``high``, and `own_experts`."""
+        base = {role: self.expert(key, seed, role) for role in ("anchor", "low", "high")}
+        return {"base_anchor": base["anchor"], **base, **own_experts(variant, base)}
+
+
+def checkpoint_of_last_step(expert: ExpertConfig) -> Path:
+    """Path of an expert's last checkpoint, whether or not it exists yet."""
+    return Path(expert.runs) / expert.name / "checkpoints" / str(expert.training.steps)
 
 
 def expert_name(key: str, seed: int, role: str) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
-from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench
+from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench, checkpoint_of_last_step
+from shodh_moe.ccm.curve import line
 from shodh_moe.ccm.data import Trajectories, read_split
 from shodh_moe.ccm.expert import Expert, compose, load_expert, require_same_network
 from shodh_moe.ccm.readout import Prefix, bend, clip, fit_prefix, fit_scale, probes, rollout_errors, straight_to
@@ -48,8 +49,7 @@ def _key(config: BenchConfig, key: str, seed: int) -> str:
 
 def load_path(config: BenchConfig, key: str, seed: int, role: str) -> Path:
     """Path of an expert's last checkpoint, whether or not it exists yet."""
-    expert = config.expert(key, seed, role)
-    return Path(expert.runs) / expert.name / "checkpoints" / str(expert.training.steps)
+    return checkpoint_of_last_step(config.expert(key, seed, role))
 
 
 def measure(config: BenchConfig, key: str, seed: int) -> Path:
@@ -67,7 +67,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
     support = read_split(family, folder, "support")
     bends = bend(experts["low"], experts["high"], probes(support, one.network.history))
     regimes, prefixes, example = [], [], None
-    for split in TEST_SPLITS:
+    for split in (one for one in TEST_SPLITS if family.coordinates.get(one)):
         for regime in read_split(family, folder, split):
             rows, prefix = chosen.rows(regime)
             prefixes.append({"coordinate": regime.coordinate, "alpha": prefix.alpha, "sharpness": prefix.sharpness})
@@ -114,7 +114,8 @@ class _Choices:
             "high": [r for r in validation if r.coordinate > 0],
         }
         self._best_end = {
-            side: min(("low", "high"), key=lambda end: mean_error(experts[end], regimes, k))
+            # Without validation regimes on this side, all of them decide.
+            side: min(("low", "high"), key=lambda end: mean_error(experts[end], regimes or validation, k))
             for side, regimes in sides.items()
         }
         self.record["best_endpoint"] = self._best_end
@@ -132,7 +133,7 @@ class _Choices:
             rows[method] = self._row(expert, regime)
         for name, alpha in {**alphas, "wrong_sign": clip(-s)}.items():
             rows[name] = {"alpha": alpha, **self._row(compose(*ends, alpha), regime)}
-        alpha, errors = oracle(*ends, regime, k, alphas.values())
+        alpha, errors = oracle(line(*ends), regime, k, alphas.values())
         rows["oracle"] = {"alpha": alpha, "errors": errors.mean(1).tolist()}
         rows["conditioned"] = self._row(experts["conditioned"], regime)
         tuned = fine_tune(experts["anchor"], regime, k, self._rate, self._one.fine_tuning)

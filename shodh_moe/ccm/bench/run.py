@@ -14,14 +14,16 @@ import yaml
 
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.files import finite_json, require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.aims import family_title
-from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, expert_name
-from shodh_moe.ccm.bench.measure import load_path, measured, result_path
+from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, checkpoint_of_last_step, expert_name
+from shodh_moe.ccm.bench.measure import measured, result_path
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.summary import summarise
 from shodh_moe.ccm.bench.tables import markdown
+from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured
+from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder
@@ -40,17 +42,16 @@ def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     write_text(config.folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     at_once = resolve_jobs(config.jobs)
     pairs = list(itertools.product(config.seeds, config.families))
-    experts = {(key, seed, role): config.expert(key, seed, role) for seed, key in pairs for role in EXPERTS}
+    experts = _experts(config)
     for expert in experts.values():
         claim_run_folder(expert, write=False)
         require_same_dataset(expert)
-    datasets = {(one.family.folder(), one.family.name): key for key, one in config.families.items()}
-    run_jobs([job for key in datasets.values() if (job := _data_job(config, key))], at_once)
-    for roles in (("anchor", "conditioned"), ("low", "high")):
-        run_jobs(
-            [job for seed, key in pairs for role in roles if (job := _expert_job(config, key, seed, role))], at_once
-        )
-    run_jobs([_measure_job(config, key, seed) for seed, key in pairs if not measured(config, key, seed)], at_once)
+    run_jobs([job for name, one in _datasets(config).items() if (job := _data_job(config, name, one))], at_once)
+    for begun in (False, True):  # the others start from those that start from nothing
+        group = [one for one in experts.values() if bool(one.start) == begun]
+        run_jobs([job for one in group if (job := _expert_job(config, one))], at_once)
+    run_jobs([_job_of(config, "measure", *pair) for pair in pairs if not measured(config, *pair[::-1])], at_once)
+    run_jobs([_job_of(config, "vary", *pair) for pair in pairs if unmeasured(config, *pair[::-1])], at_once)
     return report(config, output)
 
 
@@ -63,11 +64,23 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             raise UserError(f"{path} is missing: run `shodh bench ccm` with this config until it finishes")
         result = json.loads(path.read_text())
         spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
+        result["name"] = config.families[key].family.name
         result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}
         if seed == config.seeds[0]:
             result["cpu_seconds"]["data"] = _seconds(_cost(config, f"{key}-data"))
+        if config.families[key].variants:
+            names = [expert.name for expert in _experts_of_variants(config, key, seed)]
+            jobs = [f"{key}-{seed}-vary", *names, *(f"{name}-data" for name in names)]
+            seconds = sum(_seconds(_cost(config, job)) for job in jobs)
+            result["cpu_seconds"]["variants"] = seconds
         results.append(result)
-    summary = {**summarise(results), "environment": describe_environment(), "config": config.model_dump()}
+    summary = {
+        **summarise(results),
+        "backbones": backbones(config),
+        "variants": finite_json(summarise_variants(config)),
+        "environment": describe_environment(),
+        "config": config.model_dump(),
+    }
     folder = config.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -86,36 +99,79 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     return summary
 
 
+def backbones(config: BenchConfig) -> dict[str, dict[str, str]]:
+    """For each family that several networks are trained on: the benchmark's key of each network, by its label."""
+    found: dict[str, dict[str, str]] = {}
+    for key, one in config.families.items():
+        networks = found.setdefault(one.family.name, {})
+        networks[key if one.network.label in networks else one.network.label] = key
+    return {name: networks for name, networks in found.items() if len(networks) > 1}
+
+
 def _copy(files: Iterable[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, output / file.name)
 
 
-def _data_job(config: BenchConfig, key: str) -> ProcessJob | None:
-    one = config.families[key].family
-    if all(data.is_done(regime) for regime in data.regimes(one.family(), one.folder())):
-        return None
-    return _job(config, f"{key}-data", ["shodh_moe.ccm.bench", "data", key, "0"])
+def _experts(config: BenchConfig) -> dict[str, ExpertConfig]:
+    """All experts by name: those of every family and seed, and those of its variants."""
+    found: dict[str, ExpertConfig] = {}
+    for seed, key in itertools.product(config.seeds, config.families):
+        found |= {one.name: one for one in (config.expert(key, seed, role) for role in EXPERTS)}
+        found |= {one.name: one for one in _experts_of_variants(config, key, seed)}
+    return found
 
 
-def _expert_job(config: BenchConfig, key: str, seed: int, role: str) -> ProcessJob | None:
-    if (load_path(config, key, seed, role) / "state.json").exists():
+def _experts_of_variants(config: BenchConfig, key: str, seed: int) -> list[ExpertConfig]:
+    """The experts that only variants of a family need."""
+    own = {expert_name(key, seed, role) for role in EXPERTS}
+    found = [
+        one
+        for variant in config.families[key].variants.values()
+        for one in config.experts_of_variant(key, seed, variant).values()
+        if one.name not in own
+    ]
+    return list({one.name: one for one in found}.values())
+
+
+def _datasets(config: BenchConfig) -> dict[str, ExpertConfig]:
+    """By the name of its job, one expert for each different dataset."""
+    named = {f"{key}-data": config.expert(key, config.seeds[0], "anchor") for key in config.families}
+    named |= {f"{one.name}-data": one for one in _experts(config).values()}
+    found: dict[tuple[Path, str], tuple[str, ExpertConfig]] = {}
+    for name, one in named.items():
+        found.setdefault((one.family.folder(), one.family.name), (name, one))
+    return dict(found.values())
+
+
+def _data_job(config: BenchConfig, name: str, expert: ExpertConfig) -> ProcessJob | None:
+    folder = expert.family.folder()
+    if all(data.is_done(regime) for regime in data.regimes(expert.family.family(), folder)):
         return None
-    expert = config.expert(key, seed, role)
+    return _job(config, name, "shodh_moe.ccm.bench", "data", _stored(config, expert))
+
+
+def _expert_job(config: BenchConfig, expert: ExpertConfig) -> ProcessJob | None:
+    if (checkpoint_of_last_step(expert) / "state.json").exists():
+        return None
+    return _job(config, expert.name, "shodh_moe.ccm.expert_rank", "--config", _stored(config, expert))
+
+
+def _stored(config: BenchConfig, expert: ExpertConfig) -> str:
+    """Write an expert's config to a file, and return its path."""
     path = config.folder / "configs" / f"{expert.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(expert.model_dump(), sort_keys=False))
-    return _job(config, expert.name, ["shodh_moe.ccm.expert_rank", "--config", str(path)])
+    return str(path)
 
 
-def _measure_job(config: BenchConfig, key: str, seed: int) -> ProcessJob:
-    return _job(config, f"{key}-{seed}-measure", ["shodh_moe.ccm.bench", "measure", key, str(seed)])
+def _job_of(config: BenchConfig, step: str, seed: int, key: str) -> ProcessJob:
+    path = str(config.folder / "config.yaml")
+    return _job(config, f"{key}-{seed}-{step}", "shodh_moe.ccm.bench", step, path, key, str(seed))
 
 
-def _job(config: BenchConfig, name: str, module: list[str]) -> ProcessJob:
-    if module[0] == "shodh_moe.ccm.bench":
-        module = [module[0], str(config.folder / "config.yaml"), *module[1:]]
+def _job(config: BenchConfig, name: str, *module: str) -> ProcessJob:
     return ProcessJob(name, ["-m", *module], config.folder / "logs" / f"{name}.log", _cost(config, name))
 
 

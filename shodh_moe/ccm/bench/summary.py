@@ -41,12 +41,12 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         seed: seed of the bootstrap.
 
     Returns:
-        ``aims`` (see `judge`), total ``cpu_seconds``, ``resamples``, and for each of ``families``:
-        ``parameter``, ``frames``, ``seeds``; ``rows``: for each row an estimate (``value``, ``low``, ``high``: 95 %
-        interval) by group (`GROUPS`), ``reduction``, the estimates relative to ``anchor`` and ``best_endpoint`` (OOD),
-        and ``blew_up``, the number of ``rollouts`` that did; ``regimes``: for each regime the mean ``errors`` by row
-        and ``alpha`` by CCM row; ``incomplete``: rows that some seeds lack; ``chosen`` and ``straight_to`` by seed;
-        ``sharpness`` by coordinate; ``cpu_seconds`` by stage.
+        ``aims`` (see `judge`), total ``cpu_seconds``, ``resamples``, and for each of ``families``: ``name`` (that of
+        its data, which several may share), ``parameter``, ``frames``, ``seeds``; ``rows``: for each row an estimate
+        (``value``, ``low``, ``high``: 95 % interval) by group (`GROUPS`), ``reduction``, the estimates relative to
+        ``anchor`` and ``best_endpoint`` (OOD), and ``blew_up``, the number of ``rollouts`` that did; ``regimes``: for
+        each regime the mean ``errors`` by row and ``alpha`` by CCM row; ``incomplete``: rows that some seeds lack;
+        ``chosen`` and ``straight_to`` by seed; ``sharpness`` by coordinate; ``cpu_seconds`` by stage.
 
     Raises:
         UserError: there are no results, two with the same family and seed, or results of a family do not fit together.
@@ -60,7 +60,7 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
     families = {name: _family(by_family[name], np.random.default_rng(seed)) for name in order}
     summary = {
         "families": families,
-        "aims": [record for name, family in families.items() for record in judge(name, family)],
+        "aims": [record for key, family in families.items() for record in judge(key, family)],
         "cpu_seconds": sum(sum(family["cpu_seconds"].values()) for family in families.values()),
         "resamples": RESAMPLES,
     }
@@ -103,6 +103,7 @@ def _family(results: list[dict[str, Any]], rng: np.random.Generator) -> dict[str
         if rollouts[row]
     }
     return {
+        "name": first.get("name", first["family"]),
         "parameter": first["parameter"],
         "frames": first["frames"],
         "seeds": [result["seed"] for result in results],

@@ -18,9 +18,13 @@ NOT_MEASURED = "-"
 def markdown(summary: dict[str, Any]) -> str:
     """Format the sections on the aims, each family and the cost. ``summary`` is what `summarise` returns."""
     sections = [Section("Aims", [_aims(summary["aims"]), *_paper(summary)])]
+    if backbones := list(_backbones(summary)):
+        sections.append(Section("Backbones", backbones))
     for name, family in summary["families"].items():
         title = family_title(name)
         sections.append(Section(title[0].upper() + title[1:], list(_family(family, summary["resamples"]))))
+    if variants := list(_variants(summary)):
+        sections.append(Section("Variants", variants))
     sections.append(Section("Cost", list(_cost(summary))))
     return page.markdown(sections)
 
@@ -79,7 +83,7 @@ def _aims(records: list[dict[str, Any]]) -> Table:
 def _paper(summary: dict[str, Any]) -> Iterator[Block]:
     known = [
         f"{family_title(name)} {100 * PAPER[name][0]:.1f} % ({ROWS[PAPER[name][1]]})"
-        for name in summary["families"]
+        for name in dict.fromkeys(family["name"] for family in summary["families"].values())
         if name in PAPER
     ]
     if known:
@@ -87,6 +91,52 @@ def _paper(summary: dict[str, Any]) -> Iterator[Block]:
             "Each readout is judged separately: picking the one with the smallest test error would be a choice made on "
             f"test data. Reductions that arXiv 2605.14546 reports, on its own data and splits: {', '.join(known)}."
         )
+
+
+def _backbones(summary: dict[str, Any]) -> Iterator[Block]:
+    """For each family that several networks were trained on: the reduction of the OOD error by row and network."""
+    families = summary["families"]
+    for name, keys in summary.get("backbones", {}).items():
+        yield Text(
+            f"{family_title(name)[0].upper()}{family_title(name)[1:]}: reduction of the OOD error relative to the same "
+            "network's anchor, whose own error is the first line. FNO: width/modes."
+        )
+        errors = [
+            "nRMSE of the anchor",
+            *(_estimate(families[key]["rows"]["anchor"].get("ood")) for key in keys.values()),
+        ]
+        rows = [row for row in ROWS if row != "anchor" and any(row in families[key]["rows"] for key in keys.values())]
+        lines = [[ROWS[row], *(_percent(_reduction(families[key], row)) for key in keys.values())] for row in rows]
+        yield _table(("row", *keys), [errors, *lines])
+
+
+def _variants(summary: dict[str, Any]) -> Iterator[Block]:
+    """For each family with variants: one line each."""
+    for key, variants in summary.get("variants", {}).items():
+        title = family_title(key)
+        yield Text(
+            f"{title[0].upper()}{title[1:]}: OOD nRMSE, and its reduction relative to the family's own anchor. The "
+            "distance is that of the two ends of the path, relative to the norm of the anchor's weights. Errors count "
+            "after the frames in the last column."
+        )
+        rows = [
+            row
+            for row in ("ccm_coordinate", "ccm_prefix", "oracle")
+            if any(row in v["rows"] for v in variants.values())
+        ]
+        lines = []
+        for name, found in variants.items():
+            cells = [_error(found["distance"])]
+            for row in rows:
+                cells += [_estimate(found["rows"].get(row, {}).get("ood")), _percent(_reduction(found, row))]
+            lines.append([name, *cells, str(found["frames"])])
+        head = [text for row in rows for text in (ROWS[row], "reduction")]
+        yield _table(("variant", "distance", *head, "frames"), lines)
+
+
+def _reduction(family: dict[str, Any], row: str) -> dict[str, Any] | None:
+    found: dict[str, Any] = family["rows"].get(row, {}).get("reduction", {})
+    return found.get("anchor")
 
 
 def _family(family: dict[str, Any], resamples: int) -> Iterator[Block]:

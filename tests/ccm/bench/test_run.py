@@ -31,6 +31,7 @@ def _config(folder: Path) -> BenchConfig:
     }
     phase = {"rollout": [1], "training": training}
     one = {"family": family, "anchor": phase, "endpoint": phase, "fine_tuning": {"steps": 1, "learning_rates": [1e-3]}}
+    one["variants"] = {"short": {"steps": 1}}
     tree = {"name": "bench", "runs": str(folder), "seeds": [3], "families": {"reaction_diffusion": one}}
     return BenchConfig.model_validate(tree)
 
@@ -49,6 +50,9 @@ def test_the_benchmark_runs_to_its_tables_and_keeps_existing_files(tmp_path, mon
         assert example["truth"].shape == (26, 26)
     summary = json.loads((tmp_path / "docs" / "summary.json").read_text())
     assert summary["config"]["seeds"] == [3]
+    assert list(summary["variants"]["reaction_diffusion"]) == ["unchanged", "short"]
+    assert "\n## Variants\n" in (tmp_path / "docs" / "summary.md").read_text()
+    assert summary["families"]["reaction_diffusion"]["cpu_seconds"]["variants"] > 0
     assert {"summary.md", "ood.png", "alpha_curves.png", "regimes.png", "straightness.png"} <= {
         one.name for one in (tmp_path / "docs").iterdir()
     }

@@ -216,3 +216,19 @@ def test_results_that_do_not_match_are_refused(change: Any, complaint: str) -> N
     change(results)
     with pytest.raises(UserError, match=complaint):
         summarise(results)
+
+
+def test_networks_on_one_family_are_compared_and_have_its_aims() -> None:
+    results = [{**result(key, seed), "name": "navier_stokes"} for key in ("small", "large") for seed in range(2)]
+    summary = summarise(results)
+    targets = {record["family"]: record["target"] for record in summary["aims"] if record["aim"] == aims.REDUCTION}
+    assert targets == dict.fromkeys(("small", "large"), aims.REDUCTIONS["navier_stokes"])
+    summary["backbones"] = {"navier_stokes": {"FNO 24/6": "small", "DPOT tiny": "large"}}
+    text = markdown(summary)
+    section = text[text.index("## Backbones") : text.index("## Small")]
+    assert "| row | FNO 24/6 | DPOT tiny |" in section
+    value = 100 * summary["families"]["large"]["rows"]["ccm_scale"]["reduction"]["anchor"]["value"]
+    line = next(line for line in section.splitlines() if line.startswith("| CCM, scale |"))
+    assert f"{value:.1f} %" in line.split("|")[3]
+    assert "| nRMSE of the anchor |" in section
+    assert "42.8 % (CCM, scale)" in text  # the paper's number for this family

@@ -212,6 +212,11 @@ def _target(name: str, output: Path, config: MergeConfig, found: dict[str, Any] 
         )
     if not entries:
         raise UserError(f"{output}: models has nothing besides base_model: add the models to merge")
+    if len(entries) < method.least:
+        raise UserError(
+            f"{output}: {config.merge_method} combines at least {method.least} models besides base_model, but models "
+            f"has {len(entries)}"
+        )
     if not method.ordered:
         entries.sort(key=lambda entry: entry.model)
     settings = [entry.parameters for entry in entries]

@@ -17,12 +17,12 @@ from shodh_moe.base.files import disk_trouble
 from shodh_moe.base.memory import give_back_freed_memory
 from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
-from shodh_moe.merging.inputs import InputModel, open_input, verify_checkpoint
+from shodh_moe.merging.inputs import InputModel, Stored, open_input, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
-from shodh_moe.merging.stream import MergeJob, Stream, slice_length
+from shodh_moe.merging.stream import MergeJob, Stream, recipe_for, slice_length
 
 AT_ONCE = 16  # maximum number of outputs made in one pass over the inputs
 RESERVE = 64 << 20  # bytes for libraries loaded later, hashing, and small tables
@@ -94,7 +94,7 @@ def merge(
             print(f"[merge] {plan.target.output} exists already", flush=True)
     for path in sorted({path for plan in left for path in plan.target.paths}):
         verify_checkpoint(models[path])
-    for group in _groups(left):
+    for group in _groups(left, limit // 4):
         _run(group, models, limit)
     return [plan.target.output for plan in mine]
 
@@ -106,6 +106,7 @@ class _Plan:
         order: names of the tensors in the order of writing; ``described``: with their dtypes and shapes.
         identity: hash of everything that the output's bytes depend on.
         made: whether the output exists and was made by the same plan.
+        held: most bytes that the method keeps in memory for one tensor.
     """
 
     def __init__(self, target: Target, models: dict[str, InputModel], shard_bytes: int):
@@ -132,6 +133,11 @@ class _Plan:
         self.files: list[OutputFile] = plan_files({k: written[k] for k in self.order}, format, shard_bytes)
         self.identity = _identity(target, self.inputs, self.files)
         self.made = _made(target.output, self.identity)
+        self.held = max((self._held(name, stored) for name, stored in reference.tensors.items()), default=0)
+
+    def _held(self, name: str, stored: Stored) -> int:
+        merged = stored.dtype.is_floating_point or stored.dtype.is_complex
+        return recipe_for(self.target, self.lookup, name, stored).held if merged else 0
 
 
 def _identity(target: Target, models: list[InputModel], files: list[OutputFile]) -> str:
@@ -153,11 +159,20 @@ def _made(output: Path, identity: str) -> bool:
     raise UserError(f"{output} exists but is not this merge of these inputs: remove it, or choose another output")
 
 
-def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
-    """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order."""
+def _groups(plans: list[_Plan], held: int) -> list[list[_Plan]]:
+    """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order.
+
+    Together, their methods keep at most ``held`` bytes in memory; one that needs more is made alone.
+    """
     groups: list[list[_Plan]] = []
     for plan in plans:
-        alike = [group for group in groups if len(group) < AT_ONCE and group[0].described == plan.described]
+        alike = [
+            group
+            for group in groups
+            if len(group) < AT_ONCE
+            and group[0].described == plan.described
+            and sum(one.held for one in [*group, plan]) <= held
+        ]
         if alike:
             alike[0].append(plan)
         else:
@@ -174,7 +189,7 @@ def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
         for path in paths:
             readers[path] = InputReader(models[path], order)
             stack.callback(readers[path].close)
-        free = limit - resident() - RESERVE
+        free = limit - resident() - RESERVE - sum(plan.held for plan in plans)
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
         jobs: list[MergeJob] = []
         try:

@@ -22,14 +22,14 @@ from shodh_moe.checkpoint.inspect import inspect
 from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.merging import merge
 from shodh_moe.merging import stream as stream_module
-from shodh_moe.merging.methods import BLOCK
+from shodh_moe.merging.methods import METHODS
+from shodh_moe.merging.recipe import BLOCK
 from tests.merging.models import State, bits, config, files_of, load, merged, network, same_bits, save, save_checkpoint
 from tests.tiny import config as tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF = {"alpha": 0.5}
 TWO_WEIGHTS = {"weight": 0.4, "density": 0.5}
-METHODS = ["ccm", "linear", "task_arithmetic", "ties", "dare", "dare_ties", "slerp"]
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def words(method: str) -> dict[str, object]:
         return {"parameters": HALF, "base_model": "base.safetensors"}
     if method == "slerp":
         return {"parameters": {"t": 0.3}, "base_model": "low.safetensors"}
-    parameters = {"weight": 0.4} if method in ("linear", "task_arithmetic") else TWO_WEIGHTS
+    parameters: dict[str, float] = {} if method in ("karcher", "model_stock") else TWO_WEIGHTS
+    parameters = {"weight": 0.4} if method in ("linear", "task_arithmetic") else parameters
     return {"parameters": parameters, "base_model": "base.safetensors"}
 
 
@@ -112,7 +113,10 @@ def test_slicing_and_sharding_do_not_change_a_bit(
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.permutations([0, 1, 2, 3]), st.sampled_from(["linear", "task_arithmetic", "ties", "dare"]))
+@given(
+    st.permutations([0, 1, 2, 3]),
+    st.sampled_from(["linear", "task_arithmetic", "ties", "dare", "della", "model_stock"]),
+)
 def test_the_order_of_models_does_not_change_a_bit(order: list[int], method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -121,7 +125,9 @@ def test_the_order_of_models_does_not_change_a_bit(order: list[int], method: str
         entries = [
             (save(network(i, near=base), here / f"{i}.safetensors"), {"weight": 0.1 * (i + 1)}) for i in range(4)
         ]
-        shared = {"density": 0.6} if method in ("ties", "dare") else {}
+        if method == "model_stock":
+            entries = [(path, {}) for path, _ in entries]
+        shared = {"density": 0.6} if method in ("ties", "dare", "della") else {}
         first = merged(here, method, entries, base_model=anchor, parameters=shared)
         other = merged(here, method, [entries[i] for i in order], base_model=anchor, parameters=shared, output="other")
         assert same_bits(first, other)

@@ -23,6 +23,7 @@ from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
 from shodh_moe.merging.stream import MergeJob, Stream, recipe_for, slice_length
+from shodh_moe.merging.sweep import require_distinct
 
 AT_ONCE = 16  # maximum number of outputs made in one pass over the inputs
 RESERVE = 64 << 20  # bytes for libraries loaded later, hashing, and small tables
@@ -79,14 +80,20 @@ def merge(
         UserError: the config, an input, the output folder, the disk or the memory limit is not suitable. Inputs are
             never modified, and no output is left incomplete.
     """
-    limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
     targets = load_targets(config, output, found)
-    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
-    plans = [_Plan(target, models, shard_bytes) for target in targets]
+    return merge_targets(targets, parse_size(memory_limit), parse_size(out_shard_size), rank, size)
+
+
+def merge_targets(targets: list[Target], limit: int, shard_bytes: int, rank: int = 0, size: int = 1) -> list[Path]:
+    """Write the outputs of several targets, and return the folders of this process's share; see `merge`.
+
+    Args:
+        limit, shard_bytes: ``memory_limit`` and ``out_shard_size`` in bytes.
+    """
+    plans, models = plan_targets(targets, shard_bytes)
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
         if rank == 0:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
     mine = plans[rank::size]
     left = [plan for plan in mine if not plan.made]
     for plan in mine:
@@ -99,7 +106,20 @@ def merge(
     return [plan.target.output for plan in mine]
 
 
-class _Plan:
+def plan_targets(targets: list[Target], shard_bytes: int) -> tuple[list[Plan], dict[str, InputModel]]:
+    """Check all targets and their inputs without writing anything; return the plans, and the inputs by path.
+
+    Raises:
+        UserError: as `merge`, for everything that is known before tensors are read.
+    """
+    require_distinct(targets)
+    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
+    plans = [Plan(target, models, shard_bytes) for target in targets]
+    checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
+    return plans, models
+
+
+class Plan:
     """One output, after all checks, with its tensors assigned to files.
 
     Attributes:
@@ -111,7 +131,7 @@ class _Plan:
 
     def __init__(self, target: Target, models: dict[str, InputModel], shard_bytes: int):
         self.target = target
-        checks.require_apart(target)
+        checks.require_apart(target.output, target.paths)
         self.inputs = [models[path] for path in target.paths]
         reference = self.inputs[0]
         for other in self.inputs[1:]:
@@ -132,7 +152,7 @@ class _Plan:
         self.described = [(name, reference.tensors[name].dtype, reference.tensors[name].shape) for name in self.order]
         self.files: list[OutputFile] = plan_files({k: written[k] for k in self.order}, format, shard_bytes)
         self.identity = _identity(target, self.inputs, self.files)
-        self.made = _made(target.output, self.identity)
+        self.made = already_made(target.output, self.identity)
         self.held = max((self._held(name, stored) for name, stored in reference.tensors.items()), default=0)
 
     def _held(self, name: str, stored: Stored) -> int:
@@ -147,7 +167,7 @@ def _identity(target: Target, models: list[InputModel], files: list[OutputFile])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _made(output: Path, identity: str) -> bool:
+def already_made(output: Path, identity: str) -> bool:
     """Whether the output was made by the same plan. Raises: UserError: the folder has other content."""
     if not output.exists():
         return False
@@ -159,12 +179,12 @@ def _made(output: Path, identity: str) -> bool:
     raise UserError(f"{output} exists but is not this merge of these inputs: remove it, or choose another output")
 
 
-def _groups(plans: list[_Plan], held: int) -> list[list[_Plan]]:
+def _groups(plans: list[Plan], held: int) -> list[list[Plan]]:
     """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order.
 
     Together, their methods keep at most ``held`` bytes in memory; one that needs more is made alone.
     """
-    groups: list[list[_Plan]] = []
+    groups: list[list[Plan]] = []
     for plan in plans:
         alike = [
             group
@@ -180,7 +200,7 @@ def _groups(plans: list[_Plan], held: int) -> list[list[_Plan]]:
     return groups
 
 
-def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
+def _run(plans: list[Plan], models: dict[str, InputModel], limit: int) -> None:
     """Make several outputs in one pass over the inputs."""
     paths = sorted({path for plan in plans for path in plan.target.paths})
     order, reference = plans[0].order, plans[0].inputs[0]
@@ -215,7 +235,7 @@ def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
                 job.output.close()
 
 
-def _finish(plan: _Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> None:
+def _finish(plan: Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> None:
     target = plan.target
     written = job.output.finish()
     if found := manifest.drift_of(target, written):

@@ -19,9 +19,9 @@ def add_merge(commands: Any) -> None:
     add_merge_arguments(run)
     add_debug(run)
     text = "make the outputs of several merge configs, or at many alphas, shared by processes and job arrays"
-    example = "examples:\n  shodh merge sweep configs/merge/example.yaml --part 0 --of 4\n"
-    example += "  shodh merge sweep line.yaml --alpha=-1.5:1.5:61\n"
-    example += "  mpirun -n 4 shodh merge sweep porous.yaml channel.yaml --output swept"
+    example = "example: shodh merge sweep configs/merge/example.yaml --part 0 --of 4\n"
+    example += "at 61 alphas: shodh merge sweep line.yaml --alpha=-1.5:1.5:61\n"
+    example += "in 4 processes: mpirun -n 4 shodh merge sweep porous.yaml channel.yaml --output swept"
     sweep = add_command(steps, "sweep", text, example, _sweep)
     add_sweep_arguments(sweep)
     add_debug(sweep)

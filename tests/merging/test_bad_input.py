@@ -123,6 +123,12 @@ def test_invalid_settings_are_named(settings: dict[str, Any], messages: tuple[st
     refused(*messages, **settings)
 
 
+def test_a_row_that_does_not_fit_into_the_memory_limit() -> None:
+    paths = [save({"w": torch.zeros(6_000_000)}, Path(f"{i}.safetensors")) for i in range(2)]
+    words = {"method": "della", "base_model": paths[0], "parameters": {"weight": 1, "density": 0.5}}
+    refused("MiB too small for 2 inputs", models=paths[1:], memory_limit="450MiB", **words)
+
+
 def test_a_missing_config_and_invalid_yaml() -> None:
     refused("absent.yaml", path=Path("absent.yaml"))
     Path("bad.yaml").write_text("models: [")

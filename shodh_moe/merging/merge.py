@@ -157,7 +157,10 @@ class Plan:
 
     def _held(self, name: str, stored: Stored) -> int:
         merged = stored.dtype.is_floating_point or stored.dtype.is_complex
-        return recipe_for(self.target, self.lookup, name, stored).held if merged else 0
+        try:
+            return recipe_for(self.target, self.lookup, name, stored).held if merged else 0
+        except UserError as error:
+            raise UserError(f"{self.target.output}: {error}") from None
 
 
 def _identity(target: Target, models: list[InputModel], files: list[OutputFile]) -> str:

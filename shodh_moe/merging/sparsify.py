@@ -152,7 +152,7 @@ class Ranked:
         if not len(self._kept):
             self._kept = np.zeros(-(-self._numel // 8), dtype=np.uint8)
         row = self._ranked * self._inner
-        self._waiting.append(delta.abs_().float())
+        self._waiting.append(delta.abs_())
         self._count += delta.numel()
         complete = self._count // row * row
         if not complete:
@@ -167,7 +167,7 @@ class Ranked:
         rows = sizes.view(-1, self._ranked, self._inner)
         order = rows.argsort(dim=1, stable=True)
         rank = torch.arange(self._ranked, dtype=torch.float32)[None, :, None].expand_as(rows)
-        share = torch.empty_like(rows).scatter_(1, order, rank)
+        share = torch.empty(rows.shape).scatter_(1, order, rank)
         share = share / (self._ranked - 1) if self._ranked > 1 else share.fill_(0.5)
         keep = (self._density - self._epsilon) + share * 2 * self._epsilon
         drawn = random_numbers(self._seed, self._name, self._model, self._done, sizes.numel())

@@ -86,7 +86,11 @@ def refused(*messages: str, path: Path | None = None, method: str = "ccm", model
                 messages,
             )
             for method, parameters, messages in [
-                ("della", {"weight": 1, "density": 0.9}, ("density 0.9 and epsilon 0.15 of tensor", "smaller")),
+                (
+                    "della",
+                    {"weight": 1, "density": 0.9},
+                    ("out: della: density 0.9 and epsilon 0.15 of tensor", "smaller"),
+                ),
                 ("della", {"weight": 1, "density": 0.3, "epsilon": 0.5}, ("epsilon is a share in [0, 0.5), not 0.5",)),
                 ("della", {"weight": 1, "gamma": 0.1}, ("della takes no parameter 'gamma'",)),
                 ("breadcrumbs", {"weight": 1, "gamma": 1}, ("gamma is a share in [0, 1), not 1",)),

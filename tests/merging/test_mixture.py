@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from shodh_moe.checkpoint import CheckpointReader, damage
+from shodh_moe.base.errors import UserError
 from shodh_moe.cli import main as shodh
 from shodh_moe.config import Config, ModelConfig
+from shodh_moe.config.paths import resolve_paths
+from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.merging.mixture import merge_mixture
 from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
@@ -60,12 +63,10 @@ def write(model: dict[str, Any], states: list[State], **words: Any) -> Path:
 
 def loaded(output: Path) -> tuple[LatentTransformer, State]:
     """Load a merged checkpoint, as `shodh evaluate` does."""
-    assert damage(output) is None
-    reader = CheckpointReader(output)
-    config = Config.model_validate(reader.state["config"])
-    assert config.data.weights is None
-    state = {name.removeprefix("model/"): reader.tensor(name) for name in reader.names()}
-    made = network(config.model.model_dump())
+    source = find_source(output)
+    assert source.config.data.weights is None
+    state = read_weights(source)
+    made = network(source.config.model.model_dump())
     made.load_state_dict(state)
     return made, state
 
@@ -169,10 +170,48 @@ def test_a_cosine_router_sends_each_domain_to_its_expert(model: dict[str, Any]) 
     }
 
 
+def test_the_router_looks_at_each_experts_own_latents_by_default() -> None:
+    config = {"model": DENSE, "data": {"weights": {"porous_media": 0.0}}}
+    own = resolve_paths(Config.model_validate(config)).latents
+    own.parent.mkdir(parents=True)
+    Path("latents").rename(own)
+    merge_mixture(write(DENSE, experts(DENSE)))
+    router = json.loads(Path("mixed/merge.json").read_text())["router"]
+    assert router["latents"] == [str(own)]
+    assert router["rows_per_domain"] == 3 * (7 - 2)
+
+
 def test_domains_that_look_alike_give_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     move_domains(Path("latents"), {"open_channel": 0.0, "porous_media": 0.0}, copy=True)
     merge_mixture(write(DENSE, experts(DENSE), latents="latents"))
     assert "training samples to its own path: choose another router.context" in capsys.readouterr().err
+
+
+def test_a_mixture_that_a_full_disk_stopped_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(DENSE, experts(DENSE), latents="latents")
+    merge_mixture(path, Path("whole"), out_shard_size="10KB")
+    real, written = os.pwrite, 0
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 50_000:
+            raise OSError(28, os.strerror(28))
+        return real(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(UserError, match="no space left .* complete files are kept"):
+            merge_mixture(path, out_shard_size="10KB")
+    assert not Path("mixed").exists()
+    kept = {file: file.stat().st_mtime_ns for file in Path(".merging-mixed/content").glob("*.safetensors")}
+    done = [file for file in kept if Path(".merging-mixed/records", f"{file.name}.json").exists()]
+    assert 1 < len(done) < len(list(Path("whole").glob("*.safetensors")))
+    merge_mixture(path, out_shard_size="10KB")
+    assert all(Path("mixed", file.name).stat().st_mtime_ns == kept[file] for file in done)
+    assert {name: data for name, data in files_of(Path("mixed")).items() if "rank" in name} == {
+        name: data for name, data in files_of(Path("whole")).items() if "rank" in name
+    }
 
 
 def move_domains(folder: Path, means: dict[str, float], copy: bool = False) -> None:

@@ -201,7 +201,7 @@ def test_a_mixture_that_a_full_disk_stopped_resumes(monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
-        with pytest.raises(UserError, match="no space left .* complete files are kept"):
+        with pytest.raises(UserError, match=r"no space left .* complete files are kept"):
             merge_mixture(path, out_shard_size="10KB")
     assert not Path("mixed").exists()
     kept = {file: file.stat().st_mtime_ns for file in Path(".merging-mixed/content").glob("*.safetensors")}

@@ -18,6 +18,7 @@ from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.inference.loading import find_source, read_weights
 from shodh_moe.merging.mixture import merge_mixture
+from shodh_moe.merging.mixture_config import load_mixture
 from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
@@ -168,6 +169,11 @@ def test_a_cosine_router_sends_each_domain_to_its_expert(model: dict[str, Any]) 
     assert {k: v for k, v in files_of(Path("again")).items() if "rank" in k} == {
         k: v for k, v in first.items() if "rank" in k
     }
+
+
+def test_the_example_loads() -> None:
+    example = Path(__file__).resolve().parents[2] / "configs" / "merge" / "mixture.yaml"
+    assert [expert.domain for expert in load_mixture(example).experts] == list(DOMAINS)
 
 
 def test_the_router_looks_at_each_experts_own_latents_by_default() -> None:

@@ -55,6 +55,11 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def memory_left(limit: int) -> int:
+    """Bytes that this process may still use for buffers under a limit of ``limit`` bytes for the whole process."""
+    return limit - resident() - RESERVE
+
+
 def merge(
     config: Path,
     output: Path | None = None,
@@ -212,7 +217,7 @@ def _run(plans: list[Plan], models: dict[str, InputModel], limit: int) -> None:
         for path in paths:
             readers[path] = InputReader(models[path], order)
             stack.callback(readers[path].close)
-        free = limit - resident() - RESERVE - sum(plan.held for plan in plans)
+        free = memory_left(limit) - sum(plan.held for plan in plans)
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
         jobs: list[MergeJob] = []
         try:

@@ -23,7 +23,7 @@ from shodh_moe.merging import checks, manifest
 from shodh_moe.merging.drift import Drift, require_near, summary
 from shodh_moe.merging.inputs import InputModel, open_input, verify_checkpoint
 from shodh_moe.merging.layout import OutputFile, plan_files
-from shodh_moe.merging.merge import RESERVE, already_made, parse_size, resident
+from shodh_moe.merging.merge import already_made, memory_left, parse_size
 from shodh_moe.merging.mixture_config import Mixture, config_of, load_mixture, mixture_model
 from shodh_moe.merging.mixture_router import router_weights
 from shodh_moe.merging.mixture_tensors import ROUTER, MixtureTensor, known_tensor, mixture_tensors
@@ -127,8 +127,8 @@ def _router(
 
 def _require_memory(base: InputModel, experts: list[InputModel], limit: int) -> None:
     largest = max(stored.nbytes for stored in base.tensors.values())
-    needed = COPIES * largest + (len(experts) + 1) * 3 * SLICE * 8 + RESERVE
-    if (missing := needed - (limit - resident())) > 0:
+    needed = COPIES * largest + (len(experts) + 1) * 3 * SLICE * 8
+    if (missing := needed - memory_left(limit)) > 0:
         raise UserError(
             f"the memory limit is {math.ceil(missing / 2**20)} MiB too small for the largest tensor of an expert: "
             "raise --memory-limit"

@@ -69,10 +69,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `shodh merge` and launch/ccm_merge.py."""
+    """Add the arguments of `shodh merge`."""
     parser.add_argument(
         "config", type=path_option, metavar="CONFIG", help="merge config, e.g. configs/merge/example.yaml"
     )
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that merges."""
     parser.add_argument("--output", type=path_option, help="folder to write; default: the config's")
     parser.add_argument(
         "--memory-limit", default="1GiB", metavar="SIZE", help="limit for the whole process; default: %(default)s"
@@ -80,6 +85,16 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out-shard-size", default="5GB", metavar="SIZE", help="largest file of an output; default: %(default)s"
     )
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `shodh merge sweep`, which launch/ccm_merge.py has too."""
+    parser.add_argument("config", type=path_option, nargs="+", metavar="CONFIG", help="merge configs")
+    about = "alphas of ccm, as -1,0,1 or FROM:TO:COUNT, in place of those in the configs; write --alpha=-1.5:1.5:7"
+    parser.add_argument("--alpha", metavar="LIST", help=about)
+    parser.add_argument("--part", type=int, default=0, metavar="I", help="part to make, from 0; default: %(default)s")
+    parser.add_argument("--of", type=int, default=1, metavar="N", help="number of parts; default: %(default)s")
+    add_output_arguments(parser)
 
 
 def exit_code(work: Callable[[], object], debug: bool = False, goes_on: bool = False) -> int:

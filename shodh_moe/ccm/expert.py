@@ -27,7 +27,8 @@ from shodh_moe.checkpoint import (
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.inputs import Inputs, require_same_inputs
 from shodh_moe.merging.config import Target
-from shodh_moe.merging.methods import TensorMerge, recipe, weighted_sum
+from shodh_moe.merging.methods import recipe
+from shodh_moe.merging.recipe import TensorMerge, weighted_sum
 from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 from shodh_moe.solvers.planar import PLANAR_VERSION
@@ -242,7 +243,7 @@ def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: d
 def _tensor(method: str, lookup: Lookup, name: str, inputs: list[dict[str, Tensor]]) -> Tensor:
     tensors = [one[name] for one in inputs]
     flat = [tensor.detach().flatten() for tensor in tensors]
-    merge = TensorMerge(method, lookup, name, flat[0].numel(), len(flat) - 1, True, flat[0].dtype, composition=None)
+    merge = TensorMerge(method, lookup, name, tuple(tensors[0].shape), 1, len(flat) - 1, True, flat[0].dtype)
     made = recipe(merge)
     for number in range(made.passes):
         made.observe(number, 0, [values.clone() for values in flat])

@@ -55,7 +55,7 @@ def merge_by_prefix(
     for size in (memory_limit, out_shard_size):
         parse_size(size)
     target = load_targets(config, output, {"found": "prefix", "value": 0.0})[0]
-    require_apart(target)
+    require_apart(target.output, target.paths)
     for path in target.paths:
         open_input(path)  # refuse models that cannot be merged before loading networks
     low, high = load_ends(target)

@@ -5,18 +5,31 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from shodh_moe.base.command import add_merge_arguments, path_option
+from shodh_moe.base.command import add_merge_arguments, add_sweep_arguments, path_option
 from shodh_moe.cli.common import add_command, add_debug, add_group
 
 
 def add_merge(commands: Any) -> None:
     text = "merge models along a physical axis or by other methods, in bounded memory"
-    more = "to choose where to merge: shodh merge calibrate --help, shodh merge prefix --help"
+    more = "for many outputs: shodh merge sweep --help\n"
+    more += "to choose where to merge: shodh merge calibrate --help, shodh merge prefix --help"
     example = "example: shodh merge configs/merge/example.yaml"
     steps = add_group(commands, "merge", text, f"{example}\n{more}", default="run")
     run = add_command(steps, "run", text, f"{example}\n{more}", _merge)
     add_merge_arguments(run)
     add_debug(run)
+    text = "make the outputs of several merge configs, or at many alphas, shared by processes and job arrays"
+    example = "example: shodh merge sweep configs/merge/example.yaml --part 0 --of 4\n"
+    example += "at 61 alphas: shodh merge sweep line.yaml --alpha=-1.5:1.5:61\n"
+    example += "in 4 processes: mpirun -n 4 shodh merge sweep porous.yaml channel.yaml --output swept"
+    sweep = add_command(steps, "sweep", text, example, _sweep)
+    add_sweep_arguments(sweep)
+    add_debug(sweep)
+    text = "make one mixture of experts, with a path for each domain, from models that were trained for one domain each"
+    example = "example: shodh merge mixture configs/merge/mixture.yaml"
+    mixture = add_command(steps, "mixture", text, example, _mixture)
+    add_merge_arguments(mixture)
+    add_debug(mixture)
     text = "fit gamma for two experts of a ccm config on validation data, and measure how straight their path is"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
     calibrate = add_command(steps, "calibrate", text, example, _calibrate)
@@ -39,6 +52,18 @@ def _merge(options: argparse.Namespace) -> None:
     from shodh_moe.merging import merge
 
     merge(options.config, options.output, options.memory_limit, options.out_shard_size)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from shodh_moe.runs.merge_rank import share_sweep
+
+    return share_sweep(options)
+
+
+def _mixture(options: argparse.Namespace) -> None:
+    from shodh_moe.merging.mixture import merge_mixture
+
+    merge_mixture(options.config, options.output, options.memory_limit, options.out_shard_size)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
 from shodh_moe.config.compare import differing_model_keys
-from shodh_moe.merging.config import Target
 from shodh_moe.merging.inputs import InputModel
 from shodh_moe.merging.layout import OutputFile
 from shodh_moe.merging.output import unfinished
@@ -72,15 +71,13 @@ def require_matches(conditions: list[Conditional], names: list[str]) -> None:
             raise UserError(f"{condition.written} matches none of the {len(names)} tensors, such as {names[0]}")
 
 
-def require_apart(target: Target) -> None:
+def require_apart(output: Path, inputs: list[str]) -> None:
     """Check that the output is apart from all inputs. Raises: UserError: one contains the other."""
-    output = target.output.resolve()
-    for path in target.paths:
+    place = output.resolve()
+    for path in inputs:
         given = Path(path).resolve()
-        if output == given or output in given.parents or given in output.parents:
-            raise UserError(
-                f"the output {target.output} and the input {path} contain each other: choose another output"
-            )
+        if place == given or place in given.parents or given in place.parents:
+            raise UserError(f"the output {output} and the input {path} contain each other: choose another output")
 
 
 def require_space(outputs: dict[Path, list[OutputFile]]) -> None:

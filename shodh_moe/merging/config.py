@@ -29,18 +29,20 @@ _PLACE = ("alpha", "coordinate")  # either one gives the position of ccm's targe
 NOT_OURS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a config: unknown keys and numbers that are not finite are errors."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One entry of ``models``."""
 
     model: PathText = Field(min_length=1)
     parameters: dict[str, Setting] = {}
 
 
-class MergeConfig(_Strict):
+class MergeConfig(Strict):
     """The config of one output, as written."""
 
     merge_method: str
@@ -95,16 +97,23 @@ class Target:
         return [*([self.base] if self.base else []), *self.models]
 
 
-def load_targets(path: Path, output: Path | None = None, found: dict[str, Any] | None = None) -> list[Target]:
+def load_targets(
+    path: Path,
+    output: Path | None = None,
+    found: dict[str, Any] | None = None,
+    alphas: list[float] | None = None,
+) -> list[Target]:
     """Read the targets of a config; ``output`` overrides the config's key of that name.
 
     Args:
         found: an alpha from an external readout that replaces the parameters ``alpha`` and ``coordinate``: its
             ``value``, the name of the readout as ``found``, and any other facts for the manifest.
+        alphas: makes the config a sweep over these alphas, which replace ``alpha`` and ``coordinate``.
 
     Raises:
         UserError: the config is unreadable, or has unknown or invalid keys, no output, or models that do not fit the
-            method; or ``found`` is given for a sweep, another method than ccm, or several axes.
+            method; or ``found`` is given for a sweep, another method than ccm, or several axes; or ``alphas`` for a
+            config with a sweep.
     """
     tree = read_yaml(path, "check its path")
     sweep = tree.pop("sweep", None)
@@ -117,6 +126,10 @@ def load_targets(path: Path, output: Path | None = None, found: dict[str, Any] |
         raise UserError(f"{path} has no output folder: write `output: FOLDER`, or give --output")
     if found and sweep is not None:
         raise UserError(f"{path}: the readout {found['found']} chooses one alpha: leave out sweep")
+    if alphas:
+        if sweep is not None:
+            raise UserError(f"{path} has a sweep of its own: remove it, or leave out --alpha")
+        sweep = {"alpha": alphas}
     if sweep is None:
         return [_target("", folder, _merge_config(path, tree), found)]
     targets = []
@@ -168,11 +181,11 @@ def _merge_config(path: Path, tree: dict[str, Any], where: str = "") -> MergeCon
     try:
         return MergeConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {where}{_explain(error)}") from None
+        raise UserError(f"{path}: {where}{explain(error, MergeConfig, ModelEntry)}") from None
 
 
-def _explain(error: ValidationError) -> str:
-    """Describe the first error: the key and a remedy."""
+def explain(error: ValidationError, config: type[Strict], entry: type[Strict]) -> str:
+    """Describe the first error: the key and a remedy; ``entry`` is the class of an entry of ``models``."""
     # pydantic reports an error for each type that a setting may have; the most specific one has the longest path.
     first = max(error.errors(), key=lambda one: len(one["loc"]))
     # Remove the parts of the location that pydantic added.
@@ -182,7 +195,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         if last in NOT_OURS:
             return f"{key} is a mergekit key for language models, which this command does not support: remove it"
-        valid = [*MergeConfig.model_fields, "output", "sweep"] if len(first["loc"]) == 1 else ["model", "parameters"]
+        valid = [*config.model_fields, "output", "sweep"] if len(first["loc"]) == 1 else [*entry.model_fields]
         valid = ["filter", "regex", "value"] if "list[" in str(first["loc"]) else valid
         near = difflib.get_close_matches(last, valid, n=1)
         return f"unknown key {key!r}; " + (f"the nearest valid one is {near[0]!r}" if near else f"valid: {valid}")
@@ -212,6 +225,11 @@ def _target(name: str, output: Path, config: MergeConfig, found: dict[str, Any] 
         )
     if not entries:
         raise UserError(f"{output}: models has nothing besides base_model: add the models to merge")
+    if len(entries) < method.least:
+        raise UserError(
+            f"{output}: {config.merge_method} combines at least {method.least} models besides base_model, but models "
+            f"has {len(entries)}"
+        )
     if not method.ordered:
         entries.sort(key=lambda entry: entry.model)
     settings = [entry.parameters for entry in entries]

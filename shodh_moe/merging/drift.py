@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.merging.methods import block_sums
+from shodh_moe.merging.recipe import block_sums
 
 
 class Drift:

@@ -64,7 +64,7 @@ def texts(
     }
     result = {**index_of(files), MANIFEST: json.dumps(manifest, indent=2) + "\n"}
     if files[0].format == "checkpoint" and reference:
-        result[STATE] = _state(target, files, hashes, reference)
+        result[STATE] = state_text(target.method, files, hashes, reference.state)
     return result
 
 
@@ -74,8 +74,8 @@ def _role(target: Target, path: str) -> str:
     return target.composition.layout.role(path) if target.composition else "model"
 
 
-def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], reference: InputModel) -> str:
-    """Return ``state.json`` of a checkpoint that has weights only, with the step and config of ``reference``."""
+def state_text(method: str, files: list[OutputFile], hashes: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return ``state.json`` of a checkpoint that has weights only, with step and config of the state ``reference``."""
     tensors = {}
     for rank, file in enumerate(files):
         for name, (dtype, shape) in file.tensors.items():
@@ -84,6 +84,6 @@ def _state(target: Target, files: list[OutputFile], hashes: dict[str, Any], refe
             described = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "pieces": pieces}
             tensors[MODEL + name] = described
     kept = ("step", "written", "config", "zero_stage", "tokenizer_sha256", "versions", "expert")
-    facts = {key: reference.state[key] for key in kept if key in reference.state}
-    own = {"format": FORMAT, "world_size": len(files), "ep_size": 1, "attempt": f"merge-{target.method}"}
+    facts = {key: reference[key] for key in kept if key in reference}
+    own = {"format": FORMAT, "world_size": len(files), "ep_size": 1, "attempt": f"merge-{method}"}
     return seal({**facts, **own, "tensors": tensors, "files": hashes})

@@ -17,12 +17,13 @@ from shodh_moe.base.files import disk_trouble
 from shodh_moe.base.memory import give_back_freed_memory
 from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
-from shodh_moe.merging.inputs import InputModel, open_input, verify_checkpoint
+from shodh_moe.merging.inputs import InputModel, Stored, open_input, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
-from shodh_moe.merging.stream import MergeJob, Stream, slice_length
+from shodh_moe.merging.stream import MergeJob, Stream, recipe_for, slice_length
+from shodh_moe.merging.sweep import require_distinct
 
 AT_ONCE = 16  # maximum number of outputs made in one pass over the inputs
 RESERVE = 64 << 20  # bytes for libraries loaded later, hashing, and small tables
@@ -54,6 +55,11 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def memory_left(limit: int) -> int:
+    """Bytes that this process may still use for buffers under a limit of ``limit`` bytes for the whole process."""
+    return limit - resident() - RESERVE
+
+
 def merge(
     config: Path,
     output: Path | None = None,
@@ -79,14 +85,20 @@ def merge(
         UserError: the config, an input, the output folder, the disk or the memory limit is not suitable. Inputs are
             never modified, and no output is left incomplete.
     """
-    limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
     targets = load_targets(config, output, found)
-    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
-    plans = [_Plan(target, models, shard_bytes) for target in targets]
+    return merge_targets(targets, parse_size(memory_limit), parse_size(out_shard_size), rank, size)
+
+
+def merge_targets(targets: list[Target], limit: int, shard_bytes: int, rank: int = 0, size: int = 1) -> list[Path]:
+    """Write the outputs of several targets, and return the folders of this process's share; see `merge`.
+
+    Args:
+        limit, shard_bytes: ``memory_limit`` and ``out_shard_size`` in bytes.
+    """
+    plans, models = plan_targets(targets, shard_bytes)
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
         if rank == 0:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-    checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
     mine = plans[rank::size]
     left = [plan for plan in mine if not plan.made]
     for plan in mine:
@@ -94,23 +106,37 @@ def merge(
             print(f"[merge] {plan.target.output} exists already", flush=True)
     for path in sorted({path for plan in left for path in plan.target.paths}):
         verify_checkpoint(models[path])
-    for group in _groups(left):
+    for group in _groups(left, limit // 4):
         _run(group, models, limit)
     return [plan.target.output for plan in mine]
 
 
-class _Plan:
+def plan_targets(targets: list[Target], shard_bytes: int) -> tuple[list[Plan], dict[str, InputModel]]:
+    """Check all targets and their inputs without writing anything; return the plans, and the inputs by path.
+
+    Raises:
+        UserError: as `merge`, for everything that is known before tensors are read.
+    """
+    require_distinct(targets)
+    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
+    plans = [Plan(target, models, shard_bytes) for target in targets]
+    checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
+    return plans, models
+
+
+class Plan:
     """One output, after all checks, with its tensors assigned to files.
 
     Attributes:
         order: names of the tensors in the order of writing; ``described``: with their dtypes and shapes.
         identity: hash of everything that the output's bytes depend on.
         made: whether the output exists and was made by the same plan.
+        held: most bytes that the method keeps in memory for one tensor.
     """
 
     def __init__(self, target: Target, models: dict[str, InputModel], shard_bytes: int):
         self.target = target
-        checks.require_apart(target)
+        checks.require_apart(target.output, target.paths)
         self.inputs = [models[path] for path in target.paths]
         reference = self.inputs[0]
         for other in self.inputs[1:]:
@@ -131,7 +157,15 @@ class _Plan:
         self.described = [(name, reference.tensors[name].dtype, reference.tensors[name].shape) for name in self.order]
         self.files: list[OutputFile] = plan_files({k: written[k] for k in self.order}, format, shard_bytes)
         self.identity = _identity(target, self.inputs, self.files)
-        self.made = _made(target.output, self.identity)
+        self.made = already_made(target.output, self.identity)
+        self.held = max((self._held(name, stored) for name, stored in reference.tensors.items()), default=0)
+
+    def _held(self, name: str, stored: Stored) -> int:
+        merged = stored.dtype.is_floating_point or stored.dtype.is_complex
+        try:
+            return recipe_for(self.target, self.lookup, name, stored).held if merged else 0
+        except UserError as error:
+            raise UserError(f"{self.target.output}: {error}") from None
 
 
 def _identity(target: Target, models: list[InputModel], files: list[OutputFile]) -> str:
@@ -141,7 +175,7 @@ def _identity(target: Target, models: list[InputModel], files: list[OutputFile])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _made(output: Path, identity: str) -> bool:
+def already_made(output: Path, identity: str) -> bool:
     """Whether the output was made by the same plan. Raises: UserError: the folder has other content."""
     if not output.exists():
         return False
@@ -153,11 +187,20 @@ def _made(output: Path, identity: str) -> bool:
     raise UserError(f"{output} exists but is not this merge of these inputs: remove it, or choose another output")
 
 
-def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
-    """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order."""
-    groups: list[list[_Plan]] = []
+def _groups(plans: list[Plan], held: int) -> list[list[Plan]]:
+    """Group outputs that can be made in one pass: up to `AT_ONCE` with the same tensors in the same order.
+
+    Together, their methods keep at most ``held`` bytes in memory; one that needs more is made alone.
+    """
+    groups: list[list[Plan]] = []
     for plan in plans:
-        alike = [group for group in groups if len(group) < AT_ONCE and group[0].described == plan.described]
+        alike = [
+            group
+            for group in groups
+            if len(group) < AT_ONCE
+            and group[0].described == plan.described
+            and sum(one.held for one in [*group, plan]) <= held
+        ]
         if alike:
             alike[0].append(plan)
         else:
@@ -165,7 +208,7 @@ def _groups(plans: list[_Plan]) -> list[list[_Plan]]:
     return groups
 
 
-def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
+def _run(plans: list[Plan], models: dict[str, InputModel], limit: int) -> None:
     """Make several outputs in one pass over the inputs."""
     paths = sorted({path for plan in plans for path in plan.target.paths})
     order, reference = plans[0].order, plans[0].inputs[0]
@@ -174,7 +217,7 @@ def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
         for path in paths:
             readers[path] = InputReader(models[path], order)
             stack.callback(readers[path].close)
-        free = limit - resident() - RESERVE
+        free = memory_left(limit) - sum(plan.held for plan in plans)
         length = slice_length(free, list(readers.values()), [len(plan.target.paths) for plan in plans])
         jobs: list[MergeJob] = []
         try:
@@ -200,7 +243,7 @@ def _run(plans: list[_Plan], models: dict[str, InputModel], limit: int) -> None:
                 job.output.close()
 
 
-def _finish(plan: _Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> None:
+def _finish(plan: Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> None:
     target = plan.target
     written = job.output.finish()
     if found := manifest.drift_of(target, written):

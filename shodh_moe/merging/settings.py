@@ -77,11 +77,22 @@ Setting = Annotated[Single | dict[str, Single], BeforeValidator(_plain)]
 BY_AXIS = ("alpha", "coordinate", "gamma", "power", "clip", "straight")  # may be mappings from the names of axes
 
 
+# Parameters of limited range, whatever the method; gamma is that of breadcrumbs, not ccm's.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "density": ("a share in (0, 1]", lambda value: 0 < value <= 1),
+    "gamma": ("a share in [0, 1)", lambda value: 0 <= value < 1),
+    "epsilon": ("a share in [0, 0.5)", lambda value: 0 <= value < 0.5),
+    "seed": ("a whole number from 0 to 2^53 - 1", lambda value: 0 <= value < 2**53 and value == int(value)),
+    "max_iter": ("a whole number from 0 to 10000", lambda value: 0 <= value <= 10_000 and value == int(value)),
+    "tol": ("between 0 and 1", lambda value: 0 < value < 1),
+}
+
+
 class Method(NamedTuple):
     """Requirements and parameters of a merge method.
 
     Attributes:
-        recipe: function from a `TensorMerge` to the `Recipe` of that tensor (methods.py).
+        recipe: function from a `TensorMerge` to the `Recipe` of that tensor (recipe.py).
         models: number of models to combine, without a dropped base; 0: any number.
         needs_base: ``base_model`` is required.
         drops_base: ``base_model`` may also be listed among the models, but is not combined as one of them.
@@ -89,6 +100,7 @@ class Method(NamedTuple):
         shared: parameters for all models, which may have filters.
         single: parameters for all models, which are a single number.
         own: parameters of a single model.
+        least: smallest number of models, without a dropped base.
     """
 
     recipe: Callable[[Any], Any]
@@ -99,6 +111,7 @@ class Method(NamedTuple):
     shared: tuple[str, ...]
     single: tuple[str, ...]
     own: tuple[str, ...]
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,13 +163,13 @@ def check_settings(
                 there = "for a model" if settings is not shared else "for all models"
                 known = f"the nearest is {near[0]!r}" if near else f"it takes {', '.join(valid) or 'none'}"
                 raise UserError(f"{where}: {name} takes no parameter {key!r} {there}; {known}")
-            if isinstance(setting, dict) and key not in BY_AXIS:
+            if isinstance(setting, dict) and not (key in BY_AXIS and "coordinate" in method.own):
                 raise UserError(f"{where}: parameter {key} takes no values by axis: give one number")
             if key in (*method.single, "coordinate") and any(isinstance(one, list) for one in singles(setting)):
                 raise UserError(f"{where}: parameter {key} is one number for all tensors: it takes no filters")
-            if key == "seed" and not (0 <= setting < 2**53 and setting == int(setting)):  # type: ignore[operator,arg-type]
-                raise UserError(f"{where}: seed is a whole number from 0 to 2^53 - 1, not {setting:.17g}")
-            if key == "density":
-                values = [one.value for one in setting] if isinstance(setting, list) else singles(setting)
-                if any(not 0 < value <= 1 for value in values):  # type: ignore[operator]
-                    raise UserError(f"{where}: density is a share in (0, 1], not {values}")
+            if key not in RANGES or (key in BY_AXIS and "coordinate" in method.own):
+                continue
+            what, valid_value = RANGES[key]
+            for value in [one.value for one in setting] if isinstance(setting, list) else singles(setting):
+                if not valid_value(value):  # type: ignore[arg-type]
+                    raise UserError(f"{where}: {key} is {what}, not {value:.17g}")

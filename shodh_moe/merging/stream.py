@@ -21,9 +21,10 @@ from shodh_moe.merging.config import Target
 from shodh_moe.merging.drift import Drift
 from shodh_moe.merging.inputs import Stored
 from shodh_moe.merging.layout import REAL, output_dtype
-from shodh_moe.merging.methods import BLOCK, Recipe, TensorMerge, recipe
+from shodh_moe.merging.methods import recipe
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
+from shodh_moe.merging.recipe import BLOCK, Recipe, TensorMerge
 from shodh_moe.merging.settings import Lookup
 
 AHEAD, BEHIND = 3, 2  # slices in memory per input, and per output
@@ -37,6 +38,33 @@ class MergeJob:
     target: Target
     output: Output
     lookup: Lookup
+
+
+def recipe_for(target: Target, lookup: Lookup, name: str, stored: Stored) -> Recipe:
+    """Return a target's recipe for a tensor of real or complex numbers.
+
+    Raises:
+        UserError: a parameter has no value, or an invalid one, for this tensor.
+    """
+    real = REAL.get(stored.dtype, stored.dtype)
+    return recipe(
+        TensorMerge(
+            method=target.method,
+            lookup=lookup,
+            name=name,
+            shape=stored.shape,
+            parts=stored.dtype.itemsize // real.itemsize,
+            models=len(target.models),
+            base=target.base is not None,
+            dtype=computed_dtype(real),
+            composition=target.composition,
+        )
+    )
+
+
+def computed_dtype(real: torch.dtype) -> torch.dtype:
+    """Dtype in which a tensor of real numbers of dtype ``real`` is merged."""
+    return torch.float64 if real == torch.float64 else torch.float32
 
 
 class Work:
@@ -58,27 +86,12 @@ class Work:
         self.real = REAL.get(stored.dtype, stored.dtype)
         self.numel = stored.nbytes // self.real.itemsize
         self.exact = not self.real.is_floating_point
-        self.computed = torch.float64 if self.real == torch.float64 else torch.float32
-        self.recipes: list[Recipe] = [] if self.exact else [self._recipe(job) for job in jobs]
+        self.computed = computed_dtype(self.real)
+        self.recipes = [] if self.exact else [recipe_for(job.target, job.lookup, name, stored) for job in jobs]
         self.passes = max((one.passes for one in self.recipes), default=0)
         self.drifts: dict[tuple[str, ...], Drift] = {}
         self.written = [self._written(job) for job in jobs]
         self.unequal: list[set[str]] = [set() for _ in jobs]
-
-    def _recipe(self, job: MergeJob) -> Recipe:
-        target = job.target
-        return recipe(
-            TensorMerge(
-                method=target.method,
-                lookup=job.lookup,
-                name=self.name,
-                numel=self.numel,
-                models=len(target.models),
-                base=target.base is not None,
-                dtype=self.computed,
-                composition=target.composition,
-            )
-        )
 
     def _written(self, job: MergeJob) -> torch.dtype:
         dtype = output_dtype(self.stored.dtype, job.target.config.out_dtype or job.target.config.dtype)

@@ -59,6 +59,8 @@ def test_help_shows_an_example_to_copy(command: str, capsys: pytest.CaptureFixtu
         ("checkpoint verify", "checkpoint verify runs/trial"),
         ("checkpoint export", "checkpoint export runs/trial --output trial_model"),
         ("merge", "merge configs/merge/example.yaml"),
+        ("merge sweep", "merge sweep configs/merge/example.yaml --part 0 --of 4"),
+        ("merge mixture", "merge mixture configs/merge/mixture.yaml"),
         ("data import", "data import configs/import/jhtdb_channel.yaml"),
         ("data check", "data check data/quickstart"),
         ("data info", "data info data/quickstart"),

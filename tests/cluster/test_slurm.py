@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from shodh_moe.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from shodh_moe.checkpoint import CheckpointReader, find_checkpoint, list_checkpoints
@@ -241,6 +241,22 @@ def test_the_nodes_share_the_outputs_of_a_merge(cluster):
     job = cluster.slurm.submit(SCRIPTS / "ccm_merge.sbatch", *options, cwd=cluster.folder, CONFIG=str(config))
     check_completed(cluster, job)
     assert len(list((cluster.folder / "merged_models").glob("*/*.safetensors"))) == 5, cluster.slurm.output(job)
+
+
+def test_an_array_job_shares_the_alphas_of_a_merge(cluster):
+    for name, number in (("low", -1.0), ("high", 1.0)):
+        save_file({"weight": torch.full((8,), number)}, cluster.folder / f"{name}.safetensors")
+    config = cluster.folder / "line.yaml"
+    config.write_text("merge_method: ccm\nmodels: [{model: low.safetensors}, {model: high.safetensors}]\n")
+    options = ("--array=3-4", "--nodes=1", "--ntasks=2", "--", "--alpha=-1:1:9", "--output", "swept")
+    array = cluster.slurm.submit(SCRIPTS / "ccm_merge.sbatch", *options, cwd=cluster.folder, CONFIG=str(config))
+    for part in (3, 4):
+        check_completed(cluster, f"{array}_{part}")
+    # Of four processes, the first one of the first task makes three targets.
+    assert "[sweep] share 1 of 4: 3 of 9 targets" in cluster.slurm.output(f"{array}_3")
+    assert "[sweep] share 4 of 4: 2 of 9 targets" in cluster.slurm.output(f"{array}_4")
+    made = {path.parent.name: load_file(path)["weight"][0].item() for path in cluster.folder.glob("swept/*/*tensors")}
+    assert made == {f"alpha={alpha}": alpha for alpha in (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)}
 
 
 def test_an_array_job_generates_the_dataset_and_one_job_makes_tokenizer_and_latents(cluster):

@@ -80,6 +80,39 @@ def refused(*messages: str, path: Path | None = None, method: str = "ccm", model
             )
             for seed in (2**53, 2**64, 1.5, -1)
         ),
+        *(
+            (
+                {"method": method, "base_model": "base.safetensors", "parameters": parameters},
+                messages,
+            )
+            for method, parameters, messages in [
+                (
+                    "della",
+                    {"weight": 1, "density": 0.9},
+                    ("out: della: density 0.9 and epsilon 0.15 of tensor", "smaller"),
+                ),
+                ("della", {"weight": 1, "density": 0.3, "epsilon": 0.5}, ("epsilon is a share in [0, 0.5), not 0.5",)),
+                ("della", {"weight": 1, "gamma": 0.1}, ("della takes no parameter 'gamma'",)),
+                ("breadcrumbs", {"weight": 1, "gamma": 1}, ("gamma is a share in [0, 1), not 1",)),
+                ("breadcrumbs", {"weight": 1, "gamma": {"viscosity": 0.1}}, ("gamma takes no values by axis",)),
+                ("breadcrumbs", {"weight": [{"filter": "lft", "value": 1}, {"value": 0}]}, ("lft", "none of the 10")),
+                ("breadcrumbs", {"weight": [{"filter": "lift", "value": 1}]}, ("weight has no value for tensor",)),
+                ("karcher", {"weight": 1}, ("karcher takes no parameter 'weight'", "max_iter")),
+                ("karcher", {"max_iter": 1.5}, ("max_iter is a whole number from 0 to 10000, not 1.5",)),
+                ("karcher", {"tol": 0}, ("tol is between 0 and 1, not 0",)),
+                ("karcher", {"tol": [{"value": 0.1}]}, ("tol is one number for all tensors",)),
+            ]
+        ),
+        ({"method": "model_stock", "parameters": {}}, ("model_stock needs base_model",)),
+        (
+            {
+                "method": "model_stock",
+                "base_model": "base.safetensors",
+                "models": ["base.safetensors", "low.safetensors"],
+                "parameters": {},
+            },
+            ("at least 2 models besides base_model, but models has 1",),
+        ),
         ({"dtype": "int8"}, ("dtype",)),
         ({"format": "checkpoint"}, ("checkpoint among the inputs",)),
         ({"output": "low.safetensors"}, ("another output",)),
@@ -92,6 +125,12 @@ def refused(*messages: str, path: Path | None = None, method: str = "ccm", model
 )
 def test_invalid_settings_are_named(settings: dict[str, Any], messages: tuple[str, ...]) -> None:
     refused(*messages, **settings)
+
+
+def test_a_row_that_does_not_fit_into_the_memory_limit() -> None:
+    paths = [save({"w": torch.zeros(6_000_000)}, Path(f"{i}.safetensors")) for i in range(2)]
+    words = {"method": "della", "base_model": paths[0], "parameters": {"weight": 1, "density": 0.5}}
+    refused("MiB too small for 2 inputs", models=paths[1:], memory_limit="450MiB", **words)
 
 
 def test_a_missing_config_and_invalid_yaml() -> None:
@@ -159,6 +198,19 @@ def test_an_expert_trained_from_another_anchor() -> None:
             parameters=parameters,
         ),
         Path("forced"),
+    )
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher", "model_stock", "breadcrumbs", "della"])
+def test_a_third_expert_from_another_anchor(method: str) -> None:
+    save(network(77), Path("stranger.safetensors"))
+    refused(
+        "stranger.safetensors differs from base.safetensors by 1.",
+        "it was not trained from it",
+        method=method,
+        models=[*PAIR, "stranger.safetensors"],
+        base_model="base.safetensors",
+        parameters={} if method in ("karcher", "model_stock") else {"weight": 0.3},
     )
 
 

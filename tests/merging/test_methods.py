@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shodh_moe.merging.alpha import Composition
 from shodh_moe.merging.axes import in_order
-from shodh_moe.merging.methods import BLOCK, Recipe, Slerp, Sum, TaskVectors, linear
+from shodh_moe.merging.linear import Sum, linear
+from shodh_moe.merging.methods import METHODS, recipe
+from shodh_moe.merging.recipe import BLOCK, Recipe, TensorMerge
 from shodh_moe.merging.sparsify import KthLargest, kept_at_random
+from shodh_moe.merging.spherical import Slerp
+from shodh_moe.merging.task_vectors import TaskVectors
 from tests.merging.models import lookup
 
 BASE = torch.tensor([1.0, 1.0, 1.0, 1.0])
@@ -32,7 +37,8 @@ def apply(recipe: Recipe, inputs: list[Tensor], length: int = 10**9) -> Tensor:
 
 def vectors(method: str, numel: int = 4, weights: tuple[float, ...] = (1.0, 1.0), **shared: float) -> TaskVectors:
     own = [{"weight": weight} for weight in weights]
-    return TaskVectors(method, lookup(shared, own), "w", numel, len(weights), torch.float32)  # type: ignore[arg-type]
+    given = lookup(shared, own)  # type: ignore[arg-type]
+    return TaskVectors(TensorMerge(method, given, "w", (numel,), 1, len(weights), True, torch.float32))
 
 
 def ccm(alpha: float, base: bool) -> Recipe:
@@ -148,22 +154,37 @@ def test_the_kth_largest_equals_the_sorted_one(values: list[float], density: flo
     assert found.value == float(tensor.abs().sort(descending=True).values[k - 1])
 
 
-@pytest.mark.parametrize("method", ["ccm", "linear", "slerp", "task_arithmetic", "ties", "dare", "dare_ties"])
+# Parameters of each method with which all of its passes are needed. The 24,673 elements of a row of "w" do not divide
+# the blocks, nor do the 11 rows.
+SETTINGS: dict[str, dict[str, float]] = {
+    "slerp": {"t": 0.3},
+    "ccm": {"alpha": 0.3},
+    "linear": {"weight": 0.3},
+    "task_arithmetic": {"weight": 0.3},
+    "karcher": {},
+    "model_stock": {"filter_wise": True},
+    **{key: {"weight": 0.3, "density": 0.4} for key in ("ties", "dare", "dare_linear", "dare_ties")},
+    **{key: {"weight": 0.3, "density": 0.4, "rescale": True} for key in ("breadcrumbs", "breadcrumbs_ties")},
+    **{key: {"weight": 0.3, "density": 0.4} for key in ("della", "della_linear")},
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slicing_a_tensor_does_not_change_a_bit(method: str, dtype: torch.dtype) -> None:
-    n = 3 * BLOCK + 77
-    random = torch.Generator().manual_seed(1)
-    inputs = list(torch.randn(3, n, dtype=dtype, generator=random))
+@pytest.mark.parametrize("method", METHODS)
+def test_slicing_a_tensor_does_not_change_a_bit(method: str, dtype: torch.dtype, parts: int) -> None:
+    shape = (11, 24_673 // parts)
+    numel = math.prod(shape) * parts
+    assert numel > 8 * BLOCK
+    inputs = list(torch.randn(3, numel, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    inputs = inputs[:2] if method == "slerp" else inputs
+    line = Composition(in_order(["low", "high"], ""), {"": 0.3})
 
     def make() -> Recipe:
-        if method == "slerp":
-            return Slerp(0.3)
-        if method in ("ccm", "linear"):
-            return ccm(0.3, True) if method == "ccm" else linear([0.2, 0.5], True, True)
-        own = lookup({"density": 0.4}, [{"weight": 0.3}, {"weight": 0.9}])
-        return TaskVectors(method, own, "w", n, 2, dtype)
+        given = lookup(dict(SETTINGS[method]))
+        return recipe(TensorMerge(method, given, "w", shape, parts, len(inputs) - 1, True, dtype, line))
 
-    used = inputs[:2] if method == "slerp" else inputs
-    whole = apply(make(), used)
-    for length in (BLOCK, 2 * BLOCK):
-        assert torch.equal(apply(make(), used, length), whole)
+    whole = apply(make(), inputs)
+    assert all(not torch.equal(whole, one) for one in inputs)
+    for length in (BLOCK, 3 * BLOCK):
+        assert torch.equal(apply(make(), inputs, length), whole)

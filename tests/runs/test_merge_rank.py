@@ -43,16 +43,28 @@ def test_mpirun_writes_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     path = config(tmp_path, "ccm", paths, sweep={"alpha": [-1.5, -0.5, 0, 0.5, 1.5]})
     merge(path, tmp_path / "serial")
 
-    def mpirun(output: str) -> subprocess.CompletedProcess[str]:
-        script = str(ROOT / "launch" / "ccm_merge.py")
-        command = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, script, str(path)]
+    script = [str(ROOT / "launch" / "ccm_merge.py"), str(path)]
+
+    def mpirun(output: str, program: list[str] = script) -> subprocess.CompletedProcess[str]:
+        command = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *program]
         command += ["--output", str(tmp_path / output)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
+    # `shodh merge sweep`, and the launch script for the part of an array's job that mpirun shares.
+    ended = mpirun("shared", ["-m", "shodh_moe.cli", "merge", "sweep", str(path), "--part", "1", "--of", "2"])
+    assert ended.returncode == 0, ended.stderr
+    assert "[sweep] share 3 of 4: 1 of 5 targets" in ended.stdout
+    assert len(files_of(tmp_path / "shared")) == 4
     ended = mpirun("shared")
     assert ended.returncode == 0, ended.stderr
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "serial")
+    # A target that repeats is reported once, and nothing is written.
+    repeated = ["-m", "shodh_moe.cli", "merge", "sweep", str(path), str(path)]
+    ended = mpirun("repeated", repeated)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("error: ") == 1, ended.stderr
+    assert not (tmp_path / "repeated").exists()
     # An error on one process ends all of them with the exit code for bad input.
     (tmp_path / "wrong" / "alpha=-0.5").mkdir(parents=True)
     ended = mpirun("wrong")

@@ -55,10 +55,20 @@ class CosineRouter(nn.Module):
 
     @torch.no_grad()
     def start(self, x_MD: Tensor, seed: int) -> None:
-        """See `Router`: project onto the leading directions of the centred rows; prototypes are the centres of k-means.
+        """See `Router`: prototypes are the centres of k-means of the rows, projected by `start_projection`.
 
-        The weight of the last feature, which is 1, subtracts the mean. Directions and prototypes for which there are
-        too few rows keep their random weights.
+        Prototypes for which there are too few rows keep their random weights.
+        """
+        projection_RD = self.start_projection(x_MD)
+        centres_KR = kmeans(x_MD.double() @ projection_RD.T, len(self.prototypes_ER), seed)
+        self.prototypes_ER[: len(centres_KR)] = centres_KR.to(self.prototypes_ER.dtype)
+
+    @torch.no_grad()
+    def start_projection(self, x_MD: Tensor) -> Tensor:
+        """Project onto the leading directions of the centred rows; return the projection, float64 [R, D].
+
+        The weight of the last feature, which is 1, subtracts the mean. Directions for which there are too few rows keep
+        their random weights.
         """
         mean_D = x_MD.mean(0)
         directions = torch.linalg.svd((x_MD - mean_D).double(), full_matrices=False).Vh
@@ -68,5 +78,4 @@ class CosineRouter(nn.Module):
         projection_RD[:, -1] = 0
         projection_RD[:, -1] = -(projection_RD @ mean_D.double())
         self.projection.weight.copy_(projection_RD)
-        centres_KR = kmeans(x_MD.double() @ projection_RD.T, len(self.prototypes_ER), seed)
-        self.prototypes_ER[: len(centres_KR)] = centres_KR.to(self.prototypes_ER.dtype)
+        return projection_RD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
@@ -24,8 +25,8 @@ def require_same_tensors(reference: InputModel, other: InputModel) -> None:
     ours, theirs = reference.tensors, other.tensors
     if missing := [name for name in ours if name not in theirs]:
         raise UserError(
-            f"{other.path} misses tensor {missing[0]}{_more(missing)}, which is in {reference.file_of(missing[0])}: "
-            "merge models of one architecture"
+            f"{other.path} misses tensor {missing[0]}{_more(missing)}, which is in {reference.file_of(missing[0])}"
+            f"{_near(missing[0], theirs)}: merge models of one architecture"
         )
     if extra := [name for name in theirs if name not in ours]:
         raise UserError(
@@ -41,6 +42,13 @@ def require_same_tensors(reference: InputModel, other: InputModel) -> None:
                 f"tensor {name}{_more(differing)} has {what} {texts[0]} in {other.file_of(name)} and {texts[1]} in "
                 f"{reference.file_of(name)}: {remedy}"
             )
+
+
+def _near(name: str, others: Iterable[str]) -> str:
+    """Name a tensor that differs from ``name`` only by a prefix."""
+    near = (one for one in others if one.endswith(f".{name}") or name.endswith(f".{one}"))
+    found = next(near, None)
+    return f" (it has {found} instead, with other tensors beside)" if found else ""
 
 
 def _more(names: list[str]) -> str:

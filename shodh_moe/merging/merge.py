@@ -19,6 +19,7 @@ from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.inputs import InputModel, open_input, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
+from shodh_moe.merging.names import without_wrappers
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
@@ -81,7 +82,11 @@ def merge(
     """
     limit, shard_bytes = parse_size(memory_limit), parse_size(out_shard_size)
     targets = load_targets(config, output, found)
-    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
+    paths = sorted({path for target in targets for path in target.paths})
+    models = dict(zip(paths, without_wrappers([open_input(path) for path in paths]), strict=True))
+    for note in [note for model in models.values() for note in model.notes]:
+        if rank == 0:
+            print(f"[merge] {note}", flush=True)
     plans = [_Plan(target, models, shard_bytes) for target in targets]
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
         if rank == 0:
@@ -206,6 +211,7 @@ def _finish(plan: _Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> No
     if found := manifest.drift_of(target, written):
         assert target.base
         drift.require_near(found, target.base, plan.lookup.value("distance_limit", "", DISTANCE_LIMIT))
-    job.output.publish(manifest.texts(target, plan.identity, plan.files, written, inputs, plan.checkpoint))
+    notes = [note for model in plan.inputs for note in model.notes]
+    job.output.publish(manifest.texts(target, plan.identity, plan.files, written, inputs, plan.checkpoint, notes))
     size = sum(record["bytes"] for record in written.values())
     print(f"[merge] {target.output}: {len(plan.order)} tensors, {size / 1e9:.3g} GB, {target.method}", flush=True)

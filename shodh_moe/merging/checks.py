@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
+from shodh_moe.base.remote import is_url
 from shodh_moe.config.compare import differing_model_keys
 from shodh_moe.merging.config import Target
 from shodh_moe.merging.inputs import InputModel
@@ -81,9 +82,13 @@ def require_matches(conditions: list[Conditional], names: list[str]) -> None:
 
 
 def require_apart(target: Target) -> None:
-    """Check that the output is apart from all inputs. Raises: UserError: one contains the other."""
+    """Check that the output is local and apart from all inputs. Raises: UserError: it is not."""
+    if is_url(str(target.output).replace(":/", "://", 1)):  # a path has lost one of the slashes
+        raise UserError(f"the output {target.output} is a URL: give a local folder, and copy it there afterwards")
     output = target.output.resolve()
     for path in target.paths:
+        if is_url(path):
+            continue
         given = Path(path).resolve()
         if output == given or output in given.parents or given in output.parents:
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote import is_url, list_folder, local_copy
 from shodh_moe.checkpoint import CheckpointReader, checkpoints_at, damage
 from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
 from shodh_moe.merging.file_format import file_format
@@ -93,13 +94,13 @@ class InputModel:
 
 def open_input(path: str) -> InputModel:
     """Describe a safetensors file, a state dict of torch, an index of several of them, a folder with one of these, an
-    exported model, or a checkpoint of this project.
+    exported model, or a checkpoint of this project, by its path or URL.
 
     Raises:
         UserError: the input does not exist, a file is missing or damaged (names it), or a pickle has no state dict.
     """
-    where = Path(path)
     try:
+        where = _fetched(path) if is_url(path) else Path(path)
         if where.is_file():
             return _file(path, where)
         if (where / STATE).is_file():
@@ -113,6 +114,21 @@ def open_input(path: str) -> InputModel:
     raise UserError(
         f"{path} does not exist: give a safetensors file, a folder with one, a .pt state dict or a checkpoint"
     )
+
+
+def _fetched(url: str) -> Path:
+    """Return a local copy of the files of a remote model; in a folder there may be others beside them."""
+    names = list_folder(url)
+    if names is None:
+        file = local_copy(url)
+        if file.name.endswith(".index.json"):
+            for name in sorted(set(read_index(file).values())):
+                local_copy(f"{url.rpartition('/')[0]}/{name}")
+        return file
+    if STATE in names:
+        files = [local_copy(f"{url.rstrip('/')}/{name}") for name in names]
+        return files[0].parent
+    return _fetched(f"{url.rstrip('/')}/{choose_file(url, names)}")
 
 
 def choose_file(path: str, names: list[str]) -> str:
@@ -149,7 +165,7 @@ def choose_file(path: str, names: list[str]) -> str:
 
 def verify_checkpoint(model: InputModel) -> None:
     """Verify the hashes of a checkpoint's files. Raises: UserError: a file has changed."""
-    if model.kind == "checkpoint" and (reason := damage(Path(model.path))):
+    if model.kind == "checkpoint" and (reason := damage(model.files[0].parent)):
         raise UserError(f"checkpoint {model.path} is refused: {reason}; use another one of its run")
 
 

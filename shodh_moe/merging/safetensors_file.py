@@ -53,7 +53,8 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
             raise Damaged(f"{file} is truncated, or not a safetensors file")
         try:
             header = json.loads(raw.read(length))
-            metadata = header.pop("__metadata__", None) or {}
+            metadata = header.pop("__metadata__", None)
+            metadata = {} if metadata is None else metadata
             if not all(isinstance(text, str) for text in metadata.values()):
                 raise Damaged(f"{file} is damaged: its __metadata__ does not consist of texts")
             paired = _paired(metadata)

@@ -13,17 +13,17 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import disk_trouble, sha256, sync, write_text
 from shodh_moe.base.lock import making
 
-T = TypeVar("T")
 BLOCK = 16 << 20  # bytes of one request
 TRIES = 3
 FIRST_PAUSE_S = 0.5  # doubled after every try
@@ -40,6 +40,8 @@ VERSION = (
     "LastModified",
     "created",
 )
+
+_checked: set[tuple[int, str]] = set()  # process ids, and files whose version that process has compared
 
 
 def is_url(path: str) -> bool:
@@ -61,11 +63,9 @@ def list_folder(url: str) -> list[str] | None:
     """
     with _explained(url):
         fs, path = _open(url)
-        if _tried(lambda: fs.isfile(path)):
+        if _tried(fs.isfile, path):
             return None
-        return sorted(
-            Path(one["name"]).name for one in _tried(lambda: fs.ls(path, detail=True)) if one["type"] == "file"
-        )
+        return sorted(Path(one["name"]).name for one in _tried(fs.ls, path, detail=True) if one["type"] == "file")
 
 
 def local_copy(url: str) -> Path:
@@ -78,11 +78,11 @@ def local_copy(url: str) -> Path:
         UserError: there is no file at the URL, it cannot be reached, the transfer broke, or the disk is full.
     """
     parent, _, name = url.rstrip("/").rpartition("/")
-    target = cache_folder() / "files" / _key(parent) / name
+    target = cache_folder() / "files" / key_of(parent) / name
     with _explained(url):
         fs, path = _open(url)
         with making(target, "download", run=""):
-            found = _tried(lambda: fs.info(path))
+            found = _tried(fs.info, path)
             if found["type"] != "file":
                 raise UserError(f"{url} is not a file: name one in it")
             if found.get("size") is None:
@@ -95,7 +95,7 @@ def local_copy(url: str) -> Path:
                 write_text(record, json.dumps({"url": url, **version}))
             if not target.exists():
                 _transfer(fs, path, part, found["size"], url)
-                if _version(_tried(lambda: fs.info(path))) != version:
+                if _version(_tried(fs.info, path)) != version:
                     part.unlink()
                     raise UserError(f"{url} was changed while it was read: run the same command again")
                 sync(part)
@@ -123,12 +123,12 @@ def upload_folder(folder: Path, url: str, last: str) -> None:
             raise UserError(f"{url} has other files, such as {foreign[0]}: choose a new folder")
         for name in sorted(names, key=lambda name: (name == last, name)):
             file, digest = folder / name, sha256(folder / name)
-            if name in there and done.get(name) == {"sha256": digest, **there[name]}:
+            if name in there and name in done and _same(done[name], {"sha256": digest, **there[name]}):
                 print(f"[upload] {url}/{name} is there", flush=True)
                 continue
-            _tried(lambda file=file, name=name: fs.put_file(str(file), f"{root}/{name}"), again=url)
+            _tried(fs.put_file, str(file), f"{root}/{name}")
             fs.invalidate_cache()
-            found = _version(_tried(lambda name=name: fs.info(f"{root}/{name}")))
+            found = _version(_tried(fs.info, f"{root}/{name}"))
             if found["bytes"] != file.stat().st_size:
                 raise UserError(
                     f"{url}/{name} has {found['bytes']} bytes after the transfer: run the same command again"
@@ -152,7 +152,46 @@ def _require_free(url: str, last: str, there: dict[str, Any]) -> None:
 
 
 def _upload_record(url: str) -> Path:
-    return cache_folder() / "uploads" / f"{_key(url.rstrip('/'))}.json"
+    return cache_folder() / "uploads" / f"{key_of(url.rstrip('/'))}.json"
+
+
+def list_versions(url: str) -> dict[str, dict[str, Any]]:
+    """Return the size and version of every file in a remote folder and its folders, by its path in there.
+
+    Raises:
+        UserError: it cannot be reached.
+    """
+    with _explained(url):
+        fs, root = _open(url)
+        found = _remote_files(fs, root.rstrip("/"))
+    return {name: found[name] for name in sorted(found) if name}
+
+
+def read_range(found: dict[str, Any], start: int, end: int) -> bytes:
+    """Read bytes ``start`` to ``end`` - 1 of a remote file.
+
+    Args:
+        found: its ``url``, and its version as in `list_versions`.
+
+    Raises:
+        UserError: it has changed, it cannot be reached, or the transfer broke.
+    """
+    url = found["url"]
+    with _explained(url):
+        fs, path = _open(url)
+        if (os.getpid(), url) not in _checked:
+            if not _same(_version(_tried(fs.info, path)), found):
+                raise UserError(f"{url} has changed since its folder was listed: start the command again")
+            _checked.add((os.getpid(), url))
+        pieces = []
+        while start < end:
+            stop = min(start + BLOCK, end)
+            data = _tried(fs.cat_file, path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise UserError(f"the server of {url} sends {len(data)} bytes instead of {stop - start}: copy the file")
+            pieces.append(data)
+            start = stop
+    return b"".join(pieces)
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -166,10 +205,15 @@ def _open(url: str) -> tuple[Any, str]:
 def _remote_files(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     """The version of every file in a remote folder, by its path in there; {} if there is no folder."""
     try:
-        found = _tried(lambda: fs.find(root, detail=True))
+        found = _tried(fs.find, root, detail=True)
     except FileNotFoundError:
         return {}
-    return {name[len(root) + 1 :]: _version(_tried(lambda name=name: fs.info(name))) for name in found}
+    return {name[len(root) + 1 :]: _version(info) for name, info in found.items()}
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two versions agree in all that both tell; the list of a folder may tell less than a file does."""
+    return all(a[key] == b[key] for key in a.keys() & b.keys())
 
 
 def _transfer(fs: Any, path: str, part: Path, size: int, url: str) -> None:
@@ -185,9 +229,7 @@ def _transfer(fs: Any, path: str, part: Path, size: int, url: str) -> None:
             print(f"[download] {url}: {done} of {size} bytes are there", flush=True)
         while done < size:
             end = min(done + BLOCK, size)
-            data = _tried(
-                lambda done=done, end=end: fs.cat_file(path, start=done, end=end), again=f"{url}, byte {done}"
-            )
+            data = _tried(fs.cat_file, path, start=done, end=end)
             if len(data) == size:  # a server that sends whole files only
                 data = data[done:]
             if len(data) < end - done:
@@ -197,18 +239,17 @@ def _transfer(fs: Any, path: str, part: Path, size: int, url: str) -> None:
             done += len(data)
 
 
-def _tried(call: Callable[[], T], again: str = "") -> T:
+def _tried(call: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
     """Return the result of a call to a server, repeated after errors that may pass."""
     for attempt in range(TRIES):
         try:
-            return call()
+            return call(*arguments, **words)
         except (FileNotFoundError, PermissionError, NotImplementedError, ImportError, IsADirectoryError):
             raise
         except Exception as error:  # each file system raises the errors of its own library
             if attempt == TRIES - 1 or disk_trouble(error):
                 raise
-            if again:
-                print(f"[transfer] {again}: {_reason(error)}; trying again", flush=True)
+            print(f"[transfer] {arguments[-1]}: {_reason(error)}; trying again", file=sys.stderr, flush=True)
             time.sleep(FIRST_PAUSE_S * 2**attempt)
     raise AssertionError("not reached")
 
@@ -251,5 +292,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()[:16]
+def key_of(text: str) -> str:
+    """A name for files in the cache that depends on all of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote_file import RemoteFile, openable, pointed_at
 from shodh_moe.base.text import printable_tree
 
 CPU_SECONDS = 10  # a sound file takes milliseconds
@@ -47,7 +48,7 @@ def inspected(path: Path) -> dict[str, Any]:
         return _sound[key]
     if status.st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or generate it again")
-    if not _has_signature(path, status.st_size):
+    if pointed_at(path) is None and not _has_signature(path, status.st_size):
         raise UserError(f"{path} is not an HDF5 file: remove it from the folder or convert it to the_well's format")
     found = printable_tree(_ask(path.absolute()))
     if "refused" in found:
@@ -76,13 +77,19 @@ def opened(path: Path) -> Iterator[h5py.File]:
         UserError: like `inspected`, or HDF5 reports an error within the block.
     """
     inspected(path)
+    source = openable(path)
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(source, "r") as file:
             yield file
     except BlockingIOError as error:
         raise UserError(f"{path} is locked: another process is writing it; wait until it has finished") from error
     except (OSError, KeyError, RuntimeError, ValueError) as error:
+        if isinstance(source, RemoteFile) and source.error:
+            raise source.error from error
         raise UserError(_sentence(path, f"is damaged or unreadable ({' '.join(str(error).split())[:200]})")) from error
+    finally:
+        if isinstance(source, RemoteFile):
+            source.close()
 
 
 def _sentence(path: Path, what: str) -> str:

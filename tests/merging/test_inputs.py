@@ -218,7 +218,7 @@ def test_weights_in_training_checkpoints(capsys: pytest.CaptureFixture[str]) -> 
     for content, message in [
         ({"generator": state, "discriminator": state}, "tensors under 'generator', 'discriminator'"),
         ({"model": state, "state_dict": state}, "tensors under 'model', 'state_dict'"),
-        ({"model": {**state, "f": len}, "step": 3}, "'model': 'f' is builtins.len, not a dense tensor"),
+        ({"model": {**state, "f": len}, "step": 3}, "'model': 'f' is len, not a dense tensor"),
         ({"w": torch.ones(2), "step": 3}, "'step' is int, not a dense tensor"),
         ({"w": torch.eye(2).to_sparse()}, "_rebuild_sparse_tensor"),
         (nn.Linear(2, 2), "an object of torch.nn.modules.linear.Linear, whose code is not in the file"),

@@ -28,18 +28,10 @@ BLOCK = 16 << 20  # bytes of one request
 TRIES = 3
 FIRST_PAUSE_S = 0.5  # doubled after every try
 # What file systems tell about a file that differs after a change; each tells some of these.
-VERSION = (
-    "ETag",
-    "etag",
-    "VersionId",
-    "generation",
-    "md5Hash",
-    "checksum",
-    "blob_id",
-    "mtime",
-    "LastModified",
-    "created",
-)
+VERSION = {
+    *("ETag", "etag", "VersionId", "generation", "md5Hash", "Content-MD5", "Digest", "checksum", "blob_id", "sha"),
+    *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modificationTime", "created"),
+}
 
 _checked: set[tuple[int, str]] = set()  # process ids, and files whose version that process has compared
 
@@ -89,7 +81,7 @@ def local_copy(url: str) -> Path:
                 raise UserError(f"the server of {url} does not tell its size: download it yourself")
             version = _version(found)
             part, record = target.with_name(f".{name}.part"), target.with_name(f".{name}.json")
-            if _read_record(record) != {"url": url, **version}:
+            if _read_record(record) != {"url": url, **version} or not tells_version(version):
                 for old in (target, part):
                     old.unlink(missing_ok=True)
                 write_text(record, json.dumps({"url": url, **version}))
@@ -211,6 +203,11 @@ def _remote_files(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     return {name[len(root) + 1 :]: _version(info) for name, info in found.items()}
 
 
+def tells_version(version: dict[str, Any]) -> bool:
+    """Whether a change of the file would show; a server may tell nothing but the size."""
+    return version.keys() != {"bytes"}
+
+
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two versions agree in all that both tell; the list of a folder may tell less than a file does."""
     return all(a[key] == b[key] for key in a.keys() & b.keys())
@@ -271,7 +268,8 @@ def _explained(url: str) -> Iterator[None]:
         if reason := disk_trouble(error):
             raise UserError(f"cannot write to {cache_folder()}: {reason}") from error
         raise UserError(
-            f"the transfer of {url} broke ({_reason(error)}): run the same command again to go on"
+            f"the transfer of {url} broke ({_reason(error)}): "
+            "check the connection and your credentials, and run the same command again to go on"
         ) from error
 
 
@@ -281,7 +279,7 @@ def _reason(error: BaseException) -> str:
 
 def _version(found: dict[str, Any]) -> dict[str, Any]:
     """What tells a version of a file from another: its size, and whatever else the file system knows."""
-    return {"bytes": found["size"], **{key: str(found[key]) for key in VERSION if found.get(key) is not None}}
+    return {"bytes": found["size"], **{key: str(found[key]) for key in sorted(VERSION) if found.get(key) is not None}}
 
 
 def _read_record(path: Path) -> dict[str, Any]:

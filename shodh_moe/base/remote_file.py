@@ -7,6 +7,7 @@ a sparse file, so that no block is transferred twice, also by other processes.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import write_text
+from shodh_moe.base.files import disk_trouble, write_text
 from shodh_moe.base.lock import making
-from shodh_moe.base.remote import cache_folder, key_of, list_versions, local_copy, read_range
+from shodh_moe.base.remote import cache_folder, key_of, list_versions, local_copy, read_range, tells_version
 
 MARK = "shodh_moe: pointer to a remote file\n"
 BLOCK = 1 << 16  # bytes that are kept together; neighbouring blocks are transferred in one request
@@ -45,6 +46,8 @@ def mirror(url: str, large: tuple[str, ...]) -> Path:
                 if not path.exists() or path.read_bytes() != copy.read_bytes():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(copy.read_bytes())
+            elif not tells_version(version):
+                raise UserError(f"the server of {url} tells no versions of its files: copy the dataset")
             elif not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
                 write_text(path, text)
         for path in [one for one in folder.rglob("*") if one.is_file()]:
@@ -81,15 +84,16 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, found: dict[str, Any]):
         self._found, self._size = found, int(found["bytes"])
         self.error: UserError | None = None
-        name = cache_folder() / "blocks" / key_of(json.dumps(found, sort_keys=True))
+        name = cache_folder() / "blocks" / key_of(json.dumps([BLOCK, found], sort_keys=True))
         name.parent.mkdir(parents=True, exist_ok=True)
         count = -(-self._size // BLOCK)
         self._at = 0
         self._data = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
         self._there = os.open(name.with_suffix(".there"), os.O_RDWR | os.O_CREAT, 0o666)
-        if os.fstat(self._data).st_size != self._size or os.fstat(self._there).st_size != count:
-            os.ftruncate(self._there, count)  # a byte for each block, 1 once it is in the file
+        if os.fstat(self._data).st_size != self._size:  # it is new, or was removed
+            os.ftruncate(self._there, 0)
             os.ftruncate(self._data, self._size)
+        os.ftruncate(self._there, count)  # a byte for each block, 1 once it is in the file
 
     def readable(self) -> bool:
         return True
@@ -110,15 +114,19 @@ class RemoteFile(io.RawIOBase):
             return 0
         try:
             self._fetch(self._at, self._at + len(out))
+            done = 0
+            while done < len(out):  # h5py does not notice a short read
+                count = os.preadv(self._data, [out[done:]], self._at + done)
+                if not count:
+                    raise OSError(errno.EIO, "the cached file was cut")
+                done += count
         except UserError as error:
             self.error = self.error or error
             raise
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._data, [out[done:]], self._at + done)
-            if not count:
-                raise OSError(f"{self._found['url']}: its cache was cut; remove {cache_folder() / 'blocks'}")
-            done += count
+        except OSError as error:
+            reason = disk_trouble(error) or error.strerror
+            self.error = UserError(f"cannot keep {self._found['url']} in {cache_folder()}: {reason}")
+            raise self.error from error
         self._at += done
         return done
 
@@ -130,7 +138,9 @@ class RemoteFile(io.RawIOBase):
         for low, high in edges.reshape(-1, 2) + first:
             offset = int(low) * BLOCK
             data = read_range(self._found, offset, min(int(high) * BLOCK, self._size))
-            os.pwrite(self._data, data, offset)
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._data, data[done:], offset + done)
             os.fdatasync(self._data)  # before the mark, which must never outlive the data
             os.pwrite(self._there, bytes([1]) * int(high - low), int(low))
 

@@ -16,6 +16,7 @@ import pytest
 from shodh_moe.base import remote
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote import is_url, list_folder, local_copy, upload_folder
+from shodh_moe.base.remote_file import mirror
 from tests.object_server import ACCESS, ObjectServer, object_server
 
 BLOCK = 1 << 16
@@ -225,3 +226,15 @@ def test_other_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "folder/x").write_bytes(b"4")
     upload_folder(tmp_path / "folder", "memory://remote/b", "x")
     assert fs.cat("/remote/b/x") == b"4"
+
+
+def test_a_server_that_tells_no_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the cache may be out of date, so it is not used."""
+    monkeypatch.setenv("SHODH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "VERSION", set())
+    fs = fsspec.filesystem("memory")
+    for data in (b"1", b"2"):
+        fs.pipe("/silent/x.h5", data)
+        assert local_copy("memory://silent/x.h5").read_bytes() == data
+    with pytest.raises(UserError, match="tells no versions"):
+        mirror("memory://silent", (".h5",))

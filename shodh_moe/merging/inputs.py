@@ -99,8 +99,20 @@ def open_input(path: str) -> InputModel:
     Raises:
         UserError: the input does not exist, a file is missing or damaged (names it), or a pickle has no state dict.
     """
+    if not is_url(path):
+        return _open(path, Path(path))
+    where = _fetched(path)
     try:
-        where = _fetched(path) if is_url(path) else Path(path)
+        return _open(path, where)
+    except UserError as error:
+        here, there = where.parent, path.rstrip("/")
+        if where.name == there.rpartition("/")[2]:  # else the file is in the folder at the URL
+            there = there.rpartition("/")[0]
+        raise UserError(str(error).replace(str(here), there)) from error
+
+
+def _open(path: str, where: Path) -> InputModel:
+    try:
         if where.is_file():
             return _file(path, where)
         if (where / STATE).is_file():
@@ -193,6 +205,8 @@ def _described(path: str, files: list[Path]) -> InputModel:
             count = math.prod(shape)
             extents = (Extent(0, count, number, offset),) if count else ()
             model.tensors[name] = Stored(dtype, shape, extents, strides)
+    if not model.tensors:
+        raise UserError(f"{path} contains no tensors: give a model's file")
     return model
 
 

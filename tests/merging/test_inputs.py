@@ -239,6 +239,9 @@ def test_files_that_are_no_models_are_named() -> None:
     with zipfile.ZipFile("zipped.pt") as archive, zipfile.ZipFile("deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
         for one in archive.infolist():
             deflated.writestr(one.filename, archive.read(one))
+    save_file({}, "none.safetensors")
+    Path("index.json").write_text('{"weight_map": {}}')
+    Path("index.json").rename("none.safetensors.index.json")
     Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     Path("page.pt").write_text("<!DOCTYPE html><html>404</html>")
     Path("plain.pt").write_bytes(pickle.dumps({"w": 1}))
@@ -250,6 +253,8 @@ def test_files_that_are_no_models_are_named() -> None:
         ("deflated.pt", "compressed again"),
         ("pointer.safetensors", "git lfs pull"),
         ("page.pt", "web page"),
+        ("none.safetensors", "no tensors"),
+        ("none.safetensors.index.json", "no tensors"),
         ("plain.pt", "a pickle, but not one of torch.save"),
     ]:
         with pytest.raises(UserError, match=f"{name} .*{message}"):

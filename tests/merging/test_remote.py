@@ -90,6 +90,16 @@ def test_remote_models_that_are_not_there_and_remote_outputs(bucket: ObjectServe
     save(network(), Path("low.safetensors"))
     with pytest.raises(UserError, match=r"s3://bucket/absent does not exist"):
         merged(Path(), "linear", ["s3://bucket/absent"], parameters={"weight": 1})
+    Path("low.safetensors").rename("whole.safetensors")
+    Path("low.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-10])
+    Path("folder").mkdir()
+    Path("folder/model.safetensors").write_bytes(Path("low.safetensors").read_bytes())
+    put("low.safetensors")
+    put("folder")
+    for path in ("low.safetensors", "folder"):
+        with pytest.raises(UserError, match=r"^s3://bucket/\S*\.safetensors is truncated"):
+            merged(Path(), "linear", [f"s3://bucket/{path}"], parameters={"weight": 1})
+    Path("whole.safetensors").replace("low.safetensors")
     Path("empty").mkdir()
     Path("empty/notes.txt").touch()
     put("empty")

@@ -24,11 +24,12 @@ from shodh_moe.base.lock import making
 from shodh_moe.base.remote import cache_folder, key_of, list_versions, local_copy, read_range, tells_version
 
 MARK = "shodh_moe: pointer to a remote file\n"
+READ_IN_PARTS = (".hdf5", ".h5")
 BLOCK = 1 << 16  # bytes that are kept together; neighbouring blocks are transferred in one request
 
 
-def mirror(url: str, large: tuple[str, ...]) -> Path:
-    """Return a folder in the cache for a remote one: pointers to its files with these endings, copies of all others.
+def mirror(url: str) -> Path:
+    """Return a folder in the cache for a remote one: pointers to its HDF5 files, and copies of all others.
 
     Raises:
         UserError: there is no folder at the URL, or it cannot be reached.
@@ -40,7 +41,7 @@ def mirror(url: str, large: tuple[str, ...]) -> Path:
     with making(folder, "download", run=""):
         for name, version in versions.items():
             path, text = folder / name, MARK + json.dumps({"url": f"{url.rstrip('/')}/{name}", **version}, indent=1)
-            if not name.endswith(large):
+            if not name.endswith(READ_IN_PARTS):
                 text = ""
                 copy = local_copy(f"{url.rstrip('/')}/{name}")
                 if not path.exists() or path.read_bytes() != copy.read_bytes():
@@ -54,6 +55,17 @@ def mirror(url: str, large: tuple[str, ...]) -> Path:
             if str(path.relative_to(folder)) not in versions:
                 path.unlink()
     return folder
+
+
+def local_folder(place: Path | str) -> Path:
+    """Return a path as it is, and the `mirror` of a URL."""
+    return mirror(place) if isinstance(place, str) else place
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of the file that a pointer stands for."""
+    found = pointed_at(path)
+    return path.stat().st_size if found is None else int(found["bytes"])
 
 
 def pointed_at(path: Path) -> dict[str, Any] | None:

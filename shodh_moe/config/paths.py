@@ -27,7 +27,6 @@ from shodh_moe.config.content import content_of, list_dataset, times_of
 DATA_VERSION = 1
 TOKENIZER_VERSION = 2
 LATENTS_VERSION = 2
-DATA_ENDINGS = (".hdf5", ".h5")  # files of a dataset at a URL that are read in parts
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def resolve_paths(config: Config) -> Paths:
     if not data.path:
         data_id = fingerprint(DATA_VERSION, settings_that_change(data, "data"))
         return _paths(config, Path(data.root) / f"{data.name}-{data_id}", data_id)
-    dataset = mirror(data.path, DATA_ENDINGS) if is_url(data.path) else _existing(data.path, "data.path")
+    dataset = mirror(data.path) if is_url(data.path) else _existing(data.path, "data.path")
     # Earlier versions identified a dataset by the times of its files. Their artefacts are used while the times last.
     listing = list_dataset(dataset)
     earlier = _paths(config, dataset, times_of(dataset, listing))

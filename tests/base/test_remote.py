@@ -237,4 +237,4 @@ def test_a_server_that_tells_no_versions(tmp_path: Path, monkeypatch: pytest.Mon
         fs.pipe("/silent/x.h5", data)
         assert local_copy("memory://silent/x.h5").read_bytes() == data
     with pytest.raises(UserError, match="tells no versions"):
-        mirror("memory://silent", (".h5",))
+        mirror("memory://silent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 from shodh_moe.base import remote
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote_file import BLOCK, mirror, pointed_at
-from shodh_moe.config.paths import DATA_ENDINGS, resolve_paths
+from shodh_moe.cli import main
+from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, opening, read_snapshots, read_trajectory, write_trajectory
 from shodh_moe.data.direct import find_places
 from shodh_moe.data.opening import opened
@@ -76,7 +78,7 @@ def put(path: str) -> None:
 
 
 def test_a_remote_dataset_has_the_values_of_the_local_one(server: ObjectServer) -> None:
-    folder = mirror(URL, DATA_ENDINGS)
+    folder = mirror(URL)
     assert (folder / "stats.yaml").read_text() == "a: 1\n"
     [there], [here] = list_trajectories(folder, "train"), list_trajectories("set", "train")
     assert (there.n_snapshots, there.grid, there.domain) == (here.n_snapshots, here.grid, here.domain)
@@ -93,7 +95,7 @@ def test_a_remote_dataset_has_the_values_of_the_local_one(server: ObjectServer) 
 def test_only_what_is_read_is_transferred_and_only_once(server: ObjectServer) -> None:
     size = Path("set/data/train/a.hdf5").stat().st_size
     assert size > T * SNAPSHOT
-    [record] = list_trajectories(mirror(URL, DATA_ENDINGS), "train")
+    [record] = list_trajectories(mirror(URL), "train")
     described = server.sent[FILE]
     assert described <= 6 * BLOCK
     fields, solid = read_snapshots(record, 1, 2)
@@ -117,7 +119,7 @@ def test_only_what_is_read_is_transferred_and_only_once(server: ObjectServer) ->
 
 
 def test_a_broken_transfer_is_no_damage(server: ObjectServer) -> None:
-    [record] = list_trajectories(mirror(URL, DATA_ENDINGS), "train")
+    [record] = list_trajectories(mirror(URL), "train")
     server.fail_after = 0
     with pytest.raises(UserError, match=r"the transfer of s3://bucket/set/data/train/a.hdf5 broke"):
         read_snapshots(record)
@@ -128,11 +130,11 @@ def test_a_broken_transfer_is_no_damage(server: ObjectServer) -> None:
     shutil.rmtree(Path(os.environ["SHODH_CACHE"]) / "blocks")
     server.fail_after = 0
     with pytest.raises(UserError, match=r"the transfer of s3://bucket/set/data/train/a.hdf5 broke"):
-        list_trajectories(mirror(URL, DATA_ENDINGS), "train")
+        list_trajectories(mirror(URL), "train")
 
 
 def test_changed_files_are_noticed(server: ObjectServer) -> None:
-    folder = mirror(URL, DATA_ENDINGS)
+    folder = mirror(URL)
     before = pointed_at(folder / "data/train/a.hdf5")
     write(Path("set/data/train/a.hdf5"), 1)
     write(Path("set/data/train/b.hdf5"), 2)
@@ -142,13 +144,13 @@ def test_changed_files_are_noticed(server: ObjectServer) -> None:
         opened(folder / "data/train/a.hdf5"),
     ):
         pass
-    assert mirror(URL, DATA_ENDINGS) == folder
+    assert mirror(URL) == folder
     assert pointed_at(folder / "data/train/a.hdf5") != before
     assert len(list_trajectories(folder, "train")) == 2
     fsspec.filesystem("s3", skip_instance_cache=True).rm("bucket/set/data/train/b.hdf5")
-    assert len(list_trajectories(mirror(URL, DATA_ENDINGS), "train")) == 1
+    assert len(list_trajectories(mirror(URL), "train")) == 1
     with pytest.raises(UserError, match=r"s3://bucket/none does not exist"):
-        mirror("s3://bucket/none", DATA_ENDINGS)
+        mirror("s3://bucket/none")
 
 
 def test_a_config_may_name_a_url(server: ObjectServer) -> None:
@@ -160,3 +162,17 @@ def test_a_config_may_name_a_url(server: ObjectServer) -> None:
     write(Path("set/data/train/a.hdf5"), 1)
     put("set")
     assert resolve_paths(made).data_id != paths.data_id
+
+
+def test_the_commands_that_inspect_datasets_take_a_url(
+    server: ObjectServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for place in ("set", URL):
+        assert main(["data", "info", "--json", place]) == 0
+        found.append({key: value for key, value in json.loads(capsys.readouterr().out).items() if key != "path"})
+    assert found[0] == found[1]
+    assert str(Path("set/data/train/a.hdf5").stat().st_size) in json.dumps(found[1])
+    assert main(["data", "preview", URL, "--output", "pictures"]) == 0
+    assert list(Path("pictures").iterdir())
+    assert server.sent[FILE] <= Path("set/data/train/a.hdf5").stat().st_size  # nothing was transferred twice

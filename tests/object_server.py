@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
+
+import fsspec
+import pytest
+from s3fs import S3FileSystem
+
+from shodh_moe.base import remote
 
 ACCESS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -42,6 +49,22 @@ class ObjectServer:
         self.sent.clear()
         self.requests.clear()
         self.fail_after = None
+
+
+def fresh_bucket(server: ObjectServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this test and its processes use the server, with an empty ``s3://bucket`` and an empty cache in ``folder``."""
+    server.reset()
+    for name, value in {**ACCESS, "AWS_ENDPOINT_URL": server.url, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SHODH_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "_checked", set())
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    S3FileSystem.clear_instance_cache()  # one of another server
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    if fs.exists("bucket"):
+        fs.rm("bucket", recursive=True)
+    fs.mkdir("bucket")
 
 
 @contextmanager

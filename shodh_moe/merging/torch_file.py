@@ -220,13 +220,13 @@ def _flat(file: Path, content: dict[Any, Any], where: str) -> tuple[dict[str, _T
     others = {name: value for name, value in content.items() if name not in tensors}
     # torch and neuraloperator keep facts about modules beside the tensors, under these keys.
     facts = [name for name in others if isinstance(name, str) and name.split(".")[-1] in ("_metadata", "_extra_state")]
-    if not tensors:
-        raise UserError(f"{file} contains a dict without tensors, not a state dict: {SAVE_STATE_DICT}")
     if other := next((name for name in others if name not in facts), None):
         raise UserError(
             f"{file} is not a plain state dict: {where}{other!r} is {_kind(others[other])}, not a dense tensor: "
             "load it, and save it again as torch.save({k: v for k, v in loaded.items() if torch.is_tensor(v)}, NEW)"
         )
+    if not tensors:
+        raise UserError(f"{file} contains a dict without tensors, not a state dict: {SAVE_STATE_DICT}")
     return tensors, [f"{file}: {where}{name!r} is not a tensor, and not used" for name in facts]
 
 

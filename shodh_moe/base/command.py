@@ -17,6 +17,7 @@ from shodh_moe.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_UNREAD, EXIT_USER
 from shodh_moe.base.files import disk_trouble
 from shodh_moe.base.output import ReaderGone, guarded_output
 from shodh_moe.base.paths import expand
+from shodh_moe.base.remote import is_url
 from shodh_moe.base.text import printable
 
 EXIT_INTERRUPTED = 130
@@ -56,8 +57,17 @@ def path_text(text: str) -> str:
 
 
 def path_option(text: str) -> Path:
-    """Like `path_text`, as a `Path`."""
-    return Path(path_text(text))
+    """Like `path_text`, as a `Path`; a URL is refused."""
+    expanded = path_or_url(text)
+    if isinstance(expanded, str):
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and only a local path is possible here")
+    return expanded
+
+
+def path_or_url(text: str) -> Path | str:
+    """Like `path_option`; a URL stays a text, because a path would lose one of its slashes."""
+    expanded = path_text(text)
+    return expanded if is_url(expanded) else Path(expanded)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from shodh_moe.base.command import path_option
+from shodh_moe.base.command import path_option, path_or_url
 from shodh_moe.base.errors import EXIT_DONE, EXIT_USER_ERROR
 from shodh_moe.base.text import printable
 from shodh_moe.cli.common import add_command, add_debug, add_group, add_tokenizer_option
@@ -24,7 +24,8 @@ def add_checkpoint(commands: Any) -> None:
         step = add_command(steps, name, text, f"example: shodh checkpoint {name} runs/trial{end}", work)
         step.add_argument("path", type=path_option, metavar="PATH", help="a checkpoint or a run folder")
         if name == "export":
-            step.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="new folder")
+            about = "new folder; also a URL, such as s3://bucket/trial_model"
+            step.add_argument("--output", type=path_or_url, required=True, metavar="FOLDER", help=about)
             add_tokenizer_option(step)
         add_debug(step)
 

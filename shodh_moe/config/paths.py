@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote import is_url
+from shodh_moe.base.remote_file import mirror
 from shodh_moe.base.section import settings_that_change
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
@@ -55,7 +57,7 @@ def resolve_paths(config: Config) -> Paths:
     if not data.path:
         data_id = fingerprint(DATA_VERSION, settings_that_change(data, "data"))
         return _paths(config, Path(data.root) / f"{data.name}-{data_id}", data_id)
-    dataset = _existing(data.path, "data.path")
+    dataset = mirror(data.path) if is_url(data.path) else _existing(data.path, "data.path")
     # Earlier versions identified a dataset by the times of its files. Their artefacts are used while the times last.
     listing = list_dataset(dataset)
     earlier = _paths(config, dataset, times_of(dataset, listing))

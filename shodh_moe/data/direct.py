@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.remote_file import pointed_at
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import LARGEST, TrajectoryRecord
 from shodh_moe.kernels.compiled import compiled
@@ -52,6 +53,8 @@ def find_places(record: TrajectoryRecord) -> Places | None:
     """
     try:
         before = _stamp(os.stat(record.path))
+        if pointed_at(record.path) is not None:
+            return None
     except OSError:
         return None
     with opened(record.path) as file:

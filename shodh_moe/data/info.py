@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote_file import size_of
 from shodh_moe.base.text import printable, printable_tree
 from shodh_moe.data.listing import files_of, open_file
 from shodh_moe.data.opening import opened
@@ -63,7 +64,7 @@ def _entry(split: str, domain: str, records: list[TrajectoryRecord]) -> dict[str
         "periodic": first.periodic,
         "spacing": first.spacing,
         "time_step": first.interval,
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(size_of(file) for file in files),
         "fields": _fields(files[0]),
         "ranges": _ranges(records),
         "scalars": _scalars(files),

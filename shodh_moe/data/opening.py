@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote_file import RemoteFile, openable, size_of
 from shodh_moe.base.text import printable_tree
 
 CPU_SECONDS = 10  # a sound file takes milliseconds
@@ -47,7 +48,8 @@ def inspected(path: Path) -> dict[str, Any]:
         return _sound[key]
     if status.st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or generate it again")
-    if not _has_signature(path, status.st_size):
+    # In a remote file this also finds out whether it can be reached, before the inspection's limits apply.
+    if not _has_signature(path):
         raise UserError(f"{path} is not an HDF5 file: remove it from the folder or convert it to the_well's format")
     found = printable_tree(_ask(path.absolute()))
     if "refused" in found:
@@ -76,13 +78,19 @@ def opened(path: Path) -> Iterator[h5py.File]:
         UserError: like `inspected`, or HDF5 reports an error within the block.
     """
     inspected(path)
+    source = openable(path)
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(source, "r") as file:
             yield file
     except BlockingIOError as error:
         raise UserError(f"{path} is locked: another process is writing it; wait until it has finished") from error
     except (OSError, KeyError, RuntimeError, ValueError) as error:
+        if isinstance(source, RemoteFile) and source.error:
+            raise source.error from error
         raise UserError(_sentence(path, f"is damaged or unreadable ({' '.join(str(error).split())[:200]})")) from error
+    finally:
+        if isinstance(source, RemoteFile):
+            source.close()
 
 
 def _sentence(path: Path, what: str) -> str:
@@ -94,11 +102,12 @@ def _sentence(path: Path, what: str) -> str:
     return joined if ": " in what or "; " in what else f"{joined}: copy or generate it again"
 
 
-def _has_signature(path: Path, size: int) -> bool:
+def _has_signature(path: Path) -> bool:
     """Look for the HDF5 signature at bytes 0, 512, 1024, 2048, ... as the library does."""
     try:
-        with open(path, "rb") as file:
-            at = 0
+        source = openable(path)
+        with source if isinstance(source, RemoteFile) else open(path, "rb") as file:
+            at, size = 0, size_of(path)
             while at < size:
                 file.seek(at)
                 if file.read(len(_SIGNATURE)) == _SIGNATURE:

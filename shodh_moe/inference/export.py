@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,17 +21,35 @@ import yaml
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256, whole_folder
+from shodh_moe.base.remote import cache_folder, require_free, upload_folder
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_models
 from shodh_moe.inference.model_card import model_card
 
+DESCRIPTION = "export.json"
 
-def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
-    """Write the model of a checkpoint or run folder to the new folder ``output``, and return that folder.
+
+def export(path: Path, output: Path | str, tokenizer: Path | None = None) -> Path | str:
+    """Write the model of a checkpoint or run folder to the new folder ``output``, a path or a URL, and return it.
+
+    A folder at a URL is complete if it has ``export.json``. After a broken transfer, the same call goes on with the
+    files that are missing.
 
     Raises:
         UserError: there is no intact checkpoint or no tokenizer, ``output`` exists, or it cannot be written.
     """
+    if isinstance(output, str):
+        require_free(output, DESCRIPTION)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache_folder(), prefix="export-") as folder:
+            _write(path, Path(folder, "model"), tokenizer)
+            upload_folder(Path(folder, "model"), output, DESCRIPTION)
+        return output
+    _write(path, output, tokenizer)
+    return output
+
+
+def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     if output.exists():
         raise UserError(f"{output} exists: give --output a new folder, or remove it")
     source = find_source(path, tokenizer)
@@ -62,8 +81,7 @@ def export(path: Path, output: Path, tokenizer: Path | None = None) -> Path:
             "versions": describe_environment()["packages"],
             "sha256": {str(file.relative_to(folder)): sha256(file) for file in files},
         }
-        (folder / "export.json").write_text(json.dumps(described, indent=2) + "\n")
-    return output
+        (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _metrics(source: ModelSource, weights_sha256: str) -> dict[str, Any] | None:

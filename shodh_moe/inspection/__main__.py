@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote_file import RemoteFile, openable
 from shodh_moe.inspection.flow import describe
 from shodh_moe.inspection.structure import check_structure, one_line
 
@@ -26,8 +27,10 @@ def inspect(path: str) -> dict[str, Any]:
         {"flow": result of `describe`}, {"no_flow": reason} for a sound file of another kind, or {"refused": reason}.
         A reason completes a sentence that begins with the file's path.
     """
+    source: Path | RemoteFile = Path(path)
     try:
-        with h5py.File(path, "r") as file:
+        source = openable(Path(path))
+        with h5py.File(source, "r") as file:
             check_structure(file)
             try:
                 return {"flow": describe(file, Path(path).parent.name)}
@@ -38,6 +41,8 @@ def inspect(path: str) -> dict[str, Any]:
     except BlockingIOError:
         return {"refused": "is locked: another process is writing it; wait until it has finished"}
     except Exception as error:
+        if isinstance(source, RemoteFile) and source.error:
+            return {"refused": str(source.error)}
         if "truncated" in str(error):
             return {"refused": "is truncated"}
         return {"refused": f"is damaged or unreadable ({one_line(error)})"}

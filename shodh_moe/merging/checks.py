@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
+from shodh_moe.base.remote import is_url
 from shodh_moe.config.compare import differing_model_keys
 from shodh_moe.merging.inputs import InputModel
 from shodh_moe.merging.layout import OutputFile
@@ -23,8 +25,8 @@ def require_same_tensors(reference: InputModel, other: InputModel) -> None:
     ours, theirs = reference.tensors, other.tensors
     if missing := [name for name in ours if name not in theirs]:
         raise UserError(
-            f"{other.path} misses tensor {missing[0]}{_more(missing)}, which is in {reference.file_of(missing[0])}: "
-            "merge models of one architecture"
+            f"{other.path} misses tensor {missing[0]}{_more(missing)}, which is in {reference.file_of(missing[0])}"
+            f"{_near(missing[0], theirs)}: merge models of one architecture"
         )
     if extra := [name for name in theirs if name not in ours]:
         raise UserError(
@@ -40,6 +42,13 @@ def require_same_tensors(reference: InputModel, other: InputModel) -> None:
                 f"tensor {name}{_more(differing)} has {what} {texts[0]} in {other.file_of(name)} and {texts[1]} in "
                 f"{reference.file_of(name)}: {remedy}"
             )
+
+
+def _near(name: str, others: Iterable[str]) -> str:
+    """Name a tensor that differs from ``name`` only by a prefix."""
+    near = (one for one in others if one.endswith(f".{name}") or name.endswith(f".{one}"))
+    found = next(near, None)
+    return f" (it has {found} instead, with other tensors beside)" if found else ""
 
 
 def _more(names: list[str]) -> str:
@@ -72,9 +81,13 @@ def require_matches(conditions: list[Conditional], names: list[str]) -> None:
 
 
 def require_apart(output: Path, inputs: list[str]) -> None:
-    """Check that the output is apart from all inputs. Raises: UserError: one contains the other."""
+    """Check that the output is local and apart from all inputs. Raises: UserError: it is not."""
+    if is_url(str(output).replace(":/", "://", 1)):  # a path has lost one of the slashes
+        raise UserError(f"the output {output} is a URL: give a local folder, and copy it there afterwards")
     place = output.resolve()
     for path in inputs:
+        if is_url(path):
+            continue
         given = Path(path).resolve()
         if place == given or place in given.parents or given in place.parents:
             raise UserError(f"the output {output} and the input {path} contain each other: choose another output")

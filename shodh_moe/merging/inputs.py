@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote import is_url, list_folder, local_copy
 from shodh_moe.checkpoint import CheckpointReader, checkpoints_at, damage
 from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
-from shodh_moe.merging.safetensors_file import CODES, Damaged, read_header
+from shodh_moe.merging.file_format import file_format
+from shodh_moe.merging.safetensors_file import Damaged, read_header
+from shodh_moe.merging.torch_file import TensorPlace, read_state_dict
 
 INDEX = "model.safetensors.index.json"
 MODEL = "model/"  # prefix of the names of weights in a checkpoint
+# Endings of the files that may be a folder's model, and their usual names, in the order of preference.
+PREFERRED = (
+    (".safetensors.index.json", (INDEX, "diffusion_pytorch_model.safetensors.index.json")),
+    (".safetensors", ("model.safetensors", "diffusion_pytorch_model.safetensors")),
+    (".bin.index.json", ("pytorch_model.bin.index.json", "diffusion_pytorch_model.bin.index.json")),
+    ((".pt", ".pth", ".bin", ".ckpt", ".pth.tar"), ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.pt")),
+)
 
 
 class Extent(NamedTuple):
@@ -35,11 +43,17 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor and its location in the files."""
+    """A tensor and its location in the files.
+
+    Attributes:
+        strides: distance of neighbours along each dimension, in elements from the one extent's offset on; None if the
+            elements are in order.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
+    strides: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -61,6 +75,7 @@ class InputModel:
         tensors: by name, in the order of the files; for a checkpoint only ``model/*`` without this prefix, sorted.
         sha256: hash of each file if already known and checked (from a checkpoint's ``state.json``).
         state: a checkpoint's ``state.json``.
+        notes: what the user should know about how it was read.
     """
 
     path: str
@@ -69,6 +84,7 @@ class InputModel:
     tensors: dict[str, Stored]
     sha256: dict[str, str] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def file_of(self, name: str) -> Path:
         """The file that contains the first element of a tensor."""
@@ -77,22 +93,32 @@ class InputModel:
 
 
 def open_input(path: str) -> InputModel:
-    """Describe a safetensors file, a folder with one (or several and an index), a torch state dict, an exported model,
-    or a checkpoint of this project.
+    """Describe a safetensors file, a state dict of torch, an index of several of them, a folder with one of these, an
+    exported model, or a checkpoint of this project, by its path or URL.
 
     Raises:
-        UserError: the input does not exist, a file is missing or damaged (names it), or a pickle has other content.
+        UserError: the input does not exist, a file is missing or damaged (names it), or a pickle has no state dict.
     """
-    where = Path(path)
+    if not is_url(path):
+        return _open(path, Path(path))
+    where = _fetched(path)
+    try:
+        return _open(path, where)
+    except UserError as error:
+        here, there = where.parent, path.rstrip("/")
+        if where.name == there.rpartition("/")[2]:  # else the file is in the folder at the URL
+            there = there.rpartition("/")[0]
+        raise UserError(str(error).replace(str(here), there)) from error
+
+
+def _open(path: str, where: Path) -> InputModel:
     try:
         if where.is_file():
-            return _pt(path, where) if where.suffix in (".pt", ".pth", ".bin") else _safetensors(path, [where])
+            return _file(path, where)
         if (where / STATE).is_file():
             return _checkpoint(path, where)
-        if where.name.endswith(".index.json") or (where / INDEX).is_file():
-            return _indexed(path, where)
         if where.is_dir():
-            return _only_file(path, where)
+            return _file(path, where / choose_file(path, [one.name for one in where.iterdir() if one.is_file()]))
     except Damaged as error:
         raise UserError(f"{error}: copy it or create it again") from None
     except OSError as error:
@@ -102,113 +128,110 @@ def open_input(path: str) -> InputModel:
     )
 
 
-def verify_checkpoint(model: InputModel) -> None:
-    """Verify the hashes of a checkpoint's files. Raises: UserError: a file has changed."""
-    if model.kind == "checkpoint" and (reason := damage(Path(model.path))):
-        raise UserError(f"checkpoint {model.path} is refused: {reason}; use another one of its run")
+def _fetched(url: str) -> Path:
+    """Return a local copy of the files of a remote model; in a folder there may be others beside them."""
+    names = list_folder(url)
+    if names is None:
+        file = local_copy(url)
+        if file.name.endswith(".index.json"):
+            for name in sorted(set(read_index(file).values())):
+                local_copy(f"{url.rpartition('/')[0]}/{name}")
+        return file
+    if STATE in names:
+        files = [local_copy(f"{url.rstrip('/')}/{name}") for name in names]
+        return files[0].parent
+    return _fetched(f"{url.rstrip('/')}/{choose_file(url, names)}")
 
 
-def _safetensors(path: str, files: list[Path]) -> InputModel:
-    tensors: dict[str, Stored] = {}
-    for number, file in enumerate(files):
-        header = read_header(file)
-        for name, (dtype, shape, offset) in header.items():
-            if name in tensors:
-                raise UserError(
-                    f"{file}: tensor {name} is also in another file of {path}: remove the file that is left over"
-                )
-            count = math.prod(shape)
-            tensors[name] = Stored(dtype, shape, (Extent(0, count, number, offset),) if count else ())
-    return InputModel(path, "safetensors", files, tensors)
+def choose_file(path: str, names: list[str]) -> str:
+    """Choose the file of a folder's model: an index, or a single file of safetensors or torch.
 
+    Args:
+        path: the folder, for messages.
+        names: its files.
 
-def _indexed(path: str, folder: Path) -> InputModel:
-    try:
-        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(where.values()))
-        outside = next((name for name in names if Path(name).name != name), None)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{folder / INDEX} is damaged") from None
-    if outside:
-        raise UserError(f"{folder / INDEX} is refused: it names {outside}, outside its folder")
-    if missing := next((name for name in names if not (folder / name).is_file()), None):
-        raise UserError(f"{folder / missing} is named in {INDEX} but missing: copy the model again")
-    model = _safetensors(path, [folder / name for name in names])
-    if differing := sorted(model.tensors.keys() ^ where.keys()):
-        verb = "misses" if differing[0] in model.tensors else "names"
-        raise UserError(f"{folder / INDEX} {verb} tensor {differing[0]}, unlike its files: create it again")
-    return model
-
-
-def _only_file(path: str, folder: Path) -> InputModel:
-    usual = folder / "model.safetensors"
-    found = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
-    if len(found) > 1:
-        raise UserError(f"{path} has {len(found)} safetensors files and no {INDEX}: name one of them")
-    if found:
-        return _safetensors(path, found)
-    pickles = sorted(file for ending in ("pt", "pth", "bin") for file in folder.glob(f"*.{ending}"))
-    if len(pickles) == 1:
-        return _pt(path, pickles[0])
-    if checkpoints_at(folder) not in (None, [folder]):
+    Raises:
+        UserError: there is none, or there are several and none has the usual name.
+    """
+    for endings, usual in PREFERRED:
+        found = sorted(name for name in names if name.endswith(endings))
+        if chosen := next((name for name in usual if name in found), None):
+            return chosen
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"{path} has {len(found)} models, such as {found[0]} and {found[1]}: name one of the files")
+    if ".metadata" in names:
+        raise UserError(
+            f"{path} is a checkpoint of torch.distributed: convert it with "
+            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt`"
+        )
+    if "zero_to_fp32.py" in names:
+        raise UserError(
+            f"{path} is a checkpoint of DeepSpeed: convert it with `python {path}/zero_to_fp32.py {path} OUT`"
+        )
+    if checkpoints_at(Path(path)) not in (None, [Path(path)]):
         raise UserError(f"{path} is a run: name one of its checkpoints, such as {path}/checkpoints/STEP")
     raise UserError(f"{path} holds no model: name a safetensors file, a .pt state dict or a checkpoint")
 
 
-def _pt(path: str, file: Path) -> InputModel:
-    """Describe a plain state dict. Its tensors are memory-mapped to find their offsets, but not read."""
-    remedy = "save it again as torch.save(model.state_dict(), FILE), or as safetensors"
+def verify_checkpoint(model: InputModel) -> None:
+    """Verify the hashes of a checkpoint's files. Raises: UserError: a file has changed."""
+    if model.kind == "checkpoint" and (reason := damage(model.files[0].parent)):
+        raise UserError(f"checkpoint {model.path} is refused: {reason}; use another one of its run")
+
+
+def _file(path: str, file: Path) -> InputModel:
+    if file.name.endswith(".index.json"):
+        return _indexed(path, file)
+    return _described(path, [file])
+
+
+def _described(path: str, files: list[Path]) -> InputModel:
+    """Describe a model that is the tensors of all ``files``."""
+    model = InputModel(path, "safetensors", files, {})
+    for number, file in enumerate(files):
+        if file_format(file) == "pt":
+            model.kind = "pt"
+            found, notes = read_state_dict(file)
+            model.notes += notes
+        else:
+            found = {name: TensorPlace(*one, None) for name, one in read_header(file).items()}
+        for name, (dtype, shape, offset, strides) in found.items():
+            if name in model.tensors:
+                raise UserError(
+                    f"{file}: tensor {name} is also in another file of {path}: remove the file that is left over"
+                )
+            count = math.prod(shape)
+            extents = (Extent(0, count, number, offset),) if count else ()
+            model.tensors[name] = Stored(dtype, shape, extents, strides)
+    if not model.tensors:
+        raise UserError(f"{path} contains no tensors: give a model's file")
+    return model
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return the file name of each tensor from an index. Raises: Damaged, UserError: it is not one of a folder."""
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{file} contains objects other than tensors, which are not loaded: {remedy}") from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        text = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} is damaged, or in an old torch format ({text}): {remedy}") from None
-    if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{file} contains a {type(tensors).__name__} without tensors, not a state dict: {remedy}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_sparse:
-            what = type(tensor).__name__
-            raise UserError(f"{file} is not a plain state dict: {name!r} is a {what}, not a dense tensor: {remedy}")
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            raise UserError(f"{file}: tensor {name} is not contiguous: {remedy}")
-        if tensor.dtype not in CODES and tensor.dtype != torch.complex128:
-            raise UserError(f"{file}: tensor {name} has dtype {tensor.dtype}, which cannot be merged")
-    start = _mapped_at(file, tensors)
-    stored = {}
-    for name, tensor in tensors.items():
-        extent = Extent(0, tensor.numel(), 0, tensor.data_ptr() - start)
-        stored[name] = Stored(tensor.dtype, tuple(tensor.shape), (extent,) if tensor.numel() else ())
-    return InputModel(path, "pt", [file], stored)
+        where = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        outside = next((name for name in where.values() if Path(name).name != name), None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{file} is damaged: it is not the index of a model") from None
+    if outside:
+        raise UserError(f"{file} is refused: it names {outside}, outside its folder")
+    return dict(where)
 
 
-def zip_data_offset(raw: BinaryIO, record: zipfile.ZipInfo) -> int:
-    """Return the byte offset of an uncompressed record's data in the zip file that is open as ``raw``."""
-    # The data follow the local header, whose lengths may differ from those in the directory.
-    raw.seek(record.header_offset + 26)
-    lengths = raw.read(4)
-    name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-    return record.header_offset + 30 + name + extra
-
-
-def _mapped_at(file: Path, tensors: dict[str, torch.Tensor]) -> int:
-    """Return the address of the mapped file's first byte, from its storages' positions in the file and in memory."""
-    records = []
-    with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
-        for record in archive.infolist():
-            if "/data/" in record.filename and record.file_size:
-                records.append((zip_data_offset(raw, record), record.file_size))
-    storages = {(one.data_ptr(), one.nbytes()) for one in (t.untyped_storage() for t in tensors.values())}
-    addresses = sorted(one for one in storages if one[1])
-    records.sort()
-    starts = {address - offset for (address, _), (offset, _) in zip(addresses, records, strict=False)}
-    sizes_agree = [size for _, size in addresses] == [size for _, size in records]
-    if not addresses:
-        return 0
-    if len(starts) != 1 or not sizes_agree:
-        raise UserError(f"{file} does not have the layout of torch.save: save it again as safetensors")
-    return starts.pop()
+def _indexed(path: str, index: Path) -> InputModel:
+    where = read_index(index)
+    names = sorted(set(where.values()))
+    if missing := next((name for name in names if not (index.parent / name).is_file()), None):
+        raise UserError(f"{index.parent / missing} is named in {index.name} but missing: copy the model again")
+    model = _described(path, [index.parent / name for name in names])
+    if differing := sorted(model.tensors.keys() ^ where.keys()):
+        verb = "misses" if differing[0] in model.tensors else "names"
+        raise UserError(f"{index} {verb} tensor {differing[0]}, unlike its files: create it again")
+    return model
 
 
 def _checkpoint(path: str, folder: Path) -> InputModel:

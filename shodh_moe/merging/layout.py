@@ -13,8 +13,9 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.checkpoint.rank_file import DTYPES as CHECKPOINT_DTYPES
 from shodh_moe.checkpoint.state import piece_key, rank_file
-from shodh_moe.merging.inputs import INDEX, MODEL, zip_data_offset
+from shodh_moe.merging.inputs import INDEX, MODEL
 from shodh_moe.merging.safetensors_file import make_header
+from shodh_moe.merging.torch_file import zip_data_offset
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}  # dtype of a complex tensor's parts

@@ -36,6 +36,7 @@ def texts(
     written: dict[str, dict[str, Any]],
     inputs: dict[str, dict[str, Any]],
     reference: InputModel | None,
+    input_notes: list[str],
 ) -> dict[str, str]:
     """Return the text files of an output, by name: the manifest, and if needed the index or ``state.json``.
 
@@ -43,12 +44,19 @@ def texts(
         written: size, hash and facts of every file with tensors.
         inputs: size and hash of each input's files, by the input's path.
         reference: the checkpoint whose config a merged checkpoint inherits.
+        input_notes: how inputs were read.
     """
     notes = [
         f"{name} (not floating point) is taken from {fact['taken_from']}; it differs in {', '.join(fact['differs_in'])}"
         for record in written.values()
         for name, fact in record["facts"].items()
         if "taken_from" in fact
+    ]
+    notes += [
+        f"{name} has {fact['not_finite']} NaN or infinite values, equal in all models and copied"
+        for record in written.values()
+        for name, fact in record["facts"].items()
+        if "not_finite" in fact
     ]
     hashes = {name: {"bytes": one["bytes"], "sha256": one["sha256"]} for name, one in written.items()}
     manifest = {
@@ -59,7 +67,7 @@ def texts(
         "inputs": {path: {"role": _role(target, path), "files": inputs[path]} for path in target.paths},
         **drift_of(target, written),
         "outputs": hashes,
-        "notes": target.warnings + notes,
+        "notes": target.warnings + input_notes + notes,
         "versions": versions(),
     }
     result = {**index_of(files), MANIFEST: json.dumps(manifest, indent=2) + "\n"}

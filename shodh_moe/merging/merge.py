@@ -19,6 +19,7 @@ from shodh_moe.merging import checks, drift, manifest
 from shodh_moe.merging.config import Target, load_targets
 from shodh_moe.merging.inputs import InputModel, Stored, open_input, verify_checkpoint
 from shodh_moe.merging.layout import Described, OutputFile, output_dtype, plan_files
+from shodh_moe.merging.names import without_wrappers
 from shodh_moe.merging.output import Output
 from shodh_moe.merging.reading import InputReader
 from shodh_moe.merging.settings import DISTANCE_LIMIT, Lookup
@@ -96,6 +97,9 @@ def merge_targets(targets: list[Target], limit: int, shard_bytes: int, rank: int
         limit, shard_bytes: ``memory_limit`` and ``out_shard_size`` in bytes.
     """
     plans, models = plan_targets(targets, shard_bytes)
+    for note in [note for model in models.values() for note in model.notes]:
+        if rank == 0:
+            print(f"[merge] {note}", flush=True)
     for warning in dict.fromkeys(f"{one.target.output}: {text}" for one in plans for text in one.target.warnings):
         if rank == 0:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -118,7 +122,8 @@ def plan_targets(targets: list[Target], shard_bytes: int) -> tuple[list[Plan], d
         UserError: as `merge`, for everything that is known before tensors are read.
     """
     require_distinct(targets)
-    models = {path: open_input(path) for path in sorted({path for target in targets for path in target.paths})}
+    paths = sorted({path for target in targets for path in target.paths})
+    models = dict(zip(paths, without_wrappers([open_input(path) for path in paths]), strict=True))
     plans = [Plan(target, models, shard_bytes) for target in targets]
     checks.require_space({plan.target.output: plan.files for plan in plans if not plan.made})
     return plans, models
@@ -249,6 +254,7 @@ def _finish(plan: Plan, job: MergeJob, inputs: dict[str, dict[str, Any]]) -> Non
     if found := manifest.drift_of(target, written):
         assert target.base
         drift.require_near(found, target.base, plan.lookup.value("distance_limit", "", DISTANCE_LIMIT))
-    job.output.publish(manifest.texts(target, plan.identity, plan.files, written, inputs, plan.checkpoint))
+    notes = [note for model in plan.inputs for note in model.notes]
+    job.output.publish(manifest.texts(target, plan.identity, plan.files, written, inputs, plan.checkpoint, notes))
     size = sum(record["bytes"] for record in written.values())
     print(f"[merge] {target.output}: {len(plan.order)} tensors, {size / 1e9:.3g} GB, {target.method}", flush=True)

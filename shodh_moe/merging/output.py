@@ -69,7 +69,7 @@ class Output:
 
     def add_fact(self, tensor: str, fact: Any) -> None:
         """Store a JSON value about a tensor in its file's record. Call it before the tensor's last `write`."""
-        self._facts[tensor] = fact
+        self._facts.setdefault(tensor, {}).update(fact)
 
     def write(self, tensor: str, offset: int, data: memoryview) -> Future[None]:
         """Write bytes of a tensor asynchronously, from byte ``offset`` on; keep ``data`` unchanged until it is done."""

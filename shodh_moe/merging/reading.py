@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from typing import Any
 
+import numpy as np
+
 from shodh_moe.base.errors import UserError
 from shodh_moe.merging.hashing import FileHash
-from shodh_moe.merging.inputs import InputModel
+from shodh_moe.merging.inputs import InputModel, Stored
 
 
 class InputReader:
@@ -41,6 +44,9 @@ class InputReader:
         """
         stored = self.model.tensors[name]
         item = stored.dtype.itemsize
+        if stored.strides is not None:
+            self._gather(stored, start, out)
+            return
         end = start + len(out) // item
         first = max(bisect_right(stored.extents, start, key=lambda extent: extent.start) - 1, 0)
         for extent in stored.extents[first:]:
@@ -52,6 +58,18 @@ class InputReader:
             self._fill(extent.file, offset, part)
             if self._hashes:
                 self._hashes[extent.file].feed(offset, part)
+
+    def _gather(self, stored: Stored, start: int, out: memoryview) -> None:
+        """Like `read`, for a tensor whose elements are not in order. Its file is mapped, and hashed later."""
+        assert stored.strides is not None
+        (extent,), item = stored.extents, stored.dtype.itemsize
+        try:
+            mapped = np.memmap(self.model.files[extent.file], np.uint8, "r")
+            strides = [stride * item for stride in stored.strides]
+            view: Any = np.ndarray(stored.shape, f"V{item}", mapped, extent.offset, strides)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"cannot read {self.model.files[extent.file]}: {error}") from error
+        _copy_range(view, start, np.frombuffer(out, f"V{item}"))
 
     def _fill(self, file: int, offset: int, out: memoryview) -> None:
         done = 0
@@ -77,3 +95,21 @@ class InputReader:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
+
+
+def _copy_range(view: Any, start: int, out: Any) -> None:
+    """Fill the 1-D array ``out`` with the elements of ``view`` from number ``start`` on, in row-major order."""
+    if view.ndim <= 1:
+        out[...] = view.reshape(-1)[start : start + len(out)]
+        return
+    row, done = math.prod(view.shape[1:]), 0
+    while done < len(out):
+        index, within = divmod(start + done, row)
+        count = min(row - within, len(out) - done)
+        if count == row:
+            rows = (len(out) - done) // row
+            count = rows * row
+            out[done : done + count].reshape(rows, *view.shape[1:])[...] = view[index : index + rows]
+        else:
+            _copy_range(view[index], within, out[done : done + count])
+        done += count

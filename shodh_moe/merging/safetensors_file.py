@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,14 +53,21 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
             raise Damaged(f"{file} is truncated, or not a safetensors file")
         try:
             header = json.loads(raw.read(length))
-            paired = json.loads(header.pop("__metadata__", {}).get(COMPLEX128, "[]"))
-            found = sorted((entry["data_offsets"][0], name, entry) for name, entry in header.items())
+            metadata = header.pop("__metadata__", None)
+            metadata = {} if metadata is None else metadata
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise Damaged(f"{file} is damaged: its __metadata__ does not consist of texts")
+            paired = _paired(metadata)
+            # Empty tensors begin where the next one does.
+            found = sorted((*entry["data_offsets"], name, entry) for name, entry in header.items())
             tensors, end = {}, 0
-            for first, name, entry in found:
-                code, shape, last = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]
+            for first, last, name, entry in found:
+                code, shape = entry["dtype"], tuple(entry["shape"])
                 if code not in TYPES:
                     raise Damaged(f"{file}: tensor {name} has dtype {code}, which cannot be merged")
                 dtype = TYPES[code]
+                if any(type(number) is not int for number in (first, last, *shape)):
+                    raise TypeError
                 if first != end or last - first != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
                     raise Damaged(f"{file} is damaged: the header's entry of tensor {name} is wrong")
                 end = last
@@ -72,6 +80,15 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
         problem = "truncated" if size < 8 + length + end else "longer than its header says"
         raise Damaged(f"{file} is {problem}: it has {size} bytes instead of {8 + length + end}")
     return tensors
+
+
+def _paired(metadata: dict[str, str]) -> list[Any]:
+    """Names of the tensors that are complex128, from a file's metadata; other programs may write any text there."""
+    try:
+        names = json.loads(metadata.get(COMPLEX128, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return names if isinstance(names, list) else []
 
 
 def make_header(

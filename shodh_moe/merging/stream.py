@@ -79,6 +79,8 @@ class Work:
         drifts: distances between the base and the models, by the inputs' paths.
         written: dtype of the real numbers in each output.
         unequal: for each output, the inputs whose values differ from the copied ones.
+        not_finite: the slices, by their first number, in which an input has NaN or infinity.
+        kept: for each output, the number of such values that are copied.
     """
 
     def __init__(self, name: str, stored: Stored, jobs: list[MergeJob]):
@@ -92,6 +94,8 @@ class Work:
         self.drifts: dict[tuple[str, ...], Drift] = {}
         self.written = [self._written(job) for job in jobs]
         self.unequal: list[set[str]] = [set() for _ in jobs]
+        self.not_finite: set[int] = set()
+        self.kept = [0 for _ in jobs]
 
     def _written(self, job: MergeJob) -> torch.dtype:
         dtype = output_dtype(self.stored.dtype, job.target.config.out_dtype or job.target.config.dtype)
@@ -189,9 +193,7 @@ class Stream:
             self._copy(step, stored)
             return
         values = {path: one.to(work.computed) for path, one in stored.items()}
-        if step.number == 0:
-            for path, one in values.items():
-                self._require_finite(step, path, one)
+        masks = self._not_finite(step, values, stored)
         last = step.start + step.length == work.numel
         for job, made in zip(work.jobs, work.recipes, strict=True):
             if step.number < made.passes:
@@ -199,9 +201,11 @@ class Stream:
                 if last:
                     made.end_pass(step.number)
         if step.number == work.passes:
-            self._make(step, values, last)
+            self._make(step, values, last, masks, stored)
 
-    def _make(self, step: Step, values: dict[str, Tensor], last: bool) -> None:
+    def _make(
+        self, step: Step, values: dict[str, Tensor], last: bool, masks: dict[str, Tensor], stored: dict[str, Tensor]
+    ) -> None:
         work = step.work
         for job in work.jobs:
             key = tuple(job.target.paths)
@@ -209,9 +213,14 @@ class Stream:
                 work.drifts[key] = Drift()
         for key, drift in work.drifts.items():
             drift.add([values[path] for path in key])
-        for job, made, dtype in zip(work.jobs, work.recipes, work.written, strict=True):
+        for number, (job, made, dtype) in enumerate(zip(work.jobs, work.recipes, work.written, strict=True)):
             result = made.result(step.start, [values[path] for path in job.target.paths])
             _require_fits(result, dtype, work.name, job.target)
+            if (mask := masks.get(job.target.paths[0])) is not None:
+                result = torch.where(mask, stored[job.target.paths[0]].to(dtype), result.to(dtype))
+                work.kept[number] += int(mask.sum())
+            if last and work.kept[number]:
+                job.output.add_fact(work.name, {"not_finite": work.kept[number]})
             if last and (found := work.drifts.get(tuple(job.target.paths))):
                 job.output.add_fact(work.name, {"drift": found.sums()})
             self._write(job, step, result, dtype)
@@ -235,18 +244,48 @@ class Stream:
         torch.from_numpy(buffer).view(dtype).copy_(values)
         writes.append(job.output.write(step.work.name, step.start * dtype.itemsize, buffer.data))
 
-    def _require_finite(self, step: Step, path: str, values: Tensor) -> None:
-        # A finite sum proves that all values are finite. If it overflows, check each value.
-        if math.isfinite(values.sum()) or bool(values.isfinite().all()):
-            return
+    def _not_finite(self, step: Step, values: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replace NaN and infinity in a slice by 0 in ``values``, and return where they were, by input.
+
+        Such values, as in a causal mask, are not merged but copied, so they must be the same in all models.
+
+        Raises:
+            UserError: they are not.
+        """
+        masks = {}
+        if step.number == 0 or step.start in step.work.not_finite:
+            for path, one in values.items():
+                # A finite sum proves that all values are finite. If it overflows, check each value.
+                if not math.isfinite(one.sum()) and not bool((finite := one.isfinite()).all()):
+                    masks[path] = ~finite
+        if not masks:
+            return {}
+        step.work.not_finite.add(step.start)
+        for job in step.work.jobs:
+            first, *others = paths = job.target.paths
+            for path in others:
+                if not _same_bits(stored[first], stored[path], masks.get(first), masks.get(path)):
+                    self._refuse_not_finite(step, next(one for one in (path, *paths) if one in masks), masks)
+        for path, mask in masks.items():
+            values[path] = values[path].masked_fill(mask, 0)
+        return masks
+
+    def _refuse_not_finite(self, step: Step, path: str, masks: dict[str, Tensor]) -> None:
         work, model = step.work, self._readers[path].model
         parts = work.stored.dtype.itemsize // work.real.itemsize
-        place = (step.start + int((~values.isfinite()).nonzero()[0])) // parts
+        place = (step.start + int(masks[path].nonzero()[0])) // parts
         index = [int(i) for i in np.unravel_index(place, work.stored.shape)] if work.stored.shape else []
         raise UserError(
-            f"{model.file_of(work.name)}: tensor {work.name} has NaN or infinity, first at {index}: "
-            "merge only finite weights"
+            f"{model.file_of(work.name)}: tensor {work.name} has NaN or infinity, first at {index}, unlike the other "
+            "models: merge only finite weights"
         )
+
+
+def _same_bits(a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> bool:
+    """Whether the same elements of two 1-D tensors are masked, and these have the same bits."""
+    if mask_a is None or mask_b is None:
+        return mask_a is mask_b
+    return torch.equal(mask_a, mask_b) and torch.equal(a[mask_a].view(torch.uint8), b[mask_b].view(torch.uint8))
 
 
 def _require_fits(values: Tensor, dtype: torch.dtype, name: str, target: Target) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,9 @@ from shodh_moe.cli import main
 from shodh_moe.config.load import load_config
 from shodh_moe.inference import export as module
 from shodh_moe.inference.export import export
-from shodh_moe.inference.loading import find_source, load_models, read_weights, weights_sha256
+from shodh_moe.inference.loading import find_source, load_models, read_weights, verify_export, weights_sha256
 from shodh_moe.tokenizer import Tokenizer
+from tests.merging.models import files_of
 from tests.tiny import refused, tree
 from tests.trained import GRID, RECORD, make_run, run_config
 
@@ -81,6 +83,24 @@ def test_the_folder_is_complete_and_hashed(finished: Path) -> None:
     assert experts
     assert {len(tensor) for tensor in experts} == {load_config(model / "config.yaml").model.moe.num_experts}
     assert json.loads((model / "metrics.json").read_text()) == json.loads((run / "metrics.json").read_text())
+
+
+def test_an_export_to_a_url_is_the_same_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHODH_CACHE", str(tmp_path / "cache"))
+    assert main(["checkpoint", "export", str(run), "--output", str(tmp_path / "model")]) == 0
+    assert main(["checkpoint", "export", str(run), "--output", "memory://bucket/model"]) == 0
+    fs = fsspec.filesystem("memory")
+    fs.get("/bucket/model", str(tmp_path / "copy"), recursive=True)
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "model")
+    assert verify_export(tmp_path / "copy") == []
+    assert not list((tmp_path / "cache").glob("export-*"))
+    command = ["checkpoint", "export", str(run), "--output", "memory://bucket/model"]
+    refused(capfd, *command, says=("memory://bucket/model exists: choose a new folder",))
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "export", "s3://a/run", "--output", "x"])
+    assert "s3://a/run is a URL, and only a local path is possible here" in capfd.readouterr().err
 
 
 def test_an_exported_model_has_the_metrics_of_its_run(finished: Path) -> None:

@@ -16,7 +16,7 @@ from shodh_moe.ccm.expert import Expert, compose, require_same_network
 from shodh_moe.ccm.readout import BANK, FRAMES, finite_error, golden_section, rollout_errors
 from shodh_moe.checkpoint.state import load_state
 from shodh_moe.merging.axes import parabola
-from shodh_moe.merging.methods import weighted_sum
+from shodh_moe.merging.recipe import weighted_sum
 
 Curve = Callable[[float], Expert]
 

@@ -21,8 +21,8 @@ from torch import nn
 from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
 from shodh_moe.merging.inputs import open_input
-from shodh_moe.merging.methods import BLOCK
 from shodh_moe.merging.reading import InputReader
+from shodh_moe.merging.recipe import BLOCK
 from shodh_moe.merging.safetensors_file import TYPES
 from tests.merging.models import State, config, load, merged, network, same_bits, save
 

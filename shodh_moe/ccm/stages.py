@@ -71,16 +71,16 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     """
     run = Path(config.runs) / config.name
     if resume == "auto" and _is_trained(config, run):
-        return run
+        return _unchanged(run)
 
     def start(config: ExpertConfig, resume: str) -> int:
         claim_run_folder(config)
         write_environment(run)
-        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank")
+        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank", lambda: _is_trained(config, run))
 
     with making(run, "expert", config.name):
         if resume == "auto" and _is_trained(config, run):  # another process has trained it meanwhile
-            return run
+            return _unchanged(run)
         began = time.perf_counter()
         train_elastic(config, run, resume, start, lambda config, ranks: config)
         print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
@@ -89,7 +89,9 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
 
 def _is_trained(config: ExpertConfig, run: Path) -> bool:
     found = find_checkpoint(run / "checkpoints")
-    if found is None or found[1]["step"] < config.training.steps:
-        return False
-    print(f"[expert] unchanged, {found[0]}", flush=True)
-    return True
+    return found is not None and bool(found[1]["step"] >= config.training.steps)
+
+
+def _unchanged(run: Path) -> Path:
+    print(f"[expert] unchanged, {run}", flush=True)
+    return run

@@ -94,7 +94,10 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
     def start(config: Config, resume: str) -> int:
         run = tokenizer_run(config, count_ranks(config))
         open_tokenizer_folder(run, paths)
-        return launch_ranks(run, paths.tokenizer, resume, "shodh_moe.runs.tokenizer_rank")
+        return launch_ranks(run, paths.tokenizer, resume, "shodh_moe.runs.tokenizer_rank", finished)
+
+    def finished() -> bool:
+        return _has_tokenizer(config, paths)
 
     def for_ranks(config: Config, ranks: int) -> Config:
         tokenizer_run(config, ranks)
@@ -105,8 +108,6 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
             return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
         began = time.perf_counter()
         train_elastic(config, paths.tokenizer, "auto", start, for_ranks)
-        if not _has_tokenizer(config, paths):
-            raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
 
 
@@ -169,13 +170,14 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
 
     def start(config: Config, resume: str) -> int:
         open_run_folder(config, paths)
-        return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank")
+        return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank", finished)
+
+    def finished() -> bool:
+        found = find_checkpoint(paths.run / "checkpoints")
+        return found is not None and bool(found[1]["step"] >= config.training.steps)
 
     began = time.perf_counter()
     train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
-    found = find_checkpoint(paths.run / "checkpoints")
-    if found is None or found[1]["step"] < config.training.steps:
-        raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 

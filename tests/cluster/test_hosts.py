@@ -150,7 +150,7 @@ def test_ranks_whose_pdsh_was_killed_end_and_start_again(hosts, config):
     command = [str(BIN / "shodh"), "pretrain", "--hostfile", str(hosts.hostfile), "--elastic", "training.steps=400"]
     run = Launch(hosts.first, config, "pdsh", *command)
     run.until(lambda: list_checkpoints(run.run / "checkpoints"))
-    (pdsh,) = (process for process in hosts.first.processes("pdsh") if process.name() == "pdsh")
+    (pdsh,) = (process for process in hosts.first.processes("pdsh") if Path(process.cmdline()[0]).name == "pdsh")
     pdsh.kill()
     assert run.end() == 0, run.printed()
     assert "the launcher has ended before the ranks" in run.printed()

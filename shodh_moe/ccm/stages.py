@@ -13,7 +13,7 @@ from shodh_moe.base.lock import making, wait_for_maker
 from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
-from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
+from shodh_moe.checkpoint import last_checkpoint, list_checkpoints
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import launch_ranks
@@ -71,16 +71,19 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     """
     run = Path(config.runs) / config.name
     if resume == "auto" and _is_trained(config, run):
-        return _unchanged(run)
+        return run
 
     def start(config: ExpertConfig, resume: str) -> int:
         claim_run_folder(config)
         write_environment(run)
-        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank", lambda: _is_trained(config, run))
+        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank", finished)
+
+    def finished() -> bool:
+        return last_checkpoint(run / "checkpoints", config.training.steps) is not None
 
     with making(run, "expert", config.name):
         if resume == "auto" and _is_trained(config, run):  # another process has trained it meanwhile
-            return _unchanged(run)
+            return run
         began = time.perf_counter()
         train_elastic(config, run, resume, start, lambda config, ranks: config)
         print(f"[expert] {run} in {time.perf_counter() - began:.0f} s", flush=True)
@@ -88,10 +91,8 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
 
 
 def _is_trained(config: ExpertConfig, run: Path) -> bool:
-    found = find_checkpoint(run / "checkpoints")
-    return found is not None and bool(found[1]["step"] >= config.training.steps)
-
-
-def _unchanged(run: Path) -> Path:
-    print(f"[expert] unchanged, {run}", flush=True)
-    return run
+    made = last_checkpoint(run / "checkpoints", config.training.steps)
+    if made is None:
+        return False
+    print(f"[expert] unchanged, {made}", flush=True)
+    return True

@@ -15,7 +15,7 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, whole_folder, write_text
 from shodh_moe.base.lock import making, wait_for_maker
-from shodh_moe.checkpoint import find_checkpoint
+from shodh_moe.checkpoint import find_checkpoint, last_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.inputs import difference
@@ -164,17 +164,16 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
     _check_latents(config, paths)
     claim_run_folder(config, write=False)
     require_same_inputs_as_run(config, paths)  # again: now the latents exist
-    found = find_checkpoint(paths.run / "checkpoints")
-    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
-        return _say("pretrain", f"unchanged, {found[0]}", paths.run)
+    made = last_checkpoint(paths.run / "checkpoints", config.training.steps)
+    if resume == "auto" and made:
+        return _say("pretrain", f"unchanged, {made}", paths.run)
 
     def start(config: Config, resume: str) -> int:
         open_run_folder(config, paths)
         return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank", finished)
 
     def finished() -> bool:
-        found = find_checkpoint(paths.run / "checkpoints")
-        return found is not None and bool(found[1]["step"] >= config.training.steps)
+        return last_checkpoint(paths.run / "checkpoints", config.training.steps) is not None
 
     began = time.perf_counter()
     train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)

@@ -14,7 +14,7 @@ from shodh_moe.ccm import data
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset, units_of_start
 from shodh_moe.ccm.regime_folder import remember
-from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
+from shodh_moe.checkpoint import last_checkpoint, list_checkpoints
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import launch_ranks
@@ -79,7 +79,10 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
     def start(config: ExpertConfig, resume: str) -> int:
         claim_run_folder(config)
         write_environment(run)
-        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank")
+        return launch_ranks(config, run, resume, "shodh_moe.ccm.expert_rank", finished)
+
+    def finished() -> bool:
+        return last_checkpoint(run / "checkpoints", config.training.steps) is not None
 
     with making(run, "expert", config.name):
         if resume == "auto" and _is_trained(config, run):  # another process has trained it meanwhile
@@ -91,8 +94,8 @@ def train(config: ExpertConfig, resume: str = "auto") -> Path:
 
 
 def _is_trained(config: ExpertConfig, run: Path) -> bool:
-    found = find_checkpoint(run / "checkpoints")
-    if found is None or found[1]["step"] < config.training.steps:
+    made = last_checkpoint(run / "checkpoints", config.training.steps)
+    if made is None:
         return False
-    print(f"[expert] unchanged, {found[0]}", flush=True)
+    print(f"[expert] unchanged, {made}", flush=True)
     return True

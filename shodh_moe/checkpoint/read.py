@@ -65,6 +65,16 @@ def find_checkpoint(folder: Path, shapes: dict[str, list[int]] | None = None) ->
     return None
 
 
+def last_checkpoint(folder: Path, steps: int) -> Path | None:
+    """Return the newest intact checkpoint in a run's ``checkpoints`` if training has reached ``steps``, else None.
+
+    Raises:
+        UserError: as `find_checkpoint`.
+    """
+    found = find_checkpoint(folder)
+    return found[0] if found and found[1]["step"] >= steps else None
+
+
 def damage(path: Path) -> str | None:
     """Describe the damage to a checkpoint folder in one line; None if every byte is as it was written."""
     found = damages(path)

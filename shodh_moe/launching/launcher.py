@@ -18,13 +18,16 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from shodh_moe.base.lock import RUN_LOCK, holder_of
 from shodh_moe.base.network import free_port
+from shodh_moe.base.polling import wait_until
 from shodh_moe.base.variables import master_port
 from shodh_moe.config import RunConfig
 from shodh_moe.launching.devices import VARIABLES, accelerator, numbers_for_deepspeed, require_choice_fits
@@ -37,6 +40,7 @@ from shodh_moe.launching.stop_signals import on_stop_signals
 
 REACH_S = 10.0  # time limit for every host to answer
 END_S = 20.0  # time limit for ranks to end after an interruption
+ORPHANS_S = 600.0  # time limit for ranks that have lost their launcher to write a checkpoint and end
 FORWARDED = ("SHODH_", "DS_", "GLOO_", "NCCL_", "TORCH_", "OMP_", "MKL_", "CUDA_DEVICE_MAX", "TRITON_", "HDF5_", "FI_")
 # Prefixes of the variables that DeepSpeed exports to the hosts by itself, in double quotes if they need any.
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
@@ -61,7 +65,9 @@ class HostsUnusable(UserError):
     """Hosts of the hostfile do not answer, or lack this Python."""
 
 
-def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
+def launch_ranks(
+    config: RunConfig, run: Path, resume: str, module: str, finished: Callable[[], bool] = lambda: True
+) -> int:
     """Train in the run folder and return the launcher's exit code, which is that of the ranks.
 
     SIGTERM, SIGUSR1 and SIGHUP make the ranks write a checkpoint and end. A second signal (other than SIGHUP), or
@@ -71,6 +77,7 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
         run: the run folder, which holds ``config.yaml``.
         resume: ``auto``, or the folder of the checkpoint to resume.
         module: name of the module that each rank runs.
+        finished: returns whether training has made its last checkpoint, without which 0 is never returned.
 
     Raises:
         HostsUnusable: hosts do not answer, or lack this Python.
@@ -100,6 +107,12 @@ def launch_ranks(config: RunConfig, run: Path, resume: str, module: str) -> int:
                 stop_file.write_text(STOP)
                 while _group_is_alive(launcher.pid):
                     time.sleep(PAUSE_S)
+            # If pdsh is killed, DeepSpeed's runner returns 0, and ssh and the ranks go on.
+            if code == 0 and (not finished() or holder_of(run / RUN_LOCK) is not None):
+                print("the launcher has ended before the ranks: they are asked to end as well", file=sys.stderr)
+                stop_file.write_text(STOP)
+                wait_until(lambda: holder_of(run / RUN_LOCK) is None, ORPHANS_S)
+                code = 0 if finished() else EXIT_FAILED
         except BaseException:
             # Checkpoints are complete at any moment, so the ranks may be killed.
             if config.parallel.hostfile:

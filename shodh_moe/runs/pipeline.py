@@ -15,7 +15,7 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_made, whole_folder, write_text
 from shodh_moe.base.lock import making, wait_for_maker
-from shodh_moe.checkpoint import find_checkpoint
+from shodh_moe.checkpoint import find_checkpoint, last_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.inputs import difference
@@ -94,7 +94,10 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
     def start(config: Config, resume: str) -> int:
         run = tokenizer_run(config, count_ranks(config))
         open_tokenizer_folder(run, paths)
-        return launch_ranks(run, paths.tokenizer, resume, "shodh_moe.runs.tokenizer_rank")
+        return launch_ranks(run, paths.tokenizer, resume, "shodh_moe.runs.tokenizer_rank", finished)
+
+    def finished() -> bool:
+        return _has_tokenizer(config, paths)
 
     def for_ranks(config: Config, ranks: int) -> Config:
         tokenizer_run(config, ranks)
@@ -105,8 +108,6 @@ def make_tokenizer(config: Config, paths: Paths) -> Path:
             return _say("tokenizer", use_tokenizer(config, paths), paths.tokenizer)
         began = time.perf_counter()
         train_elastic(config, paths.tokenizer, "auto", start, for_ranks)
-        if not _has_tokenizer(config, paths):
-            raise RuntimeError(f"the launcher reports success, but {paths.tokenizer} has no trained tokenizer")
     return _say("tokenizer", f"{paths.tokenizer} in {time.perf_counter() - began:.0f} s", paths.tokenizer)
 
 
@@ -163,19 +164,19 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
     _check_latents(config, paths)
     claim_run_folder(config, write=False)
     require_same_inputs_as_run(config, paths)  # again: now the latents exist
-    found = find_checkpoint(paths.run / "checkpoints")
-    if resume == "auto" and found and found[1]["step"] >= config.training.steps:
-        return _say("pretrain", f"unchanged, {found[0]}", paths.run)
+    made = last_checkpoint(paths.run / "checkpoints", config.training.steps)
+    if resume == "auto" and made:
+        return _say("pretrain", f"unchanged, {made}", paths.run)
 
     def start(config: Config, resume: str) -> int:
         open_run_folder(config, paths)
-        return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank")
+        return launch_ranks(config, paths.run, resume, "shodh_moe.runs.pretrain_rank", finished)
+
+    def finished() -> bool:
+        return last_checkpoint(paths.run / "checkpoints", config.training.steps) is not None
 
     began = time.perf_counter()
     train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
-    found = find_checkpoint(paths.run / "checkpoints")
-    if found is None or found[1]["step"] < config.training.steps:
-        raise RuntimeError(f"the launcher reports success, but {paths.run / 'checkpoints'} has no last checkpoint")
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 

@@ -145,6 +145,20 @@ def test_deepspeed_with_open_mpi_trains_like_one_host(hosts, config, unbroken):
     check_all_gone(hosts, time.monotonic() + 5)
 
 
+def test_ranks_whose_pdsh_was_killed_end_and_start_again(hosts, config):
+    """DeepSpeed's runner then reports success."""
+    command = [str(BIN / "shodh"), "pretrain", "--hostfile", str(hosts.hostfile), "--elastic", "training.steps=400"]
+    run = Launch(hosts.first, config, "pdsh", *command)
+    run.until(lambda: list_checkpoints(run.run / "checkpoints"))
+    (pdsh,) = (process for process in hosts.first.processes("pdsh") if Path(process.cmdline()[0]).name == "pdsh")
+    pdsh.kill()
+    assert run.end() == 0, run.printed()
+    assert "the launcher has ended before the ranks" in run.printed()
+    assert "[elastic] training ended with exit code 1: going on with 2 ranks" in run.printed()
+    assert max(list_checkpoints(run.run / "checkpoints")) == 400
+    check_all_gone(hosts, time.monotonic() + 5)
+
+
 def test_losing_a_host_ends_the_job_without_losing_progress(hosts, config, unbroken):
     command = ["deepspeed", "--hostfile", str(hosts.hostfile), SCRIPT, f"training.stall_seconds={STALL_S}"]
     run = Launch(hosts.first, config, "dropped", *command, PDSH_SSH_ARGS_APPEND=KEEP_ALIVE)

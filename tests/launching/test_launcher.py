@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from shodh_moe.base.errors import EXIT_FAILED
 from shodh_moe.base.network import free_port
 from shodh_moe.config.load import load_config
 from shodh_moe.launching.launcher import launch_ranks
+from shodh_moe.launching.sentinel import KILL
 from tests import forked
 from tests.training.synthetic import write_job
 
@@ -241,3 +243,18 @@ def test_the_ranks_meet_at_an_address_of_the_first_host(
     assert "--master_addr=192.0.2.7" in pdsh_arguments
     assert re.search(r"--master_port=\d{4,5}\n", pdsh_arguments)
     assert not list((tmp_path / "run").glob(".stop-*"))
+
+
+def test_a_launcher_that_succeeds_before_training_has_finished_has_failed(
+    case: Path, fake_ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed's runner returns 0 if pdsh is killed, and the ranks go on."""
+    monkeypatch.chdir(case)
+    (tmp_path / "hosts").write_text("good slots=1\nfine slots=1\n")
+    config = load_config(case / "config.yaml", [f"parallel.hostfile={tmp_path / 'hosts'}"])
+    run = tmp_path / "run"
+    run.mkdir()
+    assert launch_ranks(config, run, "auto", "shodh_moe.runs.pretrain_rank", lambda: False) == EXIT_FAILED
+    (found,) = run.glob(".stop-*")
+    assert found.read_text() == KILL, "for ranks that were still starting"
+    assert "the launcher has ended before the ranks" in capsys.readouterr().err

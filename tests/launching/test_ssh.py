@@ -81,9 +81,9 @@ def test_an_answer_is_not_delayed_by_children_that_outlive_ssh(folder: Path, mon
     """The master of a multiplexed connection (ControlPersist) does so; it is left alone."""
     _install(folder, monkeypatch, "setsid sleep 63.7 & echo hello\n")
     began = time.monotonic()
-    (answer,) = run_on_hosts(["n"], folder / "script.py", seconds=60)
+    (answer,) = run_on_hosts(["n"], folder / "script.py", seconds=10)
     assert (answer.output, answer.error) == ("hello\n", "")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 3
     (sleep,) = _running("sleep 63.7")
     os.kill(int(sleep), signal.SIGKILL)
 

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from shodh_moe.base.errors import EXIT_FAILED
 from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.cli import main
+from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.pretrain_rank import main as train_rank
@@ -171,9 +174,13 @@ def test_another_name_reuses_everything_but_the_run(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(pipeline, "launch_ranks", lambda config, run, resume, module: launched.append(run))
+
+    def launch(config: Config, run: Path, resume: str, module: str, finished: Callable[[], bool]) -> int:
+        launched.append(run)
+        return EXIT_FAILED
+
+    monkeypatch.setattr(pipeline, "launch_ranks", launch)
     before = tree(here)
-    # A launcher that does nothing leaves no checkpoint, which is an error.
     assert main(["run", "--config", "tiny.yaml", "--name", "other"]) == 1
     assert launched == [Path("runs/other")]
     said = capsys.readouterr().out

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,3 +46,22 @@ def mark_all(module: nn.Module, **changes: Any) -> None:
     """`mark` every parameter of a module."""
     for parameter in module.parameters():
         mark(parameter, **changes)
+
+
+def hold(parameter: nn.Parameter, but: list[int] | None = None) -> None:
+    """Keep a parameter as it is during training: no update and no weight decay.
+
+    Its gradient is zero rather than missing, because every engine and ZeRO stage expects one per parameter.
+
+    Args:
+        but: indices along axis 0 of parts that learn, without weight decay; None: the whole parameter is held. Ranks
+            that hold other experts of a layer give [], so that all have the same optimizer groups.
+    """
+    if but is None:
+        mark(parameter, lr_scale=0.0)
+        parameter.register_hook(lambda gradient: 0 * gradient)
+        return
+    mark(parameter, decay=False)  # weight decay would change the other parts
+    learns = torch.zeros(len(parameter), *[1] * (parameter.dim() - 1))
+    learns[but] = 1
+    parameter.register_hook(lambda gradient: gradient * learns.to(gradient))

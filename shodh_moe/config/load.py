@@ -53,9 +53,20 @@ def load_config_of(
         UserError: the file is missing or not a YAML mapping, an override has no ``=``, a key is unknown (the message
             names the nearest valid key), or a value has the wrong type or range.
     """
-    path = Path(path)
-    tree = read_yaml(path)
+    return config_of_tree(kind, read_yaml(Path(path)), str(path), overrides, name)
 
+
+def config_of_tree(
+    kind: type[Kind], tree: dict[str, Any], source: str, overrides: list[str] | None = None, name: str | None = None
+) -> Kind:
+    """Apply overrides and the run's name to nested dictionaries, which they change, and make them a config.
+
+    Args:
+        source: where the dictionaries were written, for messages.
+
+    Raises:
+        UserError: as in `load_config_of`.
+    """
     written_in: dict[str, str] = {}
     for override in overrides or []:
         key, equals, text = override.partition("=")
@@ -73,7 +84,7 @@ def load_config_of(
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, kind, path, written_in)) from None
+        raise UserError(_explain(error, kind, source, written_in)) from None
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -86,14 +97,14 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, kind: type[Section], path: Path, written_in: dict[str, str]) -> str:
+def _explain(error: ValidationError, kind: type[Section], file: str, written_in: dict[str, str]) -> str:
     """Describe the first mistake in one line: where it was written, the key, and the remedy."""
     mistakes = error.errors()
     # A misspelt required key is both unknown and missing; report the spelling.
     first = next((one for one in mistakes if one["type"] == "extra_forbidden"), mistakes[0])
     valid = _keys(kind)
     key = _written_key(first["loc"], valid)
-    source = _source(key, str(path), written_in)
+    source = _source(key, file, written_in)
     if first["type"] == "extra_forbidden":
         near = _nearest(key, valid)
         remedy = f"the nearest valid key is {near!r}" if near else f"the sections are {', '.join(kind.model_fields)}"

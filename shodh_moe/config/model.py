@@ -59,6 +59,12 @@ class RouterConfig(Section):
     z_weight: NonNegativeFloat = setting(
         1e-3, changes="run", description="weight of the router's z-loss, as a share of the prediction loss"
     )
+    added: list[Positive] = setting(
+        [],
+        changes="model",
+        description="one entry for each of the last experts that fine-tuning added (docs/finetune.md): the number of "
+        "domains that its samples are told apart from",
+    )
 
 
 class MoEConfig(Section):
@@ -104,6 +110,8 @@ class MoEConfig(Section):
     def _check_experts(self) -> MoEConfig:
         if not self.num_experts and not self.shared_experts:
             raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
+        if (added := self.router.added) and (self.scope == "layer" or len(added) >= self.num_experts):
+            raise ValueError(f"router.added {added} needs scope path and more experts than it has entries")
         if self.scope == "layer" and self.attention != "shared":
             raise ValueError(f"attention {self.attention} needs paths: set scope to path, or attention to shared")
         return self

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from shodh_moe.base.section import Name, PathText, Section, Seed, setting
 from shodh_moe.config.data import DataConfig
+from shodh_moe.config.finetune import FineTuningConfig
 from shodh_moe.config.model import ModelConfig
 from shodh_moe.config.tokenizer import TokenizerConfig
 from shodh_moe.config.training import (
@@ -59,6 +60,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    finetune: FineTuningConfig | None = None
     telemetry: TelemetryConfig = TelemetryConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

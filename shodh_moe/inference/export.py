@@ -4,6 +4,7 @@ model.safetensors     all weights by parameter name, experts stacked over the gl
 tokenizer/            tokenizer.safetensors, tokenizer.json
 config.yaml           config of the run
 metrics.json          evaluation of these weights, if there is one
+contexts.safetensors  contexts of the training data, if its latents are there (see `contexts`)
 README.md             model card
 export.json           format, step, grids, versions, and SHA-256 of every other file except the card
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +25,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256, whole_folder
 from shodh_moe.base.remote import cache_folder, require_free, upload_folder
 from shodh_moe.base.tensors import save_tensors
+from shodh_moe.inference import contexts
 from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_models
 from shodh_moe.inference.model_card import model_card
 
@@ -58,6 +61,14 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     models = load_models(source)
     metrics = _metrics(source, models.weights_sha256)
     weights = models.transformer.state_dict()
+    known = contexts.contexts_of(source)
+    if known is None:
+        print(
+            f"warning: the latents that {path} was trained on are not here, so the export cannot tell whether an input "
+            "is unlike them; export in the folder in which it was trained",
+            file=sys.stderr,
+            flush=True,
+        )
     with whole_folder(output) as folder:
         save_tensors(weights, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()
@@ -66,6 +77,8 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(source.config.model_dump(), sort_keys=False))
         if metrics:
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        if known:
+            contexts.save(known, folder / contexts.FILE)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         (folder / "README.md").write_text(model_card(source, models, metrics), encoding="utf-8")
         described = {

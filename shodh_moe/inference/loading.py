@@ -25,6 +25,7 @@ from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.low_rank import fold
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -171,12 +172,15 @@ def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models
 
 
 def read_weights(source: ModelSource) -> dict[str, Tensor]:
-    """Read all weights by parameter name, with experts stacked over the global expert axis."""
+    """Read all weights by parameter name, with experts stacked over the global expert axis.
+
+    Low-rank additions of a fine-tuning are added to the weights.
+    """
     if source.exported:
         return load_file(source.path / "model.safetensors")
     reader = CheckpointReader(source.path)
     names = [name for name in reader.names() if name.startswith("model/")]
-    return {name.removeprefix("model/"): reader.tensor(name) for name in names}
+    return fold({name.removeprefix("model/"): reader.tensor(name) for name in names})
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:

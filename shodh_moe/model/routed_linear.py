@@ -57,7 +57,8 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """Map the last axis of ``x``; the other axes hold the N tokens of ``plan`` in order."""
-        y = None if self.weight is None else F.linear(x, self.weight, self.bias)
+        weight = self.weight  # once: a low-rank addition computes it at each access
+        y = None if weight is None else F.linear(x, weight, self.bias)
         if not self.experts:
             assert y is not None
             return y

@@ -24,6 +24,7 @@ from shodh_moe.kernels import expert_capacity
 from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.learning import prepare_fine_tuning
 from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
@@ -95,6 +96,8 @@ def latent_engine(
         # DeepSpeed broadcasts the initial weights of the first rank.
         if samples is not None and config.model.moe.router.start == "kmeans" and dist.get_rank() == 0:
             start_router(model, samples, config)
+    if config.finetune:
+        prepare_fine_tuning(model, config.finetune, ep)
     return Engine(model, config, ep, norm)
 
 

@@ -8,6 +8,7 @@ from shodh_moe.base.parameters import mark
 from shodh_moe.config import RouterConfig
 from shodh_moe.config.routers import ROUTERS
 from shodh_moe.model.routers.frozen import freeze
+from shodh_moe.model.routers.grown import GrownRouter
 from shodh_moe.model.routers.router import ONE_SAMPLE, Context, Router, Slots
 
 __all__ = ["ONE_SAMPLE", "Context", "Router", "Slots", "make_router"]
@@ -21,7 +22,9 @@ def make_router(config: RouterConfig, dim: int, num_experts: int) -> Router:
         dim: number of features D of a row.
         num_experts: E.
     """
-    router: Router = resolve_name(ROUTERS[config.kind])(dim, num_experts, config)
+    router: Router = resolve_name(ROUTERS[config.kind])(dim, num_experts - len(config.added), config)
+    if config.added:
+        router = GrownRouter(router, dim, num_experts, config.added)
     for parameter in router.parameters():
         mark(parameter, group="router", lr_scale=config.lr_scale)
     return freeze(router) if config.frozen else router

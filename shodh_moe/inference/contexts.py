@@ -105,10 +105,17 @@ def collect(
     return Contexts(rows_MF, torch.tensor(domains), torch.tensor(valid), names, inputs)
 
 
-def join(first: Contexts, second: Contexts) -> Contexts:
-    """The contexts of both; domains of the same name become one."""
-    names = list(dict.fromkeys([*first.domains, *second.domains]))
-    moved_D = torch.tensor([names.index(name) for name in second.domains])
+def join(first: Contexts, second: Contexts, apart: bool = False) -> Contexts:
+    """The contexts of both.
+
+    Args:
+        apart: keep domains of the same name apart, those of ``second`` as ``name+``; otherwise they become one.
+    """
+    theirs = list(second.domains)
+    while apart and (same := set(theirs) & set(first.domains)):
+        theirs = [f"{name}+" if name in same else name for name in theirs]
+    names = list(dict.fromkeys([*first.domains, *theirs]))
+    moved_D = torch.tensor([names.index(name) for name in theirs])
     return Contexts(
         torch.cat([first.rows_MF, second.rows_MF]),
         torch.cat([first.domain_M, moved_D[second.domain_M]]),
@@ -151,4 +158,6 @@ def contexts_of(source: ModelSource) -> Contexts | None:
     config = source.config
     own = collect(latents, config.model, source.tokenizer_folder(), config.data.weights)
     before = Path(config.start or "", FILE)
-    return join(load(before), own) if config.finetune and before.is_file() else own
+    if not config.finetune or not before.is_file():
+        return own
+    return join(load(before), own, apart=config.finetune.train == "expert")

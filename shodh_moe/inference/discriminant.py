@@ -30,7 +30,9 @@ class Discriminant:
     def distances(self, rows_MF: Tensor) -> Tensor:
         """Mean squared Mahalanobis distance per number from each domain's mean, [M, D]."""
         points_MF, means_DF = rows_MF.double() @ self.whiten_FF, self.mean_DF @ self.whiten_FF
-        return torch.cdist(points_MF, means_DF, compute_mode="donot_use_mm_for_euclid_dist").square() / points_MF.shape[1]
+        return (
+            torch.cdist(points_MF, means_DF, compute_mode="donot_use_mm_for_euclid_dist").square() / points_MF.shape[1]
+        )
 
     def scores(self) -> Tensor:
         """w_d and b_d, [D, F + 1]: the domain with the largest <w_d, x> + b_d is the nearest one."""
@@ -47,9 +49,10 @@ def fit(rows_MF: Tensor, domain_M: Tensor, domains: int) -> Discriminant:
     rows_MF = rows_MF.double()
     by_domain = [rows_MF[domain_M == domain] for domain in range(domains)]
     mean_DF = torch.stack([rows.mean(0) for rows in by_domain])
-    covariance_FF = sum(
-        (rows - mean).T @ (rows - mean) / len(rows) for rows, mean in zip(by_domain, mean_DF, strict=True)
-    ) / domains
+    covariance_FF = (
+        sum((rows - mean).T @ (rows - mean) / len(rows) for rows, mean in zip(by_domain, mean_DF, strict=True))
+        / domains
+    )
     assert isinstance(covariance_FF, Tensor)
     scale = covariance_FF.diagonal().mean()
     if not scale > 0:

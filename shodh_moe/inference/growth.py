@@ -21,9 +21,9 @@ from shodh_moe.model.routers import Slots
 LEAST_TAKEN = 0.5  # share of the new validation samples that have to take the new path
 ROUTER = "path.router."
 MARGINS = f"{ROUTER}margins_KF"
-# Where the boundary is between the known context (0) and the new one (1) that come closest to each other. Unseen samples
-# of the known domains, of which there are many contexts, come little closer than 0; those of a new domain with few
-# trajectories come much closer than 1 (docs/finetune.md).
+# Where the boundary is between the known context (0) and the new one (1) that come closest to each other. Unseen
+# samples of the known domains, of which there are many contexts, come little closer than 0; those of a new domain with
+# few trajectories come much closer than 1 (docs/finetune.md).
 BOUNDARY = 0.2
 ROUNDING = 1e-3  # smallest distance of the boundary from the nearest known context, relative to the range of margins
 

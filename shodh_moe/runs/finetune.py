@@ -44,8 +44,14 @@ START = "start"  # folder of the weights that a run begins with, in the run fold
 # are of a new domain, so they neither fit into the capacity of one expert nor should they spread over all.
 SETTINGS: dict[str, Any] = {
     "training": {
-        **{"steps": 200, "learning_rate": 1e-3, "min_learning_rate": 1e-5, "warmup_steps": 20},
-        **{"checkpoint_every": 50, "validate_every": 50, "keep_last": 1, "keep_every": 0},
+        "steps": 200,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-5,
+        "warmup_steps": 20,
+        "checkpoint_every": 50,
+        "validate_every": 50,
+        "keep_last": 1,
+        "keep_every": 0,
     },
     "model": {"moe": {"dropless": True, "router": {"balance_weight": 0.0, "z_weight": 0.0}}},
     "finetune": {},
@@ -198,8 +204,8 @@ def _grown(config: Config, paths: Paths, models: Models, known: Contexts | None,
     grown = grow(models.transformer, known, new)
     count = config.model.moe.num_experts
     print(
-        f"[finetune] path {count} starts as a copy of path {grown.copied}; it takes {grown.taken:.0%} of the validation "
-        f"samples of {new.domains[0]} and none of the {len(known.rows_MF)} recorded contexts of "
+        f"[finetune] path {count} starts as a copy of path {grown.copied}; it takes {grown.taken:.0%} of the "
+        f"validation samples of {new.domains[0]} and none of the {len(known.rows_MF)} recorded contexts of "
         f"{', '.join(known.domains)} (nearest: {grown.nearest})",
         flush=True,
     )
@@ -214,8 +220,8 @@ def _write_start(
     Raises:
         UserError: those that are there are of another model.
     """
-    assert config.start and config.finetune
-    folder, origin = Path(config.start), models.weights_sha256
+    folder, origin = paths.run / START, models.weights_sha256
+    assert config.finetune is not None
     if found := checkpoints_at(folder):
         if CheckpointReader(found[-1]).state.get("weights_sha256") != origin:
             raise UserError(
@@ -226,9 +232,7 @@ def _write_start(
     tokenizer, transformer = models.tokenizer, models.transformer
     ep = ExpertParallel()
     if grown or config.finetune.train == "lora":
-        made = LatentTransformer(
-            config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep
-        )
+        made = LatentTransformer(config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep)
         made.load_state_dict(grown.weights if grown else transformer.state_dict())
         transformer = made
     if config.finetune.train == "lora":
@@ -256,8 +260,8 @@ def _report(config: Config, paths: Paths, before: Models, output: Path) -> None:
     errors = [_errors(models.transformer, samples, config) for models in (before, after)]
     for domain, (first, last) in enumerate(zip(*errors, strict=True)):
         print(
-            f"[finetune] {samples.domains[domain]}, latent MSE one step ahead on validation data: {first[0]:.4g} before, "
-            f"{last[0]:.4g} after, persistence {first[1]:.4g}"
+            f"[finetune] {samples.domains[domain]}, latent MSE one step ahead on validation data: "
+            f"{first[0]:.4g} before, {last[0]:.4g} after, persistence {first[1]:.4g}"
         )
     print(f"[finetune] {output}")
 
@@ -273,5 +277,3 @@ def _errors(transformer: LatentTransformer, samples: LatentSamples, config: Conf
         ]
         found.append(torch.cat(rows).double().mean(0).tolist())
     return found
-
-

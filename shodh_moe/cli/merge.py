@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from shodh_moe.base.command import add_merge_arguments, add_sweep_arguments, path_option
-from shodh_moe.cli.common import add_command, add_debug, add_group
+from shodh_moe.cli.common import MODEL, add_command, add_debug, add_group, add_tokenizer_option
 
 
 def add_merge(commands: Any) -> None:
@@ -30,6 +30,16 @@ def add_merge(commands: Any) -> None:
     mixture = add_command(steps, "mixture", text, example, _mixture)
     add_merge_arguments(mixture)
     add_debug(mixture)
+    text = "make a mixture of experts that starts with the outputs of a dense model"
+    example = "example: shodh merge upcycle dense_model --experts 4 --output mixture_model"
+    up = add_command(steps, "upcycle", text, example, _upcycle)
+    up.add_argument("model", type=path_option, metavar="MODEL", help=f"{MODEL}, of a dense model")
+    up.add_argument("--experts", type=int, required=True, metavar="N", help="number of paths")
+    up.add_argument("--output", type=path_option, required=True, metavar="FOLDER", help="new folder")
+    about = "whether each path adds its own part to the attention's projections; default: %(default)s"
+    up.add_argument("--attention", choices=["shared", "low_rank", "own"], default="shared", help=about)
+    add_tokenizer_option(up)
+    add_debug(up)
     text = "fit gamma for two experts of a ccm config on validation data, and measure how straight their path is"
     example = "example: shodh merge calibrate merge.yaml --output calibration.json"
     calibrate = add_command(steps, "calibrate", text, example, _calibrate)
@@ -64,6 +74,13 @@ def _mixture(options: argparse.Namespace) -> None:
     from shodh_moe.merging.mixture import merge_mixture
 
     merge_mixture(options.config, options.output, options.memory_limit, options.out_shard_size)
+
+
+def _upcycle(options: argparse.Namespace) -> None:
+    from shodh_moe.inference.upcycle import upcycle
+
+    made = upcycle(options.model, options.experts, options.output, options.attention, options.tokenizer)
+    print(f"[merge] {made}: {options.experts} paths with the outputs of {options.model}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ from shodh_moe.base.files import sha256, whole_folder
 from shodh_moe.base.remote import cache_folder, require_free, upload_folder
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.inference import contexts
-from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_models
+from shodh_moe.inference.contexts import Contexts
+from shodh_moe.inference.loading import EXPORT_FORMAT, Models, ModelSource, find_source, load_models
 from shodh_moe.inference.model_card import model_card
 
 DESCRIPTION = "export.json"
@@ -58,9 +59,6 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     source = find_source(path, tokenizer)
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
-    models = load_models(source)
-    metrics = _metrics(source, models.weights_sha256)
-    weights = models.transformer.state_dict()
     known = contexts.contexts_of(source)
     if known is None:
         print(
@@ -69,6 +67,21 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
             file=sys.stderr,
             flush=True,
         )
+    models = load_models(source)
+    write_export(output, source, models, known, _metrics(source, models.weights_sha256))
+
+
+def write_export(
+    output: Path, source: ModelSource, models: Models, known: Contexts | None, metrics: dict[str, Any] | None = None
+) -> None:
+    """Write a model to the new folder ``output``.
+
+    Args:
+        source: gives the config and the tokenizer's folder.
+        known: contexts of its training data.
+        metrics: content of metrics.json for these weights; None if they were not evaluated.
+    """
+    weights = models.transformer.state_dict()
     with whole_folder(output) as folder:
         save_tensors(weights, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()

@@ -17,11 +17,13 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote import is_url, list_folder, local_copy
 from shodh_moe.checkpoint import CheckpointReader, checkpoints_at, damage
 from shodh_moe.checkpoint.state import STATE, piece_key, rank_file
+from shodh_moe.config.load import read_yaml
 from shodh_moe.merging.file_format import file_format
 from shodh_moe.merging.safetensors_file import Damaged, read_header
 from shodh_moe.merging.torch_file import TensorPlace, read_state_dict
 
 INDEX = "model.safetensors.index.json"
+EXPORT = "export.json"  # description of an exported model
 MODEL = "model/"  # prefix of the names of weights in a checkpoint
 # Endings of the files that may be a folder's model, and their usual names, in the order of preference.
 PREFERRED = (
@@ -74,7 +76,7 @@ class InputModel:
         files: the files that contain tensors.
         tensors: by name, in the order of the files; for a checkpoint only ``model/*`` without this prefix, sorted.
         sha256: hash of each file if already known and checked (from a checkpoint's ``state.json``).
-        state: a checkpoint's ``state.json``.
+        state: a checkpoint's ``state.json``; for an exported model the entries that a merged checkpoint inherits.
         notes: what the user should know about how it was read.
     """
 
@@ -117,6 +119,8 @@ def _open(path: str, where: Path) -> InputModel:
             return _file(path, where)
         if (where / STATE).is_file():
             return _checkpoint(path, where)
+        if (where / EXPORT).is_file():
+            return _exported(path, where)
         if where.is_dir():
             return _file(path, where / choose_file(path, [one.name for one in where.iterdir() if one.is_file()]))
     except Damaged as error:
@@ -231,6 +235,19 @@ def _indexed(path: str, index: Path) -> InputModel:
     if differing := sorted(model.tensors.keys() ^ where.keys()):
         verb = "misses" if differing[0] in model.tensors else "names"
         raise UserError(f"{index} {verb} tensor {differing[0]}, unlike its files: create it again")
+    return model
+
+
+def _exported(path: str, folder: Path) -> InputModel:
+    model = _file(path, folder / "model.safetensors")
+    try:
+        described = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+        config = read_yaml(folder / "config.yaml")
+        config["tokenizer"]["path"] = str(folder / "tokenizer")
+        model.state = {"config": config, "step": described["step"], "tokenizer_sha256": tokenizer["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder} is damaged ({type(error).__name__})") from None
     return model
 
 

@@ -21,7 +21,7 @@ class DomainExpert(Strict):
     """One entry of ``models``.
 
     Attributes:
-        model: a checkpoint of a dense network, or of one with a single expert and scope path.
+        model: a checkpoint or exported model of a dense network, or of one with a single expert and scope path.
         domain: the domain whose flows take this expert's path.
     """
 
@@ -98,7 +98,9 @@ def mixture_model(mixture: Mixture, expert: InputModel) -> ModelConfig:
             an unknown or invalid key.
     """
     if not expert.state:
-        raise UserError(f"{expert.path} is not a checkpoint: its config must say how the model is built")
+        raise UserError(
+            f"{expert.path} is neither a checkpoint nor an exported model: its config must say how the model is built"
+        )
     model = config_of(expert).model
     moe, count = model.moe, len(mixture.experts)
     dense = moe.num_experts == 0

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
@@ -21,7 +22,8 @@ from shodh_moe.config import Config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.inference import load_model
 from shodh_moe.inference.contexts import FILE, load
-from shodh_moe.inference.loading import Models, find_source, verify_export
+from shodh_moe.inference.export import write_export
+from shodh_moe.inference.loading import Models, find_source, verify_export, weights_sha256
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
@@ -208,6 +210,36 @@ def test_the_same_command_reuses_its_run_and_refuses_another_model(
     capfd.readouterr()
     assert main([*words, "--train", "expert"]) == 2  # after encoding with the other tokenizer's description
     assert "runs/tuned was started from another model than model: give another --output" in capfd.readouterr().err
+
+
+def test_branches_join_into_a_mixture_whose_router_learns_afterwards(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branch, train, join: exported models are merged, and the result is fine-tuned and exported again."""
+    push(write_dataset(here / "theirs", GRID, SNAPSHOTS), {"calm": 0.0, "wild": 8.0})
+    run = make_run(here, {"moe": {"num_experts": 0, "expert_hidden": 16}})
+    assert main(["tokenizer", "encode", "--config", str(run / "config.yaml")]) == 0
+    assert main(["checkpoint", "export", str(run), "--output", "anchor"]) == 0
+    source = find_source(Path("anchor"))
+    for name in ("calm", "wild"):
+        branch = load_model("anchor")
+        for parameter in branch.transformer.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+        branch.weights_sha256 = weights_sha256(weights(branch))
+        write_export(Path(name), source, branch, None)
+    models = [{"model": name, "domain": name} for name in ("calm", "wild")]
+    Path("mixture.yaml").write_text(yaml.safe_dump({"base_model": "anchor", "models": models, "output": "mixed"}))
+    assert main(["merge", "mixture", "mixture.yaml"]) == 0
+    assert find_source(Path("mixed")).config.tokenizer.path == "calm/tokenizer"
+    tuned = tune(here, "router", model="mixed", data="theirs")
+    before, after = load_model("mixed"), load_model(tuned)
+    assert after.transformer.config.moe.num_experts == 2
+    ours, theirs = weights(after), weights(before)
+    moved = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert moved
+    assert all(name.startswith("path.router.") for name in moved)
+    latents = latents_of(tuned, here, monkeypatch)
+    assert set(predictions(after, latents, "test")[1].tolist()) == {0, 1}
 
 
 def add_field(dataset: Path) -> None:

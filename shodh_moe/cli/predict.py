@@ -26,6 +26,8 @@ def add_predict(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "float64"], default="float32", help="precision of the stored fields"
     )
+    about = "further models with the same tokenizer, such as other seeds or checkpoints: predict their mean and spread"
+    parser.add_argument("--members", type=path_option, nargs="+", default=[], metavar="MODEL", help=about)
     parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     add_tokenizer_option(parser)
@@ -36,4 +38,5 @@ def _predict(options: argparse.Namespace) -> None:
     from shodh_moe.inference.predict import Request, predict
 
     names = ("input", "output", "steps", "start", "sample", "dtype", "paraview", "overwrite")
-    predict(options.checkpoint, Request(**{name: getattr(options, name) for name in names}), options.tokenizer)
+    given = {name: getattr(options, name) for name in names}
+    predict(options.checkpoint, Request(**given, members=tuple(options.members)), options.tokenizer)

@@ -30,6 +30,8 @@ def add_evaluate(commands: Any) -> None:
     parser = add_config_command(commands, "evaluate", text, _evaluate)
     parser.add_argument("--checkpoint", type=path_option, help=f"{MODEL}, instead of the config's run")
     parser.add_argument("--output", type=path_option, help="folder for the results; required with --checkpoint")
+    about = "further models that form an ensemble with --checkpoint: measure its mean, spread and coverage too"
+    parser.add_argument("--members", type=path_option, nargs="+", default=[], metavar="MODEL", help=about)
     add_tokenizer_option(parser)
 
 
@@ -75,9 +77,11 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if bool(options.checkpoint) != bool(options.output) or (options.tokenizer and not options.checkpoint):
+    more = options.tokenizer or options.members
+    if bool(options.checkpoint) != bool(options.output) or (more and not options.checkpoint):
         raise UserError(
-            "--checkpoint and --output belong together, and --tokenizer needs both: give both, or none to write "
+            "--checkpoint and --output belong together, and --tokenizer and --members need both: give both, or none to "
+            "write "
             "the results to the config's run folder"
         )
     if not options.checkpoint:
@@ -86,8 +90,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     from shodh_moe.report import summary_table
     from shodh_moe.runs.evaluate_elsewhere import evaluate_elsewhere
 
-    metrics = evaluate_elsewhere(config_of(options), options.checkpoint, options.output, options.tokenizer)
+    given = (options.checkpoint, options.output, options.tokenizer, tuple(options.members))
+    metrics = evaluate_elsewhere(config_of(options), *given)
     print(summary_table(metrics))
+    for domain, values in metrics["domains"].items():
+        if entry := values.get("ensemble"):
+            print(
+                f"{domain}, ensemble of {entry['members']}, first and last step: nRMSE of the mean "
+                f"{entry['nrmse_mean'][0]:.3g}, {entry['nrmse_mean'][-1]:.3g}; spread {entry['spread'][0]:.3g}, "
+                f"{entry['spread'][-1]:.3g}; true velocities within the interval for 90 % "
+                f"{entry['coverage_90'][0]:.1%}, {entry['coverage_90'][-1]:.1%}"
+            )
     print(f"[evaluate] {options.output / 'metrics.json'}")
 
 

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from shodh_moe.base.files import atomic_file
 from shodh_moe.data.hdf5 import new_hdf5
+from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord
 from shodh_moe.data.well_parts import AXES, mark_field, mark_varying, text_array, write_provenance
 
 FACES = "velocity_face"
+VELOCITY_SPREAD, PRESSURE_SPREAD = "velocity_spread", "pressure_spread"
 
 
 @contextmanager
@@ -28,6 +30,7 @@ def new_prediction(
     provenance: dict[str, Any],
     label: str = "prediction",
     faces: bool = False,
+    spread: bool = False,
 ) -> Iterator[h5py.File]:
     """Create a file of predicted or decoded snapshots; it appears at ``path`` only if the block succeeds.
 
@@ -40,6 +43,8 @@ def new_prediction(
         dtype: dtype of velocity and pressure, ``float32`` or ``float64``.
         label: kind of snapshots, for the provenance.
         faces: also create ``t1_fields/velocity_face``, the velocity on the lower faces of the voxels.
+        spread: also create ``t1_fields/velocity_spread`` and ``t0_fields/pressure_spread``, the standard deviation over
+            the members of an ensemble, for each component.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission).
@@ -57,15 +62,16 @@ def new_prediction(
             _copy(given["scalars"][name], scalars, name, samples)
         scalars.attrs["field_names"] = file.attrs["simulation_parameters"] = text_array(names)
         fields = file.create_group("t0_fields")
-        fields.attrs["field_names"] = ["pressure"]
-        mark_field(fields.create_dataset("pressure", shape, dtype), time_varying=True)
+        fields.attrs["field_names"] = names = ["pressure", PRESSURE_SPREAD] if spread else ["pressure"]
+        for name in names:
+            mark_field(fields.create_dataset(name, shape, dtype), time_varying=True)
         if "t0_fields/solid" in given:
-            fields.attrs["field_names"] = ["pressure", "solid"]
+            fields.attrs["field_names"] = [*names, "solid"]
             solid = np.asarray(given["t0_fields/solid"], dtype=np.float32)
             solid = solid[samples] if solid.ndim == 4 else solid
             mark_field(fields.create_dataset("solid", data=solid), time_varying=False, sample_varying=solid.ndim == 4)
         group = file.create_group("t1_fields")
-        group.attrs["field_names"] = ["velocity", FACES] if faces else ["velocity"]
+        group.attrs["field_names"] = ["velocity", *[FACES] * faces, *[VELOCITY_SPREAD] * spread]
         for name in group.attrs["field_names"]:
             mark_field(group.create_dataset(name, (*shape, 3), dtype), time_varying=True)
         if faces:
@@ -132,3 +138,11 @@ def _attributes(item: h5py.HLObject) -> dict[str, Any]:
         elif isinstance(value, (str, np.generic)) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufS"):
             found[key] = value
     return found
+
+
+def unknown_fields(path: Path) -> list[str]:
+    """Names of the fields in a file besides velocity, pressure, solid mask and those that `new_prediction` adds."""
+    known = {"velocity", "pressure", "solid", FACES, VELOCITY_SPREAD, PRESSURE_SPREAD}
+    with opened(path) as file:
+        groups = [file[name] for name in ("t0_fields", "t1_fields", "t2_fields") if name in file]
+        return [name for group in groups for name in group if name not in known]

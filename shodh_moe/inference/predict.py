@@ -5,6 +5,7 @@ Shapes: B trajectories, H given snapshots, N predicted ones, X Y Z space.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,11 +23,22 @@ from shodh_moe.base.files import require_writable, sha256
 from shodh_moe.base.progress import progress
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
-from shodh_moe.data.prediction_file import FACES, axis_names, new_prediction
-from shodh_moe.inference.forecasting import continue_flow
+from shodh_moe.data.prediction_file import (
+    FACES,
+    PRESSURE_SPREAD,
+    VELOCITY_SPREAD,
+    axis_names,
+    new_prediction,
+    unknown_fields,
+)
+from shodh_moe.inference.contexts import context_rows, contexts_of
+from shodh_moe.inference.forecasting import encode_flow
 from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.members import continue_by_members, load_members
 from shodh_moe.inference.paraview import new_vtkhdf, put
+from shodh_moe.inference.unlikeness import fit_unlikeness
 from shodh_moe.kernels import divergence
+from shodh_moe.metrics.ensemble import LEVELS, coverage
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
@@ -46,6 +58,7 @@ class Request:
         dtype: dtype of the stored fields; the velocity is made divergence-free in float64 either way.
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
+        members: further models, which with the first one form an ensemble.
     """
 
     input: Path
@@ -56,6 +69,7 @@ class Request:
     dtype: str = "float32"
     paraview: bool = True
     overwrite: bool = False
+    members: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,8 @@ class _Scores:
 
     Attributes:
         errors: for each predicted snapshot and trajectory: nRMSE of model and persistence, VRMSE of model and
-            persistence.
+            persistence; of an ensemble also the velocity's spread over the truth, and the share of its values within
+            the interval for 90 %.
         decoded, stored: largest relative divergence of any snapshot, as decoded in float64 and as stored.
     """
 
@@ -88,7 +103,8 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
 
     If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator
     ``staggered`` the file also holds ``t1_fields/velocity_face`` on the lower faces of the voxels, whose divergence
-    vanishes; ``velocity`` is its mean at the voxel centres.
+    vanishes; ``velocity`` is its mean at the voxel centres. With ``members`` all fields are means over the ensemble,
+    and ``velocity_spread`` and ``pressure_spread`` its standard deviations.
 
     Raises:
         UserError: request, input or model cannot be used, or the prediction is not finite. Nothing is written then.
@@ -98,6 +114,9 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     source = find_source(checkpoint, tokenizer)
     models = load_models(source)
     _require_fit(request, records[0], models, source, axes)
+    members = load_members(source, models, request.members, tokenizer)
+    _warn_of_fields(request.input)
+    unlike = _warn_of_unlike(request, records, models, source)
     after = request.start + models.transformer.config.history
     # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
     first = axes.time[..., after - 1 : after]
@@ -105,35 +124,47 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
     scores = _Scores()
     with ExitStack() as stack, torch.no_grad():
-        provenance = _provenance(source, models, request)
+        provenance = {**_provenance(source, models, request), **unlike}
+        if len(members) > 1:
+            provenance["members_weights_sha256"] = [one.weights_sha256 for one in members]
         faces = models.tokenizer.config.operator == "staggered"
-        new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces)
+        spread = len(members) > 1
+        new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces, spread=spread)
         file = stack.enter_context(new)
         views = []
         for row, (record, path) in enumerate(zip(records, _companions(request, records), strict=False)):
             _, solid_1XYZ = read_snapshots(record, request.start, request.start + 1)
             own_time = time[row] if time.ndim == 2 else time
             views.append(stack.enter_context(new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing)))
-        work = _snapshots(models, records, request, scores)
-        for row, step, fields_4XYZ, conserved_3XYZ in progress(work, "predict", len(records) * request.steps):
+        work = _snapshots(members, records, request, scores)
+        for row, step, fields_4XYZ, conserved_3XYZ, spread_4XYZ in progress(
+            work, "predict", len(records) * request.steps
+        ):
             file["t1_fields/velocity"][row, step] = np.moveaxis(fields_4XYZ[:3], 0, -1)
             if faces:
                 file["t1_fields"][FACES][row, step] = np.moveaxis(conserved_3XYZ, 0, -1)
             file["t0_fields/pressure"][row, step] = fields_4XYZ[3]
+            if spread:
+                file["t1_fields"][VELOCITY_SPREAD][row, step] = np.moveaxis(spread_4XYZ[:3], 0, -1)
+                file["t0_fields"][PRESSURE_SPREAD][row, step] = spread_4XYZ[3]
             if views:
                 put(views[row], step, fields_4XYZ)
     _report(request, models, scores, time, len(records))
 
 
 def _snapshots(
-    models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
-) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
-    """Yield trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; extend ``scores``."""
+    members: list[Models], records: list[TrajectoryRecord], request: Request, scores: _Scores
+) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]]:
+    """Yield trajectory, step, fields [4, X, Y, Z], conserved velocity [3, X, Y, Z] and spread [4, X, Y, Z] as stored.
+
+    Extends ``scores``.
+    """
+    models = members[0]
     after = request.start + models.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        flow = continue_flow(models, fields_H4XYZ, solid_1XYZ)
-        for step, (exact_4XYZ, conserved_3XYZ) in zip(range(request.steps), flow, strict=False):
+        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ)
+        for step, (exact_4XYZ, conserved_3XYZ, spread_4XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
@@ -147,8 +178,11 @@ def _snapshots(
                 true_T4XYZ, _ = read_snapshots(record, after + step, after + step + 1)
                 truth, last = torch.from_numpy(true_T4XYZ[0, :3]).double(), fields_H4XYZ[-1, :3].double()
                 errors = [float(measure(u, truth)) for measure in (nrmse, vrmse) for u in (exact_4XYZ[:3], last)]
+                if len(members) > 1:
+                    errors.append(float(spread_4XYZ[:3].square().mean().sqrt() / truth.square().mean().sqrt()))
+                    errors.append(coverage(exact_4XYZ[:3], spread_4XYZ[:3], truth, LEVELS[-1], len(members)))
                 scores.errors.setdefault(step, []).append(errors)
-            yield row, step, stored_4XYZ.numpy(), stored_3XYZ.numpy()
+            yield row, step, stored_4XYZ.numpy(), stored_3XYZ.numpy(), spread_4XYZ.to(dtype).numpy()
 
 
 def _divergence(u_3XYZ: Tensor, operator: str) -> float:
@@ -244,6 +278,42 @@ def _require_fit(request: Request, record: TrajectoryRecord, models: Models, sou
         print(f"warning: the time step of {request.input} is {axes.time_step:g}, the model was trained with {known}")
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _warn_of_fields(path: Path) -> None:
+    """Warn of fields of the input that the model does not see."""
+    if unknown := unknown_fields(path):
+        _warn(f"{path} has the field {', '.join(unknown)}, which the model does not have and leaves out")
+
+
+def _warn_of_unlike(
+    request: Request, records: list[TrajectoryRecord], models: Models, source: ModelSource
+) -> dict[str, Any]:
+    """Warn of trajectories that are unlike all training domains; return what the provenance records."""
+    contexts = contexts_of(source)
+    if contexts is None:
+        _warn(f"{source.path} records no contexts of its training data and cannot tell whether the input is like them")
+        return {}
+    fitted, history = fit_unlikeness(contexts), models.transformer.config.history
+    scores, domains = [], []
+    for record in records:
+        fields_H4XYZ, solid_1XYZ = read_snapshots(record, request.start, request.start + history)
+        z_HCxyz, geometry_1Cxyz = encode_flow(models, torch.from_numpy(fields_H4XYZ), torch.from_numpy(solid_1XYZ))
+        z_BSI = models.transformer.embedding_inputs(z_HCxyz[None], geometry_1Cxyz)
+        score_B, nearest_B = fitted.score(context_rows(z_BSI, history).cpu())
+        scores.append(float(score_B))
+        domains.append(fitted.domains[int(nearest_B)])
+        if scores[-1] > 1:
+            _warn(
+                f"trajectory {record.sample} of {request.input} is unlike all training data of {source.path} "
+                f"({scores[-1]:.1f} times the limit; the nearest domain is {domains[-1]}): expect larger errors than "
+                "those of the model card, or fine-tune the model"
+            )
+    return {"unlikeness": scores, "nearest_domain": domains}
+
+
 def _provenance(source: ModelSource, models: Models, request: Request) -> dict[str, Any]:
     return {
         "model": source.config.name,
@@ -267,11 +337,13 @@ def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.
     """Print files, errors and divergence."""
     if scores.errors:
         print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
-        print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}")
+        more = f" {'spread':>8} {'within 90 %':>12}" if request.members else ""
+        print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}{more}")
         for step, errors in sorted(scores.errors.items()):
-            model, still, model_v, still_v = np.mean(errors, axis=0)
+            model, still, model_v, still_v, *ensemble = np.mean(errors, axis=0)
             when = float(np.atleast_2d(time)[0, step])
-            print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}")
+            more = f" {ensemble[0]:>8.4f} {ensemble[1]:>12.3f}" if ensemble else ""
+            print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}{more}")
     stored = f", {scores.stored:.1e} as stored in {request.dtype}" if request.dtype != "float64" else ""
     operator = models.tokenizer.config.operator
     where = " on faces" if operator == "staggered" else ""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from shodh_moe.base.files import require_writable
+from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.evaluation.ensemble import measure_members
 from shodh_moe.evaluation.evaluate import measure
 from shodh_moe.inference.loading import ModelSource, find_source, load_models
+from shodh_moe.inference.members import load_members
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.records import read_run
 
 
-def evaluate_elsewhere(config: Config, checkpoint: Path, output: Path, tokenizer: Path | None = None) -> dict[str, Any]:
+def evaluate_elsewhere(
+    config: Config, checkpoint: Path, output: Path, tokenizer: Path | None = None, members: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     """Measure the model at ``checkpoint`` on the test split of ``config`` and write the results to ``output``.
+
+    With ``members``, further models, each domain gets the entry ``ensemble`` (see `measure_members`).
 
     Missing latents of the model's tokenizer are made first. The run folder of ``config`` is not touched.
 
@@ -26,12 +33,18 @@ def evaluate_elsewhere(config: Config, checkpoint: Path, output: Path, tokenizer
     source = find_source(checkpoint, tokenizer)
     require_writable(output)
     models = load_models(source, config.model)
+    ensemble = load_members(source, models, members, tokenizer)
     config, paths = _with_tokenizer_of(source, config)
     require_fit(models.tokenizer, config, paths)
     pipeline.make_latents(config, paths)
     output.mkdir(parents=True, exist_ok=True)
     history = read_run(source.run, "train") if source.run else []
-    return measure(config, models, paths, output, history)
+    metrics = measure(config, models, paths, output, history)
+    if members:
+        for domain, entry in measure_members(config, ensemble, paths).items():
+            metrics["domains"][domain]["ensemble"] = entry
+        write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def _with_tokenizer_of(source: ModelSource, config: Config) -> tuple[Config, Paths]:

@@ -22,8 +22,7 @@ from shodh_moe.config.load import config_of_tree, read_yaml
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.data import list_trajectories
 from shodh_moe.data.listing import SPLITS
-from shodh_moe.data.opening import opened
-from shodh_moe.data.prediction_file import FACES
+from shodh_moe.data.prediction_file import unknown_fields
 from shodh_moe.inference import contexts
 from shodh_moe.inference.contexts import Contexts
 from shodh_moe.inference.export import export
@@ -138,11 +137,12 @@ def _config(request: Request, source: ModelSource, models: Models) -> Config:
             del tree[key]
     _update(tree, {key: value for key, value in SETTINGS.items() if value is not None})
     tree["finetune"] = {}
+    tokenizer = str(source.tokenizer_folder())
     fixed = {
         "name": name,
         "start": None,
         "data": {"name": folder[:100], "path": str(request.data), "grid": models.tokenizer.grid},
-        "tokenizer": {"path": str(source.tokenizer_folder()), "root": Config().tokenizer.root},
+        "tokenizer": {"path": tokenizer, "root": Config().tokenizer.root},
     }
     _update(tree, fixed)
     if request.config:
@@ -151,7 +151,7 @@ def _config(request: Request, source: ModelSource, models: Models) -> Config:
     for given, theirs, key in (
         (config.data.path, str(request.data), "data.path"),
         (config.data.grid, models.tokenizer.grid, "data.grid"),
-        (config.tokenizer.path, fixed["tokenizer"]["path"], "tokenizer.path"),
+        (config.tokenizer.path, tokenizer, "tokenizer.path"),
         (config.start, None, "start"),
         (config.name, name, "name"),
     ):
@@ -173,14 +173,10 @@ def _update(tree: dict[str, Any], changes: dict[str, Any]) -> None:
 
 def _require_known_fields(config: Config, paths: Paths, ignored: list[str], model: str) -> None:
     """Raise `UserError` if the data have a field that the model lacks, unless the user leaves it out."""
-    known = {*FIELDS, FACES, *ignored}
     for split in SPLITS:
         records = list_trajectories(paths.dataset, split, config.data.grid, config.data.skip_bad)
         for path in dict.fromkeys(record.path for record in records):
-            with opened(path) as file:
-                groups = [file[name] for name in ("t0_fields", "t1_fields", "t2_fields") if name in file]
-                unknown = [name for group in groups for name in group if name not in known]
-            if unknown:
+            if unknown := [name for name in unknown_fields(path) if name not in ignored]:
                 raise UserError(
                     f"{path} has the field {unknown[0]}, which {model} does not have (only {', '.join(FIELDS)}): "
                     f"leave it out with finetune.ignore_fields=[{', '.join([*ignored, *unknown])}], or use a model "

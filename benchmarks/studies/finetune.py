@@ -201,10 +201,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
         config, output = read_arguments(str(__doc__).partition("\n")[0], "finetune.json", arguments)
-        if unknown := [
-            way for way in config.ways if way in ("all", "expert", "lora") and way not in config.learning_rates
-        ]:
-            raise UserError(f"learning_rates has no entry {unknown[0]}: add one")
+        for way in {"all", "expert", "lora"}.intersection(config.ways) - set(config.learning_rates):
+            raise UserError(f"learning_rates has no entry {way}: add one")
         work(config, output)
 
     return exit_code(run)

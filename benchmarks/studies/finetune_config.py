@@ -30,14 +30,14 @@ class StudyConfig(Section, changes="nothing"):
     base: str
     folder: str
     domain: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any]
     snapshots: Positive
     trajectories: Counts
     counts: list[Positive]
     ways: list[Way]
     steps: Positive
     learning_rates: dict[str, PositiveFloat]
-    seed: int = 0
+    seed: int
     held_out: list[str]
     held_out_trajectories: Positive
 

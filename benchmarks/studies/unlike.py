@@ -71,12 +71,8 @@ def rows_of(latents: Path, model: ModelConfig) -> Tensor:
 def scores_of(fitted: Unlikeness, models: Models, rows: Tensor) -> dict[str, Tensor]:
     """The score of the warning and, for a path router with context sample, the router's own: minus the best cosine."""
     found = {"warning": fitted.score(rows)[0]}
-    path = models.transformer.path
-    if (
-        path is not None
-        and isinstance(path.router, CosineRouter)
-        and models.transformer.config.moe.router.context == "sample"
-    ):
+    path, settings = models.transformer.path, models.transformer.config.moe.router
+    if path is not None and isinstance(path.router, CosineRouter) and settings.context == "sample":
         q = path.router.projection(router_features(rows, fitted.inputs))
         cosine = torch.nn.functional.cosine_similarity(q[:, None], path.router.prototypes_ER, dim=2)
         found["router's best cosine"] = -cosine.amax(1)

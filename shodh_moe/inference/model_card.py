@@ -154,7 +154,23 @@ def _training(config: Config, models: Models) -> str:
 expert-parallel size: {models.ep_size}, seed {config.seed}. AdamW, learning rate {t.learning_rate:g} after
 {t.warmup_steps} steps of warm-up, weight decay {t.weight_decay:g}, gradients clipped at {t.grad_clip:g}, precision
 {t.precision}. Loss: mean squared error of the next normalised latent, plus balance and z losses of the routers. The
-model was trained one step ahead only, not on its own predictions."""
+model was trained one step ahead only, not on its own predictions.{_fine_tuned(config)}"""
+
+
+def _fine_tuned(config: Config) -> str:
+    """A paragraph about a fine-tuning; "" for a model that was not fine-tuned."""
+    learned = {
+        "all": "all weights",
+        "expert": "a new path alone, so the predictions of samples on all other paths are those of the model before",
+        "lora": "low-rank additions to all matrices, which are part of the weights here",
+        "router": "the router alone",
+    }
+    if not config.finetune:
+        return ""
+    return f"""
+
+Fine-tuned from another model, whose tokenizer and statistics stay. What learned: {learned[config.finetune.train]}.
+Steps, samples and learning rate above are those of the fine-tuning."""
 
 
 def _measured(metrics: dict[str, Any] | None) -> str:
@@ -223,7 +239,8 @@ def _limits(config: Config, models: Models) -> str:
 - One grid: {_by(models.tokenizer.grid)} cubic cells. Other sizes are refused.
 - One time step: {time_step}.
   Data with another time step give wrong dynamics.
-- Only the flows and parameter ranges under Data. Anything else is extrapolation, and the model gives no sign of it.
+- Only the flows and parameter ranges under Data. Anything else is extrapolation. `shodh predict` warns of a flow whose
+  statistics are unlike all training domains, if this folder has `contexts.safetensors`, but cannot notice everything.
 - Free-running errors grow, because each prediction is made from the one before. Check a rollout of the length you need
   against true snapshots of the same kind of flow.
 - The tokenizer loses fine detail; the smallest scales are predicted worst, and seams between its patches of 8 cells

@@ -288,6 +288,7 @@ def _warn_of_fields(path: Path) -> None:
         _warn(f"{path} has the field {', '.join(unknown)}, which the model does not have and leaves out")
 
 
+@torch.no_grad()
 def _warn_of_unlike(
     request: Request, records: list[TrajectoryRecord], models: Models, source: ModelSource
 ) -> dict[str, Any]:

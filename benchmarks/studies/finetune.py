@@ -51,6 +51,7 @@ class Study:
         tree = read_yaml(Path(config.base))
         counts = config.trajectories.model_dump()
         tree["data"] |= {
+            "path": None,
             "name": "new_domain",
             "root": str(self.folder / "data"),
             "seed": config.seed + 1,

@@ -41,6 +41,7 @@ def held_out(config: StudyConfig, base: Path, domain: str) -> Path:
     tree = read_yaml(Path(config.base))
     count = config.held_out_trajectories
     tree["data"] |= {
+        "path": None,
         "name": f"held_out_{domain}",
         "root": str(Path(config.folder) / "data"),
         "seed": config.seed + 2,

@@ -49,6 +49,7 @@ class Study:
         """Generate the new domain's trajectories, and return their dataset."""
         config = self.config
         tree = read_yaml(Path(config.base))
+        tree |= {"name": "new_domain", "runs": str(self.folder / "runs")}
         counts = config.trajectories.model_dump()
         tree["data"] |= {
             "path": None,

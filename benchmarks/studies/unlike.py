@@ -39,6 +39,7 @@ from support.common import machine
 def held_out(config: StudyConfig, base: Path, domain: str) -> Path:
     """Generate and encode trajectories of a domain, and return the folder of their latents."""
     tree = read_yaml(Path(config.base))
+    tree |= {"name": f"held_out_{domain}", "runs": str(Path(config.folder) / "runs")}
     count = config.held_out_trajectories
     tree["data"] |= {
         "path": None,

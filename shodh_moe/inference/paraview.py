@@ -19,11 +19,17 @@ from shodh_moe.data.hdf5 import new_hdf5
 
 # Version 2.0 introduced time-dependent image data; later versions add nothing needed here.
 VERSION = (2, 0)
+SPREAD = "_spread"
 
 
 @contextmanager
 def new_vtkhdf(
-    path: Path, time_N: NDArray[np.float32], solid_XYZ: NDArray[np.float32], origin: list[float], spacing: list[float]
+    path: Path,
+    time_N: NDArray[np.float32],
+    solid_XYZ: NDArray[np.float32],
+    origin: list[float],
+    spacing: list[float],
+    spread: bool = False,
 ) -> Iterator[h5py.File]:
     """Create a file for N snapshots, to be filled with `put`. The file appears only if the block succeeds.
 
@@ -32,6 +38,7 @@ def new_vtkhdf(
         solid_XYZ: 1 in solid voxels, stored once for all times.
         origin: x, y, z of the first cell's centre.
         spacing: distance of neighbouring cell centres along x, y, z.
+        spread: also make the arrays ``velocity_spread`` and ``pressure_spread``, for an ensemble.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission).
@@ -47,21 +54,23 @@ def new_vtkhdf(
         root.attrs["Spacing"] = np.array(spacing, dtype=np.float64)
         root.attrs["Direction"] = np.eye(3).ravel()
         points = root.create_group("PointData")
-        points.create_dataset("velocity", (steps, *shape_ZYX, 3), np.float32)
-        points.create_dataset("pressure", (steps, *shape_ZYX), np.float32)
+        endings = ["", SPREAD] if spread else [""]
+        for ending in endings:
+            points.create_dataset(f"velocity{ending}", (steps, *shape_ZYX, 3), np.float32)
+            points.create_dataset(f"pressure{ending}", (steps, *shape_ZYX), np.float32)
         points.create_dataset("solid", data=np.ascontiguousarray(solid_XYZ.T[None], dtype=np.float32))
         series = root.create_group("Steps")
         series.attrs["NSteps"] = np.int64(steps)
         series.create_dataset("Values", data=np.asarray(time_N, dtype=np.float64))
         offsets = series.create_group("PointDataOffsets")
-        for name in ("velocity", "pressure"):
+        for name in [f"{field}{ending}" for field in ("velocity", "pressure") for ending in endings]:
             offsets.create_dataset(name, data=np.arange(steps, dtype=np.int64))
         offsets.create_dataset("solid", data=np.zeros(steps, dtype=np.int64))
         yield file
 
 
-def put(file: h5py.File, step: int, fields_4XYZ: NDArray[np.floating]) -> None:
-    """Store velocity and pressure of snapshot number ``step``, as float32."""
+def put(file: h5py.File, step: int, fields_4XYZ: NDArray[np.floating], ending: str = "") -> None:
+    """Store velocity and pressure of snapshot number ``step``, or with the ending `SPREAD` their spread, as float32."""
     points = file["VTKHDF/PointData"]
-    points["velocity"][step] = np.ascontiguousarray(fields_4XYZ[:3].transpose(3, 2, 1, 0), dtype=np.float32)
-    points["pressure"][step] = np.ascontiguousarray(fields_4XYZ[3].T, dtype=np.float32)
+    points[f"velocity{ending}"][step] = np.ascontiguousarray(fields_4XYZ[:3].transpose(3, 2, 1, 0), dtype=np.float32)
+    points[f"pressure{ending}"][step] = np.ascontiguousarray(fields_4XYZ[3].T, dtype=np.float32)

@@ -35,7 +35,7 @@ from shodh_moe.inference.contexts import context_rows, contexts_of
 from shodh_moe.inference.forecasting import encode_flow
 from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
 from shodh_moe.inference.members import continue_by_members, load_members
-from shodh_moe.inference.paraview import new_vtkhdf, put
+from shodh_moe.inference.paraview import SPREAD, new_vtkhdf, put
 from shodh_moe.inference.unlikeness import fit_unlikeness
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.ensemble import LEVELS, coverage
@@ -135,7 +135,8 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
         for row, (record, path) in enumerate(zip(records, _companions(request, records), strict=False)):
             _, solid_1XYZ = read_snapshots(record, request.start, request.start + 1)
             own_time = time[row] if time.ndim == 2 else time
-            views.append(stack.enter_context(new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing)))
+            view = new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing, spread)
+            views.append(stack.enter_context(view))
         work = _snapshots(members, records, request, scores)
         for row, step, fields_4XYZ, conserved_3XYZ, spread_4XYZ in progress(
             work, "predict", len(records) * request.steps
@@ -149,6 +150,8 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
                 file["t0_fields"][PRESSURE_SPREAD][row, step] = spread_4XYZ[3]
             if views:
                 put(views[row], step, fields_4XYZ)
+                if spread:
+                    put(views[row], step, spread_4XYZ, SPREAD)
     _report(request, models, scores, time, len(records))
 
 

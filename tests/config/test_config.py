@@ -199,3 +199,11 @@ def test_a_fingerprint_changes_with_any_part() -> None:
     one = fingerprint({"a": 1, "b": [1, 2]}, "x")
     assert one == fingerprint({"b": [1, 2], "a": 1}, "x")
     assert len({one, fingerprint({"a": 1, "b": [2, 1]}, "x"), fingerprint({"a": 1, "b": [1, 2]}, "y")}) == 3
+
+
+def test_the_example_of_a_fine_tuning_loads() -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / "finetune" / "low_rank.yaml"
+    config = load_config(path)
+    assert config.finetune is not None
+    assert (config.finetune.train, config.finetune.rank) == ("lora", 8)
+    assert Config().finetune is None

@@ -51,7 +51,7 @@ def words(made: Path, *members: str, steps: int = 3) -> list[str]:
 def test_the_prediction_is_the_members_mean_with_their_spread(
     made: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words(made, "two/runs/trained"), "--dtype", "float64", "--no-paraview"]) == 0
+    assert main([*words(made, "two/runs/trained"), "--dtype", "float64"]) == 0
     models = [load_model(made / name / "runs/trained") for name in ("one", "two")]
     truth = []
     for row, record in enumerate(open_trajectories(made / "flow.hdf5")):
@@ -67,6 +67,10 @@ def test_the_prediction_is_the_members_mean_with_their_spread(
         np.testing.assert_allclose(pressure, own.mean(0)[:, 3], rtol=0, atol=1e-12)
         np.testing.assert_allclose(spread, own.std(0, ddof=1)[:, :3], rtol=0, atol=1e-12)
         np.testing.assert_allclose(around, own.std(0, ddof=1)[:, 3], rtol=0, atol=1e-12)
+        with h5py.File(f"out.trajectory{row}.vtkhdf") as file:
+            shown = file["VTKHDF/PointData/velocity_spread"][:].transpose(0, 4, 3, 2, 1)
+            assert file["VTKHDF/Steps/PointDataOffsets/pressure_spread"][:].tolist() == [0, 1, 2]
+        np.testing.assert_allclose(shown, spread, rtol=1e-6)
         found = divergence(torch.from_numpy(velocity), "spectral")
         assert float(found.abs().max()) < 1e-12
         truth.append(

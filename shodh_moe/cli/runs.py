@@ -99,7 +99,9 @@ def _evaluate(options: argparse.Namespace) -> None:
                 f"{domain}, ensemble of {entry['members']}, first and last step: nRMSE of the mean "
                 f"{entry['nrmse_mean'][0]:.3g}, {entry['nrmse_mean'][-1]:.3g}; spread {entry['spread'][0]:.3g}, "
                 f"{entry['spread'][-1]:.3g}; true velocities within the interval for 90 % "
-                f"{entry['coverage_90'][0]:.1%}, {entry['coverage_90'][-1]:.1%}"
+                f"{entry['coverage_90'][0]:.1%}, {entry['coverage_90'][-1]:.1%}, with the validation split's factors "
+                f"{entry['factor_90'][0]:.3g}, {entry['factor_90'][-1]:.3g} on the spread "
+                f"{entry['coverage_90_calibrated'][0]:.1%}, {entry['coverage_90_calibrated'][-1]:.1%}"
             )
     print(f"[evaluate] {options.output / 'metrics.json'}")
 

@@ -30,4 +30,9 @@ def half_width(level: float, members: int) -> float:
 
 def coverage(mean: Tensor, spread: Tensor, truth: Tensor, level: float, members: int) -> float:
     """Share of the elements whose truth is within the interval of `half_width` around the mean."""
-    return float(((truth - mean).abs() <= half_width(level, members) * spread).double().mean())
+    return covered((truth - mean).abs(), spread, half_width(level, members))
+
+
+def covered(error: Tensor, spread: Tensor, factor: float) -> float:
+    """Share of the absolute errors that are at most ``factor`` times their spread."""
+    return float((error <= factor * spread).double().mean())

@@ -54,6 +54,8 @@ def test_help_shows_an_example_to_copy(command: str, capsys: pytest.CaptureFixtu
     ("command", "example"),
     [
         ("predict", "predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"),
+        ("finetune", "finetune --model quickstart_model --data my_flows --output my_model"),
+        ("merge upcycle", "merge upcycle dense_model --experts 4 --output mixture_model"),
         ("checkpoint", "checkpoint export runs/trial --output trial_model"),
         ("checkpoint inspect", "checkpoint inspect runs/trial"),
         ("checkpoint verify", "checkpoint verify runs/trial"),

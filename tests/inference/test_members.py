@@ -133,6 +133,14 @@ def test_evaluation_measures_the_ensemble(
             for level in (0.5, 0.9):
                 inside = coverage(mean[fluid], spread[fluid], true[fluid], level, 2)
                 assert entry[f"coverage_{100 * level:.0f}"][step] == pytest.approx(inside, abs=1e-3)
+        # The factor holds the level's share of the validation values, and the test coverage uses it.
+        for level in (0.5, 0.9):
+            name = f"{100 * level:.0f}"
+            assert all(factor > 0 for factor in entry[f"factor_{name}"])
+            error, around = (true - mean).abs()[fluid], spread[fluid]
+            inside = float((error <= entry[f"factor_{name}"][1] * around).double().mean())
+            assert entry[f"coverage_{name}_calibrated"][1] == pytest.approx(inside, abs=1e-3)
+        assert entry["factor_90"][0] > entry["factor_50"][0]
     assert SNAPSHOTS - HISTORY >= 2
 
 

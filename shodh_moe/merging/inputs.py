@@ -245,7 +245,8 @@ def _exported(path: str, folder: Path) -> InputModel:
         tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
         config = read_yaml(folder / "config.yaml")
         config["tokenizer"]["path"] = str(folder / "tokenizer")
-        model.state = {"config": config, "step": described["step"], "tokenizer_sha256": tokenizer["sha256"]}
+        own = {"config": config, "step": described["step"], "written": "unknown"}  # an export has no date
+        model.state = {**own, "tokenizer_sha256": tokenizer["sha256"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder} is damaged ({type(error).__name__})") from None
     return model

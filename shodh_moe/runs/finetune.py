@@ -53,7 +53,6 @@ SETTINGS: dict[str, Any] = {
         "keep_every": 0,
     },
     "model": {"moe": {"dropless": True, "router": {"balance_weight": 0.0, "z_weight": 0.0}}},
-    "finetune": {},
     # These belong to the machine or the dataset that the model was trained with.
     "parallel": None,
     "deepspeed": None,
@@ -86,7 +85,7 @@ class Request:
 def finetune(request: Request) -> Path:
     """Fine-tune a model, export it to ``request.output``, and print its errors on the validation split.
 
-    A run that was interrupted resumes. The tokenizer and all its statistics stay those of the model.
+    A run that was interrupted resumes, and one that is complete is exported again. The tokenizer and all its statistics stay those of the model.
 
     Raises:
         UserError: the model, data, settings or output cannot be used, or do not fit together.
@@ -101,8 +100,14 @@ def finetune(request: Request) -> Path:
     settings = config.finetune
     assert settings is not None
     name = str(request.model)
+    known = contexts.contexts_of(source) if settings.train in ("expert", "router") else None
     if settings.train == "expert":
         require_growable(config.model, name)
+        if known is None:
+            raise UserError(
+                f"{name} records no contexts of its training data, from which a new path must keep away: export it "
+                "again in the folder in which it was trained, or use --train all or lora"
+            )
     if settings.train == "router" and not any(list(router.parameters()) for router in models.transformer.routers):
         raise UserError(f"{name} has no router that could learn: use --train all or lora")
     paths = resolve_paths(config)
@@ -110,8 +115,7 @@ def finetune(request: Request) -> Path:
     pipeline.make_data(config, paths)
     pipeline.make_latents(config, paths)
 
-    known = contexts.contexts_of(source) if settings.train in ("expert", "router") else None
-    grown = _grown(config, paths, models, known, name) if settings.train == "expert" else None
+    grown = _grown(config, paths, models, known) if settings.train == "expert" and known else None
     if grown:
         config = config.model_copy(update={"model": grown.model})
     claim_run_folder(config, write=False)
@@ -135,8 +139,8 @@ def _config(request: Request, source: ModelSource, models: Models) -> Config:
     for key, value in SETTINGS.items():
         if value is None:
             del tree[key]
+    tree["finetune"] = {}  # not that of a model that was fine-tuned before
     _update(tree, {key: value for key, value in SETTINGS.items() if value is not None})
-    tree["finetune"] = {}
     tokenizer = str(source.tokenizer_folder())
     fixed = {
         "name": name,
@@ -184,13 +188,12 @@ def _require_known_fields(config: Config, paths: Paths, ignored: list[str], mode
                 )
 
 
-def _grown(config: Config, paths: Paths, models: Models, known: Contexts | None, name: str) -> Grown:
-    """The model with a path for the new domain."""
-    if known is None:
-        raise UserError(
-            f"{name} records no contexts of its training data, from which a new path must keep away: export it again "
-            "in the folder in which it was trained, or use --train all or lora"
-        )
+def _grown(config: Config, paths: Paths, models: Models, known: Contexts) -> Grown:
+    """The model with a path for the new domain.
+
+    Raises:
+        UserError: the data have several domains, or look like a known one.
+    """
     new = contexts.collect(paths.latents, config.model, paths.tokenizer, config.data.weights)
     if len(new.domains) != 1:
         raise UserError(

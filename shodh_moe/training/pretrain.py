@@ -85,7 +85,7 @@ def latent_engine(
         config.model, latent_channels, latent_grid, config.seed, ep,
         norm=norm, activation_checkpointing=config.training.activation_checkpointing,
     )  # fmt: skip
-    if model.path is not None:
+    if model.path is not None and config.finetune is None:  # a fine-tuning begins with a trained router
         experts, batch = config.model.moe.num_experts, config.training.batch_size
         if config.model.moe.router.context == "sample" and experts > batch and dist.get_rank() == 0:
             print(

@@ -85,7 +85,8 @@ class Request:
 def finetune(request: Request) -> Path:
     """Fine-tune a model, export it to ``request.output``, and print its errors on the validation split.
 
-    A run that was interrupted resumes, and one that is complete is exported again. The tokenizer and all its statistics stay those of the model.
+    A run that was interrupted resumes, and one that is complete is exported again. The tokenizer and all its statistics
+    stay those of the model.
 
     Raises:
         UserError: the model, data, settings or output cannot be used, or do not fit together.

@@ -59,6 +59,7 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     source = find_source(path, tokenizer)
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
+    models = load_models(source)
     known = contexts.contexts_of(source)
     if known is None:
         print(
@@ -67,7 +68,6 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
             file=sys.stderr,
             flush=True,
         )
-    models = load_models(source)
     write_export(output, source, models, known, _metrics(source, models.weights_sha256))
 
 

@@ -144,19 +144,19 @@ def contexts_of(source: ModelSource) -> Contexts | None:
     """The contexts of a model's training data: those of an exported model, or read from a run's latents.
 
     A fine-tuned run has those of the model it began with beside its checkpoints, if they still hold. None: the model
-    records none, and its latents are not here.
+    records none, and its latents are not here or cannot be read.
     """
     if source.exported:
         path = source.path / FILE
         return load(path) if path.exists() else None
+    config = source.config
     try:
         latents = source.paths.latents
-    except UserError:
+        if not (latents / "train.hdf5").exists():
+            return None
+        own = collect(latents, config.model, source.tokenizer_folder(), config.data.weights)
+    except UserError:  # moved, damaged, or of other data by now
         return None
-    if not (latents / "train.hdf5").exists():
-        return None
-    config = source.config
-    own = collect(latents, config.model, source.tokenizer_folder(), config.data.weights)
     before = Path(config.start or "", FILE)
     if not config.finetune or not before.is_file():
         return own

@@ -128,3 +128,32 @@ def test_predict_warns_of_a_field_that_the_model_does_not_see(
     words = ["--input", "warm.hdf5", "--steps", "1", "--output", "out.hdf5", "--no-paraview"]
     assert main(["predict", "--checkpoint", str(made / "model"), *words]) == 0
     assert "warm.hdf5 has the field temperature, which the model does not have and leaves out" in capfd.readouterr().err
+
+
+def test_an_export_without_latents_says_what_it_lacks(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged latent file does not stop an export either."""
+    monkeypatch.chdir(made)
+    run = find_source(made / "runs/trained")
+    file = run.paths.latents / "train.hdf5"
+    whole = file.read_bytes()
+    try:
+        for name, content in (("damaged", b"damaged"), ("missing", None)):
+            file.unlink() if content is None else file.write_bytes(content)
+            output = tmp_path / name
+            assert main(["checkpoint", "export", str(run.path), "--output", str(output)]) == 0
+            assert "cannot tell whether an input is unlike them" in capfd.readouterr().err
+            assert not (output / FILE).exists()
+            words = [
+                "--input",
+                "theirs/data/test/calm.hdf5",
+                "--steps",
+                "1",
+                "--output",
+                str(tmp_path / f"{name}.hdf5"),
+            ]
+            assert main(["predict", "--checkpoint", str(output), *words, "--no-paraview"]) == 0
+            assert "records no contexts of its training data" in capfd.readouterr().err
+    finally:
+        file.write_bytes(whole)

@@ -63,8 +63,8 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     known = contexts.contexts_of(source)
     if known is None:
         print(
-            f"warning: the latents that {path} was trained on are not here or cannot be read, so the export cannot tell "
-            "whether an input is unlike them; export in the folder in which it was trained",
+            f"warning: the latents that {path} was trained on are not here or cannot be read, so the export cannot "
+            "tell whether an input is unlike them; export in the folder in which it was trained",
             file=sys.stderr,
             flush=True,
         )

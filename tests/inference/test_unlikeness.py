@@ -143,7 +143,7 @@ def test_an_export_without_latents_says_what_it_lacks(
             file.unlink() if content is None else file.write_bytes(content)
             output = tmp_path / name
             assert main(["checkpoint", "export", str(run.path), "--output", str(output)]) == 0
-            assert "cannot tell whether an input is unlike them" in capfd.readouterr().err
+            assert "so the export cannot tell whether an input is unlike them" in capfd.readouterr().err
             assert not (output / FILE).exists()
             words = [
                 "--input",

@@ -60,7 +60,7 @@ def require_growable(model: ModelConfig, name: str) -> None:
 
 
 @torch.no_grad()
-def grow(transformer: LatentTransformer, known: Contexts, new: Contexts) -> Grown:
+def grow(transformer: LatentTransformer, model: ModelConfig, known: Contexts, new: Contexts) -> Grown:
     """Add a path that takes the samples of a new domain and starts as a copy of the one that most of them take now.
 
     The boundary between the new domain and each known one has the direction of a linear discriminant. It lies between
@@ -68,7 +68,8 @@ def grow(transformer: LatentTransformer, known: Contexts, new: Contexts) -> Grow
     context takes the new path.
 
     Args:
-        transformer: on the CPU; its model has passed `require_growable`.
+        transformer: on the CPU.
+        model: its section ``model``, which has passed `require_growable`, with the settings of the further training.
         known: contexts of the domains that keep their paths.
         new: contexts of one new domain.
 
@@ -85,16 +86,16 @@ def grow(transformer: LatentTransformer, known: Contexts, new: Contexts) -> Grow
             f"{nearest}, which keep theirs: use --train all or lora"
         )
     copied = _usual_path(transformer, new)
-    config = transformer.config
-    tree = config.model_dump()
+    added = model.moe.router.added
+    tree = model.model_dump()
     tree["moe"]["num_experts"] += 1
-    tree["moe"]["router"]["added"] = [*config.moe.router.added, len(margins_DF)]
+    tree["moe"]["router"]["added"] = [*added, len(margins_DF)]
     weights = {}
     for name, parameter in transformer.named_parameters():
         tensor = parameter.detach()
         if marks(parameter).per_expert:
             tensor = torch.cat([tensor, tensor[copied : copied + 1]])
-        if name.startswith(ROUTER) and not config.moe.router.added:
+        if name.startswith(ROUTER) and not added:
             name = f"{ROUTER}base.{name.removeprefix(ROUTER)}"
         weights[name] = tensor.clone()
     before = weights.get(MARGINS)

@@ -201,7 +201,7 @@ def _grown(config: Config, paths: Paths, models: Models, known: Contexts) -> Gro
             f"{paths.dataset} has the domains {', '.join(new.domains)}: --train expert adds one path for one domain; "
             "set data.weights of the others to 0"
         )
-    grown = grow(models.transformer, known, new)
+    grown = grow(models.transformer, config.model, known, new)
     count = config.model.moe.num_experts
     print(
         f"[finetune] path {count} starts as a copy of path {grown.copied}; it takes {grown.taken:.0%} of the "

@@ -98,7 +98,10 @@ def test_a_new_path_leaves_the_known_domains_alone(
     assert "path 2 starts as a copy of path" in said
     assert "it takes 100% of the validation samples of other and none of the" in said
     before, after = load_model(made / "model"), load_model(tuned)
-    assert (after.transformer.config.moe.num_experts, after.transformer.config.moe.router.added) == (3, [2])
+    moe = after.transformer.config.moe
+    assert (moe.num_experts, moe.router.added) == (3, [2])
+    # All samples take the new path, so none may be dropped and nothing may push them to other paths.
+    assert (moe.dropless, moe.router.balance_weight, moe.router.z_weight) == (True, 0, 0)
     old = latents_of(made / "model", made, monkeypatch)
     for split in ("train", "valid", "test"):
         (z_a, path_a), (z_b, path_b) = (predictions(models, old, split) for models in (before, after))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
 from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.importing.projection import project
+from shodh_moe.formats.known import open_here
 from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
@@ -211,6 +213,12 @@ def test_only_one_snapshot_of_a_long_array_is_in_memory(cutouts: Path, monkeypat
     tracemalloc.start()
     changes = {"axes": ["t", "x", "y", "z"], "velocity": list("uvw"), "pressure": "p"}
     imported(cutouts, files={"train": ["long.npz"]}, **changes)
+    assert tracemalloc.get_traced_memory()[1] < 40 * 4 * 4 * np.prod(GRID) / 2
+    tracemalloc.reset_peak()
+    # The values were read in another process; read them here as well.
+    with open_here(cutouts / "long.npz") as file:
+        for name, number in itertools.product("uvwp", range(40)):
+            assert (file.array(name).read((number, *[slice(None)] * 3)) == (name == "p")).all()
     assert tracemalloc.get_traced_memory()[1] < 40 * 4 * 4 * np.prod(GRID) / 2
     tracemalloc.stop()
 

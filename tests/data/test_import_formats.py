@@ -13,12 +13,10 @@ import pytest
 import tifffile
 from scipy.io import savemat
 
-from shodh_moe.base.errors import UserError
 from shodh_moe.data import list_trajectories, read_trajectory
-from shodh_moe.data.importing.formats import CONVERT, FORMATS, open_file
 from shodh_moe.data.importing.items import plan_items
-from shodh_moe.data.importing.readers import worker
-from tests.data import faulty_calls
+from shodh_moe.formats import open_file
+from shodh_moe.formats.known import CONVERT, FORMATS
 from tests.data.test_import import GRID, cutouts, flow, imported, mapping_file  # noqa: F401  (a fixture)
 from tests.tiny import refused
 
@@ -373,24 +371,6 @@ def test_curved_and_scattered_grids_are_refused(cutouts: Path, capfd: pytest.Cap
     writer.Write()
     says = ("flow_1.vtu: its 3072 points are not those of a grid", "Resample To Image")
     refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
-
-
-def test_a_library_that_crashes_or_hangs_does_not_end_the_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "u.vti"
-    path.write_bytes(b"12345")
-    monkeypatch.setattr(worker, "SECONDS", 60.0)
-    for function, words in ((faulty_calls.crash, "VTK crashes on it"), (faulty_calls.hang, "does not finish")):
-        assert worker.run_apart(path, faulty_calls.size, 2) == 10
-        if function is faulty_calls.hang:
-            monkeypatch.setattr(worker, "SECONDS", 1.0)
-        with pytest.raises(UserError, match=rf"u\.vti is damaged \(VTK .*{words.split()[-1]}"):
-            worker.run_apart(path, function)
-    monkeypatch.setattr(worker, "SECONDS", 60.0)
-    with pytest.raises(ValueError, match=r"no table in u\.vti"):
-        worker.run_apart(path, faulty_calls.fail)
-    worker.stop()
 
 
 def test_the_table_in_the_docs_lists_every_format() -> None:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.axes import stored_axes
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Crop, Mapping
 from shodh_moe.data.importing.sequence import in_order
 from shodh_moe.data.importing.times import Place, Times
+from shodh_moe.formats import Array
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.units import unit_of
+from shodh_moe.formats import Array
 
 # Names of datasets and attributes with the times of snapshots, if the mapping names none.
 _TIME = ("time", "times", "t")

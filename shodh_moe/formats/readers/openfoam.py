@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from vtkmodules.util.numpy_support import vtk_to_numpy
 from vtkmodules.vtkIOGeometry import vtkOpenFOAMReader
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, ArrayFile, Part
-from shodh_moe.data.importing.readers.vtk_data import Values, array_of, updated, values_of
-from shodh_moe.data.importing.readers.worker import run_apart
+from shodh_moe.formats.arrays import Array, ArrayFile, Part
+from shodh_moe.formats.readers.vtk_data import Values, array_of, updated, values_of
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:
@@ -25,7 +22,9 @@ def read(path: Path, stack: ExitStack) -> ArrayFile:
         parallel = (path / "processor0").is_dir() or (path / "processors").is_dir()
         remedy = "run `reconstructPar` in it" if parallel else "run `blockMesh` or another mesher in it"
         raise UserError(f"{path} is an OpenFOAM case without constant/polyMesh: {remedy}")
-    times, names = run_apart(path, _header)
+    reader = _reader(path)
+    names = [reader.GetCellArrayName(index) for index in range(reader.GetNumberOfCellArrays())]
+    times = vtk_to_numpy(reader.GetTimeValues()).copy()
     if not len(times):
         raise UserError(f"{path} holds no times: expected folders with numbers as their names")
     loaded: dict[int, Values] = {}
@@ -33,7 +32,7 @@ def read(path: Path, stack: ExitStack) -> ArrayFile:
     def at(number: int) -> Values:
         if number not in loaded:
             loaded.clear()
-            loaded[number] = run_apart(path, _load, times[number])
+            loaded[number] = _load(path, reader, times[number])
         return loaded[number]
 
     def field(name: str) -> Array:
@@ -67,9 +66,8 @@ def _one(found: Values, name: str, path: Path, time: float) -> NDArray[Any]:
     return found[name]
 
 
-@functools.lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
-    """The reader of a case, which keeps its mesh; this runs in the worker process."""
+    """The reader of a case, which keeps its mesh."""
     reader = vtkOpenFOAMReader()
     reader.SetFileName(str(path / "system" / "controlDict"))
     reader.CreateCellToPointOff()
@@ -79,14 +77,5 @@ def _reader(path: Path) -> Any:
     return reader
 
 
-def _header(path: Path) -> tuple[NDArray[np.float64], list[str]]:
-    """The times and the names of the fields."""
-    _reader.cache_clear()
-    reader = _reader(path)
-    names = [reader.GetCellArrayName(index) for index in range(reader.GetNumberOfCellArrays())]
-    return vtk_to_numpy(reader.GetTimeValues()).copy(), names
-
-
-def _load(path: Path, time: float) -> Values:
-    reader = _reader(path)
+def _load(path: Path, reader: Any, time: float) -> Values:
     return values_of(path, updated(path, reader, lambda: reader.UpdateTimeStep(time)).GetBlock(0))

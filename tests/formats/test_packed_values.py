@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import open_array_file
-from shodh_moe.data.importing.formats import open_file
+from shodh_moe.formats import open_file
 
 NUMBERS = [0, 1, 2, 3, 100, -1, -2, -100, -128, 127]
 WIDE = [*NUMBERS, -32767, 32767, 9.969209968386869e36, -9999, 1e20, np.nan, -999.9]
@@ -52,7 +51,7 @@ def theirs(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def ours(path: Path) -> dict[str, np.ndarray]:
-    with open_array_file(path) as file:
+    with open_file(path) as file:
         return {name: file.array(name).read((slice(None),)) for name in file.names}
 
 
@@ -167,7 +166,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, file_format: str, unlimited
         file.createDimension("x", 4000)
         file.createVariable("u", "f4", ("t", "x"))[:] = np.ones((4, 4000))
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(UserError, match=r"a\.nc"), open_array_file(path) as file:
+    with pytest.raises(UserError, match=r"a\.nc"), open_file(path) as file:
         file.array("u").read((3, slice(None)))
 
 

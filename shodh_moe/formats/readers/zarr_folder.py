@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from shodh_moe.data.importing.array_files import READ_ATTRIBUTES, Array, ArrayFile, require_numbers
-from shodh_moe.data.importing.packed_values import ATTRIBUTES, packing
+from shodh_moe.formats.arrays import READ_ATTRIBUTES, Array, ArrayFile, plain, require_numbers
+from shodh_moe.formats.packed_values import ATTRIBUTES, packing
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:
@@ -39,7 +39,7 @@ def _array(path: Path, name: str, stored: Any) -> Array:
     require_numbers(path, name, stored.dtype)
     attributes = dict(stored.attrs)
     packed = packing(f"{path}: {name}", _packing_attributes(stored), stored.dtype, netcdf=False)
-    stated = {key.lower(): value for key, value in attributes.items() if key.lower() in READ_ATTRIBUTES}
+    stated = plain({key.lower(): value for key, value in attributes.items() if key.lower() in READ_ATTRIBUTES})
     dimensions = (
         attributes.get("_ARRAY_DIMENSIONS") or getattr(getattr(stored, "metadata", None), "dimension_names", None) or ()
     )

@@ -9,9 +9,8 @@ from pathlib import Path
 from vtkmodules.vtkIOImage import vtkMetaImageReader, vtkNrrdReader
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import ArrayFile
-from shodh_moe.data.importing.readers.vtk_data import Values, lazily, updated, values_of
-from shodh_moe.data.importing.readers.worker import run_apart
+from shodh_moe.formats.arrays import ArrayFile
+from shodh_moe.formats.readers.vtk_data import Values, lazily, updated, values_of
 
 _DATA_FILE = re.compile(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s*$")
 
@@ -19,7 +18,7 @@ _DATA_FILE = re.compile(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s
 def read(path: Path, stack: ExitStack) -> ArrayFile:
     """Read the whole volume: values [z, y, x], and the coordinates x, y and z."""
     _require_own_data(path)
-    found = run_apart(path, _load)
+    found = _load(path)
     return ArrayFile(path, lazily(path, lambda: found, list(found)), in_memory=True)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from vtkmodules import vtkIOXML
 from vtkmodules.vtkIOLegacy import vtkDataSetReader
 
-from shodh_moe.data.importing.array_files import ArrayFile
-from shodh_moe.data.importing.readers.vtk_data import Values, field_values, lazily, updated, values_of
-from shodh_moe.data.importing.readers.worker import run_apart
+from shodh_moe.formats.arrays import ArrayFile
+from shodh_moe.formats.readers.vtk_data import Values, field_values, lazily, updated, values_of
 
 _READERS: dict[str, Any] = {
     ".vti": vtkIOXML.vtkXMLImageDataReader,
@@ -31,10 +30,10 @@ def read(path: Path, stack: ExitStack) -> ArrayFile:
 
     ``TimeValue``, which ParaView and many programs write, is the file's time.
     """
-    names, fields = run_apart(path, _header)
+    names, fields = _header(path)
     stored = fields.get("field/TimeValue")
     time = {} if stored is None else {"time": stored}
-    return ArrayFile(path, lazily(path, lambda: run_apart(path, _load), names), time, in_memory=True)
+    return ArrayFile(path, lazily(path, lambda: _load(path), names), time, in_memory=True)
 
 
 def _header(path: Path) -> tuple[list[str], Values]:

@@ -1,7 +1,5 @@
 """Read VTK's data sets with the package vtk, and name their arrays.
 
-VTK may crash or hang on a damaged file, so its readers run in the process of `worker`.
-
 Arrays are named point/NAME, cell/NAME and field/NAME, in axes z, y, x and c. The coordinates of the points and of the
 cells' centres are point/x and cell/x, and so on.
 """
@@ -21,7 +19,7 @@ from vtkmodules.vtkFiltersCore import vtkCellCenters
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import printable
-from shodh_moe.data.importing.array_files import Array, require_numbers
+from shodh_moe.formats.arrays import Array, require_numbers
 
 Values = dict[str, NDArray[Any]]
 

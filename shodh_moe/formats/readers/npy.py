@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shodh_moe.data.importing.array_files import Array, ArrayFile, require_numbers
+from shodh_moe.formats.arrays import Array, ArrayFile, require_numbers
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:

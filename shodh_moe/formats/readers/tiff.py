@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from shodh_moe.base.tiff import open_tiff
-from shodh_moe.data.importing.array_files import Array, ArrayFile, require_numbers
+from shodh_moe.formats.arrays import Array, ArrayFile, require_numbers
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import h5py
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import printable
-from shodh_moe.data.importing.array_files import ArrayFile, open_array_file
+from shodh_moe.formats.arrays import ArrayFile, first_line
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Format:
     """A file format.
 
     Attributes:
-        reader: module in `shodh_moe.data.importing.readers`.
+        reader: module in `shodh_moe.formats.readers`.
         package: the package that it needs beyond those of every installation, in the extra ``formats``; or None.
     """
 
@@ -41,6 +41,7 @@ FORMATS = {
     **dict.fromkeys((".mhd", ".mha", ".nhdr", ".nrrd"), Format("image_header", "vtk")),
 }
 OPENFOAM = Format("openfoam", "vtk")  # a folder with system/controlDict
+HDF5, NETCDF, NPZ = Format("hdf5"), Format("netcdf"), Format("npz")
 
 _SAVE = "save its arrays with numpy.savez"
 _PARAVIEW = "open it in ParaView, apply Resample To Image, and save it as .vti"
@@ -64,34 +65,69 @@ def format_of(path: Path) -> Format | None:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[ArrayFile]:
-    """Open a file, or the folder of a format that is a folder.
+def open_here(path: Path) -> Iterator[ArrayFile]:
+    """Open a file, or the folder of a format that is a folder, in this process.
 
     Raises:
-        UserError: it is missing or damaged, its format cannot be read (the message says how to convert it), or the
-            package that reads it is not installed.
+        UserError: it is missing or damaged, or its format cannot be read (the message says how to convert it).
     """
     with ExitStack() as stack:
-        found = format_of(path)
-        yield _read(path, found, stack) if found else stack.enter_context(_open_known(path))
+        found = format_of(path) or _by_content(path)
+        if not path.exists():
+            raise UserError(f"cannot read {path} (no such file): check the path")
+        reader = importlib.import_module(f"shodh_moe.formats.readers.{found.reader}")
+        try:
+            opened = reader.read(path, stack)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises, such as MemoryError for a damaged length
+            reason = printable(getattr(error, "strerror", None) or first_line(error))[:200]
+            raise UserError(
+                f"cannot read {path} ({reason}): check the path, or whether it is complete and of this format"
+            ) from error
+        yield opened
 
 
-def _open_known(path: Path) -> AbstractContextManager[ArrayFile]:
-    """Open an HDF5, NetCDF or npz file, after a check for formats that have to be converted."""
+def require_package(path: Path) -> None:
+    """Raise `UserError` if the package that reads a file is not installed."""
+    found = format_of(path)
+    if found and found.package and importlib.util.find_spec(found.package) is None:
+        raise UserError(
+            f"{path} needs the package {found.package}: install it with `pip install {found.package}`, or all such "
+            "packages with `pip install 'shodh_moe[formats]'`"
+        )
+
+
+def _by_content(path: Path) -> Format:
+    """The format that the first bytes tell.
+
+    Raises:
+        UserError: it is another one; the message says how to convert it.
+    """
     suffix = path.suffix.lower()
-    if path.is_file() and not h5py.is_hdf5(path):
-        if suffix in _INDEXES:
-            raise UserError(f"{path} only names other files: name these in `files` instead: {_named_in(path)}")
-        if suffix == ".foam":
-            raise UserError(f"{path} only marks an OpenFOAM case: name the case's folder in `files` instead")
-        if suffix in CONVERT:
-            raise UserError(f"{path}: {suffix} files cannot be imported: {_advice(CONVERT[suffix])}")
     if path.is_dir():
         raise UserError(
             f"{path} is a folder, but neither an OpenFOAM case (with system/controlDict) nor a .zarr folder: name "
             "files or a pattern such as folder/*.h5"
         )
-    return open_array_file(path)
+    try:
+        if h5py.is_hdf5(path):
+            return HDF5
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}): check the path") from error
+    if suffix in _INDEXES:
+        raise UserError(f"{path} only names other files: name these in `files` instead: {_named_in(path)}")
+    if suffix == ".foam":
+        raise UserError(f"{path} only marks an OpenFOAM case: name the case's folder in `files` instead")
+    if suffix in CONVERT:
+        raise UserError(f"{path}: {suffix} files cannot be imported: {_advice(CONVERT[suffix])}")
+    if start[:3] == b"CDF" and start[3:] in (b"\x01", b"\x02"):
+        return NETCDF
+    if start[:2] == b"PK":
+        return NPZ
+    raise UserError(f"{path} is not HDF5, NetCDF 3 or 4, or npz: convert it (NetCDF 5: `nccopy -k nc4 in.nc out.nc`)")
 
 
 def _advice(text: str) -> str:
@@ -102,24 +138,3 @@ def _named_in(path: Path) -> str:
     text = path.read_bytes()[:100_000].decode(errors="replace")
     names = sorted(set(re.findall(r"""[^\s<>"'=:]+\.(?:h5|hdf5|vti|vtr|vts|vtu|vtk)\b""", text)))
     return printable(", ".join(names[:3]) + (", ..." if len(names) > 3 else "")) or "none was found in it"
-
-
-def _read(path: Path, found: Format, stack: ExitStack) -> ArrayFile:
-    """Read a file with the format's reader."""
-    if not path.exists():
-        raise UserError(f"cannot read {path} (no such file): check the path")
-    if found.package and importlib.util.find_spec(found.package) is None:
-        raise UserError(
-            f"{path} needs the package {found.package}: install it with `pip install {found.package}`, or all such "
-            "packages with `pip install 'shodh_moe[formats]'`"
-        )
-    reader = importlib.import_module(f"shodh_moe.data.importing.readers.{found.reader}")
-    try:
-        opened = reader.read(path, stack)
-        assert isinstance(opened, ArrayFile)
-        return opened
-    except UserError:
-        raise
-    except Exception as error:  # whatever a library raises on a file that it cannot read
-        reason = printable(str(error))[:200] or type(error).__name__
-        raise UserError(f"cannot read {path} ({reason}): check that it is complete and of this format") from error

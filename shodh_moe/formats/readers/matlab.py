@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat, whosmat
 
-from shodh_moe.data.importing.array_files import Array, ArrayFile, require_numbers
+from shodh_moe.formats.arrays import Array, ArrayFile, require_numbers
 
 _NO_ARRAYS = ("struct", "cell", "object", "function", "opaque", "char", "sparse")
 

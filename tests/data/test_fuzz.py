@@ -64,14 +64,14 @@ def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
 
 
 def test_a_fault_is_reported_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from studies import fuzz_reader
+    from support import supervise
 
     child = "import json, os; print(json.dumps({'number': 3}), flush=True); os.abort()"
-    popen = fuzz_reader.subprocess.Popen
+    popen = supervise.subprocess.Popen
     starts = iter([child, "pass"])
     monkeypatch.setattr(
-        fuzz_reader.subprocess, "Popen", lambda arguments, **pipes: popen([sys.executable, "-c", next(starts)], **pipes)
+        supervise.subprocess, "Popen", lambda arguments, **pipes: popen([sys.executable, "-c", next(starts)], **pipes)
     )
-    outcomes, faults, _, _ = fuzz_reader.watch(seed=0, files=4, folder=tmp_path)
+    outcomes, faults, _, _ = supervise.watch("script.py", seed=0, files=4, folder=tmp_path, faulty=())
     assert outcomes == {"crash": 1}
     assert faults[0]["number"] == 3

@@ -309,6 +309,10 @@ def _read_vtk(folder: Path) -> Arrays:
             ".vtr": vtkIOXML.vtkXMLRectilinearGridReader,
             ".vtk": vtkIOLegacy.vtkDataSetReader,
         }[path.suffix]()
+        if path.suffix == ".vtk":  # otherwise only the first array of each kind
+            reader.ReadAllVectorsOn()
+            reader.ReadAllScalarsOn()
+            reader.ReadAllFieldsOn()
         data = _vtk_output(path, reader)
         nx, ny, nz = (size - 1 for size in data.GetDimensions())
         found = {name: vtk_to_numpy(data.GetCellData().GetArray(name)) for name in ("U", "p")}

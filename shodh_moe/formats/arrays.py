@@ -27,7 +27,8 @@ class Array:
         shape: its shape.
         raw: reads a part, given an index or a slice for each axis, in the stored dtype.
         packing: how stored numbers become values, as NetCDF attributes state it; None: they are the values.
-        attributes: its attributes that may state a time or units, with names in lower case.
+        attributes: its attributes that may state a time or units, with names in lower case; ``time_unit`` is the unit
+            of the time, if that is known.
         dimensions: names of its axes, "" where one has none; empty if the file has no such names.
     """
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.hdf5_filters import require_filters
 from shodh_moe.base.text import printable
 from shodh_moe.formats.arrays import READ_ATTRIBUTES, Array, ArrayFile, plain, require_numbers
-from shodh_moe.formats.packed_values import ATTRIBUTES, packing
+from shodh_moe.formats.packed_values import ATTRIBUTES, Packing, packing
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:
@@ -54,8 +55,38 @@ def _array(path: Path, name: str, dataset: h5py.Dataset) -> Array:
     # The first is in files of the last ten years, the second in variables of older ones.
     netcdf = "_NCProperties" in dataset.file.attrs or "DIMENSION_LIST" in dataset.attrs
     packed = packing(f"{path}: {name}", attributes, dataset.dtype, netcdf)
-    about = _attributes(dataset), _dimensions(dataset)
-    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, *about)
+    stated = {**_time_of_groups(dataset), **_attributes(dataset)}
+    if "openPMD" in dataset.file.attrs and "unitSI" in dataset.attrs and packed is None:
+        packed = Packing(dataset.dtype.newbyteorder("="), np.empty(0), factor=float(dataset.attrs["unitSI"]))
+        stated["units"] = _openpmd_unit(dataset)
+    return Array(path, name, tuple(dataset.shape), lambda part: dataset[part], packed, stated, _dimensions(dataset))
+
+
+def _time_of_groups(dataset: h5py.Dataset) -> dict[str, Any]:
+    """The attribute ``time`` of the nearest group around a dataset that has one, such as an iteration of openPMD.
+
+    openPMD's ``timeUnitSI``, by which it is multiplied, makes it seconds. The root group speaks for the file.
+    """
+    group = dataset.parent
+    while group.name != "/":
+        found = {key: value for key, value in _attributes(group).items() if key != "units"}
+        if found and "timeUnitSI" in group.attrs:
+            unit = float(group.attrs["timeUnitSI"])
+            return {**{key: np.ravel(value) * unit for key, value in found.items()}, "time_unit": "s"}
+        if found:
+            return found
+        group = group.parent
+    return {}
+
+
+def _openpmd_unit(dataset: h5py.Dataset) -> str:
+    """The unit of values after multiplication by ``unitSI``, such as ``m s-1``; "" if none of mechanics is stated."""
+    for item in (dataset, dataset.parent):  # of a scalar record, and of the record with this component
+        if "unitDimension" in item.attrs:
+            powers = np.ravel(item.attrs["unitDimension"])  # of length, mass, time, current, ...
+            if len(powers) == 7 and not powers[3:].any():
+                return " ".join(f"{unit}{n:g}" for unit, n in zip(("m", "kg", "s"), powers, strict=False) if n)
+    return ""
 
 
 def _is_bare_dimension(dataset: h5py.Dataset) -> bool:

@@ -48,7 +48,8 @@ class Array:
         """
         try:
             stored = np.asarray(self.raw(part))
-            return stored.astype(np.float64) if self.packing is None else self.packing.values(stored)
+            with np.errstate(all="ignore"):  # what is no value becomes NaN or infinite, without a warning
+                return stored.astype(np.float64) if self.packing is None else self.packing.values(stored)
         except UserError:
             raise
         except Exception as error:  # whatever a library raises

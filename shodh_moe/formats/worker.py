@@ -63,6 +63,9 @@ def _size(path: Path) -> int:
 
 def _start() -> tuple[int, subprocess.Popen[bytes], Connection]:
     here, there = Pipe()
+    # Some libraries return without an error and leave a part of an array unset. With this variable glibc fills new
+    # memory with the byte 0x7f, so that unset floats are 3e38 or 1e306, which nobody takes for values.
+    unset = {"MALLOC_PERTURB_": str(0x7F ^ 0xFF)}
     python_path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), *sys.path]))
     process = subprocess.Popen(
         [sys.executable, "-m", "shodh_moe.formats", str(there.fileno())],
@@ -70,7 +73,7 @@ def _start() -> tuple[int, subprocess.Popen[bytes], Connection]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # libraries print there what they also report
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **unset},
     )
     there.close()
     here.recv()  # it has started; on a busy machine this takes longer than a call

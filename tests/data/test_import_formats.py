@@ -373,6 +373,25 @@ def test_curved_and_scattered_grids_are_refused(cutouts: Path, capfd: pytest.Cap
     refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
 
 
+def test_values_that_vtk_leaves_unset_are_refused(cutouts: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """VTK decodes the values up to the damage, and returns without an error."""
+    pytest.importorskip("vtk")
+    from vtkmodules.vtkIOXML import vtkXMLImageDataWriter
+
+    changes = write_vtk(cutouts, *flow(0), "vti", "cell")
+    writer = vtkXMLImageDataWriter()
+    writer.SetInputData(image(flow(0)[0][1], flow(0)[1][1], "cell", 0.25))
+    writer.SetDataModeToBinary()
+    writer.SetCompressorTypeToNone()
+    writer.SetFileName(str(cutouts / "flow_1.vti"))
+    writer.Write()
+    content = (cutouts / "flow_1.vti").read_bytes()
+    at = content.index(b'Name="U"') + 20_000
+    (cutouts / "flow_1.vti").write_bytes(content[:at] + b"!" + content[at + 1 :])
+    says = ("flow_1.vti: velocity of snapshot 1 (cell/U) has values up to 3.",)
+    refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
+
+
 def test_the_table_in_the_docs_lists_every_format() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
     assert [ending for ending in (*FORMATS, *CONVERT) if f"`{ending}`" not in text] == []

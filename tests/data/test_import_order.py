@@ -43,7 +43,8 @@ def snapshot(value: float) -> dict[str, np.ndarray]:
 
 def order(files: list[Any], **changes: Any) -> list[float]:
     """Import one trajectory, and return the values that identify its snapshots, in the order in which they came."""
-    Path("mapping.yaml").write_text(yaml.safe_dump({**BASE, "files": {"train": files}, **changes}), encoding="utf-8")
+    tree = {**BASE, "files": {"train": files}, **changes}
+    Path("mapping.yaml").write_text(yaml.safe_dump({key: one for key, one in tree.items() if one is not None}))
     out = import_data(load_mapping("mapping.yaml"), Path("out"), progress=quiet)
     (record,) = list_trajectories(out, "train")
     trajectory = read_trajectory(record)
@@ -168,15 +169,13 @@ def test_the_time_that_a_file_holds_decides(where: str) -> None:
         order([["first.h5", "second.h5", "third.h5", "fifth.h5"]])
 
 
-def write_openpmd(
-    path: str, times: dict[int, float], unit: float = 1e-3, seconds: dict[int, float] | None = None
-) -> None:
-    """Write iterations with times in units of a millisecond, or of ``seconds``, and velocities in units of 2 m/s."""
+def write_openpmd(path: str, times: dict[int, float], seconds: dict[int, float] | None = None) -> None:
+    """Write iterations with times in milliseconds, or in units of ``seconds``, and velocities in units of 2 m/s."""
     with h5py.File(path, "w") as file:
         file.attrs["openPMD"] = "1.1.0"
         for number, (iteration, time) in enumerate(times.items(), 1):
             group = file.create_group(f"data/{iteration}")
-            group.attrs.update(time=time, dt=0.001, timeUnitSI=(seconds or {}).get(iteration, unit))
+            group.attrs.update(time=time, dt=0.001, timeUnitSI=(seconds or {}).get(iteration, 1e-3))
             fields = snapshot(number)
             for name, values in zip("xyz", fields["u"], strict=True):
                 group[f"meshes/U/{name}"] = values
@@ -224,6 +223,16 @@ def test_times_stay_with_the_file_that_holds_them() -> None:
     write_numbered("b.h5", [3, 4], [0.75])
     with pytest.raises(UserError, match=r"a.h5 and b.h5 both hold u_0001"):
         order([["a.h5", "b.h5"]], velocity="u_*", pressure="p_*")
+
+
+def test_a_file_without_any_of_the_datasets_is_not_skipped() -> None:
+    for value in (1, 2, 3):
+        np.savez(f"a_{value}.npz", **snapshot(value))
+    np.savez("a_2.npz", other=np.zeros(3))
+    with pytest.raises(UserError, match=r"a_2.npz holds no dataset u or p; it has other"):
+        order([["a_*.npz"]])
+    np.savez("a_2.npz", time=[0.0, 0.25])  # the times of all are in a file of their own
+    assert order([["a_*.npz"]], time="time", time_step=None) == [1, 3]
 
 
 def test_times_that_were_never_set_are_ignored() -> None:

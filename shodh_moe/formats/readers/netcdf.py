@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,32 @@ from shodh_moe.formats.arrays import READ_ATTRIBUTES, Array, ArrayFile, Part, pl
 from shodh_moe.formats.packed_values import ATTRIBUTES, packing
 
 
+class _CheckedFile(netcdf_file):
+    """A file whose variables have to follow each other, which scipy does not check, but NetCDF's library does."""
+
+    def _read_var(self) -> Any:
+        found = super()._read_var()
+        shape, dtype, begin = found[2], np.dtype(found[6]), found[7]
+        per_record = bool(shape) and shape[0] is None
+        size = -(-int(np.prod(shape[per_record:])) * dtype.itemsize // 4) * 4
+        self.__dict__.setdefault("places", []).append((per_record, begin, size))
+        self.__dict__["header_end"] = self.fp.tell()
+        return found
+
+    def require_order(self) -> None:
+        """Raise `ValueError` if values of two variables overlap, or are in another order than the variables."""
+        end = self.__dict__.get("header_end", 0)
+        # Variables without an axis of records are stored first.
+        for _, begin, size in sorted(self.__dict__.get("places", []), key=itemgetter(0)):
+            if begin < end:
+                raise ValueError("the places of its variables overlap")
+            end = begin + size
+
+
 def read(path: Path, stack: ExitStack) -> ArrayFile:
     """List the variables; the file is mapped into memory, and only what is read of it is loaded."""
-    file = stack.enter_context(netcdf_file(path, "r", mmap=True))
+    file = stack.enter_context(_CheckedFile(path, "r", mmap=True))
+    file.require_order()
 
     def array(name: str) -> Array:
         variable = file.variables[name]

@@ -397,7 +397,7 @@ def write_faulty(folder: Path, fault: str) -> None:
         ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
         ("", {"repeated_end": ["x"], "boundaries": dict.fromkeys("xyz", "open")}, ("axis x is not periodic", "crop.x")),
         ("", {"repeated_end": ["x"]}, ("last point along x does not repeat the first", "out of repeated_end")),
-        ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
+        ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite", "solid: missing")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
         (
             "unordered",
@@ -482,6 +482,14 @@ def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.Ca
     refused(capfd, "data", "import", str(mapping), "--output", "out", says=("repeats the first", "repeated_end: [x]"))
     out = imported(cutouts, files={"train": ["train.h5"]}, repeated_end=["x"])
     assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
+    # Several axes are named at once.
+    velocity, pressure = flow(0, grid=(9, 17, 24))
+    velocity[:, :, -1] = velocity[:, :, 0]
+    velocity[:, :, :, -1] = velocity[:, :, :, 0]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points((9, 17, 24)))
+    mapping = mapping_file(cutouts, files={"train": ["train.h5"]})
+    says = ("along x and y repeats the first", "repeated_end: [x, y]")
+    refused(capfd, "data", "import", str(mapping), "--output", "both", says=says)
 
 
 @pytest.mark.parametrize(

@@ -226,9 +226,10 @@ def _snapshot(
         stored = velocity_3XYZ.astype(np.float32), pressure_XYZ.astype(np.float32)
     for name, values in zip(("velocity", "pressure"), stored, strict=True):
         if not np.isfinite(values).all():
+            remedy = f": if they mark solids, write `mask: {{dataset: {place.name}, solid: missing}}`"
             raise UserError(
                 f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
-                + ("" if mapping.mask else ": if they mark solids, name their mask")
+                + ("" if mapping.mask else remedy)
             )
         largest = np.abs(values).max()
         if largest >= LARGEST:

@@ -12,9 +12,28 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import register_codec
+from numcodecs.blosc import Blosc
+from numcodecs.compat import ensure_contiguous_ndarray
 
 from shodh_moe.formats.arrays import READ_ATTRIBUTES, Array, ArrayFile, plain, require_numbers
 from shodh_moe.formats.packed_values import ATTRIBUTES, packing
+
+
+class _CheckedBlosc(Blosc):  # type: ignore[misc]
+    """Blosc, whose library reads beyond the end of a chunk that is shorter than its header says."""
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        content = ensure_contiguous_ndarray(buf).view("u1")
+        stated = int.from_bytes(content[12:16].tobytes(), "little")
+        if len(content) < max(stated, 16):
+            raise ValueError(f"a chunk has {len(content)} of {stated} bytes")
+        return super().decode(buf, out)
+
+
+register_codec(_CheckedBlosc, codec_id=Blosc.codec_id)  # for format 2
+if hasattr(zarr, "codecs"):
+    zarr.codecs.blosc.Blosc = _CheckedBlosc  # for format 3
 
 
 def read(path: Path, stack: ExitStack) -> ArrayFile:

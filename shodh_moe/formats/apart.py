@@ -6,7 +6,7 @@ import, and the message names the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ def open_file(path: Path) -> Iterator[ArrayFile]:
     require_package(path)
     try:
         names, attributes, unusable, in_memory = run_apart(path, _describe)
-        arrays = {name: partial(_array, path, name) for name in names}
+        arrays: dict[str, Callable[[], Array]] = {name: partial(_array, path, name) for name in names}
         yield ArrayFile(path, arrays, attributes, unusable, in_memory)
     finally:
         with suppress(Exception):  # the worker has ended, which closes all

@@ -167,6 +167,44 @@ def test_vtk_keeps_the_values_and_its_times_give_the_order(cutouts: Path, ending
     assert list_trajectories(out, "train")[0].spacing == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_a_parallel_vtk_file_keeps_the_values(cutouts: Path) -> None:  # noqa: F811
+    """Two pieces that meet in the middle of z, each in a file of its own."""
+    pytest.importorskip("vtk")
+    from vtkmodules.util.numpy_support import numpy_to_vtk
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkIOXML import vtkXMLImageDataWriter
+
+    velocity, pressure = flow(0)
+    half = GRID[2] // 2
+    for number, (velocity_3XYZ, pressure_XYZ) in enumerate(zip(velocity, pressure, strict=True)):
+        pieces = ""
+        for piece, cut in enumerate((slice(0, half), slice(half, GRID[2]))):
+            data, extent = vtkImageData(), (0, GRID[0], 0, GRID[1], cut.start, cut.stop)
+            data.SetOrigin(0.75, 0.75, 0.75)
+            data.SetSpacing(0.5, 0.5, 0.5)
+            data.SetExtent(*extent)
+            fields = velocity_3XYZ[..., cut].T.reshape(-1, 3), pressure_XYZ[..., cut].T.reshape(-1)
+            for name, values in zip(("U", "p"), fields, strict=True):
+                array = numpy_to_vtk(np.ascontiguousarray(values), deep=True)
+                array.SetName(name)
+                data.GetCellData().AddArray(array)
+            writer = vtkXMLImageDataWriter()
+            writer.SetInputData(data)
+            writer.SetFileName(str(cutouts / f"flow_{number}_{piece}.vti"))
+            assert writer.Write() == 1
+            pieces += f'<Piece Extent="{" ".join(map(str, extent))}" Source="flow_{number}_{piece}.vti"/>'
+        whole = f"0 {GRID[0]} 0 {GRID[1]} 0 {GRID[2]}"
+        arrays = '<PDataArray type="Float32" Name="U" NumberOfComponents="3"/><PDataArray type="Float32" Name="p"/>'
+        (cutouts / f"flow_{number}.pvti").write_text(
+            f'<VTKFile type="PImageData" version="0.1" byte_order="LittleEndian" header_type="UInt32">'
+            f'<PImageData WholeExtent="{whole}" GhostLevel="0" Origin="0.75 0.75 0.75" Spacing="0.5 0.5 0.5">'
+            f"<PCellData>{arrays}</PCellData>{pieces}</PImageData></VTKFile>"
+        )
+    points = {axis: f"cell/{axis}" for axis in "xyz"}
+    out = imported(cutouts, **VTK_AXES, spacing=None, coordinates=points, files={"train": [["flow_*.pvti"]]})
+    require_flow(out, velocity, pressure)
+
+
 def foam(kind: str, name: str, text: str) -> str:
     return f"FoamFile\n{{ version 2.0; format ascii; class {kind}; object {name}; }}\n{text}\n"
 

@@ -27,6 +27,7 @@ MANY: dict[str, Any] = {"axes": ["c", "x", "y", "z"], "velocity": "sims/{n}/u_*"
         ("null", {"velocity": "empty"}, ("train.h5: empty is empty (a null dataspace)",)),
         ("null", {"spacing": None, "coordinates": {"x": "empty", "y": "ycoor", "z": "zcoor"}}, ("empty is empty",)),
         ("none", {"velocity": "none", "axes": ["t", "z", "y", "x", "c"]}, ("none holds no snapshot",)),
+        ("endless", {"velocity": "endless", "axes": ["t", "z", "y", "x", "c"]}, ("endless claims 1099511627776",)),
         ("many", MANY, ("train.h5: sims/2 is a link to /sims/1",)),
         ("many", {**MANY, "velocity": "sims/{n}/w"}, ("train.h5: sims/2/w is a link to /sims/1/u_1",)),
     ],
@@ -42,6 +43,8 @@ def test_what_holds_no_values_is_named(
         file["elsewhere/v"] = file["Velocity_0002"][:]
         file["empty"] = h5py.Empty("f4")
         file["none"] = np.zeros((0, *GRID[::-1], 3))
+        if store == "endless":
+            file.create_dataset("endless", (2**40, *GRID[::-1], 3), "f4", chunks=(1, *GRID[::-1], 3))
         if store in ("soft", "external"):
             del file["Velocity_0002"]
             soft = h5py.SoftLink("/elsewhere/v")

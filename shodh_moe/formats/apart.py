@@ -17,7 +17,7 @@ import numpy as np
 
 from shodh_moe.formats.arrays import Array, ArrayFile, Part
 from shodh_moe.formats.known import open_here, require_package
-from shodh_moe.formats.worker import run_apart
+from shodh_moe.formats.worker import is_running, run_apart
 
 _open: dict[Path, tuple[ArrayFile, ExitStack]] = {}  # in the worker
 
@@ -36,8 +36,9 @@ def open_file(path: Path) -> Iterator[ArrayFile]:
         arrays: dict[str, Callable[[], Array]] = {name: partial(_array, path, name) for name in names}
         yield ArrayFile(path, arrays, attributes, unusable, in_memory)
     finally:
-        with suppress(Exception):  # the worker has ended, which closes all
-            run_apart(path, _close)
+        with suppress(Exception):
+            if is_running():  # otherwise it has crashed, which closes all
+                run_apart(path, _close)
 
 
 def _array(path: Path, name: str) -> Array:

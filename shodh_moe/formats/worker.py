@@ -31,8 +31,9 @@ def run_apart(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         Exception: whatever the function raises.
     """
     global _worker
-    if _worker is None or _worker[0] != os.getpid() or _worker[1].poll() is not None:
+    if not is_running():
         _worker = _start()
+    assert _worker is not None
     connection = _worker[2]
     try:
         # The process keeps the working folder in which it was started.
@@ -51,6 +52,11 @@ def run_apart(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
     if raised:
         raise result
     return result
+
+
+def is_running() -> bool:
+    """Whether this process has a worker."""
+    return _worker is not None and _worker[0] == os.getpid() and _worker[1].poll() is None
 
 
 @lru_cache(maxsize=256)

@@ -59,6 +59,11 @@ class RouterConfig(Section):
     z_weight: NonNegativeFloat = setting(
         1e-3, changes="run", description="weight of the router's z-loss, as a share of the prediction loss"
     )
+    commitment_weight: NonNegativeFloat = setting(
+        0.0,
+        changes="run",
+        description="weight of -log p of the chosen expert, as a share of the prediction loss: keeps decisions clear",
+    )
 
 
 class MoEConfig(Section):
@@ -84,9 +89,12 @@ class MoEConfig(Section):
     attention_rank: Positive = setting(16, changes="model", description="rank of that part with attention low_rank")
     expert_hidden: Positive = setting(256, changes="model", description="hidden width of an expert")
     shared_experts: NonNegative = setting(
-        1,
+        1, changes="model", description="number of experts that see every token, besides the routed ones"
+    )
+    shared_linear: bool = setting(
+        True,
         changes="model",
-        description="number of experts that see every token; 0 with scope path: embedding and head have no shared part",
+        description="with scope path, embedding, head and attention (if own) also have a part that all paths use",
     )
     dropless: bool = setting(
         False, changes="run", description="no capacity limit: experts take all their tokens, however uneven the load"
@@ -126,8 +134,8 @@ class ModelConfig(Section):
     film: bool = setting(
         False,
         changes="model",
-        description="a control without paths: scale and shift the embedding's output and the head's input by what a "
-        "path router would see",
+        description="a control without a choice of paths: scale and shift the embedding's output and the head's input "
+        "by what a path router would see",
     )
     moe: MoEConfig = MoEConfig()
 
@@ -135,8 +143,8 @@ class ModelConfig(Section):
     def _check_heads(self) -> ModelConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim {self.dim} must divide into {self.heads} heads of even width")
-        if self.film and self.moe.num_experts:
-            raise ValueError("film is a control for dense networks: set moe.num_experts to 0, or film to false")
+        if self.film and self.moe.num_experts > 1:
+            raise ValueError("film is a control for dense networks: set moe.num_experts to 0 or 1, or film to false")
         if self.dim // self.heads < 6:
             raise ValueError(f"head width {self.dim // self.heads} is too small for 3D rotary positions (>= 6)")
         return self

@@ -111,7 +111,7 @@ def mixture_model(mixture: Mixture, expert: InputModel) -> ModelConfig:
     tree = model.model_dump()
     tree["moe"]["num_experts"] = count
     if dense:
-        own = {"scope": "path", "attention": mixture.config.attention, "shared_experts": 0}
+        own = {"scope": "path", "attention": mixture.config.attention, "shared_experts": 0, "shared_linear": False}
         tree["moe"] |= {**own, "expert_hidden": moe.shared_experts * moe.expert_hidden}
     tree["moe"]["router"] |= mixture.config.router
     try:

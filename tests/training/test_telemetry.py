@@ -26,7 +26,7 @@ def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
     logits = 3 * torch.randn(tokens, experts)
     gate, expert = torch.softmax(logits, 1).max(1)
     lse, zero = torch.logsumexp(logits, 1), torch.zeros(())
-    return Routing(zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
+    return Routing(zero, zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
 
 
 def _model(**moe) -> LatentTransformer:

@@ -57,7 +57,8 @@ def wider_model(base: Config, experts: int) -> ModelConfig:
 
 def router_in_each_layer(base: Config, experts: int) -> ModelConfig:
     """The mixture with a router in each layer, which sees the layer's tokens and learns at the full rate."""
-    return _moe(base.model, num_experts=experts, scope="layer", attention="shared", router={"lr_scale": 1.0})
+    router = {"lr_scale": 1.0, "commitment_weight": 0.0}
+    return _moe(base.model, num_experts=experts, scope="layer", attention="shared", router=router)
 
 
 def told(base: Config, experts: int) -> ModelConfig:

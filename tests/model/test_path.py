@@ -26,7 +26,7 @@ INPUTS = (HISTORY + 1) * CHANNELS
 
 def _config(attention: str = "shared", context: str = "sample", **moe: Any) -> ModelConfig:
     router = RouterConfig(context=context, start="random")
-    moe = {"num_experts": 3, "expert_hidden": 16, "dropless": True} | moe
+    moe = {"num_experts": 3, "expert_hidden": 16, "shared_experts": 1} | moe
     return ModelConfig(
         dim=24,
         depth=2,

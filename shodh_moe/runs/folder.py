@@ -63,9 +63,9 @@ def claim_run_folder(config: RunConfig, write: bool = True) -> None:
             raise UserError(
                 f"{stored_path} is damaged ({why}): choose another name (NAME=... or --name) or remove {run}"
             )
-        with suppress(ValidationError):  # it may lack keys that were added since
-            stored = type(config).model_validate(with_old_values(type(config), stored)).model_dump()
         kind = cast(type[Section], type(config))
+        with suppress(ValidationError):  # it may lack keys that were added since
+            stored = kind.model_validate(with_old_values(kind, stored)).model_dump()
         differing = [key for key in differing_keys(stored, mine) if first_changed(kind, key) != "nothing"]
         if differing:
             theirs, ours = flatten(stored), flatten(mine)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.section import Section, section_of
+from shodh_moe.base.section import Section, section_of, with_old_values
 from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.config import Config
 
@@ -45,9 +45,16 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
 
 
 def load_config_of(
-    kind: type[Kind], path: Path | str, overrides: list[str] | None = None, name: str | None = None
+    kind: type[Kind],
+    path: Path | str,
+    overrides: list[str] | None = None,
+    name: str | None = None,
+    stored: bool = False,
 ) -> Kind:
     """Read a YAML config of class ``kind`` and apply ``key.sub=value`` overrides, then the run's name.
+
+    Args:
+        stored: this program wrote the file, perhaps an older version of it; see `with_old_values`.
 
     Raises:
         UserError: the file is missing or not a YAML mapping, an override has no ``=``, a key is unknown (the message
@@ -55,6 +62,8 @@ def load_config_of(
     """
     path = Path(path)
     tree = read_yaml(path)
+    if stored:
+        tree = with_old_values(kind, tree)
 
     written_in: dict[str, str] = {}
     for override in overrides or []:

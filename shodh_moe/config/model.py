@@ -6,7 +6,7 @@ else with another value even when no token is dropped. The other keys only affec
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
@@ -49,7 +49,10 @@ class RouterConfig(Section):
         description="width of the projection whose cosine similarity scores the experts",
     )
     lr_scale: PositiveFloat = setting(
-        1.0, changes="run", description="learning rate of the router, relative to that of the other parameters"
+        0.03,
+        changes="run",
+        description="learning rate of the router, relative to that of the other parameters; with scope layer 1 unless "
+        "given",
     )
     temperature: PositiveFloat = setting(0.1, changes="run", description="initial tau")
     min_temperature: PositiveFloat = setting(0.01, changes="model", description="lower bound of tau")
@@ -58,6 +61,12 @@ class RouterConfig(Section):
     )
     z_weight: NonNegativeFloat = setting(
         1e-3, changes="run", description="weight of the router's z-loss, as a share of the prediction loss"
+    )
+    commitment_weight: NonNegativeFloat = setting(
+        0.3,
+        changes="run",
+        description="weight of -log p of the chosen expert, as a share of the prediction loss, which keeps decisions "
+        "clear; with scope layer 0 unless given",
     )
 
 
@@ -72,24 +81,28 @@ class MoEConfig(Section):
         description="number of routed experts; 0: none, and the shared experts form a dense network",
     )
     scope: Literal["path", "layer"] = setting(
-        "layer",
+        "path",
         changes="model",
+        before="layer",
         description="path: one decision per token for embedding, all layers and head; layer: a router in each layer",
     )
     attention: Literal["shared", "low_rank", "own"] = setting(
-        "shared",
+        "own",
         changes="model",
-        description="with scope path, whether each path adds its own part to the attention's projections",
+        description="whether each path adds its own part to the attention's projections; with scope layer shared",
     )
     attention_rank: Positive = setting(16, changes="model", description="rank of that part with attention low_rank")
-    expert_hidden: Positive = setting(256, changes="model", description="hidden width of an expert")
+    expert_hidden: Positive = setting(512, changes="model", description="hidden width of an expert")
     shared_experts: NonNegative = setting(
-        1,
+        0, changes="model", description="number of experts that see every token, besides the routed ones"
+    )
+    shared_linear: bool = setting(
+        True,
         changes="model",
-        description="number of experts that see every token; 0 with scope path: embedding and head have no shared part",
+        description="with scope path, embedding, head and attention (if own) also have a part that all paths use",
     )
     dropless: bool = setting(
-        False, changes="run", description="no capacity limit: experts take all their tokens, however uneven the load"
+        True, changes="run", description="no capacity limit: experts take all their tokens, however uneven the load"
     )
     capacity_factor: PositiveFloat = setting(
         1.25, changes="run", description="capacity of an expert relative to an even load"
@@ -99,6 +112,18 @@ class MoEConfig(Section):
         "position", changes="run", description="order in which tokens claim an expert's capacity"
     )
     router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_scope_layer(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("scope") != "layer":
+            return tree
+        router = tree.get("router", {})
+        if isinstance(router, RouterConfig):
+            router = router.model_dump(exclude_unset=True)
+        if isinstance(router, dict):
+            router = {"lr_scale": 1.0, "commitment_weight": 0.0, **router}
+        return {"attention": "shared", **tree, "router": router}
 
     @model_validator(mode="after")
     def _check_experts(self) -> MoEConfig:
@@ -118,16 +143,17 @@ class ModelConfig(Section):
     patch: Positive = setting(1, changes="model", description="latent cells per token along each axis")
     history: Positive = setting(2, changes="model", description="snapshots from which the model predicts the next one")
     norms: Literal["pre", "sandwich"] = setting(
-        "pre",
+        "sandwich",
         changes="model",
+        before="pre",
         description="pre: RMS norms before attention and feed-forward blocks; sandwich: also after them, which keeps "
         "the residual stream bounded at high learning rates",
     )
     film: bool = setting(
         False,
         changes="model",
-        description="a control without paths: scale and shift the embedding's output and the head's input by what a "
-        "path router would see",
+        description="a control without a choice of paths: scale and shift the embedding's output and the head's input "
+        "by what a path router would see",
     )
     moe: MoEConfig = MoEConfig()
 
@@ -135,8 +161,8 @@ class ModelConfig(Section):
     def _check_heads(self) -> ModelConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim {self.dim} must divide into {self.heads} heads of even width")
-        if self.film and self.moe.num_experts:
-            raise ValueError("film is a control for dense networks: set moe.num_experts to 0, or film to false")
+        if self.film and self.moe.num_experts > 1:
+            raise ValueError("film is a control for dense networks: set moe.num_experts to 0 or 1, or film to false")
         if self.dim // self.heads < 6:
             raise ValueError(f"head width {self.dim // self.heads} is too small for 3D rotary positions (>= 6)")
         return self

@@ -43,8 +43,9 @@ class TrainingConfig(Section):
     min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")
     warmup_steps: NonNegative = setting(20, changes="run")
     loss: Literal["mse", "domain", "sample", "relative"] = setting(
-        "mse",
+        "domain",
         changes="run",
+        before="mse",
         description="latent error to minimise: its square; the same over the mean squared change of the sample's "
         "domain, or of the sample itself; or its L2 norm over that of the target",
     )

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
+from shodh_moe.base.section import with_old_values
 from shodh_moe.checkpoint import CheckpointReader, Damaged, checkpoints_at, mismatch, resolve_checkpoint
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import differing_model_keys, flatten
-from shodh_moe.config.load import load_config
+from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
@@ -103,7 +104,7 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
         if damages := verify_export(path):
             raise UserError(f"{damages[0]}: export the model again or copy it again")
         described = json.loads((path / "export.json").read_text(encoding="utf-8"))
-        return ModelSource(path, True, described, load_config(path / "config.yaml"))
+        return ModelSource(path, True, described, load_config_of(Config, path / "config.yaml", stored=True))
     if not checkpoints_at(path):
         raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
     try:
@@ -113,7 +114,7 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
     state = CheckpointReader(path).state
     run = path.resolve().parent.parent
     try:
-        config = Config.model_validate(state["config"])
+        config = Config.model_validate(with_old_values(Config, state["config"]))
     except (KeyError, ValidationError) as error:
         raise UserError(f"checkpoint {path} has no config that this version understands: {error}") from error
     return ModelSource(path, False, state, config, run if (run / METRICS).exists() else None, tokenizer)

@@ -47,6 +47,11 @@ def sum_outputs(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
     return total
 
 
+def random_stream(*numbers: int) -> torch.Generator:
+    """A random stream of its own for each sequence of numbers, such as a seed and an expert."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
 class Experts(nn.Module):
     """The routed SwiGLU experts of one layer that this rank holds, as stacked weights.
 
@@ -66,8 +71,7 @@ class Experts(nn.Module):
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))
         mark_all(self, per_expert=True, sharded=True, group="expert")
         for local, expert in enumerate(global_indices):
-            stream = int(np.random.SeedSequence([seed, layer, expert]).generate_state(1, np.uint64)[0] >> 1)
-            generator = torch.Generator().manual_seed(stream)
+            generator = random_stream(seed, layer, expert)
             for weight in (self.gate_up_LDF, self.down_LFD):
                 bound = weight.shape[1] ** -0.5  # as in nn.Linear
                 weight.data[local].uniform_(-bound, bound, generator=generator)

@@ -25,19 +25,16 @@ class Plan:
 
     Attributes:
         gating: the decision.
+        routing: its record.
         capacity: slots per expert and rank, K; None: dropless, experts take all their tokens.
         received_GL: number of rows that each rank sends to each local expert, int64; None on a GPU with a capacity,
             where reading the counts would wait for the device.
     """
 
     gating: Gating
+    routing: Routing
     capacity: int | None
     received_GL: Tensor | None
-
-    @cached_property
-    def routing(self) -> Routing:
-        """The record of the decision."""
-        return routing_of(self.gating)
 
     @cached_property
     def count_E(self) -> list[int]:
@@ -103,4 +100,4 @@ def make_plan(
     gating = router(x_MF, context, Slots(capacity or tokens, config.drop_order, check_finite, row_N))
     on_cpu = x_MF.device.type == "cpu"
     received_GL = ep.exchange_counts(gating.kept_E, layer) if on_cpu or capacity is None else None
-    return Plan(gating, capacity, received_GL)
+    return Plan(gating, routing_of(gating), capacity, received_GL)

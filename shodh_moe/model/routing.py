@@ -10,10 +10,14 @@ from shodh_moe.kernels import Gating
 
 
 class Routing(NamedTuple):
-    """How one MoE layer routed its N tokens. Only the two losses carry gradients; `Gating` describes the fields."""
+    """How one MoE layer routed its N tokens. Only the losses carry gradients; `Gating` describes the other fields.
+
+    ``commitment_loss`` is the mean of -log p over tokens, for the expert that each token chose.
+    """
 
     balance_loss: Tensor
     z_loss: Tensor
+    commitment_loss: Tensor
     expert_N: Tensor
     kept_N: Tensor  # bool, whether the token found a slot at its expert
     entropy_N: Tensor
@@ -26,6 +30,7 @@ def routing_of(gating: Gating) -> Routing:
     return Routing(
         balance_loss=gating.balance_loss,
         z_loss=gating.z_loss,
+        commitment_loss=-gating.gate_N.log().mean(),
         expert_N=gating.expert_N,
         kept_N=gating.slot_N >= 0,
         entropy_N=gating.entropy_N,

@@ -56,7 +56,8 @@ class Block(nn.Module):
             self.attention_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
             self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
-        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank)
+        shared = config.moe.shared_linear or not (paths and rank is None)
+        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank, shared)
         for module in (self.attention_norm, self.attention):
             for parameter in module.parameters():
                 if marks(parameter).group == "rest":
@@ -116,7 +117,8 @@ class LatentTransformer(nn.Module):
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
         self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
         self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
-        shared = not routed or config.moe.shared_experts > 0
+        torch.manual_seed(seed)  # again, because the router's draws depend on the number of experts
+        shared = not routed or config.moe.shared_linear
         self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)

@@ -22,14 +22,15 @@ LEAST_CHANGE = 0.1  # relative to the mean of the micro-batch
 class Losses(NamedTuple):
     """Losses of one micro-batch, 0-d, without weights except for ``loss``; and ``error_B``, each sample's latent MSE.
 
-    ``loss`` = ``prediction_loss`` times (1 + ``balance_weight`` ``balance_loss`` + ``z_weight`` ``z_loss``), where the
-    first factor has no gradient in front of the router's losses: their weights are shares of the prediction loss.
+    ``loss`` = ``prediction_loss`` times (1 + the router's three losses, each times its weight), where the first factor
+    has no gradient in front of the router's losses: their weights are shares of the prediction loss.
     """
 
     loss: Tensor
     prediction_loss: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    commitment_loss: Tensor
     error_B: Tensor
 
 
@@ -48,12 +49,12 @@ def total_loss(prediction: Prediction, batch: Batch, config: Config, scale_D: Te
         predicted = (error_B / norm_B).sqrt().mean()
     else:
         predicted = (error_B / norm_B).mean()
-    balance, z = (
+    balance, z, commitment = (
         torch.stack([getattr(r, name) for r in layers]).mean() if layers else predicted.new_zeros(())
-        for name in ("balance_loss", "z_loss")
+        for name in ("balance_loss", "z_loss", "commitment_loss")
     )
-    shares = router.balance_weight * balance + router.z_weight * z
-    return Losses(predicted + predicted.detach() * shares, predicted, balance, z, error_B.detach())
+    shares = router.balance_weight * balance + router.z_weight * z + router.commitment_weight * commitment
+    return Losses(predicted + predicted.detach() * shares, predicted, balance, z, commitment, error_B.detach())
 
 
 def _norm(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from shodh_moe.base.section import Section
 from shodh_moe.ccm.bench.config import BenchConfig
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.config import Config
-from shodh_moe.config.compare import differing_keys, fingerprint
+from shodh_moe.config.compare import differing_keys, differing_model_keys, fingerprint
 from shodh_moe.config.load import load_config, load_config_of
 from tests.tiny import CONFIG, write_config
 
@@ -57,6 +57,30 @@ def test_overrides_replace_the_files_values_and_the_name_comes_last(tmp_path: Pa
 def test_a_stored_config_is_read_back_unchanged(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["training.learning_rate=1e-5"])
     assert load_config(written(tmp_path, yaml.safe_dump(config.model_dump()))) == config
+
+
+def test_a_stored_config_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
+    """Before these keys existed, there was a router in each layer, no norm after a branch, and the loss was the MSE."""
+    tree = Config().model_dump()
+    for key in ("scope", "attention", "attention_rank", "shared_linear"):
+        del tree["model"]["moe"][key]
+    del tree["model"]["moe"]["router"]["commitment_weight"], tree["model"]["norms"], tree["training"]["loss"]
+    tree["model"]["moe"]["router"]["lr_scale"] = 1.0
+    path = written(tmp_path, yaml.safe_dump(tree))
+    old = load_config_of(Config, path, stored=True)
+    assert (old.model.moe.scope, old.model.moe.attention) == ("layer", "shared")
+    assert old.model.moe.router.commitment_weight == 0
+    assert (old.model.norms, old.training.loss) == ("pre", "mse")
+    assert "moe.scope" in differing_model_keys(tree["model"], Config().model.model_dump())
+    # In a file that a user writes, keys that are left out have today's defaults.
+    assert load_config(path).model.moe.scope == "path"
+
+
+def test_scope_layer_has_defaults_of_its_own(tmp_path: Path) -> None:
+    moe = load_config(written(tmp_path, "model: {moe: {scope: layer}}")).model.moe
+    assert (moe.attention, moe.router.lr_scale, moe.router.commitment_weight) == ("shared", 1.0, 0.0)
+    given = load_config(written(tmp_path, "model: {moe: {scope: layer, router: {lr_scale: 0.1}}}")).model.moe
+    assert given.router.lr_scale == 0.1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ LONELY = 3  # all tokens of rank 3 choose this expert, so the other ranks of its
 
 def _layer(ep: ExpertParallel, dropless: bool) -> MoE:
     config = MoEConfig(
-        num_experts=EXPERTS, expert_hidden=5, dropless=dropless, capacity_factor=1.0, min_capacity=1,
+        scope="layer", num_experts=EXPERTS, expert_hidden=5, shared_experts=1, dropless=dropless, capacity_factor=1.0,
+        min_capacity=1,
         router={"kind": "linear"},
     )  # fmt: skip
     torch.manual_seed(0)

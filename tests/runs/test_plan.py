@@ -23,6 +23,7 @@ from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.latents import Batch
 from shodh_moe.training.losses import total_loss
+from tests.tiny import LAYER
 from tests.training.launch import launch
 
 WORKER = Path(__file__).with_name("worker_plan.py")
@@ -39,13 +40,13 @@ def _config(
     norms: str = "pre",
     **training: Any,
 ) -> Config:
-    moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared, **(paths or {})}
+    moe = {"num_experts": 4, "expert_hidden": hidden, **LAYER, "shared_experts": shared, **(paths or {})}
     return Config.model_validate(
         {
             "data": {"grid": [8 * grid] * 3},
             "tokenizer": {"latent_channels": channels},
             "model": {"dim": dim, "depth": depth, "heads": dim // 32, "norms": norms, "moe": moe},
-            "training": {"batch_size": 2, **training},
+            "training": {"batch_size": 2, "loss": "mse", **training},
         }
     )
 

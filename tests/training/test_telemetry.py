@@ -16,6 +16,7 @@ from shodh_moe.parallel import Exchange, ExpertParallel
 from shodh_moe.training import log as log_module
 from shodh_moe.training.log import COLUMNS, EVEN, STARVED, LoadMaps, Log
 from shodh_moe.training.telemetry import RoutingCounts, Warnings, first_nonfinite, layer_records
+from tests.tiny import LAYER
 
 DOMAINS = ["calm", "wild", "absent"]
 DOMAIN_B = torch.tensor([0, 1, 1, 0])
@@ -26,11 +27,11 @@ def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
     logits = 3 * torch.randn(tokens, experts)
     gate, expert = torch.softmax(logits, 1).max(1)
     lse, zero = torch.logsumexp(logits, 1), torch.zeros(())
-    return Routing(zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
+    return Routing(zero, zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
 
 
 def _model(**moe) -> LatentTransformer:
-    config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(num_experts=3, expert_hidden=8, **moe))
+    config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(**LAYER, num_experts=3, expert_hidden=8, **moe))
     return LatentTransformer(config, 4, [2, 2, 2], 0, ExpertParallel()).train()
 
 

@@ -1,7 +1,7 @@
 """Packaging of shodh_moe.
 
-Three folders are installed: `shodh_moe/` and, inside it, the top-level `kernels/` and
-`configs/`. Nothing else lands at top level. Versions are kept wide here (users of GPU
+Four folders are installed: `shodh_moe/` and, inside it, the top-level `kernels/`,
+`configs/` and `examples/`. Nothing else lands at top level. Versions are kept wide here (users of GPU
 machines bring their own torch) and pinned in constraints.txt.
 """
 
@@ -60,7 +60,7 @@ EXTRAS = {
 
 PACKAGES = find_packages(include=["shodh_moe", "shodh_moe.*"])
 KERNELS = ["shodh_moe.kernels"] + ["shodh_moe.kernels." + name for name in find_packages("kernels")]
-CONFIGS = ["shodh_moe.configs"]  # only data; shodh_moe/base/shipped.py finds them
+FILES = ["shodh_moe.configs", "shodh_moe.examples"]  # no modules; shodh_moe/base/shipped.py finds them
 
 setup(
     name="shodh_moe",
@@ -71,12 +71,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=PACKAGES + KERNELS + CONFIGS,
-    package_dir={"shodh_moe": "shodh_moe", "shodh_moe.kernels": "kernels", "shodh_moe.configs": "configs"},
+    packages=PACKAGES + KERNELS + FILES,
+    package_dir={"shodh_moe": "shodh_moe"} | {f"shodh_moe.{one}": one for one in ("kernels", "configs", "examples")},
     package_data={
         "shodh_moe": ["py.typed"],
-        "shodh_moe.cli": ["project/*"],
         "shodh_moe.configs": ["**/*.yaml", "README.md"],
+        "shodh_moe.examples": ["README.md"],
         "shodh_moe.kernels": ["tuned.json"],
         "shodh_moe.report": ["templates/*.j2"],
     },

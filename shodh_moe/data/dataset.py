@@ -41,12 +41,12 @@ class Source:
 class Fields(dict[str, Tensor]):
     """The fields of T snapshots of one flow, by name.
 
-    velocity       [T, 3, X, Y, Z]  along x, y and z, at the voxel centres
-    pressure       [T, 1, X, Y, Z]  at the voxel centres
-    solid          [1, X, Y, Z]     1 in solid voxels, 0 in fluid
-    time           [T]              float64; missing if the file has no times
-    velocity_face  [T, 3, X, Y, Z]  only in forecasts of a model with the operator ``staggered``: component i at the
-                                    centre of the lower face of its voxel along axis i; its divergence vanishes
+        velocity       [T, 3, X, Y, Z]  along x, y and z, at the voxel centres
+        pressure       [T, 1, X, Y, Z]  at the voxel centres
+        solid          [1, X, Y, Z]     1 in solid voxels, 0 in fluid
+        time           [T]              float64; missing if the file has no times
+        velocity_face  [T, 3, X, Y, Z]  only in forecasts of a model with the operator `staggered`: component i at the
+                                        centre of the lower face of its voxel along axis i; its divergence vanishes
 
     Fields of a dataset are float32, and forecasts float64, in the units of the data.
     """

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
+from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.data.dataset import Dataset, open_dataset
 from shodh_moe.training.records import read_run
 
 if TYPE_CHECKING:
@@ -30,6 +32,23 @@ class Run:
 
     folder: Path
     config: Config
+
+    @property
+    def paths(self) -> Paths:
+        """The folders of dataset, tokenizer and latents that the config leads to from the working folder.
+
+        Raises:
+            UserError: ``data.path`` or ``tokenizer.path`` of the config is not a folder.
+        """
+        return resolve_paths(self.config)
+
+    def dataset(self, split: str = "test") -> Dataset:
+        """Open the dataset of the run; see `shodh_moe.open_dataset`.
+
+        Raises:
+            UserError: it is no longer where the config leads to, or cannot be read.
+        """
+        return open_dataset(self.paths.dataset, split, skip_bad=self.config.data.skip_bad)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -119,7 +138,6 @@ def train(config: Config) -> Run:
         UserError: the config or an input is wrong.
         TrainingFailed: a rank has failed; its output says why.
     """
-    from shodh_moe.config.paths import resolve_paths
     from shodh_moe.runs import pipeline
 
     paths = resolve_paths(config)

@@ -81,17 +81,11 @@ def linked_files(path: Path) -> Iterator[str]:
 def page_text(path: Path) -> str:
     """Return a Markdown file, or an example as one: its cells, and below each what it prints (docs/outputs)."""
     text = path.read_text(encoding="utf-8")
-    return example_page(text, output_of(path)) if path.suffix == ".py" else text
+    return example_page(text, path.stem) if path.suffix == ".py" else text
 
 
-def output_of(example: Path) -> str:
-    """Return what an example has printed, with the quickstart's model; "" if that is not kept."""
-    kept = ROOT / "docs/outputs" / f"{example.stem}.txt"
-    return kept.read_text(encoding="utf-8") if kept.exists() else ""
-
-
-def example_page(script: str, output: str) -> str:
-    """Convert a script with `# %%` cells to Markdown, with its output at the end."""
+def example_page(script: str, name: str) -> str:
+    """Convert a script with `# %%` cells to Markdown; at the end is what it has printed, and its picture if any."""
     parts = []
     for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         kind, _, body = cell.partition("\n")
@@ -99,6 +93,8 @@ def example_page(script: str, output: str) -> str:
             parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
         else:
             parts.append(f"```python\n{body.strip()}\n```")
-    if output:
-        parts.append(f"What it printed, with the quickstart's model:\n\n```text\n{output.rstrip()}\n```")
+    output = (ROOT / f"docs/outputs/{name}.txt").read_text(encoding="utf-8")
+    parts.append(f"What it printed, with the quickstart's model:\n\n```text\n{output.rstrip()}\n```")
+    if (ROOT / f"docs/outputs/{name}.png").exists():
+        parts.append(f"![Its picture](../docs/outputs/{name}.png)")
     return "\n\n".join(parts) + "\n"

@@ -41,11 +41,12 @@ inside = (predicted["velocity"] * predicted["solid"]).abs().max()
 print(f"largest divergence {mass.abs().max():.1e}, largest velocity in solids {inside:.1e}")
 
 # %%
-speed = {"truth": truth["velocity"], "forecast": predicted["velocity"]}
+flows = {"truth": truth["velocity"], "forecast": predicted["velocity"]}
+fastest = float(truth["velocity"].norm(dim=1).max())
 figure, axes = plt.subplots(2, STEPS, figsize=(3 * STEPS, 6), layout="constrained")
-for row, (name, velocity) in zip(axes, speed.items(), strict=True):
+for row, (name, velocity_N3XYZ) in zip(axes, flows.items(), strict=True):
     for step, place in enumerate(row):
-        middle = velocity.shape[-2] // 2
-        place.imshow(velocity[step].norm(dim=0)[:, middle].T, origin="lower")
+        speed_XYZ = velocity_N3XYZ[step].norm(dim=0)
+        place.imshow(speed_XYZ[:, speed_XYZ.shape[1] // 2].T, origin="lower", vmin=0, vmax=fastest)
         place.set_title(f"{name}, step {step + 1}")
-figure.savefig("first_forecast.png")
+figure.savefig("first_forecast.png", dpi=80)

@@ -53,8 +53,8 @@ subprocess.run(["shodh", "data", "import", "vortices.yaml"], check=True)
 subprocess.run(["shodh", "data", "check", "data/vortices"], check=True)
 
 # %% [markdown]
-# The model was trained on other flows, so this forecast is extrapolation, and the model gives no sign of it. Its errors
-# say how far to trust it. Mass is conserved all the same.
+# The model was trained on other flows, so this forecast is extrapolation. Its errors say how far to trust it. Mass is
+# conserved all the same.
 
 # %%
 dataset = shodh_moe.open_dataset("data/vortices", "test")

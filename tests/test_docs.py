@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from shodh_moe.cli.main import _parser
+from tests.test_project import EXPECTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -63,7 +64,16 @@ def test_an_example_becomes_a_tutorial(site: Path) -> None:
     text = (site / "first_forecast.html").read_text(encoding="utf-8")
     assert "<h1" in text
     assert "A first forecast" in text
-    assert "What it printed" in text
+    assert "largest velocity in solids 0.0e+00" in text
+    assert (site / "outputs/first_forecast.png").exists()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_kept_output_is_an_examples_own(name: str) -> None:
+    shown = (ROOT / "docs/outputs" / f"{Path(name).stem}.txt").read_text(encoding="utf-8")
+    assert len(shown) < 3000
+    for words in EXPECTED[name]:
+        assert re.search(words, shown), words
 
 
 def commands(page: Path) -> Iterator[list[str]]:

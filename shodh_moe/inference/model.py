@@ -94,14 +94,23 @@ class Model:
             Velocity and pressure at the centres [4, X, Y, Z], and the velocity whose divergence vanishes [3, X, Y, Z]
             (see `Flow`), both float64 on the CPU.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer, transformer = self.tokenizer.to(device), self.transformer.to(device)
-        given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
-        solid_1XYZ = solid_1XYZ.to(device)
-        z_HCxyz = torch.cat([tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
-        for z_BCxyz in rollout(transformer, z_HCxyz[None], tokenizer.encode_geometry(solid_1XYZ[None])):
-            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(tokenizer, z_BCxyz, solid_1XYZ))
+        z_HCxyz, geometry_1Cxyz = self.encode_flow(fields_H4XYZ, solid_1XYZ)
+        solid_1XYZ = solid_1XYZ.to(z_HCxyz.device)
+        for z_BCxyz in rollout(self.transformer, z_HCxyz[None], geometry_1Cxyz):
+            exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(self.tokenizer, z_BCxyz, solid_1XYZ))
             yield exact_4XYZ, conserved_3XYZ
+
+    def encode_flow(self, fields_H4XYZ: Tensor, solid_1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode H snapshots and their geometry, [H, C, x, y, z] and [1, C, x, y, z]; on a GPU if there is one.
+
+        Both networks move there.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer.to(device)
+        self.transformer.to(device)
+        given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
+        z_HCxyz = torch.cat([self.tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
+        return z_HCxyz, self.tokenizer.encode_geometry(solid_1XYZ.to(device)[None])
 
     def _checked(self, fields: Mapping[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
         """Return the last H snapshots [H, 4, X, Y, Z] and the solid mask [1, X, Y, Z], both float32 on the CPU."""

@@ -44,7 +44,8 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 	@# kernels/ installs as shodh_moe.kernels: show the type checker the tree as it is installed. Scripts import by folder.
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/shodh_moe
 	@ln -s "$(CURDIR)"/shodh_moe/* "$(CURDIR)/kernels" $(TYPECHECK)/shodh_moe/
-	@ln -s "$(CURDIR)"/benchmarks/*.py "$(CURDIR)"/benchmarks/studies "$(CURDIR)"/benchmarks/support "$(CURDIR)"/launch/*.py $(TYPECHECK)/
+	@ln -s "$(CURDIR)"/benchmarks/*.py "$(CURDIR)"/benchmarks/studies "$(CURDIR)"/benchmarks/support "$(CURDIR)"/launch/*.py \
+	    "$(CURDIR)"/examples/*.py $(TYPECHECK)/
 	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" .
 	$(BIN)/hadolint Dockerfile

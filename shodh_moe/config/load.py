@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.section import Section, section_of, with_old_values
+from shodh_moe.base.shipped import shipped_file
 from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.config import Config
 
@@ -19,6 +20,8 @@ Kind = TypeVar("Kind", bound=Section)
 def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
     """Read a YAML mapping; an empty file gives {}.
 
+    A path ``configs/...`` that does not exist names a config that comes with the package.
+
     Args:
         remedy: end of the error message for a file that cannot be opened.
 
@@ -26,7 +29,7 @@ def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
         UserError: the file is missing, is not a YAML mapping in UTF-8, or has a key twice.
     """
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(shipped_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
     except UnicodeDecodeError:

@@ -23,7 +23,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256, whole_folder
 from shodh_moe.base.remote import cache_folder, require_free, upload_folder
 from shodh_moe.base.tensors import save_tensors
-from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_source
 from shodh_moe.inference.model_card import model_card
 
 DESCRIPTION = "export.json"
@@ -55,9 +55,9 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     source = find_source(path, tokenizer)
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
-    models = load_models(source)
-    metrics = _metrics(source, models.weights_sha256)
-    weights = models.transformer.state_dict()
+    model = load_source(source)
+    metrics = _metrics(source, model.weights_sha256)
+    weights = model.transformer.state_dict()
     with whole_folder(output) as folder:
         save_tensors(weights, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()
@@ -67,17 +67,17 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
         if metrics:
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        (folder / "README.md").write_text(model_card(source, models, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(source, model, metrics), encoding="utf-8")
         described = {
             "format": EXPORT_FORMAT,
             "run": source.config.name,
-            "step": models.step,
-            "world_size": models.world_size,
-            "ep_size": models.ep_size,
-            "weights_sha256": models.weights_sha256,
-            "grid": models.tokenizer.grid,
-            "latent_grid": models.tokenizer.latent_grid,
-            "latent_channels": models.tokenizer.config.latent_channels,
+            "step": model.step,
+            "world_size": model.world_size,
+            "ep_size": model.ep_size,
+            "weights_sha256": model.weights_sha256,
+            "grid": model.tokenizer.grid,
+            "latent_grid": model.tokenizer.latent_grid,
+            "latent_channels": model.tokenizer.config.latent_channels,
             "versions": describe_environment()["packages"],
             "sha256": {str(file.relative_to(folder)): sha256(file) for file in files},
         }

@@ -23,8 +23,8 @@ from shodh_moe.base.progress import progress
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.prediction_file import FACES, axis_names, new_prediction
-from shodh_moe.inference.forecasting import continue_flow
-from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.paraview import new_vtkhdf, put
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
@@ -96,17 +96,17 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     records = _checked_records(request)
     axes = _checked_axes(request.input, records[0].n_snapshots)
     source = find_source(checkpoint, tokenizer)
-    models = load_models(source)
-    _require_fit(request, records[0], models, source, axes)
-    after = request.start + models.transformer.config.history
+    model = load_source(source)
+    _require_fit(request, records[0], model, source, axes)
+    after = request.start + model.transformer.config.history
     # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
     first = axes.time[..., after - 1 : after]
     time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
     scores = _Scores()
     with ExitStack() as stack, torch.no_grad():
-        provenance = _provenance(source, models, request)
-        faces = models.tokenizer.config.operator == "staggered"
+        provenance = _provenance(source, model, request)
+        faces = model.tokenizer.config.operator == "staggered"
         new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces)
         file = stack.enter_context(new)
         views = []
@@ -114,7 +114,7 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
             _, solid_1XYZ = read_snapshots(record, request.start, request.start + 1)
             own_time = time[row] if time.ndim == 2 else time
             views.append(stack.enter_context(new_vtkhdf(path, own_time, solid_1XYZ[0], axes.origin, axes.spacing)))
-        work = _snapshots(models, records, request, scores)
+        work = _snapshots(model, records, request, scores)
         for row, step, fields_4XYZ, conserved_3XYZ in progress(work, "predict", len(records) * request.steps):
             file["t1_fields/velocity"][row, step] = np.moveaxis(fields_4XYZ[:3], 0, -1)
             if faces:
@@ -122,24 +122,24 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
             file["t0_fields/pressure"][row, step] = fields_4XYZ[3]
             if views:
                 put(views[row], step, fields_4XYZ)
-    _report(request, models, scores, time, len(records))
+    _report(request, model, scores, time, len(records))
 
 
 def _snapshots(
-    models: Models, records: list[TrajectoryRecord], request: Request, scores: _Scores
+    model: Model, records: list[TrajectoryRecord], request: Request, scores: _Scores
 ) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating]]]:
     """Yield trajectory, step, fields [4, X, Y, Z] and conserved velocity [3, X, Y, Z] as stored; extend ``scores``."""
-    after = request.start + models.transformer.config.history
+    after = request.start + model.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        flow = continue_flow(models, fields_H4XYZ, solid_1XYZ)
+        flow = model.continue_flow(fields_H4XYZ, solid_1XYZ)
         for step, (exact_4XYZ, conserved_3XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
                     "too far from the training data; ask for fewer --steps"
                 )
-            dtype, operator = getattr(torch, request.dtype), models.tokenizer.config.operator
+            dtype, operator = getattr(torch, request.dtype), model.tokenizer.config.operator
             stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
             scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
             scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
@@ -225,13 +225,13 @@ def _even_step(values: NDArray[np.float64]) -> float:
     return float(steps.mean()) if even else 0.0
 
 
-def _require_fit(request: Request, record: TrajectoryRecord, models: Models, source: ModelSource, axes: _Axes) -> None:
-    if list(record.grid) != models.tokenizer.grid:
+def _require_fit(request: Request, record: TrajectoryRecord, model: Model, source: ModelSource, axes: _Axes) -> None:
+    if list(record.grid) != model.tokenizer.grid:
         raise UserError(
-            f"{request.input} has grid {list(record.grid)}, the model was trained on {models.tokenizer.grid} and works "
+            f"{request.input} has grid {list(record.grid)}, the model was trained on {model.tokenizer.grid} and works "
             "on that alone: resample the input"
         )
-    history = models.transformer.config.history
+    history = model.transformer.config.history
     if request.start + history > record.n_snapshots:
         raise UserError(
             f"{request.input} has {record.n_snapshots} snapshots, the model needs {history} from --start "
@@ -244,36 +244,36 @@ def _require_fit(request: Request, record: TrajectoryRecord, models: Models, sou
         print(f"warning: the time step of {request.input} is {axes.time_step:g}, the model was trained with {known}")
 
 
-def _provenance(source: ModelSource, models: Models, request: Request) -> dict[str, Any]:
+def _provenance(source: ModelSource, model: Model, request: Request) -> dict[str, Any]:
     return {
         "model": source.config.name,
-        "checkpoint_step": models.step,
-        "checkpoint_weights_sha256": models.weights_sha256,
+        "checkpoint_step": model.step,
+        "checkpoint_weights_sha256": model.weights_sha256,
         "tokenizer_sha256": tokenizer_sha256(source.tokenizer_folder()),
         "input": request.input.name,
         "input_sha256": sha256(request.input),
         "start": request.start,
-        "given_snapshots": models.transformer.config.history,
+        "given_snapshots": model.transformer.config.history,
         "steps": request.steps,
         "trajectories": "all" if request.sample is None else request.sample,
-        "divergence_operator": models.tokenizer.config.operator,
-        "walls": models.tokenizer.config.walls,
+        "divergence_operator": model.tokenizer.config.operator,
+        "walls": model.tokenizer.config.walls,
         "curl_dtype": "float64",
         "package_version": version("shodh_moe"),
     }
 
 
-def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
+def _report(request: Request, model: Model, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
     """Print files, errors and divergence."""
     if scores.errors:
         print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
         print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}")
         for step, errors in sorted(scores.errors.items()):
-            model, still, model_v, still_v = np.mean(errors, axis=0)
+            own, still, own_v, still_v = np.mean(errors, axis=0)
             when = float(np.atleast_2d(time)[0, step])
-            print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}")
+            print(f"{step + 1:>6} {when:>12g} {own:>10.4f} {still:>12.4f} {own_v:>10.4f} {still_v:>12.4f}")
     stored = f", {scores.stored:.1e} as stored in {request.dtype}" if request.dtype != "float64" else ""
-    operator = models.tokenizer.config.operator
+    operator = model.tokenizer.config.operator
     where = " on faces" if operator == "staggered" else ""
     print(
         f"divergence of the velocity{where}, {operator} operator, h rms(div u) / rms(u), h = 1 cell, "

@@ -9,7 +9,7 @@ from shodh_moe.base.files import require_writable
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.evaluation.evaluate import measure
-from shodh_moe.inference.loading import ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.records import read_run
@@ -25,13 +25,13 @@ def evaluate_elsewhere(config: Config, checkpoint: Path, output: Path, tokenizer
     """
     source = find_source(checkpoint, tokenizer)
     require_writable(output)
-    models = load_models(source, config.model)
+    model = load_source(source, config.model)
     config, paths = _with_tokenizer_of(source, config)
-    require_fit(models.tokenizer, config, paths)
+    require_fit(model.tokenizer, config, paths)
     pipeline.make_latents(config, paths)
     output.mkdir(parents=True, exist_ok=True)
     history = read_run(source.run, "train") if source.run else []
-    return measure(config, models, paths, output, history)
+    return measure(config, model, paths, output, history)
 
 
 def _with_tokenizer_of(source: ModelSource, config: Config) -> tuple[Config, Paths]:

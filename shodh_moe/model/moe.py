@@ -61,9 +61,10 @@ class MoE(nn.Module):
     def _dropless(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send every expert only the tokens that chose it."""
         rows_ND = plan.dispatch(x_ND)
-        if self.ep.size == 1:
+        if self.ep.size == 1 or plan.local:
             shared_ND = sum_outputs(self.shared, x_ND)
-            return plan.combine(self.experts.grouped(rows_ND, plan.gating.kept_E), shared_ND)
+            held = self.ep.local_experts(self.config.num_experts)
+            return plan.combine(self.experts.grouped(rows_ND, plan.gating.kept_E[held.start : held.stop]), shared_ND)
         assert plan.received_GL is not None
         send, receive = plan.splits
         in_flight = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")

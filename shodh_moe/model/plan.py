@@ -11,10 +11,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
-from shodh_moe.model.routers import Context, Router, Slots
+from shodh_moe.model.routers import Context, Decision, Router, Slots
 from shodh_moe.model.routing import Routing, routing_of
 from shodh_moe.parallel import ExpertParallel
 
@@ -27,12 +28,16 @@ class Plan:
         gating: the decision.
         capacity: slots per expert and rank, K; None: dropless, experts take all their tokens.
         received_GL: number of rows that each rank sends to each local expert, int64; None on a GPU with a capacity,
-            where reading the counts would wait for the device.
+            where reading the counts would wait for the device, and if nothing travels.
+        local: whether every rank holds the experts of all its tokens, so that none travels.
+        dropped: number of tokens that no expert takes although there is no capacity.
     """
 
     gating: Gating
     capacity: int | None
     received_GL: Tensor | None
+    local: bool = False
+    dropped: int = 0
 
     @cached_property
     def routing(self) -> Routing:
@@ -62,12 +67,14 @@ class Plan:
         return order_R, torch.argsort(order_R)
 
     def dispatch(self, x_ND: Tensor) -> Tensor:
-        """Copy this rank's tokens to their experts' rows: [E, K, D], or dropless [N, D] sorted by expert."""
-        return dispatch(x_ND, self.gating.expert_N, self.gating.slot_N, self.gating.kept_E, self.capacity)
+        """Copy this rank's tokens to their experts' rows: [E, K, D], or dropless [N - dropped, D] sorted by expert."""
+        rows = dispatch(x_ND, self.gating.expert_N, self.gating.slot_N, self.gating.kept_E, self.capacity)
+        return rows[: len(rows) - self.dropped]
 
     def combine(self, rows: Tensor, shared_ND: Tensor | None) -> Tensor:
         """Return shared_n + p_e row_n for each token n: [N, D] in the dtype of ``rows``."""
         g = self.gating
+        rows = F.pad(rows, (0, 0, 0, self.dropped)) if self.dropped else rows
         return combine(rows, g.expert_N, g.slot_N, g.gate_N, g.kept_E, shared_ND)
 
 
@@ -104,3 +111,20 @@ def make_plan(
     on_cpu = x_MF.device.type == "cpu"
     received_GL = ep.exchange_counts(gating.kept_E, layer) if on_cpu or capacity is None else None
     return Plan(gating, capacity, received_GL)
+
+
+def follow_plan(
+    router: Router, x_BF: Tensor, context: Context, decision: Decision, ep: ExpertParallel, row_N: Tensor
+) -> Plan:
+    """Make the plan of samples whose paths are chosen already (collective unless the decision is local).
+
+    No capacity applies, because the decision names the tokens that are dropped.
+
+    Args:
+        x_BF: what the router sees of each sample.
+        row_N: the sample of each token.
+    """
+    gating = router(x_BF, context, Slots(len(row_N), check_finite=False, row_N=row_N, decision=decision))
+    dropped = 0 if decision.kept_BS is None else int((~decision.kept_BS).sum())
+    received_GL = None if decision.local else ep.exchange_counts(gating.kept_E)
+    return Plan(gating, None, received_GL, decision.local, dropped)

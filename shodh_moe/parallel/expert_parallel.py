@@ -16,7 +16,8 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 
 Splits = list[int] | None  # number of rows for each rank of the group; None: equal blocks
-Direction = Literal["dispatch", "combine"]  # in the forward pass; the backward pass is counted under the same name
+# What an exchange does in the forward pass; the backward pass is counted under the same name. `samples` has none.
+Direction = Literal["dispatch", "combine", "samples"]
 Mark = float | torch.cuda.Event
 
 

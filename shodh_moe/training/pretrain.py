@@ -30,7 +30,7 @@ from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_l
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.deepspeed_config import expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.forward import forward
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.router_start import start_router
@@ -156,11 +156,11 @@ class _LatentTask:
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
         batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
-        prediction = self.engine(*batch.inputs)
-        named = total_loss(prediction, batch, self._config, self._scale_D)._asdict()
+        losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D)
+        named = losses._asdict()
         error_B = named.pop("error_B")
         kept = {key: value.detach() for key, value in named.items()}
-        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
+        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, routing))
         return named
 
     def end(self, step: int, applied: bool) -> None:

@@ -23,18 +23,20 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 WORLD, STEPS, SAVED_AT, AFTER, RATE = 4, 20, 3, 2, 1e-2
 LAYOUTS = list(itertools.product((0, 1, 2), (1, 2, 4)))
 SETTINGS = ("model.moe.num_experts=8", "model.moe.dropless=true", "training.grad_clip=0.05")
-# A router in each layer, in two precisions; and one path per token with all its parts.
+PATH = ("training.precision=float64", "model.moe.scope=path", "model.moe.attention=own")
+# A router in each layer, in two precisions; one path per sample with all its parts, and with an exchange of samples.
 CASES = {
     "float64": ("training.precision=float64",),
     "float32": ("training.precision=float32",),
-    "path": ("training.precision=float64", "model.moe.scope=path", "model.moe.attention=own"),
+    "path": (*PATH, "parallel.exchange=token"),
+    "sample": (*PATH, "parallel.exchange=sample"),
 }
 # Pairs (layout that saves, layout that resumes): all in float64; in the other cases, which run the same code, a layout
 # with itself and with the next.
 PAIRS = [("float64", *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
 PAIRS += [
     (case, source, (LAYOUTS * 2)[number + k])
-    for case in ("float32", "path")
+    for case in ("float32", "path", "sample")
     for number, source in enumerate(LAYOUTS)
     for k in (0, 1)
 ]
@@ -112,13 +114,13 @@ class _Run:
         self.load(self.folder / "0")
 
     def train(self, steps: int, rate: float = RATE) -> dict[str, torch.Tensor]:
-        from shodh_moe.training.losses import total_loss
+        from shodh_moe.training.forward import forward
 
         losses, norms, routes = [], [], []
         for _ in range(steps):
             batch = self.samples.batch(self.sampler.batch(self.step, self.rank)).to("cpu", self.engine.dtype)
-            prediction = self.engine(*batch.inputs)
-            loss = total_loss(prediction, batch, self.config).loss
+            losses, routing, _ = forward(self.engine, batch, self.config)
+            loss = losses.loss
             step = self.engine.step(loss, rate)
             assert step is not None
             assert step.applied
@@ -126,7 +128,7 @@ class _Run:
             dist.all_reduce(mean)
             losses.append(mean / WORLD)
             norms.append(torch.tensor([step.norm, step.shared_norm, *step.expert_norms_LE.flatten()]))
-            routes.append(torch.stack([layer.expert_N for layer in prediction.routing]))
+            routes.append(torch.stack([layer.expert_N for layer in routing]))
             self.step += 1
         chosen = torch.stack(routes)
         everyone = [torch.empty_like(chosen) for _ in range(WORLD)]
@@ -183,11 +185,14 @@ def _worst(a: dict, b: dict) -> float:
     return max(parts + [_difference(a["weights"][name], value) for name, value in b["weights"].items()])
 
 
-@pytest.mark.parametrize("case", ["float64", "path"])
+@pytest.mark.parametrize("case", ["float64", "path", "sample"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_twenty_steps_agree_in_float64(results, case, layout):
-    """Compare losses, every gradient norm (total, shared, each expert's) and every weight."""
-    one, other = (results["alike", case, key] for key in ((0, 1), layout))
+    """Compare losses, every gradient norm (total, shared, each expert's) and every weight.
+
+    An exchange of samples is compared with one of tokens.
+    """
+    one, other = results["alike", {"sample": "path"}.get(case, case), (0, 1)], results["alike", case, layout]
     assert torch.equal(one["routes"], other["routes"])
     torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-9, atol=0)
     torch.testing.assert_close(other["norms"], one["norms"], rtol=1e-9, atol=1e-15)

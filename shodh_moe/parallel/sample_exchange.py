@@ -37,6 +37,7 @@ class SampleExchange:
         capacity: the most samples that a rank computes, relative to an even share, at least 1.
 
     Attributes:
+        held_G: number of samples whose experts each rank holds.
         computed_G: number of samples that each rank computes.
         strangers: number of samples, over all ranks, that are computed by a rank without their expert.
     """
@@ -46,7 +47,9 @@ class SampleExchange:
         count_G = torch.bincount(holder_B, minlength=ep.size)
         # Every rank sends its counts to all others.
         count_GG = all_to_all(count_G.expand(ep.size, -1), ep, direction="samples")
-        shares = share_out(count_GG.tolist(), capacity)
+        counts = count_GG.tolist()
+        self.held_G = [sum(column) for column in zip(*counts, strict=True)]
+        shares = share_out(counts, capacity)
         self._send, self._receive, self.computed_G = [0] * ep.size, [0] * ep.size, [0] * ep.size
         self.strangers, ranks = 0, []
         for home, holder, rank, count in shares:

@@ -119,8 +119,8 @@ class _Run:
         losses, norms, routes = [], [], []
         for _ in range(steps):
             batch = self.samples.batch(self.sampler.batch(self.step, self.rank)).to("cpu", self.engine.dtype)
-            losses, routing, _ = forward(self.engine, batch, self.config)
-            loss = losses.loss
+            named, routing, _ = forward(self.engine, batch, self.config)
+            loss = named.loss
             step = self.engine.step(loss, rate)
             assert step is not None
             assert step.applied

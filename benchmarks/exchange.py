@@ -139,7 +139,7 @@ def _batch(case: dict[str, int], rank: int, ranks: int, uneven: bool) -> Any:
     domain_B = (torch.arange(samples) + rank) % ranks
     if uneven:  # of four samples, three have an expert in the first half
         half = ranks // 2
-        domain_B = domain_B % half + half * (torch.arange(samples) % 4 == 3)
+        domain_B = domain_B % half + half * ((torch.arange(samples) + rank * samples) % 4 == 3)
     return Batch(history, geometry, target, domain_B)
 
 

@@ -20,12 +20,12 @@ from shodh_moe.parallel.expert_parallel import ExpertParallel, all_to_all
 
 
 class Share(NamedTuple):
-    """``count`` samples of rank ``home``, whose experts are on rank ``holder``, are computed by rank ``rank``."""
+    """Samples of rank ``home`` with experts on rank ``holder`` that rank ``rank`` computes: ``samples`` of them."""
 
     home: int
     holder: int
     rank: int
-    count: int
+    samples: int
 
 
 class SampleExchange:

@@ -21,6 +21,7 @@ from shodh_moe.model import Context, LatentTransformer, Routing
 from shodh_moe.model.routers import Decision
 from shodh_moe.parallel import ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import Batch
+from shodh_moe.training.deepspeed_config import exchanges_samples
 from shodh_moe.training.engine import Engine
 from shodh_moe.training.losses import Losses, add_router_losses, error_norms, prediction_losses, total_loss
 
@@ -37,11 +38,6 @@ class Result(NamedTuple):
     losses: Losses
     routing: list[Routing]
     exchange: SampleExchange | None
-
-
-def exchanges_samples(config: Config, ep_size: int) -> bool:
-    """Whether ``parallel.exchange`` selects an exchange of samples; the config refuses what is impossible."""
-    return ep_size > 1 and config.parallel.exchange != "token" and config.samples_have_paths
 
 
 def forward(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None = None) -> Result:
@@ -113,7 +109,7 @@ class _Samples(NamedTuple):
         sent = [*self.batch, *self[1:4], *(() if self.kept_BS is None else (self.kept_BS,))]
         received = exchange.send(sent)
         batch, rest = Batch(*received[: len(self.batch)]), received[len(self.batch) :]
-        return _Samples(batch, *rest[:3], None if self.kept_BS is None else rest[3])
+        return _Samples(batch, rest[0], rest[1], rest[2], None if self.kept_BS is None else rest[3])
 
     def or_blank(self, ep: ExpertParallel, experts: int) -> _Samples:
         """Return the samples, or if there are none one of weight 0: no kernel must handle an empty batch.

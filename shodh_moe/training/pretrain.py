@@ -28,9 +28,9 @@ from shodh_moe.model.norm import available_norm
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
-from shodh_moe.training.deepspeed_config import expert_parallel_size
+from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
-from shodh_moe.training.forward import exchanges_samples, forward
+from shodh_moe.training.forward import forward
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.router_start import start_router

@@ -86,4 +86,9 @@ class Config(Section):
             raise ValueError(
                 f"parallel.exchange sample needs one path for each sample, but {reason}, or exchange to auto"
             )
+        if self.parallel.placement == "load" and self.model.moe.scope != "path":
+            raise ValueError(
+                "parallel.placement load needs one router for all layers, but model.moe.scope is layer: set it to "
+                "path, or placement to fixed"
+            )
         return self

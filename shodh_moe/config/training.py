@@ -125,6 +125,11 @@ class ParallelConfig(Section, changes="nothing"):
         description="with exchange sample, the most samples that a rank computes, relative to an even share; the "
         "experts of samples beyond it are reached by an exchange of their tokens",
     )
+    placement: Literal["fixed", "load"] = Field(
+        "fixed",
+        description="which rank holds which experts: in order of their numbers; or, with scope path, divided anew by "
+        "their load at checkpoints",
+    )
     zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO stage: 1 shards optimizer state, 2 gradients as well")
 
 

@@ -6,7 +6,7 @@ expert-parallel group, K slots per expert and rank, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,6 +31,7 @@ class Plan:
             where reading the counts would wait for the device, and if nothing travels.
         local: whether every rank holds the experts of all its tokens, so that none travels.
         dropped: number of tokens that no expert takes although there is no capacity.
+        placement: see `ExpertParallel`; the order of the experts in ``received_GL``, but not in ``gating``.
     """
 
     gating: Gating
@@ -38,6 +39,21 @@ class Plan:
     received_GL: Tensor | None
     local: bool = False
     dropped: int = 0
+    placement: list[int] | None = None
+
+    @cached_property
+    def by_place(self) -> Plan:
+        """The same plan, in which experts are numbered by their place instead."""
+        if self.placement is None:
+            return self
+        gating = self.gating
+        order_E = torch.tensor(self.placement, device=gating.expert_N.device)
+        moved = gating._replace(
+            expert_N=torch.argsort(order_E)[gating.expert_N],
+            routed_E=gating.routed_E[order_E],
+            kept_E=gating.kept_E[order_E],
+        )
+        return replace(self, gating=moved, placement=None)
 
     @cached_property
     def routing(self) -> Routing:
@@ -108,9 +124,10 @@ def make_plan(
     # If one rank raised alone, the others would wait for it in the exchange forever.
     check_finite = not training and ep.size == 1
     gating = router(x_MF, context, Slots(capacity or tokens, config.drop_order, check_finite, row_N))
-    on_cpu = x_MF.device.type == "cpu"
-    received_GL = ep.exchange_counts(gating.kept_E, layer) if on_cpu or capacity is None else None
-    return Plan(gating, capacity, received_GL)
+    plan = Plan(gating, capacity, None, placement=ep.placement)
+    if x_MF.device.type != "cpu" and capacity is not None:
+        return plan
+    return replace(plan, received_GL=ep.exchange_counts(plan.by_place.gating.kept_E, layer))
 
 
 def follow_plan(
@@ -126,5 +143,5 @@ def follow_plan(
     """
     gating = router(x_BF, context, Slots(len(row_N), check_finite=False, row_N=row_N, decision=decision))
     dropped = 0 if decision.kept_BS is None else int((~decision.kept_BS).sum())
-    received_GL = None if decision.local else ep.exchange_counts(gating.kept_E)
-    return Plan(gating, None, received_GL, decision.local, dropped)
+    plan = Plan(gating, None, None, decision.local, dropped, ep.placement)
+    return plan if decision.local else replace(plan, received_GL=ep.exchange_counts(plan.by_place.gating.kept_E))

@@ -62,12 +62,13 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
     plan = model.path.decide(z_BSI, batch.inputs[2])
     decided = Decision(plan.gating.expert_N.view(samples, -1)[:, 0], _kept(plan.routing, plan.capacity, samples))
 
-    held = len(engine.ep.local_experts(config.model.moe.num_experts))
-    exchange = SampleExchange(engine.ep, decided.expert_B // held, config.parallel.exchange_capacity)
+    experts = config.model.moe.num_experts
+    holder_B = engine.ep.holders(experts, decided.expert_B.device)[decided.expert_B]
+    exchange = SampleExchange(engine.ep, holder_B, config.parallel.exchange_capacity)
     norm_B = error_norms(kind, batch, scale_D)
     weight_B = torch.full_like(norm_B, 1 / samples)
     own = _Samples(batch, decided.expert_B, norm_B, weight_B, decided.kept_BS)
-    there = own.sent(exchange).or_blank(engine.ep, config.model.moe.num_experts)
+    there = own.sent(exchange).or_blank(engine.ep, experts)
 
     received = there.batch
     decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
@@ -120,7 +121,7 @@ class _Samples(NamedTuple):
             return self
         blank = [column.new_zeros(1, *column.shape[1:]) for column in self.batch]
         batch = Batch(*blank)._replace(target_BCxyz=blank[2] + 1)
-        expert_B = self.expert_B.new_full((1,), ep.local_experts(experts).start)
+        expert_B = self.expert_B.new_full((1,), ep.local_experts(experts)[0])
         norm_B, weight_B = self.norm_B.new_ones(1), self.weight_B.new_zeros(1)
         kept_BS = None if self.kept_BS is None else self.kept_BS.new_ones(1, self.kept_BS.shape[1])
         return _Samples(batch, expert_B, norm_B, weight_B, kept_BS)

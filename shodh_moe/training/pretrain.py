@@ -175,6 +175,8 @@ class _LatentTask:
         self._nonfinite.step_applied()
         for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
+            if self._one_decision:
+                self.engine.count_load(batch.routing[0].expert_N)
         for exchange in self._shares:
             self._exchange_counts.add(exchange)
 
@@ -201,7 +203,7 @@ class _LatentTask:
         if not self._layers:
             return {}
         counts = {"table": self._counts.table_LDM.flatten(), "largest": self._counts.largest_L}
-        counts["exchange"] = self._exchange_counts.sums
+        counts |= {"exchange": self._exchange_counts.sums, "load": self.engine.load_E}
         return {ROUTING + name: value for name, value in (counts | {"told": torch.tensor([self._recorded])}).items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -210,7 +212,9 @@ class _LatentTask:
             self._counts.table_LDM.copy_(mine["table"].view_as(self._counts.table_LDM))
             self._counts.largest_L.copy_(mine["largest"])
             self._recorded = int(mine["told"])
-            self._exchange_counts.sums.copy_(mine.get("exchange", self._exchange_counts.sums))  # absent in older ones
+            # Older checkpoints lack these.
+            self._exchange_counts.sums.copy_(mine.get("exchange", self._exchange_counts.sums))
+            self.engine.load_E.copy_(mine.get("load", self.engine.load_E))
 
     def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True

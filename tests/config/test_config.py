@@ -147,6 +147,13 @@ def test_samples_that_have_no_path_cannot_be_exchanged(tmp_path: Path, settings:
     load_config(path, ["model.moe.scope=path", "parallel.exchange=sample"])
 
 
+def test_experts_are_placed_by_load_only_if_all_layers_have_one_router(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(UserError, match=r"placement load needs one router for all layers, but .* set it to path, or"):
+        load_config(path, ["parallel.placement=load"])
+    load_config(path, ["model.moe.scope=path", "parallel.placement=load"])
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", "-x", "~", "a b", "a\n", "x" * 101, ".h"])
 def test_a_name_that_would_leave_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     path = write_config(tmp_path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from pydantic import model_validator
+
 from shodh_moe.base.section import Name, PathText, Section, Seed, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.model import ModelConfig
@@ -65,3 +67,28 @@ class Config(Section):
     deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )
+
+    @property
+    def samples_have_paths(self) -> bool:
+        """Whether all tokens of a sample have the same expert in all layers, because one decision is made for it."""
+        moe = self.model.moe
+        return moe.num_experts > 0 and moe.scope == "path" and moe.router.context == "sample"
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> Config:
+        if self.parallel.exchange == "sample" and not self.samples_have_paths:
+            moe = self.model.moe
+            reason = f"model.moe.router.context is {moe.router.context}: set it to sample"
+            if moe.scope != "path":
+                reason = f"model.moe.scope is {moe.scope}: set it to path"
+            if not moe.num_experts:
+                reason = "model.moe.num_experts is 0: give it experts"
+            raise ValueError(
+                f"parallel.exchange sample needs one path for each sample, but {reason}, or exchange to auto"
+            )
+        if self.parallel.placement == "load" and self.model.moe.scope != "path":
+            raise ValueError(
+                "parallel.placement load needs one router for all layers, but model.moe.scope is layer: set it to "
+                "path, or placement to fixed"
+            )
+        return self

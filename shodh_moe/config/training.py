@@ -115,6 +115,22 @@ class ParallelConfig(Section, changes="nothing"):
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
     )
+    exchange: Literal["sample", "token", "auto"] = Field(
+        "auto",
+        description="what ranks exchange: each sample once, before the embedding, with scope path and context sample; "
+        "or tokens, twice in every layer; auto: samples where possible",
+    )
+    exchange_capacity: float = Field(
+        1.25,
+        ge=1,
+        description="with exchange sample, the most samples that a rank computes, relative to an even share; the "
+        "experts of samples beyond it are reached by an exchange of their tokens",
+    )
+    placement: Literal["fixed", "load"] = Field(
+        "fixed",
+        description="which rank holds which experts: in order of their numbers; or, with scope path, divided anew by "
+        "their load at checkpoints",
+    )
     zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO stage: 1 shards optimizer state, 2 gradients as well")
 
 

@@ -6,6 +6,7 @@ width (2 F where gate and up are concatenated).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ class Experts(nn.Module):
         seed, layer: select the random streams.
     """
 
-    def __init__(self, dim: int, hidden: int, global_indices: range, seed: int, layer: int):
+    def __init__(self, dim: int, hidden: int, global_indices: Sequence[int], seed: int, layer: int):
         super().__init__()
         self.gate_up_LDF = nn.Parameter(torch.empty(len(global_indices), dim, 2 * hidden))
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))

@@ -40,9 +40,10 @@ class MoE(nn.Module):
         if self.router is not None:
             plan = make_plan(self.router, x_ND, context, self.config, self.ep, self.training, self.layer)
         assert plan is not None  # with scope path, the network makes it
+        routing, plan = plan.routing, plan.by_place
         (rows_ND,) = to_autocast(x_ND)  # narrow before they travel: half the bytes
         y_ND = self._dropless(rows_ND, plan) if plan.capacity is None else self._with_capacity(rows_ND, plan)
-        return y_ND.to(x_ND.dtype), plan.routing
+        return y_ND.to(x_ND.dtype), routing
 
     def _with_capacity(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send ``capacity`` slots to every expert, filled or not."""
@@ -61,9 +62,10 @@ class MoE(nn.Module):
     def _dropless(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send every expert only the tokens that chose it."""
         rows_ND = plan.dispatch(x_ND)
-        if self.ep.size == 1:
+        if self.ep.size == 1 or plan.local:
             shared_ND = sum_outputs(self.shared, x_ND)
-            return plan.combine(self.experts.grouped(rows_ND, plan.gating.kept_E), shared_ND)
+            count_L = plan.gating.kept_E.view(self.ep.size, -1)[self.ep.rank]
+            return plan.combine(self.experts.grouped(rows_ND, count_L), shared_ND)
         assert plan.received_GL is not None
         send, receive = plan.splits
         in_flight = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")

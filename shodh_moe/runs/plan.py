@@ -22,7 +22,7 @@ from shodh_moe.kernels import expert_capacity
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
@@ -146,8 +146,11 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     the weights. This assumes fused RMS norms, and flash attention, which stores nothing quadratic in the number of
     tokens. ``backward``: an upper bound of what the backward pass holds in addition; with activation checkpointing this
     includes one whole block. ``exchange``: buffers of the exchanges between ranks. Dropless mode is counted with an
-    even load of the experts.
+    even load of the experts. With an exchange of samples these are the bytes of the fullest rank that its capacity
+    allows.
     """
+    if exchanges_samples(config, ep):
+        return _bytes_of_fullest_rank(config, ep)
     m, t, channels = config.model, config.training, config.tokenizer.latent_channels * config.model.patch**3
     wide, narrow = _widths(config)
     tokens, row = batch_tokens(config), slots(config) * m.dim * narrow
@@ -160,6 +163,25 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
         return {"activations": kept + outside, "backward": backward + block, "exchange": exchange}
     return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
+
+
+def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
+    """Return `activation_bytes` for an exchange of samples; those beyond the capacity exchange their tokens as well."""
+    size = config.training.batch_size
+    most = math.ceil(config.parallel.exchange_capacity * size)
+    moe = config.model.moe.model_copy(update={"dropless": True})  # a decision names dropped tokens: no slots
+    full = config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"batch_size": most}),
+            "parallel": config.parallel.model_copy(update={"exchange": "token"}),
+            "model": config.model.model_copy(update={"moe": moe}),
+        }
+    )
+    parts = activation_bytes(full, ep)
+    sample = (config.model.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
+    packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
+    return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
 
 
 def _path_bytes(config: Config) -> int:

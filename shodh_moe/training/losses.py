@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.metrics.latents import sample_mse
-from shodh_moe.model import Prediction
+from shodh_moe.model import Prediction, Routing
 from shodh_moe.tokenizer.latents import Batch
 
 # A sample that hardly changes would otherwise dominate the loss.
@@ -42,23 +42,33 @@ def total_loss(prediction: Prediction, batch: Batch, config: Config, scale_D: Te
         scale_D: mean squared change from snapshot to snapshot of each domain, divided by its mean over domains; only
             ``training.loss`` domain needs it.
     """
-    layers, router = prediction.routing, config.model.moe.router
     error_B = sample_mse(prediction.latent_BCxyz, batch.target_BCxyz)
-    norm_B = _norm(config.training.loss, batch, scale_D)
-    if config.training.loss == "relative":
-        predicted = (error_B / norm_B).sqrt().mean()
-    else:
-        predicted = (error_B / norm_B).mean()
+    norm_B = error_norms(config.training.loss, batch, scale_D)
+    predicted = prediction_losses(config.training.loss, error_B, norm_B).mean()
+    return add_router_losses(predicted, error_B, prediction.routing, config)
+
+
+def prediction_losses(kind: str, error_B: Tensor, norm_B: Tensor) -> Tensor:
+    """Loss of each sample, [B], by the kind ``training.loss``, from its latent MSE and its norm (`error_norms`)."""
+    return (error_B / norm_B).sqrt() if kind == "relative" else error_B / norm_B
+
+
+def add_router_losses(predicted: Tensor, error_B: Tensor, routing: list[Routing], config: Config) -> Losses:
+    """Add the router's losses to the mean loss of the samples."""
+    router = config.model.moe.router
     balance, z, commitment = (
-        torch.stack([getattr(r, name) for r in layers]).mean() if layers else predicted.new_zeros(())
+        torch.stack([getattr(r, name) for r in routing]).mean() if routing else predicted.new_zeros(())
         for name in ("balance_loss", "z_loss", "commitment_loss")
     )
     shares = router.balance_weight * balance + router.z_weight * z + router.commitment_weight * commitment
     return Losses(predicted + predicted.detach() * shares, predicted, balance, z, commitment, error_B.detach())
 
 
-def _norm(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
-    """What each sample's squared error is divided by, [B]."""
+def error_norms(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
+    """What each sample's squared error is divided by, [B], by the kind ``training.loss``.
+
+    With the kind sample it depends on all samples of the micro-batch.
+    """
     target_BCxyz = batch.target_BCxyz
     if kind == "domain":
         assert scale_D is not None

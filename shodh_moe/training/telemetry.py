@@ -14,7 +14,7 @@ from torch import Tensor
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.model import Routing
 from shodh_moe.model.routers import Router
-from shodh_moe.parallel import Exchange
+from shodh_moe.parallel import Exchange, SampleExchange
 
 SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns after those of the experts
 DIRECTIONS = ("dispatch", "combine")
@@ -83,6 +83,34 @@ class RoutingCounts:
         self.largest_L.fill_(-torch.inf)
 
 
+class ExchangeCounts:
+    """Sums over micro-batches of how an exchange of samples divides them among the ranks of a group.
+
+    Attributes:
+        sums: number of micro-batches; sums of the largest number of samples whose experts a rank holds, and of the
+            largest number that a rank computes, both over an even share; sum of the share of samples that are computed
+            without their expert. float64 [4].
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, exchange: SampleExchange) -> None:
+        """Count one micro-batch."""
+        samples = sum(exchange.computed_G)
+        even = samples / len(exchange.computed_G)
+        shares = [1, max(exchange.held_G) / even, max(exchange.computed_G) / even, exchange.strangers / samples]
+        self.sums += torch.tensor(shares, dtype=torch.float64)
+
+    def record(self, exchanges: list[Exchange], device: torch.device | str) -> dict[str, float]:
+        """Return ``held_imbalance``, ``imbalance`` and ``by_tokens``, and of one step ``ms``, ``wait_ms`` and ``bytes``
+        of the exchanges of samples, all as means over ranks (collective).
+        """
+        cost = _sum([exchange for exchange in exchanges if exchange.direction == "samples"])
+        means = _mean_over_ranks(torch.cat([self.sums[1:] / self.sums[0].clamp(min=1), cost]).to(device)).tolist()
+        return dict(zip(("held_imbalance", "imbalance", "by_tokens", "ms", "wait_ms", "bytes"), means, strict=True))
+
+
 def layer_records(
     counts: RoutingCounts, routers: list[Router], exchanges: list[Exchange], expert_norms_LE: Tensor | None
 ) -> list[dict[str, Any]]:
@@ -105,15 +133,26 @@ def layer_records(
 
 def _traffic(layers: int, exchanges: list[Exchange], device: torch.device) -> list[dict[str, Any]]:
     """Each layer's sums ``ms``, ``wait_ms`` and ``bytes``, averaged over ranks, in total and by direction."""
-    sums = torch.zeros(layers, len(DIRECTIONS), 3, dtype=torch.float64)
+    found: list[list[list[Exchange]]] = [[[] for _ in DIRECTIONS] for _ in range(layers)]
     for exchange in exchanges:
-        numbers = torch.tensor([*exchange.times_ms(), exchange.sent_bytes], dtype=torch.float64)
-        sums[exchange.layer, DIRECTIONS.index(exchange.direction)] += numbers
-    means = _over_ranks(sums.to(device)).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+        if exchange.direction in DIRECTIONS:
+            found[exchange.layer][DIRECTIONS.index(exchange.direction)].append(exchange)
+    sums = torch.stack([torch.stack([_sum(part) for part in layer]) for layer in found])
+    means = _mean_over_ranks(sums.to(device))
     return [
         _named(layer.sum(0)) | {name: _named(part) for name, part in zip(DIRECTIONS, layer, strict=True)}
         for layer in means
     ]
+
+
+def _sum(exchanges: list[Exchange]) -> Tensor:
+    """Sums of duration and waiting time in milliseconds and of bytes, float64 [3]."""
+    numbers = [[*exchange.times_ms(), exchange.sent_bytes] for exchange in exchanges]
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 3).sum(0)
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    return _over_ranks(values).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def _named(numbers: Tensor) -> dict[str, Any]:

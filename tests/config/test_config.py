@@ -129,6 +129,8 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
         ("training.learning_rate=.nan", "training.learning_rate should be"),
         ("training.betas=[0.9]", "betas needs two numbers"),
         ("parallel.processes=four", "parallel.processes should be a valid integer or 'auto', not 'four'"),
+        ("parallel.exchange=tokens", "parallel.exchange should be 'sample', 'token' or 'auto', not 'tokens'"),
+        ("parallel.exchange_capacity=0.9", "parallel.exchange_capacity should be greater than or equal to 1, not 0.9"),
         ("parallel.ep_size=-1", "parallel.ep_size should be greater than 0 or 'auto', not -1"),
         ("data.grid=32", "data.grid should be a valid list, not 32"),
         ("data.grid=[16, a, 16]", "data.grid.1 should be a valid integer, not 'a'"),
@@ -151,6 +153,29 @@ def test_an_invalid_value_is_explained_in_one_line(tmp_path: Path, override: str
     assert str(error.value).startswith(f"override {override!r}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ((), "model.moe.scope is layer: set it to path"),
+        (("model.moe.scope=path", "model.moe.router.context=window"), "router.context is window: set it to sample"),
+        (("model.moe.num_experts=0",), "model.moe.num_experts is 0: give it experts"),
+    ],
+)
+def test_samples_that_have_no_path_cannot_be_exchanged(tmp_path: Path, settings: tuple[str, ...], reason: str) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(UserError, match=f"parallel.exchange sample needs one path for each sample, but .*{reason}, or"):
+        load_config(path, [*settings, "parallel.exchange=sample"])
+    assert load_config(path, list(settings)).parallel.exchange == "auto"
+    load_config(path, ["model.moe.scope=path", "parallel.exchange=sample"])
+
+
+def test_experts_are_placed_by_load_only_if_all_layers_have_one_router(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(UserError, match=r"placement load needs one router for all layers, but .* set it to path, or"):
+        load_config(path, ["parallel.placement=load"])
+    load_config(path, ["model.moe.scope=path", "parallel.placement=load"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", "-x", "~", "a b", "a\n", "x" * 101, ".h"])

@@ -189,6 +189,7 @@ LAYOUTS = {
     "ZeRO 0, EP 1": "parallel.ep_size=1",
     "ZeRO 1": "parallel.zero_stage=1 training.precision=bfloat16 training.accumulation=2",
     "ZeRO 2": "parallel.zero_stage=2 training.activation_checkpointing=true",
+    "samples": "model.moe.scope=path model.moe.router.kind=oracle",
 }
 
 

@@ -12,10 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shodh_moe.config import ModelConfig, MoEConfig, TelemetryConfig
 from shodh_moe.model import LatentTransformer, Routing
-from shodh_moe.parallel import Exchange, ExpertParallel
+from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.training import log as log_module
 from shodh_moe.training.log import COLUMNS, EVEN, STARVED, LoadMaps, Log
-from shodh_moe.training.telemetry import RoutingCounts, Warnings, first_nonfinite, layer_records
+from shodh_moe.training.telemetry import (
+    ExchangeCounts,
+    RoutingCounts,
+    Warnings,
+    _traffic,
+    first_nonfinite,
+    layer_records,
+)
 from tests.tiny import LAYER
 
 DOMAINS = ["calm", "wild", "absent"]
@@ -136,6 +143,23 @@ def test_records_hold_temperature_norms_and_traffic():
     }  # fmt: skip
     linear = _model(router={"kind": "linear"})
     assert layer_records(counts, linear.routers, [], None)[0]["temperature"] is None
+
+
+def test_shares_of_samples_are_means_over_micro_batches():
+    counts = ExchangeCounts()
+    for held, computed, strangers in (([6, 2], [5, 3], 1), ([4, 4], [4, 4], 0)):
+        exchange = SampleExchange.__new__(SampleExchange)
+        exchange.held_G, exchange.computed_G, exchange.strangers = held, computed, strangers
+        counts.add(exchange)
+    exchanges = [
+        Exchange(0, "samples", 300, [1.0, 1.5, 2.0]),
+        Exchange(0, "samples", 30, [2.0, 2.0, 2.25]),
+        Exchange(0, "combine", 7, [3.0, 3.0, 3.25]),
+    ]
+    expected = {"held_imbalance": 1.25, "imbalance": 1.125, "by_tokens": 1 / 16}
+    assert counts.record(exchanges, "cpu") == expected | {"ms": 1250, "wait_ms": 750, "bytes": 330}
+    nothing = _traffic(1, exchanges[:2], torch.device("cpu"))[0]
+    assert nothing["bytes"] == 0
 
 
 def _layer(load: list[float], dropped: float, layer: int = 0) -> dict:

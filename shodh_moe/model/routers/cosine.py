@@ -48,7 +48,7 @@ class CosineRouter(nn.Module):
             if slots.row_N is not None:  # few rows for many tokens: the fused kernel would score every token
                 q_MR = F.linear(x_MD.to(dtype), projection_RD)
                 return choose(reference_logits(q_MR, prototypes_ER, temperature), slots)
-            capacity, drop_order, check_finite, _ = slots
+            capacity, drop_order, check_finite, *_ = slots
             return cosine_top1_gating(
                 x_MD, projection_RD, prototypes_ER, temperature, capacity, drop_order, None, check_finite
             )

@@ -79,6 +79,8 @@ def require_one_anchor(experts: list[Expert], anchor: Expert | None = None) -> N
     first = experts[0]
     wanted = load_state(anchor.path)["sha256"] if anchor else began_from(first)
     for other in experts:
+        if began_from(other) is None:
+            raise UserError(f"{other.path} was not fine-tuned from an anchor: give experts of one anchor")
         if began_from(other) != wanted:
             theirs = f"{anchor.path}" if anchor else f"the anchor of {first.path}"
             raise UserError(f"{other.path} was not fine-tuned from {theirs}: give experts of one anchor")

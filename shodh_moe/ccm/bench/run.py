@@ -19,10 +19,11 @@ from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, checkpoint_of_last_step, expert_name
 from shodh_moe.ccm.bench.measure import measured, result_path
+from shodh_moe.ccm.bench.paths import compare_paths
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.summary import summarise
 from shodh_moe.ccm.bench.tables import markdown
-from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured
+from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured, variants_of
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
@@ -74,10 +75,16 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             seconds = sum(_seconds(_cost(config, job)) for job in jobs)
             result["cpu_seconds"]["variants"] = seconds
         results.append(result)
-    summary = {
-        **summarise(results),
+    summary = summarise(results)
+    variants = summarise_variants(config)
+    paths = {
+        key: compare_paths(key, summary["families"][key], found, _paths_of(config, key))
+        for key, found in variants.items()
+    }
+    summary |= {
         "backbones": backbones(config),
-        "variants": finite_json(summarise_variants(config)),
+        "paths": finite_json(paths),
+        "variants": finite_json(variants),
         "environment": describe_environment(),
         "config": config.model_dump(),
     }
@@ -97,6 +104,10 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     if output:
         _copy([folder / "summary.json", folder / "summary.md", *pictures], output)
     return summary
+
+
+def _paths_of(config: BenchConfig, key: str) -> dict[str, str | None]:
+    return {name: one.curve for name, one in variants_of(config.families[key]).items() if one.is_path}
 
 
 def backbones(config: BenchConfig) -> dict[str, dict[str, str]]:

@@ -68,7 +68,7 @@ def least_squares(
     CGLS (Hestenes and Stiefel 1952, section 10), with one jvp and one vjp for each direction, so that J is never
     stored. It stops early where the gradient vanishes.
     """
-    _, transposed = vjp(function, at)
+    transposed = vjp(function, at)[1]
     gradient: Weights = transposed(wanted)[0]
     found = {name: torch.zeros_like(values) for name, values in at.items()}
     direction, size = dict(gradient), _dot(gradient, gradient)

@@ -24,6 +24,7 @@ from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.summary import summarise
 from shodh_moe.ccm.bench.tables import markdown
 from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured, variants_of
+from shodh_moe.ccm.bench.worth import markdown as worth
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
@@ -33,8 +34,8 @@ from shodh_moe.runs.folder import claim_run_folder
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     """Do all unfinished work and return the summary.
 
-    Writes ``summary.json``, ``summary.md`` and figures to ``<runs>/<name>/report``, and copies them to ``output`` if
-    given.
+    Writes ``summary.json``, ``summary.md``, ``worth.md`` and figures to ``<runs>/<name>/report``, and copies them to
+    ``output`` if given.
 
     Raises:
         UserError: a setting is invalid, a process failed, or a folder cannot be written.
@@ -67,7 +68,11 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
         spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
         result["name"] = config.families[key].family.name
         result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}
+        result["wall_seconds"] = {
+            role: read_cost(_cost(config, expert_name(key, seed, role)))["seconds"] for role in EXPERTS
+        }
         if seed == config.seeds[0]:
+            result["wall_seconds"]["data"] = read_cost(_cost(config, f"{key}-data"))["seconds"]
             result["cpu_seconds"]["data"] = _seconds(_cost(config, f"{key}-data"))
         if config.families[key].variants:
             names = [expert.name for expert in _experts_of_variants(config, key, seed)]
@@ -92,6 +97,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "summary.md", markdown(summary))
+    write_text(folder / "worth.md", worth(summary))
     pictures = draw(results, summary, folder)
     for key in config.families:
         example = result_path(config, key, config.seeds[0]).with_suffix(".npz")
@@ -102,7 +108,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             draw_fields(images, title, folder / f"fields_{key}.png")
             pictures.append(folder / f"fields_{key}.png")
     if output:
-        _copy([folder / "summary.json", folder / "summary.md", *pictures], output)
+        _copy([*(folder / name for name in ("summary.json", "summary.md", "worth.md")), *pictures], output)
     return summary
 
 

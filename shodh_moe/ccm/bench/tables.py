@@ -117,10 +117,10 @@ def _paths(summary: dict[str, Any]) -> Iterator[Block]:
     for key, found in summary.get("paths", {}).items():
         title = family_title(key)
         yield Text(
-            f"{title[0].upper()}{title[1:]}: the line between the experts (unchanged), and other paths. For each readout "
-            "the path with the smallest validation error is chosen; the one with two networks (outputs) is left out. "
-            "Oracle: OOD error relative to the best alpha on the line, mean over regimes. Gap: share of the distance "
-            "between the line and the conditioned network."
+            f"{title[0].upper()}{title[1:]}: the line between the experts (unchanged), and other paths. For each "
+            "readout the path with the smallest validation error is chosen; the one with two networks (outputs) is "
+            "left out. Oracle: OOD error relative to the best alpha on the line, mean over regimes. Gap: share of the "
+            "distance between the line and the conditioned network."
         )
         lines = [
             [

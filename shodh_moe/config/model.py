@@ -111,6 +111,12 @@ class MoEConfig(Section):
     drop_order: Literal["position", "probability"] = setting(
         "position", changes="run", description="order in which tokens claim an expert's capacity"
     )
+    frozen: Literal["none", "shared"] = setting(
+        "none",
+        changes="run",
+        description="shared, with scope path: only what each path has for itself is trained; the router, shared parts "
+        "and paths without samples keep their weights",
+    )
     router: RouterConfig = RouterConfig()
 
     @model_validator(mode="before")
@@ -131,6 +137,8 @@ class MoEConfig(Section):
             raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
         if self.scope == "layer" and self.attention != "shared":
             raise ValueError(f"attention {self.attention} needs paths: set scope to path, or attention to shared")
+        if self.frozen == "shared" and (self.scope == "layer" or not self.num_experts):
+            raise ValueError("frozen shared needs paths: set scope to path and num_experts to 1 or more")
         return self
 
 

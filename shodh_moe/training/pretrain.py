@@ -25,6 +25,7 @@ from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.norm import available_norm
+from shodh_moe.model.routers.frozen import freeze_shared
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -95,6 +96,8 @@ def latent_engine(
         # DeepSpeed broadcasts the initial weights of the first rank.
         if samples is not None and config.model.moe.router.start == "kmeans" and dist.get_rank() == 0:
             start_router(model, samples, config)
+    if config.model.moe.frozen == "shared":
+        freeze_shared(model)
     return Engine(model, config, ep, norm)
 
 

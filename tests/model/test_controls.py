@@ -10,6 +10,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import Context, LatentTransformer
+from shodh_moe.model.routers.frozen import freeze_shared
 from shodh_moe.parallel import ExpertParallel
 from tests.tiny import LAYER
 
@@ -81,3 +82,34 @@ def test_a_frozen_router_chooses_like_a_learning_one_but_gets_no_gradient(kind):
         assert learning_layer.router.projection.weight.grad.abs().max() > 0
         # The experts still learn.
         torch.testing.assert_close(frozen_layer.experts.down_LFD.grad, learning_layer.experts.down_LFD.grad)
+
+
+def test_with_shared_parts_frozen_only_the_path_of_the_samples_learns():
+    oracle = RouterConfig(kind="oracle")
+    moe = MoEConfig(num_experts=3, expert_hidden=16, scope="path", attention="own", router=oracle)
+    model = _model(moe)
+    freeze_shared(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # As the engine makes its groups: frozen parameters have the rate 0, and none of the others decays.
+    assert not any(marks(parameter).decay and marks(parameter).lr_scale for parameter in model.parameters())
+    groups = [{"params": [p], "lr": 0.1 * marks(p).lr_scale, "weight_decay": 0.0} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*_inputs(), Context(4, torch.tensor([1, 1, 1, 1]))).latent_BCxyz.square().mean().backward()
+        optimizer.step()
+    learned = set()
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            assert marks(parameter).per_expert, name
+            assert [e for e in range(3) if not torch.equal(parameter[e], before[name][e])] == [1], name
+            learned.add(name.split(".")[0])
+        elif marks(parameter).per_expert:
+            assert parameter.grad.abs().max() == 0, name
+    assert learned == {"embed", "blocks", "head"}
+
+
+def test_frozen_shared_parts_need_paths():
+    for wrong in ({"scope": "layer"}, {"scope": "path", "num_experts": 0}):
+        with pytest.raises(ValidationError, match="frozen shared needs paths"):
+            MoEConfig(frozen="shared", **wrong)

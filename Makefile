@@ -54,7 +54,7 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectures, without a GPU; fails on a spill
 	@$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
 
-ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; resumes if interrupted
+ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): an hour and a half on two cores; resumes if interrupted
 	@$(BIN)/shodh bench ccm --config configs/ccm/bench.yaml $(ARGS)
 
 audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; resumes if interrupted

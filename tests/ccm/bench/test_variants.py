@@ -205,6 +205,12 @@ def test_variants_that_make_no_sense_are_refused(
 def test_the_ablations_use_the_experts_of_the_benchmark() -> None:
     main, ablations = (load_config_of(BenchConfig, CONFIGS / f"{name}.yaml") for name in ("bench", "ablations"))
     assert ablations.folder == main.folder
+    for key, family in main.families.items():  # what both measure has one result
+        paths = {name: ablations.families[key].variants[name] for name in family.variants}
+        assert paths == family.variants
+        assert {one.curve for one in paths.values()} >= {"anchor", "middle", "jacobian", "anchor_jacobian", "outputs"}
+        assert any(one.groups for one in paths.values())
+        assert all(one.is_path for one in paths.values())
     own = {one.name: one for one in _experts(main).values()}
     assert {name: one for name, one in _experts(ablations).items() if name in own} == own
 

@@ -109,7 +109,7 @@ def _gather_kernel(
                 y = gate[:, None] * y.to(gate.dtype)
         else:
             y = tl.zeros((BLOCK_N, BLOCK_D), dtype=WIDE)
-            for j in tl.static_range(J):
+            for j in range(J):
                 c = tl.where(n < N, n * J + j, N * J)
                 row, valid = _rows_of(c, expert_ptr, slot_ptr, kept_ptr, N * J, K, E, DROPLESS, BLOCK_E)
                 term = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=valid[:, None] & inside, other=0.0)

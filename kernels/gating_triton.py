@@ -103,7 +103,7 @@ def _route_kernel(
             score = tl.where(live_E[None, :] & ~(score >= LOWEST), LOWEST, score)
         chosen = tl.zeros([BLOCK_N, E_PAD], tl.int32)
         packed_N = tl.zeros([BLOCK_N], tl.int64)  # the token's experts, eight bits each
-        for j in tl.static_range(J):
+        for j in range(J):
             if J > 1:
                 best_N = tl.max(score, axis=1)
             # The lowest index among equal scores. NaN equals nothing, but such a token still gets an index in range.
@@ -114,7 +114,7 @@ def _route_kernel(
             if J > 1:
                 score = tl.where(chosen_j > 0, float("-inf"), score)
         position = tl.cumsum(chosen, axis=0) + count_E[None, :]
-        for j in tl.static_range(J):
+        for j in range(J):
             expert_N = ((packed_N >> (8 * j)) & 255).to(tl.int32)
             chosen_j = one_hot(expert_N, live_N, column_E)
             rank_N = pick(position, chosen_j) - 1
@@ -159,7 +159,7 @@ def _slot_kernel(
         for tile in range(tiles):
             token_N = (chunk * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
             live_N = token_N < tokens
-            for j in tl.static_range(J):
+            for j in range(J):
                 expert_N = tl.load(expert_ptr + token_N * J + j, mask=live_N, other=0).to(tl.int32)
                 chosen = one_hot(expert_N, live_N, column_E)
                 slot_N = tl.load(slot_ptr + token_N * J + j, mask=live_N, other=0) + pick(before_E[None, :], chosen)
@@ -183,7 +183,7 @@ def _backward_kernel(
     p = tl.exp(logits - lse_N[:, None])
     g_E = (tl.load(d_balance_ptr) * E / tokens) * fraction_E
     g = (g_E + tl.load(d_mean_p_ptr + column_E, mask=column_E < E, other=0.0) / tokens)[None, :]
-    for j in tl.static_range(J):
+    for j in range(J):
         expert_N = tl.load(expert_ptr + token_N * J + j, mask=live_N, other=0).to(tl.int32)
         d_gate_N = tl.load(d_gate_ptr + token_N * J + j, mask=live_N, other=0.0)
         g += tl.where(column_E[None, :] == expert_N[:, None], d_gate_N[:, None], 0.0)

@@ -96,13 +96,13 @@ def _layer(balance: str, scope: str = "layer", **moe: int) -> MoE:
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_bias_evens_out_the_load_and_changes_no_gate(top_k):
     layer = _layer("bias", top_k=top_k)
-    torch.nn.init.normal_(layer.router.projection.weight, std=0.02)
-    layer.router.projection.weight.data[3, 0] = 1.0
+    torch.nn.init.normal_(layer.router.projection.weight, std=0.3)
+    layer.router.projection.weight.data[3, 0] = 2.0
     x_ND = torch.randn(400, 8, dtype=torch.float64)
-    x_ND[:, 0] = 1  # expert 3 is the best one for every token
+    x_ND[:, 0] = 1  # expert 3 is the best one for most tokens
     first = layer(x_ND)[1]
-    assert first.routed_E[3] == 400
-    for _ in range(60):
+    assert first.routed_E[3] > 350
+    for _ in range(100):
         update_biases([layer.router], [[layer(x_ND)[1]]], 0.01)
     even = 100 * top_k
     routing = layer(x_ND)[1]
@@ -124,6 +124,7 @@ def test_one_router_for_all_layers_is_updated_once_from_all_micro_batches():
 def test_the_global_loss_of_two_ranks_is_that_of_their_tokens_together(monkeypatch):
     """The mean over ranks of the loss and its gradient, where each rank alone is as uneven as can be."""
     layer = _layer("global")
+    layer.router.projection.weight.data *= 4
     x_ND = torch.randn(400, 8, dtype=torch.float64)
     halves = x_ND[layer(x_ND)[1].expert_N.argsort()].chunk(2)  # every expert's tokens are on one rank, mostly
     config = Config.model_validate({"model": {"moe": {"router": {"balance": "global", "balance_weight": 1.0}}}})

@@ -60,7 +60,7 @@ def test_a_sample_that_hardly_changes_does_not_dominate():
 def test_the_routers_losses_are_shares_of_the_prediction_loss():
     batch = _batch()
     balance, z = torch.tensor(1.5, requires_grad=True), torch.tensor(20.0, requires_grad=True)
-    routing = [Routing(balance, z, *[torch.zeros(1)] * 5), Routing(balance + 1, z, *[torch.zeros(1)] * 5)]
+    routing = [Routing(balance, z, *[torch.zeros(1)] * 8), Routing(balance + 1, z, *[torch.zeros(1)] * 8)]
     for scale in (1.0, 1e-3):
         latent = batch.target_BCxyz + scale
         config = _config("mse", balance_weight=0.1, z_weight=0.01)

@@ -259,6 +259,8 @@ def _row_of_tokens(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: i
         start_E, end = kept_E.cumsum(0) - kept_E, most
     else:
         start_E, end = torch.arange(experts, device=kept_E.device) * capacity, experts * capacity
+    if passes := _compiled_integers(expert_N):
+        return passes.rows_of(expert_N, slot_N, kept_E, start_E, end, most)
     known_N = (expert_N >= 0) & (expert_N < experts)
     expert_N = torch.where(known_N, expert_N, 0).long()
     row_N = start_E[expert_N] + slot_N
@@ -299,7 +301,12 @@ def _select(values: Tensor, index_C: Tensor) -> Tensor:
 
 def _compiled(rows: Tensor) -> ModuleType | None:
     """The compiled CPU passes, if they support these rows."""
-    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64) or use_reference():
+    return _compiled_integers(rows) if rows.dtype in (torch.float32, torch.float64) else None
+
+
+def _compiled_integers(index: Tensor) -> ModuleType | None:
+    """The compiled CPU passes, which support every index."""
+    if index.device.type != "cpu" or use_reference():
         return None
     from shodh_moe.kernels import dispatch_cpu  # imported here: a GPU does not need numba
 

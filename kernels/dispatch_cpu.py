@@ -12,9 +12,20 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from shodh_moe.kernels.compiled import compiled, parallel_loops
+
+
+@compiled()
+def _rows_of(expert_C: Any, slot_C: Any, kept_E: Any, start_E: Any, end: int, most: int, row_C: Any) -> None:
+    for c in range(len(row_C)):
+        row_C[c] = -1
+        if 0 <= expert_C[c] < len(kept_E) and 0 <= slot_C[c] < min(kept_E[expert_C[c]], most):
+            row = start_E[expert_C[c]] + slot_C[c]
+            if row < end:
+                row_C[c] = row
 
 
 @compiled()
@@ -112,6 +123,19 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
+
+
+def rows_of(expert: Tensor, slot: Tensor, kept_E: Tensor, start_E: Tensor, end: int, most: int) -> Tensor:
+    """The row of each choice, -1 if it has none: int64 in the shape of ``expert``.
+
+    Args:
+        start_E: the first row of each expert.
+        end: number of rows.
+        most: largest number of rows of one expert.
+    """
+    row = expert.new_empty(expert.shape, dtype=torch.int64)
+    _rows_of(_flat(expert), _flat(slot), _array(kept_E), _array(start_E), end, most, row.view(-1).numpy())
+    return row
 
 
 def fill_rows(x_ND: Tensor, row_C: Tensor, out_RD: Tensor) -> None:

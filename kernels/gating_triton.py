@@ -182,7 +182,8 @@ def _backward_kernel(
     fraction_E = tl.load(routed_ptr + column_E, mask=column_E < E, other=0).to(tl.float32) / (tokens * J)
     p = tl.exp(logits - lse_N[:, None])
     g_E = (tl.load(d_balance_ptr) * E / tokens) * fraction_E
-    g = (g_E + tl.load(d_mean_p_ptr + column_E, mask=column_E < E, other=0.0) / tokens)[None, :]
+    g_E += tl.load(d_mean_p_ptr + column_E, mask=column_E < E, other=0.0) / tokens
+    g = tl.zeros([BLOCK_N, E_PAD], tl.float32) + g_E[None, :]
     for j in range(J):
         expert_N = tl.load(expert_ptr + token_N * J + j, mask=live_N, other=0).to(tl.int32)
         d_gate_N = tl.load(d_gate_ptr + token_N * J + j, mask=live_N, other=0.0)

@@ -29,8 +29,8 @@ MEMBERS = {
     "Run": ["dataset", "metrics", "paths", "records", "routing"],
     "Tokenizer": ["decode", "encode", "encode_geometry", "grid"],
     "kernels": [
-        *("Gating", "combine", "cosine_top1_gating", "curl", "differentiation_matrix", "dispatch", "divergence"),
-        *("divergence_adjoint", "expert_capacity", "top1_gating"),
+        *("Gating", "combine", "cosine_topk_gating", "curl", "differentiation_matrix", "dispatch", "divergence"),
+        *("divergence_adjoint", "expert_capacity", "topk_gating"),
     ],
     "metrics": [
         *("band_errors", "bifurcated", "conditional_mutual_information", "divergence_report", "energy_spectrum"),

@@ -29,7 +29,7 @@ def mixture(base: Config, experts: int) -> ModelConfig:
 
 def one_expert(base: Config, experts: int) -> ModelConfig:
     """A dense network of the mixture's active size: the mixture with a single expert, which takes every token."""
-    return _moe(base.model, num_experts=1)
+    return _moe(base.model, num_experts=1, top_k=1)
 
 
 def wider_experts(base: Config, experts: int) -> ModelConfig:
@@ -68,12 +68,12 @@ def told(base: Config, experts: int) -> ModelConfig:
 
 def oracle(base: Config, experts: int) -> ModelConfig:
     """The mixture, routed by the sample's domain with gate 1."""
-    return _moe(base.model, num_experts=experts, router={"kind": "oracle"})
+    return _moe(base.model, num_experts=experts, top_k=1, router={"kind": "oracle", "balance": "loss"})
 
 
 def frozen_random(base: Config, experts: int) -> ModelConfig:
     """The mixture with a random router that does not learn."""
-    return _moe(base.model, num_experts=experts, router={"frozen": True, "start": "random"})
+    return _moe(base.model, num_experts=experts, router={"frozen": True, "start": "random", "balance": "loss"})
 
 
 def random_start(base: Config, experts: int) -> ModelConfig:

@@ -15,11 +15,12 @@ from shodh_moe.config.routers import check_kind
 
 # Limits of the gating kernels (kernels/gating.py and cosine_gating.py, not imported because they need torch).
 MAX_EXPERTS = 256
+MAX_CHOICES = 8
 MAX_ROUTING_WIDTH = 128
 
 
 class RouterConfig(Section):
-    """The top-1 soft-semantic router (DESIGN 3.5)."""
+    """The soft-semantic router (DESIGN 3.5)."""
 
     kind: Annotated[str, BeforeValidator(check_kind)] = setting(
         "cosine",
@@ -56,6 +57,15 @@ class RouterConfig(Section):
     )
     temperature: PositiveFloat = setting(0.1, changes="run", description="initial tau")
     min_temperature: PositiveFloat = setting(0.01, changes="model", description="lower bound of tau")
+    balance: Literal["loss", "global", "bias"] = setting(
+        "loss",
+        changes="model",
+        description="what evens out the experts' load: a loss of each rank's micro-batch; the same with the counts of "
+        "all ranks; or, without a loss, a bias of each expert that only moves decisions",
+    )
+    bias_rate: PositiveFloat = setting(
+        1e-3, changes="run", description="with balance bias, how much a step changes a bias; probabilities are 0 to 1"
+    )
     balance_weight: NonNegativeFloat = setting(
         0.01, changes="run", description="weight of the load-balancing loss, as a share of the prediction loss"
     )
@@ -69,6 +79,13 @@ class RouterConfig(Section):
         "clear; with scope layer 0 unless given",
     )
 
+    @model_validator(mode="after")
+    def _check_balance(self) -> RouterConfig:
+        control = "kind oracle" if self.kind == "oracle" else "frozen true" if self.frozen else None
+        if self.balance == "bias" and control:
+            raise ValueError(f"balance bias would change the decisions of the control {control}: set balance to loss")
+        return self
+
 
 class MoEConfig(Section):
     """The sparse feed-forward block (DESIGN 3.4)."""
@@ -79,6 +96,9 @@ class MoEConfig(Section):
         ge=0,
         le=MAX_EXPERTS,
         description="number of routed experts; 0: none, and the shared experts form a dense network",
+    )
+    top_k: int = setting(
+        1, changes="model", ge=1, le=MAX_CHOICES, description="number of routed experts that a token visits"
     )
     scope: Literal["path", "layer"] = setting(
         "path",
@@ -135,6 +155,12 @@ class MoEConfig(Section):
     def _check_experts(self) -> MoEConfig:
         if not self.num_experts and not self.shared_experts:
             raise ValueError("num_experts and shared_experts are both 0: a block needs at least one expert")
+        if self.num_experts and self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k {self.top_k} is more than num_experts {self.num_experts}: set top_k to at most that"
+            )
+        if self.top_k > 1 and self.router.kind == "oracle":
+            raise ValueError(f"top_k {self.top_k}: router.kind oracle knows one expert for each domain: set top_k to 1")
         if self.scope == "layer" and self.attention != "shared":
             raise ValueError(f"attention {self.attention} needs paths: set scope to path, or attention to shared")
         if self.frozen == "shared" and (self.scope == "layer" or not self.num_experts):

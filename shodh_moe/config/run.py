@@ -72,13 +72,15 @@ class Config(Section):
     def samples_have_paths(self) -> bool:
         """Whether all tokens of a sample have the same expert in all layers, because one decision is made for it."""
         moe = self.model.moe
-        return moe.num_experts > 0 and moe.scope == "path" and moe.router.context == "sample"
+        return moe.num_experts > 0 and moe.scope == "path" and moe.router.context == "sample" and moe.top_k == 1
 
     @model_validator(mode="after")
     def _check_exchange(self) -> Config:
         if self.parallel.exchange == "sample" and not self.samples_have_paths:
             moe = self.model.moe
             reason = f"model.moe.router.context is {moe.router.context}: set it to sample"
+            if moe.top_k > 1:
+                reason = f"model.moe.top_k is {moe.top_k}: set it to 1"
             if moe.scope != "path":
                 reason = f"model.moe.scope is {moe.scope}: set it to path"
             if not moe.num_experts:

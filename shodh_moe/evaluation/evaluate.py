@@ -258,7 +258,11 @@ def routing_on_heldout(model: Model, config: Config, samples: LatentSamples) -> 
         return summarise_routing([])
     sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=samples.weights)
     counts = RoutingCounts(len(layers), samples.domains, experts)
-    by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
+    domains = len(samples.domains)
+    by_domain, by_solid = (
+        [torch.zeros(categories, experts, dtype=torch.float64) for _ in layers]
+        for categories in (domains, SOLID_CATEGORIES)
+    )
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
         batch = samples.batch(picks)
@@ -268,11 +272,13 @@ def routing_on_heldout(model: Model, config: Config, samples: LatentSamples) -> 
         picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
         solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
-        for table, layer_routing in zip(by_solid, routing, strict=True):
-            table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)
+        domain_N = batch.domain_B.repeat_interleave(len(category) // len(picks))
+        for layer, decision in enumerate(routing):
+            by_domain[layer] += joint_counts(domain_N, decision.expert_N, domains, experts)
+            by_solid[layer] += joint_counts(category, decision.expert_N, SOLID_CATEGORIES, experts)
     summary = counts.summary()
     result = summarise_routing(
-        [dict(zip(samples.domains, table[:, :experts], strict=True)) for table in counts.table_LDM],
+        [dict(zip(samples.domains, table, strict=True)) for table in by_domain],
         dropped_fraction=[record["dropped_fraction"] for record in summary],
         entropy=[record["entropy"] for record in summary],
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
-from shodh_moe.config import Config, TokenizerConfig
+from shodh_moe.config import Config, MoEConfig, TokenizerConfig
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
 from shodh_moe.inference.loading import ModelSource
@@ -50,6 +50,10 @@ def model_card(source: ModelSource, trained: Model, metrics: dict[str, Any] | No
     return "\n\n".join(_wrapped(block) for part in parts for block in part.split("\n\n")) + "\n"
 
 
+def _routed(moe: MoEConfig) -> str:
+    return f"{moe.num_experts} ({'one' if moe.top_k == 1 else moe.top_k} used per token)"
+
+
 def _wrapped(block: str) -> str:
     """Wrap prose; leave headings, tables, lists and code unchanged."""
     return block if block[0] in "#|- " else textwrap.fill(" ".join(block.split()), 100)
@@ -70,7 +74,7 @@ mixture of experts advances the latents. {_conserved(trained.tokenizer.config)}
 |---|---|
 | parameters of the transformer | {parameters:,}, of which {experts:,} in routed experts |
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
-| routed experts per layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
+| routed experts per layer, shared experts | {_routed(model.moe)}, {model.moe.shared_experts} |
 | scope of a routing decision | {model.moe.scope} |
 | training step of these weights | {trained.step} |
 | weights (SHA-256 over all tensors) | {trained.weights_sha256} |

@@ -16,14 +16,15 @@ from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 
 
 class MoE(nn.Module):
-    """y = sum_j Shared_j(h) + p_e * Expert_e(h), where e is the router's choice and p_e its probability.
+    """y = sum_j Shared_j(h) + sum_e p_e * Expert_e(h) over the router's ``top_k`` choices e, with probability p_e each.
 
     With ``model.moe.scope`` layer, the block has a router, which sees the block's own tokens. With scope path it
     follows the plan that the network made for all layers.
 
-    In capacity mode, during training, each expert takes at most ``capacity_factor * N / E`` tokens from each rank; the
-    remaining tokens pass through the shared experts only. In dropless mode, and always outside training, experts take
-    every token that chose them. The shared experts run while the tokens travel to the routed experts.
+    In capacity mode, during training, each expert takes at most ``capacity_factor * top_k * N / E`` tokens from each
+    rank; a token that none of its experts takes passes through the shared experts only. In dropless mode, and always
+    outside training, experts take every token that chose them. The shared experts run while the tokens travel to the
+    routed experts.
     """
 
     def __init__(self, dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int):

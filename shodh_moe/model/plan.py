@@ -1,7 +1,7 @@
 """The plan of a forward pass or layer: which expert takes each token, and how the tokens travel there and back.
 
 Shapes: N tokens, M rows that the router scores, F features of a row, E experts, L local experts, G ranks of the
-expert-parallel group, K slots per expert and rank, D width.
+expert-parallel group, K slots per expert and rank, D width, J experts per token.
 """
 
 from __future__ import annotations
@@ -80,15 +80,20 @@ class Plan:
         return order_R, torch.argsort(order_R)
 
     def dispatch(self, x_ND: Tensor) -> Tensor:
-        """Copy this rank's tokens to their experts' rows: [E, K, D], or dropless [N - dropped, D] sorted by expert."""
+        """Copy this rank's tokens to their experts' rows: [E, K, D], or dropless [N J - dropped, D], by expert."""
         rows = dispatch(x_ND, self.gating.expert_N, self.gating.slot_N, self.gating.kept_E, self.capacity)
         return rows[: len(rows) - self.dropped]
 
     def combine(self, rows: Tensor, shared_ND: Tensor | None) -> Tensor:
-        """Return shared_n + p_e row_n for each token n: [N, D] in the dtype of ``rows``."""
+        """Return shared_n + sum_e p_e row_ne for each token n: [N, D] in the dtype of ``rows``."""
         g = self.gating
         rows = F.pad(rows, (0, 0, 0, self.dropped)) if self.dropped else rows
         return combine(rows, g.expert_N, g.slot_N, g.gate_N, g.kept_E, shared_ND)
+
+
+def moe_capacity(config: MoEConfig, tokens: int) -> int:
+    """Slots per expert, K, for this number of tokens, each of which visits ``top_k`` experts (`expert_capacity`)."""
+    return expert_capacity(tokens * config.top_k, config.num_experts, config.capacity_factor, config.min_capacity)
 
 
 def make_plan(
@@ -116,11 +121,12 @@ def make_plan(
     tokens = len(x_MF if row_N is None else row_N)
     capacity = None
     if not config.dropless and (training or context.drop):
-        capacity = expert_capacity(tokens, config.num_experts, config.capacity_factor, config.min_capacity)
+        capacity = moe_capacity(config, tokens)
         ep.check_same_tokens(tokens, capacity, x_MF.device)
     # If one rank raised alone, the others would wait for it in the exchange forever.
     check_finite = not training and ep.size == 1
-    gating = router(x_MF, context, Slots(capacity or tokens, config.drop_order, check_finite, row_N))
+    slots = Slots(capacity or tokens, config.drop_order, check_finite, row_N, top_k=config.top_k)
+    gating = router(x_MF, context, slots)
     plan = Plan(gating, routing_of(gating), capacity, None, placement=ep.placement)
     if x_MF.device.type != "cpu" and capacity is not None:
         return plan

@@ -136,6 +136,11 @@ class LatentTransformer(nn.Module):
             return [self.path.router] * len(self.moe_layers)
         return [layer.router for layer in self.moe_layers if layer.router is not None]
 
+    def trained_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that training changes and checkpoints hold, by name: the routers' balancing biases."""
+        parameters = {name for name, _ in self.named_parameters()}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in parameters}
+
     def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""
         return patchify(torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1), self.config.patch)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
-from shodh_moe.model import MoE
+from shodh_moe.model import LatentTransformer, MoE
 from shodh_moe.parallel import ExpertParallel, place_experts
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.deepspeed_patches import ExpertParallelMarker, in_float64
@@ -207,11 +207,13 @@ class Engine:
 
     def fragments(self) -> list[Fragment]:
         """Return what this rank saves. Over all ranks, every element of weights and moments occurs once."""
-        return fragments(self._shards, self.optimizer, self.ep, all_held=False)
+        buffers = self._buffers() if dist.get_rank() == 0 else []
+        return fragments(self._shards, self.optimizer, self.ep, all_held=False) + buffers
 
     def shapes(self) -> dict[str, list[int]]:
         """Return the logical shapes of all tensors in a checkpoint."""
-        return logical_shapes(self.model, self.ep)
+        buffers = {f"model/{name}": list(buffer.shape) for name, buffer in self._trained_buffers().items()}
+        return logical_shapes(self.model, self.ep) | buffers
 
     def count_load(self, expert_N: Tensor) -> None:
         """Count the experts of a micro-batch's tokens for `next_placement`; never waits for the device."""
@@ -239,17 +241,27 @@ class Engine:
         saved = reader.state
         follows = self._placed_by_load and saved.get("ep_size") == self.ep.size
         self.ep.placement = saved.get("placement") if follows else None
-        reader.fill(fragments(self._shards, self.optimizer, self.ep, all_held=True))
+        reader.fill(self._held())
         set_updates(self.optimizer, reader.state["updates"])
         if self._zero:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
         """Load the weights only; the optimizer state stays that of a new run."""
-        held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
-        reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
+        reader.fill([fragment for fragment in self._held() if fragment.name.startswith("model/")])
         if self._zero:
             self._zero.update_lp_params()
+
+    def _held(self) -> list[Fragment]:
+        """Return all that this rank holds of weights, moments and buffers."""
+        return fragments(self._shards, self.optimizer, self.ep, all_held=True) + self._buffers()
+
+    def _buffers(self) -> list[Fragment]:
+        """Return the buffers that training changes, which are equal on all ranks."""
+        return [Fragment(f"model/{name}", 0, buffer.view(-1)) for name, buffer in self._trained_buffers().items()]
+
+    def _trained_buffers(self) -> dict[str, Tensor]:
+        return self.model.trained_buffers() if isinstance(self.model, LatentTransformer) else {}
 
     def _deepspeed_precision(self) -> AbstractContextManager[None]:
         return in_float64(self._sharded) if self._float64 else nullcontext()

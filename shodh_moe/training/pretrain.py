@@ -20,15 +20,16 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.kernels import expert_capacity
 from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.norm import available_norm
+from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.routers.frozen import freeze_shared
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
+from shodh_moe.training.balance import update_biases
 from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.forward import forward
@@ -136,7 +137,7 @@ class _LatentTask:
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)
         self._recorded = 0  # step of the last routing record
-        self._warnings = Warnings(config.telemetry)
+        self._warnings = Warnings(config.telemetry, config.model.moe.router.balance)
         self._nonfinite = NonFinite(config.training.on_nonfinite, run, samples)
         self._exchange_counts = ExchangeCounts()
         self._batches: list[MicroBatch] = []
@@ -176,10 +177,13 @@ class _LatentTask:
             self._nonfinite.handle(step, self._batches)
             return
         self._nonfinite.step_applied()
+        router = self._config.model.moe.router
+        if self._layers and router.balance == "bias":
+            update_biases(self._routers, [batch.routing for batch in self._batches], router.bias_rate)
         for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
             if self._one_decision:
-                self.engine.count_load(batch.routing[0].expert_N)
+                self.engine.count_load(batch.routing[0].chosen_N.flatten())
         for exchange in self._shares:
             self._exchange_counts.add(exchange)
 
@@ -233,8 +237,7 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
     shape = list(train.trajectories[0].z.shape[1:])
     tokens = _tokens(config, shape[1:])
     moe = config.model.moe
-    full = moe.dropless or not moe.num_experts
-    capacity = None if full else expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+    capacity = None if moe.dropless or not moe.num_experts else moe_capacity(moe, tokens)
     return {
         **flatten(config.model_dump()),
         "tokens of a micro-batch": tokens,

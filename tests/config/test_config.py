@@ -144,6 +144,11 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
         ),
         ("tokenizer.latent_channels=4096", "tokenizer.latent_channels should be less than or equal to 2048"),
         ("model.dim=25", "dim 25 must divide into 2 heads"),
+        ("model.moe.top_k=3", "top_k 3 is more than num_experts 2"),
+        ("model.moe.top_k=9", "model.moe.top_k should be less than or equal to 8, not 9"),
+        ("model.moe={top_k: 2, router: {kind: oracle}}", "router.kind oracle knows one expert for each domain"),
+        ("model.moe.router.balance=both", "should be 'loss', 'global' or 'bias', not 'both'"),
+        ("model.moe.router={balance: bias, frozen: true}", "would change the decisions of the control frozen true"),
         ("name=5", "name should be a valid string, not 5"),
     ],
 )

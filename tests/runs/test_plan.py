@@ -147,6 +147,15 @@ def test_planned_parameters_match_the_model(ep):
     assert count.active == count.total - count.expert * 3 // 4
 
 
+def test_a_token_passes_through_top_k_experts():
+    config = _config(64, 96, 1, 3, 4, 8, {"top_k": 3})
+    count = plan.count_parameters(config, world=1)
+    assert count.active == count.total - count.expert // 4
+    dropless = _config(64, 96, 1, 3, 4, 8, {"top_k": 3, "dropless": True})
+    assert plan.slots(dropless) == 3 * plan.batch_tokens(dropless)
+    assert plan.slots(config) == pytest.approx(1.25 * plan.slots(dropless), rel=0.01)
+
+
 @pytest.mark.parametrize("attention", ["shared", "low_rank", "own"])
 def test_a_token_passes_through_the_parts_of_one_path(attention):
     config = _config(64, 96, 1, 3, 4, 8, {"scope": "path", "attention": attention})

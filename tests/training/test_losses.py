@@ -60,7 +60,7 @@ def test_a_sample_that_hardly_changes_does_not_dominate():
 def test_the_routers_losses_are_shares_of_the_prediction_loss():
     batch = _batch()
     balance, z, commitment = (torch.tensor(value, requires_grad=True) for value in (1.5, 20.0, 0.5))
-    routing = [Routing(one, z, commitment, *[torch.zeros(1)] * 5) for one in (balance, balance + 1)]
+    routing = [Routing(one, z, commitment, *[torch.zeros(1)] * 8) for one in (balance, balance + 1)]
     for scale in (1.0, 1e-3):
         latent = batch.target_BCxyz + scale
         config = _config("mse", balance_weight=0.1, z_weight=0.01, commitment_weight=0.2)

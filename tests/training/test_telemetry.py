@@ -34,7 +34,10 @@ def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
     logits = 3 * torch.randn(tokens, experts)
     gate, expert = torch.softmax(logits, 1).max(1)
     lse, zero = torch.logsumexp(logits, 1), torch.zeros(())
-    return Routing(zero, zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
+    kept, count = torch.rand(tokens) < 0.6, torch.bincount(expert, minlength=experts)
+    return Routing(
+        zero, zero, zero, expert, kept, torch.rand(tokens), gate, lse, expert, count, torch.softmax(logits, 1).mean(0)
+    )
 
 
 def _model(**moe) -> LatentTransformer:
@@ -89,6 +92,31 @@ def test_largest_logit_is_the_routers_largest(kind):
         normal = torch.nn.functional.normalize
         logits = normal(logits, dim=1) @ normal(router.prototypes_ER, dim=1).T / router.temperature
     assert counts.summary()[1]["largest_logit"] == pytest.approx(float(logits.detach().max()), abs=1e-4)
+
+
+def test_a_token_counts_once_for_each_of_its_experts():
+    model = _model(top_k=2, router={"kind": "linear"}, capacity_factor=0.7, min_capacity=1)
+    prediction = model(torch.randn(4, 2, 4, 2, 2, 2), torch.randn(4, 4, 2, 2, 2))
+    counts = RoutingCounts(2, DOMAINS, 3)
+    counts.add(prediction.routing, DOMAIN_B)
+    for layer, record in zip(prediction.routing, counts.summary(), strict=True):
+        tokens = layer.chosen_N.view(4, 8, 2)
+        for number, domain in enumerate(("calm", "wild")):
+            chosen = tokens[number == DOMAIN_B].flatten()
+            load = torch.bincount(chosen, minlength=3) / len(chosen)
+            assert record["load"][domain] == pytest.approx(load.tolist())
+            here = (number == DOMAIN_B).repeat_interleave(8)
+            dropped = 1 - layer.kept_N[here].float().mean()
+            assert record["dropped_fraction"][domain] == pytest.approx(float(dropped))
+            assert record["entropy"][domain] == pytest.approx(float(layer.entropy_N[here].mean()))
+            assert record["mean_gate"][domain] == pytest.approx(float(layer.gate_N[here].mean()))
+        assert not layer.kept_N.all()
+        assert record["load_all"] == pytest.approx((layer.routed_E / 64).tolist())
+
+
+def test_the_advice_names_the_setting_that_balances():
+    (line,) = Warnings(TelemetryConfig(), "bias").check(1, [_layer([1.0, 0.0], 0.0)])
+    assert "raise model.moe.router.bias_rate or" in line
 
 
 def test_tokens_that_are_not_finite_do_not_affect_the_others():

@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from shodh_moe.kernels import Gating, top1_gating
+from shodh_moe.config import RouterConfig
+from shodh_moe.kernels import Gating, topk_gating
 from shodh_moe.kernels.gating import assign_slots
 
 
@@ -60,7 +61,7 @@ ONE_SAMPLE = Context()
 
 
 class Slots(NamedTuple):
-    """Arguments of `kernels.top1_gating` that are the same for every router.
+    """Arguments of `kernels.topk_gating` that are the same for every router.
 
     Attributes:
         capacity: largest number of tokens that an expert takes from this rank.
@@ -68,6 +69,7 @@ class Slots(NamedTuple):
         check_finite: whether to raise if a logit is not finite.
         row_N: number of the row whose logits decide for each token, int64; None: row n decides for token n.
         decision: the tokens' experts, if they are chosen already. There is then one row for each sample.
+        top_k: number of experts per token.
     """
 
     capacity: int
@@ -75,14 +77,20 @@ class Slots(NamedTuple):
     check_finite: bool = True
     row_N: Tensor | None = None
     decision: Decision | None = None
+    top_k: int = 1
 
 
-def choose(logits_ME: Tensor, slots: Slots) -> Gating:
-    """Route the N tokens by the logits of their rows."""
+def choose(logits_ME: Tensor, slots: Slots, bias_E: Tensor | None = None) -> Gating:
+    """Route the N tokens by the logits of their rows; see `Router` for ``bias_E``."""
     if slots.decision is not None:
         return follow(logits_ME, slots)
     logits_NE = logits_ME if slots.row_N is None else logits_ME.index_select(0, slots.row_N)
-    return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)
+    return topk_gating(logits_NE, slots.capacity, slots.drop_order, bias_E, slots.check_finite, slots.top_k)
+
+
+def balancing_bias(num_experts: int, config: RouterConfig) -> Tensor | None:
+    """The initial ``bias_E`` of a `Router`."""
+    return torch.zeros(num_experts) if config.balance == "bias" else None
 
 
 def follow(logits_ME: Tensor, slots: Slots) -> Gating:
@@ -112,6 +120,7 @@ def follow(logits_ME: Tensor, slots: Slots) -> Gating:
         balance_loss=none,
         z_loss=none,
         logsumexp_N=logsumexp_N,
+        mean_p_E=gate_N.new_zeros(experts),
     )
 
 
@@ -119,14 +128,20 @@ class Router(Protocol):
     """A module that gives each token an expert and a slot there, in float32 (float64 stays float64) under autocast.
 
     Its constructor takes (dim, num_experts, RouterConfig), where dim is the number of features D.
+
+    Attributes:
+        bias_E: added to the experts' probabilities for the choice only, a buffer that training changes and checkpoints
+            hold; None unless ``router.balance`` is bias.
     """
+
+    bias_E: Tensor | None
 
     @property
     def temperature(self) -> Tensor | None:
         """Softmax temperature, one element, without gradient; None if the router has none."""
 
     def __call__(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
-        """Route the tokens; see `kernels.top1_gating` for the result and what is raised."""
+        """Route the tokens; see `kernels.topk_gating` for the result and what is raised."""
 
     def start(self, x_MD: Tensor, seed: int) -> None:
         """Set the initial weights from the rows of training samples, or keep them. The last feature of a row is 1."""

@@ -43,11 +43,15 @@ class Plan:
     dropped: int = 0
     placement: list[int] | None = None
 
-    @cached_property
+    @property
     def by_place(self) -> Plan:
         """The same plan, in which experts are numbered by their place instead."""
-        if self.placement is None:
-            return self
+        # A plan that caches itself would be a cycle, whose tensors live until a garbage collection.
+        return self if self.placement is None else self._moved
+
+    @cached_property
+    def _moved(self) -> Plan:
+        assert self.placement is not None
         gating = self.gating
         order_E = torch.tensor(self.placement, device=gating.expert_N.device)
         moved = gating._replace(

@@ -163,9 +163,9 @@ def test_an_invalid_value_is_explained_in_one_line(tmp_path: Path, override: str
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ((), "model.moe.scope is layer: set it to path"),
+        (("model.moe.scope=layer",), "model.moe.scope is layer: set it to path"),
         (("model.moe.scope=path", "model.moe.router.context=window"), "router.context is window: set it to sample"),
-        (("model.moe.num_experts=0",), "model.moe.num_experts is 0: give it experts"),
+        (("model.moe.num_experts=0", "model.moe.shared_experts=1"), "model.moe.num_experts is 0: give it experts"),
     ],
 )
 def test_samples_that_have_no_path_cannot_be_exchanged(tmp_path: Path, settings: tuple[str, ...], reason: str) -> None:
@@ -179,8 +179,8 @@ def test_samples_that_have_no_path_cannot_be_exchanged(tmp_path: Path, settings:
 def test_experts_are_placed_by_load_only_if_all_layers_have_one_router(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     with pytest.raises(UserError, match=r"placement load needs one router for all layers, but .* set it to path, or"):
-        load_config(path, ["parallel.placement=load"])
-    load_config(path, ["model.moe.scope=path", "parallel.placement=load"])
+        load_config(path, ["model.moe.scope=layer", "parallel.placement=load"])
+    load_config(path, ["parallel.placement=load"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", "-x", "~", "a b", "a\n", "x" * 101, ".h"])

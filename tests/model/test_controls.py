@@ -110,6 +110,6 @@ def test_with_shared_parts_frozen_only_the_path_of_the_samples_learns():
 
 
 def test_frozen_shared_parts_need_paths():
-    for wrong in ({"scope": "layer"}, {"scope": "path", "num_experts": 0}):
+    for wrong in ({"scope": "layer"}, {"num_experts": 0, "shared_experts": 1}):
         with pytest.raises(ValidationError, match="frozen shared needs paths"):
             MoEConfig(frozen="shared", **wrong)

@@ -13,13 +13,16 @@ from shodh_moe.model.plan import make_plan, moe_capacity
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import ONE_SAMPLE, make_router
 from shodh_moe.parallel import ExpertParallel
+from tests.tiny import LAYER
 
 TOKENS, DIM = 40, 6
 
 
 def _config(**moe) -> MoEConfig:
     return MoEConfig.model_validate(
-        {"num_experts": 5, "top_k": 3, "expert_hidden": 4, "min_capacity": 1, "router": {"kind": "linear"}} | moe
+        LAYER
+        | {"num_experts": 5, "top_k": 3, "expert_hidden": 4, "min_capacity": 1, "router": {"kind": "linear"}}
+        | moe
     )
 
 

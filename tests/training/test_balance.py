@@ -21,7 +21,7 @@ from tests.training.launch import launch
 from tests.training.synthetic import write_case
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
-SETTINGS = ["training.precision=float64", "model.moe.num_experts=4", "model.moe.dropless=true"]
+SETTINGS = ["training.precision=float64", "model.moe.scope=layer", "model.moe.num_experts=4"]
 BIAS = ["model.moe.router.balance=bias", "model.moe.router.bias_rate=0.02"]
 CASES = {
     "global": ["model.moe.router.balance=global", "model.moe.router.balance_weight=0.5", "model.moe.top_k=2"],
@@ -89,7 +89,7 @@ def test_one_and_two_ranks_train_alike(case, layouts, tmp_path):
 def _layer(balance: str, scope: str = "layer", **moe: int) -> MoE:
     torch.manual_seed(0)
     router = RouterConfig(balance=balance, kind="linear")
-    config = MoEConfig(num_experts=4, expert_hidden=6, dropless=True, router=router, **moe)
+    config = MoEConfig(scope="layer", num_experts=4, expert_hidden=6, router=router, **moe)
     return MoE(8, config, ExpertParallel(), 0, 0).double()
 
 
@@ -127,7 +127,9 @@ def test_the_global_loss_of_two_ranks_is_that_of_their_tokens_together(monkeypat
     layer.router.projection.weight.data *= 4
     x_ND = torch.randn(400, 8, dtype=torch.float64)
     halves = x_ND[layer(x_ND)[1].expert_N.argsort()].chunk(2)  # every expert's tokens are on one rank, mostly
-    config = Config.model_validate({"model": {"moe": {"router": {"balance": "global", "balance_weight": 1.0}}}})
+    config = Config.model_validate(
+        {"model": {"moe": {"scope": "layer", "router": {"balance": "global", "balance_weight": 1.0}}}}
+    )
 
     def balance(x_ND: torch.Tensor) -> torch.Tensor:
         predicted = torch.tensor(2.0, dtype=torch.float64)
@@ -148,7 +150,7 @@ def test_the_global_loss_of_two_ranks_is_that_of_their_tokens_together(monkeypat
 def test_with_a_bias_there_is_no_balance_loss():
     layer, error_B = _layer("bias"), torch.ones(2, dtype=torch.float64)
     routing = layer(torch.randn(50, 8, dtype=torch.float64))[1]
-    moe = {"router": {"balance": "bias", "balance_weight": 1.0, "z_weight": 0.5}}
+    moe = {"scope": "layer", "router": {"balance": "bias", "balance_weight": 1.0, "z_weight": 0.5}}
     found = losses.add_router_losses(error_B.mean(), error_B, [routing], Config.model_validate({"model": {"moe": moe}}))
     torch.testing.assert_close(found.loss, 1 + 0.5 * found.z_loss)
     assert found.balance_loss > 1

@@ -15,7 +15,7 @@ from shodh_moe.checkpoint import CheckpointReader
 from tests.training.launch import launch
 from tests.training.synthetic import write_case
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
 # The experts of both domains, 0 and 1, are on rank 0 at first.
@@ -26,6 +26,7 @@ SETTINGS = (
     "model.moe.num_experts=4",
     "model.moe.router.kind=oracle",
     "model.moe.attention=own",
+    "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 
 

@@ -5,7 +5,7 @@
 After the times it prints each layer's peak memory and the share of its parts in the time of forward and backward:
 moving tokens faster cannot reduce the time of the experts' products. ``--ranks 2`` also splits the layer over two
 processes (`moe_ranks`).
-All layers have the same SwiGLU experts, linear router, Top-1 routing and capacity factor, and no shared expert. The rows
+All layers have the same SwiGLU experts, linear router, Top-1 routing and capacity factor, and no shared expert.
 ``products alone`` are the experts' products without a layer around them, for an even load: what routing cannot improve.
 DeepSpeed 0.19's MOELayer always uses its sparse path (_sparse_encode, _sparse_decode) unless Tutel is requested.
 Shapes: N tokens, D width, F hidden width (2 D), E experts.

@@ -93,8 +93,10 @@ def example_page(script: str, name: str) -> str:
             parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
         else:
             parts.append(f"```python\n{body.strip()}\n```")
-    output = (ROOT / f"docs/outputs/{name}.txt").read_text(encoding="utf-8")
-    parts.append(f"What it printed, with the quickstart's model:\n\n```text\n{output.rstrip()}\n```")
+    kept = ROOT / f"docs/outputs/{name}.txt"
+    if kept.exists():
+        output = kept.read_text(encoding="utf-8").rstrip()
+        parts.append(f"What it printed, with the quickstart's model:\n\n```text\n{output}\n```")
     if (ROOT / f"docs/outputs/{name}.png").exists():
         parts.append(f"![Its picture](../docs/outputs/{name}.png)")
     return "\n\n".join(parts) + "\n"

@@ -28,7 +28,7 @@ for domain in domains:
 shodh_moe.merge(
     {
         "merge_method": "ccm",
-        "models": [{"model": str(run.folder)} for run in experts],
+        "models": [{"model": str(run.checkpoint)} for run in experts],
         "sweep": {"alpha": [-1.0, 0.0, 1.0]},
     },
     "merged",

@@ -26,7 +26,7 @@ MEMBERS = {
     "Dataset": ["__getitem__", "__len__", "domains"],
     "Fields": ["channels", "to_xarray"],
     "Model": ["forecast", "grid", "history", "operator"],
-    "Run": ["dataset", "metrics", "paths", "records", "routing"],
+    "Run": ["checkpoint", "dataset", "metrics", "paths", "records", "routing"],
     "Tokenizer": ["decode", "encode", "encode_geometry", "grid"],
     "kernels": [
         *("Gating", "combine", "cosine_topk_gating", "curl", "differentiation_matrix", "dispatch", "divergence"),

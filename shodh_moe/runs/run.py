@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
@@ -41,6 +42,18 @@ class Run:
             UserError: ``data.path`` or ``tokenizer.path`` of the config is not a folder.
         """
         return resolve_paths(self.config)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest intact checkpoint, as `shodh_moe.merge` takes it.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = find_checkpoint(self.folder / "checkpoints")
+        if found is None:
+            raise UserError(f"{self.folder} holds no checkpoint: make one with `shodh pretrain`")
+        return found[0]
 
     def dataset(self, split: str = "test") -> Dataset:
         """Open the dataset of the run; see `shodh_moe.open_dataset`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def test_routing_has_named_axes(run: Run) -> None:
 
 def test_config_and_metrics(run: Run) -> None:
     assert run.config.name == "trained"
+    assert run.checkpoint == run.folder / "checkpoints/7"
+    assert len(run.dataset()) == 2
     with pytest.raises(UserError, match=r"metrics.json is missing: make it with `shodh evaluate`"):
         _ = run.metrics
     (run.folder / "metrics.json").write_text('{"step": 7}')
@@ -78,6 +81,9 @@ def test_refusals(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run.records("test")
     with pytest.raises(UserError, match="there is no run folder"):
         open_run(tmp_path)
+    shutil.rmtree(run.checkpoint)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        _ = run.checkpoint
     (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="no records of routing"):
         run.routing()

@@ -14,7 +14,7 @@ from shodh_moe.ccm.bench.aims import OOD, REDUCTIONS
 from shodh_moe.ccm.bench.vary import UNCHANGED
 
 READOUTS = ("ccm_coordinate", "ccm_prefix")
-TWO_NETWORKS = "outputs"  # a bound: it costs twice as much as one merged network
+TWO_NETWORKS = "outputs"  # it costs twice as much as one merged network
 
 ORACLE = "error relative to the oracle alpha on the line, mean over OOD regimes"
 COORDINATE = "reduction of the OOD error relative to the anchor, readout coordinate"

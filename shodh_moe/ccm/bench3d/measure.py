@@ -26,7 +26,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import trajectories_by_source
-from shodh_moe.inference.loading import Models, find_source, load_models, read_weights
+from shodh_moe.inference.loading import Model, find_source, load_source, read_weights
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.merging.recipe import affine_sum
 from shodh_moe.model import LatentTransformer
@@ -71,29 +71,29 @@ def composed(low: Weights, high: Weights, alpha: float) -> Weights:
 class Regime:
     """A held-out value of the parameter, with its test trajectories."""
 
-    def __init__(self, config: Config, models: Models):
+    def __init__(self, config: Config, model: Model):
         paths = resolve_paths(config)
-        self._config, self._models = config, models
+        self._config, self._model = config, model
         self._test = load_latents(paths.latents, "test", paths.tokenizer)
         self._samples = LatentSamples(self._test, config.model.history)
         self._records = trajectories_by_source(paths.dataset, "test", config.data.grid, config.data.skip_bad)
 
     def errors(self, weights: Weights) -> dict[str, float]:
         """One-step errors of the domain, see `heldout_errors`."""
-        self._models.transformer.load_state_dict(weights)
-        (found,) = heldout_errors(self._models, self._config, self._records, self._test, self._samples).values()
+        self._model.transformer.load_state_dict(weights)
+        (found,) = heldout_errors(self._model, self._config, self._records, self._test, self._samples).values()
         return found
 
     def latent_mse(self, weights: Weights, frames: int | None = None) -> float:
         """One-step latent error, of the predictions of the first ``frames`` snapshots or of all."""
-        self._models.transformer.load_state_dict(weights)
+        self._model.transformer.load_state_dict(weights)
         history, windows = self._config.model.history, []
         for one in self._test:
             own = self._samples.windows_of(one)
             windows += own if frames is None else own[: frames - history]
         size = self._config.evaluation.batch_size
         total, count = 0.0, 0
-        for found in predict_windows(self._models.transformer, self._samples, windows, size):
+        for found in predict_windows(self._model.transformer, self._samples, windows, size):
             wanted = found.batch.target_BCxyz
             total += float((found.latent_BCxyz - wanted).square().mean()) * len(wanted)
             count += len(wanted)
@@ -101,10 +101,10 @@ class Regime:
 
     def paths(self, weights: Weights) -> list[int]:
         """The path of each window."""
-        self._models.transformer.load_state_dict(weights)
+        self._model.transformer.load_state_dict(weights)
         windows = [window for one in self._test for window in self._samples.windows_of(one)]
         size = self._config.evaluation.batch_size
-        chosen = predict_windows(self._models.transformer, self._samples, windows, size)
+        chosen = predict_windows(self._model.transformer, self._samples, windows, size)
         return [int(e) for found in chosen for e in found.routing[0].expert_N.view(len(found.windows), -1)[:, 0]]
 
 
@@ -115,10 +115,10 @@ def measure(bench: Bench3dConfig, domain: str, seed: int) -> Path:
         UserError: an expert, data or latents are missing or damaged, or an expert has changed more than its path.
     """
     axis, found = bench.axes[domain], checkpoints(bench, domain, seed)
-    models = load_models(find_source(found["mixture"]))
+    model = load_source(find_source(found["mixture"]))
     weights = {role: read_weights(find_source(path)) for role, path in found.items()}
-    path = _own_path(models.transformer, weights, found)
-    regimes = {value: Regime(bench.held_out(domain, value), models) for value in (*axis.validation, *axis.test)}
+    path = _own_path(model.transformer, weights, found)
+    regimes = {value: Regime(bench.held_out(domain, value), model) for value in (*axis.validation, *axis.test)}
 
     def at(alpha: float) -> Weights:
         return composed(weights["low"], weights["high"], alpha)
@@ -143,7 +143,7 @@ def measure(bench: Bench3dConfig, domain: str, seed: int) -> Path:
         "gamma": gamma,
         "validation": {str(key): value for key, value in errors.items()},
         "regimes": [{"value": value, **one} for value, one in zip(axis.test, rows, strict=True)],
-        "others": _others(bench, domain, models, weights["mixture"], at(clip(axis.alpha(max(axis.test))))),
+        "others": _others(bench, domain, model, weights["mixture"], at(clip(axis.alpha(max(axis.test))))),
     }
     target = result_path(bench, domain, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _share(chosen: list[int], path: int) -> float:
     return sum(one == path for one in chosen) / len(chosen)
 
 
-def _others(bench: Bench3dConfig, domain: str, models: Models, before: Weights, after: Weights) -> dict[str, Any]:
+def _others(bench: Bench3dConfig, domain: str, model: Model, before: Weights, after: Weights) -> dict[str, Any]:
     """Of each other domain: how many predictions of the mixture's test split there are, and whether all bits stay."""
     config = bench.mixture(bench.seeds[0])
     paths = resolve_paths(config)
@@ -212,9 +212,9 @@ def _others(bench: Bench3dConfig, domain: str, models: Models, before: Weights, 
         samples = LatentSamples([one], config.model.history)
         made = []
         for weights in (before, after):
-            models.transformer.load_state_dict(weights)
+            model.transformer.load_state_dict(weights)
             windows = samples.windows_of(one)
-            parts = predict_windows(models.transformer, samples, windows, config.evaluation.batch_size)
+            parts = predict_windows(model.transformer, samples, windows, config.evaluation.batch_size)
             made.append(torch.cat([part.latent_BCxyz for part in parts]))
         entry = found.setdefault(one.domain, {"predictions": 0, "identical": 0})
         entry["predictions"] += len(made[0])

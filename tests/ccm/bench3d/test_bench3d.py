@@ -18,7 +18,7 @@ from shodh_moe.ccm.bench3d.run import run
 from shodh_moe.ccm.bench3d.tables import ROWS, markdown, summarise
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.load import load_config_of
-from shodh_moe.inference.loading import find_source, load_models, read_weights
+from shodh_moe.inference.loading import find_source, load_source, read_weights
 from shodh_moe.launching import jobs
 from shodh_moe.merging import merge
 from tests.tiny import CONFIG, FLOW, refused
@@ -92,15 +92,15 @@ def test_experts_move_one_path_and_the_other_domain_keeps_its_bits(
     run(bench)
 
     # An expert that has changed a shared weight is refused.
-    models = load_models(find_source(found["mixture"]))
+    model = load_source(find_source(found["mixture"]))
     from shodh_moe.ccm.bench3d.measure import _own_path
 
     spoilt = {**weights, "low": {**weights["low"], "embed.weight": weights["low"]["embed.weight"] + 1}}
     with pytest.raises(UserError, match=r"porous_media-low-3/.* in embed\.weight, which all paths share"):
-        _own_path(models.transformer, spoilt, found)
+        _own_path(model.transformer, spoilt, found)
     both = {**weights, "low": {name: values + (values.dim() == 3) for name, values in weights["low"].items()}}
     with pytest.raises(UserError, match="on 2 paths, not on one: the router sends"):
-        _own_path(models.transformer, {**both, "high": weights["high"]}, found)
+        _own_path(model.transformer, {**both, "high": weights["high"]}, found)
     (last_checkpoint(bench.expert("porous_media", "low", 3)) / "state.json").unlink()
     with pytest.raises(UserError, match="porous_media-low-3"):
         measure(bench, "porous_media", 3)

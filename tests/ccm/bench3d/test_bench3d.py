@@ -50,6 +50,7 @@ def tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.distributed
 def test_experts_move_one_path_and_the_other_domain_keeps_its_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -28,4 +28,4 @@ def update_biases(routers: list[Router], passes: list[list[Routing]], rate: floa
     load_LE = sum_over_ranks(load_LE)
     for router, load_E in dict(zip(routers, load_LE, strict=True)).items():
         assert router.bias_E is not None
-        router.bias_E += rate * torch.sign(load_E.sum() - len(load_E) * load_E)
+        router.bias_E += rate * torch.sign(load_E.sum() - len(load_E) * load_E).to(router.bias_E.dtype)

@@ -6,9 +6,9 @@ else with another value even when no token is dropped. The other keys only affec
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from shodh_moe.base.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, setting
 from shodh_moe.config.routers import check_kind
@@ -105,6 +105,11 @@ class MoEConfig(Section):
         "and paths without samples keep their weights",
     )
     router: RouterConfig = RouterConfig()
+
+    @model_serializer(mode="wrap")
+    def _omit_added_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The names of the audit's runs hash all settings: those of runs before this key must stay.
+        return {name: value for name, value in handler(self).items() if (name, value) != ("frozen", "none")}
 
     @model_validator(mode="after")
     def _check_experts(self) -> MoEConfig:

@@ -111,3 +111,10 @@ def test_frozen_shared_parts_need_paths():
     for wrong in ({"scope": "layer"}, {"scope": "path", "num_experts": 0}):
         with pytest.raises(ValidationError, match="frozen shared needs paths"):
             MoEConfig(frozen="shared", **wrong)
+
+
+def test_settings_without_frozen_parts_are_written_as_before_the_key_existed():
+    """Names of runs contain a hash of them."""
+    assert "frozen" not in MoEConfig().model_dump()
+    moe = MoEConfig(scope="path", frozen="shared")
+    assert MoEConfig.model_validate(moe.model_dump()) == moe

@@ -23,9 +23,9 @@ def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool
     except ImportError as error:
         return Missing(first_line(error))
     config = MoEConfig(
+        scope="layer",
         num_experts=experts,
         expert_hidden=hidden,
-        shared_experts=0,
         dropless=dropless,
         capacity_factor=CAPACITY_FACTOR,
         min_capacity=MIN_CAPACITY,

@@ -149,7 +149,7 @@ def test_changes_are_relative_to_the_same_seed() -> None:
         ({"validation": []}, {}, "need one or more different values"),
         ({"parameter": "geometry"}, {}, "parameter geometry is no number of the domain porous_media"),
         ({"parameter": "nothing"}, {}, "parameter nothing is no number"),
-        ({"low": 0.021, "test": [0.05]}, {}, "trained at viscosity 0.02, which is not between 0.021 and 0.04"),
+        ({"low": 0.021, "test": [0.045]}, {}, "trained at viscosity 0.02, which is not between 0.021 and 0.04"),
         ({}, {"axes": {"obstacle_wake": AXIS}}, "axes.obstacle_wake: base.data.domains has only"),
         ({}, {"frames": 4}, "frames 4 must be more than base.model.history 2"),
         ({}, {"seeds": [1, 1]}, "one or more different seeds"),

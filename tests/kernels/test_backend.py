@@ -66,6 +66,7 @@ def test_commands_refuse_an_impossible_choice(kernels, message, tmp_path):
 
 def test_the_config_enforces_the_limits_of_the_kernels():
     assert config.MAX_EXPERTS == gating.MAX_EXPERTS
+    assert config.MAX_CHOICES == gating.MAX_CHOICES
     assert config.MAX_ROUTING_WIDTH == cosine_gating.MAX_ROUTING_WIDTH
 
 

@@ -290,11 +290,13 @@ def test_nothing_outside_the_rows_is_written(monkeypatch):
 
     tokens, width, experts = 13, 5, 3
     draw = torch.Generator().manual_seed(0)
-    x, gate = torch.randn(tokens, width, generator=draw).to(DEVICE), torch.rand(tokens, generator=draw).to(DEVICE)
+    x = torch.randn(tokens, width, generator=draw).to(DEVICE)
     monkeypatch.setattr(Tensor, "new_empty", guarded)
-    for trial in range(6):
-        expert = torch.randint(-2, experts + 2, (tokens,), generator=draw).to(DEVICE)
-        slot = torch.randint(-3, 9, (tokens,), generator=draw).to(DEVICE)
+    for trial in range(8):
+        shape = (tokens,) if trial < 4 else (tokens, 3)
+        gate = torch.rand(shape, generator=draw).to(DEVICE)
+        expert = torch.randint(-2, experts + 2, shape, generator=draw).to(DEVICE)
+        slot = torch.randint(-3, 9, shape, generator=draw).to(DEVICE)
         kept = torch.randint(-2, 30, (experts,), generator=draw).to(DEVICE)
         rows = dispatch_triton.dispatch(x, expert, slot, kept, 4 if trial % 2 else None)
         y = dispatch_triton.gather(rows, expert, slot, kept, gate, x)
@@ -320,8 +322,9 @@ def test_infinite_empty_and_dropped_rows_do_not_leak(kernels):
 
 @FORMS
 @pytest.mark.parametrize("dropless", [False, True])
-def test_gradcheck(kernels, dropless):
-    c = case(7, 4, 3, 2, dropless, torch.float64)
+@pytest.mark.parametrize("choices", [None, 2])
+def test_gradcheck(kernels, dropless, choices):
+    c = case(7, 4, 3, 2, dropless, torch.float64, choices=choices)
     inputs = [t.requires_grad_() for t in (c.x_ND, c.gate_N, c.shared_ND)]
 
     def function(x, gate, shared):
@@ -334,8 +337,9 @@ def test_gradcheck(kernels, dropless):
 
 @FORMS
 @pytest.mark.parametrize("dropless", [False, True])
-def test_opcheck(kernels, dropless):
-    c = case(7, 4, 3, 2, dropless)
+@pytest.mark.parametrize("choices", [None, 2])
+def test_opcheck(kernels, dropless, choices):
+    c = case(7, 4, 3, 2, dropless, choices=choices)
     rows = expected_dispatch(c.x_ND, *c.routing, c.capacity).detach()
     x, gate, shared = (t.requires_grad_() for t in (c.x_ND, c.gate_N, c.shared_ND))
     ops = torch.ops.shodh

@@ -146,7 +146,7 @@ def _paths(summary: dict[str, Any]) -> Iterator[Block]:
 
 
 def _share(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{100 * value:.1f} %"
+    return NOT_MEASURED if value is None else f"{100 * value + 0.0:.1f} %"  # no -0.0
 
 
 def _variants(summary: dict[str, Any]) -> Iterator[Block]:

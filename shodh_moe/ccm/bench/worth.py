@@ -174,8 +174,7 @@ def rules(summary: dict[str, Any], config: BenchConfig, gpu: bool = False) -> It
     ratios = [ratio for one in families.values() if (ratio := _ratio(one, "ood", "conditioned")) is not None]
     ways = [costs(one, config.families[key], gpu) for key, one in families.items()]
     even = [break_even(way["expert"], way["conditioned"]) for way in ways]
-    even = [number for number in even if math.isfinite(number)]
-    if ratios and even:
+    if ratios and all(map(math.isfinite, even)):
         yield (
             f"Train a conditioned network if its training data are at hand and you need {min(ratios):.1f} to "
             f"{max(ratios):.1f} times smaller errors: it costs as much as fine-tuning experts for "

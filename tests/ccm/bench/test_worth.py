@@ -57,5 +57,8 @@ def test_rules_hold_only_where_the_numbers_say_so(summary: dict[str, Any]) -> No
     found = " ".join(rules(summary, config))
     assert "Beyond the ends, merging" in found
     assert "on shallow water it is better than CCM there" in found
+    assert "Train a conditioned network" in found
+    summary["families"]["shallow_water"]["cpu_seconds"] |= dict.fromkeys(("low", "high", "data"), 0.0)  # not recorded
+    assert "Train a conditioned network" not in " ".join(rules(summary, config))
     summary["families"]["navier_stokes"]["rows"]["ccm_coordinate"]["ood"]["value"] = 1.0
     assert "Beyond the ends" not in " ".join(rules(summary, config))

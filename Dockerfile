@@ -55,11 +55,12 @@ RUN git clone --depth 1 --branch "$APEX_TAG" https://github.com/NVIDIA/apex.git 
         pip install --no-build-isolation --no-deps --constraint constraints.txt /opt/apex \
     && rm -rf /opt/apex
 
-COPY setup.py pyproject.toml LICENSE ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY shodh_moe shodh_moe
 COPY launch launch
 COPY configs configs
+COPY examples examples
 # mpi4py is compiled against the MPI of the system, the one that the cluster's launcher starts.
 RUN pip install --constraint constraints.txt --no-binary mpi4py mpi4py \
     && pip install --constraint constraints.txt . \

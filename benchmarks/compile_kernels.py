@@ -21,7 +21,8 @@ from torch import Tensor
 
 from shodh_moe.config import COMPRESSION
 from shodh_moe.config.load import load_config
-from shodh_moe.kernels import backend, expert_capacity
+from shodh_moe.kernels import backend
+from shodh_moe.model.plan import moe_capacity
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -37,6 +38,7 @@ class Layer:
     dtype: torch.dtype
     drop_order: str = "position"
     routing_width: int | None = None  # None: linear router
+    top_k: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,13 @@ def configured() -> list[Size]:
         tokens = config.training.batch_size
         for size in config.data.grid:
             tokens *= size // COMPRESSION // patch
-        capacity = expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+        capacity = moe_capacity(moe, tokens)
         routing = moe.router.dim if moe.router.kind == "cosine" else None
-        sizes.append(Layer(tokens, config.model.dim, moe.num_experts, capacity, torch.float32, moe.drop_order, routing))
+        sizes.append(
+            Layer(
+                tokens, config.model.dim, moe.num_experts, capacity, torch.float32, moe.drop_order, routing, moe.top_k
+            )
+        )
         grid = (config.data.grid[0], config.data.grid[1], config.data.grid[2])
         for dtype in (torch.float32, torch.float64):  # training; evaluation
             sizes.append(Field(grid, config.tokenizer.operator, dtype, config.tokenizer.batch_size))
@@ -89,6 +95,12 @@ def benchmarked() -> list[Size]:
             for drop_order in ("position", "probability"):
                 sizes.append(Layer(65536, 1024, experts, 65536 // experts * 5 // 4, dtype, drop_order, 64))
             sizes.append(Layer(65536, 1024, experts, None, dtype))
+    for experts, top_k in ((64, 2), (256, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for drop_order in ("position", "probability"):
+                capacity = 65536 * top_k // experts * 5 // 4
+                sizes.append(Layer(65536, 1024, experts, capacity, dtype, drop_order, 64, top_k))
+            sizes.append(Layer(65536, 1024, experts, None, dtype, top_k=top_k))
     for operator in ("spectral", "central2", "central4", "staggered"):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             sizes.append(Field((128, 128, 128), operator, dtype))
@@ -115,16 +127,17 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _launch_layer(size: Layer) -> None:
     from shodh_moe.kernels import cosine_gating, dispatch_triton, gating_triton
 
-    n, d, e = size.tokens, size.width, size.experts
-    index_N, count_E, gate_N = _meta(n, dtype=torch.int64), _meta(e, dtype=torch.int64), _meta(n)
+    n, d, e, k = size.tokens, size.width, size.experts, size.top_k
+    choices = (n,) if k == 1 else (n, k)
+    index_N, count_E, gate_N = _meta(*choices, dtype=torch.int64), _meta(e, dtype=torch.int64), _meta(*choices)
     x_ND, logits_NE = _meta(n, d, dtype=size.dtype), _meta(n, e)
     if size.routing_width is None or e > cosine_gating.FUSED_EXPERTS:
-        gating_triton.forward(logits_NE, size.capacity or n, size.drop_order, None)
+        gating_triton.forward(logits_NE, size.capacity or n, size.drop_order, None, k)
     else:
         r = size.routing_width
         cosine = gating_triton.Cosine(x_ND, _meta(r, d), _meta(e, r), _meta(1))
-        gating_triton.forward(logits_NE, size.capacity or n, size.drop_order, None, cosine)
-    gating_triton.backward(logits_NE, gate_N, index_N, count_E, gate_N, _meta(), _meta())
+        gating_triton.forward(logits_NE, size.capacity or n, size.drop_order, None, k, cosine)
+    gating_triton.backward(logits_NE, _meta(n), index_N, count_E, gate_N, _meta(), _meta(), _meta(e))
     rows = dispatch_triton.dispatch(x_ND, index_N, index_N, count_E, size.capacity)
     dispatch_triton.gather(rows, index_N, index_N, count_E)
     for shared_ND in (None, x_ND):

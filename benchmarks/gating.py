@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels import Gating, cosine_top1_gating, expert_capacity, top1_gating
+from shodh_moe.kernels import Gating, cosine_topk_gating, expert_capacity, topk_gating
 from shodh_moe.kernels.gating import DROP_ORDERS
 from support.common import DTYPES, OURS, Report, run, sizes
 from support.gating_cases import CAPACITY_FACTOR, checks_finite, gating_bytes, gating_flops, logits_of
@@ -40,7 +40,7 @@ def check_peers(report: Report, case: dict[str, Any], logits_NE: Tensor, capacit
     A few tokens may differ, because the peers' choice is arbitrary where rounding makes probabilities equal.
     """
     few = 4
-    ours = top1_gating(logits_NE, capacity, drop_order)
+    ours = topk_gating(logits_NE, capacity, drop_order)
     torchs = torch_gating(logits_NE, capacity, drop_order)
     same = torch.equal(ours.expert_N, torchs.expert_N) and torch.equal(ours.kept_E, torchs.kept_E)
     same &= int(((ours.slot_N >= 0) != (torchs.slot_N >= 0)).sum()) <= (few if drop_order == "probability" else 0)
@@ -74,7 +74,7 @@ def bench_gating(report: Report, tokens: int, experts: int, drop_order: str, dty
         return {"logits": logits_NE, "grads": gradients(tokens, device)}
 
     def ours(i: dict[str, Any], check_finite: bool) -> tuple[Tensor, ...]:
-        return differentiable(top1_gating(i["logits"], capacity, drop_order, check_finite=check_finite))
+        return differentiable(topk_gating(i["logits"], capacity, drop_order, check_finite=check_finite))
 
     def theirs(ds: DeepSpeed, i: dict[str, Any]) -> tuple[Tensor, ...]:
         l_aux, *_, gates, _ = ds.gating(i["logits"], CAPACITY_FACTOR)
@@ -101,7 +101,7 @@ def bench_gating(report: Report, tokens: int, experts: int, drop_order: str, dty
 
 
 def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: torch.dtype) -> None:
-    """Time cosine scores in the routing pass against projection, normalisation and top1_gating in sequence."""
+    """Time cosine scores in the routing pass against projection, normalisation and topk_gating in sequence."""
     device, options = report.device, report.options
     capacity = expert_capacity(tokens, experts, CAPACITY_FACTOR, 1)
     case = {"tokens": tokens, "width": width, "experts": experts, "dtype": str(dtype)[6:]}
@@ -121,13 +121,13 @@ def bench_cosine(report: Report, tokens: int, width: int, experts: int, dtype: t
         }
 
     keys, check = ("x", "projection", "prototypes", "temperature"), checks_finite(device)
-    fused = partial(cosine_top1_gating, capacity=capacity, check_finite=check)
+    fused = partial(cosine_topk_gating, capacity=capacity, check_finite=check)
 
     def ours(i: dict[str, Any]) -> tuple[Tensor, ...]:
         return differentiable(fused(*(i[k] for k in keys)))
 
     def unfused(i: dict[str, Any]) -> tuple[Tensor, ...]:
-        return differentiable(top1_gating(torch_cosine_logits(*(i[k] for k in keys)), capacity, check_finite=check))
+        return differentiable(topk_gating(torch_cosine_logits(*(i[k] for k in keys)), capacity, check_finite=check))
 
     def plain(*arguments: Tensor) -> tuple[Tensor, ...]:
         return torch_gating(torch_cosine_logits(*arguments), capacity, "position")[:3]

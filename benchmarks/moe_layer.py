@@ -6,6 +6,7 @@ After the times it prints each layer's peak memory and the share of its parts in
 moving tokens faster cannot reduce the time of the experts' products. ``--ranks 2`` also splits the layer over two
 processes (`moe_ranks`).
 All layers have the same SwiGLU experts, linear router, Top-1 routing and capacity factor, and no shared expert.
+``products alone`` are the experts' products without a layer around them, for an even load: what routing cannot improve.
 DeepSpeed 0.19's MOELayer always uses its sparse path (_sparse_encode, _sparse_decode) unless Tutel is requested.
 Shapes: N tokens, D width, F hidden width (2 D), E experts.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from support.common import DTYPES, OURS, Report, describe, run
 from support.layer_profile import PARTS, peak_bytes, shares
-from support.moe_layers import CAPACITY_FACTOR, deepspeed_layer, feed_forward, our_layer
+from support.moe_layers import CAPACITY_FACTOR, deepspeed_layer, expert_products, feed_forward, our_layer
 from support.moe_ranks import bench_ranks
 from support.timing import BOTH, Missing, Times, release, rotating, with_backward
 
@@ -81,6 +82,9 @@ def bench_layer(report: Report, tokens: int, width: int, experts: int, dtype: to
         module = module.to(device, dtype).train()
         parameters[name] = list(module.parameters())
         calls[name] = _call(name, module, parameters[name])
+    rows = -(-tokens // experts)
+    for batched, name in ((False, "products alone"), (True, "products alone, batched")):
+        calls[name] = expert_products(width, hidden, experts, rows, batched, device, dtype)
 
     def make(seed: int) -> dict[str, Any]:
         x_ND, grad_ND = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))

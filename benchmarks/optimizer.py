@@ -37,7 +37,7 @@ def larger_shapes(depth: int) -> list[torch.Size]:
     """Parameter shapes of layers with about 8 million parameters each."""
     from shodh_moe.config import ModelConfig, MoEConfig
 
-    moe = MoEConfig(num_experts=8, expert_hidden=512)
+    moe = MoEConfig(scope="layer", num_experts=8, expert_hidden=512, shared_experts=1)
     return _shapes(ModelConfig(dim=512, depth=depth, heads=8, moe=moe), 128, [4, 4, 4])
 
 

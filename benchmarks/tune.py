@@ -164,7 +164,7 @@ def gating_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
             capacity = kernels.expert_capacity(tokens, experts, 1.25, 1)
 
             def gate(logits_NE: Tensor = logits_NE, capacity: int = capacity, order: str = order) -> tuple[Tensor, ...]:
-                g = kernels.top1_gating(logits_NE, capacity, order, None, False)
+                g = kernels.topk_gating(logits_NE, capacity, order, None, False)
                 return _gradients((g.slot_N, g.gate_N, g.balance_loss, g.z_loss), (logits_NE,))
 
             yield "gating", f"gating E={experts} {order}", gate
@@ -178,7 +178,7 @@ def gating_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
         def cosine(x: Tensor = x_ND, w: Tensor = projection_RD, p: Tensor = prototypes_ER, t: Tensor = temperature,
                    k: int = capacity) -> tuple[Tensor, ...]:  # fmt: skip
             # Compare only results that near ties cannot change: the last bits of scores depend on the order of sums.
-            return (kernels.cosine_top1_gating(x, w, p, t, k, "position", None, False).gate_N,)
+            return (kernels.cosine_topk_gating(x, w, p, t, k, "position", None, False).gate_N,)
 
         yield "cosine_gating", f"cosine gating E={experts}", cosine
 
@@ -186,7 +186,7 @@ def gating_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
 def dispatch_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
     tokens, experts = (64, 4) if quick else (65_536, 16)
     capacity = kernels.expert_capacity(tokens, experts, 1.25, 1)
-    g = kernels.top1_gating(torch.randn(tokens, experts, device=device), capacity, "position", None, False)
+    g = kernels.topk_gating(torch.randn(tokens, experts, device=device), capacity, "position", None, False)
     dtypes = (torch.float32,) if quick else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
         for width in (32,) if quick else (1024, 512, 256, 128):

@@ -1,4 +1,4 @@
-"""Top-1 gating by cosine scores, computed within the routing pass.
+"""Top-k gating by cosine scores, computed within the routing pass.
 
 Shapes: N tokens, D model width, R routing width, E experts.
 """
@@ -25,10 +25,11 @@ from shodh_moe.kernels.gating import (
 )
 
 MAX_ROUTING_WIDTH = 128
+FIELDS = len(Gating._fields)
 FUSED_EXPERTS = 64  # most experts whose scores and prototypes for a tile fit in registers
 
 
-def cosine_top1_gating(
+def cosine_topk_gating(
     x_ND: Tensor,
     projection_RD: Tensor,
     prototypes_ER: Tensor,
@@ -37,8 +38,9 @@ def cosine_top1_gating(
     drop_order: str = "position",
     bias_E: Tensor | None = None,
     check_finite: bool = True,
+    top_k: int = 1,
 ) -> Gating:
-    """`top1_gating` of the logits ``<W x, P_e> / (|W x| |P_e|) / tau`` (X-MoE, arXiv 2204.09179; DESIGN 3.5).
+    """`topk_gating` of the logits ``<W x, P_e> / (|W x| |P_e|) / tau`` (X-MoE, arXiv 2204.09179; DESIGN 3.5).
 
     With Triton and at most 64 experts, the logits are computed in the routing pass: the tokens are read once, and the
     only intermediate results written are W x and the logits, for the backward pass.
@@ -49,7 +51,7 @@ def cosine_top1_gating(
         prototypes_ER: P, dtype like W.
         temperature: tau, one element, positive, dtype like W.
 
-    Other arguments and errors are those of `top1_gating`.
+    Other arguments and errors are those of `topk_gating`.
     """
     check_tensor("x_ND", x_ND, 2)
     check_tensor("prototypes_ER", prototypes_ER, 2)
@@ -64,11 +66,11 @@ def cosine_top1_gating(
             raise ValueError(f"{name} must be {exact} {list(shape)} on {x_ND.device}, not {describe_tensor(tensor)}")
     if routing > MAX_ROUTING_WIDTH:
         raise ValueError(f"prototypes_ER have {routing} dimensions; at most {MAX_ROUTING_WIDTH} are supported")
-    check_routing(x_ND.shape[0], experts, capacity, drop_order, bias_E, x_ND)
-    outputs = torch.ops.shodh.cosine_top1_gating(
-        x_ND, projection_RD, prototypes_ER, temperature, capacity, drop_order, bias_E, check_finite
+    check_routing(x_ND.shape[0], experts, capacity, drop_order, bias_E, top_k, x_ND)
+    outputs = torch.ops.shodh.cosine_topk_gating(
+        x_ND, projection_RD, prototypes_ER, temperature, capacity, drop_order, bias_E, check_finite, top_k
     )
-    return Gating(*outputs[:9])
+    return Gating(*outputs[:FIELDS])
 
 
 def reference_logits(q_NR: Tensor, prototypes_ER: Tensor, temperature: Tensor) -> Tensor:
@@ -78,39 +80,39 @@ def reference_logits(q_NR: Tensor, prototypes_ER: Tensor, temperature: Tensor) -
 
 def _forward(
     x_ND: Tensor, projection_RD: Tensor, prototypes_ER: Tensor, temperature: Tensor,
-    capacity: int, drop_order: str, bias_E: Tensor | None, check_finite: bool,
+    capacity: int, drop_order: str, bias_E: Tensor | None, check_finite: bool, top_k: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if x_ND.dtype != torch.float64 and prototypes_ER.shape[0] <= FUSED_EXPERTS and use_triton(x_ND):
         from shodh_moe.kernels import gating_triton
 
         logits_NE = x_ND.new_empty((x_ND.shape[0], prototypes_ER.shape[0]), dtype=torch.float32)
         cosine = gating_triton.Cosine(x_ND, projection_RD, prototypes_ER, temperature)
-        outputs, first_broken = gating_triton.forward(logits_NE, capacity, drop_order, bias_E, cosine)
+        outputs, first_broken = gating_triton.forward(logits_NE, capacity, drop_order, bias_E, top_k, cosine)
         if check_finite and not recording():
             raise_if_broken(first_broken)
-        return (*outputs[:9], logits_NE, outputs[9])
+        return (*outputs[:FIELDS], logits_NE, outputs[FIELDS])
     with exact(x_ND):
         q_NR = F.linear(x_ND.to(projection_RD.dtype), projection_RD)
         logits_NE = reference_logits(q_NR, prototypes_ER, temperature)
-    return (*gate(logits_NE, capacity, drop_order, bias_E, check_finite), logits_NE, q_NR)
+    return (*gate(logits_NE, capacity, drop_order, bias_E, check_finite, top_k), logits_NE, q_NR)
 
 
-def _fake(x_ND: Tensor, projection_RD: Tensor, prototypes_ER: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(x_ND: Tensor, projection_RD: Tensor, prototypes_ER: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     tokens, (experts, routing) = x_ND.shape[0], prototypes_ER.shape
     logits_NE = projection_RD.new_empty((tokens, experts))
-    return (*fake_outputs(logits_NE), logits_NE, projection_RD.new_empty((tokens, routing)))
+    return (*fake_outputs(logits_NE, settings[-1]), logits_NE, projection_RD.new_empty((tokens, routing)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, expert_N, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N, logits_NE, q_NR = output
+    _, expert_N, slot_N, routed_E, kept_E, entropy_N, _, _, lse_N, _, logits_NE, q_NR = output
     ctx.save_for_backward(*inputs[:4], logits_NE, lse_N, expert_N, routed_E, q_NR)
     ctx.mark_non_differentiable(expert_N, slot_N, routed_E, kept_E, entropy_N, lse_N, logits_NE, q_NR)
 
 
 def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x_ND, projection_RD, prototypes_ER, temperature, logits_NE, lse_N, expert_N, routed_E, q_NR = ctx.saved_tensors
-    d_logits_NE = torch.ops.shodh.top1_gating_backward(
-        logits_NE, lse_N, expert_N, routed_E, grads[0], grads[6], grads[7]
+    d_logits_NE = torch.ops.shodh.topk_gating_backward(
+        logits_NE, lse_N, expert_N, routed_E, grads[0], grads[6], grads[7], grads[9]
     )
     with exact(x_ND):
         d_cosine_NE = d_logits_NE / temperature
@@ -120,7 +122,7 @@ def _gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_prototypes_ER = _through_normalize(d_cosine_NE.T @ unit_NR, unit_ER, prototypes_ER)
         d_projection_RD = d_q_NR.T @ x_ND.to(q_NR.dtype)
         d_x_ND = (d_q_NR @ projection_RD).to(x_ND.dtype)
-    return d_x_ND, d_projection_RD, d_prototypes_ER, d_temperature, None, None, None, None
+    return d_x_ND, d_projection_RD, d_prototypes_ER, d_temperature, None, None, None, None, None
 
 
 def _through_normalize(grad: Tensor, unit: Tensor, vector: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def _through_normalize(grad: Tensor, unit: Tensor, vector: Tensor) -> Tensor:
 
 
 _op = torch.library.custom_op(
-    "shodh::cosine_top1_gating",
+    "shodh::cosine_topk_gating",
     _forward,
     mutates_args=(),
     schema="(Tensor x_ND, Tensor projection_RD, Tensor prototypes_ER, Tensor temperature, "

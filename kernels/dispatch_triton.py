@@ -1,14 +1,16 @@
 """`dispatch`, `combine` and their backward passes in Triton, in one launch each over the tokens.
 
-Shapes: N tokens, D width, E experts, K capacity slots per expert (N dropless), R rows.
+Shapes: N tokens, D width, E experts, K capacity slots per expert (R dropless), R rows, J experts per token, C = N J
+choices (token, expert) in the order of the tokens.
 
-A program copies BLOCK_N tokens between token order and row order. An expert's tokens fill its first slots, so its empty
-rows are at the end, where the first programs of the grid write zeros.
+A program copies BLOCK_N tokens or choices between token order and row order. An expert's tokens fill its first slots,
+so its empty rows are at the end, where the first programs of the grid write zeros.
 Each output element is written once, by one program: no atomics, no inverse map.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +30,11 @@ def _filled(kept_ptr, K, E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The row of each token, int64, and whether it has one."""
-    inside = n < N
-    expert = tl.load(expert_ptr + n, mask=inside, other=-1).to(tl.int64)
-    slot = tl.load(slot_ptr + n, mask=inside, other=-1).to(tl.int64)
+def _rows_of(c, expert_ptr, slot_ptr, kept_ptr, C, K, E, DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The row of each choice, int64, and whether it has one."""
+    inside = c < C
+    expert = tl.load(expert_ptr + c, mask=inside, other=-1).to(tl.int64)
+    slot = tl.load(slot_ptr + c, mask=inside, other=-1).to(tl.int64)
     known = (expert >= 0) & (expert < E)
     expert = tl.where(known, expert, 0)
     kept = tl.load(kept_ptr + expert, mask=known, other=0).to(tl.int64)
@@ -40,7 +42,7 @@ def _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS: tl.constexpr,
     if DROPLESS:
         before = tl.arange(0, BLOCK_E)[None, :] < expert[:, None]
         row = tl.sum(tl.where(before, _filled(kept_ptr, K, E, BLOCK_E)[None, :], 0), axis=1) + slot
-        valid = valid & (row >= 0) & (row < N)
+        valid = valid & (row >= 0) & (row < C)
     else:
         row = expert * K + slot
     return row, valid
@@ -68,81 +70,93 @@ def _zero_empty_rows(
 
 @triton.jit
 def _dispatch_kernel(
-    x_ptr, expert_ptr, slot_ptr, kept_ptr, out_ptr, zero_programs, parts, N, K, E, D,
-    DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, expert_ptr, slot_ptr, kept_ptr, out_ptr, zero_programs, parts, C, K, E, D,
+    J: tl.constexpr, DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     pid = tl.program_id(0)
     if pid < zero_programs:
         _zero_empty_rows(out_ptr, kept_ptr, pid, parts, K, E, D, DROPLESS, BLOCK_E, BLOCK_N, BLOCK_D)
     else:
-        n = (pid - zero_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row, valid = _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS, BLOCK_E)
+        c = (pid - zero_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, valid = _rows_of(c, expert_ptr, slot_ptr, kept_ptr, C, K, E, DROPLESS, BLOCK_E)
+        token = (c // J).to(tl.int64)[:, None] * D
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             mask = valid[:, None] & (d < D)[None, :]
-            x = tl.load(x_ptr + n.to(tl.int64)[:, None] * D + d[None, :], mask=mask)
+            x = tl.load(x_ptr + token + d[None, :], mask=mask)
             tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=mask)
 
 
 @triton.jit
 def _gather_kernel(
     rows_ptr, expert_ptr, slot_ptr, kept_ptr, gate_ptr, shared_ptr, y_ptr, N, K, E, D,
-    DROPLESS: tl.constexpr, GATE: tl.constexpr, SHARED: tl.constexpr,
+    J: tl.constexpr, DROPLESS: tl.constexpr, GATE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y_n = [shared_n +] [gate_n *] rows[row_n]."""
+    """y_n = [shared_n +] sum_j [gate_nj *] rows[row_nj]; sums are in the dtype WIDE."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row, valid = _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS, BLOCK_E)
-    if GATE:
-        gate = tl.load(gate_ptr + n, mask=valid, other=0.0)
+    if J == 1:
+        row, valid = _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS, BLOCK_E)
+        if GATE:
+            gate = tl.load(gate_ptr + n, mask=valid, other=0.0)
     token = n.to(tl.int64)[:, None] * D
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         inside = (n < N)[:, None] & (d < D)[None, :]
-        y = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=valid[:, None] & inside, other=0.0)
-        if GATE:
-            y = gate[:, None] * y.to(gate.dtype)
-            if SHARED:
-                y += tl.load(shared_ptr + token + d[None, :], mask=inside, other=0.0).to(gate.dtype)
+        if J == 1:
+            y = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=valid[:, None] & inside, other=0.0)
+            if GATE:
+                y = gate[:, None] * y.to(gate.dtype)
+        else:
+            y = tl.zeros((BLOCK_N, BLOCK_D), dtype=WIDE)
+            for j in range(J):
+                c = tl.where(n < N, n * J + j, N * J)
+                row, valid = _rows_of(c, expert_ptr, slot_ptr, kept_ptr, N * J, K, E, DROPLESS, BLOCK_E)
+                term = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=valid[:, None] & inside, other=0.0)
+                if GATE:
+                    term = tl.load(gate_ptr + c, mask=valid, other=0.0)[:, None] * term.to(WIDE)
+                y += term
+        if SHARED:
+            y += tl.load(shared_ptr + token + d[None, :], mask=inside, other=0.0).to(y.dtype)
         tl.store(y_ptr + token + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _combine_backward_kernel(
     dy_ptr, rows_ptr, expert_ptr, slot_ptr, gate_ptr, kept_ptr, drows_ptr, dgate_ptr,
-    zero_programs, parts, N, K, E, D,
+    zero_programs, parts, C, K, E, D, J: tl.constexpr,
     DROPLESS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """drows[row_n] = gate_n * dy_n and dgate_n = <dy_n, rows[row_n]>."""
+    """drows[row_nj] = gate_nj * dy_n and dgate_nj = <dy_n, rows[row_nj]>."""
     pid = tl.program_id(0)
     if pid < zero_programs:
         _zero_empty_rows(drows_ptr, kept_ptr, pid, parts, K, E, D, DROPLESS, BLOCK_E, BLOCK_N, BLOCK_D)
     else:
-        n = (pid - zero_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row, valid = _rows_of(n, expert_ptr, slot_ptr, kept_ptr, N, K, E, DROPLESS, BLOCK_E)
-        gate = tl.load(gate_ptr + n, mask=valid, other=0.0)
+        c = (pid - zero_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, valid = _rows_of(c, expert_ptr, slot_ptr, kept_ptr, C, K, E, DROPLESS, BLOCK_E)
+        gate = tl.load(gate_ptr + c, mask=valid, other=0.0)
+        token = (c // J).to(tl.int64)[:, None] * D
         dot = tl.zeros((BLOCK_N,), dtype=gate.dtype)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             mask = valid[:, None] & (d < D)[None, :]
             place = row[:, None] * D + d[None, :]
-            dy = tl.load(dy_ptr + n.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(gate.dtype)
+            dy = tl.load(dy_ptr + token + d[None, :], mask=mask, other=0.0).to(gate.dtype)
             value = tl.load(rows_ptr + place, mask=mask, other=0.0).to(gate.dtype)
             dot += tl.sum(dy * value, axis=1)
             tl.store(drows_ptr + place, (gate[:, None] * dy).to(drows_ptr.dtype.element_ty), mask=mask)
-        tl.store(dgate_ptr + n, dot, mask=n < N)
+        tl.store(dgate_ptr + c, dot, mask=c < C)
 
 
 def dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | None) -> Tensor:
-    tokens, width = x_ND.shape
-    experts = kept_E.shape[0]
-    out = x_ND.new_empty((tokens, width) if capacity is None else (experts, capacity, width))
+    (tokens, width), choices, experts = x_ND.shape, expert_N.numel(), kept_E.shape[0]
+    out = x_ND.new_empty((choices, width) if capacity is None else (experts, capacity, width))
     blocks = _blocks("dispatch", out)
     parts, zero_programs = _zero_programs(out, blocks["BLOCK_N"])
-    grid = (zero_programs + triton.cdiv(tokens, blocks["BLOCK_N"]),)
+    grid = (zero_programs + triton.cdiv(choices, blocks["BLOCK_N"]),)
     tensors = (x_ND.contiguous(), expert_N.contiguous(), slot_N.contiguous(), kept_E.contiguous(), out)
-    sizes = (tokens, _slots(out), experts, width)
-    launch(_dispatch_kernel, grid, *tensors, zero_programs, parts, *sizes, **_form(out, experts), **blocks)
+    sizes, meta = (choices, _slots(out), experts, width), {"J": _per_token(choices, tokens), **_form(out, experts)}
+    launch(_dispatch_kernel, grid, *tensors, zero_programs, parts, *sizes, **meta, **blocks)
     return out
 
 
@@ -154,7 +168,7 @@ def gather(
     gate_N: Tensor | None = None,
     shared_ND: Tensor | None = None,
 ) -> Tensor:
-    """y_n = shared_n + gate_n * rows[row_n]; ``shared_ND`` only with ``gate_N``."""
+    """y_n = shared_n + sum_j gate_nj * rows[row_nj]; ``shared_ND`` only with ``gate_N``."""
     tokens, width, experts = expert_N.shape[0], rows.shape[-1], kept_E.shape[0]
     rows = rows.contiguous()
     y_ND = rows.new_empty(tokens, width)
@@ -163,7 +177,9 @@ def gather(
     # The kernel does not access the placeholders for absent tensors.
     gate = rows if gate_N is None else gate_N.contiguous()
     shared = rows if shared_ND is None else shared_ND.contiguous()
-    meta = {**_form(rows, experts), "GATE": gate_N is not None, "SHARED": shared_ND is not None, **blocks}
+    meta = {"J": _per_token(expert_N.numel(), tokens), **_form(rows, experts), **blocks}
+    meta |= {"GATE": gate_N is not None, "SHARED": shared_ND is not None}
+    meta["WIDE"] = tl.float64 if rows.dtype == torch.float64 else tl.float32
     grid = (triton.cdiv(tokens, blocks["BLOCK_N"]),)
     launch(_gather_kernel, grid, *tensors, gate, shared, y_ND, tokens, _slots(rows), experts, width, **meta)
     return y_ND
@@ -172,21 +188,25 @@ def gather(
 def combine_backward(
     dy_ND: Tensor, rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    tokens, width = dy_ND.shape
-    experts = kept_E.shape[0]
-    drows, dgate_N = rows.new_empty(rows.shape), gate_N.new_empty(tokens)
+    (tokens, width), choices, experts = dy_ND.shape, expert_N.numel(), kept_E.shape[0]
+    drows, dgate_N = rows.new_empty(rows.shape), gate_N.new_empty(gate_N.shape)
     blocks = _blocks("combine_backward", rows)
     parts, zero_programs = _zero_programs(rows, blocks["BLOCK_N"])
-    grid = (zero_programs + triton.cdiv(tokens, blocks["BLOCK_N"]),)
+    grid = (zero_programs + triton.cdiv(choices, blocks["BLOCK_N"]),)
     inputs = [tensor.contiguous() for tensor in (dy_ND, rows, expert_N, slot_N, gate_N, kept_E)]
-    sizes = (zero_programs, parts, tokens, _slots(rows), experts, width)
-    launch(_combine_backward_kernel, grid, *inputs, drows, dgate_N, *sizes, **_form(rows, experts), **blocks)
+    sizes = (zero_programs, parts, choices, _slots(rows), experts, width)
+    meta = {"J": _per_token(choices, tokens), **_form(rows, experts), **blocks}
+    launch(_combine_backward_kernel, grid, *inputs, drows, dgate_N, *sizes, **meta)
     return drows, dgate_N
 
 
 def _slots(rows: Tensor) -> int:
-    """Rows per region; dropless has a single region of N rows for all experts."""
+    """Rows per region; dropless has a single region of all rows for all experts."""
     return rows.shape[-2]
+
+
+def _per_token(choices: int, tokens: int) -> int:
+    return choices // tokens if tokens else 1
 
 
 def _form(rows: Tensor, experts: int) -> dict[str, bool | int]:

@@ -38,16 +38,19 @@ def sum_of_chunks(count_ptr, first, last, column_E, E: tl.constexpr, E_PAD: tl.c
 
 @triton.jit
 def totals(
-    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
-    tokens, capacity, column_E, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr,
+    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, mean_p_ptr,
+    first_broken_ptr, tokens, capacity, column_E,
+    chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Sum up all chunks and store the tokens per expert, both losses, and the first token without a softmax."""
+    """Sum up all chunks and store choices and mean probability per expert, both losses, and the first token without a
+    softmax."""
     live_E = column_E < E
     routed_E = sum_of_chunks(count_ptr, 0, chunks, column_E, E, E_PAD)
     p_sum_E = sum_of_chunks(p_sum_ptr, 0, chunks, column_E, E, E_PAD)
     tl.store(routed_ptr + column_E, routed_E.to(tl.int64), mask=live_E)
     tl.store(kept_ptr + column_E, tl.minimum(routed_E, capacity).to(tl.int64), mask=live_E)
-    tl.store(balance_ptr, E * tl.sum((p_sum_E / tokens) * (routed_E.to(tl.float32) / tokens), axis=0))
+    tl.store(mean_p_ptr + column_E, p_sum_E / tokens, mask=live_E)
+    tl.store(balance_ptr, E * tl.sum((p_sum_E / tokens) * (routed_E.to(tl.float32) / (tokens * J)), axis=0))
     chunk = tl.arange(0, G_PAD)
     z_sum_G = tl.load(z_sum_ptr + chunk, mask=chunk < chunks, other=0.0)
     tl.store(z_ptr, tl.sum(z_sum_G, axis=0) / tokens)

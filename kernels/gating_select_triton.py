@@ -5,7 +5,8 @@ over ten bits, find the bits of each expert's K-th largest gate, the threshold (
 gate is above the threshold, or equal to it and early enough. The histograms are filled by atomic integer additions,
 whose result does not depend on their order.
 
-Shapes: N tokens, E experts, K slots per expert, G chunks of tokens.
+Shapes: N tokens, E experts, K slots per expert, G chunks of tokens, J experts per token. With J > 1 each choice is
+treated as a token of its own: choices are in the order of the tokens, and no expert has two of one token.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ def _count_kernel(
 @triton.jit
 def _slot_kernel(
     expert_ptr, gate_ptr, slot_ptr, threshold_ptr, need_ptr, above_ptr, equal_ptr,
-    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr,
-    tokens, tiles, capacity,
-    chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, mean_p_ptr,
+    first_broken_ptr, tokens, tiles, capacity, chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    G_PAD: tl.constexpr, J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Give each kept token its slot, the number of kept tokens before it: those above the threshold, and the first
     ``need`` equal to it."""
@@ -101,8 +102,8 @@ def _slot_kernel(
     column_E = tl.arange(0, E_PAD)
     if chunk == chunks:
         totals(
-            count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr,
-            first_broken_ptr, tokens, capacity, column_E, chunks, E, E_PAD, G_PAD,
+            count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, mean_p_ptr,
+            first_broken_ptr, tokens // J, capacity, column_E, chunks, E, E_PAD, G_PAD, J,
         )  # fmt: skip
     else:
         above_E = sum_of_chunks(above_ptr, 0, chunk, column_E, E, E_PAD)
@@ -133,6 +134,7 @@ def assign_slots(
 ) -> None:  # fmt: skip
     """Write ``slot_N`` and the results of `totals` in seven launches. ``sizes``: block sizes and number of chunks."""
     tokens, experts, chunks = expert_N.numel(), sizes["E"], sizes["chunks"]
+    tiles *= sizes["J"]
     prefix_E, need_E = histogram.new_empty(2, experts)
     above_GE, equal_GE = histogram.new_empty(2, chunks, experts)
     for i in range(PASSES):

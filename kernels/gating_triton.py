@@ -1,11 +1,11 @@
-"""Top-1 gating in Triton: two launches forward (eight in probability order), one backward.
+"""Top-k gating in Triton: two launches forward (eight in probability order), one backward.
 
 Tokens are cut into G chunks, one program each. The first launch routes every token and counts the experts
 chosen in its chunk; in the second, each program adds up the counts of the preceding chunks, which gives its tokens
 their positions in the experts' queues. Every sum has a fixed order, so the bits are the same in every run.
 
 Shapes: N tokens, E experts (E_PAD: the next power of two), K slots per expert, G chunks, D model width,
-R routing width (R_PAD likewise).
+R routing width (R_PAD likewise), J experts per token.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shodh_moe.kernels import gating_select_triton
 from shodh_moe.kernels.backend import dot_precision, launch, settings
 from shodh_moe.kernels.gating_parts_triton import count_digit, one_hot, pick, sum_of_chunks, totals
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 CHUNKS = 256  # most chunks; constant, so that the order of the sums does not depend on the device
 
 
@@ -56,9 +57,9 @@ def _route_kernel(
     count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, x_ptr, projection_ptr, prototypes_ptr, temperature_ptr, q_ptr,
     histogram_ptr, tokens, tiles, D, E: tl.constexpr, E_PAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     HISTOGRAM: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, COSINE: tl.constexpr, R: tl.constexpr,
-    R_PAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    R_PAD: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute each token's softmax, expert and position in the chunk's queue, and the sums over the chunk."""
+    """Compute each token's softmax, experts and positions in the chunk's queues, and the sums over the chunk."""
     chunk = tl.program_id(0)
     column_E = tl.arange(0, E_PAD)
     live_E = column_E < E
@@ -97,22 +98,38 @@ def _route_kernel(
             bias_E = tl.load(bias_ptr + column_E, mask=live_E, other=0.0).to(tl.float32)
             score = tl.where(live_E[None, :], p + bias_E[None, :], float("-inf"))
             best_N = tl.max(score, axis=1)
-        # Choose the lowest index among equal scores. NaN equals nothing, but such a token still gets an index in range.
-        expert_N = tl.min(tl.where(score == best_N[:, None], column_E[None, :], E - 1), axis=1)
-        chosen = one_hot(expert_N, live_N, column_E)
-        rank_N = pick(tl.cumsum(chosen, axis=0) + count_E[None, :], chosen) - 1
-        gate_N = tl.sum(tl.where(chosen > 0, p, 0.0), axis=1)
+        if J > 1:
+            # NaN and -inf become finite, so that a chosen expert, set to -inf, is never chosen again.
+            score = tl.where(live_E[None, :] & ~(score >= LOWEST), LOWEST, score)
+        chosen = tl.zeros([BLOCK_N, E_PAD], tl.int32)
+        packed_N = tl.zeros([BLOCK_N], tl.int64)  # the token's experts, eight bits each
+        for j in range(J):
+            if J > 1:
+                best_N = tl.max(score, axis=1)
+            # The lowest index among equal scores. NaN equals nothing, but such a token still gets an index in range.
+            expert_N = tl.min(tl.where(score == best_N[:, None], column_E[None, :], E - 1), axis=1)
+            packed_N |= expert_N.to(tl.int64) << (8 * j)
+            chosen_j = one_hot(expert_N, live_N, column_E)
+            chosen += chosen_j
+            if J > 1:
+                score = tl.where(chosen_j > 0, float("-inf"), score)
+        position = tl.cumsum(chosen, axis=0) + count_E[None, :]
+        for j in range(J):
+            expert_N = ((packed_N >> (8 * j)) & 255).to(tl.int32)
+            chosen_j = one_hot(expert_N, live_N, column_E)
+            rank_N = pick(position, chosen_j) - 1
+            gate_N = tl.sum(tl.where(chosen_j > 0, p, 0.0), axis=1)
+            tl.store(expert_ptr + token_N * J + j, expert_N.to(tl.int64), mask=live_N)
+            tl.store(gate_ptr + token_N * J + j, gate_N, mask=live_N)
+            tl.store(rank_ptr + token_N * J + j, rank_N.to(tl.int64), mask=live_N)
+            if HISTOGRAM:
+                count_digit(histogram_ptr, expert_N, gate_N.to(tl.int32, bitcast=True), live_N, SHIFT, DIGIT)
 
         count_E += tl.sum(chosen, axis=0)
         p_sum_E += tl.sum(tl.where(live_NE, p, 0.0), axis=0)
         z_sum_N += tl.where(live_N, lse_N * lse_N, 0.0)
-        tl.store(expert_ptr + token_N, expert_N.to(tl.int64), mask=live_N)
-        tl.store(gate_ptr + token_N, gate_N, mask=live_N)
-        tl.store(rank_ptr + token_N, rank_N.to(tl.int64), mask=live_N)
         tl.store(entropy_ptr + token_N, entropy_N, mask=live_N)
         tl.store(lse_ptr + token_N, lse_N, mask=live_N)
-        if HISTOGRAM:
-            count_digit(histogram_ptr, expert_N, gate_N.to(tl.int32, bitcast=True), live_N, SHIFT, DIGIT)
     tl.store(count_ptr + chunk * E + column_E, count_E, mask=live_E)
     tl.store(p_sum_ptr + chunk * E + column_E, p_sum_E, mask=live_E)
     tl.store(z_sum_ptr + chunk, tl.sum(z_sum_N, axis=0))
@@ -122,8 +139,9 @@ def _route_kernel(
 @triton.jit
 def _slot_kernel(
     expert_ptr, slot_ptr, count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr,
-    routed_ptr, kept_ptr, balance_ptr, z_ptr, first_broken_ptr, tokens, tiles, capacity,
-    chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    routed_ptr, kept_ptr, balance_ptr, z_ptr, mean_p_ptr, first_broken_ptr, tokens, tiles, capacity,
+    chunks: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, G_PAD: tl.constexpr, J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turn positions in the chunk's queue into positions in the expert's queue, and these into slots (-1 if dropped).
 
@@ -133,26 +151,27 @@ def _slot_kernel(
     column_E = tl.arange(0, E_PAD)
     if chunk == chunks:
         totals(
-            count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr,
-            first_broken_ptr, tokens, capacity, column_E, chunks, E, E_PAD, G_PAD,
+            count_ptr, p_sum_ptr, z_sum_ptr, broken_ptr, routed_ptr, kept_ptr, balance_ptr, z_ptr, mean_p_ptr,
+            first_broken_ptr, tokens, capacity, column_E, chunks, E, E_PAD, G_PAD, J,
         )  # fmt: skip
     else:
         before_E = sum_of_chunks(count_ptr, 0, chunk, column_E, E, E_PAD)
         for tile in range(tiles):
             token_N = (chunk * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
             live_N = token_N < tokens
-            expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0).to(tl.int32)
-            chosen = one_hot(expert_N, live_N, column_E)
-            slot_N = tl.load(slot_ptr + token_N, mask=live_N, other=0) + pick(before_E[None, :], chosen)
-            tl.store(slot_ptr + token_N, tl.where(slot_N < capacity, slot_N, -1), mask=live_N)
+            for j in range(J):
+                expert_N = tl.load(expert_ptr + token_N * J + j, mask=live_N, other=0).to(tl.int32)
+                chosen = one_hot(expert_N, live_N, column_E)
+                slot_N = tl.load(slot_ptr + token_N * J + j, mask=live_N, other=0) + pick(before_E[None, :], chosen)
+                tl.store(slot_ptr + token_N * J + j, tl.where(slot_N < capacity, slot_N, -1), mask=live_N)
 
 
 @triton.jit
 def _backward_kernel(
-    logits_ptr, lse_ptr, expert_ptr, routed_ptr, d_gate_ptr, d_balance_ptr, d_z_ptr, out_ptr, tokens,
-    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    logits_ptr, lse_ptr, expert_ptr, routed_ptr, d_gate_ptr, d_balance_ptr, d_z_ptr, d_mean_p_ptr, out_ptr, tokens,
+    E: tl.constexpr, E_PAD: tl.constexpr, J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """d logits = p * (g - <p, g>) + p * d_z * 2 lse / N, with g_e = d_gate [e chosen] + d_balance E fraction_e / N."""
+    """The formula of `gating._reference_backward`."""
     token_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_N = token_N < tokens
     column_E = tl.arange(0, E_PAD)
@@ -160,12 +179,15 @@ def _backward_kernel(
     at_NE = token_N[:, None].to(tl.int64) * E + column_E[None, :]
     logits = tl.load(logits_ptr + at_NE, mask=live_NE, other=float("-inf")).to(tl.float32)
     lse_N = tl.load(lse_ptr + token_N, mask=live_N, other=0.0)
-    expert_N = tl.load(expert_ptr + token_N, mask=live_N, other=0).to(tl.int32)
-    d_gate_N = tl.load(d_gate_ptr + token_N, mask=live_N, other=0.0)
-    fraction_E = tl.load(routed_ptr + column_E, mask=column_E < E, other=0).to(tl.float32) / tokens
+    fraction_E = tl.load(routed_ptr + column_E, mask=column_E < E, other=0).to(tl.float32) / (tokens * J)
     p = tl.exp(logits - lse_N[:, None])
-    g = (tl.load(d_balance_ptr) * E / tokens) * fraction_E[None, :]
-    g += tl.where(column_E[None, :] == expert_N[:, None], d_gate_N[:, None], 0.0)
+    g_E = (tl.load(d_balance_ptr) * E / tokens) * fraction_E
+    g_E += tl.load(d_mean_p_ptr + column_E, mask=column_E < E, other=0.0) / tokens
+    g = tl.zeros([BLOCK_N, E_PAD], tl.float32) + g_E[None, :]
+    for j in range(J):
+        expert_N = tl.load(expert_ptr + token_N * J + j, mask=live_N, other=0).to(tl.int32)
+        d_gate_N = tl.load(d_gate_ptr + token_N * J + j, mask=live_N, other=0.0)
+        g += tl.where(column_E[None, :] == expert_N[:, None], d_gate_N[:, None], 0.0)
     d_z_N = tl.load(d_z_ptr) * 2 / tokens * lse_N
     d_logits = p * (g - tl.sum(p * g, axis=1)[:, None] + d_z_N[:, None])
     tl.store(out_ptr + at_NE, d_logits.to(out_ptr.dtype.element_ty), mask=live_NE)
@@ -186,7 +208,12 @@ def _tile(padded_experts: int) -> int:
 
 
 def forward(
-    logits_NE: Tensor, capacity: int, drop_order: str, bias_E: Tensor | None, cosine: Cosine | None = None
+    logits_NE: Tensor,
+    capacity: int,
+    drop_order: str,
+    bias_E: Tensor | None,
+    top_k: int = 1,
+    cosine: Cosine | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The tensors of `Gating`, and the index of the first token without a softmax (2^31 - 1: none).
 
@@ -202,7 +229,7 @@ def forward(
         pad_r = max(triton.next_power_of_2(cosine.projection_RD.shape[0]), 16)
         default = {"BLOCK_N": 32 if pad_r <= 64 else 16, "BLOCK_D": 32, "num_warps": 4}
         chosen = settings("cosine_gating", f"E{pad}_R{pad_r}", default, device)
-    sizes = {"E": experts, "E_PAD": pad, "BLOCK_N": chosen["BLOCK_N"], "num_warps": chosen["num_warps"]}
+    sizes = {"E": experts, "E_PAD": pad, "BLOCK_N": chosen["BLOCK_N"], "num_warps": chosen["num_warps"], "J": top_k}
     tiles = triton.cdiv(triton.cdiv(tokens, sizes["BLOCK_N"]), CHUNKS)
     chunks = triton.cdiv(tokens, sizes["BLOCK_N"] * tiles)
 
@@ -210,8 +237,9 @@ def forward(
         return torch.empty(shape, dtype=dtype, device=device)
 
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    expert_N, slot_N = empty((tokens,), i64), empty((tokens,), i64)
-    gate_N, entropy_N, lse_N = empty((tokens,), f32), empty((tokens,), f32), empty((tokens,), f32)
+    choices = (tokens,) if top_k == 1 else (tokens, top_k)
+    expert_N, slot_N, gate_N = empty(choices, i64), empty(choices, i64), empty(choices, f32)
+    entropy_N, lse_N, mean_p_E = empty((tokens,), f32), empty((tokens,), f32), empty((experts,), f32)
     count_GE, p_sum_GE = empty((chunks, experts), i32), empty((chunks, experts), f32)
     z_sum_G, broken_G = empty((chunks,), f32), empty((chunks,), i32)
     routed_E, kept_E = empty((experts,), i64), empty((experts,), i64)
@@ -234,19 +262,19 @@ def forward(
         R_PAD=max(triton.next_power_of_2(routing_width), 16), PRECISION=dot_precision(f32),
         BLOCK_D=chosen.get("BLOCK_D", 16), **sizes,
     )  # fmt: skip
-    sums = (count_GE, p_sum_GE, z_sum_G, broken_G, routed_E, kept_E, balance, z, first_broken)
+    sums = (count_GE, p_sum_GE, z_sum_G, broken_G, routed_E, kept_E, balance, z, mean_p_E, first_broken)
     sizes |= {"chunks": chunks, "G_PAD": triton.next_power_of_2(chunks)}
     if drop_order == "position":
         launch(_slot_kernel, (chunks + 1,), expert_N, slot_N, *sums, tokens, tiles, capacity, **sizes)
     else:
         gating_select_triton.assign_slots(expert_N, gate_N, slot_N, histogram, sums, tiles, capacity, sizes)
-    results = (gate_N, expert_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N)
+    results = (gate_N, expert_N, slot_N, routed_E, kept_E, entropy_N, balance, z, lse_N, mean_p_E)
     return (results if cosine is None else (*results, q_NR)), first_broken
 
 
 def backward(
     logits_NE: Tensor, lse_N: Tensor, expert_N: Tensor, routed_E: Tensor,
-    d_gate_N: Tensor, d_balance: Tensor, d_z: Tensor,
+    d_gate_N: Tensor, d_balance: Tensor, d_z: Tensor, d_mean_p_E: Tensor,
 ) -> Tensor:  # fmt: skip
     """d logits [N, E] in the dtype of the logits, one launch."""
     logits_NE = logits_NE.contiguous()
@@ -257,6 +285,7 @@ def backward(
     out_NE = torch.empty_like(logits_NE)
     launch(
         _backward_kernel, (triton.cdiv(tokens, chosen["BLOCK_N"]),), logits_NE, lse_N, expert_N, routed_E,
-        d_gate_N.contiguous(), d_balance, d_z, out_NE, tokens, E=experts, E_PAD=pad, **chosen,
+        d_gate_N.contiguous(), d_balance, d_z, d_mean_p_E.contiguous(), out_NE, tokens, E=experts, E_PAD=pad,
+        J=expert_N.numel() // tokens, **chosen,
     )  # fmt: skip
     return out_NE

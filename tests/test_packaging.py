@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +82,42 @@ def test_version_is_the_same_everywhere() -> None:
     assert declared is not None
     assert installed().version == declared[1]
     assert getattr(importlib.import_module("shodh_moe"), "__version__", declared[1]) == declared[1]
+
+
+def test_the_citation_has_the_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited.keys() >= {"cff-version", "message", "title", "authors", "license"}
+    assert str(cited["version"]) == installed().version
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(installed().version)}$", changes, re.MULTILINE)
+
+
+def test_the_conda_recipe_agrees_with_setup() -> None:
+    recipe = yaml.safe_load((ROOT / "conda/recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == installed().version
+    names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # as conda-forge calls them
+    wanted = [Requirement(line) for line in installed().requires or [] if "extra ==" not in line]
+    expected = [f"{names.get(one.name, one.name)} {one.specifier}" for one in wanted]
+    python, *packages = recipe["requirements"]["run"]
+    assert sorted(packages) == sorted(expected)
+    assert Requirement(python).specifier == SpecifierSet(installed().metadata["Requires-Python"])
+    assert recipe["build"]["python"]["entry_points"] == ["shodh = shodh_moe.cli:main"]
+
+
+def test_the_container_has_all_that_is_installed() -> None:
+    """The Dockerfile copies every folder and file that setup.py reads."""
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert names >= {
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "shodh_moe",
+        "kernels",
+        "configs",
+        "examples",
+    }
 
 
 def test_the_command_is_declared() -> None:

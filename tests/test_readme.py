@@ -5,19 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
-import torch
 
-from shodh_moe.base.errors import UserError
-from shodh_moe.data import list_trajectories, read_snapshots
-from shodh_moe.inference import forecast, load_model
 from shodh_moe.inference.export import export
-from shodh_moe.inference.predict import Request, predict
 from tests.trained import GRID, make_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,49 +39,12 @@ def test_the_python_example_runs(folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 1
     assert "path/to/dataset" in blocks[0]
-    code = blocks[0].replace("path/to/dataset", "theirs") + "print(predicted_N4XYZ.shape)\n"
+    code = blocks[0].replace("path/to/dataset", "theirs") + "print(tuple(predicted['velocity'].shape))\n"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str((3, 4, *GRID))
-
-
-def test_forecast_returns_what_predict_writes(folder: Path) -> None:
-    trajectory = list_trajectories(folder / "theirs", "test")[0]
-    fields_T4XYZ, solid_1XYZ = read_snapshots(trajectory)
-    output = folder / "prediction.hdf5"
-    predict(folder / "quickstart_model", Request(trajectory.path, output, 2, paraview=False, dtype="float64"))
-    predicted_N4XYZ = forecast(load_model(folder / "quickstart_model"), fields_T4XYZ[:2], solid_1XYZ, 2)
-    with h5py.File(output) as file:
-        velocity_N3XYZ = np.moveaxis(file["t1_fields/velocity"][0], -1, 1)
-        pressure_NXYZ = file["t0_fields/pressure"][0]
-    np.testing.assert_array_equal(predicted_N4XYZ[:, :3], velocity_N3XYZ)
-    np.testing.assert_array_equal(predicted_N4XYZ[:, 3], pressure_NXYZ)
-
-
-def test_forecast_refuses_invalid_fields(folder: Path) -> None:
-    model = load_model(folder / "quickstart_model")
-    solid_1XYZ = np.zeros((1, *GRID), np.float32)
-    with pytest.raises(UserError, match="do not fit the model"):
-        forecast(model, np.zeros((2, 4, 8, 8, 8), np.float32), solid_1XYZ, 1)
-    with pytest.raises(UserError, match="give at least 2"):
-        forecast(model, np.zeros((1, 4, *GRID), np.float32), solid_1XYZ, 1)
-    with pytest.raises(UserError, match="given fields have values that are not finite"):
-        forecast(model, np.full((2, 4, *GRID), np.nan, np.float32), solid_1XYZ, 1)
-    with pytest.raises(UserError, match="there is no folder"):
-        load_model(folder / "nowhere")
-
-
-def test_forecast_refuses_a_prediction_that_is_not_finite(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverging(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
-        yield history[:, -1]
-        yield history[:, -1] * float("nan")
-
-    monkeypatch.setattr("shodh_moe.inference.forecasting.rollout", diverging)
-    fields_H4XYZ, solid_1XYZ = np.ones((2, 4, *GRID), np.float32), np.zeros((1, *GRID), np.float32)
-    with pytest.raises(UserError, match="not finite at step 2"):
-        forecast(load_model(folder / "quickstart_model"), fields_H4XYZ, solid_1XYZ, 2)
+    assert done.stdout.strip() == str((10, 3, *GRID))
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/promises.md"])

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a file may import from its own folder and from those before it.
 ROOMS = [
-    *("base", "kernels", "metrics", "solvers", "operators", "parallel", "config", "inspection", "data", "checkpoint"),
-    *("model", "tokenizer", "launching", "merging", "training", "inference", "evaluation", "report", "runs"),
-    *("audit", "ccm", "doctor", "cli"),
+    *("base", "kernels", "metrics", "solvers", "operators", "parallel", "config", "inspection", "formats", "data"),
+    *("checkpoint", "model", "tokenizer", "launching", "merging", "training", "inference", "evaluation", "report"),
+    *("runs", "audit", "ccm", "doctor", "cli"),
 ]
 
 

@@ -16,6 +16,8 @@ from shodh_moe.solvers import Simulation
 
 GRID = (16, 16, 16)
 FLOW = {"trajectories": {"train": 2, "valid": 1, "test": 1}, "spinup_steps": 4, "steps_per_snapshot": 4}
+# A router in each layer, a shared expert, and tokens that are dropped: not the defaults, but most things can happen.
+LAYER: dict[str, Any] = {"scope": "layer", "shared_experts": 1, "dropless": False}
 CONFIG: dict[str, Any] = {
     "name": "tiny",
     "data": {

@@ -10,15 +10,11 @@ import argparse
 import json
 import os
 import resource
-import selectors
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +27,9 @@ from shodh_moe.base.files import write_text
 from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
 from shodh_moe.data.loader import Snapshots
 from support.mutations import Base, make_bases, mutate, mutated_stats
+from support.supervise import watch
 
 FAULTS = ("traceback", "crash", "timeout")
-SECONDS_A_FILE = 60.0
 MEMORY = 4 * 2**30  # address space that the child may add to its initial size
 CPU_SECONDS = 2  # replaces the reader's own limit, so that files that never end take less time
 STATS_SHARE = 0.03  # share of the cases that mutate statistics instead of a trajectory
@@ -94,61 +90,6 @@ def child(seed: int, start: int, stop: int, folder: Path) -> None:
         print(json.dumps({"number": number, "case": mutation, "outcome": outcome, "message": message}), flush=True)
 
 
-def watch(seed: int, files: int, folder: Path) -> tuple[Counter[str], list[dict[str, Any]], Counter[str], float]:
-    """Read all files in child processes. Returns outcomes, faults, refusals by reason, the slowest file's seconds."""
-    outcomes: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    faults: list[dict[str, Any]] = []
-    number, longest = 0, 0.0
-    while number < files:
-        arguments = [sys.executable, __file__, "--child", str(number), str(files), "--seed", str(seed)]
-        with subprocess.Popen([*arguments, "--folder", str(folder)], stdout=subprocess.PIPE) as process:
-            for line in lines_of(process):
-                if line is None or "outcome" not in line:
-                    began = time.monotonic()
-                    number = line["number"] if line else number
-                    continue
-                longest = max(longest, time.monotonic() - began)
-                outcomes[line["outcome"]] += 1
-                reasons[reason_of(line["message"], folder)] += line["outcome"] == "refused"
-                if line["outcome"] in FAULTS:
-                    faults.append(line)
-                    print(line["number"], line["case"], line["outcome"], line["message"], flush=True)
-                number = line["number"] + 1
-                if number % 500 == 0:
-                    print(number, dict(outcomes), flush=True)
-        if number < files:
-            outcome = "timeout" if process.returncode == -9 else "crash"
-            outcomes[outcome] += 1
-            faults.append({"number": number, "outcome": outcome, "message": f"exit code {process.returncode}"})
-            print(faults[-1], flush=True)
-            number += 1
-    return outcomes, faults, reasons, longest
-
-
-def lines_of(process: subprocess.Popen[bytes]) -> Any:
-    """Yield the child's decoded lines; kill it if it prints nothing for too long."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        rest = b""
-        while True:
-            if not selector.select(SECONDS_A_FILE):
-                process.kill()
-                return
-            piece = os.read(process.stdout.fileno(), 65536)
-            if not piece:
-                return
-            *lines, rest = (rest + piece).split(b"\n")
-            yield from map(json.loads, lines)
-
-
-def reason_of(message: str, folder: Path) -> str:
-    """The start of a refusal's message, without the parts that differ between files."""
-    text = message.replace(str(folder), "")
-    return " ".join(word for word in text.split()[:9] if not any(c.isdigit() for c in word))[:70]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--files", type=int, default=10_000, help="default: %(default)s")
@@ -168,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             child(options.seed, options.only, options.only + 1, folder)
             return 0
         began = time.monotonic()
-        outcomes, faults, reasons, longest = watch(options.seed, options.files, folder)
+        outcomes, faults, reasons, longest = watch(__file__, options.seed, options.files, folder, FAULTS)
         seconds = time.monotonic() - began
     content = {
         "benchmark": "fuzz_reader",

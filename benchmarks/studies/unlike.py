@@ -26,7 +26,8 @@ from shodh_moe.config import ModelConfig
 from shodh_moe.config.load import load_config, read_yaml
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.inference.contexts import context_rows, contexts_of, router_features
-from shodh_moe.inference.loading import Models, find_source, load_models
+from shodh_moe.inference.loading import find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.unlikeness import Unlikeness, fit_unlikeness
 from shodh_moe.metrics.detection import auroc
 from shodh_moe.model.routers.cosine import CosineRouter
@@ -70,10 +71,10 @@ def rows_of(latents: Path, model: ModelConfig) -> Tensor:
     return torch.cat(rows)
 
 
-def scores_of(fitted: Unlikeness, models: Models, rows: Tensor) -> dict[str, Tensor]:
+def scores_of(fitted: Unlikeness, model: Model, rows: Tensor) -> dict[str, Tensor]:
     """The score of the warning and, for a path router with context sample, the router's own: minus the best cosine."""
     found = {"warning": fitted.score(rows)[0]}
-    path, settings = models.transformer.path, models.transformer.config.moe.router
+    path, settings = model.transformer.path, model.transformer.config.moe.router
     if path is not None and isinstance(path.router, CosineRouter) and settings.context == "sample":
         q = path.router.projection(router_features(rows, fitted.inputs))
         cosine = torch.nn.functional.cosine_similarity(q[:, None], path.router.prototypes_ER, dim=2)
@@ -86,13 +87,13 @@ def work(config: StudyConfig, output: Path) -> None:
     require_writable(output.absolute().parent)
     base = base_model(config)
     source = find_source(base)
-    contexts, models = contexts_of(source), load_models(source)
+    contexts, model = contexts_of(source), load_source(source)
     if contexts is None:
         raise UserError(f"{base} records no contexts: remove it, and run this again")
     fitted = fit_unlikeness(contexts)
-    usual = scores_of(fitted, models, rows_of(resolve_paths(source.config).latents, source.config.model))
+    usual = scores_of(fitted, model, rows_of(resolve_paths(source.config).latents, source.config.model))
     strange = {
-        domain: scores_of(fitted, models, rows_of(held_out(config, base, domain), source.config.model))
+        domain: scores_of(fitted, model, rows_of(held_out(config, base, domain), source.config.model))
         for domain in config.held_out
     }
     result: dict[str, Any] = {

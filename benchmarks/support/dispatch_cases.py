@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shodh_moe.kernels import Gating, combine, dispatch, top1_gating
+from shodh_moe.kernels import Gating, combine, dispatch, topk_gating
 from support.gating_cases import checks_finite, logits_of
 from support.peers import DeepSpeed, torch_combine, torch_dispatch, torch_gating
 from support.timing import BOTH, FORWARD
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 def route(case: Case, seed: int, device: torch.device) -> Gating:
     logits_NE = logits_of(case.tokens, case.experts, seed, device, torch.float32)
-    return top1_gating(logits_NE, case.tokens if case.capacity is None else case.capacity)
+    return topk_gating(logits_NE, case.tokens if case.capacity is None else case.capacity)
 
 
 def movement_bytes(case: Case, kept: int, shared: bool) -> dict[str, dict[str, int]]:
@@ -84,7 +84,7 @@ def together_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
 
 
 def together_ours(i: Inputs, case: Case) -> tuple[Tensor, ...]:
-    g = top1_gating(i["logits"], case.capacity or 0, check_finite=checks_finite(i["x"].device))
+    g = topk_gating(i["logits"], case.capacity or 0, check_finite=checks_finite(i["x"].device))
     rows_EKD = dispatch(i["x"], g.expert_N, g.slot_N, g.kept_E, case.capacity)
     return combine(rows_EKD, g.expert_N, g.slot_N, g.gate_N, g.kept_E), g.balance_loss
 

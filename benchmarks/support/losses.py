@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.files import write_text
-from shodh_moe.kernels import combine, cosine_top1_gating, curl, dispatch, expert_capacity
+from shodh_moe.kernels import combine, cosine_topk_gating, curl, dispatch, expert_capacity
 from shodh_moe.kernels.backend import describe
 
 EXPERTS, ROUTING = 4, 16
@@ -47,7 +47,7 @@ class Net(nn.Module):
         blocks = field_3GGG.view(3, n, 2, n, 2, n, 2).permute(1, 3, 5, 0, 2, 4, 6).reshape(n**3, 24)
         x_ND = blocks @ self.embed
         capacity = expert_capacity(n**3, EXPERTS, 1.25, 4)
-        g = cosine_top1_gating(x_ND, self.projection, self.prototypes, self.temperature, capacity, "probability")
+        g = cosine_topk_gating(x_ND, self.projection, self.prototypes, self.temperature, capacity, "probability")
         rows_EKD = dispatch(x_ND, g.expert_N, g.slot_N, g.kept_E, capacity)
         done_EKD = torch.bmm(F.silu(torch.bmm(rows_EKD, self.up)), self.down)
         y_ND = combine(done_EKD, g.expert_N, g.slot_N, g.gate_N, g.kept_E, x_ND)

@@ -23,9 +23,9 @@ def our_layer(width: int, hidden: int, experts: int, router: str, dropless: bool
     except ImportError as error:
         return Missing(first_line(error))
     config = MoEConfig(
+        scope="layer",
         num_experts=experts,
         expert_hidden=hidden,
-        shared_experts=0,
         dropless=dropless,
         capacity_factor=CAPACITY_FACTOR,
         min_capacity=MIN_CAPACITY,
@@ -41,6 +41,37 @@ def feed_forward(width: int, hidden: int) -> Any:
     except ImportError as error:
         return Missing(first_line(error))
     return FeedForward(width, hidden)
+
+
+def expert_products(width: int, hidden: int, experts: int, rows: int, batched: bool, device: Any, dtype: Any) -> Any:
+    """A call that makes only the six products of SwiGLU experts, forward and backward, with ``rows`` rows each.
+
+    A layer makes the same products, and routes and moves tokens besides.
+
+    Args:
+        batched: one batched product for all experts instead of one product for each.
+    """
+    x_ETD, dy_ETD = (torch.randn(experts, rows, width, device=device).to(dtype) for _ in range(2))
+    hidden_ETF, product_ETF = (torch.randn(experts, rows, n * hidden, device=device).to(dtype) for n in (2, 1))
+    gate_up_EDF = torch.randn(experts, width, 2 * hidden, device=device).to(dtype)
+    down_EFD = torch.randn(experts, hidden, width, device=device).to(dtype)
+    pairs = [
+        (x_ETD, gate_up_EDF), (product_ETF, down_EFD), (dy_ETD, down_EFD.transpose(1, 2)),
+        (product_ETF.transpose(1, 2), dy_ETD), (x_ETD.transpose(1, 2), hidden_ETF),
+        (hidden_ETF, gate_up_EDF.transpose(1, 2)),
+    ]  # fmt: skip
+    outputs = [torch.bmm(*pair) for pair in pairs]
+
+    def call(_: Any) -> tuple[Any, ...]:
+        for (a, b), out in zip(pairs, outputs, strict=True):
+            if batched:
+                torch.bmm(a, b, out=out)
+            else:
+                for one, other, place in zip(a, b, out, strict=True):
+                    torch.mm(one, other, out=place)
+        return tuple(outputs)
+
+    return call
 
 
 def deepspeed_layer(width: int, hidden: int, experts: int, factor: float, random_tokens: bool, device: Any) -> Any:

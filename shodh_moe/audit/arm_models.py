@@ -29,7 +29,7 @@ def mixture(base: Config, experts: int) -> ModelConfig:
 
 def one_expert(base: Config, experts: int) -> ModelConfig:
     """A dense network of the mixture's active size: the mixture with a single expert, which takes every token."""
-    return _moe(base.model, num_experts=1)
+    return _moe(base.model, num_experts=1, top_k=1)
 
 
 def wider_experts(base: Config, experts: int) -> ModelConfig:
@@ -57,23 +57,23 @@ def wider_model(base: Config, experts: int) -> ModelConfig:
 
 def router_in_each_layer(base: Config, experts: int) -> ModelConfig:
     """The mixture with a router in each layer, which sees the layer's tokens and learns at the full rate."""
-    return _moe(base.model, num_experts=experts, scope="layer", attention="shared", router={"lr_scale": 1.0})
+    router = {"lr_scale": 1.0, "commitment_weight": 0.0}
+    return _moe(base.model, num_experts=experts, scope="layer", attention="shared", router=router)
 
 
 def told(base: Config, experts: int) -> ModelConfig:
     """A dense network without paths that is told what the path router sees (`model.film`)."""
-    dense = _moe(base.model, num_experts=0, shared_experts=base.model.moe.shared_experts + 1)
-    return dense.model_copy(update={"film": True})
+    return one_expert(base, experts).model_copy(update={"film": True})
 
 
 def oracle(base: Config, experts: int) -> ModelConfig:
     """The mixture, routed by the sample's domain with gate 1."""
-    return _moe(base.model, num_experts=experts, router={"kind": "oracle"})
+    return _moe(base.model, num_experts=experts, top_k=1, router={"kind": "oracle", "balance": "loss"})
 
 
 def frozen_random(base: Config, experts: int) -> ModelConfig:
     """The mixture with a random router that does not learn."""
-    return _moe(base.model, num_experts=experts, router={"frozen": True, "start": "random"})
+    return _moe(base.model, num_experts=experts, router={"frozen": True, "start": "random", "balance": "loss"})
 
 
 def random_start(base: Config, experts: int) -> ModelConfig:
@@ -82,9 +82,16 @@ def random_start(base: Config, experts: int) -> ModelConfig:
 
 
 def no_shared(base: Config, experts: int) -> ModelConfig:
-    """The mixture without shared parts of embedding, feed-forward blocks and head; the experts are wider instead."""
+    """The mixture whose paths share nothing but norms and biases, with experts as wide as all of a token's together."""
     hidden = base.model.moe.expert_hidden * (1 + base.model.moe.shared_experts)
-    return _moe(base.model, num_experts=experts, shared_experts=0, expert_hidden=hidden)
+    return _moe(base.model, num_experts=experts, shared_experts=0, expert_hidden=hidden, shared_linear=False)
+
+
+def shared_expert(base: Config, experts: int) -> ModelConfig:
+    """The mixture with one more expert for all paths; all experts are narrower instead, by half if there was none."""
+    shared = base.model.moe.shared_experts + 1
+    hidden = base.model.moe.expert_hidden * shared // (shared + 1)
+    return _moe(base.model, num_experts=experts, shared_experts=shared, expert_hidden=hidden)
 
 
 def shared_attention(base: Config, experts: int) -> ModelConfig:
@@ -110,13 +117,13 @@ class Arm:
         words: its name in tables and figures.
         model: makes its model from the audit's base config and the number of experts.
         question: what comparing the mixture with it answers; None if the comparison gives no verdict.
-        tuned: whether its learning rate is chosen for it; otherwise it is trained at the mixture's.
+        rate_of: the arm whose learning rate it is trained with; None: one that is chosen for it.
     """
 
     words: str
     model: Callable[[Config, int], ModelConfig]
     question: str | None = None
-    tuned: bool = True
+    rate_of: str | None = None
 
 
 # In the order of the tables.
@@ -124,20 +131,25 @@ ARMS = {
     "moe": Arm("mixture", mixture),
     "layer": Arm("router in each layer", router_in_each_layer, "Does it help to decide once for all layers?"),
     "dense_active": Arm("dense, same active", one_expert),
-    "dense_total": Arm("dense, same total", wider_experts, "Is it the routing, and not the number of parameters?"),
-    "dense_wide": Arm("dense, same total, wide", wider_model, "Is it the routing, and not the width?"),
+    "dense_total": Arm(
+        "dense, same total", wider_experts, "Is it the routing, and not the number of parameters?", "dense_active"
+    ),
+    "dense_wide": Arm("dense, same total, wide", wider_model, "Is it the routing, and not the width?", "dense_active"),
     "film": Arm("dense, told the context", told, "Is it the routing, and not the knowledge of the context?"),
-    "oracle": Arm("oracle routing", oracle, "Is learned routing as good as routing by domain?"),
-    "random": Arm("random routing", frozen_random, "Does it matter that the routing is learned?", tuned=False),
+    "oracle": Arm("oracle routing", oracle, "Is learned routing as good as routing by domain?", rate_of="moe"),
+    "random": Arm("random routing", frozen_random, "Does it matter that the routing is learned?", rate_of="moe"),
     "random_start": Arm(
-        "random start", random_start, "Does it matter that the router starts from k-means?", tuned=False
+        "random start", random_start, "Does it matter that the router starts from k-means?", rate_of="moe"
     ),
-    "no_shared": Arm("no shared parts", no_shared, "Do shared parts matter?", tuned=False),
+    "no_shared": Arm("no shared parts", no_shared, "Do shared parts matter?", rate_of="moe"),
+    "shared_expert": Arm(
+        "shared expert", shared_expert, "Does it matter that experts share no hidden units?", rate_of="moe"
+    ),
     "shared_attention": Arm(
-        "shared attention", shared_attention, "Does it matter that each path has its attention?", tuned=False
+        "shared attention", shared_attention, "Does it matter that each path has its attention?", rate_of="moe"
     ),
-    "window": Arm("decision by window", by_window, tuned=False),
-    "both": Arm("decision by token", by_token, tuned=False),
+    "window": Arm("decision by window", by_window, rate_of="moe"),
+    "both": Arm("decision by token", by_token, rate_of="moe"),
     SINGLE: Arm("alone", one_expert),
 }
 

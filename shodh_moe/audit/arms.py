@@ -3,14 +3,14 @@
 `arm_models` describes the arms. ``single`` is trained on one domain, with the same samples of that domain in the same
 order as the other arms.
 
-The learning rate of the mixture and of every rival is chosen in the same way: on validation data, with seeds used for
+The learning rates of the mixture and of its rivals are chosen in the same way: on validation data, with seeds used for
 nothing else. One seed is not enough, because a high rate that is best for one seed can be unstable for the next. An arm
-that removes one part of the mixture is trained at the mixture's rate.
+that removes one part of the mixture is trained at the mixture's rate, and all dense networks at that of the smallest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -30,7 +30,8 @@ SET_ARMS = {
     "four": ("moe", "dense_active", "oracle", SINGLE),
     "bed": ("moe", "window", "both", "dense_active", SINGLE),
 }
-RELEARNING = ("moe", "layer", "dense_active", "oracle")  # arms of the main set that learn a third domain
+RELEARNING = ("moe", "layer", "dense_active")  # arms of the main set that learn a third domain
+ALL_SEEDS = ("moe", "dense_active", SINGLE)  # arms of the main set that are trained with `seeds`, others `more_seeds`
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,17 @@ def run_config(
     return Config.model_validate({**config.model_dump(), "name": name})
 
 
-def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[str, float]) -> Iterator[Run]:
+def set_runs(
+    audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[str, float], arms: Sequence[str] = ()
+) -> Iterator[Run]:
     """Yield the runs of a set, arm by arm.
 
     Args:
         rates: learning rates by `tuned_as`. See `choose_rates`.
+        arms: which arms; default: all of the set.
     """
     mixed = set_domains(audit, set_name)
-    for arm in SET_ARMS[set_name]:
+    for arm in arms or SET_ARMS[set_name]:
         counts: list[int | None] = [None]
         if set_name == "four" and arm == "moe":
             counts = list(audit.experts)
@@ -195,9 +199,9 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
             counts = [len(mixed)]
         for domains in [[one] for one in mixed] if arm == SINGLE else [mixed]:
             own = tuned_as(arm, domains)
-            # Arms that are not tuned, and domains that the main set lacks, use the rate of the mixture and of its
-            # first domain.
-            rate = next(rates[key] for key in (own, tuned_as(arm, audit.domains), "moe") if key in rates)
+            # Domains that the main set lacks use the rate of its first domain.
+            other = ARMS[arm].rate_of or tuned_as(arm, audit.domains)
+            rate = rates[own] if own in rates else rates[other]
             for experts in counts:
                 for seed in seeds:
                     one = domains[0] if arm == SINGLE else None
@@ -208,9 +212,13 @@ def set_runs(audit: AuditConfig, set_name: str, seeds: list[int], rates: dict[st
 
 def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
     """All runs to measure, set by set."""
-    runs = list(set_runs(audit, "main", audit.seeds, rates))
+    runs = [
+        run
+        for arm in SET_ARMS["main"]
+        for run in set_runs(audit, "main", audit.seeds if arm in ALL_SEEDS else audit.more_seeds, rates, [arm])
+    ]
     if audit.long_steps:
-        runs += set_runs(audit, "long", audit.seeds, rates)
+        runs += set_runs(audit, "long", audit.more_seeds, rates)
     if audit.hard:
         runs += set_runs(audit, "hard", audit.more_seeds, rates)
     if audit.experts:
@@ -223,11 +231,11 @@ def all_runs(audit: AuditConfig, rates: dict[str, float]) -> list[Run]:
 def tuning_runs(audit: AuditConfig) -> dict[str, dict[float, list[Run]]]:
     """The runs among which learning rates are chosen, by `tuned_as` and rate."""
     found: dict[str, dict[float, list[Run]]] = {}
-    names = {tuned_as(arm, [one]) for arm in SET_ARMS["main"] if ARMS[arm].tuned for one in audit.domains}
+    arms = [arm for arm in SET_ARMS["main"] if not ARMS[arm].rate_of]
+    names = {tuned_as(arm, [one]) for arm in arms for one in audit.domains}
     for rate in audit.learning_rates:
-        for run in set_runs(audit, "main", audit.tuning_seeds, dict.fromkeys(names, rate)):
-            if run.tuned_as in names:
-                found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
+        for run in set_runs(audit, "main", audit.tuning_seeds, dict.fromkeys(names, rate), arms):
+            found.setdefault(run.tuned_as, {}).setdefault(rate, []).append(run)
     return found
 
 

@@ -24,7 +24,7 @@ class AuditConfig(Section):
     seeds: list[Seed] = Field(
         [0, 1, 2, 3, 4], description="seeds of the sets `main` and `long`, for weights and data order"
     )
-    more_seeds: list[Seed] = Field([0, 1, 2], description="seeds of the other sets and of relearning")
+    more_seeds: list[Seed] = Field([0, 1, 2], description="seeds of controls, of the other sets and of relearning")
     tuning_seeds: list[Seed] = Field(
         [1000, 1001, 1002], description="seeds of the runs for choosing learning rates; not used otherwise"
     )
@@ -120,9 +120,9 @@ class AuditConfig(Section):
             if batch % count:
                 raise ValueError(f"base.training.batch_size {batch} is not divisible by {count} domains: change it")
         learns = moe.router.kind != "oracle" and not moe.router.frozen and moe.router.start == "kmeans"
-        if moe.scope != "path" or moe.num_experts < 2 or not moe.shared_experts or not learns:
+        if moe.scope != "path" or moe.num_experts < 2 or not moe.shared_linear or not learns:
             raise ValueError(
                 "base.model.moe must be the mixture that the other arms are derived from: scope path, num_experts 2 or "
-                "more, shared_experts 1 or more, and a router that starts from kmeans and learns"
+                "more, shared_linear true, and a router that starts from kmeans and learns"
             )
         return self

@@ -25,7 +25,8 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import TrajectoryKey, TrajectoryRecord, read_trajectory, trajectories_by_source
-from shodh_moe.inference.loading import Models, find_source, load_models
+from shodh_moe.inference.loading import find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.one_step import predict_trajectory, predict_windows
 from shodh_moe.inference.rollout import decode
 from shodh_moe.metrics.fields import vrmse
@@ -84,8 +85,8 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     if diverged(run.config):
         return _write(audit, run, {})
     config, paths = run.config, resolve_paths(run.config)
-    models = load_models(find_source(last_checkpoint(config)))
-    transformer, batch, count = models.transformer, config.evaluation.batch_size, audit.gradient_samples
+    model = load_source(find_source(last_checkpoint(config)))
+    transformer, batch, count = model.transformer, config.evaluation.batch_size, audit.gradient_samples
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     train = LatentSamples(
         load_latents(paths.latents, "train", paths.tokenizer), config.model.history, config.data.weights
@@ -98,18 +99,18 @@ def measure(audit: AuditConfig, run: Run) -> Path:
     routing = heldout_routing(transformer, test, speeds, unweighted) if run.experts else None
     records = trajectories_by_source(paths.dataset, "test", config.data.grid, config.data.skip_bad)
     found = {
-        "errors": heldout_errors(models, config, records, test, samples),
+        "errors": heldout_errors(model, config, records, test, samples),
         "routing": routing,
         "bifurcation": bifurcation(read_run(run_folder(config), "train")) if run.experts else None,
         "swap": swap_growth(transformer, samples, routing, batch),
         "kinship": growth_on_experts(transformer, samples, routing, batch, count) if run.set == "four" else None,
         "place": place_information(transformer, samples, records, batch) if run.experts else {},
-        "unseen": _unseen(audit, run, models, unweighted),
+        "unseen": _unseen(audit, run, model, unweighted),
         "gradients": [] if run.arm == SINGLE else gradients_over_training(run_folder(config), config, train, count),
         "plasticity": plasticity(transformer, samples, count, batch),
     }
     if routing is not None:
-        arrays = routing_maps(models, config, test, samples)
+        arrays = routing_maps(model, config, test, samples)
         path = result_path(audit, run).with_suffix(".npz")
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, allow_pickle=False, **arrays)
@@ -123,19 +124,19 @@ def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
     return path
 
 
-def _unseen(audit: AuditConfig, run: Run, models: Models, unweighted: Config) -> dict[str, Any] | None:
+def _unseen(audit: AuditConfig, run: Run, model: Model, unweighted: Config) -> dict[str, Any] | None:
     """Measurements on unseen geometry; None if no domain of the run has unseen geometry."""
     config = unseen_config(audit)
     paths = resolve_paths(config)
     test = [one for one in load_latents(paths.latents, "test", paths.tokenizer) if one.domain in run.domains]
     if not test:
         return None
-    return unseen(models.transformer, test, unweighted, local_speeds(config, paths.dataset, "test", test))
+    return unseen(model.transformer, test, unweighted, local_speeds(config, paths.dataset, "test", test))
 
 
 @torch.no_grad()
 def heldout_errors(
-    models: Models,
+    model: Model,
     config: Config,
     records: Mapping[TrajectoryKey, TrajectoryRecord],
     test: list[LatentTrajectory],
@@ -150,7 +151,7 @@ def heldout_errors(
     Args:
         records: the data of the test split, see `trajectories_by_source`.
     """
-    tokenizer, h = models.tokenizer, config.model.history
+    tokenizer, h = model.tokenizer, config.model.history
     rms_4111 = torch.stack([tokenizer.velocity_rms] * 3 + [tokenizer.pressure_rms])[:, None, None, None]
     rows: dict[str, list[dict[str, float]]] = {domain: [] for domain in samples.domains}
     for latent in test:
@@ -158,7 +159,7 @@ def heldout_errors(
         solid = torch.from_numpy(truth.solid_1XYZ)
         true, z = trajectory_fields(truth)[:, :4], latent.read()
         size = config.evaluation.batch_size
-        predicted_z, _ = predict_trajectory(models.transformer, samples, latent, size)
+        predicted_z, _ = predict_trajectory(model.transformer, samples, latent, size)
         predicted = torch.cat([decode(tokenizer, part, solid, torch.float32) for part in predicted_z.split(size)])
         record = {}
         for end, latents, fields in (("", predicted_z, predicted), ("_persistence", z[h - 1 : -1], true[h - 1 : -1])):
@@ -171,7 +172,7 @@ def heldout_errors(
 
 @torch.no_grad()
 def routing_maps(
-    models: Models, config: Config, test: list[LatentTrajectory], samples: LatentSamples
+    model: Model, config: Config, test: list[LatentTrajectory], samples: LatentSamples
 ) -> dict[str, np.ndarray]:
     """Arrays of the routing maps, from the middle window of each domain's first test trajectory.
 
@@ -184,7 +185,7 @@ def routing_maps(
     for domain in samples.domains:
         latent = next(one for one in test if one.domain == domain)
         middle = (latent.snapshots - h) // 2
-        (found,) = predict_windows(models.transformer, samples, [samples.windows_of(latent)[middle]], 1)
+        (found,) = predict_windows(model.transformer, samples, [samples.windows_of(latent)[middle]], 1)
         grid = [size // patch for size in latent.geometry_Cxyz.shape[1:]]
         experts = [layer.expert_N.view(grid) for layer in found.routing]
         arrays[f"{domain}/expert_map"] = torch.stack(experts).int().numpy()

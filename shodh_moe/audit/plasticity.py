@@ -51,7 +51,8 @@ def plasticity(transformer: LatentTransformer, samples: LatentSamples, count: in
     def routed_hook(layer: str) -> Callable[..., None]:
         def hook(moe: MoE, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing]) -> None:
             for expert in range(moe.config.num_experts):
-                chosen_TD = inputs[0][output[1].expert_N == expert]
+                chose_N = (output[1].chosen_N == expert).view(len(inputs[0]), -1).any(1)
+                chosen_TD = inputs[0][chose_N]
                 add(f"expert {expert}", layer, _hidden(moe.experts, expert, chosen_TD))
 
         return hook

@@ -5,10 +5,10 @@ Code that treats some parameters differently reads their marks; it never looks a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -48,20 +48,25 @@ def mark_all(module: nn.Module, **changes: Any) -> None:
         mark(parameter, **changes)
 
 
-def hold(parameter: nn.Parameter, but: list[int] | None = None) -> None:
+def hold(parameter: nn.Parameter, but: Callable[[], list[int]] | None = None) -> None:
     """Keep a parameter as it is during training: no update and no weight decay.
 
     Its gradient is zero rather than missing, because every engine and ZeRO stage expects one per parameter.
 
     Args:
-        but: indices along axis 0 of parts that learn, without weight decay; None: the whole parameter is held. Ranks
-            that hold other experts of a layer give [], so that all have the same optimizer groups.
+        but: gives the indices along axis 0 of parts that learn, without weight decay; None: the whole parameter is
+            held. It is asked in every backward pass, because experts can move between ranks. Ranks that hold other
+            experts of a layer give [], so that all have the same optimizer groups.
     """
     if but is None:
         mark(parameter, lr_scale=0.0)
         parameter.register_hook(lambda gradient: 0 * gradient)
         return
     mark(parameter, decay=False)  # weight decay would change the other parts
-    learns = torch.zeros(len(parameter), *[1] * (parameter.dim() - 1))
-    learns[but] = 1
-    parameter.register_hook(lambda gradient: gradient * learns.to(gradient))
+
+    def learning(gradient: Tensor) -> Tensor:
+        learns = gradient.new_zeros(len(gradient), *[1] * (gradient.dim() - 1))
+        learns[but()] = 1
+        return gradient * learns
+
+    parameter.register_hook(learning)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import disk_trouble, write_text
 from shodh_moe.base.lock import making
-from shodh_moe.base.remote import cache_folder, key_of, list_versions, local_copy, read_range, tells_version
+from shodh_moe.base.remote import cache_folder, is_url, key_of, list_versions, local_copy, read_range, tells_version
 
 MARK = "shodh_moe: pointer to a remote file\n"
 READ_IN_PARTS = (".hdf5", ".h5")
@@ -58,8 +58,8 @@ def mirror(url: str) -> Path:
 
 
 def local_folder(place: Path | str) -> Path:
-    """Return a path as it is, and the `mirror` of a URL."""
-    return mirror(place) if isinstance(place, str) else place
+    """Return a local path, in which ``~`` may stand for the home folder, as it is; for a URL, its `mirror`."""
+    return mirror(place) if isinstance(place, str) and is_url(place) else Path(place).expanduser()
 
 
 def size_of(path: Path) -> int:

@@ -49,16 +49,23 @@ class Section(BaseModel):
 
 
 def setting(
-    default: Any, *, changes: Artefact, for_tokenizer: bool = False, description: str | None = None, **field: Any
+    default: Any,
+    *,
+    changes: Artefact,
+    for_tokenizer: bool = False,
+    before: Any = None,
+    description: str | None = None,
+    **field: Any,
 ) -> Any:
     """Declare a key of a section: pydantic's ``Field``, plus the artefact that the key changes.
 
     Args:
         changes: the first artefact that the key changes.
         for_tokenizer: the tokenizer's training uses this key of the ``training`` section as well.
+        before: what versions without this key did, if that is another value than the default; see `with_old_values`.
         field: further arguments of ``Field``, such as ``gt``.
     """
-    extra: JsonDict = {"changes": changes, "for_tokenizer": for_tokenizer}
+    extra: JsonDict = {"changes": changes, "for_tokenizer": for_tokenizer, "before": before}
     return Field(default, description=description, json_schema_extra=extra, **field)
 
 
@@ -93,6 +100,23 @@ def first_changed(kind: type[Section], key: str) -> Artefact:
         both = "both its section and the key itself say" if own else "neither its section nor the key itself says"
         raise TypeError(f"{kind.__name__}.{name}: {both} what it changes: use setting(..., changes=...) or the class's")
     return own or kind.all_change  # type: ignore[return-value]
+
+
+def with_old_values(kind: type[Section], stored: Any) -> Any:
+    """Return a section that an older version has stored, with values for the keys that it did not have.
+
+    A config that is stored has all keys of its version, so a missing key is a newer one.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    complete = dict(stored)
+    for name, field in kind.model_fields.items():
+        extra = field.json_schema_extra
+        if (section := section_of(field)) and name in complete:
+            complete[name] = with_old_values(section, complete[name])
+        elif name not in complete and isinstance(extra, dict) and extra.get("before") is not None:
+            complete[name] = extra["before"]
+    return complete
 
 
 def settings_that_change(section: Section, artefact: Artefact) -> dict[str, Any]:

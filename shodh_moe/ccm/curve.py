@@ -16,7 +16,7 @@ from shodh_moe.ccm.expert import Expert, compose, require_same_network
 from shodh_moe.ccm.readout import BANK, FRAMES, finite_error, golden_section, rollout_errors
 from shodh_moe.checkpoint.state import load_state
 from shodh_moe.merging.axes import parabola
-from shodh_moe.merging.recipe import weighted_sum
+from shodh_moe.merging.recipe import affine_sum
 
 Curve = Callable[[float], Expert]
 
@@ -59,7 +59,7 @@ def quadratic(low: Expert, middle: Expert, high: Expert, at: float = 0.0, bow: f
         inputs = [one.weights() for one in (low, middle, high)]
         with torch.no_grad():
             return low.with_weights(
-                {name: weighted_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]}
+                {name: affine_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]}
             )
 
     return on_curve
@@ -79,6 +79,8 @@ def require_one_anchor(experts: list[Expert], anchor: Expert | None = None) -> N
     first = experts[0]
     wanted = load_state(anchor.path)["sha256"] if anchor else began_from(first)
     for other in experts:
+        if began_from(other) is None:
+            raise UserError(f"{other.path} was not fine-tuned from an anchor: give experts of one anchor")
         if began_from(other) != wanted:
             theirs = f"{anchor.path}" if anchor else f"the anchor of {first.path}"
             raise UserError(f"{other.path} was not fine-tuned from {theirs}: give experts of one anchor")
@@ -98,7 +100,7 @@ def by_layer(low: Expert, high: Expert, alphas: dict[str, float]) -> Expert:
 
     def tensor(name: str) -> Tensor:
         alpha = alphas.get(layer_of(name), 0.0)
-        return weighted_sum([(1 - alpha) / 2, (1 + alpha) / 2], [one[name] for one in inputs])
+        return affine_sum([(1 - alpha) / 2, (1 + alpha) / 2], [one[name] for one in inputs])
 
     with torch.no_grad():
         return low.with_weights({name: tensor(name) for name in inputs[0]})

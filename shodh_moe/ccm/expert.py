@@ -28,7 +28,7 @@ from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.inputs import Inputs, require_same_inputs
 from shodh_moe.merging.config import Target
 from shodh_moe.merging.methods import recipe
-from shodh_moe.merging.recipe import TensorMerge, weighted_sum
+from shodh_moe.merging.recipe import TensorMerge, affine_sum
 from shodh_moe.merging.settings import Lookup, Setting
 from shodh_moe.operators import DPOT_SIZES, FNO_SIZES, DPOT2d, FNO2d, rollout
 from shodh_moe.solvers.planar import PLANAR_VERSION
@@ -229,7 +229,7 @@ def compose(low: Expert, high: Expert, alpha: float) -> Expert:
     """Merge two experts at ``alpha`` on the line: (1 - alpha)/2 low + (1 + alpha)/2 high (DESIGN 3.7)."""
     inputs, coefficients = (low.weights(), high.weights()), [(1 - alpha) / 2, (1 + alpha) / 2]
     with torch.no_grad():
-        return low.with_weights({name: weighted_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]})
+        return low.with_weights({name: affine_sum(coefficients, [one[name] for one in inputs]) for name in inputs[0]})
 
 
 def from_anchor(method: str, anchor: Expert, models: list[Expert], parameters: dict[str, Setting]) -> Expert:

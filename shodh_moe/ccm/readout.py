@@ -175,10 +175,10 @@ def json_number(value: float, digits: int = 6) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def probes(regimes: list[Trajectories], history: int) -> Tensor:
+def probes(regimes: list[Trajectories], history: int, trajectories: int = PROBES) -> Tensor:
     """Frames from the beginning and the middle of some trajectories of each regime, [N, history, C, H, W]."""
     return torch.cat(
-        [r.fields[:PROBES, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
+        [r.fields[:trajectories, t : t + history] for r in regimes for t in (0, (r.fields.shape[1] - history) // 2)]
     )
 
 

@@ -5,7 +5,7 @@ read it at any expert-parallel size and ZeRO stage. ``shodh_moe.checkpoint.inspe
 """
 
 from shodh_moe.checkpoint.find import checkpoints_at, resolve_checkpoint
-from shodh_moe.checkpoint.fragments import Fragment, first_element, logical_shape, model_fragments
+from shodh_moe.checkpoint.fragments import Fragment, logical_shape, model_fragments, runs
 from shodh_moe.checkpoint.read import (
     CheckpointReader,
     damage,
@@ -28,7 +28,6 @@ __all__ = [
     "damage",
     "damages",
     "find_checkpoint",
-    "first_element",
     "last_checkpoint",
     "list_checkpoints",
     "load_weights",
@@ -36,4 +35,5 @@ __all__ = [
     "mismatch",
     "model_fragments",
     "resolve_checkpoint",
+    "runs",
 ]

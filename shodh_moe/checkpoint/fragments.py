@@ -1,7 +1,8 @@
 """Fragments: the parts of a checkpoint's logical tensors that one rank holds.
 
 A logical tensor is a parameter (or one of its optimizer moments) as it would be without parallelism, with all experts
-of a layer stacked along axis 0. At any expert-parallel size and ZeRO stage, a rank holds runs of consecutive elements.
+of a layer stacked along axis 0. At any expert-parallel size, placement of the experts and ZeRO stage, a rank holds runs
+of consecutive elements.
 """
 
 from __future__ import annotations
@@ -28,9 +29,28 @@ def logical_shape(local: Tensor, ep: ExpertParallel) -> list[int]:
     return [shape[0] * ep.size, *shape[1:]] if marks(local).sharded else shape
 
 
-def first_element(local: Tensor, ep: ExpertParallel) -> int:
-    """Index of the first element of ``local`` in the flattened logical tensor."""
-    return ep.rank * local.numel() if marks(local).sharded else 0
+def runs(local: Tensor, ep: ExpertParallel, start: int, count: int) -> list[tuple[int, int, int]]:
+    """Divide elements of a flattened parameter (or buffer) into runs that are consecutive in the logical tensor.
+
+    Args:
+        start, count: the elements of ``local``.
+
+    Returns:
+        For each run its first element in the logical tensor, its first element after ``start``, and their number.
+    """
+    if not marks(local).sharded:
+        return [(start, 0, count)]
+    size, end = local[0].numel(), start + count
+    found: list[tuple[int, int, int]] = []
+    held = ep.local_experts(len(local) * ep.size)
+    for place in range(start // size, -(-end // size)):
+        first, last = max(place * size, start), min((place + 1) * size, end)
+        begin = held[place] * size + first - place * size
+        if found and found[-1][0] + found[-1][2] == begin:
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + last - first)
+        else:
+            found.append((begin, first - start, last - first))
+    return found
 
 
 def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment], dict[str, list[int]]]:
@@ -41,6 +61,7 @@ def model_fragments(model: nn.Module, ep: ExpertParallel) -> tuple[list[Fragment
     fragments, shapes = [], {}
     for name, local in model.state_dict(keep_vars=True).items():
         key = f"model/{name}"
-        fragments.append(Fragment(key, first_element(local, ep), local.detach().view(-1)))
+        for start, first, count in runs(local, ep, 0, local.numel()):
+            fragments.append(Fragment(key, start, local.detach().view(-1)[first : first + count]))
         shapes[key] = logical_shape(local, ep)
     return fragments, shapes

@@ -87,6 +87,10 @@ class CheckpointWriter:
         if rank == 0:
             _remove_leftovers(folder, attempt)
 
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self._folder / str(step)
+
     def save(
         self,
         step: int,

@@ -1,4 +1,4 @@
-"""``shodh bench ccm``."""
+"""``shodh bench ccm`` and ``shodh bench ccm3d``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ def add_bench(commands: Any) -> None:
     benches = parser.add_subparsers(required=True, metavar="benchmark")
     text = "compare CCM with baselines: generate data, train experts, measure them, and write tables and figures"
     ccm = add_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _ccm)
-    add_config_arguments(ccm)
-    ccm.add_argument(
-        "--output", type=path_option, metavar="FOLDER", help="folder for a copy of tables, figures and results"
-    )
+    text = "the same for the path mixture of the main job: porous media and open channels in three dimensions"
+    ccm3d = add_command(benches, "ccm3d", text, "example: shodh bench ccm3d --config configs/ccm/latent.yaml", _ccm3d)
+    for one in (ccm, ccm3d):
+        add_config_arguments(one)
+        one.add_argument(
+            "--output", type=path_option, metavar="FOLDER", help="folder for a copy of tables, figures and results"
+        )
 
 
 def _ccm(options: argparse.Namespace) -> None:
@@ -28,3 +31,12 @@ def _ccm(options: argparse.Namespace) -> None:
     config = load_config_of(BenchConfig, options.config, options.overrides, options.name)
     run(config, options.output)
     print((config.folder / "report" / "summary.md").read_text())
+
+
+def _ccm3d(options: argparse.Namespace) -> None:
+    from shodh_moe.ccm.bench3d.config import Bench3dConfig
+    from shodh_moe.ccm.bench3d.run import run
+
+    bench = load_config_of(Bench3dConfig, options.config, options.overrides, options.name)
+    run(bench, options.output)
+    print((bench.folder / "report" / "summary.md").read_text())

@@ -19,7 +19,8 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--data", type=path_option, required=True, help="folder of a dataset in the_well's schema")
     parser.add_argument("--output", type=path_option, required=True, help="new folder for the exported model")
     kinds = get_args(FineTuningConfig.model_fields["train"].annotation)
-    about = "what learns: all weights, a new path (expert), low-rank additions (lora), or the router; default: all"
+    about = "what learns: all weights (default), a new path (expert), the paths of the data, low-rank additions "
+    about += "(lora), or the router"
     parser.add_argument("--train", choices=kinds, help=about)
     parser.add_argument("--config", type=path_option, help="YAML file of settings that differ from the model's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=400")

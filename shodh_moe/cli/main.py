@@ -15,6 +15,7 @@ from shodh_moe.cli.data import add_data
 from shodh_moe.cli.doctor import add_doctor
 from shodh_moe.cli.expert import add_expert
 from shodh_moe.cli.finetune import add_finetune
+from shodh_moe.cli.init import add_init
 from shodh_moe.cli.merge import add_merge
 from shodh_moe.cli.predict import add_predict
 from shodh_moe.cli.runs import add_evaluate, add_plan, add_pretrain, add_report, add_run
@@ -22,7 +23,7 @@ from shodh_moe.cli.tokenizer import add_tokenizer
 
 # In the order of the help page.
 COMMANDS = (
-    *(add_run, add_data, add_tokenizer, add_pretrain, add_evaluate, add_report, add_plan, add_predict),
+    *(add_init, add_run, add_data, add_tokenizer, add_pretrain, add_evaluate, add_report, add_plan, add_predict),
     *(add_finetune, add_checkpoint, add_expert, add_merge, add_bench, add_audit, add_doctor),
 )
 

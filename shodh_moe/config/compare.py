@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from shodh_moe.base.section import first_changed
+from shodh_moe.base.section import first_changed, with_old_values
 from shodh_moe.config import ModelConfig
 
 
@@ -31,10 +31,11 @@ def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def differing_model_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Return the keys of two ``model`` sections with different values that make the same weights a different model.
 
-    A key that a section lacks, such as one of an older version, has its default value.
+    A key that a section lacks has its default value, or the one that older versions without this key had.
     """
     defaults = flatten(ModelConfig().model_dump())
-    differing = differing_keys(defaults | flatten(a), defaults | flatten(b))
+    a, b = (defaults | flatten(with_old_values(ModelConfig, one)) for one in (a, b))
+    differing = differing_keys(a, b)
     return [key for key in differing if first_changed(ModelConfig, key) not in ("run", "nothing")]
 
 

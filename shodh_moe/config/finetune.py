@@ -10,11 +10,11 @@ from shodh_moe.base.section import Positive, Section, setting
 class FineTuningConfig(Section):
     """Fine-tuning of a trained model on the data of another domain (docs/finetune.md)."""
 
-    train: Literal["all", "expert", "lora", "router"] = setting(
+    train: Literal["all", "expert", "paths", "lora", "router"] = setting(
         "all",
         changes="run",
-        description="weights that learn: all; a new path beside the others, which stay; low-rank additions to all "
-        "matrices; or the router alone",
+        description="weights that learn: all; a new path beside the others, which stay; what the paths of the samples "
+        "have for themselves; low-rank additions to all matrices; or the router alone",
     )
     rank: Positive = setting(8, changes="run", description="with train lora, rank of the additions")
     ignore_fields: list[str] = setting(

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.section import Section, section_of
+from shodh_moe.base.section import Section, section_of, with_old_values
+from shodh_moe.base.shipped import shipped_file
 from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.config import Config
 
@@ -19,6 +20,8 @@ Kind = TypeVar("Kind", bound=Section)
 def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
     """Read a YAML mapping; an empty file gives {}.
 
+    A path ``configs/...`` that does not exist names a config that comes with the package.
+
     Args:
         remedy: end of the error message for a file that cannot be opened.
 
@@ -26,7 +29,7 @@ def read_yaml(path: Path, remedy: str = "check --config") -> dict[str, Any]:
         UserError: the file is missing, is not a YAML mapping in UTF-8, or has a key twice.
     """
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(shipped_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}; {remedy}") from None
     except UnicodeDecodeError:
@@ -45,15 +48,25 @@ def load_config(path: Path | str, overrides: list[str] | None = None, name: str 
 
 
 def load_config_of(
-    kind: type[Kind], path: Path | str, overrides: list[str] | None = None, name: str | None = None
+    kind: type[Kind],
+    path: Path | str,
+    overrides: list[str] | None = None,
+    name: str | None = None,
+    stored: bool = False,
 ) -> Kind:
     """Read a YAML config of class ``kind`` and apply ``key.sub=value`` overrides, then the run's name.
+
+    Args:
+        stored: this program wrote the file, perhaps an older version of it; see `with_old_values`.
 
     Raises:
         UserError: the file is missing or not a YAML mapping, an override has no ``=``, a key is unknown (the message
             names the nearest valid key), or a value has the wrong type or range.
     """
-    return config_of_tree(kind, read_yaml(Path(path)), str(path), overrides, name)
+    tree = read_yaml(Path(path))
+    if stored:
+        tree = with_old_values(kind, tree)
+    return config_of_tree(kind, tree, str(path), overrides, name)
 
 
 def config_of_tree(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from pydantic import model_validator
+
 from shodh_moe.base.section import Name, PathText, Section, Seed, setting
 from shodh_moe.config.data import DataConfig
 from shodh_moe.config.finetune import FineTuningConfig
@@ -67,3 +69,44 @@ class Config(Section):
     deepspeed: DeepSpeedSettings = setting(
         {}, changes="nothing", description="merged into the DeepSpeed JSON that this config generates"
     )
+
+    @property
+    def samples_have_paths(self) -> bool:
+        """Whether one decision gives all tokens of a sample the same expert in all layers, by the experts' scores.
+
+        An expert that fine-tuning added has no score, so other ranks cannot compute the gate of its samples again.
+        """
+        moe = self.model.moe
+        one = moe.scope == "path" and moe.router.context == "sample" and moe.top_k == 1
+        return one and moe.num_experts > 0 and not moe.router.added
+
+    @model_validator(mode="after")
+    def _check_fine_tuning(self) -> Config:
+        moe = self.model.moe
+        if self.finetune and self.finetune.train == "paths" and (moe.scope == "layer" or not moe.num_experts):
+            raise ValueError(
+                "finetune.train paths needs a model with paths (model.moe.scope path and num_experts 1 or more): set "
+                "it to all or lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> Config:
+        if self.parallel.exchange == "sample" and not self.samples_have_paths:
+            moe = self.model.moe
+            reason = f"model.moe.router.context is {moe.router.context}: set it to sample, or exchange"
+            if moe.router.added:
+                reason = "fine-tuning has added experts (model.moe.router.added): use a model without, or set exchange"
+            if moe.top_k > 1:
+                reason = f"model.moe.top_k is {moe.top_k}: set it to 1, or exchange"
+            if moe.scope != "path":
+                reason = f"model.moe.scope is {moe.scope}: set it to path, or exchange"
+            if not moe.num_experts:
+                reason = "model.moe.num_experts is 0: give it experts, or set exchange"
+            raise ValueError(f"parallel.exchange sample needs one path for each sample, but {reason} to auto")
+        if self.parallel.placement == "load" and self.model.moe.scope != "path":
+            raise ValueError(
+                "parallel.placement load needs one router for all layers, but model.moe.scope is layer: set it to "
+                "path, or placement to fixed"
+            )
+        return self

@@ -43,8 +43,9 @@ class TrainingConfig(Section):
     min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")
     warmup_steps: NonNegative = setting(20, changes="run")
     loss: Literal["mse", "domain", "sample", "relative"] = setting(
-        "mse",
+        "domain",
         changes="run",
+        before="mse",
         description="latent error to minimise: its square; the same over the mean squared change of the sample's "
         "domain, or of the sample itself; or its L2 norm over that of the target",
     )
@@ -113,6 +114,22 @@ class ParallelConfig(Section, changes="nothing"):
     )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
+    )
+    exchange: Literal["sample", "token", "auto"] = Field(
+        "auto",
+        description="what ranks exchange: each sample once, before the embedding, with scope path and context sample; "
+        "or tokens, twice in every layer; auto: samples where possible",
+    )
+    exchange_capacity: float = Field(
+        1.25,
+        ge=1,
+        description="with exchange sample, the most samples that a rank computes, relative to an even share; the "
+        "experts of samples beyond it are reached by an exchange of their tokens",
+    )
+    placement: Literal["fixed", "load"] = Field(
+        "fixed",
+        description="which rank holds which experts: in order of their numbers; or, with scope path, divided anew by "
+        "their load at checkpoints",
     )
     zero_stage: Literal[0, 1, 2] = Field(0, description="ZeRO stage: 1 shards optimizer state, 2 gradients as well")
 

@@ -23,7 +23,7 @@ from shodh_moe.base.progress import progress
 from shodh_moe.base.text import printable
 from shodh_moe.data.derivatives import vorticity
 from shodh_moe.data.listing import files_of, open_file
-from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
+from shodh_moe.data.reading import TrajectoryRecord, read_snapshots, stated_units
 
 DPI = 130
 _MOST_PER_DOMAIN = 2  # trajectories drawn per domain and split
@@ -187,12 +187,12 @@ def _frame(record: TrajectoryRecord, snapshot: int) -> _Frame:
 
 def _kinds(record: TrajectoryRecord) -> list[_Kind]:
     """Return speed, pressure and vorticity with the units stated in the file."""
-    stated = read_provenance(record.path)
-    lattice = record.units.startswith("lattice")
-    length, time = (str(stated.get(f"unit_{name}", "")) for name in ("length", "time"))
-    speed = str(stated.get("unit_velocity", "cells / time step" if lattice else "file's unit"))
-    pressure = str(stated.get("unit_pressure", "lattice units" if lattice else "file's unit"))
-    curl = f"1/({time})" if length and time else "1 / time step" if lattice else "speed / length"
+    units, lattice = stated_units(record), record.units.startswith("lattice")
+    speed, pressure = units.get("velocity", "file's unit"), units.get("pressure", "file's unit")
+    if lattice:
+        curl = "1 / time step"
+    else:
+        curl = f"1/({units['time']})" if "length" in units and "time" in units else "speed / length"
     return [_Kind("speed", speed, False), _Kind("pressure", pressure, True), _Kind("vorticity", curl, False)]
 
 

@@ -149,6 +149,31 @@ def read_provenance(path: Path | str) -> dict[str, object]:
         return {key: _decoded(value) for key, value in file["provenance"].attrs.items()}
 
 
+def read_times(record: TrajectoryRecord) -> NDArray[np.float64] | None:
+    """Read the times of a trajectory's snapshots, [T]; None if the file has none.
+
+    Raises:
+        UserError: as in `opening.opened`.
+    """
+    with opened(record.path) as file:
+        if "dimensions/time" not in file:
+            return None
+        time = np.asarray(file["dimensions/time"], dtype=np.float64)
+    return time[record.sample] if time.ndim == 2 else time
+
+
+def stated_units(record: TrajectoryRecord) -> dict[str, str]:
+    """Return the units that a file states of velocity, pressure, length and time; those that it does not are missing.
+
+    Raises:
+        UserError: as in `opening.opened`.
+    """
+    lattice = {"velocity": "cells / time step", "pressure": "lattice units", "length": "cells", "time": "time steps"}
+    units = dict(lattice) if record.units.startswith("lattice") else {}
+    stated = read_provenance(record.path)
+    return units | {name: str(stated[f"unit_{name}"]) for name in lattice if f"unit_{name}" in stated}
+
+
 def _decoded(value: object) -> object:
     if isinstance(value, str) and value[:1] in "{[":
         try:

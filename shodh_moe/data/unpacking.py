@@ -15,8 +15,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from shodh_moe.kernels.compiled import compiled
-
 _GZIP, _SHUFFLE, _CHECKSUM = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
 
 
@@ -53,6 +51,8 @@ def _unpacked(raw: bytes, filters: list[int], count: int, itemsize: int) -> byte
     """Undo ``filters`` on a chunk of ``count`` values; raise OSError unless it then has exactly their size."""
     for code in reversed(filters):
         if code == _CHECKSUM:
+            from shodh_moe.data.checksum import fletcher32  # slow
+
             raw, stored = raw[:-4], int.from_bytes(raw[-4:], "little")
             if fletcher32(np.frombuffer(raw, dtype=np.uint8)) != stored:
                 raise OSError("filter fletcher32: wrong checksum")
@@ -72,27 +72,3 @@ def _unpacked(raw: bytes, filters: list[int], count: int, itemsize: int) -> byte
     if len(raw) != count * itemsize:
         raise OSError(f"filter: a chunk of {len(raw)} bytes, expected {count * itemsize}")
     return raw
-
-
-def fletcher32(data_N: NDArray[np.uint8]) -> int:
-    """HDF5's Fletcher-32 checksum."""
-    return int(_fletcher32(data_N))
-
-
-@compiled()
-def _fletcher32(data_N: NDArray[np.uint8]) -> int:
-    first, second = np.uint64(0), np.uint64(0)
-    for i in range(0, data_N.size - 1, 2):
-        first += (np.uint64(data_N[i]) << np.uint64(8)) | np.uint64(data_N[i + 1])
-        second += first
-        if i & 0x1FE == 0x1FE:  # rarely, but before the second sum overflows
-            first = (first & np.uint64(0xFFFF)) + (first >> np.uint64(16))
-            second = (second & np.uint64(0xFFFF)) + (second >> np.uint64(16))
-            second = (second & np.uint64(0xFFFF)) + (second >> np.uint64(16))
-    if data_N.size % 2:
-        first += np.uint64(data_N[-1]) << np.uint64(8)
-        second += first
-    for _ in range(4):
-        first = (first & np.uint64(0xFFFF)) + (first >> np.uint64(16))
-        second = (second & np.uint64(0xFFFF)) + (second >> np.uint64(16))
-    return (second << np.uint64(16)) | first

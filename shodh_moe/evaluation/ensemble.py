@@ -16,7 +16,7 @@ from shodh_moe.base.progress import progress
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
 from shodh_moe.data import read_trajectory, trajectories_by_source
-from shodh_moe.inference.loading import Models
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.rollout import decode, rollout
 from shodh_moe.metrics.ensemble import LEVELS, covered, half_width, mean_and_spread
 from shodh_moe.metrics.fields import nrmse
@@ -41,7 +41,7 @@ class _Step(NamedTuple):
 
 
 @torch.no_grad()
-def measure_members(config: Config, members: list[Models], paths: Paths) -> dict[str, dict[str, Any]]:
+def measure_members(config: Config, members: list[Model], paths: Paths) -> dict[str, dict[str, Any]]:
     """Roll out all members from the start of each test trajectory; return these entries for each domain.
 
     ``members``: their number. By step, of the velocity, means over trajectories: ``nrmse_mean`` of the ensemble's mean,
@@ -80,7 +80,7 @@ def measure_members(config: Config, members: list[Models], paths: Paths) -> dict
 
 
 def _steps(
-    config: Config, members: list[Models], paths: Paths, samples: LatentSamples, split: str, domain: str
+    config: Config, members: list[Model], paths: Paths, samples: LatentSamples, split: str, domain: str
 ) -> Iterator[_Step]:
     """Roll out all members from the start of each trajectory of a domain, and compare with the truth."""
     h = config.model.history

@@ -26,7 +26,8 @@ from shodh_moe.config.paths import Paths
 from shodh_moe.data import Trajectory, list_trajectories, read_snapshots, read_trajectory, trajectories_by_source
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.evaluation.divergence import divergence_table
-from shodh_moe.inference.loading import Models, find_source, load_models
+from shodh_moe.inference.loading import find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.one_step import predict_trajectory
 from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
@@ -48,15 +49,13 @@ def evaluate(config: Config, paths: Paths) -> dict[str, Any]:
     Raises:
         UserError: there is no checkpoint, or data and tokenizer do not fit together.
     """
-    models = load_models(find_source(paths.run, paths.tokenizer), config.model)
-    return measure(config, models, paths, paths.run, read_run(paths.run, "train"))
+    model = load_source(find_source(paths.run, paths.tokenizer), config.model)
+    return measure(config, model, paths, paths.run, read_run(paths.run, "train"))
 
 
 @torch.no_grad()
-def measure(
-    config: Config, models: Models, paths: Paths, folder: Path, history: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Measure ``models`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
+def measure(config: Config, model: Model, paths: Paths, folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measure ``model`` on the test split; write ``metrics.json`` and ``evaluation.npz`` to ``folder``.
 
     Args:
         history: the training records, for throughput and memory; with [] those are null.
@@ -81,7 +80,7 @@ def measure(
         mean_fields = _mean_fields(paths.dataset, domain, *listing)
         mean_latent = _mean_latent([z for z in train.trajectories if z.domain == domain])
         need = WORKSPACE * max(truth.velocity_T3XYZ.nbytes for _, truth in pairs)
-        measure_one = partial(_measure_one, models, config, test, mean_latent, mean_fields)
+        measure_one = partial(_measure_one, model, config, test, mean_latent, mean_fields)
         measured = map_in_threads(measure_one, [(pair, pair is pairs[0]) for pair in pairs], need)
         errors = []
         for found, one_step in progress(measured, f"evaluate {domain}", len(pairs)):
@@ -94,23 +93,23 @@ def measure(
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        free_running = _rollouts(models, config, pairs, test.context(domain))
+        free_running = _rollouts(model, config, pairs, test.context(domain))
         results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
 
     velocities = {dtype: torch.cat(parts) for dtype, parts in conserved.items()}
-    table = divergence_table(velocities, simulated, models.tokenizer.config.operator)
+    table = divergence_table(velocities, simulated, model.tokenizer.config.operator)
     exact = table[0]
     metrics = {
         "run": config.name,
-        "step": models.step,
-        "world_size": models.world_size,
-        "ep_size": models.ep_size,
-        "weights_sha256": models.weights_sha256,
+        "step": model.step,
+        "world_size": model.world_size,
+        "ep_size": model.ep_size,
+        "weights_sha256": model.weights_sha256,
         "seed": config.seed,
         "domains": results,
-        "routing": routing_on_heldout(models, config, test),
+        "routing": routing_on_heldout(model, config, test),
         "divergence": {
             key: exact[key] for key in ("operator", "dtype", "rms_relative", "rms", "max", "spacing", "norm")
         },
@@ -127,7 +126,7 @@ def measure(
 
 
 def _measure_one(
-    models: Models,
+    model: Model,
     config: Config,
     samples: LatentSamples,
     mean_latent: Tensor,
@@ -136,7 +135,7 @@ def _measure_one(
 ) -> tuple[dict[str, Any], _OneStep | None]:
     """Return the errors of one trajectory's one-step predictions, and if the job says so, the predictions."""
     (latent, truth), keep = job
-    one_step = _OneStep(models, config, samples, latent, truth)
+    one_step = _OneStep(model, config, samples, latent, truth)
     return one_step.errors(mean_latent, mean_fields), one_step if keep else None
 
 
@@ -148,18 +147,18 @@ class _OneStep:
     """
 
     def __init__(
-        self, models: Models, config: Config, samples: LatentSamples, latent: LatentTrajectory, truth: Trajectory
+        self, model: Model, config: Config, samples: LatentSamples, latent: LatentTrajectory, truth: Trajectory
     ):
         h = config.model.history
-        self.config, self.tokenizer, self.latent = config, models.tokenizer, latent
+        self.config, self.tokenizer, self.latent = config, model.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
         fields = trajectory_fields(truth)[:, :4].double()
         self.true, self.before = fields[h:], fields[h - 1 : -1]
         z_TCxyz = latent.read()
         self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
         size = config.evaluation.batch_size
-        self.z, self.experts = predict_trajectory(models.transformer, samples, latent, size)
-        decoded = [decode_both(models.tokenizer, part, self.solid) for part in self.z.split(size)]
+        self.z, self.experts = predict_trajectory(model.transformer, samples, latent, size)
+        decoded = [decode_both(model.tokenizer, part, self.solid) for part in self.z.split(size)]
         self.predicted, self.conserved = (torch.cat(parts) for parts in zip(*decoded, strict=True))
 
     def conserved_in_float32(self) -> Tensor:
@@ -220,7 +219,7 @@ class _OneStep:
 
 
 def _rollouts(
-    models: Models, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
+    model: Model, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
     """Return the velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
@@ -229,12 +228,12 @@ def _rollouts(
     def roll(pair: tuple[LatentTrajectory, Trajectory]) -> Tensor:
         """Errors [2, steps] of the prediction and of persistence."""
         latent, truth = pair
-        predicted = rollout(models.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
+        predicted = rollout(model.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         errors = torch.zeros(2, steps)
         for step, z in zip(range(steps), predicted, strict=False):
             target = velocity[h + step]
-            errors[0, step] = nrmse(decode(models.tokenizer, z, solid)[0, :3], target.double())
+            errors[0, step] = nrmse(decode(model.tokenizer, z, solid)[0, :3], target.double())
             errors[1, step] = nrmse(velocity[h - 1], target)
         return errors
 
@@ -249,31 +248,37 @@ def _rollouts(
     }
 
 
-def routing_on_heldout(models: Models, config: Config, samples: LatentSamples) -> dict[str, Any]:
+def routing_on_heldout(model: Model, config: Config, samples: LatentSamples) -> dict[str, Any]:
     """Return load, purity, entropy, dropped share and mutual information by layer, in batches mixed as in training.
 
     A dense model has no layers in the result.
     """
-    experts, layers = config.model.moe.num_experts, models.transformer.moe_layers
+    experts, layers = config.model.moe.num_experts, model.transformer.moe_layers
     if not layers:
         return summarise_routing([])
     sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, weights=samples.weights)
     counts = RoutingCounts(len(layers), samples.domains, experts)
-    by_solid = [torch.zeros(SOLID_CATEGORIES, experts, dtype=torch.float64) for _ in layers]
+    domains = len(samples.domains)
+    by_domain, by_solid = (
+        [torch.zeros(categories, experts, dtype=torch.float64) for _ in layers]
+        for categories in (domains, SOLID_CATEGORIES)
+    )
     for step in range(max(-(-size // share) for size, share in zip(samples.sizes, sampler.shares, strict=True))):
         picks = sampler.batch(step, 0)
         batch = samples.batch(picks)
         history, geometry, context = batch.inputs
-        routing = models.transformer(history, geometry, replace(context, drop=True)).routing
+        routing = model.transformer(history, geometry, replace(context, drop=True)).routing
         counts.add(routing, batch.domain_B)
         picked = [samples.trajectories[samples.index[domain][index][0]] for domain, index in picks]
         solid = torch.stack([trajectory.solid_fraction_by_token(config.model.patch) for trajectory in picked])
         category = solid_fraction_category(solid.flatten(), SOLID_CATEGORIES)
-        for table, layer_routing in zip(by_solid, routing, strict=True):
-            table += joint_counts(category, layer_routing.expert_N, SOLID_CATEGORIES, experts)
+        domain_N = batch.domain_B.repeat_interleave(len(category) // len(picks))
+        for layer, decision in enumerate(routing):
+            by_domain[layer] += joint_counts(domain_N, decision.expert_N, domains, experts)
+            by_solid[layer] += joint_counts(category, decision.expert_N, SOLID_CATEGORIES, experts)
     summary = counts.summary()
     result = summarise_routing(
-        [dict(zip(samples.domains, table[:, :experts], strict=True)) for table in counts.table_LDM],
+        [dict(zip(samples.domains, table, strict=True)) for table in by_domain],
         dropped_fraction=[record["dropped_fraction"] for record in summary],
         entropy=[record["entropy"] for record in summary],
     )

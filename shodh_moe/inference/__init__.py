@@ -1,6 +1,6 @@
 """Use a trained model: load it, continue a flow, decode latents, export it."""
 
-from shodh_moe.inference.forecasting import forecast, load_model
-from shodh_moe.inference.loading import Models
+from shodh_moe.inference.loading import load_model
+from shodh_moe.inference.model import Model
 
-__all__ = ["Models", "forecast", "load_model"]
+__all__ = ["Model", "load_model"]

@@ -27,7 +27,8 @@ from shodh_moe.base.remote import cache_folder, require_free, upload_folder
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.inference import contexts
 from shodh_moe.inference.contexts import Contexts
-from shodh_moe.inference.loading import EXPORT_FORMAT, Models, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.model_card import model_card
 
 DESCRIPTION = "export.json"
@@ -59,7 +60,7 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
     source = find_source(path, tokenizer)
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
-    models = load_models(source)
+    model = load_source(source)
     known = contexts.contexts_of(source)
     if known is None:
         print(
@@ -68,11 +69,11 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
             file=sys.stderr,
             flush=True,
         )
-    write_export(output, source, models, known, _metrics(source, models.weights_sha256))
+    write_export(output, source, model, known, _metrics(source, model.weights_sha256))
 
 
 def write_export(
-    output: Path, source: ModelSource, models: Models, known: Contexts | None, metrics: dict[str, Any] | None = None
+    output: Path, source: ModelSource, model: Model, known: Contexts | None, metrics: dict[str, Any] | None = None
 ) -> None:
     """Write a model to the new folder ``output``.
 
@@ -81,7 +82,7 @@ def write_export(
         known: contexts of its training data.
         metrics: content of metrics.json for these weights; None if they were not evaluated.
     """
-    weights = models.transformer.state_dict()
+    weights = model.transformer.state_dict()
     with whole_folder(output) as folder:
         save_tensors(weights, folder / "model.safetensors")
         (folder / "tokenizer").mkdir()
@@ -93,17 +94,17 @@ def write_export(
         if known:
             contexts.save(known, folder / contexts.FILE)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        (folder / "README.md").write_text(model_card(source, models, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(source, model, metrics), encoding="utf-8")
         described = {
             "format": EXPORT_FORMAT,
             "run": source.config.name,
-            "step": models.step,
-            "world_size": models.world_size,
-            "ep_size": models.ep_size,
-            "weights_sha256": models.weights_sha256,
-            "grid": models.tokenizer.grid,
-            "latent_grid": models.tokenizer.latent_grid,
-            "latent_channels": models.tokenizer.config.latent_channels,
+            "step": model.step,
+            "world_size": model.world_size,
+            "ep_size": model.ep_size,
+            "weights_sha256": model.weights_sha256,
+            "grid": model.tokenizer.grid,
+            "latent_grid": model.tokenizer.latent_grid,
+            "latent_channels": model.tokenizer.config.latent_channels,
             "versions": describe_environment()["packages"],
             "sha256": {str(file.relative_to(folder)): sha256(file) for file in files},
         }

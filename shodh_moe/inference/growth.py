@@ -52,10 +52,12 @@ def require_growable(model: ModelConfig, name: str) -> None:
     moe, remedy = model.moe, "use --train all or lora"
     if not moe.num_experts:
         raise UserError(f"{name} is dense, so it has no paths: make one with `shodh merge upcycle`, or {remedy}")
-    if moe.scope != "path" or moe.router.kind == "oracle" or moe.router.context != "sample":
+    fits = moe.scope == "path" and moe.router.kind != "oracle" and moe.router.context == "sample" and moe.top_k == 1
+    if not fits:
         raise UserError(
-            f"{name} has scope {moe.scope} and a router of kind {moe.router.kind}, context {moe.router.context}: "
-            f"--train expert needs scope path, kind cosine or linear, and context sample; {remedy}"
+            f"{name} has scope {moe.scope}, top_k {moe.top_k} and a router of kind {moe.router.kind}, context "
+            f"{moe.router.context}: --train expert needs scope path, top_k 1, kind cosine or linear, and context "
+            f"sample; {remedy}"
         )
 
 
@@ -91,7 +93,7 @@ def grow(transformer: LatentTransformer, model: ModelConfig, known: Contexts, ne
     tree["moe"]["num_experts"] += 1
     tree["moe"]["router"]["added"] = [*added, len(margins_DF)]
     weights = {}
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in transformer.state_dict(keep_vars=True).items():
         tensor = parameter.detach()
         if marks(parameter).per_expert:
             tensor = torch.cat([tensor, tensor[copied : copied + 1]])

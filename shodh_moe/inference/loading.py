@@ -19,15 +19,18 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
+from shodh_moe.base.remote_file import local_folder
+from shodh_moe.base.section import with_old_values
 from shodh_moe.checkpoint import CheckpointReader, Damaged, checkpoints_at, mismatch, resolve_checkpoint
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.compare import differing_model_keys, flatten
-from shodh_moe.config.load import load_config
+from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.inference.model import Model
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.low_rank import fold
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.tokenizer import Tokenizer, load_tokenizer
+from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.records import METRICS
 
@@ -72,22 +75,17 @@ class ModelSource:
         return folder
 
 
-@dataclass
-class Models:
-    """The two networks of a trained model with all experts in this process, in evaluation mode.
+def load_model(place: Path | str, tokenizer: Path | str | None = None) -> Model:
+    """Load a trained model on the CPU, without DeepSpeed.
 
-    Attributes:
-        step: training step of the weights.
-        world_size, ep_size: number of ranks and expert-parallel size of the training.
-        weights_sha256: see `weights_sha256`.
+    Args:
+        place: an exported folder, a run folder (its newest intact checkpoint) or one checkpoint; a folder or its URL.
+        tokenizer: the folder of the tokenizer, if the config of a run or checkpoint no longer leads to it.
+
+    Raises:
+        UserError: there is no model, a file is damaged, or the tokenizer is missing or not the model's own.
     """
-
-    tokenizer: Tokenizer
-    transformer: LatentTransformer
-    step: int
-    world_size: int
-    ep_size: int
-    weights_sha256: str
+    return load_source(find_source(local_folder(place), local_folder(tokenizer) if tokenizer else None))
 
 
 def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
@@ -104,7 +102,7 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
         if damages := verify_export(path):
             raise UserError(f"{damages[0]}: export the model again or copy it again")
         described = json.loads((path / "export.json").read_text(encoding="utf-8"))
-        return ModelSource(path, True, described, load_config(path / "config.yaml"))
+        return ModelSource(path, True, described, load_config_of(Config, path / "config.yaml", stored=True))
     if not checkpoints_at(path):
         raise UserError(f"{path} holds no checkpoint and no exported model: train one with `shodh pretrain`")
     try:
@@ -114,7 +112,7 @@ def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
     state = CheckpointReader(path).state
     run = path.resolve().parent.parent
     try:
-        config = Config.model_validate(state["config"])
+        config = Config.model_validate(with_old_values(Config, state["config"]))
     except (KeyError, ValidationError) as error:
         raise UserError(f"checkpoint {path} has no config that this version understands: {error}") from error
     return ModelSource(path, False, state, config, run if (run / METRICS).exists() else None, tokenizer)
@@ -141,8 +139,8 @@ def verify_export(path: Path) -> list[str]:
     return damages
 
 
-def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models:
-    """Load tokenizer and transformer on the CPU.
+def load_source(source: ModelSource, model: ModelConfig | None = None) -> Model:
+    """Load the model at a source on the CPU.
 
     Args:
         source: from `find_source`.
@@ -168,7 +166,7 @@ def load_models(source: ModelSource, model: ModelConfig | None = None) -> Models
     ep_size = source.state.get("ep_size", 1)
     # Hash the weights as loaded, because an export may store the same model in another precision.
     digest = weights_sha256(transformer.state_dict())
-    return Models(tokenizer, transformer.eval(), step, world_size, ep_size, digest)
+    return Model(tokenizer, transformer.eval(), step, world_size, ep_size, digest)
 
 
 def read_weights(source: ModelSource) -> dict[str, Tensor]:

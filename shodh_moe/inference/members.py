@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.inference.forecasting import continue_flow
-from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.metrics.ensemble import mean_and_spread
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 
 def load_members(
-    first: ModelSource, models: Models, others: tuple[Path, ...], tokenizer: Path | None = None
-) -> list[Models]:
-    """Load the other members of an ensemble, and return all, ``models`` first.
+    first: ModelSource, model: Model, others: tuple[Path, ...], tokenizer: Path | None = None
+) -> list[Model]:
+    """Load the other members of an ensemble, and return all, ``model`` first.
 
     Args:
-        first: where ``models`` was loaded from.
+        first: where ``model`` was loaded from.
         tokenizer: folder of the tokenizer of runs and checkpoints.
 
     Raises:
         UserError: a member is missing or damaged, is given twice, or has another tokenizer or number of snapshots.
     """
-    members = [models]
-    own, history = tokenizer_sha256(first.tokenizer_folder()), models.transformer.config.history
+    members = [model]
+    own, history = tokenizer_sha256(first.tokenizer_folder()), model.history
     for path in others:
         exported = (path / "export.json").exists()
         source = find_source(path, None if exported else tokenizer)
@@ -38,10 +38,10 @@ def load_members(
                 f"--members {path} has another tokenizer than {first.path} ({str(theirs)[:12]}, not {str(own)[:12]}): "
                 "the members of an ensemble share one; train them on the same latents"
             )
-        member = load_models(source)
-        if member.transformer.config.history != history:
+        member = load_source(source)
+        if member.history != history:
             raise UserError(
-                f"--members {path} sees {member.transformer.config.history} snapshots, {first.path} sees {history}: "
+                f"--members {path} sees {member.history} snapshots, {first.path} sees {history}: "
                 "give members with the same model.history"
             )
         if member.weights_sha256 in {one.weights_sha256 for one in members}:
@@ -51,14 +51,14 @@ def load_members(
 
 
 def continue_by_members(
-    members: list[Models], fields_H4XYZ: Tensor, solid_1XYZ: Tensor
+    members: list[Model], fields_H4XYZ: Tensor, solid_1XYZ: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Continue a flow with every member by itself.
 
     Yields:
-        as `continue_flow`, both means over the members, and the spread of velocity and pressure [4, X, Y, Z].
+        as `Model.continue_flow`, both means over the members, and the spread of velocity and pressure [4, X, Y, Z].
     """
-    flows = [continue_flow(models, fields_H4XYZ, solid_1XYZ) for models in members]
+    flows = [member.continue_flow(fields_H4XYZ, solid_1XYZ) for member in members]
     for found in zip(*flows, strict=True):
         mean_4XYZ, spread_4XYZ = mean_and_spread([exact_4XYZ for exact_4XYZ, _ in found])
         yield mean_4XYZ, torch.stack([conserved_3XYZ for _, conserved_3XYZ in found]).mean(0), spread_4XYZ

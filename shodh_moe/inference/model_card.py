@@ -11,10 +11,11 @@ import numpy as np
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
-from shodh_moe.config import Config, TokenizerConfig
+from shodh_moe.config import Config, MoEConfig, TokenizerConfig
 from shodh_moe.data import SPLITS, list_trajectories
 from shodh_moe.data.opening import opened
-from shodh_moe.inference.loading import Models, ModelSource
+from shodh_moe.inference.loading import ModelSource
+from shodh_moe.inference.model import Model
 
 # Rows of the error table: title, then the metrics keys of model, persistence, mean predictor and tokenizer alone.
 ERRORS = (
@@ -31,22 +32,26 @@ ERRORS = (
 )
 
 
-def model_card(source: ModelSource, models: Models, metrics: dict[str, Any] | None) -> str:
+def model_card(source: ModelSource, trained: Model, metrics: dict[str, Any] | None) -> str:
     """Return the text of README.md in Markdown.
 
     Args:
-        source, models: the model.
+        source, trained: the model.
         metrics: content of metrics.json for these weights; None if they were not evaluated.
     """
     parts = [
-        _what(source, models),
+        _what(source, trained),
         _data(source),
-        _training(source.config, models),
+        _training(source.config, trained),
         _measured(metrics),
-        _limits(source.config, models),
-        _use(models),
+        _limits(source.config, trained),
+        _use(trained),
     ]
     return "\n\n".join(_wrapped(block) for part in parts for block in part.split("\n\n")) + "\n"
+
+
+def _routed(moe: MoEConfig) -> str:
+    return f"{moe.num_experts} ({'one' if moe.top_k == 1 else moe.top_k} used per token)"
 
 
 def _wrapped(block: str) -> str:
@@ -54,25 +59,25 @@ def _wrapped(block: str) -> str:
     return block if block[0] in "#|- " else textwrap.fill(" ".join(block.split()), 100)
 
 
-def _what(source: ModelSource, models: Models) -> str:
-    parameters = sum(p.numel() for p in models.transformer.parameters())
-    experts = sum(p.numel() for p in models.transformer.parameters() if marks(p).sharded)
-    model, grid = source.config.model, models.tokenizer.grid
+def _what(source: ModelSource, trained: Model) -> str:
+    parameters = sum(p.numel() for p in trained.transformer.parameters())
+    experts = sum(p.numel() for p in trained.transformer.parameters() if marks(p).sharded)
+    model, grid = source.config.model, trained.tokenizer.grid
     return f"""# {source.config.name}
 
 A multi-physics foundation model for 3D flow: from the last {model.history} snapshots of velocity, pressure and the
 solid mask it predicts the next one. A tokenizer compresses fields of {_by(grid)} cells to latents of
-{_by(models.tokenizer.latent_grid)} x {models.tokenizer.config.latent_channels} numbers; a transformer with a sparse
-mixture of experts advances the latents. {_conserved(models.tokenizer.config)}
+{_by(trained.tokenizer.latent_grid)} x {trained.tokenizer.config.latent_channels} numbers; a transformer with a sparse
+mixture of experts advances the latents. {_conserved(trained.tokenizer.config)}
 
 | | |
 |---|---|
 | parameters of the transformer | {parameters:,}, of which {experts:,} in routed experts |
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
-| routed experts per layer, shared experts | {model.moe.num_experts} (one used per token), {model.moe.shared_experts} |
+| routed experts per layer, shared experts | {_routed(model.moe)}, {model.moe.shared_experts} |
 | scope of a routing decision | {model.moe.scope} |
-| training step of these weights | {models.step} |
-| weights (SHA-256 over all tensors) | {models.weights_sha256} |
+| training step of these weights | {trained.step} |
+| weights (SHA-256 over all tensors) | {trained.weights_sha256} |
 
 Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; state their
 licence here before publishing them."""
@@ -145,13 +150,13 @@ def _ranges(source: ModelSource) -> list[str]:
     return rows
 
 
-def _training(config: Config, models: Models) -> str:
+def _training(config: Config, trained: Model) -> str:
     t = config.training
-    samples = t.batch_size * t.accumulation * models.world_size
+    samples = t.batch_size * t.accumulation * trained.world_size
     return f"""## Training
 
-{models.step} of {t.steps} steps, {samples} samples each, under the DeepSpeed engine; ranks: {models.world_size},
-expert-parallel size: {models.ep_size}, seed {config.seed}. AdamW, learning rate {t.learning_rate:g} after
+{trained.step} of {t.steps} steps, {samples} samples each, under the DeepSpeed engine; ranks: {trained.world_size},
+expert-parallel size: {trained.ep_size}, seed {config.seed}. AdamW, learning rate {t.learning_rate:g} after
 {t.warmup_steps} steps of warm-up, weight decay {t.weight_decay:g}, gradients clipped at {t.grad_clip:g}, precision
 {t.precision}. Loss: mean squared error of the next normalised latent, plus balance and z losses of the routers. The
 model was trained one step ahead only, not on its own predictions.{_fine_tuned(config)}"""
@@ -162,6 +167,8 @@ def _fine_tuned(config: Config) -> str:
     learned = {
         "all": "all weights",
         "expert": "a new path alone, so the predictions of samples on all other paths are those of the model before",
+        "paths": "what the paths of the samples have for themselves, so the predictions of samples on all other paths "
+        "are those of the model before",
         "lora": "low-rank additions to all matrices, which are part of the weights here",
         "router": "the router alone",
     }
@@ -226,7 +233,7 @@ def _rollouts(domains: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _limits(config: Config, models: Models) -> str:
+def _limits(config: Config, trained: Model) -> str:
     if config.data.path:
         time_step = "the time step of its training data"
     else:
@@ -236,7 +243,7 @@ def _limits(config: Config, models: Models) -> str:
         )
     return f"""## Limits
 
-- One grid: {_by(models.tokenizer.grid)} cubic cells. Other sizes are refused.
+- One grid: {_by(trained.tokenizer.grid)} cubic cells. Other sizes are refused.
 - One time step: {time_step}.
   Data with another time step give wrong dynamics.
 - Only the flows and parameter ranges under Data. Anything else is extrapolation. `shodh predict` warns of a flow whose
@@ -245,22 +252,22 @@ def _limits(config: Config, models: Models) -> str:
   against true snapshots of the same kind of flow.
 - The tokenizer loses fine detail; the smallest scales are predicted worst, and seams between its patches of 8 cells
   become visible as errors grow.
-- {_walls(models.tokenizer.config)}
+- {_walls(trained.tokenizer.config)}
 - No claim is made that the model obeys any other law (momentum, energy), that it holds for measured flows, that the
   routing of tokens reflects physics, or that one model is better than one per domain. It must not be used for safety or
   design decisions."""
 
 
-def _use(models: Models) -> str:
+def _use(trained: Model) -> str:
     return f"""## Use
 
     shodh predict --checkpoint FOLDER --input flow.hdf5 --steps 10 --output prediction.hdf5
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
 FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
-{models.transformer.config.history} snapshots of velocity and pressure on {_by(models.tokenizer.grid)} cells in
+{trained.transformer.config.history} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)} cells in
 the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
-`shodh_moe.inference.load_model(FOLDER)` and `forecast`."""
+`shodh_moe.load_model(FOLDER).forecast(...)`."""
 
 
 def _number(value: float | None) -> str:

@@ -32,9 +32,9 @@ from shodh_moe.data.prediction_file import (
     unknown_fields,
 )
 from shodh_moe.inference.contexts import context_rows, contexts_of
-from shodh_moe.inference.forecasting import encode_flow
-from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.members import continue_by_members, load_members
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.paraview import SPREAD, new_vtkhdf, put
 from shodh_moe.inference.unlikeness import fit_unlikeness
 from shodh_moe.kernels import divergence
@@ -112,22 +112,22 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     records = _checked_records(request)
     axes = _checked_axes(request.input, records[0].n_snapshots)
     source = find_source(checkpoint, tokenizer)
-    models = load_models(source)
-    _require_fit(request, records[0], models, source, axes)
-    members = load_members(source, models, request.members, tokenizer)
+    model = load_source(source)
+    _require_fit(request, records[0], model, source, axes)
+    members = load_members(source, model, request.members, tokenizer)
     _warn_of_fields(request.input)
-    unlike = _warn_of_unlike(request, records, models, source)
-    after = request.start + models.transformer.config.history
+    unlike = _warn_of_unlike(request, records, model, source)
+    after = request.start + model.transformer.config.history
     # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
     first = axes.time[..., after - 1 : after]
     time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
     scores = _Scores()
     with ExitStack() as stack, torch.no_grad():
-        provenance = {**_provenance(source, models, request), **unlike}
+        provenance = {**_provenance(source, model, request), **unlike}
         if len(members) > 1:
             provenance["members_weights_sha256"] = [one.weights_sha256 for one in members]
-        faces = models.tokenizer.config.operator == "staggered"
+        faces = model.tokenizer.config.operator == "staggered"
         spread = len(members) > 1
         new = new_prediction(request.output, records, time, request.dtype, provenance, faces=faces, spread=spread)
         file = stack.enter_context(new)
@@ -152,18 +152,18 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
                 put(views[row], step, fields_4XYZ)
                 if spread:
                     put(views[row], step, spread_4XYZ, SPREAD)
-    _report(request, models, scores, time, len(records))
+    _report(request, model, scores, time, len(records))
 
 
 def _snapshots(
-    members: list[Models], records: list[TrajectoryRecord], request: Request, scores: _Scores
+    members: list[Model], records: list[TrajectoryRecord], request: Request, scores: _Scores
 ) -> Iterator[tuple[int, int, NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]]:
     """Yield trajectory, step, fields [4, X, Y, Z], conserved velocity [3, X, Y, Z] and spread [4, X, Y, Z] as stored.
 
     Extends ``scores``.
     """
-    models = members[0]
-    after = request.start + models.transformer.config.history
+    model = members[0]
+    after = request.start + model.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
         flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ)
@@ -173,7 +173,7 @@ def _snapshots(
                     f"the prediction of trajectory {record.sample} is no longer finite at step {step + 1}: the flow is "
                     "too far from the training data; ask for fewer --steps"
                 )
-            dtype, operator = getattr(torch, request.dtype), models.tokenizer.config.operator
+            dtype, operator = getattr(torch, request.dtype), model.tokenizer.config.operator
             stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
             scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
             scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
@@ -262,13 +262,13 @@ def _even_step(values: NDArray[np.float64]) -> float:
     return float(steps.mean()) if even else 0.0
 
 
-def _require_fit(request: Request, record: TrajectoryRecord, models: Models, source: ModelSource, axes: _Axes) -> None:
-    if list(record.grid) != models.tokenizer.grid:
+def _require_fit(request: Request, record: TrajectoryRecord, model: Model, source: ModelSource, axes: _Axes) -> None:
+    if list(record.grid) != model.tokenizer.grid:
         raise UserError(
-            f"{request.input} has grid {list(record.grid)}, the model was trained on {models.tokenizer.grid} and works "
+            f"{request.input} has grid {list(record.grid)}, the model was trained on {model.tokenizer.grid} and works "
             "on that alone: resample the input"
         )
-    history = models.transformer.config.history
+    history = model.transformer.config.history
     if request.start + history > record.n_snapshots:
         raise UserError(
             f"{request.input} has {record.n_snapshots} snapshots, the model needs {history} from --start "
@@ -293,19 +293,19 @@ def _warn_of_fields(path: Path) -> None:
 
 @torch.no_grad()
 def _warn_of_unlike(
-    request: Request, records: list[TrajectoryRecord], models: Models, source: ModelSource
+    request: Request, records: list[TrajectoryRecord], model: Model, source: ModelSource
 ) -> dict[str, Any]:
     """Warn of trajectories that are unlike all training domains; return what the provenance records."""
     contexts = contexts_of(source)
     if contexts is None:
         _warn(f"{source.path} records no contexts of its training data and cannot tell whether the input is like them")
         return {}
-    fitted, history = fit_unlikeness(contexts), models.transformer.config.history
+    fitted, history = fit_unlikeness(contexts), model.transformer.config.history
     scores, domains = [], []
     for record in records:
         fields_H4XYZ, solid_1XYZ = read_snapshots(record, request.start, request.start + history)
-        z_HCxyz, geometry_1Cxyz = encode_flow(models, torch.from_numpy(fields_H4XYZ), torch.from_numpy(solid_1XYZ))
-        z_BSI = models.transformer.embedding_inputs(z_HCxyz[None], geometry_1Cxyz)
+        z_HCxyz, geometry_1Cxyz = model.encode_flow(torch.from_numpy(fields_H4XYZ), torch.from_numpy(solid_1XYZ))
+        z_BSI = model.transformer.embedding_inputs(z_HCxyz[None], geometry_1Cxyz)
         score_B, nearest_B = fitted.score(context_rows(z_BSI, history).cpu())
         scores.append(float(score_B))
         domains.append(fitted.domains[int(nearest_B)])
@@ -318,38 +318,38 @@ def _warn_of_unlike(
     return {"unlikeness": scores, "nearest_domain": domains}
 
 
-def _provenance(source: ModelSource, models: Models, request: Request) -> dict[str, Any]:
+def _provenance(source: ModelSource, model: Model, request: Request) -> dict[str, Any]:
     return {
         "model": source.config.name,
-        "checkpoint_step": models.step,
-        "checkpoint_weights_sha256": models.weights_sha256,
+        "checkpoint_step": model.step,
+        "checkpoint_weights_sha256": model.weights_sha256,
         "tokenizer_sha256": tokenizer_sha256(source.tokenizer_folder()),
         "input": request.input.name,
         "input_sha256": sha256(request.input),
         "start": request.start,
-        "given_snapshots": models.transformer.config.history,
+        "given_snapshots": model.transformer.config.history,
         "steps": request.steps,
         "trajectories": "all" if request.sample is None else request.sample,
-        "divergence_operator": models.tokenizer.config.operator,
-        "walls": models.tokenizer.config.walls,
+        "divergence_operator": model.tokenizer.config.operator,
+        "walls": model.tokenizer.config.walls,
         "curl_dtype": "float64",
         "package_version": version("shodh_moe"),
     }
 
 
-def _report(request: Request, models: Models, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
+def _report(request: Request, model: Model, scores: _Scores, time: NDArray[np.float32], trajectories: int) -> None:
     """Print files, errors and divergence."""
     if scores.errors:
         print(f"velocity error against the input's own later snapshots, mean over {trajectories} trajectories")
         more = f" {'spread':>8} {'within 90 %':>12}" if request.members else ""
         print(f"{'step':>6} {'time':>12} {'nRMSE':>10} {'persistence':>12} {'VRMSE':>10} {'persistence':>12}{more}")
         for step, errors in sorted(scores.errors.items()):
-            model, still, model_v, still_v, *ensemble = np.mean(errors, axis=0)
+            own, still, own_v, still_v, *ensemble = np.mean(errors, axis=0)
             when = float(np.atleast_2d(time)[0, step])
             more = f" {ensemble[0]:>8.4f} {ensemble[1]:>12.3f}" if ensemble else ""
-            print(f"{step + 1:>6} {when:>12g} {model:>10.4f} {still:>12.4f} {model_v:>10.4f} {still_v:>12.4f}{more}")
+            print(f"{step + 1:>6} {when:>12g} {own:>10.4f} {still:>12.4f} {own_v:>10.4f} {still_v:>12.4f}{more}")
     stored = f", {scores.stored:.1e} as stored in {request.dtype}" if request.dtype != "float64" else ""
-    operator = models.tokenizer.config.operator
+    operator = model.tokenizer.config.operator
     where = " on faces" if operator == "staggered" else ""
     print(
         f"divergence of the velocity{where}, {operator} operator, h rms(div u) / rms(u), h = 1 cell, "

@@ -22,7 +22,8 @@ from shodh_moe.base.files import require_writable
 from shodh_moe.config import ModelConfig
 from shodh_moe.inference.contexts import Contexts, contexts_of
 from shodh_moe.inference.export import write_export
-from shodh_moe.inference.loading import Models, find_source, load_models, weights_sha256
+from shodh_moe.inference.loading import find_source, load_source, weights_sha256
+from shodh_moe.inference.model import Model
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 
@@ -56,7 +57,8 @@ def upcycle(
     if experts < 2:
         raise UserError(f"--experts {experts}: a mixture has at least 2 paths")
     tree = dense.model_dump()
-    tree["moe"] |= {"num_experts": experts, "scope": "path", "attention": attention}
+    # The dense weights become the parts that all paths use. In a dense model `shared_linear` has no effect.
+    tree["moe"] |= {"num_experts": experts, "scope": "path", "attention": attention, "shared_linear": True}
     tree["moe"]["router"] |= {"kind": "cosine", "context": "sample"}
     try:
         model = ModelConfig.model_validate(tree)
@@ -69,16 +71,16 @@ def upcycle(
             f"{path} records no contexts of its training data, from which the router starts: export it again in the "
             "folder in which it was trained"
         )
-    models = load_models(source)
-    transformer = upcycled(models, model, known, source.config.seed)
-    made = replace(models, transformer=transformer, weights_sha256=weights_sha256(transformer.state_dict()))
+    trained = load_source(source)
+    transformer = upcycled(trained, model, known, source.config.seed)
+    made = replace(trained, transformer=transformer, weights_sha256=weights_sha256(transformer.state_dict()))
     config = source.config.model_copy(update={"model": model})
     write_export(output, replace(source, config=config), made, known)
     return output
 
 
 @torch.no_grad()
-def upcycled(models: Models, model: ModelConfig, known: Contexts, seed: int) -> LatentTransformer:
+def upcycled(trained: Model, model: ModelConfig, known: Contexts, seed: int) -> LatentTransformer:
     """Return a mixture with the outputs of a dense model.
 
     Args:
@@ -86,7 +88,7 @@ def upcycled(models: Models, model: ModelConfig, known: Contexts, seed: int) -> 
         known: contexts from which the router starts.
         seed: of k-means, and of low-rank parts of the attention.
     """
-    tokenizer, dense = models.tokenizer, models.transformer
+    tokenizer, dense = trained.tokenizer, trained.transformer
     made = LatentTransformer(
         model, tokenizer.config.latent_channels, tokenizer.latent_grid, seed, ExpertParallel()
     ).eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,7 @@ class Target:
 
 
 def load_targets(
-    path: Path,
+    config: Path | str | Mapping[str, Any],
     output: Path | None = None,
     found: dict[str, Any] | None = None,
     alphas: list[float] | None = None,
@@ -106,6 +107,7 @@ def load_targets(
     """Read the targets of a config; ``output`` overrides the config's key of that name.
 
     Args:
+        config: a YAML file, or its content.
         found: an alpha from an external readout that replaces the parameters ``alpha`` and ``coordinate``: its
             ``value``, the name of the readout as ``found``, and any other facts for the manifest.
         alphas: makes the config a sweep over these alphas, which replace ``alpha`` and ``coordinate``.
@@ -115,7 +117,8 @@ def load_targets(
             method; or ``found`` is given for a sweep, another method than ccm, or several axes; or ``alphas`` for a
             config with a sweep.
     """
-    tree = read_yaml(path, "check its path")
+    path = Path("the merge's config") if isinstance(config, Mapping) else Path(config)
+    tree = dict(config) if isinstance(config, Mapping) else read_yaml(path, "check its path")
     sweep = tree.pop("sweep", None)
     named = tree.pop("output", None)
     try:

@@ -6,24 +6,28 @@ import math
 
 from torch import Tensor
 
-from shodh_moe.merging.recipe import Recipe, TensorMerge, weighted_sum
+from shodh_moe.merging.recipe import Recipe, TensorMerge, affine_sum, weighted_sum
 
 
 class Sum:
-    """sum_i c_i x_i, for `linear` and `ccm`. Inputs with coefficient 0 are ignored; 1 copies bit for bit."""
+    """sum_i c_i x_i, for `linear` and `ccm`. Inputs with coefficient 0 are ignored; 1 copies bit for bit.
+
+    Args:
+        affine: whether the coefficients add up to 1, so that common elements stay (see `affine_sum`).
+    """
 
     passes = 0
     held = 0
 
-    def __init__(self, coefficients: list[float]):
-        self._coefficients = coefficients
+    def __init__(self, coefficients: list[float], affine: bool = False):
+        self._coefficients, self._sum = coefficients, affine_sum if affine else weighted_sum
 
     def observe(self, number: int, start: int, inputs: list[Tensor]) -> None: ...
 
     def end_pass(self, number: int) -> None: ...
 
     def result(self, start: int, inputs: list[Tensor]) -> Tensor:
-        return weighted_sum(self._coefficients, inputs)
+        return self._sum(self._coefficients, inputs)
 
 
 def linear(weights: list[float], normalize: bool, base: bool) -> Sum:
@@ -42,4 +46,4 @@ def linear_recipe(merge: TensorMerge) -> Recipe:
 def ccm_recipe(merge: TensorMerge) -> Recipe:
     """Composition along a physical axis (arXiv 2605.14546; DESIGN 3.7)."""
     assert merge.composition
-    return Sum(merge.composition.coefficients(merge.name)[0 if merge.base else 1 :])
+    return Sum(merge.composition.coefficients(merge.name)[0 if merge.base else 1 :], affine=True)

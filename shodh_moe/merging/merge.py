@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def memory_left(limit: int) -> int:
 
 
 def merge(
-    config: Path,
-    output: Path | None = None,
+    config: Path | str | Mapping[str, Any],
+    output: Path | str | None = None,
     memory_limit: str = "1GiB",
     out_shard_size: str = "5GB",
     rank: int = 0,
@@ -73,7 +74,7 @@ def merge(
     """Write the outputs of a config, and return their folders.
 
     Args:
-        config: YAML file in mergekit's format (docs/merging.md).
+        config: YAML file in mergekit's format (docs/merging.md), or its content as a dictionary.
         output: new folder that overrides the config's ``output``; with a sweep, the folder of all outputs.
         memory_limit: memory limit of the whole process, including libraries.
         out_shard_size: largest size of a file.
@@ -86,7 +87,7 @@ def merge(
         UserError: the config, an input, the output folder, the disk or the memory limit is not suitable. Inputs are
             never modified, and no output is left incomplete.
     """
-    targets = load_targets(config, output, found)
+    targets = load_targets(config, Path(output) if output else None, found)
     return merge_targets(targets, parse_size(memory_limit), parse_size(out_shard_size), rank, size)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.section import PathText
+from shodh_moe.base.section import PathText, with_old_values
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.load import read_yaml
 from shodh_moe.merging.config import Strict, explain
@@ -113,7 +113,7 @@ def mixture_model(mixture: Mixture, expert: InputModel) -> ModelConfig:
     tree = model.model_dump()
     tree["moe"]["num_experts"] = count
     if dense:
-        own = {"scope": "path", "attention": mixture.config.attention, "shared_experts": 0}
+        own = {"scope": "path", "attention": mixture.config.attention, "shared_experts": 0, "shared_linear": False}
         tree["moe"] |= {**own, "expert_hidden": moe.shared_experts * moe.expert_hidden}
     tree["moe"]["router"] |= mixture.config.router
     try:
@@ -132,7 +132,7 @@ def mixture_model(mixture: Mixture, expert: InputModel) -> ModelConfig:
 def config_of(model: InputModel) -> Config:
     """The config that a checkpoint was trained with. Raises: UserError: it has none that this version understands."""
     try:
-        return Config.model_validate(model.state["config"])
+        return Config.model_validate(with_old_values(Config, model.state["config"]))
     except (KeyError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {model.path} has no config that this version understands: {reason}") from None

@@ -5,7 +5,7 @@ Shapes: E experts, I inputs, O outputs, D model width, F hidden width of an expe
 What a path has for itself is the expert's, what it has not is the experts' mean:
 
     expert         embedding and head    feed-forward              attention's projections      biases, norms
-    dense          W_e, no shared part   Expert_e, none shared     mean W + (W_e - mean W)      mean
+    dense          W_e, no shared part   Expert_e, none shared     as configured: W_e or mean   mean
     single path    stacked, shared mean  stacked, shared mean      stacked, shared mean         mean
 """
 
@@ -70,13 +70,8 @@ def mixture_tensors(tensors: dict[str, Stored], experts: int, dense: bool, atten
             else:
                 size = (parts * shape[1], shape[0])
                 add(f"{found[1]}.experts.down_LFD", partial(_down, found[1], parts), size, dtype)
-        elif dense and (found := _LINEAR.match(name)):
-            own = found[1] in ("embed", "head")
-            if not own:
-                made[name] = MixtureTensor(shape, dtype, [partial(_mean, name, experts)])
-            if own or attention == "own":
-                away = None if own else experts
-                add(f"{found[1]}.routed_EIO", partial(_transposed, name, away), (shape[1], shape[0]), dtype)
+        elif dense and (found := _LINEAR.match(name)) and (attention == "own" or found[1] in ("embed", "head")):
+            add(f"{found[1]}.routed_EIO", partial(_transposed, name), (shape[1], shape[0]), dtype)
         elif _PER_EXPERT.search(name):
             add(name, partial(_own, name), shape[1:], dtype)
         else:
@@ -110,10 +105,9 @@ def _mean(name: str, experts: int, read: Read) -> Tensor:
     return first if equal else total.div_(experts).to(first.dtype)
 
 
-def _transposed(name: str, experts: int | None, expert: int, read: Read) -> Tensor:
-    """W_e^T, [I, O]; minus the mean of all experts unless ``experts`` is None."""
-    weight_OI = read(expert, name)
-    return (weight_OI if experts is None else weight_OI - _mean(name, experts, read)).T
+def _transposed(name: str, expert: int, read: Read) -> Tensor:
+    """W_e^T, [I, O]."""
+    return read(expert, name).T
 
 
 def _gate_up(layer: str, parts: int, expert: int, read: Read) -> Tensor:

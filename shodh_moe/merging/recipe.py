@@ -87,6 +87,22 @@ def weighted_sum(coefficients: list[float], inputs: list[Tensor]) -> Tensor:
     return torch.zeros_like(inputs[0]) if total is None else total
 
 
+def affine_sum(coefficients: list[float], inputs: list[Tensor]) -> Tensor:
+    """`weighted_sum` for coefficients that add up to 1: elements that all used inputs have in common stay bit for bit.
+
+    So a part that the experts share is not changed by rounding, whatever alpha.
+    """
+    used = [(coefficient, values) for coefficient, values in zip(coefficients, inputs, strict=True) if coefficient]
+    total = weighted_sum(coefficients, inputs)
+    if len(used) > 1:
+        first, *others = (values for _, values in used)
+        common = first == others[0]
+        for values in others[1:]:
+            common &= first == values
+        torch.where(common, first, total, out=total)
+    return total
+
+
 def sum_of(tensors: list[Tensor]) -> Tensor:
     """The sum of tensors as a new tensor."""
     total = tensors[0].clone()

@@ -51,17 +51,25 @@ class Attention(nn.Module):
         norm: ``torch`` or ``apex`` (`available_norm`), for the norms of queries and keys.
         experts: number of paths with a part of their own in both projections; 0: none.
         rank: rank of that part; None: full matrices.
+        shared: whether the projections also have a part for all paths.
     """
 
     angles_SP: Tensor
 
     def __init__(
-        self, dim: int, heads: int, grid: list[int], norm: str = "torch", experts: int = 0, rank: int | None = None
+        self,
+        dim: int,
+        heads: int,
+        grid: list[int],
+        norm: str = "torch",
+        experts: int = 0,
+        rank: int | None = None,
+        shared: bool = True,
     ):
         super().__init__()
         self.heads = heads
-        self.qkv = RoutedLinear(dim, 3 * dim, experts, bias=False, rank=rank)
-        self.out = RoutedLinear(dim, dim, experts, bias=False, rank=rank)
+        self.qkv = RoutedLinear(dim, 3 * dim, experts, bias=False, rank=rank, shared=shared)
+        self.out = RoutedLinear(dim, dim, experts, bias=False, rank=rank, shared=shared)
         self.q_norm, self.k_norm = make_norm(dim // heads, norm), make_norm(dim // heads, norm)
         self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
 

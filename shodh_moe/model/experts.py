@@ -6,6 +6,7 @@ width (2 F where gate and up are concatenated).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,11 @@ def sum_outputs(experts: nn.ModuleList, x: Tensor) -> Tensor | None:
     return total
 
 
+def random_stream(*numbers: int) -> torch.Generator:
+    """A random stream of its own for each sequence of numbers, such as a seed and an expert."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
 class Experts(nn.Module):
     """The routed SwiGLU experts of one layer that this rank holds, as stacked weights.
 
@@ -60,14 +66,13 @@ class Experts(nn.Module):
         seed, layer: select the random streams.
     """
 
-    def __init__(self, dim: int, hidden: int, global_indices: range, seed: int, layer: int):
+    def __init__(self, dim: int, hidden: int, global_indices: Sequence[int], seed: int, layer: int):
         super().__init__()
         self.gate_up_LDF = nn.Parameter(torch.empty(len(global_indices), dim, 2 * hidden))
         self.down_LFD = nn.Parameter(torch.empty(len(global_indices), hidden, dim))
         mark_all(self, per_expert=True, sharded=True, group="expert")
         for local, expert in enumerate(global_indices):
-            stream = int(np.random.SeedSequence([seed, layer, expert]).generate_state(1, np.uint64)[0] >> 1)
-            generator = torch.Generator().manual_seed(stream)
+            generator = random_stream(seed, layer, expert)
             for weight in (self.gate_up_LDF, self.down_LFD):
                 bound = weight.shape[1] ** -0.5  # as in nn.Linear
                 weight.data[local].uniform_(-bound, bound, generator=generator)

@@ -16,14 +16,15 @@ from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 
 
 class MoE(nn.Module):
-    """y = sum_j Shared_j(h) + p_e * Expert_e(h), where e is the router's choice and p_e its probability.
+    """y = sum_j Shared_j(h) + sum_e p_e * Expert_e(h) over the router's ``top_k`` choices e, with probability p_e each.
 
     With ``model.moe.scope`` layer, the block has a router, which sees the block's own tokens. With scope path it
     follows the plan that the network made for all layers.
 
-    In capacity mode, during training, each expert takes at most ``capacity_factor * N / E`` tokens from each rank; the
-    remaining tokens pass through the shared experts only. In dropless mode, and always outside training, experts take
-    every token that chose them. The shared experts run while the tokens travel to the routed experts.
+    In capacity mode, during training, each expert takes at most ``capacity_factor * top_k * N / E`` tokens from each
+    rank; a token that none of its experts takes passes through the shared experts only. In dropless mode, and always
+    outside training, experts take every token that chose them. The shared experts run while the tokens travel to the
+    routed experts.
     """
 
     def __init__(self, dim: int, config: MoEConfig, ep: ExpertParallel, seed: int, layer: int):
@@ -40,9 +41,10 @@ class MoE(nn.Module):
         if self.router is not None:
             plan = make_plan(self.router, x_ND, context, self.config, self.ep, self.training, self.layer)
         assert plan is not None  # with scope path, the network makes it
+        routing, plan = plan.routing, plan.by_place
         (rows_ND,) = to_autocast(x_ND)  # narrow before they travel: half the bytes
         y_ND = self._dropless(rows_ND, plan) if plan.capacity is None else self._with_capacity(rows_ND, plan)
-        return y_ND.to(x_ND.dtype), plan.routing
+        return y_ND.to(x_ND.dtype), routing
 
     def _with_capacity(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send ``capacity`` slots to every expert, filled or not."""
@@ -61,9 +63,10 @@ class MoE(nn.Module):
     def _dropless(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send every expert only the tokens that chose it."""
         rows_ND = plan.dispatch(x_ND)
-        if self.ep.size == 1:
+        if self.ep.size == 1 or plan.local:
             shared_ND = sum_outputs(self.shared, x_ND)
-            return plan.combine(self.experts.grouped(rows_ND, plan.gating.kept_E), shared_ND)
+            count_L = plan.gating.kept_E.view(self.ep.size, -1)[self.ep.rank]
+            return plan.combine(self.experts.grouped(rows_ND, count_L), shared_ND)
         assert plan.received_GL is not None
         send, receive = plan.splits
         in_flight = start_all_to_all(rows_ND, self.ep, send, receive, self.layer, "dispatch")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import MoEConfig
-from shodh_moe.model.plan import Plan, make_plan
+from shodh_moe.model.plan import Plan, follow_plan, make_plan
 from shodh_moe.model.routers import Context, make_router
 from shodh_moe.parallel import ExpertParallel
 
@@ -99,10 +99,19 @@ class PathRouter(nn.Module):
         self.router = make_router(config.router, self.features.width, config.num_experts)
 
     def forward(self, z_BSI: Tensor, context: Context) -> Plan:
-        """Plan the paths of all tokens (collective)."""
+        """Plan the paths of all tokens (collective, unless the context has a decision that is local)."""
         with torch.autocast(z_BSI.device.type, enabled=False):
             x_MF, row_N = self.features(z_BSI)
+            if context.decision is not None:
+                assert row_N is not None
+                return follow_plan(self.router, x_MF, context, context.decision, self.ep, row_N)
             return make_plan(self.router, x_MF, context, self.config, self.ep, self.training, row_N=row_N)
+
+    def decide(self, z_BSI: Tensor, context: Context) -> Plan:
+        """Choose the paths of all tokens as `forward` does, but without other ranks; the plan cannot be carried out."""
+        with torch.autocast(z_BSI.device.type, enabled=False):
+            x_MF, row_N = self.features(z_BSI)
+            return make_plan(self.router, x_MF, context, self.config, ExpertParallel(), self.training, row_N=row_N)
 
 
 def require_window(config: MoEConfig, grid: list[int]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh_moe.base.parameters import mark
-from shodh_moe.model.experts import to_autocast
+from shodh_moe.model.experts import random_stream, to_autocast
 from shodh_moe.model.grouped import grouped_linear, has_grouped_kernel
 from shodh_moe.model.plan import Plan
 
@@ -18,7 +18,8 @@ from shodh_moe.model.plan import Plan
 class RoutedLinear(nn.Module):
     """y = W x + b + p_e W_e x, where e is the expert of the token's path and p_e its gate.
 
-    Every rank holds the W_e of all experts, so no token travels. A token that its expert dropped keeps W x + b.
+    Every rank holds the W_e of all experts, so no token travels. A token that its expert dropped keeps W x + b. The
+    initial W_e depend on e, but not on the number of experts.
 
     Args:
         inputs, outputs: I and O.
@@ -47,10 +48,10 @@ class RoutedLinear(nn.Module):
         if not experts:
             return
         if rank is None:
-            self.routed_EIO = nn.Parameter(torch.empty(experts, inputs, outputs).uniform_(-bound, bound))
+            self.routed_EIO = nn.Parameter(_drawn(experts, inputs, outputs, bound))
             mark(self.routed_EIO, group="path", per_expert=True)
         else:
-            self.narrow_EIQ = nn.Parameter(torch.empty(experts, inputs, rank).uniform_(-bound, bound))
+            self.narrow_EIQ = nn.Parameter(_drawn(experts, inputs, rank, bound))
             self.widen_EQO = nn.Parameter(torch.zeros(experts, rank, outputs))
             mark(self.narrow_EIQ, group="path", per_expert=True)
             mark(self.widen_EQO, group="path", per_expert=True)
@@ -71,6 +72,15 @@ class RoutedLinear(nn.Module):
             rows = _product(_product(rows, self.narrow_EIQ, plan), self.widen_EQO, plan)
         y_NO = plan.combine(rows, None if y is None else y.reshape(-1, y.shape[-1])).view(*x.shape[:-1], -1)
         return y_NO if y is not None or self.bias is None else y_NO + self.bias.to(y_NO.dtype)
+
+
+def _drawn(experts: int, inputs: int, outputs: int, bound: float) -> Tensor:
+    """Initial weights [E, I, O], drawn for each expert from a random stream of its own."""
+    seed = int(torch.randint(2**31, (), device="cpu"))  # the weights may be on the meta device
+    weight_EIO = torch.empty(experts, inputs, outputs)
+    for expert in range(experts):
+        weight_EIO[expert].uniform_(-bound, bound, generator=random_stream(seed, expert))
+    return weight_EIO
 
 
 def _product(rows: Tensor, weight_EIO: Tensor, plan: Plan) -> Tensor:

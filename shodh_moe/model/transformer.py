@@ -56,7 +56,8 @@ class Block(nn.Module):
             self.attention_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
             self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
-        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank)
+        shared = config.moe.shared_linear or not (paths and rank is None)
+        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank, shared)
         for module in (self.attention_norm, self.attention):
             for parameter in module.parameters():
                 if marks(parameter).group == "rest":
@@ -116,7 +117,8 @@ class LatentTransformer(nn.Module):
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
         self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
         self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
-        shared = not routed or config.moe.shared_experts > 0
+        torch.manual_seed(seed)  # again, because the router's draws depend on the number of experts
+        shared = not routed or config.moe.shared_linear
         self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
@@ -133,6 +135,11 @@ class LatentTransformer(nn.Module):
         if self.path is not None:
             return [self.path.router] * len(self.moe_layers)
         return [layer.router for layer in self.moe_layers if layer.router is not None]
+
+    def trained_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that training changes and checkpoints hold, by name: the routers' balancing biases."""
+        parameters = {name for name, _ in self.named_parameters()}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in parameters}
 
     def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from shodh_moe.base.errors import UserError
 
 Splits = list[int] | None  # number of rows for each rank of the group; None: equal blocks
-Direction = Literal["dispatch", "combine"]  # in the forward pass; the backward pass is counted under the same name
+# What an exchange does in the forward pass; the backward pass is counted under the same name. `samples` has none.
+Direction = Literal["dispatch", "combine", "samples"]
 Mark = float | torch.cuda.Event
 
 
@@ -53,25 +54,35 @@ class ExpertParallel:
         size: number of ranks that share the experts.
         rank: this rank's number among them.
         group: their process group; None until process groups exist.
+        placement: the numbers of all experts in the order of the ranks that hold them, ascending within a rank; None:
+            in the order of their numbers. All layers have the same one.
         exchanges: list to which every all-to-all appends its record; None: nothing is recorded.
     """
 
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    placement: list[int] | None = None
     exchanges: list[Exchange] | None = field(default=None, repr=False)
     _agreed: set[tuple[int, int]] = field(default_factory=set, repr=False, compare=False)
 
-    def local_experts(self, num_experts: int) -> range:
-        """Global indices of this rank's experts; ranks hold consecutive blocks."""
+    def local_experts(self, num_experts: int) -> list[int]:
+        """Global indices of this rank's experts, ascending."""
         local = num_experts // self.size
-        return range(self.rank * local, (self.rank + 1) * local)
+        return list(self.placement or range(num_experts))[self.rank * local :][:local]
+
+    def holders(self, num_experts: int, device: torch.device) -> Tensor:
+        """The rank that holds each expert, int64 [E]."""
+        order_E = torch.tensor(self.placement or range(num_experts), device=device)
+        rank_E = torch.empty_like(order_E)
+        rank_E[order_E] = torch.arange(num_experts, device=device) // (num_experts // self.size)
+        return rank_E
 
     def exchange_counts(self, count_E: Tensor, layer: int = 0) -> Tensor:
         """Exchange the ranks' counts of rows per expert.
 
         Args:
-            count_E: number of rows that this rank sends to each expert, int64.
+            count_E: number of rows that this rank sends to each expert, in the order of ``placement``, int64.
             layer: number of the layer, for the record.
 
         Returns:

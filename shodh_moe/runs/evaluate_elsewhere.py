@@ -11,7 +11,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.evaluation.ensemble import measure_members
 from shodh_moe.evaluation.evaluate import measure
-from shodh_moe.inference.loading import ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.members import load_members
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.tokenizer import require_fit
@@ -32,14 +32,14 @@ def evaluate_elsewhere(
     """
     source = find_source(checkpoint, tokenizer)
     require_writable(output)
-    models = load_models(source, config.model)
-    ensemble = load_members(source, models, members, tokenizer)
+    model = load_source(source, config.model)
+    ensemble = load_members(source, model, members, tokenizer)
     config, paths = _with_tokenizer_of(source, config)
-    require_fit(models.tokenizer, config, paths)
+    require_fit(model.tokenizer, config, paths)
     pipeline.make_latents(config, paths)
     output.mkdir(parents=True, exist_ok=True)
     history = read_run(source.run, "train") if source.run else []
-    metrics = measure(config, models, paths, output, history)
+    metrics = measure(config, model, paths, output, history)
     if members:
         for domain, entry in measure_members(config, ensemble, paths).items():
             metrics["domains"][domain]["ensemble"] = entry

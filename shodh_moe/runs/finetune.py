@@ -27,7 +27,8 @@ from shodh_moe.inference import contexts
 from shodh_moe.inference.contexts import Contexts
 from shodh_moe.inference.export import export
 from shodh_moe.inference.growth import Grown, grow, require_growable
-from shodh_moe.inference.loading import Models, ModelSource, find_source, load_models
+from shodh_moe.inference.loading import ModelSource, find_source, load_source
+from shodh_moe.inference.model import Model
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
@@ -96,12 +97,12 @@ def finetune(request: Request) -> Path:
         raise UserError(f"{request.output} exists: give --output a new folder, or remove it")
     require_writable(request.output.parent)
     source = find_source(request.model, request.tokenizer)
-    models = load_models(source)
-    config = _config(request, source, models)
+    model = load_source(source)
+    config = _config(request, source, model)
     settings = config.finetune
     assert settings is not None
     name = str(request.model)
-    known = contexts.contexts_of(source) if settings.train in ("expert", "router") else None
+    known = contexts.contexts_of(source) if settings.train in ("expert", "paths", "router") else None
     if settings.train == "expert":
         require_growable(config.model, name)
         if known is None:
@@ -109,26 +110,27 @@ def finetune(request: Request) -> Path:
                 f"{name} records no contexts of its training data, from which a new path must keep away: export it "
                 "again in the folder in which it was trained, or use --train all or lora"
             )
-    if settings.train == "router" and not any(list(router.parameters()) for router in models.transformer.routers):
+    if settings.train == "router" and not any(list(router.parameters()) for router in model.transformer.routers):
         raise UserError(f"{name} has no router that could learn: use --train all or lora")
     paths = resolve_paths(config)
     _require_known_fields(config, paths, settings.ignore_fields, name)
     pipeline.make_data(config, paths)
     pipeline.make_latents(config, paths)
 
-    grown = _grown(config, paths, models, known) if settings.train == "expert" and known else None
+    grown = _grown(config, paths, model, known) if settings.train == "expert" and known else None
     if grown:
-        config = config.model_copy(update={"model": grown.model})
+        tree = {**config.model_dump(), "model": grown.model.model_dump()}
+        config = config_of_tree(Config, tree, str(request.config or request.model))
     claim_run_folder(config, write=False)
-    _write_start(config, paths, models, source, grown, known)
+    _write_start(config, paths, model, source, grown, known)
     pipeline.check(config, paths)
     pipeline.pretrain(config, paths)
     export(paths.run, request.output)
-    _report(config, paths, models, request.output)
+    _report(config, paths, model, request.output)
     return request.output
 
 
-def _config(request: Request, source: ModelSource, models: Models) -> Config:
+def _config(request: Request, source: ModelSource, model: Model) -> Config:
     """The config of the fine-tuning run: the model's, with `SETTINGS`, then the user's file and overrides.
 
     Raises:
@@ -146,7 +148,7 @@ def _config(request: Request, source: ModelSource, models: Models) -> Config:
     fixed = {
         "name": name,
         "start": None,
-        "data": {"name": folder[:100], "path": str(request.data), "grid": models.tokenizer.grid},
+        "data": {"name": folder[:100], "path": str(request.data), "grid": model.grid},
         "tokenizer": {"path": tokenizer, "root": Config().tokenizer.root},
     }
     _update(tree, fixed)
@@ -155,7 +157,7 @@ def _config(request: Request, source: ModelSource, models: Models) -> Config:
     config = config_of_tree(Config, tree, str(request.config or request.model), list(request.overrides))
     for given, theirs, key in (
         (config.data.path, str(request.data), "data.path"),
-        (config.data.grid, models.tokenizer.grid, "data.grid"),
+        (config.data.grid, model.grid, "data.grid"),
         (config.tokenizer.path, tokenizer, "tokenizer.path"),
         (config.start, None, "start"),
         (config.name, name, "name"),
@@ -189,7 +191,7 @@ def _require_known_fields(config: Config, paths: Paths, ignored: list[str], mode
                 )
 
 
-def _grown(config: Config, paths: Paths, models: Models, known: Contexts) -> Grown:
+def _grown(config: Config, paths: Paths, model: Model, known: Contexts) -> Grown:
     """The model with a path for the new domain.
 
     Raises:
@@ -201,7 +203,7 @@ def _grown(config: Config, paths: Paths, models: Models, known: Contexts) -> Gro
             f"{paths.dataset} has the domains {', '.join(new.domains)}: --train expert adds one path for one domain; "
             "set data.weights of the others to 0"
         )
-    grown = grow(models.transformer, config.model, known, new)
+    grown = grow(model.transformer, config.model, known, new)
     count = config.model.moe.num_experts
     print(
         f"[finetune] path {count} starts as a copy of path {grown.copied}; it takes {grown.taken:.0%} of the "
@@ -213,14 +215,14 @@ def _grown(config: Config, paths: Paths, models: Models, known: Contexts) -> Gro
 
 
 def _write_start(
-    config: Config, paths: Paths, models: Models, source: ModelSource, grown: Grown | None, known: Contexts | None
+    config: Config, paths: Paths, model: Model, source: ModelSource, grown: Grown | None, known: Contexts | None
 ) -> None:
     """Write the weights that the run begins with as a checkpoint, unless they are there.
 
     Raises:
         UserError: those that are there are of another model.
     """
-    folder, origin = paths.run / START, models.weights_sha256
+    folder, origin = paths.run / START, model.weights_sha256
     assert config.finetune is not None
     if found := checkpoints_at(folder):
         if CheckpointReader(found[-1]).state.get("weights_sha256") != origin:
@@ -229,7 +231,7 @@ def _write_start(
                 f"remove {paths.run}"
             )
         return
-    tokenizer, transformer = models.tokenizer, models.transformer
+    tokenizer, transformer = model.tokenizer, model.transformer
     ep = ExpertParallel()
     if grown or config.finetune.train == "lora":
         made = LatentTransformer(config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep)
@@ -247,17 +249,17 @@ def _write_start(
     }
     with whole_folder(folder) as temporary:
         writer = CheckpointWriter(temporary, 0, 1, 1, 0, START)
-        writer.save(models.step, fragments, shapes, {}, facts)
+        writer.save(model.step, fragments, shapes, {}, facts)
         writer.finish()
         if known:
             contexts.save(known, temporary / contexts.FILE)
 
 
-def _report(config: Config, paths: Paths, before: Models, output: Path) -> None:
+def _report(config: Config, paths: Paths, before: Model, output: Path) -> None:
     """Print the validation errors of the model before and after, beside those of persistence."""
     samples = LatentSamples(load_latents(paths.latents, "valid", paths.tokenizer), config.model.history)
-    after = load_models(find_source(output))
-    errors = [_errors(models.transformer, samples, config) for models in (before, after)]
+    after = load_source(find_source(output))
+    errors = [_errors(model.transformer, samples, config) for model in (before, after)]
     for domain, (first, last) in enumerate(zip(*errors, strict=True)):
         print(
             f"[finetune] {samples.domains[domain]}, latent MSE one step ahead on validation data: "

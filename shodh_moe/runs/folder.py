@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
-from shodh_moe.base.section import Section, first_changed
+from shodh_moe.base.section import Section, first_changed, with_old_values
 from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.checkpoint import Damaged, list_checkpoints
 from shodh_moe.checkpoint.state import load_state
@@ -63,9 +63,9 @@ def claim_run_folder(config: RunConfig, write: bool = True) -> None:
             raise UserError(
                 f"{stored_path} is damaged ({why}): choose another name (NAME=... or --name) or remove {run}"
             )
-        with suppress(ValidationError):  # keys added since the run began get their defaults
-            stored = type(config).model_validate(stored).model_dump()
         kind = cast(type[Section], type(config))
+        with suppress(ValidationError):  # it may lack keys that were added since
+            stored = kind.model_validate(with_old_values(kind, stored)).model_dump()
         differing = [key for key in differing_keys(stored, mine) if first_changed(kind, key) != "nothing"]
         if differing:
             theirs, ours = flatten(stored), flatten(mine)

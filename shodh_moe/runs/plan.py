@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from shodh_moe.base.parameters import marks
-from shodh_moe.config import COMPRESSION, Config
-from shodh_moe.kernels import expert_capacity
+from shodh_moe.config import COMPRESSION, Config, MoEConfig
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
@@ -96,7 +96,8 @@ def count_parameters(config: Config, world: int) -> Parameters:
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
     routed = _held_by_all(model) + (depth - 1) * _held_by_all(model.blocks)
     expert, experts = rank_expert * ep, max(config.model.moe.num_experts, 1)
-    return Parameters(shared, expert, rank_expert, shared - routed + (routed + expert) // experts)
+    active = shared - routed + (routed + expert) * config.model.moe.top_k // experts
+    return Parameters(shared, expert, rank_expert, active)
 
 
 def _held_by_all(module: nn.Module) -> int:
@@ -146,8 +147,11 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     the weights. This assumes fused RMS norms, and flash attention, which stores nothing quadratic in the number of
     tokens. ``backward``: an upper bound of what the backward pass holds in addition; with activation checkpointing this
     includes one whole block. ``exchange``: buffers of the exchanges between ranks. Dropless mode is counted with an
-    even load of the experts.
+    even load of the experts. With an exchange of samples these are the bytes of the fullest rank that its capacity
+    allows.
     """
+    if exchanges_samples(config, ep):
+        return _bytes_of_fullest_rank(config, ep)
     m, t, channels = config.model, config.training, config.tokenizer.latent_channels * config.model.patch**3
     wide, narrow = _widths(config)
     tokens, row = batch_tokens(config), slots(config) * m.dim * narrow
@@ -162,6 +166,25 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
 
 
+def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
+    """Return `activation_bytes` for an exchange of samples; those beyond the capacity exchange their tokens as well."""
+    size = config.training.batch_size
+    most = math.ceil(config.parallel.exchange_capacity * size)
+    moe = config.model.moe.model_copy(update={"dropless": True})  # a decision names dropped tokens: no slots
+    full = config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"batch_size": most}),
+            "parallel": config.parallel.model_copy(update={"exchange": "token"}),
+            "model": config.model.model_copy(update={"moe": moe}),
+        }
+    )
+    parts = activation_bytes(full, ep)
+    sample = (config.model.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
+    packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
+    return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
+
+
 def _path_bytes(config: Config) -> int:
     """Return the bytes that autograd keeps on a GPU for the path router and the paths' own embeddings and heads."""
     m, moe = config.model, config.model.moe
@@ -173,7 +196,12 @@ def _path_bytes(config: Config) -> int:
     own = _routed_bytes(config, inputs, m.dim, None, inputs_learn=False)
     own += _routed_bytes(config, m.dim, channels, None)
     features = {"token": inputs + 1, "both": 3 * inputs + 1}.get(moe.router.context, 0)
-    return own + batch_tokens(config) * (4 * moe.num_experts + 40 + wide * features)
+    return own + batch_tokens(config) * (_decision_bytes(moe) + wide * features)
+
+
+def _decision_bytes(moe: MoEConfig) -> int:
+    """Return the bytes per token of a router's decision: scores, and expert, slot, probability, ... of each choice."""
+    return 4 * moe.num_experts + 20 + 20 * moe.top_k
 
 
 def _routed_bytes(config: Config, inputs: int, outputs: int, rank: int | None, inputs_learn: bool = True) -> int:
@@ -193,9 +221,7 @@ def slots(config: Config) -> int:
     moe, tokens = config.model.moe, batch_tokens(config)
     if not moe.num_experts:
         return 0
-    if moe.dropless:
-        return tokens
-    return moe.num_experts * expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+    return tokens * moe.top_k if moe.dropless else moe.num_experts * moe_capacity(moe, tokens)
 
 
 def _widths(config: Config) -> tuple[int, int]:
@@ -221,7 +247,7 @@ def _block_bytes(config: Config, ep: int) -> int:
     own_router = bool(experts) and moe.scope == "layer"
     router = wide * d if own_router or not cast or not experts else 0  # the norm's output
     if own_router:
-        router += 4 * (experts + moe.router.dim) + 40  # scores; expert, slot, probability, ...
+        router += 4 * moe.router.dim + _decision_bytes(moe)
     shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
     shared += cast * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
     per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import atomic_file, sha256, write_text
+from shodh_moe.base.remote_file import local_folder
 from shodh_moe.base.tensors import save_tensors
 from shodh_moe.config import COMPRESSION, Config, TokenizerConfig
 from shodh_moe.config.inputs import Inputs, difference, tokenizer_inputs
@@ -147,12 +148,13 @@ class Tokenizer(nn.Module):
         write_text(folder / "tokenizer.json", json.dumps(meta, indent=2) + "\n")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load a tokenizer saved by `Tokenizer.save`.
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Load a tokenizer saved by `Tokenizer.save` from a folder or its URL, on the CPU.
 
     Raises:
         UserError: it is missing or damaged, or was trained on other fields.
     """
+    folder = local_folder(folder)
     weights, meta_path = folder / "tokenizer.safetensors", folder / "tokenizer.json"
     if not weights.exists() or not meta_path.exists():
         raise UserError(f"{folder} holds no finished tokenizer: run `shodh tokenizer train` with this config first")

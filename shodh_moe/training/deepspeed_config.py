@@ -35,6 +35,11 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
     return ep
 
 
+def exchanges_samples(config: Config, ep_size: int) -> bool:
+    """Whether ``parallel.exchange`` selects an exchange of samples; the config refuses what is impossible."""
+    return ep_size > 1 and config.parallel.exchange != "token" and config.samples_have_paths
+
+
 def fit_expert_parallel_size(config: Config, world_size: int) -> Config:
     """Return the config with the largest ``parallel.ep_size`` up to the given one that this world size allows."""
     ep = config.parallel.ep_size

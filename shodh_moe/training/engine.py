@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from shodh_moe.base.parameters import marks
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
-from shodh_moe.model import MoE
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.model import LatentTransformer, MoE
+from shodh_moe.parallel import ExpertParallel, place_experts
 from shodh_moe.training.deepspeed_config import deepspeed_config
 from shodh_moe.training.deepspeed_patches import ExpertParallelMarker, in_float64
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
@@ -81,6 +81,7 @@ class Engine:
         model: the network.
         moe_layers: the network's MoE layers, each holding this rank's experts.
         ep: the rank's expert-parallel group.
+        load_E: number of this rank's tokens that each expert has had since `next_placement`, float64.
         optimizer: AdamW over DeepSpeed's parameter groups.
         optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
         device, dtype: device and dtype that batches must have.
@@ -94,6 +95,7 @@ class Engine:
         self.ep, self.model, self.norm = ep, model, norm
         self.moe_layers: list[MoE] = list(getattr(model, "moe_layers", []))
         self._experts = self.moe_layers[0].config.num_experts if self.moe_layers else 0
+        self._placed_by_load = config.parallel.placement == "load" and ep.size > 1
         self._float64, self._bfloat16 = t.precision == "float64", t.precision == "bfloat16"
         self.dtype = torch.float64 if self._float64 else torch.float32
         self.model.to(self.dtype)
@@ -114,6 +116,7 @@ class Engine:
             )
         self.device = self._engine.device
         self._clip = t.grad_clip
+        self.load_E = torch.zeros(self._experts, dtype=torch.float64, device=self.device)
         if self.moe_layers and not self._engine.has_moe_layers:
             raise RuntimeError("DeepSpeed did not recognise the experts: their gradients would be wrong")
         self._skip = False
@@ -204,25 +207,61 @@ class Engine:
 
     def fragments(self) -> list[Fragment]:
         """Return what this rank saves. Over all ranks, every element of weights and moments occurs once."""
-        return fragments(self._shards, self.optimizer, self.ep, all_held=False)
+        buffers = self._buffers() if dist.get_rank() == 0 else []
+        return fragments(self._shards, self.optimizer, self.ep, all_held=False) + buffers
 
     def shapes(self) -> dict[str, list[int]]:
         """Return the logical shapes of all tensors in a checkpoint."""
-        return logical_shapes(self.model, self.ep)
+        buffers = {f"model/{name}": list(buffer.shape) for name, buffer in self._trained_buffers().items()}
+        return logical_shapes(self.model, self.ep) | buffers
+
+    def count_load(self, expert_N: Tensor) -> None:
+        """Count the experts of a micro-batch's tokens for `next_placement`; never waits for the device."""
+        if self._placed_by_load:
+            self.load_E.index_add_(0, expert_N, torch.ones_like(expert_N, dtype=self.load_E.dtype))
+
+    def next_placement(self) -> list[int] | None:
+        """Return how the experts should be placed from now on by their load, and forget the load (collective).
+
+        `load` carries it out, from a checkpoint that records it as ``placement``. The result is the present placement
+        if no other is better, and None if placement does not follow the load.
+        """
+        if not self._placed_by_load:
+            return None
+        load_E = self.load_E.clone()
+        dist.all_reduce(load_E)
+        self.load_E.zero_()
+        return place_experts(load_E.tolist(), self.ep.size, self.ep.placement) or self.ep.placement
 
     def load(self, reader: CheckpointReader) -> None:
-        """Load weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage."""
-        reader.fill(fragments(self._shards, self.optimizer, self.ep, all_held=True))
+        """Load weights and optimizer state from a checkpoint of any expert-parallel size and ZeRO stage.
+
+        If placement follows the load, the experts are placed as the checkpoint says.
+        """
+        saved = reader.state
+        follows = self._placed_by_load and saved.get("ep_size") == self.ep.size
+        self.ep.placement = saved.get("placement") if follows else None
+        reader.fill(self._held())
         set_updates(self.optimizer, reader.state["updates"])
         if self._zero:
             self._zero.update_lp_params()
 
     def load_weights(self, reader: CheckpointReader) -> None:
         """Load the weights only; the optimizer state stays that of a new run."""
-        held = fragments(self._shards, self.optimizer, self.ep, all_held=True)
-        reader.fill([fragment for fragment in held if fragment.name.startswith("model/")])
+        reader.fill([fragment for fragment in self._held() if fragment.name.startswith("model/")])
         if self._zero:
             self._zero.update_lp_params()
+
+    def _held(self) -> list[Fragment]:
+        """Return all that this rank holds of weights, moments and buffers."""
+        return fragments(self._shards, self.optimizer, self.ep, all_held=True) + self._buffers()
+
+    def _buffers(self) -> list[Fragment]:
+        """Return the buffers that training changes, which are equal on all ranks."""
+        return [Fragment(f"model/{name}", 0, buffer.view(-1)) for name, buffer in self._trained_buffers().items()]
+
+    def _trained_buffers(self) -> dict[str, Tensor]:
+        return self.model.trained_buffers() if isinstance(self.model, LatentTransformer) else {}
 
     def _deepspeed_precision(self) -> AbstractContextManager[None]:
         return in_float64(self._sharded) if self._float64 else nullcontext()

@@ -1,6 +1,6 @@
 """The loss of pretraining: one of several norms of the prediction's error, plus the router's losses.
 
-Shapes: B samples, D domains, H history, C latent channels, x y z latent grid.
+Shapes: B samples, D domains, L layers, E experts, H history, C latent channels, x y z latent grid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.metrics.latents import sample_mse
-from shodh_moe.model import Prediction
+from shodh_moe.model import Prediction, Routing
+from shodh_moe.parallel import sum_over_ranks
 from shodh_moe.tokenizer.latents import Batch
 
 # A sample that hardly changes would otherwise dominate the loss.
@@ -22,14 +23,15 @@ LEAST_CHANGE = 0.1  # relative to the mean of the micro-batch
 class Losses(NamedTuple):
     """Losses of one micro-batch, 0-d, without weights except for ``loss``; and ``error_B``, each sample's latent MSE.
 
-    ``loss`` = ``prediction_loss`` times (1 + ``balance_weight`` ``balance_loss`` + ``z_weight`` ``z_loss``), where the
-    first factor has no gradient in front of the router's losses: their weights are shares of the prediction loss.
+    ``loss`` = ``prediction_loss`` times (1 + the router's three losses, each times its weight), where the first factor
+    has no gradient in front of the router's losses: their weights are shares of the prediction loss.
     """
 
     loss: Tensor
     prediction_loss: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    commitment_loss: Tensor
     error_B: Tensor
 
 
@@ -41,23 +43,54 @@ def total_loss(prediction: Prediction, batch: Batch, config: Config, scale_D: Te
         scale_D: mean squared change from snapshot to snapshot of each domain, divided by its mean over domains; only
             ``training.loss`` domain needs it.
     """
-    layers, router = prediction.routing, config.model.moe.router
     error_B = sample_mse(prediction.latent_BCxyz, batch.target_BCxyz)
-    norm_B = _norm(config.training.loss, batch, scale_D)
-    if config.training.loss == "relative":
-        predicted = (error_B / norm_B).sqrt().mean()
-    else:
-        predicted = (error_B / norm_B).mean()
-    balance, z = (
-        torch.stack([getattr(r, name) for r in layers]).mean() if layers else predicted.new_zeros(())
-        for name in ("balance_loss", "z_loss")
+    norm_B = error_norms(config.training.loss, batch, scale_D)
+    predicted = prediction_losses(config.training.loss, error_B, norm_B).mean()
+    return add_router_losses(predicted, error_B, prediction.routing, config)
+
+
+def prediction_losses(kind: str, error_B: Tensor, norm_B: Tensor) -> Tensor:
+    """Loss of each sample, [B], by the kind ``training.loss``, from its latent MSE and its norm (`error_norms`)."""
+    return (error_B / norm_B).sqrt() if kind == "relative" else error_B / norm_B
+
+
+def add_router_losses(predicted: Tensor, error_B: Tensor, routing: list[Routing], config: Config) -> Losses:
+    """Add the router's losses to the mean loss of the samples.
+
+    With ``router.balance`` global or bias, the balance loss and the factor in front of the router's losses are those of
+    all ranks (collective), so that a step depends on its samples only, and not on the number of ranks that share them.
+    """
+    router = config.model.moe.router
+    balance, z, commitment = (
+        torch.stack([getattr(r, name) for r in routing]).mean() if routing else predicted.new_zeros(())
+        for name in ("balance_loss", "z_loss", "commitment_loss")
     )
-    shares = router.balance_weight * balance + router.z_weight * z
-    return Losses(predicted + predicted.detach() * shares, predicted, balance, z, error_B.detach())
+    factor = predicted.detach()
+    if routing and router.balance != "loss":
+        factor, fraction_LE = _over_ranks(predicted, routing)
+        mean_p_LE = torch.stack([r.mean_p_E for r in routing])
+        balance = mean_p_LE.shape[1] * (mean_p_LE * fraction_LE).sum(1).mean()
+    shares = router.z_weight * z + router.commitment_weight * commitment
+    if router.balance != "bias":
+        shares = router.balance_weight * balance + shares
+    return Losses(predicted + factor * shares, predicted, balance, z, commitment, error_B.detach())
 
 
-def _norm(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
-    """What each sample's squared error is divided by, [B]."""
+def _over_ranks(predicted: Tensor, routing: list[Routing]) -> tuple[Tensor, Tensor]:
+    """The mean of ``predicted`` over all ranks, and each expert's share of all choices, [L, E] (collective)."""
+    routed_LE = torch.stack([r.routed_E for r in routing]).double()
+    table = torch.cat([predicted.detach().double()[None], routed_LE.new_ones(1), routed_LE.flatten()])
+    table = sum_over_ranks(table)
+    load_LE = table[2:].view_as(routed_LE)
+    fraction_LE = load_LE / load_LE.sum(1, keepdim=True)
+    return (table[0] / table[1]).to(predicted.dtype), fraction_LE.to(routing[0].mean_p_E.dtype)
+
+
+def error_norms(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
+    """What each sample's squared error is divided by, [B], by the kind ``training.loss``.
+
+    With the kind sample it depends on all samples of the micro-batch.
+    """
     target_BCxyz = batch.target_BCxyz
     if kind == "domain":
         assert scale_D is not None

@@ -20,22 +20,23 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
 from shodh_moe.data.sampler import DomainSampler
-from shodh_moe.kernels import expert_capacity
 from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.learning import prepare_fine_tuning
+from shodh_moe.model.learning import prepare_fine_tuning, routers_learn
 from shodh_moe.model.norm import available_norm
-from shodh_moe.parallel import Exchange, ExpertParallel
+from shodh_moe.model.plan import moe_capacity
+from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
-from shodh_moe.training.deepspeed_config import expert_parallel_size
+from shodh_moe.training.balance import update_biases
+from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
 from shodh_moe.training.engine import Engine, Step
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.forward import forward
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
 from shodh_moe.training.process_group import init_distributed
 from shodh_moe.training.router_start import start_router
-from shodh_moe.training.telemetry import RoutingCounts, Warnings, layer_records
+from shodh_moe.training.telemetry import ExchangeCounts, RoutingCounts, Warnings, layer_records
 from shodh_moe.training.trainer import train
 
 ROUTING = "interval/routing/"
@@ -136,9 +137,11 @@ class _LatentTask:
         experts = config.model.moe.num_experts
         self._counts = RoutingCounts(len(self._layers), samples.domains, experts, self.engine.device)
         self._recorded = 0  # step of the last routing record
-        self._warnings = Warnings(config.telemetry)
+        self._warnings = Warnings(config.telemetry, config.model.moe.router.balance)
         self._nonfinite = NonFinite(config.training.on_nonfinite, run, samples)
+        self._exchange_counts = ExchangeCounts()
         self._batches: list[MicroBatch] = []
+        self._shares: list[SampleExchange] = []
         self._exchanges: list[Exchange] = []
         self._records = False
         self.tokens = _tokens(config, list(grid))
@@ -153,17 +156,19 @@ class _LatentTask:
     def begin(self, step: int, logs: bool) -> None:
         last = step == self._config.training.steps
         self._records = bool(self._layers) and logs and (step - self._recorded >= self._config.telemetry.every or last)
-        self._batches, self._exchanges = [], []
+        self._batches, self._shares, self._exchanges = [], [], []
         self.engine.ep.exchanges = self._exchanges if self._records else None
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
         batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
-        prediction = self.engine(*batch.inputs)
-        named = total_loss(prediction, batch, self._config, self._scale_D)._asdict()
+        losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D)
+        named = losses._asdict()
         error_B = named.pop("error_B")
         kept = {key: value.detach() for key, value in named.items()}
-        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, prediction.routing))
+        self._batches.append(MicroBatch(picks, batch.domain_B, error_B, kept, routing))
+        if exchange is not None:
+            self._shares.append(exchange)
         return named
 
     def end(self, step: int, applied: bool) -> None:
@@ -172,20 +177,31 @@ class _LatentTask:
             self._nonfinite.handle(step, self._batches)
             return
         self._nonfinite.step_applied()
+        router = self._config.model.moe.router
+        if self._layers and router.balance == "bias" and routers_learn(self._config.finetune):
+            update_biases(self._routers, [batch.routing for batch in self._batches], router.bias_rate)
         for batch in self._batches:
             self._counts.add(batch.routing, batch.domain_B)
+            if self._one_decision:
+                self.engine.count_load(batch.routing[0].chosen_N.flatten())
+        for exchange in self._shares:
+            self._exchange_counts.add(exchange)
 
     def record(self, step: int, result: Step) -> dict[str, Any]:
         if not self._records:
             return {}
         routing = layer_records(self._counts, self._routers, self._exchanges, result.expert_norms_LE)
+        found: dict[str, Any] = {"routing": routing}
+        if exchanges_samples(self._config, self.engine.ep.size):
+            found["sample_exchange"] = self._exchange_counts.record(self._exchanges, self.engine.device)
         self._recorded = step
         self._counts.clear()
+        self._exchange_counts = ExchangeCounts()
         if dist.get_rank() == 0:
             decisions = routing[:1] if self._one_decision else routing
             for line in self._warnings.check(step, decisions):
                 print(line, flush=True)
-        return {"routing": routing}
+        return found
 
     def validate(self) -> dict[str, Any]:
         return validate(self.engine, self._valid, self._config)
@@ -194,6 +210,7 @@ class _LatentTask:
         if not self._layers:
             return {}
         counts = {"table": self._counts.table_LDM.flatten(), "largest": self._counts.largest_L}
+        counts |= {"exchange": self._exchange_counts.sums, "load": self.engine.load_E}
         return {ROUTING + name: value for name, value in (counts | {"told": torch.tensor([self._recorded])}).items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -202,6 +219,9 @@ class _LatentTask:
             self._counts.table_LDM.copy_(mine["table"].view_as(self._counts.table_LDM))
             self._counts.largest_L.copy_(mine["largest"])
             self._recorded = int(mine["told"])
+            # Older checkpoints lack these.
+            self._exchange_counts.sums.copy_(mine.get("exchange", self._exchange_counts.sums))
+            self.engine.load_E.copy_(mine.get("load", self.engine.load_E))
 
     def finish(self, keep_going: Callable[[], bool]) -> bool:
         return True
@@ -217,8 +237,7 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
     shape = list(train.trajectories[0].z.shape[1:])
     tokens = _tokens(config, shape[1:])
     moe = config.model.moe
-    full = moe.dropless or not moe.num_experts
-    capacity = None if full else expert_capacity(tokens, moe.num_experts, moe.capacity_factor, moe.min_capacity)
+    capacity = None if moe.dropless or not moe.num_experts else moe_capacity(moe, tokens)
     return {
         **flatten(config.model_dump()),
         "tokens of a micro-batch": tokens,

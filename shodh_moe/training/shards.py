@@ -1,8 +1,8 @@
 """Shards: the elements of weights and optimizer state that this rank updates, at every ZeRO stage.
 
 Without ZeRO a rank updates whole parameters; with ZeRO it updates a contiguous part of each flattened parameter group.
-In both cases a shard is a run of consecutive elements of a parameter. They are also consecutive in the logical tensor,
-whose first axis counts the experts of all ranks.
+In both cases a shard is a run of consecutive elements of a parameter. In the logical tensor, whose first axis counts
+the experts of all ranks, they are consecutive as long as their experts are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shodh_moe.base.parameters import marks
-from shodh_moe.checkpoint import Fragment, first_element, logical_shape
+from shodh_moe.checkpoint import Fragment, logical_shape, runs
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.optimizer import MOMENTS
 
@@ -81,11 +81,10 @@ def fragments(
     found = []
     for shard in shards:
         if all_held or shard.owned:
-            start = first_element(shard.parameter, ep) + shard.start
-            found.append(Fragment(f"model/{shard.name}", start, shard.of(shard.master)))
-            for key in MOMENTS:
-                values = shard.of(optimizer.state[shard.master][key])
-                found.append(Fragment(f"{key}/{shard.name}", start, values))
+            values = {"model": shard.master, **{key: optimizer.state[shard.master][key] for key in MOMENTS}}
+            for start, first, count in runs(shard.parameter, ep, shard.start, shard.count):
+                for key, flat in values.items():
+                    found.append(Fragment(f"{key}/{shard.name}", start, shard.of(flat)[first : first + count]))
     return found
 
 
@@ -122,10 +121,10 @@ def squared_norms(
             squares.append(_square(gradient))
             continue
         size = shard.parameter[0].numel()
-        first = layer_of[shard.name] * experts + ep.local_experts(experts).start
+        first, held = layer_of[shard.name] * experts, ep.local_experts(experts)
         for expert in range(shard.start // size, -(-(shard.start + shard.count) // size)):
             low, high = max(expert * size - shard.start, 0), min((expert + 1) * size - shard.start, shard.count)
-            places.append(first + expert)
+            places.append(first + held[expert])
             squares.append(_square(gradient[low:high]))
     if places:
         table.index_add_(0, torch.tensor(places, device=device), torch.stack(squares))

@@ -1,6 +1,6 @@
 """Telemetry of routers, experts and exchanges: sums are accumulated on the device, then made into one record per layer.
 
-Shapes: L layers, B samples, S tokens per sample, N = B S tokens, D domains, E experts.
+Shapes: L layers, B samples, S tokens per sample, N = B S tokens, D domains, E experts, J experts per token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.model import Routing
 from shodh_moe.model.routers import Router
-from shodh_moe.parallel import Exchange
+from shodh_moe.parallel import Exchange, SampleExchange, sum_over_ranks
 
 SUMS = ("dropped_fraction", "entropy", "mean_gate")  # the columns after those of the experts
 DIRECTIONS = ("dispatch", "combine")
@@ -25,7 +25,7 @@ class RoutingCounts:
 
     Attributes:
         table_LDM: for each layer and domain, the number of tokens of each expert and the sums for `SUMS`, M = E + 3
-            columns, float64.
+            columns, float64. With J > 1 a token counts once for each of its experts.
         largest_L: each layer's largest logit of any token, float64.
     """
 
@@ -44,12 +44,12 @@ class RoutingCounts:
             return
         table, domain_B = self.table_LDM, domain_B.to(self.table_LDM.device)
         layers, domains, columns = table.shape
-        expert_LBS = torch.stack([r.expert_N for r in routing]).view(layers, len(domain_B), -1)
+        expert_LBS = torch.stack([r.chosen_N for r in routing]).view(layers, len(domain_B), -1)
         row_LD = torch.arange(layers * domains, device=table.device).view(layers, domains) * columns
         cell = (expert_LBS + row_LD[:, domain_B, None]).flatten()
         table.view(-1).index_add_(0, cell, torch.ones_like(cell, dtype=table.dtype))
 
-        values = torch.stack([value for r in routing for value in (~r.kept_N, r.entropy_N, r.gate_N)])
+        values = torch.stack([value for r in routing for value in _values(r)])
         sums_LVB = values.nan_to_num_(0).view(layers, len(SUMS), len(domain_B), -1).sum(-1, dtype=table.dtype)
         table[:, :, self.experts :].index_add_(1, domain_B, sums_LVB.transpose(1, 2))
 
@@ -61,8 +61,8 @@ class RoutingCounts:
         """One record per layer (collective): ``load``, ``dropped_fraction``, ``entropy`` and ``mean_gate`` by domain,
         the load over all domains ``load_all``, and ``largest_logit``.
         """
-        table_LDM = _over_ranks(self.table_LDM).cpu()
-        largest = _over_ranks(self.largest_L, dist.ReduceOp.MAX).tolist()
+        table_LDM = sum_over_ranks(self.table_LDM).cpu()
+        largest = sum_over_ranks(self.largest_L, dist.ReduceOp.MAX).tolist()
         experts, layers = self.experts, []
         tokens_LD1 = table_LDM[:, :, :experts].sum(2, keepdim=True)
         share_LDM = table_LDM / tokens_LD1.clamp(min=1)
@@ -81,6 +81,42 @@ class RoutingCounts:
         """Reset the sums to zero."""
         self.table_LDM.zero_()
         self.largest_L.fill_(-torch.inf)
+
+
+class ExchangeCounts:
+    """Sums over micro-batches of how an exchange of samples divides them among the ranks of a group.
+
+    Attributes:
+        sums: number of micro-batches; sums of the largest number of samples whose experts a rank holds, and of the
+            largest number that a rank computes, both over an even share; sum of the share of samples that are computed
+            without their expert. float64 [4].
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, exchange: SampleExchange) -> None:
+        """Count one micro-batch."""
+        samples = sum(exchange.computed_G)
+        even = samples / len(exchange.computed_G)
+        shares = [1, max(exchange.held_G) / even, max(exchange.computed_G) / even, exchange.strangers / samples]
+        self.sums += torch.tensor(shares, dtype=torch.float64)
+
+    def record(self, exchanges: list[Exchange], device: torch.device | str) -> dict[str, float]:
+        """Return ``held_imbalance``, ``imbalance`` and ``by_tokens``, and of one step ``ms``, ``wait_ms`` and ``bytes``
+        of the exchanges of samples, all as means over ranks (collective).
+        """
+        cost = _sum([exchange for exchange in exchanges if exchange.direction == "samples"])
+        means = _mean_over_ranks(torch.cat([self.sums[1:] / self.sums[0].clamp(min=1), cost]).to(device)).tolist()
+        return dict(zip(("held_imbalance", "imbalance", "by_tokens", "ms", "wait_ms", "bytes"), means, strict=True))
+
+
+def _values(r: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token adds to the sums for `SUMS`, [N] each."""
+    if r.kept_N.ndim == 1:
+        return ~r.kept_N, r.entropy_N, r.gate_N
+    choices = r.kept_N.shape[1]
+    return (~r.kept_N).sum(1), choices * r.entropy_N, choices * r.gate_N
 
 
 def layer_records(
@@ -105,26 +141,30 @@ def layer_records(
 
 def _traffic(layers: int, exchanges: list[Exchange], device: torch.device) -> list[dict[str, Any]]:
     """Each layer's sums ``ms``, ``wait_ms`` and ``bytes``, averaged over ranks, in total and by direction."""
-    sums = torch.zeros(layers, len(DIRECTIONS), 3, dtype=torch.float64)
+    found: list[list[list[Exchange]]] = [[[] for _ in DIRECTIONS] for _ in range(layers)]
     for exchange in exchanges:
-        numbers = torch.tensor([*exchange.times_ms(), exchange.sent_bytes], dtype=torch.float64)
-        sums[exchange.layer, DIRECTIONS.index(exchange.direction)] += numbers
-    means = _over_ranks(sums.to(device)).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+        if exchange.direction in DIRECTIONS:
+            found[exchange.layer][DIRECTIONS.index(exchange.direction)].append(exchange)
+    sums = torch.stack([torch.stack([_sum(part) for part in layer]) for layer in found])
+    means = _mean_over_ranks(sums.to(device))
     return [
         _named(layer.sum(0)) | {name: _named(part) for name, part in zip(DIRECTIONS, layer, strict=True)}
         for layer in means
     ]
 
 
+def _sum(exchanges: list[Exchange]) -> Tensor:
+    """Sums of duration and waiting time in milliseconds and of bytes, float64 [3]."""
+    numbers = [[*exchange.times_ms(), exchange.sent_bytes] for exchange in exchanges]
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 3).sum(0)
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    return sum_over_ranks(values).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
 def _named(numbers: Tensor) -> dict[str, Any]:
     return dict(zip(("ms", "wait_ms", "bytes"), numbers.tolist(), strict=True))
-
-
-def _over_ranks(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    values = values.clone()
-    if dist.is_initialized():
-        dist.all_reduce(values, operation)
-    return values
 
 
 def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]) -> tuple[int, str] | None:
@@ -139,10 +179,15 @@ def first_nonfinite(routing: list[Routing], domain_B: Tensor, domains: list[str]
 
 
 class Warnings:
-    """Warns once when an expert starves or a domain loses tokens, and again if the condition ends and returns."""
+    """Warns once when an expert starves or a domain loses tokens, and again if the condition ends and returns.
 
-    def __init__(self, config: TelemetryConfig):
+    Args:
+        balance: ``model.moe.router.balance``, which determines the advice.
+    """
+
+    def __init__(self, config: TelemetryConfig, balance: str = "loss"):
         self.config = config
+        self._knob = f"model.moe.router.{'bias_rate' if balance == 'bias' else 'balance_weight'}"
         self._warned: set[tuple[str, int, int | str]] = set()
 
     def check(self, step: int, layers: list[dict[str, Any]]) -> list[str]:
@@ -164,12 +209,12 @@ class Warnings:
             if new := [text for key, text in starved.items() if key not in self._warned]:
                 lines.append(
                     f"{place}{', '.join(new)} of the tokens, an even share is {1 / len(load):.1%}; "
-                    "raise model.moe.router.balance_weight or use fewer experts (model.moe.num_experts)"
+                    f"raise {self._knob} or use fewer experts (model.moe.num_experts)"
                 )
             if new := [text for key, text in dropped.items() if key not in self._warned]:
                 lines.append(
                     f"{place}no room at their expert for {', '.join(new)} tokens; raise model.moe.capacity_factor "
-                    "or model.moe.router.balance_weight, or set model.moe.dropless=true"
+                    f"or {self._knob}, or set model.moe.dropless=true"
                 )
             now |= starved.keys() | dropped.keys()
         self._warned = now

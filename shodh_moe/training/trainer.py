@@ -178,7 +178,8 @@ class _Loop:
             self.watchdog.alive()
             stopped = result.stop and done < t.steps
             if self._due(done, t.checkpoint_every) or stopped:
-                self._save(done)
+                # A stop must not change what comes after it, so then the experts stay where they are.
+                self._save(done, self._due(done, t.checkpoint_every))
             if stopped:
                 break
         self.writer.finish()
@@ -231,9 +232,10 @@ class _Loop:
         if self.log:
             self.log.write(record)
 
-    def _save(self, done: int) -> None:
-        """Write a checkpoint in the background."""
+    def _save(self, done: int, may_move_experts: bool) -> None:
+        """Write a checkpoint in the background. If experts move to other ranks, wait for it and load it."""
         config, t, task, engine = self.config, self.config.training, self.task, self.task.engine
+        placement = engine.next_placement() if may_move_experts else engine.ep.placement
         facts = {
             "config": config.model_dump(),
             "ep_size": engine.ep.size,
@@ -245,10 +247,16 @@ class _Loop:
             "versions": versions(),
             "start": self.start.origin,
             "inputs": task.inputs,
+            **({"placement": placement} if placement else {}),
             **task.facts,
         }
         rank_state = random_state() | self.start.interval.state() | task.state()
         self.writer.save(done, engine.fragments(), engine.shapes(), rank_state, facts)
+        if placement != engine.ep.placement and done < t.steps:
+            self.writer.finish()
+            engine.load(CheckpointReader(self.writer.path(done)))
+            if self.log:
+                print(f"step {done}: experts have moved to balance the load of the ranks", flush=True)
 
     def _keep_going(self) -> bool:
         """Return whether no rank was asked to stop (collective)."""

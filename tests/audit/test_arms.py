@@ -75,11 +75,12 @@ def test_a_control_differs_from_the_mixture_only_in_its_own_settings(tmp_path):
         "dense_active": {"model.moe.num_experts"},
         "dense_total": {"model.moe.num_experts", "model.moe.expert_hidden"},
         "dense_wide": {"model.moe.num_experts", "model.moe.expert_hidden", "model.dim"},
-        "film": {"model.moe.num_experts", "model.moe.shared_experts", "model.film"},
+        "film": {"model.moe.num_experts", "model.film"},
         "oracle": {router + "kind"},
         "random": {router + "frozen", router + "start"},
         "random_start": {router + "start"},
-        "no_shared": {"model.moe.shared_experts", "model.moe.expert_hidden"},
+        "no_shared": {"model.moe.shared_experts", "model.moe.expert_hidden", "model.moe.shared_linear"},
+        "shared_expert": {"model.moe.shared_experts", "model.moe.expert_hidden"},
         "shared_attention": set(),  # as the tiny base has it
     }
     assert {*expected, "single"} == set(SET_ARMS["main"])
@@ -136,8 +137,8 @@ def test_an_arm_has_the_same_rate_in_every_set(tmp_path):
     one = audit(tmp_path, hard=["open_channel", "decaying_turbulence"], experts=[2, 4])
     rates = {name: 1e-3 * (n + 1) for n, name in enumerate(tuning_runs(one))}
     for run in all_runs(one, rates):
-        like = "single:open_channel" if run.arm == "single" else "moe"
-        known = run.tuned_as if run.tuned_as in rates else like
+        like = {"single": "single:open_channel", "dense_total": "dense_active", "dense_wide": "dense_active"}
+        known = run.tuned_as if run.tuned_as in rates else like.get(run.arm, "moe")
         assert run.config.training.learning_rate == rates[known]
     four = {(r.arm, r.experts) for r in set_runs(one, "four", [0], rates)}
     assert four == {("moe", 2), ("moe", 4), ("dense_active", 0), ("oracle", 3), ("single", 0)}
@@ -147,7 +148,7 @@ def test_an_arm_has_the_same_rate_in_every_set(tmp_path):
 
 
 def test_rates_are_chosen_for_the_mixture_and_its_rivals_only(tmp_path):
-    rivals = {"moe", "layer", "dense_active", "dense_total", "dense_wide", "film", "oracle"}
+    rivals = {"moe", "layer", "dense_active", "film"}
     assert set(tuning_runs(audit(tmp_path))) == rivals | {"single:open_channel", "single:porous_media"}
 
 
@@ -156,12 +157,12 @@ def test_the_shipped_audit_config(tmp_path, monkeypatch):
     one = load_config_of(AuditConfig, Path(__file__).parents[2] / "configs" / "audit" / "cpu.yaml")
     runs = all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3))
     counts = [sum(run.set == name for run in runs) for name in ("main", "long", "hard", "four", "bed")]
-    assert counts == [65, 20, 12, 27, 21]
+    assert counts == [50, 12, 12, 27, 21]
     assert {run.config.training.steps for run in runs if run.set == "long"} == {1500}
     assert {run.config.training.steps for run in runs if run.set != "long"} == {600}
     data = with_all_domains(one, one.base)
     check(data, resolve_paths(data))
-    assert len({run.name for run in runs}) == 142  # `hard` has three single-domain runs of `main`
+    assert len({run.name for run in runs}) == 119  # `hard` has three single-domain runs of `main`
     assert {run.domains[0] for run in runs if run.set == "four" and run.arm == "single"} == {
         "decaying_turbulence", "obstacle_wake", "open_channel", "porous_media",
     }  # fmt: skip
@@ -183,7 +184,7 @@ def test_the_shipped_audit_config(tmp_path, monkeypatch):
         ({"base.training.batch_size": 4}, "not divisible by 3 domains"),
         ({"base.model.moe.scope": "layer"}, "must be the mixture that the other arms are derived from"),
         ({"bed": ["open_channel", "decaying_turbulence"]}, "must be the main domains"),
-        ({"base.model.moe.shared_experts": 0}, "must be the mixture that the other arms are derived from"),
+        ({"base.model.moe.shared_linear": False}, "must be the mixture that the other arms are derived from"),
         ({"unseen.porous_media": None}, "unseen has no porous_media"),
         ({"unseen.open_channel.bed": ["spheres"]}, "give it another geometry"),
         ({"unseen.obstacle_wake": WAKE}, "base.data.domains has no obstacle_wake"),

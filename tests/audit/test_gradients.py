@@ -20,6 +20,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
 from tests import tiny
+from tests.tiny import LAYER
 
 SHAPE = (3, 2, 2, 2)
 FILES = count()  # numbers for the names of in-memory files
@@ -27,7 +28,15 @@ MOE = ["attention", "expert 0", "expert 1", "rest", "router", "shared"]
 
 
 def _config(**moe: Any) -> Config:
-    model = {"dim": 8, "depth": 2, "heads": 1, "patch": 1, "history": 2, "moe": {"expert_hidden": 8, **moe}}
+    model = {
+        "dim": 8,
+        "depth": 2,
+        "heads": 1,
+        "patch": 1,
+        "history": 2,
+        "norms": "pre",
+        "moe": LAYER | {"expert_hidden": 8, **moe},
+    }
     return tiny.config(model=model, evaluation={"batch_size": 3})
 
 

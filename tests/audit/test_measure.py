@@ -8,7 +8,7 @@ import torch
 from shodh_moe.audit.measure import heldout_errors, routing_maps
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import list_trajectories, read_trajectory, trajectories_by_source
-from shodh_moe.inference.loading import find_source, load_models
+from shodh_moe.inference.loading import find_source, load_source
 from shodh_moe.inference.rollout import decode
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.encoding import trajectory_fields
@@ -22,20 +22,20 @@ def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
     config = run_config(tmp_path)
     paths = resolve_paths(config)
     pipeline.make_latents(config, paths)
-    models = load_models(find_source(tmp_path / "runs" / "trained"))
+    model = load_source(find_source(tmp_path / "runs" / "trained"))
     test = load_latents(paths.latents, "test", paths.tokenizer)
     samples = LatentSamples(test, HISTORY)
     records = trajectories_by_source(paths.dataset, "test")
-    errors = heldout_errors(models, config, records, test, samples)
+    errors = heldout_errors(model, config, records, test, samples)
 
     fields = {r.domain: trajectory_fields(read_trajectory(r)) for r in list_trajectories(paths.dataset, "test")}
-    tokenizer = models.tokenizer
+    tokenizer = model.tokenizer
     scale = torch.tensor([float(tokenizer.velocity_rms)] * 3 + [0.5]).view(4, 1, 1, 1)
     windows = SNAPSHOTS - HISTORY
     assert set(errors) == {"calm", "wild"}
     for number, domain in enumerate(sorted(errors)):
         history, geometry, target, _ = samples.batch([(number, n) for n in range(windows)])
-        z = models.transformer(history, geometry).latent_BCxyz
+        z = model.transformer(history, geometry).latent_BCxyz
         true, before = fields[domain][HISTORY:, :4], fields[domain][HISTORY - 1 : -1, :4]
         predicted = decode(tokenizer, z, fields[domain][0, 4:]).float()
         fluctuation = true[:, :3] - true[:, :3].mean((2, 3, 4), keepdim=True)
@@ -56,9 +56,9 @@ def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
             rel=1e-4,
         )
 
-    maps = routing_maps(models, config, test, samples)
+    maps = routing_maps(model, config, test, samples)
     for number, domain in enumerate(samples.domains):
         history, geometry, _, _ = samples.batch([(number, windows // 2)])
-        routing = models.transformer(history, geometry).routing
+        routing = model.transformer(history, geometry).routing
         assert maps[f"{domain}/expert_map"].tolist() == [r.expert_N.view(2, 1, 3).tolist() for r in routing]
         assert (maps[f"{domain}/solid_fraction"] == test[number].solid_fraction_xyz.numpy()).all()

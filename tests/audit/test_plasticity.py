@@ -15,6 +15,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from tests import tiny
+from tests.tiny import LAYER
 from tests.training.synthetic import write_latents
 
 HIDDEN = 8
@@ -28,7 +29,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> LatentSamples:
 
 
 def _transformer(**moe: Any) -> LatentTransformer:
-    model = {"dim": 8, "depth": 2, "heads": 1, "patch": 1, "moe": {"expert_hidden": HIDDEN, **moe}}
+    model = {
+        "dim": 8,
+        "depth": 2,
+        "heads": 1,
+        "patch": 1,
+        "norms": "pre",
+        "moe": LAYER | {"expert_hidden": HIDDEN, **moe},
+    }
     return LatentTransformer(tiny.config(model=model).model, 6, [2, 2, 2], 0, ExpertParallel()).eval()
 
 

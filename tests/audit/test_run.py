@@ -73,7 +73,7 @@ def test_the_best_rate_is_chosen_and_an_edge_of_the_range_is_reported(tmp_path):
         for rate, (run, other) in runs.items():
             best = 2e-3 if name == "moe" else 4e-3
             _finish(run.config, dict.fromkeys(run.domains, 0.1 + abs(rate - best)))
-            if name == "oracle" and rate > 1e-3:  # one diverged seed rules out a rate
+            if name == "layer" and rate > 1e-3:  # one diverged seed rules out a rate
                 _blow_up(other.config)
                 continue
             spoilt = 0.1 if name == "film" and rate == 4e-3 else 0
@@ -82,8 +82,8 @@ def test_the_best_rate_is_chosen_and_an_edge_of_the_range_is_reported(tmp_path):
     assert (found["moe"]["chosen"], found["moe"]["at_edge"]) == (2e-3, False)
     assert (found["dense_active"]["chosen"], found["dense_active"]["at_edge"]) == (4e-3, True)
     assert (found["film"]["chosen"], found["film"]["at_edge"]) == (2e-3, False)
-    assert found["oracle"]["chosen"] == 1e-3
-    assert found["oracle"]["valid_latent_mse"] == [pytest.approx(0.103), math.inf, math.inf]
+    assert found["layer"]["chosen"] == 1e-3
+    assert found["layer"]["valid_latent_mse"] == [pytest.approx(0.103), math.inf, math.inf]
     assert choose_rates(one)["single:porous_media"] == 4e-3
 
 
@@ -137,7 +137,7 @@ def test_a_result_of_other_weights_or_settings_is_stale(tmp_path, monkeypatch):
 
 def test_relearning_starts_from_the_trained_network_and_from_scratch(tmp_path):
     one = audit(tmp_path)
-    run = next(r for r in all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3)) if r.arm == "oracle")
+    run = next(r for r in all_runs(one, dict.fromkeys(tuning_runs(one), 1e-3)) if r.arm == "layer")
     _finish(run.config, {"open_channel": 0.2, "porous_media": 0.6})
     trained, scratch = pair(one, run)
     assert (trained.start, scratch.start) == (str(run_folder(run.config)), None)

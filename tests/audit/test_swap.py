@@ -14,13 +14,14 @@ from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
 from tests import tiny
 from tests.audit.tiny import make_transformer
+from tests.tiny import LAYER
 from tests.training.synthetic import write_latents
 
 ORACLE: dict[str, Any] = {"expert_hidden": 8, "router": {"kind": "oracle"}}
 
 
 def _config(depth: int = 2, **moe: Any) -> Config:
-    model = {"dim": 16, "depth": depth, "heads": 2, "patch": 1, "moe": {**ORACLE, **moe}}
+    model = {"dim": 16, "depth": depth, "heads": 2, "patch": 1, "norms": "pre", "moe": {**LAYER, **ORACLE, **moe}}
     return tiny.config(model=model, evaluation={"batch_size": 3})
 
 

@@ -17,10 +17,16 @@ from tests.tiny import CONFIG, FLOW
 def tree(folder: Path, **keys: Any) -> dict[str, Any]:
     """Return the content of a config file for `audit`."""
     domains = {"open_channel": FLOW, "porous_media": {**FLOW, "grain": 3.0}, "decaying_turbulence": FLOW}
+    moe = {
+        "expert_hidden": 16,
+        "shared_experts": 1,
+        "attention": "shared",
+        "router": {"lr_scale": 1.0, "commitment_weight": 0.0},
+    }
     base = {
         "data": {**CONFIG["data"], "root": str(folder / "data"), "domains": domains},
         "tokenizer": {**CONFIG["tokenizer"], "root": str(folder / "tokenizers")},
-        "model": {"dim": 24, "depth": 1, "heads": 2, "moe": {"expert_hidden": 16, "scope": "path"}},
+        "model": {"dim": 24, "depth": 1, "heads": 2, "moe": moe},
         "training": {"steps": 4, "batch_size": 6, "warmup_steps": 1, "checkpoint_every": 4, "log_every": 1},
         "telemetry": {"every": 1},
         "parallel": {"processes": 1},

@@ -10,6 +10,7 @@ from shodh_moe.base.parameters import Marks, mark, marks
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import LatentTransformer
 from shodh_moe.parallel import ExpertParallel
+from tests.tiny import LAYER
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -30,7 +31,7 @@ def test_a_mark_keeps_other_marks_and_survives_a_dtype_change():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_transformer_marks_its_parameters(frozen):
     """The marks equal the former decisions by parameter name."""
-    moe = MoEConfig(expert_hidden=16, router=RouterConfig(frozen=frozen))
+    moe = MoEConfig(**LAYER, expert_hidden=16, router=RouterConfig(frozen=frozen))
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
     model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel())
     seen = set()

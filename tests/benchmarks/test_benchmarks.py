@@ -119,12 +119,31 @@ def test_pictures_are_drawn(results: Path) -> None:
             assert (results / f"{name}_{kind}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_exchanges_are_counted(tmp_path: Path) -> None:
+    """One layer of width 24, 8 tokens of 4 channels, two ranks with 4 samples each, of which half leave."""
+    done = script("exchange", "--quick", "--json", str(tmp_path / "exchange.json"), timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "exchange.json").read_text())["results"]}
+    assert rows["none"]["bytes"] == rows["none"]["exchanges"] == 0
+    sample = 4 * (2 + 2) * 4 * 8 + 2 * 8 + 2 * 4  # latents; domain and expert; norm and weight
+    assert rows["sample"]["bytes"] == 2 * sample + 2 * 8 + 2 * 4  # and counts and errors
+    assert rows["token"]["bytes"] == 2 * 8 * 24 * 4 * 4 + 8  # dispatch, combine and their gradients; a count
+    assert (rows["sample"]["exchanges"], rows["token"]["exchanges"]) == (3, 5)
+    assert rows["sample"]["samples_by_rank"] == [4, 4]
+    assert rows["sample, 3:1"]["samples_by_rank"] == [5, 3]
+    assert 0 < rows["deepspeed"]["in_exchanges"] < 1
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("gating", ["--experts", "8;64"], "8;64"),
         ("moe_layer", ["--cases", "4096/128"], "tokens/width/experts"),
         ("gating", ["--quick", "--device", "cpu", "--json", "/dev/null/x.json"], "/dev/null"),
+        ("exchange", ["--cases", "256/2/4"], "width/depth/grid/channels/samples"),
+        ("exchange", ["--ranks", "3"], "--ranks must be even numbers"),
         ("support.plot", ["nowhere.json"], "nowhere.json"),
         ("support.losses", ["--grid", "7"], "--grid"),
     ],

@@ -97,6 +97,8 @@ def test_experts_of_another_anchor_are_refused(ends: tuple[Expert, Expert], tmp_
     require_one_anchor(found[:2], anchors[0])
     with pytest.raises(UserError, match=r"expert2/1 was not fine-tuned from the anchor of .*expert0/1"):
         require_one_anchor(found)
+    with pytest.raises(UserError, match=r"a/1 was not fine-tuned from an anchor"):
+        require_one_anchor(anchors)
     with pytest.raises(UserError, match=r"expert0/1 was not fine-tuned from .*b/1"):
         require_one_anchor(found[:2], anchors[1])
 

@@ -148,11 +148,12 @@ def test_an_anchor_of_another_network_is_refused(folder, capfd):
 
 def test_the_shipped_configs_can_be_read():
     from shodh_moe.ccm.bench.config import BenchConfig
+    from shodh_moe.ccm.bench3d.config import Bench3dConfig
     from shodh_moe.ccm.config import ExpertConfig
     from shodh_moe.config.load import load_config_of
 
     paths = sorted((ROOT / "configs" / "ccm").glob("*.yaml"))
     assert paths
     for path in paths:
-        kind = ExpertConfig if path.stem == "reaction_diffusion" else BenchConfig
-        load_config_of(kind, path)
+        kinds = {"reaction_diffusion": ExpertConfig, "latent": Bench3dConfig}
+        load_config_of(kinds.get(path.stem, BenchConfig), path)

@@ -17,8 +17,9 @@ from shodh_moe.base.section import Section
 from shodh_moe.ccm.bench.config import BenchConfig
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.config import Config
-from shodh_moe.config.compare import differing_keys, fingerprint
+from shodh_moe.config.compare import differing_keys, differing_model_keys, fingerprint
 from shodh_moe.config.load import load_config, load_config_of
+from shodh_moe.training.deepspeed_config import exchanges_samples
 from tests.tiny import CONFIG, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,30 @@ def test_overrides_replace_the_files_values_and_the_name_comes_last(tmp_path: Pa
 def test_a_stored_config_is_read_back_unchanged(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ["training.learning_rate=1e-5"])
     assert load_config(written(tmp_path, yaml.safe_dump(config.model_dump()))) == config
+
+
+def test_a_stored_config_of_an_older_version_keeps_its_meaning(tmp_path: Path) -> None:
+    """Before these keys existed, there was a router in each layer, no norm after a branch, and the loss was the MSE."""
+    tree = Config().model_dump()
+    for key in ("scope", "attention", "attention_rank", "shared_linear"):
+        del tree["model"]["moe"][key]
+    del tree["model"]["moe"]["router"]["commitment_weight"], tree["model"]["norms"], tree["training"]["loss"]
+    tree["model"]["moe"]["router"]["lr_scale"] = 1.0
+    path = written(tmp_path, yaml.safe_dump(tree))
+    old = load_config_of(Config, path, stored=True)
+    assert (old.model.moe.scope, old.model.moe.attention) == ("layer", "shared")
+    assert old.model.moe.router.commitment_weight == 0
+    assert (old.model.norms, old.training.loss) == ("pre", "mse")
+    assert "moe.scope" in differing_model_keys(tree["model"], Config().model.model_dump())
+    # In a file that a user writes, keys that are left out have today's defaults.
+    assert load_config(path).model.moe.scope == "path"
+
+
+def test_scope_layer_has_defaults_of_its_own(tmp_path: Path) -> None:
+    moe = load_config(written(tmp_path, "model: {moe: {scope: layer}}")).model.moe
+    assert (moe.attention, moe.router.lr_scale, moe.router.commitment_weight) == ("shared", 1.0, 0.0)
+    given = load_config(written(tmp_path, "model: {moe: {scope: layer, router: {lr_scale: 0.1}}}")).model.moe
+    assert given.router.lr_scale == 0.1
 
 
 @pytest.mark.parametrize(
@@ -105,6 +130,8 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
         ("training.learning_rate=.nan", "training.learning_rate should be"),
         ("training.betas=[0.9]", "betas needs two numbers"),
         ("parallel.processes=four", "parallel.processes should be a valid integer or 'auto', not 'four'"),
+        ("parallel.exchange=tokens", "parallel.exchange should be 'sample', 'token' or 'auto', not 'tokens'"),
+        ("parallel.exchange_capacity=0.9", "parallel.exchange_capacity should be greater than or equal to 1, not 0.9"),
         ("parallel.ep_size=-1", "parallel.ep_size should be greater than 0 or 'auto', not -1"),
         ("data.grid=32", "data.grid should be a valid list, not 32"),
         ("data.grid=[16, a, 16]", "data.grid.1 should be a valid integer, not 'a'"),
@@ -118,6 +145,11 @@ def test_a_key_without_a_similar_one_names_the_sections(tmp_path: Path) -> None:
         ),
         ("tokenizer.latent_channels=4096", "tokenizer.latent_channels should be less than or equal to 2048"),
         ("model.dim=25", "dim 25 must divide into 2 heads"),
+        ("model.moe.top_k=3", "top_k 3 is more than num_experts 2"),
+        ("model.moe.top_k=9", "model.moe.top_k should be less than or equal to 8, not 9"),
+        ("model.moe={top_k: 2, router: {kind: oracle}}", "router.kind oracle knows one expert for each domain"),
+        ("model.moe.router.balance=both", "should be 'loss', 'global' or 'bias', not 'both'"),
+        ("model.moe.router={balance: bias, frozen: true}", "would change the decisions of the control frozen true"),
         ("name=5", "name should be a valid string, not 5"),
     ],
 )
@@ -127,6 +159,31 @@ def test_an_invalid_value_is_explained_in_one_line(tmp_path: Path, override: str
     assert str(error.value).startswith(f"override {override!r}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (("model.moe.scope=layer",), "model.moe.scope is layer: set it to path"),
+        (("model.moe.scope=path", "model.moe.router.context=window"), "router.context is window: set it to sample"),
+        (("model.moe.num_experts=0", "model.moe.shared_experts=1"), "model.moe.num_experts is 0: give it experts"),
+        (("model.moe.router.added=[1]",), r"added experts \(model.moe.router.added\): use a model without"),
+    ],
+)
+def test_samples_that_have_no_path_cannot_be_exchanged(tmp_path: Path, settings: tuple[str, ...], reason: str) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(UserError, match=f"parallel.exchange sample needs one path for each sample, but .*{reason}, or"):
+        load_config(path, [*settings, "parallel.exchange=sample"])
+    assert load_config(path, list(settings)).parallel.exchange == "auto"
+    assert not exchanges_samples(load_config(path, list(settings)), 2)
+    assert exchanges_samples(load_config(path, ["model.moe.scope=path", "parallel.exchange=sample"]), 2)
+
+
+def test_experts_are_placed_by_load_only_if_all_layers_have_one_router(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(UserError, match=r"placement load needs one router for all layers, but .* set it to path, or"):
+        load_config(path, ["model.moe.scope=layer", "parallel.placement=load"])
+    load_config(path, ["parallel.placement=load"])
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", "-x", "~", "a b", "a\n", "x" * 101, ".h"])

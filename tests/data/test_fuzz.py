@@ -1,4 +1,4 @@
-"""A few of the mutated files that benchmarks/studies/fuzz_reader.py reads by the ten thousand."""
+"""A few of the mutated files that benchmarks/studies/fuzz_reader.py and fuzz_importer.py read by the thousand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from shodh_moe.data import list_trajectories, opening, read_snapshots
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-FILES = 150
+FILES, IMPORTS = 150, 48
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,14 +64,57 @@ def test_every_base_is_sound(tmp_path: Path, bases: list[Any]) -> None:
 
 
 def test_a_fault_is_reported_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from studies import fuzz_reader
+    from support import supervise
 
     child = "import json, os; print(json.dumps({'number': 3}), flush=True); os.abort()"
-    popen = fuzz_reader.subprocess.Popen
+    popen = supervise.subprocess.Popen
     starts = iter([child, "pass"])
     monkeypatch.setattr(
-        fuzz_reader.subprocess, "Popen", lambda arguments, **pipes: popen([sys.executable, "-c", next(starts)], **pipes)
+        supervise.subprocess, "Popen", lambda arguments, **pipes: popen([sys.executable, "-c", next(starts)], **pipes)
     )
-    outcomes, faults, _, _ = fuzz_reader.watch(seed=0, files=4, folder=tmp_path)
+    outcomes, faults, _, _ = supervise.watch("script.py", seed=0, files=4, folder=tmp_path, faulty=())
     assert outcomes == {"crash": 1}
     assert faults[0]["number"] == 3
+
+
+def test_mutated_files_of_others_are_imported_with_the_values_of_their_library_or_refused(
+    tmp_path: Path, importable: None
+) -> None:
+    from studies.fuzz_importer import FAULTS, run_cases
+
+    outcomes: Counter[str] = Counter()
+    formats = set()
+    for line in run_cases(3, range(IMPORTS), tmp_path):
+        if "outcome" in line:
+            assert line["outcome"] not in FAULTS, line
+            outcomes[line["outcome"].partition(",")[0]] += 1
+            formats.add(line["case"].partition(",")[0])
+    assert {"npz", "npy", "hdf5", "netcdf3_classic", "netcdf4", "tiff", "matlab"} <= formats
+    assert outcomes["refused"] > IMPORTS / 4
+    assert outcomes["accepted"] > IMPORTS / 10
+
+
+def test_values_that_the_library_does_not_read_are_a_fault(tmp_path: Path, importable: None) -> None:
+    from studies.fuzz_importer import UNREAD, WRONG, import_and_compare
+    from support.foreign_files import flow, make_sets
+
+    class Owner:
+        """Stands for the process of the library."""
+
+        values: Any = None
+
+        def run_apart(self, *call: Any) -> Any:
+            if self.values is None:
+                raise ValueError("damaged")
+            return self.values
+
+    (tmp_path / "sets").mkdir()
+    one = next(one for one in make_sets(tmp_path / "sets") if one.name == "npz")
+    folder, owner, original = tmp_path / "sets" / "npz", Owner(), flow()
+    assert import_and_compare(folder, one, original, owner)[0] == "accepted, values unchanged, its library refuses"
+    assert import_and_compare(folder, one, {**original, "u": original["u"] + 1}, owner)[0] == UNREAD
+    owner.values = original
+    assert import_and_compare(folder, one, original, owner)[0] == "accepted, values equal"
+    for other in ({"u": original["u"] * (1 + 1e-5)}, {"time": original["time"] * 2}, {"p": original["p"][::-1]}):
+        owner.values = {**original, **other}
+        assert import_and_compare(folder, one, original, owner)[0] == WRONG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shodh_moe.data.importing import Mapping, import_data, load_mapping
 from shodh_moe.data.importing.grids import interpolation
 from shodh_moe.data.importing.order import number_key
 from shodh_moe.data.importing.projection import project
+from shodh_moe.formats.known import open_here
 from tests.tiny import quiet, refused, smooth
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "import"
@@ -212,6 +214,12 @@ def test_only_one_snapshot_of_a_long_array_is_in_memory(cutouts: Path, monkeypat
     changes = {"axes": ["t", "x", "y", "z"], "velocity": list("uvw"), "pressure": "p"}
     imported(cutouts, files={"train": ["long.npz"]}, **changes)
     assert tracemalloc.get_traced_memory()[1] < 40 * 4 * 4 * np.prod(GRID) / 2
+    tracemalloc.reset_peak()
+    # The values were read in another process; read them here as well.
+    with open_here(cutouts / "long.npz") as file:
+        for name, number in itertools.product("uvwp", range(40)):
+            assert (file.array(name).read((number, *[slice(None)] * 3)) == (name == "p")).all()
+    assert tracemalloc.get_traced_memory()[1] < 40 * 4 * 4 * np.prod(GRID) / 2
     tracemalloc.stop()
 
 
@@ -389,7 +397,7 @@ def write_faulty(folder: Path, fault: str) -> None:
         ("", {"resample": {"method": "linear", "spacing": 0.7}}, ("period of axis x, 4", "0.666666667")),
         ("", {"repeated_end": ["x"], "boundaries": dict.fromkeys("xyz", "open")}, ("axis x is not periodic", "crop.x")),
         ("", {"repeated_end": ["x"]}, ("last point along x does not repeat the first", "out of repeated_end")),
-        ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite")),
+        ("nan", {}, ("train.h5", "pressure of snapshot 1", "not finite", "solid: missing")),
         ("uneven", {"spacing": None, "coordinates": {a: f"{a}coor" for a in "xyz"}}, ("not cubic", "y: 0.3536 to")),
         (
             "unordered",
@@ -474,6 +482,14 @@ def test_messages_about_a_periodic_grid_lead_out(cutouts: Path, capfd: pytest.Ca
     refused(capfd, "data", "import", str(mapping), "--output", "out", says=("repeats the first", "repeated_end: [x]"))
     out = imported(cutouts, files={"train": ["train.h5"]}, repeated_end=["x"])
     assert list_trajectories(out, "train")[0].grid == (8, 16, 24)
+    # Several axes are named at once.
+    velocity, pressure = flow(0, grid=(9, 17, 24))
+    velocity[:, :, -1] = velocity[:, :, 0]
+    velocity[:, :, :, -1] = velocity[:, :, :, 0]
+    write_cutout(cutouts / "train.h5", velocity, pressure, even_points((9, 17, 24)))
+    mapping = mapping_file(cutouts, files={"train": ["train.h5"]})
+    says = ("along x and y repeats the first", "repeated_end: [x, y]")
+    refused(capfd, "data", "import", str(mapping), "--output", "both", says=says)
 
 
 @pytest.mark.parametrize(

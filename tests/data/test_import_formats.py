@@ -13,12 +13,10 @@ import pytest
 import tifffile
 from scipy.io import savemat
 
-from shodh_moe.base.errors import UserError
 from shodh_moe.data import list_trajectories, read_trajectory
-from shodh_moe.data.importing.formats import CONVERT, FORMATS, open_file
 from shodh_moe.data.importing.items import plan_items
-from shodh_moe.data.importing.readers import worker
-from tests.data import faulty_calls
+from shodh_moe.formats import open_file
+from shodh_moe.formats.known import CONVERT, FORMATS
 from tests.data.test_import import GRID, cutouts, flow, imported, mapping_file  # noqa: F401  (a fixture)
 from tests.tiny import refused
 
@@ -167,6 +165,44 @@ def test_vtk_keeps_the_values_and_its_times_give_the_order(cutouts: Path, ending
     out = imported(cutouts, **write_vtk(cutouts, velocity, pressure, ending, kind))
     require_flow(out, velocity[::-1], pressure[::-1])  # the files are numbered backwards in time
     assert list_trajectories(out, "train")[0].spacing == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_parallel_vtk_file_keeps_the_values(cutouts: Path) -> None:  # noqa: F811
+    """Two pieces that meet in the middle of z, each in a file of its own."""
+    pytest.importorskip("vtk")
+    from vtkmodules.util.numpy_support import numpy_to_vtk
+    from vtkmodules.vtkCommonDataModel import vtkImageData
+    from vtkmodules.vtkIOXML import vtkXMLImageDataWriter
+
+    velocity, pressure = flow(0)
+    half = GRID[2] // 2
+    for number, (velocity_3XYZ, pressure_XYZ) in enumerate(zip(velocity, pressure, strict=True)):
+        pieces = ""
+        for piece, cut in enumerate((slice(0, half), slice(half, GRID[2]))):
+            data, extent = vtkImageData(), (0, GRID[0], 0, GRID[1], cut.start, cut.stop)
+            data.SetOrigin(0.75, 0.75, 0.75)
+            data.SetSpacing(0.5, 0.5, 0.5)
+            data.SetExtent(*extent)
+            fields = velocity_3XYZ[..., cut].T.reshape(-1, 3), pressure_XYZ[..., cut].T.reshape(-1)
+            for name, values in zip(("U", "p"), fields, strict=True):
+                array = numpy_to_vtk(np.ascontiguousarray(values), deep=True)
+                array.SetName(name)
+                data.GetCellData().AddArray(array)
+            writer = vtkXMLImageDataWriter()
+            writer.SetInputData(data)
+            writer.SetFileName(str(cutouts / f"flow_{number}_{piece}.vti"))
+            assert writer.Write() == 1
+            pieces += f'<Piece Extent="{" ".join(map(str, extent))}" Source="flow_{number}_{piece}.vti"/>'
+        whole = f"0 {GRID[0]} 0 {GRID[1]} 0 {GRID[2]}"
+        arrays = '<PDataArray type="Float32" Name="U" NumberOfComponents="3"/><PDataArray type="Float32" Name="p"/>'
+        (cutouts / f"flow_{number}.pvti").write_text(
+            f'<VTKFile type="PImageData" version="0.1" byte_order="LittleEndian" header_type="UInt32">'
+            f'<PImageData WholeExtent="{whole}" GhostLevel="0" Origin="0.75 0.75 0.75" Spacing="0.5 0.5 0.5">'
+            f"<PCellData>{arrays}</PCellData>{pieces}</PImageData></VTKFile>"
+        )
+    points = {axis: f"cell/{axis}" for axis in "xyz"}
+    out = imported(cutouts, **VTK_AXES, spacing=None, coordinates=points, files={"train": [["flow_*.pvti"]]})
+    require_flow(out, velocity, pressure)
 
 
 def foam(kind: str, name: str, text: str) -> str:
@@ -375,22 +411,23 @@ def test_curved_and_scattered_grids_are_refused(cutouts: Path, capfd: pytest.Cap
     refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
 
 
-def test_a_library_that_crashes_or_hangs_does_not_end_the_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "u.vti"
-    path.write_bytes(b"12345")
-    monkeypatch.setattr(worker, "SECONDS", 60.0)
-    for function, words in ((faulty_calls.crash, "VTK crashes on it"), (faulty_calls.hang, "does not finish")):
-        assert worker.run_apart(path, faulty_calls.size, 2) == 10
-        if function is faulty_calls.hang:
-            monkeypatch.setattr(worker, "SECONDS", 1.0)
-        with pytest.raises(UserError, match=rf"u\.vti is damaged \(VTK .*{words.split()[-1]}"):
-            worker.run_apart(path, function)
-    monkeypatch.setattr(worker, "SECONDS", 60.0)
-    with pytest.raises(ValueError, match=r"no table in u\.vti"):
-        worker.run_apart(path, faulty_calls.fail)
-    worker.stop()
+def test_values_that_vtk_leaves_unset_are_refused(cutouts: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """VTK decodes the values up to the damage, and returns without an error."""
+    pytest.importorskip("vtk")
+    from vtkmodules.vtkIOXML import vtkXMLImageDataWriter
+
+    changes = write_vtk(cutouts, *flow(0), "vti", "cell")
+    writer = vtkXMLImageDataWriter()
+    writer.SetInputData(image(flow(0)[0][1], flow(0)[1][1], "cell", 0.25))
+    writer.SetDataModeToBinary()
+    writer.SetCompressorTypeToNone()
+    writer.SetFileName(str(cutouts / "flow_1.vti"))
+    writer.Write()
+    content = (cutouts / "flow_1.vti").read_bytes()
+    at = content.index(b'Name="U"') + 20_000
+    (cutouts / "flow_1.vti").write_bytes(content[:at] + b"!" + content[at + 1 :])
+    says = ("flow_1.vti: velocity of snapshot 1 (cell/U) has values up to 3.",)
+    refused(capfd, "data", "import", str(mapping_file(cutouts, **changes)), "--output", "out", says=says)
 
 
 def test_the_table_in_the_docs_lists_every_format() -> None:

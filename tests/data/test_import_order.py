@@ -43,7 +43,8 @@ def snapshot(value: float) -> dict[str, np.ndarray]:
 
 def order(files: list[Any], **changes: Any) -> list[float]:
     """Import one trajectory, and return the values that identify its snapshots, in the order in which they came."""
-    Path("mapping.yaml").write_text(yaml.safe_dump({**BASE, "files": {"train": files}, **changes}), encoding="utf-8")
+    tree = {**BASE, "files": {"train": files}, **changes}
+    Path("mapping.yaml").write_text(yaml.safe_dump({key: one for key, one in tree.items() if one is not None}))
     out = import_data(load_mapping("mapping.yaml"), Path("out"), progress=quiet)
     (record,) = list_trajectories(out, "train")
     trajectory = read_trajectory(record)
@@ -168,12 +169,70 @@ def test_the_time_that_a_file_holds_decides(where: str) -> None:
         order([["first.h5", "second.h5", "third.h5", "fifth.h5"]])
 
 
+def write_openpmd(path: str, times: dict[int, float], seconds: dict[int, float] | None = None) -> None:
+    """Write iterations with times in milliseconds, or in units of ``seconds``, and velocities in units of 2 m/s."""
+    with h5py.File(path, "w") as file:
+        file.attrs["openPMD"] = "1.1.0"
+        for number, (iteration, time) in enumerate(times.items(), 1):
+            group = file.create_group(f"data/{iteration}")
+            group.attrs.update(time=time, dt=0.001, timeUnitSI=(seconds or {}).get(iteration, 1e-3))
+            fields = snapshot(number)
+            for name, values in zip("xyz", fields["u"], strict=True):
+                group[f"meshes/U/{name}"] = values
+                group[f"meshes/U/{name}"].attrs["unitSI"] = 2.0
+            group["meshes/U"].attrs["unitDimension"] = [1.0, 0, -1, 0, 0, 0, 0]
+            group["meshes/p"] = fields["p"]
+
+
+OPENPMD = {
+    "axes": ["x", "y", "z"],
+    "velocity": [f"data/*/meshes/U/{axis}" for axis in "xyz"],
+    "pressure": "data/*/meshes/p",
+    "time_step": None,
+}
+
+
+def openpmd(**changes: Any) -> tuple[list[float], float]:
+    """The largest velocity of each snapshot, rounded, and the time step."""
+    tree = {**BASE, **OPENPMD, "files": {"train": [["a.h5"]]}, **changes}
+    Path("mapping.yaml").write_text(yaml.safe_dump({key: one for key, one in tree.items() if one is not None}))
+    (record,) = list_trajectories(import_data(load_mapping("mapping.yaml"), Path("out"), progress=quiet), "train")
+    velocity = read_trajectory(record).velocity_T3XYZ
+    return [round(float(one)) for one in velocity.min(axis=(1, 2, 3, 4))], record.interval
+
+
+def test_the_times_and_units_of_openpmd_are_used() -> None:
+    write_openpmd("a.h5", {300: 0.0, 100: 250.0, 200: 500.0})  # the names contradict the times
+    given = {"time_step": 0.25}
+    assert openpmd(**given) == ([2, 4, 6], pytest.approx(0.25))
+    assert openpmd(time_step=250.0, units={"length": "cm", "time": "ms"}) == ([0, 0, 1], pytest.approx(250.0))
+    with pytest.raises(UserError, match=r"time_step is 0.5, but the times in the files go in steps of 0.25"):
+        openpmd(time_step=0.5)
+    write_openpmd("a.h5", {100: 0.0, 200: 250.0, 300: 0.5}, seconds={300: 1.0})
+    assert openpmd(**given) == ([2, 4, 6], pytest.approx(0.25))
+    with pytest.raises(UserError, match=r"scale.velocity is 3"):
+        openpmd(**given, scale={"velocity": 3.0})
+    write_openpmd("a.h5", {100: 250.0, 200: 250.0, 300: 500.0})
+    with pytest.raises(UserError, match=r"are both at time 0.25"):
+        openpmd(**given)
+
+
 def test_times_stay_with_the_file_that_holds_them() -> None:
     """The first file has a time too many and the second one too few: together they are as many as the snapshots."""
     write_numbered("a.h5", [1, 2], [0.0, 0.25, 0.5])
     write_numbered("b.h5", [3, 4], [0.75])
     with pytest.raises(UserError, match=r"a.h5 and b.h5 both hold u_0001"):
         order([["a.h5", "b.h5"]], velocity="u_*", pressure="p_*")
+
+
+def test_a_file_without_any_of_the_datasets_is_not_skipped() -> None:
+    for value in (1, 2, 3):
+        np.savez(f"a_{value}.npz", **snapshot(value))
+    np.savez("a_2.npz", other=np.zeros(3))
+    with pytest.raises(UserError, match=r"a_2.npz holds no dataset u or p; it has other"):
+        order([["a_*.npz"]])
+    np.savez("a_2.npz", time=[0.0, 0.25])  # the times of all are in a file of their own
+    assert order([["a_*.npz"]], time="time", time_step=None) == [1, 3]
 
 
 def test_times_that_were_never_set_are_ignored() -> None:

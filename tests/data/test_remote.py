@@ -165,3 +165,17 @@ def test_the_commands_that_inspect_datasets_take_a_url(
     assert main(["data", "preview", URL, "--output", "pictures"]) == 0
     assert list(Path("pictures").iterdir())
     assert server.sent[FILE] <= Path("set/data/train/a.hdf5").stat().st_size  # nothing was transferred twice
+
+
+def test_data_check_of_a_url_finds_what_it_finds_in_the_folder(
+    server: ObjectServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = []
+    for place in ("set", URL):
+        assert main(["data", "check", "--json", place]) == 2
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
+    assert len(reports[1]["trajectories"]) == 1
+    assert any(one["file"] == "stats.yaml" and one["severity"] == "error" for one in reports[1]["findings"])
+    assert main(["data", "check", "s3://bucket/none"]) == 2
+    assert "s3://bucket/none does not exist" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from shodh_moe.data.unpacking import fletcher32, read_gzip
+from shodh_moe.data.checksum import fletcher32
+from shodh_moe.data.unpacking import read_gzip
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f8", "u1"])

@@ -13,7 +13,7 @@ import torch
 
 from shodh_moe.cli import main
 from shodh_moe.data import open_trajectories, read_provenance, read_snapshots
-from shodh_moe.inference import forecast, load_model
+from shodh_moe.inference import Model, load_model
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.ensemble import coverage, half_width, mean_and_spread
 from shodh_moe.metrics.fields import nrmse
@@ -35,6 +35,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_run(folder / name, model, **settings)
     two_trajectories(folder / "flow.hdf5", folder / "one" / "theirs")
     return folder
+
+
+def forecast(model: Model, fields: np.ndarray, solid: np.ndarray, steps: int) -> np.ndarray:
+    """Velocity and pressure of a forecast, [N, 4, X, Y, Z]."""
+    given = {"velocity": fields[:, :3], "pressure": fields[:, 3:], "solid": solid}
+    found = model.forecast({name: torch.from_numpy(values) for name, values in given.items()}, steps)
+    return torch.cat([found["velocity"], found["pressure"]], dim=1).numpy()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from shodh_moe.metrics.latents import mse_beside_persistence
 from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory
+from tests.tiny import LAYER
 
 SHAPE = (5, 4, 4, 2)
 
@@ -29,7 +30,7 @@ def samples() -> LatentSamples:
 
 
 def _transformer(kind: str) -> LatentTransformer:
-    moe = MoEConfig(num_experts=2, expert_hidden=16, router=RouterConfig(kind=kind))
+    moe = MoEConfig(**LAYER, num_experts=2, expert_hidden=16, router=RouterConfig(kind=kind))
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
     transformer = LatentTransformer(config, SHAPE[0], list(SHAPE[1:]), 0, ExpertParallel())
     torch.nn.init.normal_(transformer.head.weight, std=0.1)

@@ -13,8 +13,8 @@ import torch
 from shodh_moe.base.files import sha256
 from shodh_moe.cli import main
 from shodh_moe.data import open_trajectories, read_provenance, read_snapshots, read_trajectory
-from shodh_moe.inference import forecasting
-from shodh_moe.inference.loading import find_source, load_models
+from shodh_moe.inference import model as inference_model
+from shodh_moe.inference.loading import find_source, load_source
 from shodh_moe.inference.rollout import decode
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import nrmse, vrmse
@@ -45,13 +45,13 @@ def predict(run: Path, flow: Path, *more: str, steps: int = 2) -> Path:
 @torch.no_grad()
 def expected(run: Path, flow: Path, sample: int, start: int, steps: int) -> torch.Tensor:
     """Return the rollout as an array [steps, 4, X, Y, Z], float64."""
-    models = load_models(find_source(run))
+    model = load_source(find_source(run))
     fields, solid = (torch.from_numpy(a) for a in read_snapshots(open_trajectories(flow)[sample], start, start + 2))
-    z = [models.tokenizer.encode(torch.cat([one, solid])[None]) for one in fields]
-    geometry = models.tokenizer.encode_geometry(solid[None])
+    z = [model.tokenizer.encode(torch.cat([one, solid])[None]) for one in fields]
+    geometry = model.tokenizer.encode_geometry(solid[None])
     for _ in range(steps):
-        z.append(models.transformer(torch.stack(z[-2:], dim=1), geometry).latent_BCxyz)
-    return torch.cat([decode(models.tokenizer, one, solid) for one in z[2:]])
+        z.append(model.transformer(torch.stack(z[-2:], dim=1), geometry).latent_BCxyz)
+    return torch.cat([decode(model.tokenizer, one, solid) for one in z[2:]])
 
 
 def test_the_file_reads_back_as_the_rollout(run: Path, flow: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_diverging_prediction_leaves_no_files(
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 
-    monkeypatch.setattr(forecasting, "rollout", exploding)
+    monkeypatch.setattr(inference_model, "rollout", exploding)
     arguments = ["--checkpoint", str(run), "--input", str(flow), "--output", str(flow.with_name("out.hdf5"))]
     capfd.readouterr()
     assert main(["predict", *arguments, "--steps", "3"]) == 2

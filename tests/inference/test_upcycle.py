@@ -18,7 +18,8 @@ from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from tests.tiny import refused, tree, write_dataset
 from tests.trained import GRID, HISTORY, SNAPSHOTS, make_run, push
 
-DENSE = {"moe": {"num_experts": 0, "shared_experts": 2, "expert_hidden": 16}}
+# A dense model has no use for `shared_linear`, but its mixture needs the shared parts whatever the key says.
+DENSE = {"moe": {"num_experts": 0, "shared_experts": 2, "expert_hidden": 16, "shared_linear": False}}
 
 
 @pytest.fixture(scope="module")

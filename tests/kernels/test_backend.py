@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shodh_moe import config
-from shodh_moe.kernels import backend, cosine_gating, gating, top1_gating
+from shodh_moe.kernels import backend, cosine_gating, gating, topk_gating
 from tests.kernels.forms import DEVICE, form
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -39,7 +39,7 @@ def test_unknown_choice_raises():
         form("cuda"),
         pytest.raises(ValueError, match="SHODH_KERNELS is 'cuda': set it to one of auto, reference, triton"),
     ):
-        top1_gating(torch.zeros(1, 2), 1)
+        topk_gating(torch.zeros(1, 2), 1)
 
 
 def _shodh(kernels: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,7 @@ def test_commands_refuse_an_impossible_choice(kernels, message, tmp_path):
 
 def test_the_config_enforces_the_limits_of_the_kernels():
     assert config.MAX_EXPERTS == gating.MAX_EXPERTS
+    assert config.MAX_CHOICES == gating.MAX_CHOICES
     assert config.MAX_ROUTING_WIDTH == cosine_gating.MAX_ROUTING_WIDTH
 
 

@@ -8,10 +8,10 @@ import sys
 SCRIPT = """
 import hashlib, sys, numba, torch
 torch.set_num_threads(int(sys.argv[1]))
-from shodh_moe.kernels import combine, curl, dispatch, top1_gating
+from shodh_moe.kernels import combine, curl, dispatch, topk_gating
 torch.manual_seed(0)
 x, logits, a = torch.randn(100, 8), torch.randn(100, 4), torch.randn(1, 3, 64, 64, 64)
-g = top1_gating(logits, 30)
+g = topk_gating(logits, 30)
 for _ in range(2):
     rows = dispatch(x, g.expert_N, g.slot_N, g.kept_E, 30)
     y = combine(rows, g.expert_N, g.slot_N, g.gate_N, g.kept_E)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shodh_moe.kernels import top1_gating
+from shodh_moe.kernels import topk_gating
 from shodh_moe.kernels.dispatch import combine, dispatch
 from tests.kernels.forms import DEVICE, form
 
@@ -24,9 +24,12 @@ def expected_dispatch(x_ND: Tensor, expert_N: Tensor, slot_N: Tensor, kept_E: Te
     """Return the definition's result, token by token; differentiable."""
     shape = x_ND.shape if capacity is None else (kept_E.numel(), capacity, x_ND.shape[1])
     rows = list(x_ND.new_zeros(shape).view(-1, x_ND.shape[1]))
-    for token, row in enumerate(rows_of(expert_N, slot_N, kept_E, capacity)):
+    if capacity is None:
+        rows += [x_ND.new_zeros(x_ND.shape[1])] * (expert_N.numel() - len(rows))
+        shape = (len(rows), x_ND.shape[1])
+    for choice, row in enumerate(rows_of(expert_N, slot_N, kept_E, capacity)):
         if row is not None:
-            rows[row] = x_ND[token]
+            rows[row] = x_ND[choice * len(x_ND) // expert_N.numel()]
     return torch.stack(rows).view(shape)
 
 
@@ -34,10 +37,11 @@ def expected_combine(
     rows: Tensor, expert_N: Tensor, slot_N: Tensor, gate_N: Tensor, kept_E: Tensor, shared_ND: Tensor | None = None
 ) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1]).to(gate_N.dtype)
-    y = list(flat.new_zeros(expert_N.numel(), flat.shape[1]) if shared_ND is None else shared_ND.to(gate_N.dtype))
-    for token, row in enumerate(rows_of(expert_N, slot_N, kept_E, rows.shape[1] if rows.ndim == 3 else None)):
+    y = list(flat.new_zeros(len(expert_N), flat.shape[1]) if shared_ND is None else shared_ND.to(gate_N.dtype))
+    for choice, row in enumerate(rows_of(expert_N, slot_N, kept_E, rows.shape[1] if rows.ndim == 3 else None)):
         if row is not None:
-            y[token] = y[token] + gate_N[token] * flat[row]
+            token = choice * len(expert_N) // expert_N.numel()
+            y[token] = y[token] + gate_N.flatten()[choice] * flat[row]
     return torch.stack(y).to(rows.dtype)
 
 
@@ -46,7 +50,7 @@ def rows_of(expert_N: Tensor, slot_N: Tensor, kept_E: Tensor, capacity: int | No
     starts = [sum(kept[:e]) if capacity is None else e * capacity for e in range(len(kept))]
     return [
         starts[e] + s if 0 <= e < len(kept) and 0 <= s < kept[e] else None
-        for e, s in zip(expert_N.tolist(), slot_N.tolist(), strict=True)
+        for e, s in zip(expert_N.flatten().tolist(), slot_N.flatten().tolist(), strict=True)
     ]
 
 
@@ -64,16 +68,20 @@ class Case(NamedTuple):
         return self.expert_N, self.slot_N, self.kept_E
 
 
-def case(tokens, width, experts, capacity, dropless, dtype=torch.float32, routes="mixed", integers=torch.int64, seed=0):
-    """Kept tokens take their expert's slots in a random order."""
+def case(
+    tokens, width, experts, capacity, dropless, dtype=torch.float32, routes="mixed", integers=torch.int64, seed=0,
+    choices=None,
+):  # fmt: skip
+    """Kept tokens take their expert's slots in a random order. ``choices``: experts per token, in a second axis."""
     draw = torch.Generator().manual_seed(seed)
-    expert = torch.randint(experts, (tokens,), generator=draw)
+    total = tokens * (choices or 1)
+    expert = torch.randint(experts, (total,), generator=draw)
     if routes == "one expert":
         expert.fill_(experts - 1)
-    slot, kept = torch.full((tokens,), -1), torch.zeros(experts, dtype=torch.long)
-    for token in torch.randperm(tokens, generator=draw).tolist():
+    slot, kept = torch.full((total,), -1), torch.zeros(experts, dtype=torch.long)
+    for token in torch.randperm(total, generator=draw).tolist():
         e = int(expert[token])
-        if routes != "all dropped" and kept[e] < (tokens if dropless else capacity):
+        if routes != "all dropped" and kept[e] < (total if dropless else capacity):
             if dropless and routes == "mixed" and seed % 2 and token % 3 == 0:
                 continue  # dropless with dropped tokens leaves empty rows at the end
             slot[token] = kept[e]
@@ -83,8 +91,10 @@ def case(tokens, width, experts, capacity, dropless, dtype=torch.float32, routes
         return torch.randn(*shape, generator=draw, dtype=torch.float64).to(DEVICE, dtype)
 
     x, shared = normal(tokens, width), normal(tokens, width)
-    gate = torch.rand(tokens, generator=draw, dtype=torch.float64)
+    gate = torch.rand(total, generator=draw, dtype=torch.float64)
     gate = gate.to(DEVICE, torch.float64 if dtype == torch.float64 else torch.float32)
+    if choices:
+        expert, slot, gate = (t.view(tokens, choices) for t in (expert, slot, gate))
     index = [t.to(DEVICE, integers) for t in (expert, slot, kept)]
     return Case(x, *index, gate, shared, None if dropless else capacity)
 
@@ -111,19 +121,22 @@ def gradients(output, inputs, seed=1):
     routes=st.sampled_from(["mixed", "mixed", "one expert", "all dropped"]),
     integers=st.sampled_from([torch.int64, torch.int32]),
     with_shared=st.booleans(),
+    choices=st.sampled_from([None, None, 1, 2, 3]),
     seed=st.integers(0, 2**16),
 )
 def test_results_equal_the_definition_forward_and_backward(
-    kernels, tokens, width, experts, capacity, dropless, dtype, routes, integers, with_shared, seed
+    kernels, tokens, width, experts, capacity, dropless, dtype, routes, integers, with_shared, choices, seed
 ):
-    c = case(tokens, width, experts, capacity, dropless, dtype, routes, integers, seed)
+    c = case(tokens, width, experts, capacity, dropless, dtype, routes, integers, seed, choices)
     x = c.x_ND.requires_grad_()
     expected = expected_dispatch(x, *c.routing, c.capacity)
     with form(kernels):
         rows = dispatch(x, *c.routing, c.capacity)
         assert torch.equal(rows, expected)
-        if expected.requires_grad:  # a token was kept
+        if expected.requires_grad and choices in (None, 1):  # a token was kept
             assert torch.equal(gradients(rows, [x])[0], gradients(expected, [x])[0])
+        elif expected.requires_grad:  # a sum over choices, which autograd rounds after each addition
+            close(gradients(rows, [x])[0], gradients(expected, [x])[0])
         else:
             assert not gradients(rows, [x])[0].any()
 
@@ -152,7 +165,7 @@ def test_round_trip_returns_kept_tokens_scaled_and_zeros_for_dropped(
     x = torch.randn(tokens, 5, device=DEVICE)
     with form(kernels):
         capacity = tokens if dropless else capacity
-        g = top1_gating(torch.randn(tokens, experts, device=DEVICE), capacity)
+        g = topk_gating(torch.randn(tokens, experts, device=DEVICE), capacity)
         rows = dispatch(x, g.expert_N, g.slot_N, g.kept_E, None if dropless else capacity)
         assert rows.shape == ((tokens, 5) if dropless else (experts, capacity, 5))
         assert (rows.abs().sum(-1) > 0).sum() == g.kept_E.sum()
@@ -277,11 +290,13 @@ def test_nothing_outside_the_rows_is_written(monkeypatch):
 
     tokens, width, experts = 13, 5, 3
     draw = torch.Generator().manual_seed(0)
-    x, gate = torch.randn(tokens, width, generator=draw).to(DEVICE), torch.rand(tokens, generator=draw).to(DEVICE)
+    x = torch.randn(tokens, width, generator=draw).to(DEVICE)
     monkeypatch.setattr(Tensor, "new_empty", guarded)
-    for trial in range(6):
-        expert = torch.randint(-2, experts + 2, (tokens,), generator=draw).to(DEVICE)
-        slot = torch.randint(-3, 9, (tokens,), generator=draw).to(DEVICE)
+    for trial in range(8):
+        shape = (tokens,) if trial < 4 else (tokens, 3)
+        gate = torch.rand(shape, generator=draw).to(DEVICE)
+        expert = torch.randint(-2, experts + 2, shape, generator=draw).to(DEVICE)
+        slot = torch.randint(-3, 9, shape, generator=draw).to(DEVICE)
         kept = torch.randint(-2, 30, (experts,), generator=draw).to(DEVICE)
         rows = dispatch_triton.dispatch(x, expert, slot, kept, 4 if trial % 2 else None)
         y = dispatch_triton.gather(rows, expert, slot, kept, gate, x)
@@ -307,8 +322,9 @@ def test_infinite_empty_and_dropped_rows_do_not_leak(kernels):
 
 @FORMS
 @pytest.mark.parametrize("dropless", [False, True])
-def test_gradcheck(kernels, dropless):
-    c = case(7, 4, 3, 2, dropless, torch.float64)
+@pytest.mark.parametrize("choices", [None, 2])
+def test_gradcheck(kernels, dropless, choices):
+    c = case(7, 4, 3, 2, dropless, torch.float64, choices=choices)
     inputs = [t.requires_grad_() for t in (c.x_ND, c.gate_N, c.shared_ND)]
 
     def function(x, gate, shared):
@@ -321,8 +337,9 @@ def test_gradcheck(kernels, dropless):
 
 @FORMS
 @pytest.mark.parametrize("dropless", [False, True])
-def test_opcheck(kernels, dropless):
-    c = case(7, 4, 3, 2, dropless)
+@pytest.mark.parametrize("choices", [None, 2])
+def test_opcheck(kernels, dropless, choices):
+    c = case(7, 4, 3, 2, dropless, choices=choices)
     rows = expected_dispatch(c.x_ND, *c.routing, c.capacity).detach()
     x, gate, shared = (t.requires_grad_() for t in (c.x_ND, c.gate_N, c.shared_ND))
     ops = torch.ops.shodh

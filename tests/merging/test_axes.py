@@ -60,6 +60,26 @@ def test_corners_are_interpolated_multilinearly(alphas: tuple[float, float]) -> 
         torch.testing.assert_close(made[name].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [-1.4, 0.1, 1.3])
+@pytest.mark.parametrize("models", [2, 3])
+def test_what_all_models_have_in_common_stays_bit_for_bit(alpha: float, models: int) -> None:
+    base = network()
+    entries = []
+    for number in range(models):
+        own = {name: values.clone() for name, values in base.items()}
+        for name in ("lift.weight", "double"):
+            own[name].view(-1)[::3] += 0.1 * (number + 1)
+        entries.append((save(own, Path(f"{number}.safetensors")), {"coordinate": float(number)}))
+    made = merged(Path(), "ccm", entries, parameters={"alpha": alpha})
+    for name in ("lift.weight", "double"):
+        common, moved = (torch.arange(base[name].numel()) % 3 != 0), made[name].view(-1)
+        assert torch.equal(moved[common], base[name].view(-1)[common])
+        assert not torch.equal(moved, base[name].view(-1))
+    for name, values in base.items():
+        if name not in ("lift.weight", "double"):
+            assert bits(made[name]) == bits(values), name
+
+
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.3, -0.8), (-1.4, 1.2)])
 def test_a_star_is_the_base_plus_a_step_along_each_axis(alphas: tuple[float, float]) -> None:
     entries, states = experts(STAR)

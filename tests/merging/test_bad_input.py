@@ -214,6 +214,18 @@ def test_a_third_expert_from_another_anchor(method: str) -> None:
     )
 
 
+def test_the_middle_of_a_curve_from_another_anchor() -> None:
+    save(network(77), Path("stranger.safetensors"))
+    models = [PAIR[0], "stranger.safetensors", PAIR[1]]
+    refused(
+        "stranger.safetensors differs from base.safetensors by 1.",
+        "it was not trained from it",
+        models=[(model, {"coordinate": place}) for model, place in zip(models, (1.0, 2.0, 4.0), strict=True)],
+        base_model="base.safetensors",
+        parameters={"alpha": 0.3},
+    )
+
+
 def test_damaged_files() -> None:
     whole = Path("high.safetensors").read_bytes()
     for content, messages in [

@@ -28,10 +28,23 @@ from tests.training.synthetic import write_latents
 
 DOMAINS = ("open_channel", "porous_media")
 CHANNELS, GRID = 6, [2, 2, 2]
-DENSE = {"dim": 24, "depth": 2, "heads": 2, "moe": {"num_experts": 0, "shared_experts": 2, "expert_hidden": 8}}
+DENSE = {
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "norms": "pre",
+    "moe": {"num_experts": 0, "shared_experts": 2, "expert_hidden": 8, "attention": "shared"},
+}
 SINGLE = {
     **DENSE,
-    "moe": {"num_experts": 1, "scope": "path", "attention": "low_rank", "attention_rank": 4, "expert_hidden": 8},
+    "moe": {
+        "num_experts": 1,
+        "scope": "path",
+        "shared_experts": 1,
+        "attention": "low_rank",
+        "attention_rank": 4,
+        "expert_hidden": 8,
+    },
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shodh_moe.config import RouterConfig
-from shodh_moe.kernels import Gating, top1_gating
+from shodh_moe.kernels import Gating, topk_gating
 from shodh_moe.model.routers import Context, Slots
 
 
@@ -23,4 +23,4 @@ class RoundRobinRouter(nn.Module):
     def forward(self, x_ND: Tensor, context: Context, slots: Slots) -> Gating:
         expert_N = context.sample_M(x_ND) % self.num_experts
         logits_NE = self.confidence * nn.functional.one_hot(expert_N, self.num_experts)
-        return top1_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)
+        return topk_gating(logits_NE, slots.capacity, slots.drop_order, None, slots.check_finite)

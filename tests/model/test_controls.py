@@ -11,6 +11,7 @@ from shodh_moe.base.parameters import marks
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
+from tests.tiny import LAYER
 
 
 def _model(moe: MoEConfig, seed: int = 0) -> LatentTransformer:
@@ -43,7 +44,7 @@ def test_a_block_needs_an_expert():
 
 
 def test_the_oracle_sends_each_sample_to_the_named_expert_with_gate_1():
-    model = _model(MoEConfig(num_experts=3, expert_hidden=16, router=RouterConfig(kind="oracle")))
+    model = _model(MoEConfig(**LAYER, num_experts=3, expert_hidden=16, router=RouterConfig(kind="oracle")))
     expert_B = torch.tensor([2, 0, 2, 1])
     context = Context(4, torch.tensor([2, 3, 5, 1]))  # more domains than experts
     for training in (False, True):
@@ -57,7 +58,7 @@ def test_the_oracle_sends_each_sample_to_the_named_expert_with_gate_1():
 
 
 def test_other_routers_ignore_the_domain():
-    model = _model(MoEConfig(expert_hidden=16)).eval()
+    model = _model(MoEConfig(**LAYER, expert_hidden=16)).eval()
     with_domains = model(*_inputs(), Context(4, torch.tensor([0, 1, 0, 1]))).latent_BCxyz
     assert torch.equal(with_domains, model(*_inputs()).latent_BCxyz)
 
@@ -65,7 +66,8 @@ def test_other_routers_ignore_the_domain():
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_a_frozen_router_chooses_like_a_learning_one_but_gets_no_gradient(kind):
     frozen, learning = (
-        _model(MoEConfig(expert_hidden=16, router=RouterConfig(kind=kind, frozen=value))) for value in (True, False)
+        _model(MoEConfig(**LAYER, expert_hidden=16, router=RouterConfig(kind=kind, frozen=value)))
+        for value in (True, False)
     )
     a, b = frozen(*_inputs()), learning(*_inputs())
     assert torch.equal(a.latent_BCxyz, b.latent_BCxyz)

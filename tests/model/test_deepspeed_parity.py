@@ -37,7 +37,8 @@ def _tokens(count: int, rank: int) -> torch.Tensor:
 
 def _ours(ep: ExpertParallel, factor: float) -> MoE:
     config = MoEConfig(
-        num_experts=EXPERTS, expert_hidden=HIDDEN, shared_experts=0, capacity_factor=factor, min_capacity=1,
+        scope="layer", num_experts=EXPERTS, expert_hidden=HIDDEN, dropless=False, capacity_factor=factor,
+        min_capacity=1,
         router=RouterConfig(kind="linear"),
     )  # fmt: skip
     torch.manual_seed(3)  # the router's weights, the same on every rank

@@ -22,9 +22,10 @@ EMPTY = 5  # no token chooses this expert
 LONELY = 3  # all tokens of rank 3 choose this expert, so the other ranks of its EP group get none from it
 
 
-def _layer(ep: ExpertParallel, dropless: bool) -> MoE:
+def _layer(ep: ExpertParallel, dropless: bool, top_k: int = 1) -> MoE:
     config = MoEConfig(
-        num_experts=EXPERTS, expert_hidden=5, dropless=dropless, capacity_factor=1.0, min_capacity=1,
+        scope="layer", num_experts=EXPERTS, expert_hidden=5, shared_experts=1, dropless=dropless, capacity_factor=1.0,
+        min_capacity=1, top_k=top_k,
         router={"kind": "linear"},
     )  # fmt: skip
     torch.manual_seed(0)
@@ -66,10 +67,11 @@ def _worker(rank: int, folder: str) -> None:
     for size in (1, 2, 4):
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, WORLD, size)]
         for dropless in (False, True):
-            for recomputed in (False, True):
-                layer = _layer(ExpertParallel(size, rank % size, groups[rank // size]), dropless)
+            for recomputed in (False, True, "top 3"):
+                top_k = 3 if recomputed == "top 3" else 1
+                layer = _layer(ExpertParallel(size, rank % size, groups[rank // size]), dropless, top_k)
                 x = _tokens(rank)
-                y, routing = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
+                y, routing = checkpoint(layer, x, use_reentrant=False) if recomputed is True else layer(x)
                 ((y * torch.arange(DIM)).sum() + routing.balance_loss + routing.z_loss).backward()
                 held = layer.ep.local_experts(EXPERTS)
                 results[size, dropless, recomputed] = {
@@ -104,8 +106,9 @@ def _expert_gradient(ranks: list[dict], key: tuple, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dropless", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_expert_parallel_sizes_agree(ranks, size, dropless):
-    one, other = (1, dropless, False), (size, dropless, False)
+@pytest.mark.parametrize("kind", [False, "top 3"])
+def test_expert_parallel_sizes_agree(ranks, size, dropless, kind):
+    one, other = (1, dropless, kind), (size, dropless, kind)
     for rank in ranks:
         assert torch.equal(rank[one]["kept"], rank[other]["kept"])  # the same tokens are dropped
         for name in ("y", "dx", "router", "shared"):

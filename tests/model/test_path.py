@@ -26,7 +26,7 @@ INPUTS = (HISTORY + 1) * CHANNELS
 
 def _config(attention: str = "shared", context: str = "sample", **moe: Any) -> ModelConfig:
     router = RouterConfig(context=context, start="random")
-    moe = {"num_experts": 3, "expert_hidden": 16, "dropless": True} | moe
+    moe = {"num_experts": 3, "expert_hidden": 16, "shared_experts": 1} | moe
     return ModelConfig(
         dim=24,
         depth=2,
@@ -70,7 +70,8 @@ def test_every_layer_follows_one_decision_and_every_parameter_learns(context, at
 
 def test_a_sample_has_one_path_and_a_window_too():
     sample, window = (PathRouter(INPUTS, GRID, _config(context=c).moe, ExpertParallel()) for c in ("sample", "window"))
-    z_BSI = torch.randn(3, 32, INPUTS)
+    z_BSI = torch.randn(3, 32, INPUTS, generator=torch.Generator().manual_seed(0))
+    window.router.start(window.features(z_BSI)[0], seed=0)  # few random prototypes separate random windows
     assert sample(z_BSI, Context(3)).gating.expert_N.view(3, 32).unique(dim=1).shape[1] == 1
     experts = window(z_BSI, Context(3)).gating.expert_N.view(3, *GRID)
     for sample_xyz, x, y in itertools.product(experts, (0, 2), (0, 2)):
@@ -130,10 +131,11 @@ def test_a_routed_linear_map_adds_the_map_of_the_tokens_expert(rank, dropless):
         torch.testing.assert_close(one, other)
 
 
-def test_without_shared_experts_embedding_and_head_have_no_shared_part():
-    model = _model(_config(shared_experts=0))
-    assert model.embed.weight is None
-    assert model.head.weight is None
+def test_without_shared_linear_only_norms_and_biases_are_shared():
+    model = _model(_config(shared_experts=0, shared_linear=False, attention="own"))
+    shared = [name for name, p in model.named_parameters() if not marks(p).per_expert and marks(p).group != "router"]
+    assert {name.rpartition(".")[2] for name in shared} <= {"bias", "weight"}
+    assert all(p.dim() == 1 for name, p in model.named_parameters() if name in shared)
     history, geometry = _inputs(12)
     out = model(history, geometry)
     out.latent_BCxyz.square().mean().backward()
@@ -143,6 +145,27 @@ def test_without_shared_experts_embedding_and_head_have_no_shared_part():
     expected = torch.einsum("ni,nio->no", z_NI, model.embed.routed_EIO[plan.gating.expert_N])
     expected = expected * plan.gating.gate_N[:, None] + model.embed.bias
     torch.testing.assert_close(model.embed(z_NI, plan), expected)
+
+
+def test_an_experts_initial_weights_do_not_depend_on_the_number_of_experts():
+    few, many = (_model(_config("own", num_experts=experts)).state_dict() for experts in (2, 5))
+    own = [name for name in few if "routed_EIO" in name or "experts." in name]
+    assert len(own) == 2 + 2 * 4
+    for name in own:
+        torch.testing.assert_close(many[name][:2], few[name], rtol=0, atol=0)
+        assert name == "head.routed_EIO" or not torch.equal(few[name][0], few[name][1])
+
+
+def test_the_commitment_loss_makes_decisions_clearer():
+    model = _model(_config())
+    router = list(model.path.router.parameters())
+    before = model(*_inputs()).routing[0]
+    torch.testing.assert_close(before.commitment_loss, -before.gate_N.log().mean())
+    for parameter, gradient in zip(router, torch.autograd.grad(before.commitment_loss, router), strict=True):
+        parameter.data -= 0.01 * gradient
+    after = model(*_inputs()).routing[0]
+    assert torch.equal(after.expert_N, before.expert_N)
+    assert after.gate_N.mean() > before.gate_N.mean()
 
 
 def test_dropped_tokens_keep_the_shared_parts_only():

@@ -12,7 +12,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.routers import ROUTERS
 from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.parallel import ExpertParallel
-from tests.tiny import write_config
+from tests.tiny import LAYER, write_config
 
 
 def test_a_context_knows_the_sample_of_each_token():
@@ -29,7 +29,7 @@ def test_a_new_router_is_one_file_and_one_line(monkeypatch, frozen, recompute):
     with pytest.raises(ValidationError, match="'cosine', 'linear' or 'oracle'"):
         RouterConfig(kind="round_robin")
     monkeypatch.setitem(ROUTERS, "round_robin", "tests.model.round_robin:RoundRobinRouter")
-    moe = MoEConfig(num_experts=2, expert_hidden=16, router=RouterConfig(kind="round_robin", frozen=frozen))
+    moe = MoEConfig(**LAYER, num_experts=2, expert_hidden=16, router=RouterConfig(kind="round_robin", frozen=frozen))
     model = LatentTransformer(
         ModelConfig(dim=24, depth=2, heads=2, moe=moe),
         latent_channels=5,
@@ -65,7 +65,7 @@ def test_an_unknown_router_is_refused_with_the_known_ones(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_frozen_router_stays_frozen_in_any_precision(dtype):
-    moe = MoEConfig(expert_hidden=16, router=RouterConfig(frozen=True))
+    moe = MoEConfig(**LAYER, expert_hidden=16, router=RouterConfig(frozen=True))
     config = ModelConfig(dim=24, depth=1, heads=2, moe=moe)
     model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel()).to(dtype)
     torch.nn.init.normal_(model.head.weight)

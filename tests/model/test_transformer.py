@@ -18,8 +18,9 @@ from shodh_moe.model.norm import available_norm, make_norm
 from shodh_moe.model.routers import ONE_SAMPLE, Slots, make_router
 from shodh_moe.model.transformer import Prediction, patchify, unpatchify
 from shodh_moe.parallel import ExpertParallel
+from tests.tiny import LAYER
 
-SMALL = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(expert_hidden=16))
+SMALL = ModelConfig(dim=24, depth=2, heads=2, norms="pre", moe=MoEConfig(**LAYER, expert_hidden=16))
 
 
 def _model(config: ModelConfig = SMALL, seed: int = 0) -> LatentTransformer:
@@ -53,7 +54,7 @@ def test_routing_counts_every_token_of_every_layer():
 
 
 def test_training_drops_tokens_over_capacity_and_evaluation_drops_none():
-    config = SMALL.model_copy(update={"moe": MoEConfig(expert_hidden=16, capacity_factor=0.5, min_capacity=1)})
+    config = SMALL.model_copy(update={"moe": MoEConfig(**LAYER, expert_hidden=16, capacity_factor=0.5, min_capacity=1)})
     model = _model(config)
     assert not all(layer.kept_N.all() for layer in model(*_inputs()).routing)
     assert all(layer.kept_N.all() for layer in model.eval()(*_inputs()).routing)
@@ -132,7 +133,7 @@ def test_sandwich_norms_bound_what_a_branch_adds():
 
 def _trained_like(**options: Any) -> LatentTransformer:
     """A model whose output depends on all its parameters, with few enough slots that some tokens are dropped."""
-    moe = MoEConfig(num_experts=3, expert_hidden=16, capacity_factor=0.8, min_capacity=1)
+    moe = MoEConfig(**LAYER, num_experts=3, expert_hidden=16, capacity_factor=0.8, min_capacity=1)
     config = SMALL.model_copy(update={"moe": moe})
     model = LatentTransformer(
         config, latent_channels=5, latent_grid=[4, 4, 2], seed=0, ep=ExpertParallel(), **options

@@ -15,6 +15,7 @@ from shodh_moe.config import MoEConfig
 from shodh_moe.model.moe import MoE
 from shodh_moe.parallel import ExpertParallel, all_to_all, start_all_to_all
 from tests.forked import spawn
+from tests.tiny import LAYER
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +23,7 @@ LATE = 0.2  # seconds
 
 
 def _mismatch(rank: int) -> str:
-    layer = MoE(4, MoEConfig(capacity_factor=1.5), ExpertParallel(2, rank, dist.group.WORLD), seed=0, layer=0)
+    layer = MoE(4, MoEConfig(**LAYER, capacity_factor=1.5), ExpertParallel(2, rank, dist.group.WORLD), seed=0, layer=0)
     layer(torch.randn(8, 4))  # the same batch on both
     layer.ep = ExpertParallel(2, rank, dist.group.WORLD)
     try:

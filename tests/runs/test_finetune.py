@@ -20,21 +20,23 @@ from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.cli import main
 from shodh_moe.config import Config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.inference import load_model
+from shodh_moe.inference import Model, load_model
 from shodh_moe.inference.contexts import FILE, load
 from shodh_moe.inference.export import write_export
-from shodh_moe.inference.loading import Models, find_source, verify_export, weights_sha256
+from shodh_moe.inference.loading import find_source, verify_export, weights_sha256
 from shodh_moe.inference.one_step import predict_windows
 from shodh_moe.runs import pipeline
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from tests.tiny import refused, tree, write_dataset
+from tests.tiny import LAYER, refused, tree, write_dataset
 from tests.trained import GRID, SNAPSHOTS, make_run, push
 from tests.training.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
-PATHS = {"moe": {"expert_hidden": 16, "scope": "path", "num_experts": 2}}
+DENSE = {"moe": {"num_experts": 0, "shared_experts": 1, "expert_hidden": 16}}
+# With a bias of the router, which has to stay where the router does not learn.
+PATHS = {"moe": {"expert_hidden": 16, "num_experts": 2, "router": {"balance": "bias"}}}
 SHORT = ("parallel.processes=1", "training.steps=3", "training.warmup_steps=1", "training.log_every=1")
 SHORT += ("training.learning_rate=0.01",)
 
@@ -72,11 +74,11 @@ def tune(made: Path, train: str, *more: str, model: str = "model", data: str = "
     return Path(output)
 
 
-def predictions(models: Models, latents: Path, split: str) -> tuple[Tensor, Tensor]:
+def predictions(model: Model, latents: Path, split: str) -> tuple[Tensor, Tensor]:
     """One-step predictions of all samples, and the paths of their tokens."""
-    samples = LatentSamples(load_latents(latents, split), models.transformer.config.history)
+    samples = LatentSamples(load_latents(latents, split), model.history)
     windows = [(domain, n) for domain, size in enumerate(samples.sizes) for n in range(size)]
-    found = list(predict_windows(models.transformer, samples, windows, 2))
+    found = list(predict_windows(model.transformer, samples, windows, 2))
     return torch.cat([one.latent_BCxyz for one in found]), torch.cat([one.routing[0].expert_N for one in found])
 
 
@@ -86,8 +88,8 @@ def latents_of(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         return folder / resolve_paths(find_source(model).config).latents
 
 
-def weights(models: Models) -> dict[str, Tensor]:
-    return models.transformer.state_dict()
+def weights(model: Model) -> dict[str, Tensor]:
+    return model.transformer.state_dict()
 
 
 def test_a_new_path_leaves_the_known_domains_alone(
@@ -141,6 +143,26 @@ def test_a_grown_model_grows_again(
     assert torch.equal(z_a, z_b)
     assert set(path_a.tolist()) == set(path_b.tolist()) == {2}
     assert set(predictions(models[2], latents_of(second, here, monkeypatch), "test")[1].tolist()) == {3}
+
+
+def test_the_path_of_the_data_learns_alone(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(write_dataset(here / "calmer", GRID, SNAPSHOTS, ("calm",)), {"calm": 0.0})
+    tuned = tune(made, "paths", data=str(here / "calmer"))
+    before, after = load_model(made / "model"), load_model(tuned)
+    old, new = latents_of(made / "model", made, monkeypatch), latents_of(tuned, here, monkeypatch)
+    (path,) = set(predictions(after, new, "train")[1].tolist())
+    (z_a, path_a), (z_b, path_b) = (predictions(one, old, "test") for one in (before, after))
+    assert torch.equal(path_a, path_b)
+    own = (path_a.view(len(z_a), -1) == path).all(1)
+    assert own.any()
+    assert (~own).any()
+    assert torch.equal(z_a[~own], z_b[~own])
+    assert all(not torch.equal(one, other) for one, other in zip(z_a[own], z_b[own], strict=True))
+    ours = weights(after)
+    moved = {name for name, tensor in weights(before).items() if not torch.equal(tensor, ours[name])}
+    assert "embed.routed_EIO" in moved
+    assert "path.router.bias_E" not in moved
+    assert load(tuned / FILE).domains == ["calm", "wild"]  # both are still known
 
 
 def test_low_rank_additions_are_in_the_exported_weights(made: Path, here: Path) -> None:
@@ -221,7 +243,7 @@ def test_branches_join_into_a_mixture_whose_router_learns_afterwards(
 ) -> None:
     """Branch, train, join: exported models are merged, and the result is fine-tuned and exported again."""
     push(write_dataset(here / "theirs", GRID, SNAPSHOTS), {"calm": 0.0, "wild": 8.0})
-    run = make_run(here, {"moe": {"num_experts": 0, "expert_hidden": 16}})
+    run = make_run(here, DENSE)
     assert main(["tokenizer", "encode", "--config", str(run / "config.yaml")]) == 0
     assert main(["checkpoint", "export", str(run), "--output", "anchor"]) == 0
     source = find_source(Path("anchor"))
@@ -262,7 +284,7 @@ def add_field(dataset: Path) -> None:
         (["training.stepz=3"], ("training.stepz", "training.steps")),
         (["model.dim=48"], ("model.dim belongs to", "cannot change")),
         (["data.path=x"], ("data.path follows from --model, --data and --output",)),
-        (["finetune.train=some"], ("finetune.train", "'all', 'expert', 'lora' or 'router'")),
+        (["finetune.train=some"], ("finetune.train", "'all', 'expert', 'paths', 'lora' or 'router'")),
         (["--output", "taken"], ("taken exists",)),
         (["--config", "absent.yaml"], ("absent.yaml",)),
     ],
@@ -303,12 +325,22 @@ def test_data_that_look_like_a_known_domain_get_no_path(
     assert "has the domains calm, wild: --train expert adds one path for one domain" in error
 
 
+def test_a_grown_model_exchanges_no_samples(made: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(made / "model"), "--data", str(made / "mine"), "--output", "tuned", "--train", "expert"]
+    assert main(["finetune", *words, *SHORT, "parallel.exchange=sample"]) == 2  # after encoding
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "parallel.exchange sample needs one path for each sample, but fine-tuning has added experts" in error
+    assert not (here / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "train", "messages"),
     [
-        ({"moe": {"num_experts": 0, "expert_hidden": 16}}, "expert", ("is dense", "shodh merge upcycle")),
-        ({"moe": {"num_experts": 0, "expert_hidden": 16}}, "router", ("has no router",)),
-        ({"moe": {"num_experts": 2, "expert_hidden": 16}}, "expert", ("has scope layer", "--train all or lora")),
+        (DENSE, "expert", ("is dense", "shodh merge upcycle")),
+        (DENSE, "router", ("has no router",)),
+        (DENSE, "paths", ("finetune.train paths needs a model with paths",)),
+        ({"moe": {**LAYER, "expert_hidden": 16}}, "expert", ("has scope layer", "--train all or lora")),
+        ({"moe": {"top_k": 2, "expert_hidden": 16}}, "expert", ("top_k 2", "--train all or lora")),
     ],
 )
 def test_models_without_paths_get_no_further_one(

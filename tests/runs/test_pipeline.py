@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import shodh_moe
 from shodh_moe.base.errors import EXIT_FAILED
 from shodh_moe.checkpoint import find_checkpoint, list_checkpoints
 from shodh_moe.cli import main
@@ -77,6 +78,20 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, list):
         return [n for part in value for n in numbers(part)]
     return [value] if isinstance(value, (int, float)) else []
+
+
+def test_training_from_python(here: Path) -> None:
+    """It reuses what is up to date, trains, evaluates, and returns the run."""
+    run = shodh_moe.train(load_config("tiny.yaml", ["training.steps=6"], name="longer"))
+    assert run.folder == Path("runs/longer")
+    assert run.metrics["step"] == 6
+    assert run.records().index.tolist() == [1, 2, 3, 4, 5, 6]
+    assert set(run.routing().domain.values) == DOMAINS
+    assert [path.name for path in Path("data").iterdir()] == [path.name for path in (here / "data").iterdir()]
+    forecast = shodh_moe.load_model(run.folder).forecast(shodh_moe.open_dataset(next(Path("data").iterdir()))[0], 1)
+    assert forecast["velocity"].shape == (1, 3, 16, 16, 16)
+    with pytest.raises(shodh_moe.UserError, match="belongs to another config"):
+        shodh_moe.train(load_config("tiny.yaml", ["training.steps=6"]))
 
 
 def test_every_artefact_exists(finished: Path) -> None:

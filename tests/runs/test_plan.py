@@ -23,6 +23,7 @@ from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.latents import Batch
 from shodh_moe.training.losses import total_loss
+from tests.tiny import LAYER
 from tests.training.launch import launch
 
 WORKER = Path(__file__).with_name("worker_plan.py")
@@ -39,13 +40,13 @@ def _config(
     norms: str = "pre",
     **training: Any,
 ) -> Config:
-    moe = {"num_experts": 4, "expert_hidden": hidden, "shared_experts": shared, **(paths or {})}
+    moe = {"num_experts": 4, "expert_hidden": hidden, **LAYER, "shared_experts": shared, **(paths or {})}
     return Config.model_validate(
         {
             "data": {"grid": [8 * grid] * 3},
             "tokenizer": {"latent_channels": channels},
             "model": {"dim": dim, "depth": depth, "heads": dim // 32, "norms": norms, "moe": moe},
-            "training": {"batch_size": 2, **training},
+            "training": {"batch_size": 2, "loss": "mse", **training},
         }
     )
 
@@ -146,6 +147,15 @@ def test_planned_parameters_match_the_model(ep):
     assert count.active == count.total - count.expert * 3 // 4
 
 
+def test_a_token_passes_through_top_k_experts():
+    config = _config(64, 96, 1, 3, 4, 8, {"top_k": 3})
+    count = plan.count_parameters(config, world=1)
+    assert count.active == count.total - count.expert // 4
+    dropless = _config(64, 96, 1, 3, 4, 8, {"top_k": 3, "dropless": True})
+    assert plan.slots(dropless) == 3 * plan.batch_tokens(dropless)
+    assert plan.slots(config) == pytest.approx(1.25 * plan.slots(dropless), rel=0.01)
+
+
 @pytest.mark.parametrize("attention", ["shared", "low_rank", "own"])
 def test_a_token_passes_through_the_parts_of_one_path(attention):
     config = _config(64, 96, 1, 3, 4, 8, {"scope": "path", "attention": attention})
@@ -188,6 +198,7 @@ LAYOUTS = {
     "ZeRO 0, EP 1": "parallel.ep_size=1",
     "ZeRO 1": "parallel.zero_stage=1 training.precision=bfloat16 training.accumulation=2",
     "ZeRO 2": "parallel.zero_stage=2 training.activation_checkpointing=true",
+    "samples": "model.moe.scope=path model.moe.router.kind=oracle",
 }
 
 

@@ -19,7 +19,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.latents import Batch
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.forward import forward
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
@@ -59,11 +59,10 @@ def measure(config: Config) -> dict[str, int]:
         for _ in range(2 * t.accumulation):
             history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)
             geometry, target = torch.randn(2, t.batch_size, channels, *grid, dtype=engine.dtype)
-            prediction = engine(history, geometry)
             batch = Batch(history, geometry, target, torch.zeros(t.batch_size, dtype=torch.int64))
-            losses = total_loss(prediction, batch, config)
+            losses, _, _ = forward(engine, batch, config)
             engine.step(losses.loss, 1e-3)
-            del history, geometry, target, prediction, losses
+            del history, geometry, target, batch, losses
         return {"between": live.now, "peak": live.peak}
 
 

@@ -23,12 +23,17 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 WORLD, STEPS, SAVED_AT, AFTER, RATE = 4, 20, 3, 2, 1e-2
 LAYOUTS = list(itertools.product((0, 1, 2), (1, 2, 4)))
 SETTINGS = ("model.moe.num_experts=8", "model.moe.dropless=true", "training.grad_clip=0.05")
-# A router in each layer, in two precisions; and one path per token with all its parts.
+PATH = ("training.precision=float64", "model.moe.scope=path", "model.moe.attention=own")
+# A router in each layer, in two precisions; one path per sample with all its parts, and with an exchange of samples.
 CASES = {
     "float64": ("training.precision=float64",),
     "float32": ("training.precision=float32",),
-    "path": ("training.precision=float64", "model.moe.scope=path", "model.moe.attention=own"),
+    "path": (*PATH, "parallel.exchange=token"),
+    "sample": (*PATH, "parallel.exchange=sample"),
 }
+# An exchange of samples is compared with one of tokens, and resumes from its checkpoints.
+SAME_AS = {"sample": "path"}
+SHARING = [layout for layout in LAYOUTS if layout[1] > 1]
 # Pairs (layout that saves, layout that resumes): all in float64; in the other cases, which run the same code, a layout
 # with itself and with the next.
 PAIRS = [("float64", *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
@@ -38,6 +43,7 @@ PAIRS += [
     for number, source in enumerate(LAYOUTS)
     for k in (0, 1)
 ]
+PAIRS += [("sample", layout, layout) for layout in SHARING]
 
 
 def _worker(rank: int, folder: Path, port: int) -> None:
@@ -49,9 +55,11 @@ def _worker(rank: int, folder: Path, port: int) -> None:
     init_distributed()
     results = {}
     for case in CASES:
-        runs = {layout: _Run(rank, folder, case, layout) for layout in LAYOUTS}
+        runs = {layout: _Run(rank, folder, case, layout) for layout in (SHARING if case in SAME_AS else LAYOUTS)}
         for layout, run in runs.items():
             results["alike", case, layout] = run.train(STEPS) | {"weights": run.logical()}
+            if case in SAME_AS:
+                continue
             # The layout's own uninterrupted run, after a checkpoint in its middle.
             run.restart()
             run.train(SAVED_AT)
@@ -59,11 +67,12 @@ def _worker(rank: int, folder: Path, port: int) -> None:
             results["unbroken", case, layout] = run.train(AFTER) | {"weights": run.logical()}
         for source, target in [pair for which, *pair in PAIRS if which == case]:
             run = runs[target]  # still in the state of its last use, which loading must replace completely
-            run.load(runs[source].checkpoint)
+            checkpoint = _folder(folder, SAME_AS.get(case, case), source) / str(SAVED_AT)
+            run.load(checkpoint)
             before = run.logical()
             run.train(1, rate=0.0)
             unmoved = all(torch.equal(before[name], value) for name, value in run.logical().items())
-            run.load(runs[source].checkpoint)
+            run.load(checkpoint)
             loaded = run.logical(moments=True)
             found = {"unmoved": unmoved, "loaded": loaded, **run.train(AFTER), "weights": run.logical()}
             results["continued", case, source, target] = found
@@ -71,6 +80,12 @@ def _worker(rank: int, folder: Path, port: int) -> None:
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _folder(folder: Path, case: str, layout: tuple[int, int]) -> Path:
+    """Folder of the checkpoints of one run."""
+    zero, ep = layout
+    return folder / f"{case}-zero{zero}-ep{ep}"
 
 
 class _Run:
@@ -89,12 +104,8 @@ class _Run:
         self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, WORLD)
         self.engine = latent_engine(self.config, 6, [2, 2, 2], self.samples)
-        self.folder = folder / f"{case}-zero{zero}-ep{ep}"
+        self.folder = _folder(folder, case, layout)
         self.start = [f.values.clone() for f in self.engine.fragments()]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / str(SAVED_AT)
 
     def restart(self) -> None:
         from shodh_moe.training.optimizer import set_updates
@@ -112,13 +123,13 @@ class _Run:
         self.load(self.folder / "0")
 
     def train(self, steps: int, rate: float = RATE) -> dict[str, torch.Tensor]:
-        from shodh_moe.training.losses import total_loss
+        from shodh_moe.training.forward import forward
 
         losses, norms, routes = [], [], []
         for _ in range(steps):
             batch = self.samples.batch(self.sampler.batch(self.step, self.rank)).to("cpu", self.engine.dtype)
-            prediction = self.engine(*batch.inputs)
-            loss = total_loss(prediction, batch, self.config).loss
+            named, routing, _ = forward(self.engine, batch, self.config)
+            loss = named.loss
             step = self.engine.step(loss, rate)
             assert step is not None
             assert step.applied
@@ -126,7 +137,7 @@ class _Run:
             dist.all_reduce(mean)
             losses.append(mean / WORLD)
             norms.append(torch.tensor([step.norm, step.shared_norm, *step.expert_norms_LE.flatten()]))
-            routes.append(torch.stack([layer.expert_N for layer in prediction.routing]))
+            routes.append(torch.stack([layer.expert_N for layer in routing]))
             self.step += 1
         chosen = torch.stack(routes)
         everyone = [torch.empty_like(chosen) for _ in range(WORLD)]
@@ -183,11 +194,13 @@ def _worst(a: dict, b: dict) -> float:
     return max(parts + [_difference(a["weights"][name], value) for name, value in b["weights"].items()])
 
 
-@pytest.mark.parametrize("case", ["float64", "path"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [*itertools.product(("float64", "path"), LAYOUTS), *itertools.product(("sample",), SHARING)],
+)
 def test_twenty_steps_agree_in_float64(results, case, layout):
     """Compare losses, every gradient norm (total, shared, each expert's) and every weight."""
-    one, other = (results["alike", case, key] for key in ((0, 1), layout))
+    one, other = results["alike", SAME_AS.get(case, case), (0, 1)], results["alike", case, layout]
     assert torch.equal(one["routes"], other["routes"])
     torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-9, atol=0)
     torch.testing.assert_close(other["norms"], one["norms"], rtol=1e-9, atol=1e-15)
@@ -218,11 +231,12 @@ def test_the_first_step_agrees_in_float32_and_flips_are_counted(results, layout,
 
 @pytest.mark.parametrize(("case", "source", "target"), PAIRS)
 def test_a_checkpoint_resumes_at_any_layout(results, case, source, target):
-    unbroken, continued = results["unbroken", case, source], results["continued", case, source, target]
-    for name, value in results["continued", case, source, source]["loaded"].items():
+    origin = SAME_AS.get(case, case)
+    unbroken, continued = results["unbroken", origin, source], results["continued", case, source, target]
+    for name, value in results["continued", origin, source, source]["loaded"].items():
         assert torch.equal(continued["loaded"][name], value), f"{name} is not what was saved"
     assert continued["unmoved"], "a step at learning rate 0 moved a weight"
-    if source == target:
+    if (case, source) == (origin, target):
         for key in ("losses", "norms", "routes"):
             assert torch.equal(continued[key], unbroken[key])
         assert all(torch.equal(continued["weights"][name], value) for name, value in unbroken["weights"].items())

@@ -59,17 +59,18 @@ def test_a_sample_that_hardly_changes_does_not_dominate():
 
 def test_the_routers_losses_are_shares_of_the_prediction_loss():
     batch = _batch()
-    balance, z = torch.tensor(1.5, requires_grad=True), torch.tensor(20.0, requires_grad=True)
-    routing = [Routing(balance, z, *[torch.zeros(1)] * 5), Routing(balance + 1, z, *[torch.zeros(1)] * 5)]
+    balance, z, commitment = (torch.tensor(value, requires_grad=True) for value in (1.5, 20.0, 0.5))
+    routing = [Routing(one, z, commitment, *[torch.zeros(1)] * 8) for one in (balance, balance + 1)]
     for scale in (1.0, 1e-3):
         latent = batch.target_BCxyz + scale
-        config = _config("mse", balance_weight=0.1, z_weight=0.01)
+        config = _config("mse", balance_weight=0.1, z_weight=0.01, commitment_weight=0.2)
         losses = total_loss(Prediction(latent.requires_grad_(), routing), batch, config)
-        assert losses.loss.item() == pytest.approx(scale**2 * (1 + 0.1 * 2.0 + 0.01 * 20), rel=1e-4)
-        gradients = torch.autograd.grad(losses.loss, [latent, balance, z])
+        assert losses.loss.item() == pytest.approx(scale**2 * (1 + 0.1 * 2.0 + 0.01 * 20 + 0.2 * 0.5), rel=1e-4)
+        gradients = torch.autograd.grad(losses.loss, [latent, balance, z, commitment])
         torch.testing.assert_close(gradients[0], 2 * (latent - batch.target_BCxyz) / latent.numel())
         assert float(gradients[1]) == pytest.approx(0.1 * scale**2, rel=1e-4)
         assert float(gradients[2]) == pytest.approx(0.01 * scale**2, rel=1e-4)
+        assert float(gradients[3]) == pytest.approx(0.2 * scale**2, rel=1e-4)
 
 
 def _samples(folder: Path) -> LatentSamples:

@@ -73,6 +73,33 @@ def test_a_crash_after_a_checkpoint_changes_nothing(folder, unbroken):
 
 
 @pytest.mark.distributed
+def test_an_exchange_of_samples_resumes_exactly_and_records_its_shares(folder):
+    """The records are written between the checkpoints, so that their sums have to pass through one."""
+    settings = ("model.moe.scope=path", "training.log_every=2", "parallel.exchange_capacity=1.0")
+    run, crashed = folder / "samples", folder / "samples crashed"
+
+    def train(run: Path) -> list[dict]:
+        done = launch(2, WORKER, str(folder), str(run), "auto", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return _records(run, "train")
+
+    records = train(run)
+    shutil.copytree(run, crashed)
+    shutil.rmtree(crashed / "checkpoints" / "6")
+    resumed = train(crashed)
+    assert [record["step"] for record in resumed] == [2, 4, 6]
+    timings = dict.fromkeys(("ms", "wait_ms"), 0)
+    for record, same in zip(records, resumed, strict=True):
+        shares = record["sample_exchange"]
+        assert {**shares, **timings} == {**same["sample_exchange"], **timings}
+        assert 1 == shares["imbalance"] <= shares["held_imbalance"] <= 2
+        assert 0 <= shares["by_tokens"] <= 0.5
+        assert shares["bytes"] > 0
+        assert 0 < shares["wait_ms"] <= shares["ms"]
+    _check_same_end(crashed, run)
+
+
+@pytest.mark.distributed
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_is_used(folder, unbroken):
     run = folder / "damaged"
     shutil.copytree(unbroken, run)

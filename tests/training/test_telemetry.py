@@ -12,10 +12,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shodh_moe.config import ModelConfig, MoEConfig, TelemetryConfig
 from shodh_moe.model import LatentTransformer, Routing
-from shodh_moe.parallel import Exchange, ExpertParallel
+from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
 from shodh_moe.training import log as log_module
 from shodh_moe.training.log import COLUMNS, EVEN, STARVED, LoadMaps, Log
-from shodh_moe.training.telemetry import RoutingCounts, Warnings, first_nonfinite, layer_records
+from shodh_moe.training.telemetry import (
+    ExchangeCounts,
+    RoutingCounts,
+    Warnings,
+    _traffic,
+    first_nonfinite,
+    layer_records,
+)
+from tests.tiny import LAYER
 
 DOMAINS = ["calm", "wild", "absent"]
 DOMAIN_B = torch.tensor([0, 1, 1, 0])
@@ -26,11 +34,14 @@ def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
     logits = 3 * torch.randn(tokens, experts)
     gate, expert = torch.softmax(logits, 1).max(1)
     lse, zero = torch.logsumexp(logits, 1), torch.zeros(())
-    return Routing(zero, zero, expert, torch.rand(tokens) < 0.6, torch.rand(tokens), gate, lse)
+    kept, count = torch.rand(tokens) < 0.6, torch.bincount(expert, minlength=experts)
+    return Routing(
+        zero, zero, zero, expert, kept, torch.rand(tokens), gate, lse, expert, count, torch.softmax(logits, 1).mean(0)
+    )
 
 
 def _model(**moe) -> LatentTransformer:
-    config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(num_experts=3, expert_hidden=8, **moe))
+    config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(**LAYER, num_experts=3, expert_hidden=8, **moe))
     return LatentTransformer(config, 4, [2, 2, 2], 0, ExpertParallel()).train()
 
 
@@ -81,6 +92,31 @@ def test_largest_logit_is_the_routers_largest(kind):
         normal = torch.nn.functional.normalize
         logits = normal(logits, dim=1) @ normal(router.prototypes_ER, dim=1).T / router.temperature
     assert counts.summary()[1]["largest_logit"] == pytest.approx(float(logits.detach().max()), abs=1e-4)
+
+
+def test_a_token_counts_once_for_each_of_its_experts():
+    model = _model(top_k=2, router={"kind": "linear"}, capacity_factor=0.7, min_capacity=1)
+    prediction = model(torch.randn(4, 2, 4, 2, 2, 2), torch.randn(4, 4, 2, 2, 2))
+    counts = RoutingCounts(2, DOMAINS, 3)
+    counts.add(prediction.routing, DOMAIN_B)
+    for layer, record in zip(prediction.routing, counts.summary(), strict=True):
+        tokens = layer.chosen_N.view(4, 8, 2)
+        for number, domain in enumerate(("calm", "wild")):
+            chosen = tokens[number == DOMAIN_B].flatten()
+            load = torch.bincount(chosen, minlength=3) / len(chosen)
+            assert record["load"][domain] == pytest.approx(load.tolist())
+            here = (number == DOMAIN_B).repeat_interleave(8)
+            dropped = 1 - layer.kept_N[here].float().mean()
+            assert record["dropped_fraction"][domain] == pytest.approx(float(dropped))
+            assert record["entropy"][domain] == pytest.approx(float(layer.entropy_N[here].mean()))
+            assert record["mean_gate"][domain] == pytest.approx(float(layer.gate_N[here].mean()))
+        assert not layer.kept_N.all()
+        assert record["load_all"] == pytest.approx((layer.routed_E / 64).tolist())
+
+
+def test_the_advice_names_the_setting_that_balances():
+    (line,) = Warnings(TelemetryConfig(), "bias").check(1, [_layer([1.0, 0.0], 0.0)])
+    assert "raise model.moe.router.bias_rate or" in line
 
 
 def test_tokens_that_are_not_finite_do_not_affect_the_others():
@@ -135,6 +171,23 @@ def test_records_hold_temperature_norms_and_traffic():
     }  # fmt: skip
     linear = _model(router={"kind": "linear"})
     assert layer_records(counts, linear.routers, [], None)[0]["temperature"] is None
+
+
+def test_shares_of_samples_are_means_over_micro_batches():
+    counts = ExchangeCounts()
+    for held, computed, strangers in (([6, 2], [5, 3], 1), ([4, 4], [4, 4], 0)):
+        exchange = SampleExchange.__new__(SampleExchange)
+        exchange.held_G, exchange.computed_G, exchange.strangers = held, computed, strangers
+        counts.add(exchange)
+    exchanges = [
+        Exchange(0, "samples", 300, [1.0, 1.5, 2.0]),
+        Exchange(0, "samples", 30, [2.0, 2.0, 2.25]),
+        Exchange(0, "combine", 7, [3.0, 3.0, 3.25]),
+    ]
+    expected = {"held_imbalance": 1.25, "imbalance": 1.125, "by_tokens": 1 / 16}
+    assert counts.record(exchanges, "cpu") == expected | {"ms": 1250, "wait_ms": 750, "bytes": 330}
+    nothing = _traffic(1, exchanges[:2], torch.device("cpu"))[0]
+    assert nothing["bytes"] == 0
 
 
 def _layer(load: list[float], dropped: float, layer: int = 0) -> dict:

@@ -7,6 +7,9 @@ All tuning uses the validation split. The test splits (interpolation, ood_low, o
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,7 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
         "curves": chosen.curves(),
         "straightness": {"bend": {str(k): v for k, v in bends.items()}, "straight_to": straight_to(bends)},
         "prefix": prefixes,
+        "seconds": chosen.seconds(),
         "regimes": regimes,
     }
     path = result_path(config, key, seed)
@@ -100,6 +104,7 @@ class _Choices:
 
     def __init__(self, one: FamilyBench, experts: dict[str, Expert], validation: list[Trajectories]):
         self._one, self._experts, self._validation = one, experts, validation
+        self._times: dict[str, list[float]] = {}
         anchor, ends, k = experts["anchor"], [experts["low"], experts["high"]], one.frames
         scale = fit_scale(experts["low"], experts["high"], validation, k)
         self._gamma = scale["gamma"]
@@ -124,7 +129,8 @@ class _Choices:
         """Errors of every row on a regime (means over frames, one per trajectory), and the regime's prefix."""
         experts, s, k = self._experts, regime.coordinate, self._one.frames
         ends = (experts["low"], experts["high"])
-        prefix = fit_prefix(*ends, regime.fields, k)
+        with self._timed("prefix"):
+            prefix = fit_prefix(*ends, regime.fields, k)
         alphas = {"ccm_coordinate": clip(s), "ccm_scale": clip(self._gamma * s), "ccm_prefix": prefix.alpha}
         rows: dict[str, Any] = {role: self._row(experts[role], regime) for role in ("anchor", "low", "high")}
         rows["best_endpoint"] = rows[self._best_end["low" if s < 0 else "high"]]
@@ -132,13 +138,28 @@ class _Choices:
         for method, expert in self._merged.items():
             rows[method] = self._row(expert, regime)
         for name, alpha in {**alphas, "wrong_sign": clip(-s)}.items():
-            rows[name] = {"alpha": alpha, **self._row(compose(*ends, alpha), regime)}
+            with self._timed("merge"):
+                merged = compose(*ends, alpha)
+            rows[name] = {"alpha": alpha, **self._row(merged, regime)}
         alpha, errors = oracle(line(*ends), regime, k, alphas.values())
         rows["oracle"] = {"alpha": alpha, "errors": errors.mean(1).tolist()}
         rows["conditioned"] = self._row(experts["conditioned"], regime)
-        tuned = fine_tune(experts["anchor"], regime, k, self._rate, self._one.fine_tuning)
+        with self._timed("fine_tuned"):
+            tuned = fine_tune(experts["anchor"], regime, k, self._rate, self._one.fine_tuning)
         rows["fine_tuned"] = self._row(tuned, regime)
         return rows, prefix
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Record the time of one regime: of the CPU, or on a GPU of the clock."""
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        began = clock()
+        yield
+        self._times.setdefault(what, []).append(clock() - began)
+
+    def seconds(self) -> dict[str, float]:
+        """Mean seconds for a regime, by what was done."""
+        return {what: sum(times) / len(times) for what, times in self._times.items()}
 
     def _row(self, expert: Expert, regime: Trajectories) -> dict[str, Any]:
         errors = rollout_errors(expert, regime.fields, regime.coordinate, self._one.frames)

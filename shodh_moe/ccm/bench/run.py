@@ -19,10 +19,12 @@ from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, checkpoint_of_last_step, expert_name
 from shodh_moe.ccm.bench.measure import measured, result_path
+from shodh_moe.ccm.bench.paths import compare_paths
 from shodh_moe.ccm.bench.pictures import draw, draw_fields
 from shodh_moe.ccm.bench.summary import summarise
 from shodh_moe.ccm.bench.tables import markdown
-from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured
+from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured, variants_of
+from shodh_moe.ccm.bench.worth import markdown as worth
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
@@ -32,8 +34,8 @@ from shodh_moe.runs.folder import claim_run_folder
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     """Do all unfinished work and return the summary.
 
-    Writes ``summary.json``, ``summary.md`` and figures to ``<runs>/<name>/report``, and copies them to ``output`` if
-    given.
+    Writes ``summary.json``, ``summary.md``, ``worth.md`` and figures to ``<runs>/<name>/report``, and copies them to
+    ``output`` if given.
 
     Raises:
         UserError: a setting is invalid, a process failed, or a folder cannot be written.
@@ -66,7 +68,11 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
         spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
         result["name"] = config.families[key].family.name
         result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}
+        result["wall_seconds"] = {
+            role: read_cost(_cost(config, expert_name(key, seed, role)))["seconds"] for role in EXPERTS
+        }
         if seed == config.seeds[0]:
+            result["wall_seconds"]["data"] = read_cost(_cost(config, f"{key}-data"))["seconds"]
             result["cpu_seconds"]["data"] = _seconds(_cost(config, f"{key}-data"))
         if config.families[key].variants:
             names = [expert.name for expert in _experts_of_variants(config, key, seed)]
@@ -74,10 +80,16 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             seconds = sum(_seconds(_cost(config, job)) for job in jobs)
             result["cpu_seconds"]["variants"] = seconds
         results.append(result)
-    summary = {
-        **summarise(results),
+    summary = summarise(results)
+    variants = summarise_variants(config)
+    paths = {
+        key: compare_paths(key, summary["families"][key], found, _paths_of(config, key))
+        for key, found in variants.items()
+    }
+    summary |= {
         "backbones": backbones(config),
-        "variants": finite_json(summarise_variants(config)),
+        "paths": finite_json(paths),
+        "variants": finite_json(variants),
         "environment": describe_environment(),
         "config": config.model_dump(),
     }
@@ -85,6 +97,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "summary.md", markdown(summary))
+    write_text(folder / "worth.md", worth(summary))
     pictures = draw(results, summary, folder)
     for key in config.families:
         example = result_path(config, key, config.seeds[0]).with_suffix(".npz")
@@ -95,8 +108,12 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             draw_fields(images, title, folder / f"fields_{key}.png")
             pictures.append(folder / f"fields_{key}.png")
     if output:
-        _copy([folder / "summary.json", folder / "summary.md", *pictures], output)
+        _copy([*(folder / name for name in ("summary.json", "summary.md", "worth.md")), *pictures], output)
     return summary
+
+
+def _paths_of(config: BenchConfig, key: str) -> dict[str, str | None]:
+    return {name: one.curve for name, one in variants_of(config.families[key]).items() if one.is_path}
 
 
 def backbones(config: BenchConfig) -> dict[str, dict[str, str]]:

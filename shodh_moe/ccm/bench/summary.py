@@ -46,7 +46,8 @@ def summarise(results: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         (``value``, ``low``, ``high``: 95 % interval) by group (`GROUPS`), ``reduction``, the estimates relative to
         ``anchor`` and ``best_endpoint`` (OOD), and ``blew_up``, the number of ``rollouts`` that did; ``regimes``: for
         each regime the mean ``errors`` by row and ``alpha`` by CCM row; ``incomplete``: rows that some seeds lack;
-        ``chosen`` and ``straight_to`` by seed; ``sharpness`` by coordinate; ``cpu_seconds`` by stage.
+        ``chosen`` and ``straight_to`` by seed; ``sharpness`` by coordinate; ``cpu_seconds`` and ``wall_seconds`` by
+        stage; ``seconds`` for one regime of prefix, merge and fine_tuned.
 
     Raises:
         UserError: there are no results, two with the same family and seed, or results of a family do not fit together.
@@ -118,16 +119,24 @@ def _other_entries(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The entries of a family's summary other than errors."""
     sharpness = defaultdict(list)
     stages: dict[str, float] = defaultdict(float)
+    wall: dict[str, float] = defaultdict(float)
+    seconds: dict[str, list[float]] = defaultdict(list)
     for result in results:
+        for stage, value in result.get("wall_seconds", {}).items():
+            wall[stage] += value
+        for what, value in result.get("seconds", {}).items():
+            seconds[what].append(value)
         for entry in result.get("prefix", []):
             sharpness[entry["coordinate"]].append(_error(entry["sharpness"]))
-        for stage, seconds in result.get("cpu_seconds", {}).items():
-            stages[stage] += seconds
+        for stage, value in result.get("cpu_seconds", {}).items():
+            stages[stage] += value
     return {
         "chosen": {str(result["seed"]): result.get("chosen", {}) for result in results},
         "straight_to": {str(r["seed"]): r["straightness"]["straight_to"] for r in results if "straightness" in r},
         "sharpness": {f"{s:+g}": float(np.mean(values)) for s, values in sorted(sharpness.items())},
         "cpu_seconds": dict(stages),
+        "wall_seconds": dict(wall),
+        "seconds": {what: float(np.mean(values)) for what, values in seconds.items()},
     }
 
 

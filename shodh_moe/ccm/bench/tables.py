@@ -23,6 +23,8 @@ def markdown(summary: dict[str, Any]) -> str:
     for name, family in summary["families"].items():
         title = family_title(name)
         sections.append(Section(title[0].upper() + title[1:], list(_family(family, summary["resamples"]))))
+    if paths := list(_paths(summary)):
+        sections.append(Section("Paths", paths))
     if variants := list(_variants(summary)):
         sections.append(Section("Variants", variants))
     sections.append(Section("Cost", list(_cost(summary))))
@@ -108,6 +110,43 @@ def _backbones(summary: dict[str, Any]) -> Iterator[Block]:
         rows = [row for row in ROWS if row != "anchor" and any(row in families[key]["rows"] for key in keys.values())]
         lines = [[ROWS[row], *(_percent(_reduction(families[key], row)) for key in keys.values())] for row in rows]
         yield _table(("row", *keys), [errors, *lines])
+
+
+def _paths(summary: dict[str, Any]) -> Iterator[Block]:
+    """For each family with variants: its paths, and whether the aims of curved paths are met."""
+    for key, found in summary.get("paths", {}).items():
+        title = family_title(key)
+        yield Text(
+            f"{title[0].upper()}{title[1:]}: the line between the experts (unchanged), and other paths. For each "
+            "readout the path with the smallest validation error is chosen; the one with two networks (outputs) is "
+            "left out. Oracle: OOD error relative to the best alpha on the line, mean over regimes. Gap: share of the "
+            "distance between the line and the conditioned network."
+        )
+        lines = [
+            [
+                row["path"] + (" (chosen)" if row["chosen"] else ""),
+                ROWS[row["readout"]],
+                *(_error(row[name]) for name in ("validation", "ood")),
+                *(_share(row[name]) for name in ("reduction", "oracle", "gap")),
+            ]
+            for row in found["rows"]
+        ]
+        head = ("path", "readout", "validation nRMSE", "OOD nRMSE", "reduction", "oracle", "gap closed")
+        yield _table(head, lines, 2)
+        aims = [
+            [
+                one["aim"],
+                f"{ROWS[one['readout']]} on {one['path']}",
+                f"{'<=' if one['target'] > 1 else '>='} {_share(one['target'])}",
+                f"{'met' if one['held'] else '**missed**'}: {_share(one['value'])}",
+            ]
+            for one in found["aims"]
+        ]
+        yield _table(("aim", "row", "target", "found"), aims, 4)
+
+
+def _share(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{100 * value + 0.0:.1f} %"  # no -0.0
 
 
 def _variants(summary: dict[str, Any]) -> Iterator[Block]:

@@ -11,6 +11,8 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.family_config import FamilyConfig, Split
 
 Layer = Literal["lift", "spectral", "pointwise", "projection"]
+Curved = Literal["anchor", "middle", "jacobian", "anchor_jacobian", "outputs"]
+THROUGH_ANCHOR = ("anchor", "anchor_jacobian")
 TWIN_SEED = 1000  # added to the seed of the expert that is trained a second time
 
 
@@ -29,8 +31,11 @@ class Variant(Section):
         description="direction from the average: random, of the same length in every tensor; none, the average alone; "
         "twins, that between two seeds of the expert at the low end, scaled to the same length",
     )
-    curve: Literal["anchor", "middle"] | None = Field(
-        None, description="a parabola through the anchor, or through a third expert at s = 0, instead of the line"
+    curve: Curved | None = Field(
+        None,
+        description="instead of the line a parabola through the anchor, through a third expert at s = 0 (middle), or "
+        "through a point computed from the Jacobian at the experts' average (jacobian) or at the anchor "
+        "(anchor_jacobian); or outputs: both experts predict, and their predictions are extrapolated",
     )
     bow: Literal["full", "validation"] = Field(
         "full",
@@ -53,15 +58,20 @@ class Variant(Section):
             raise ValueError(f"groups needs the line between the experts: leave out {line[0]}")
         if self.curve and self.ends:
             raise ValueError("curve passes through the experts at s = -1 and 1: leave out ends")
-        if self.curve == "anchor" and (self.support is not None or self.anchor):
-            raise ValueError("curve: anchor passes through the family's own anchor: leave out support and anchor")
-        if self.bow != "full" and not self.curve:
-            raise ValueError("bow is for a curve: add curve, or leave it out")
+        if self.curve in THROUGH_ANCHOR and (self.support is not None or self.anchor):
+            raise ValueError(f"curve: {self.curve} uses the family's own anchor: leave out support and anchor")
+        if self.bow != "full" and self.curve in (None, "outputs"):
+            raise ValueError("bow is for a parabola: add curve, other than outputs, or leave bow out")
         for key in ("layers", "support"):
             values = getattr(self, key)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"{key} {values} must be one or more different values")
         return self
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it only has another path between the family's own experts, or alphas by group."""
+        return not self.model_dump(exclude_defaults=True, exclude={"curve", "bow", "groups", "oracle"})
 
     @property
     def generates(self) -> bool:

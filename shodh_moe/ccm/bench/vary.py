@@ -7,6 +7,7 @@ counts their errors.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from shodh_moe.ccm.bench.aims import OOD
 from shodh_moe.ccm.bench.baselines import mean_error, oracle
 from shodh_moe.ccm.bench.config import BenchConfig, FamilyBench, checkpoint_of_last_step
 from shodh_moe.ccm.bench.summary import summarise
-from shodh_moe.ccm.bench.variants import Variant
+from shodh_moe.ccm.bench.variants import THROUGH_ANCHOR, Variant
 from shodh_moe.ccm.curve import (
     Curve,
     by_group,
@@ -34,13 +35,15 @@ from shodh_moe.ccm.curve import (
 )
 from shodh_moe.ccm.data import Trajectories, read_split
 from shodh_moe.ccm.expert import Expert, compose, load_expert, require_same_network
-from shodh_moe.ccm.readout import clip, fit_prefix_on, rollout_errors
+from shodh_moe.ccm.jacobian import extrapolated, straightened_middle
+from shodh_moe.ccm.readout import clip, finite_error, fit_prefix_on, probes, rollout_errors
 from shodh_moe.checkpoint.read import CheckpointReader
 from shodh_moe.config.compare import fingerprint
 
-VERSION = 1  # increase it when the same experts would give different numbers
+VERSION = 2  # increase it when the same experts would give different numbers
 UNCHANGED = "unchanged"  # the row of the family's own CCM
 ROWS = ("anchor", "ccm_coordinate", "ccm_prefix", "oracle")
+PROBED = 5  # trajectories of each validation regime whose frames the Jacobian sees
 BOWS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -125,16 +128,22 @@ def _measure(
     low, high = ends_of(variant, experts, seed)
     curve, chosen = _path(one, variant, low, high, experts, validation)
     given = _given(one, variant)
-    found = []
-    for split, regime in regimes:
+
+    def readouts(regime: Trajectories) -> dict[str, Any]:
         alpha = clip(regime.coordinate)
-        rows: dict[str, Any] = {
-            "anchor": {"errors": _errors(base, regime, given)},
+        return {
             "ccm_coordinate": {"alpha": alpha, "errors": _errors(curve(alpha), regime, given)},
             "ccm_prefix": _prefix(one, variant, curve, (low, high), regime, given),
         }
+
+    if variant.is_path:
+        chosen["validation_error"] = _mean_errors([readouts(regime) for regime in validation])
+    found = []
+    for split, regime in regimes:
+        rows: dict[str, Any] = {"anchor": {"errors": _errors(base, regime, given)}, **readouts(regime)}
         if variant.oracle:
-            best, errors = oracle(curve, regime, given, (alpha, rows["ccm_prefix"]["alpha"]))
+            known = [rows[row]["alpha"] for row in ("ccm_coordinate", "ccm_prefix")]
+            best, errors = oracle(curve, regime, given, known)
             rows["oracle"] = {"alpha": best, "errors": errors.mean(1).tolist()}
         found.append({"split": split, "coordinate": regime.coordinate, "value": regime.value, "rows": rows})
     return {"frames": given, "distance": distance(low, high, base), "chosen": chosen, "regimes": found}
@@ -170,9 +179,16 @@ def _path(
     """The path of a variant, and what was chosen for it on the validation regimes."""
     if not variant.curve:
         return line(low, high), {}
-    middle = experts["base_anchor"] if variant.curve == "anchor" else experts["middle"]
-    if variant.curve == "anchor":
-        require_one_anchor([low, high], middle)
+    if variant.curve == "outputs":
+        return lambda alpha: extrapolated(low, high, alpha), {}
+    anchor = experts["base_anchor"]
+    if variant.curve in THROUGH_ANCHOR:
+        require_one_anchor([low, high], anchor)
+    if variant.curve in ("jacobian", "anchor_jacobian"):
+        frames = probes(validation, one.network.history, PROBED)
+        middle = straightened_middle(low, high, frames, anchor if variant.curve == "anchor_jacobian" else None)
+    else:
+        middle = anchor if variant.curve == "anchor" else experts["middle"]
     if variant.bow == "full":
         return quadratic(low, middle, high), {}
 
@@ -210,6 +226,12 @@ def _prefix(
     return {"alpha": mean, "alphas": alphas, "errors": _errors(by_group(*ends, alphas), regime, given)}
 
 
+def _mean_errors(regimes: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean error of each row over regimes; infinite if a rollout blew up."""
+    means = {row: torch.tensor([regime[row]["errors"] for regime in regimes]).mean() for row in regimes[0]}
+    return {row: finite_error(mean) for row, mean in means.items()}
+
+
 def _errors(expert: Expert, regime: Trajectories, given: int) -> list[float]:
     found: list[float] = rollout_errors(expert, regime.fields, regime.coordinate, given).mean(1).tolist()
     return found
@@ -233,8 +255,15 @@ def summarise_variants(config: BenchConfig) -> dict[str, dict[str, Any]]:
                 "frames": family["frames"],
                 "distance": sum(distances) / len(distances),
                 "chosen": family["chosen"],
+                "validation": _mean_validation(results),
             }
     return found
+
+
+def _mean_validation(results: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean validation error over seeds by row, if it was measured; infinite if a rollout blew up."""
+    errors = [result["chosen"].get("validation_error", {}) for result in results]
+    return {row: sum(math.inf if one[row] is None else one[row] for one in errors) / len(errors) for row in errors[0]}
 
 
 def _results(config: BenchConfig, key: str, name: str) -> Iterator[dict[str, Any]]:

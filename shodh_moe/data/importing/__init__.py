@@ -1,4 +1,4 @@
-"""Import a user's HDF5, NetCDF or npz arrays into the_well's schema, as described by a mapping file."""
+"""Import a user's arrays into the_well's schema, as described by a mapping file."""
 
 from shodh_moe.data.importing.mapping import Mapping, load_mapping
 from shodh_moe.data.importing.run import import_data

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
+from shodh_moe.formats import Array
 
 
 def stored_axes(axes: Sequence[str], array: Array, components: int = 0) -> list[str]:

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.axes import stored_axes
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Mapping
 from shodh_moe.data.importing.snapshots import Plan
 from shodh_moe.data.importing.units import conversion, unit_of
+from shodh_moe.formats import Array
 
 UNEVEN = 1e-3  # largest relative difference of two distances considered equal, as in `shodh predict`
 

@@ -27,13 +27,13 @@ def require_ends_once(files: ArrayFiles, mapping: Mapping, plan: Plan) -> None:
         for index, axis in enumerate(AXES):
             if mapping.boundaries.periodic[index] and plan.shape[index] > 2:
                 answers.setdefault(axis, []).append(has_repeated_end(u_3XYZ, index, fluid_XYZ))
+    repeated = [axis for axis, found in answers.items() if True in found and False not in found]
+    if not set(repeated) <= set(mapping.repeated_end):
+        raise UserError(
+            f"{files}: the last point along {' and '.join(repeated)} repeats the first, but a periodic axis needs each "
+            f"point once: write `repeated_end: [{', '.join(repeated)}]` to drop the last"
+        )
     for axis, found in answers.items():
-        repeated = True in found and False not in found
-        if repeated and axis not in mapping.repeated_end:
-            raise UserError(
-                f"{files}: the last point along {axis} repeats the first, but a periodic axis needs each "
-                f"point once: write `repeated_end: [{axis}]` to drop the last"
-            )
         if False in found and axis in mapping.repeated_end:
             raise UserError(
                 f"{files}: the last point along {axis} does not repeat the first: take {axis} out of repeated_end"

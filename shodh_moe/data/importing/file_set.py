@@ -10,9 +10,8 @@ from fnmatch import translate
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, ArrayFile
-from shodh_moe.data.importing.formats import open_file
 from shodh_moe.data.importing.order import number_key
+from shodh_moe.formats import Array, ArrayFile, open_file
 
 _MOST_OPEN = 8
 _MOST_IN_MEMORY = 4  # four files for u, v, w and p are read once for each snapshot

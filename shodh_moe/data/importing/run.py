@@ -71,9 +71,10 @@ def import_data(
                 _import(item, mapping, grid)
             grid = grid or open_trajectories(item.path)[0].grid
         except UserError as error:
+            message = _with_file(str(error), item, mapping)
             if not skip_bad:
-                raise
-            left_out.append(f"{item.path.name}: {error}")
+                raise UserError(message) from error
+            left_out.append(f"{item.path.name}: {message}")
     for line in left_out:
         print(printable(f"left out: {line}"))
     for split in SPLITS[1:]:
@@ -85,6 +86,12 @@ def import_data(
     if not stats["rms"]["pressure"]:
         print("warning: the pressure is zero everywhere: training needs another domain that has one in the same folder")
     return folder
+
+
+def _with_file(message: str, item: Item, mapping: Mapping) -> str:
+    """The message of an error, after the trajectory's first file if it names none, as messages about its grid do."""
+    files = [*item.files, item.path, *([mapping.mask.file] if mapping.mask and mapping.mask.file else [])]
+    return message if any(str(path) in message for path in files) else f"{item.files[0]}: {message}"
 
 
 def _grid_of_others(folder: Path, domain: str) -> tuple[int, ...] | None:
@@ -219,9 +226,10 @@ def _snapshot(
         stored = velocity_3XYZ.astype(np.float32), pressure_XYZ.astype(np.float32)
     for name, values in zip(("velocity", "pressure"), stored, strict=True):
         if not np.isfinite(values).all():
+            remedy = f": if they mark solids, write `mask: {{dataset: {place.name}, solid: missing}}`"
             raise UserError(
                 f"{place.path}: {name} of snapshot {snapshot} ({place.name}) has values that are not finite"
-                + ("" if mapping.mask else ": if they mark solids, name their mask")
+                + ("" if mapping.mask else remedy)
             )
         largest = np.abs(values).max()
         if largest >= LARGEST:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array, Part
 from shodh_moe.data.importing.file_set import open_array_files
 from shodh_moe.data.importing.mapping import SAMPLE, Mapping
 from shodh_moe.data.importing.order import number_key
+from shodh_moe.formats import Array, Part
 
 View = Callable[[Array], Array]
 

@@ -16,6 +16,8 @@ from shodh_moe.data.importing.mapping import Mapping
 from shodh_moe.data.importing.order import by_numbers
 from shodh_moe.data.importing.times import Place, Times, own_times, times_apart
 
+_MOST_SNAPSHOTS = 10_000_000  # in one array
+
 
 def in_order(files: ArrayFiles, mapping: Mapping, fields: Sequence[str]) -> tuple[dict[str, list[Place]], Times | None]:
     """List the places of all snapshots of each field, in the order of time.
@@ -66,7 +68,10 @@ def _places_of(files: ArrayFiles, mapping: Mapping, field: str, found: tuple[Pat
         return [Place(*found, None)]
     array = files.array(*found)
     axes = stored_axes(mapping.axes, array, len(mapping.components) if field == mapping.velocity else 0)
-    return [Place(*found, time) for time in range(array.shape[axes.index("t")])]
+    count = array.shape[axes.index("t")]
+    if count > _MOST_SNAPSHOTS:
+        raise UserError(f"{array.path}: {array.name} claims {count} snapshots, which is damage: copy the file again")
+    return [Place(*found, time) for time in range(count)]
 
 
 def _by_names(files: ArrayFiles, found: list[tuple[Path, str]], stored: list[list[Place]]) -> list[Place]:

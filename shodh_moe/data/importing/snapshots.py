@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.axes import stored_axes
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.mapping import AXES, Crop, Mapping
 from shodh_moe.data.importing.sequence import in_order
 from shodh_moe.data.importing.times import Place, Times
+from shodh_moe.formats import Array
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def plan(files: ArrayFiles, mapping: Mapping) -> Plan:
     names = [mapping.velocity] if isinstance(mapping.velocity, str) else mapping.velocity
     pressure = None if mapping.pressure in (None, "zero") else str(mapping.pressure)
     fields, times = in_order(files, mapping, [*names, *([pressure] if pressure else [])])
+    _require_all_used(files, mapping, fields)
     first = files.array(fields[names[0]][0].path, fields[names[0]][0].name)
     axes = stored_axes(mapping.axes, first, len(mapping.components) if "c" in mapping.axes else 0)
     shape = tuple(first.shape[axes.index(axis)] - (mapping.staggered and axis == "x") for axis in AXES)
@@ -71,6 +72,21 @@ def plan(files: ArrayFiles, mapping: Mapping) -> Plan:
         (cuts[0], cuts[1], cuts[2]),
         times,
     )
+
+
+def _require_all_used(files: ArrayFiles, mapping: Mapping, fields: dict[str, list[Place]]) -> None:
+    """Refuse a file that holds nothing of what the mapping names: its snapshots would be missing without a word."""
+    used = {place.path for places in fields.values() for place in places}
+    others = [mapping.time] if mapping.time else []
+    others += [name for _, name in mapping.coordinates] if mapping.coordinates else []
+    others += [mapping.mask.dataset] if mapping.mask and not mapping.mask.file else []
+    for path in files.paths:
+        if path not in used and not any(files.names(path, name) for name in others):
+            shown = ", ".join(files.at(path).names[:12]) or "none"
+            raise UserError(
+                f"{path} holds no dataset {' or '.join(fields)}; it has {shown}: leave it out of the list, or copy it "
+                "again"
+            )
 
 
 def read_velocity(files: ArrayFiles, mapping: Mapping, plan: Plan, snapshot: int) -> NDArray[np.float64]:

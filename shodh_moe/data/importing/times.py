@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.file_set import ArrayFiles
 from shodh_moe.data.importing.units import unit_of
+from shodh_moe.formats import Array
 
 # Names of datasets and attributes with the times of snapshots, if the mapping names none.
 _TIME = ("time", "times", "t")
@@ -96,7 +96,7 @@ def _unnamed_times(files: ArrayFiles, places: list[Place]) -> Times | None:
     parts = []
     for folder, group in folders:
         within = {"", folder} if len(folders) == 1 else {folder}
-        stated = [_time_attribute(file.array(place.name).attributes) for place in group if place.time is None]
+        stated = [_time_of(file.array(place.name)) for place in group if place.time is None]
         of_file = [_time_attribute(file.attributes)] if len(places) == 1 else []
         datasets = [name for name in file.names if name.split("/")[-1].lower() in _TIME and _folder(name) in within]
         candidates = [Times.joined(stated), *of_file]
@@ -112,6 +112,12 @@ def _unnamed_times(files: ArrayFiles, places: list[Place]) -> Times | None:
 
 def _folder(name: str) -> str:
     return name.rpartition("/")[0]
+
+
+def _time_of(array: Array) -> Times:
+    """Return the time that attributes of an array state, with its unit if they state that."""
+    times, unit = _time_attribute(array.attributes), array.attributes.get("time_unit")
+    return Times(times.values, replace(array, attributes={"units": unit})) if unit and len(times.values) else times
 
 
 def _time_attribute(attributes: dict[str, Any]) -> Times:

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.importing.array_files import Array
 from shodh_moe.data.importing.mapping import Mapping, Scale
+from shodh_moe.formats import Array
 
 _DIMENSIONS = {
     "length": ("[length]",),

@@ -9,9 +9,9 @@ from shodh_moe.config import RouterConfig
 from shodh_moe.config.routers import ROUTERS
 from shodh_moe.model.routers.frozen import freeze
 from shodh_moe.model.routers.grown import GrownRouter
-from shodh_moe.model.routers.router import ONE_SAMPLE, Context, Router, Slots
+from shodh_moe.model.routers.router import ONE_SAMPLE, Context, Decision, Router, Slots
 
-__all__ = ["ONE_SAMPLE", "Context", "Router", "Slots", "make_router"]
+__all__ = ["ONE_SAMPLE", "Context", "Decision", "Router", "Slots", "make_router"]
 
 
 def make_router(config: RouterConfig, dim: int, num_experts: int) -> Router:

@@ -13,17 +13,20 @@ from torch.nn import functional as F
 
 from shodh_moe.base.parameters import mark
 from shodh_moe.config import RouterConfig
-from shodh_moe.kernels import Gating, cosine_top1_gating
+from shodh_moe.kernels import Gating, cosine_topk_gating
 from shodh_moe.kernels.cosine_gating import reference_logits
 from shodh_moe.model.routers.kmeans import kmeans
-from shodh_moe.model.routers.router import Context, Slots, choose
+from shodh_moe.model.routers.router import Context, Slots, balancing_bias, choose
 
 
 class CosineRouter(nn.Module):
     """q = W_q h, logit_e = <q, P_e> / (|q| |P_e|) / tau, with learned prototypes P and a learned, floored tau."""
 
+    bias_E: Tensor | None
+
     def __init__(self, dim: int, num_experts: int, config: RouterConfig):
         super().__init__()
+        self.register_buffer("bias_E", balancing_bias(num_experts, config))
         self.min_temperature = config.min_temperature
         self.projection = nn.Linear(dim, config.dim, bias=False)
         self.prototypes_ER = nn.Parameter(torch.randn(num_experts, config.dim))
@@ -47,11 +50,11 @@ class CosineRouter(nn.Module):
             temperature = self._temperature(dtype)
             if slots.row_N is not None:  # few rows for many tokens: the fused kernel would score every token
                 q_MR = F.linear(x_MD.to(dtype), projection_RD)
-                return choose(reference_logits(q_MR, prototypes_ER, temperature), slots)
-            capacity, drop_order, check_finite, _ = slots
-            return cosine_top1_gating(
-                x_MD, projection_RD, prototypes_ER, temperature, capacity, drop_order, None, check_finite
-            )
+                return choose(reference_logits(q_MR, prototypes_ER, temperature), slots, self.bias_E)
+            return cosine_topk_gating(
+                x_MD, projection_RD, prototypes_ER, temperature,
+                slots.capacity, slots.drop_order, self.bias_E, slots.check_finite, slots.top_k,
+            )  # fmt: skip
 
     @torch.no_grad()
     def start(self, x_MD: Tensor, seed: int) -> None:

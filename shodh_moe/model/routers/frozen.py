@@ -1,4 +1,4 @@
-"""Frozen router, a control experiment: any router that keeps its initial weights."""
+"""A control experiment: a router that keeps its initial weights."""
 
 from __future__ import annotations
 

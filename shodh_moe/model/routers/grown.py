@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shodh_moe.kernels import Gating
 from shodh_moe.kernels.gating import assign_slots
@@ -37,6 +38,11 @@ class GrownRouter(nn.Module):
         """That of the router before."""
         return self.base.temperature
 
+    @property
+    def bias_E(self) -> Tensor | None:
+        """That of the router before, for its experts only."""
+        return self.base.bias_E
+
     @torch.no_grad()
     def taken(self, x_MF: Tensor) -> Tensor:
         """Number of the added expert that takes each row, int64 [M]; -1 where none does."""
@@ -47,7 +53,9 @@ class GrownRouter(nn.Module):
         return taken_M
 
     def forward(self, x_MF: Tensor, context: Context, slots: Slots) -> Gating:
-        """See `Router`. The losses are those of the router before."""
+        """See `Router`. The losses are those of the router before; it gives the added experts no probability."""
+        assert slots.decision is None, "Config.samples_have_paths"
+        assert slots.top_k == 1
         before = self.base(x_MF, context, slots)
         taken_N = self.taken(x_MF)
         if slots.row_N is not None:
@@ -65,6 +73,7 @@ class GrownRouter(nn.Module):
             routed_E=routed_E,
             kept_E=routed_E.clamp(max=slots.capacity),
             entropy_N=before.entropy_N.masked_fill(new_N, 0.0),
+            mean_p_E=F.pad(before.mean_p_E, (0, len(self.added))),
         )
 
     def start(self, x_MF: Tensor, seed: int) -> None:

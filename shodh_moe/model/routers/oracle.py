@@ -15,6 +15,7 @@ class OracleRouter(nn.Module):
     """Sends every token of domain d to expert d modulo E with gate 1; it has no weights."""
 
     temperature = None
+    bias_E = None
 
     def __init__(self, dim: int, num_experts: int, config: RouterConfig):
         super().__init__()

@@ -9,8 +9,13 @@ from shodh_moe.report import style
 from shodh_moe.report.run.load import RunData
 from shodh_moe.training.records import Record, records
 
-TRAIN_TERMS = {"loss": "total", "prediction_loss": "prediction", "balance_loss": "balance", "z_loss": "router z"}
-TRAIN_COLOURS = {"loss": "black", "prediction_loss": "#c2410c", "balance_loss": "#2563eb", "z_loss": "#16a34a"}
+TRAIN_TERMS = {
+    "loss": ("total", "black"),
+    "prediction_loss": ("prediction", "#c2410c"),
+    "balance_loss": ("balance", "#2563eb"),
+    "z_loss": ("router z", "#16a34a"),
+    "commitment_loss": ("commitment", "#9333ea"),
+}
 TOKENIZER_COLOURS = {"loss": "black", "velocity_mse": "#c2410c", "pressure_mse": "#2563eb"}
 
 
@@ -26,8 +31,8 @@ def loss_curves(run: RunData) -> Figure | None:
     panels = iter(grid)
     if train:
         axes = next(panels)
-        for key, name in TRAIN_TERMS.items():
-            _line(axes, train, key, name, color=TRAIN_COLOURS[key])
+        for key, (name, colour) in TRAIN_TERMS.items():
+            _line(axes, train, key, name, color=colour)
         _finish(axes, "transformer, training batches", "loss (no unit)")
     if valid:
         axes = next(panels)

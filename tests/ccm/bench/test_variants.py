@@ -47,6 +47,8 @@ def test_each_variant_is_measured_once_and_the_true_line_wins(tmp_path: Path, mo
         "noise": {"noise": 0.5},
         "bow": {"curve": "anchor", "bow": "validation"},
         "groups": {"groups": True},
+        "jacobian": {"curve": "jacobian", "bow": "validation"},
+        "outputs": {"curve": "outputs"},
         "oracle": {"oracle": True},
         "slow": {"steps": 1},
     }
@@ -68,6 +70,12 @@ def test_each_variant_is_measured_once_and_the_true_line_wins(tmp_path: Path, mo
     # The data lie on the straight line, which is the share 0 of the parabola.
     assert results["bow"]["chosen"]["bow"] == 0.0
     assert [results[name]["frames"] for name in ("unchanged", "frames-2", "frames-5")] == [3, 5, 5]
+    assert results["jacobian"]["chosen"]["bow"] == 0.0
+    for name, result in results.items():
+        paths = ("unchanged", "bow", "groups", "jacobian", "outputs", "oracle")
+        assert ("validation_error" in result["chosen"]) == (name in paths)
+    assert results["unchanged"]["chosen"]["validation_error"]["ccm_coordinate"] < 1e-5
+    assert mean(results["outputs"], "ccm_coordinate") > 1e-3
     assert mean(results["noise"], "ccm_prefix") > 10 * mean(unchanged, "ccm_prefix")
     assert set(results["groups"]["regimes"][0]["rows"]["ccm_prefix"]["alphas"]) == {"input", "blocks", "output"}
     assert "oracle" not in results["random"]["regimes"][0]["rows"]
@@ -77,6 +85,8 @@ def test_each_variant_is_measured_once_and_the_true_line_wins(tmp_path: Path, mo
     vary(config, KEY, 0)
     summary = summarise_variants(config)[KEY]
     assert list(summary) == ["unchanged", *variants]
+    assert list(summary["unchanged"]["validation"]) == ["ccm_coordinate", "ccm_prefix"]
+    assert summary["random"]["validation"] == {}
     assert summary["unchanged"]["rows"]["ccm_coordinate"]["reduction"]["anchor"]["value"] > 0.99
     text = page.markdown([page.Section("Variants", list(_variants({"variants": {KEY: summary}})))])
     assert "| variant | distance | CCM, coordinate | reduction |" in text
@@ -166,7 +176,9 @@ def test_experts_are_trained_only_where_a_variant_needs_others(tmp_path: Path) -
         ({"groups": True, "curve": "anchor"}, {}, "groups needs the line between the experts: leave out curve"),
         ({"curve": "anchor", "ends": 0.5}, {}, "leave out ends"),
         ({"curve": "anchor", "support": [0.0]}, {}, "leave out support and anchor"),
-        ({"bow": "validation"}, {}, "bow is for a curve"),
+        ({"curve": "anchor_jacobian", "support": [0.0]}, {}, "curve: anchor_jacobian uses the family's own anchor"),
+        ({"bow": "validation"}, {}, "bow is for a parabola"),
+        ({"curve": "outputs", "bow": "validation"}, {}, "add curve, other than outputs"),
         ({"support": [0.0, 0.0]}, {}, "support [0.0, 0.0] must be one or more different values"),
         ({"frames": 1}, {}, "variants.odd.frames 1 must be more than network.history 1"),
         ({"frames": SNAPSHOTS}, {}, "less than family.snapshots 7"),
@@ -193,6 +205,12 @@ def test_variants_that_make_no_sense_are_refused(
 def test_the_ablations_use_the_experts_of_the_benchmark() -> None:
     main, ablations = (load_config_of(BenchConfig, CONFIGS / f"{name}.yaml") for name in ("bench", "ablations"))
     assert ablations.folder == main.folder
+    for key, family in main.families.items():  # what both measure has one result
+        paths = {name: ablations.families[key].variants[name] for name in family.variants}
+        assert paths == family.variants
+        assert {one.curve for one in paths.values()} >= {"anchor", "middle", "jacobian", "anchor_jacobian", "outputs"}
+        assert any(one.groups for one in paths.values())
+        assert all(one.is_path for one in paths.values())
     own = {one.name: one for one in _experts(main).values()}
     assert {name: one for name, one in _experts(ablations).items() if name in own} == own
 

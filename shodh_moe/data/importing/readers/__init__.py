@@ -1,6 +1,0 @@
-"""Readers of file formats other than HDF5, NetCDF and npz, one module each.
-
-`shodh_moe.data.importing.formats` lists them. A reader is a module with a function ``read(path, stack)`` that returns
-an `ArrayFile`. What has to be closed goes onto the ``ExitStack``. It may raise any exception; the caller turns it into
-a `UserError` that names the file.
-"""

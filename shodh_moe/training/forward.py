@@ -1,0 +1,139 @@
+"""The forward pass and losses of one micro-batch, with an exchange of tokens or of samples between ranks.
+
+Both compute the same. With an exchange of samples (`parallel.SampleExchange`) a rank chooses the paths of its own
+samples, sends each to the rank that holds its expert, and runs the network on the samples that it receives. Gradients
+of parameters are sums over all ranks, so it does not matter which rank adds a sample's part. What concerns a rank's own
+micro-batch stays there: the router's losses, the tokens that a capacity drops, and the norms of the errors.
+
+Shapes: B samples of this rank, R samples that it computes, S tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shodh_moe.config import Config
+from shodh_moe.metrics.latents import sample_mse
+from shodh_moe.model import Context, LatentTransformer, Routing
+from shodh_moe.model.routers import Decision
+from shodh_moe.parallel import ExpertParallel, SampleExchange
+from shodh_moe.tokenizer.latents import Batch
+from shodh_moe.training.deepspeed_config import exchanges_samples
+from shodh_moe.training.engine import Engine
+from shodh_moe.training.losses import Losses, add_router_losses, error_norms, prediction_losses, total_loss
+
+
+class Result(NamedTuple):
+    """What `forward` returns.
+
+    Attributes:
+        losses: the losses of this rank's samples. The gradient of ``loss`` is that of the samples that it computes.
+        routing: the routing of this rank's samples in every MoE layer; [] for a dense model.
+        exchange: who computed which samples; None after an exchange of tokens.
+    """
+
+    losses: Losses
+    routing: list[Routing]
+    exchange: SampleExchange | None
+
+
+def forward(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None = None) -> Result:
+    """Run the engine's transformer on one micro-batch (collective).
+
+    Args:
+        batch: this rank's samples, on the engine's device and in its dtype.
+        scale_D: see `total_loss`.
+    """
+    if exchanges_samples(config, engine.ep.size):
+        return _with_samples(engine, batch, config, scale_D)
+    prediction = engine(*batch.inputs)
+    return Result(total_loss(prediction, batch, config, scale_D), prediction.routing, None)
+
+
+def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None) -> Result:
+    model, kind = engine.model, config.training.loss
+    assert isinstance(model, LatentTransformer)
+    assert model.path is not None
+    samples = len(batch.domain_B)
+    z_BSI = model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz)
+    plan = model.path.decide(z_BSI, batch.inputs[2])
+    decided = Decision(plan.gating.expert_N.view(samples, -1)[:, 0], _kept(plan.routing, plan.capacity, samples))
+
+    experts = config.model.moe.num_experts
+    holder_B = engine.ep.holders(experts, decided.expert_B.device)[decided.expert_B]
+    exchange = SampleExchange(engine.ep, holder_B, config.parallel.exchange_capacity)
+    norm_B = error_norms(kind, batch, scale_D)
+    weight_B = torch.full_like(norm_B, 1 / samples)
+    own = _Samples(batch, decided.expert_B, norm_B, weight_B, decided.kept_BS)
+    there = own.sent(exchange).or_blank(engine.ep, experts)
+
+    received = there.batch
+    decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
+    context = Context(len(received.domain_B), received.domain_B, decision=decision)
+    prediction = engine(received.history_BHCxyz, received.geometry_BCxyz, context)
+    error_R = sample_mse(prediction.latent_BCxyz, received.target_BCxyz)
+    mine = (prediction_losses(kind, error_R, there.norm_B) * there.weight_B).sum()
+
+    error_B = exchange.send_back(error_R[: exchange.computed_G[engine.ep.rank]])
+    predicted = prediction_losses(kind, error_B, norm_B).mean()
+    routing = [plan.routing] * len(model.moe_layers)
+    losses = add_router_losses(predicted, error_B, routing, config)
+    return Result(losses._replace(loss=_AddGradient.apply(losses.loss, mine)), routing, exchange)
+
+
+def _kept(routing: Routing, capacity: int | None, samples: int) -> Tensor | None:
+    """Whether each token found a slot at its expert, [B, S]; None if no token can be dropped."""
+    return None if capacity is None else routing.kept_N.view(samples, -1)
+
+
+class _Samples(NamedTuple):
+    """Samples with what has to travel with them.
+
+    Attributes:
+        batch: the samples themselves.
+        expert_B, kept_BS: see `Decision`.
+        norm_B: see `error_norms`.
+        weight_B: weight of the sample's loss in the loss of its own rank.
+    """
+
+    batch: Batch
+    expert_B: Tensor
+    norm_B: Tensor
+    weight_B: Tensor
+    kept_BS: Tensor | None
+
+    def sent(self, exchange: SampleExchange) -> _Samples:
+        """Return the samples that this rank computes."""
+        sent = [*self.batch, *self[1:4], *(() if self.kept_BS is None else (self.kept_BS,))]
+        received = exchange.send(sent)
+        batch, rest = Batch(*received[: len(self.batch)]), received[len(self.batch) :]
+        return _Samples(batch, rest[0], rest[1], rest[2], None if self.kept_BS is None else rest[3])
+
+    def or_blank(self, ep: ExpertParallel, experts: int) -> _Samples:
+        """Return the samples, or if there are none one of weight 0: no kernel must handle an empty batch.
+
+        Its error is 1, since the square root in one of the losses has no gradient at 0.
+        """
+        if len(self.expert_B):
+            return self
+        blank = [column.new_zeros(1, *column.shape[1:]) for column in self.batch]
+        batch = Batch(*blank)._replace(target_BCxyz=blank[2] + 1)
+        expert_B = self.expert_B.new_full((1,), ep.local_experts(experts)[0])
+        norm_B, weight_B = self.norm_B.new_ones(1), self.weight_B.new_zeros(1)
+        kept_BS = None if self.kept_BS is None else self.kept_BS.new_ones(1, self.kept_BS.shape[1])
+        return _Samples(batch, expert_B, norm_B, weight_B, kept_BS)
+
+
+class _AddGradient(torch.autograd.Function):
+    """Return ``value`` with the gradients of ``value`` and ``other``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad

@@ -59,8 +59,10 @@ def test_parts_of_a_parameter_find_their_place_in_the_logical_tensor(placement):
     for rank in range(3):
         ep = ExpertParallel(3, rank, placement=placement)
         local = logical.view(6, 4)[ep.local_experts(6)]
+        sharded = local.clone()
+        mark(sharded, sharded=True)
         for start, end in itertools.combinations(range(9), 2):
-            found = runs(mark(local.clone(), sharded=True), ep, start, end - start)
+            found = runs(sharded, ep, start, end - start)
             parts = [logical[begin : begin + count] for begin, _, count in found]
             assert torch.equal(torch.cat(parts), local.view(-1)[start:end])
             assert [first for _, first, _ in found] == [0, *itertools.accumulate(map(len, parts))][:-1]

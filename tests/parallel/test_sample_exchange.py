@@ -47,7 +47,7 @@ def test_what_finds_no_room_at_home_goes_elsewhere():
     shares = share_out([[0, 2, 0], [2, 0, 0], [2, 0, 0]], 1.0)
     computed = Counter()
     for share in shares:
-        computed[share.rank] += share.count
+        computed[share.rank] += share.samples
     assert computed == {0: 2, 1: 2, 2: 2}
 
 

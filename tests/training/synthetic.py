@@ -13,8 +13,13 @@ from shodh_moe.config.paths import resolve_paths
 
 CONFIG = """\
 name: small
-model: {dim: 24, depth: 2, heads: 2, moe: {expert_hidden: 16, capacity_factor: 1.0}}
-training: {steps: 6, batch_size: 4, warmup_steps: 2, checkpoint_every: 3, log_every: 3, validate_every: 3}
+model:
+  dim: 24
+  depth: 2
+  heads: 2
+  norms: pre
+  moe: {scope: layer, shared_experts: 1, dropless: false, expert_hidden: 16, capacity_factor: 1.0}
+training: {loss: mse, steps: 6, batch_size: 4, warmup_steps: 2, checkpoint_every: 3, log_every: 3, validate_every: 3}
 telemetry: {every: 1}
 evaluation: {batch_size: 3}
 """

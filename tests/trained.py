@@ -51,13 +51,14 @@ def run_config(folder: Path, model: dict[str, Any] | None = None, **tokenizer: A
     )
 
 
-def make_run(folder: Path, model: dict[str, Any] | None = None, seed: int = 3, **settings: Any) -> Path:
+def make_run(
+    folder: Path, model: dict[str, Any] | None = None, seed: int = 3, start: bool = False, **settings: Any
+) -> Path:
     """Make ``folder``/runs/trained with checkpoint 7, beside the dataset ``theirs`` and the tokenizer ``tok``.
-
-    With scope path the router's weights start from the latents, which are encoded first.
 
     Args:
         model: keys of the section ``model`` that differ from `CONFIG`.
+        start: whether to encode the latents first, from which the path router's weights start.
         settings: override tokenizer settings.
     """
     if not (folder / "theirs").exists():
@@ -71,7 +72,7 @@ def make_run(folder: Path, model: dict[str, Any] | None = None, seed: int = 3, *
     for name, weight in transformer.head.named_parameters():
         if name != "bias":  # initially zero, which would make every prediction persistence
             torch.nn.init.normal_(weight, std=0.3)
-    if transformer.path is not None:
+    if start:
         assert main(["tokenizer", "encode", "--config", str(run / "config.yaml")]) == 0
         latents = load_latents(resolve_paths(config).latents, "train")
         start_router(transformer, LatentSamples(latents, HISTORY), config)

@@ -19,6 +19,7 @@ from torch import nn
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import COMPRESSION, Config, MoEConfig
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
@@ -89,15 +90,23 @@ def count_parameters(config: Config, world: int) -> Parameters:
         UserError: the experts cannot be distributed over the ranks, or ``model.patch`` does not divide the latent grid.
     """
     ep, depth = expert_parallel_size(config, world), config.model.depth
-    channels, grid = config.tokenizer.latent_channels, latent_grid(config)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
+    model = _with_one_block(config, ep)
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
     routed = _held_by_all(model) + (depth - 1) * _held_by_all(model.blocks)
     expert, experts = rank_expert * ep, max(config.model.moe.num_experts, 1)
     active = shared - routed + (routed + expert) * config.model.moe.top_k // experts
     return Parameters(shared, expert, rank_expert, active)
+
+
+def _with_one_block(config: Config, ep: int) -> LatentTransformer:
+    """The trained network as one rank holds it, without memory, and with its first block alone."""
+    channels, grid = config.tokenizer.latent_channels, latent_grid(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
+        if config.finetune and config.finetune.train == "lora":
+            add_low_rank(model, config.finetune.rank)
+    return model
 
 
 def _held_by_all(module: nn.Module) -> int:
@@ -157,7 +166,7 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     tokens, row = batch_tokens(config), slots(config) * m.dim * narrow
     # Outside the blocks: the last norm, the head, the embedding's input, the batch, the prediction, the error.
     outside = tokens * (m.dim * (wide + narrow) + channels * (narrow * (m.history + 1) + wide * (m.history + 4)))
-    outside += _path_bytes(config)
+    outside += _path_bytes(config) + _summed_bytes(config, ep)
     backward, block = tokens * m.dim * wide + 2 * row, _block_bytes(config, ep)
     exchange = 2 * row if ep > 1 else 0
     if t.activation_checkpointing:
@@ -183,6 +192,26 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
     own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
     packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
+
+
+def _summed_bytes(config: Config, ep: int) -> int:
+    """Return the bytes that autograd keeps because weights have low-rank additions.
+
+    These are the sums of weights and additions, except for the embedding, whose inputs need no gradient. Autocast keeps
+    narrow copies of the sums, as of weights without additions, and of the additions.
+    """
+    if not config.finetune or config.finetune.train != "lora":
+        return 0
+    model, (wide, narrow) = _with_one_block(config, ep), _widths(config)
+
+    def numbers(module: nn.Module, *ends: str) -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if name.endswith(ends))
+
+    more = config.model.depth - 1
+    if wide != narrow:
+        return narrow * (numbers(model, ".down", ".up") + more * numbers(model.blocks, ".down", ".up"))
+    summed = numbers(model, ".original") - numbers(model.embed, ".original")
+    return wide * (summed + more * numbers(model.blocks, ".original"))
 
 
 def _path_bytes(config: Config) -> int:

@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         push(write_dataset(folder / "theirs", GRID, SNAPSHOTS), {"calm": 4.0, "wild": 8.0})
-        run = make_run(folder, PATHS)
+        run = make_run(folder, PATHS, start=True)
         (folder / "study").mkdir()
         assert main(["checkpoint", "export", str(run), "--output", "study/base_model"]) == 0
     tree = {

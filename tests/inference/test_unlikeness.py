@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         push(write_dataset(folder / "theirs", GRID, SNAPSHOTS), {"calm": 4.0, "wild": 8.0})
-        run = make_run(folder, PATHS)
+        run = make_run(folder, PATHS, start=True)
         assert main(["checkpoint", "export", str(run), "--output", "model"]) == 0
     return folder
 

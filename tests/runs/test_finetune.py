@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         push(write_dataset(folder / "theirs", GRID, SNAPSHOTS), {"calm": 0.0, "wild": 8.0})
-        run = make_run(folder, PATHS)
+        run = make_run(folder, PATHS, start=True)
         assert main(["checkpoint", "export", str(run), "--output", "model"]) == 0
         push(write_dataset(folder / "mine", GRID, SNAPSHOTS, ("other",)), {"other": -8.0})
     return folder
@@ -229,7 +229,7 @@ def test_the_same_command_reuses_its_run_and_refuses_another_model(
     other.mkdir()
     monkeypatch.chdir(other)
     push(write_dataset(Path("theirs").absolute(), GRID, SNAPSHOTS), {"calm": 0.0, "wild": 8.0})
-    assert main(["checkpoint", "export", str(make_run(other, PATHS, seed=4)), "--output", "model"]) == 0
+    assert main(["checkpoint", "export", str(make_run(other, PATHS, seed=4, start=True)), "--output", "model"]) == 0
     monkeypatch.chdir(here)
     shutil.rmtree("model")
     (other / "model").rename("model")

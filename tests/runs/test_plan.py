@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
+from shodh_moe.config.finetune import FineTuningConfig
 from shodh_moe.config.load import load_config
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.experts import Experts, to_autocast
+from shodh_moe.model.learning import prepare_fine_tuning
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
@@ -114,12 +116,21 @@ def test_planned_activations_of_paths_match_what_autograd_keeps(as_on_a_gpu, pat
     _check_activations(_config(96, 192, 1, 2, 8, 64, {"scope": "path", **paths}, precision=precision))
 
 
+@pytest.mark.parametrize("moe", [{}, {"scope": "path", "attention": "own"}], ids=["layer", "path"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_planned_activations_of_low_rank_additions_match_what_autograd_keeps(as_on_a_gpu, moe, precision):
+    config = _config(96, 192, 1, 2, 8, 64, moe, precision=precision)
+    _check_activations(config.model_copy(update={"finetune": FineTuningConfig(train="lora")}))
+
+
 def _check_activations(config: Config) -> None:
     precision, checkpointing = config.training.precision, config.training.activation_checkpointing
     channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
     model = LatentTransformer(
         config.model, channels, grid, 0, ExpertParallel(), activation_checkpointing=checkpointing
     )  # fmt: skip
+    if config.finetune:
+        prepare_fine_tuning(model, config.finetune, ExpertParallel())
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         history = torch.randn(batch, config.model.history, channels, *grid)
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
@@ -198,6 +209,7 @@ LAYOUTS = {
     "ZeRO 0, EP 1": "parallel.ep_size=1",
     "ZeRO 1": "parallel.zero_stage=1 training.precision=bfloat16 training.accumulation=2",
     "ZeRO 2": "parallel.zero_stage=2 training.activation_checkpointing=true",
+    "low-rank additions": "finetune.train=lora",
     "samples": "model.moe.scope=path model.moe.router.kind=oracle",
 }
 

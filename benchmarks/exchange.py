@@ -88,7 +88,7 @@ def counting() -> Iterator[Counter]:
             work = call(output, input, output_split_sizes, input_split_sizes, **options)
         return _Work(work, counter) if work is not None else None
 
-    dist.all_to_all_single = counted
+    dist.all_to_all_single = counted  # type: ignore[assignment]
     try:
         yield counter
     finally:

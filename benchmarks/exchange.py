@@ -88,7 +88,7 @@ def counting() -> Iterator[Counter]:
             work = call(output, input, output_split_sizes, input_split_sizes, **options)
         return _Work(work, counter) if work is not None else None
 
-    dist.all_to_all_single = counted
+    dist.all_to_all_single = counted  # type: ignore[assignment]
     try:
         yield counter
     finally:
@@ -150,13 +150,14 @@ def _config(case: dict[str, int], variant: str, ranks: int) -> Any:
     moe = {
         "num_experts": ranks,
         "scope": "layer" if kind == "deepspeed" else "path",
+        "attention": "shared",
         "expert_hidden": 2 * case["dim"],
-        "dropless": True,
+        "shared_experts": 1,
         "router": {"kind": "cosine" if kind == "deepspeed" else "oracle", "start": "random"},
     }
-    model = {"dim": case["dim"], "depth": case["depth"], "heads": 4, "history": HISTORY, "moe": moe}
+    model = {"dim": case["dim"], "depth": case["depth"], "heads": 4, "history": HISTORY, "norms": "pre", "moe": moe}
     exchange = kind if kind in ("sample", "token") else "auto"
-    return Config.model_validate({"model": model, "parallel": {"exchange": exchange}})
+    return Config.model_validate({"model": model, "training": {"loss": "mse"}, "parallel": {"exchange": exchange}})
 
 
 def _measure(case: dict[str, int], variant: str, rank: int, ranks: int, rounds: int) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def import_and_compare(folder: Path, one: Set, original: Arrays, owner: Any) -> 
         with contextlib.redirect_stdout(io.StringIO()):
             import_data(Mapping(**mapping_of(one, folder)), out, progress=_quiet)
         (record,) = list_trajectories(out, "train")
-        stored, scale = read_trajectory(record), read_provenance(record.path)["scale"]
+        stored = read_trajectory(record)
+        scale: Any = read_provenance(record.path)["scale"]
     except UserError as error:
         message = str(error)
         named = str(folder) in message and "\n" not in message
@@ -112,8 +113,10 @@ def import_and_compare(folder: Path, one: Set, original: Arrays, owner: Any) -> 
         return UNREAD, f"its library: {error}"
     if not _same(got, wanted):
         return WRONG, f"shapes {got.shape} and {wanted.shape}"
-    if step is not None and not np.isclose(record.interval, step * scale["time"], rtol=2e-3):
+    interval: Any = record.interval
+    if step is not None and not np.isclose(interval, step * scale["time"], rtol=2e-3):
         return WRONG, f"time step {record.interval} and {step}"
+    assert record.spacing is not None
     if spacing is not None and not np.isclose(record.spacing[0], spacing * scale["length"], rtol=2e-3):
         return WRONG, f"spacing {record.spacing} and {spacing}"
     return f"accepted, values {'equal' if _same(got, as_imported(original, scale)[0]) else 'changed'}", ""
@@ -194,7 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if options.child:
-            child(options.seed, *options.child, folder)
+            first, stop = options.child
+            child(options.seed, first, stop, folder)
             return 0
         if options.only is not None:
             for line in run_cases(options.seed, [options.only], folder):

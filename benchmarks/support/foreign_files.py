@@ -51,7 +51,7 @@ _COMMON: dict[str, Any] = {
     "boundaries": {"x": "open", "y": "open", "z": "open"},
     "units": {"length": "m", "time": "s"},
 }
-_POINTS = {"spacing": None, "coordinates": {"x": "x", "y": "y", "z": "z"}}
+_POINTS: dict[str, Any] = {"spacing": None, "coordinates": {"x": "x", "y": "y", "z": "z"}}
 _VTK = {
     "axes": ["z", "y", "x", "c"],
     "velocity": "cell/U",
@@ -102,8 +102,8 @@ def _new(folder: Path, name: str) -> Path:
 
 def _numpy(folder: Path) -> list[Set]:
     plain, packed, single = (_new(folder, name) for name in ("npz", "npz_compressed", "npy"))
-    np.savez(plain / "a.npz", **flow())
-    np.savez_compressed(packed / "a.npz", **flow())
+    np.savez(plain / "a.npz", **flow())  # type: ignore[arg-type]
+    np.savez_compressed(packed / "a.npz", **flow())  # type: ignore[arg-type]
     for name, values in flow().items():
         np.save(single / f"{name}.npy", np.asfortranarray(values) if name == "v" else values)
     return [_set("npz", plain), _set("npz", packed), _set("npy", single)]
@@ -163,7 +163,7 @@ def _tiff(folder: Path) -> list[Set]:
     for name, storage in (("tiff", {}), ("tiff_zlib", {"compression": "zlib", "predictor": False})):
         root = _new(folder, name)
         tifffile.imwrite(root / "a.tif", values, photometric="minisblack", **storage)
-        names = {"velocity": ["image"] * 3, "pressure": "image"}
+        names: dict[str, Any] = {"velocity": ["image"] * 3, "pressure": "image"}
         found.append(_set("tiff", root, **names, time=None, time_step=0.25))
     return found
 

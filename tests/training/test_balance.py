@@ -21,7 +21,7 @@ from tests.training.launch import launch
 from tests.training.synthetic import write_case
 
 WORKER = Path(__file__).with_name("worker_pretrain.py")
-SETTINGS = ["training.precision=float64", "model.moe.scope=layer", "model.moe.num_experts=4"]
+SETTINGS = ["training.precision=float64", "model.moe.num_experts=4", "model.moe.dropless=true"]
 BIAS = ["model.moe.router.balance=bias", "model.moe.router.bias_rate=0.02"]
 CASES = {
     "global": ["model.moe.router.balance=global", "model.moe.router.balance_weight=0.5", "model.moe.top_k=2"],

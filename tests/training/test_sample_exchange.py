@@ -77,7 +77,7 @@ def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
         batch = samples.batch(sampler.batch(micro, rank)).to("cpu", engine.dtype)
         engine.ep.exchanges = []
         losses, routing, exchange = forward(engine, batch, config, scale_D)
-        found["losses"].append(torch.stack(losses[:4]).detach())
+        found["losses"].append(torch.stack(losses[:5]).detach())
         found["error_B"].append(losses.error_B)
         found["experts"].append(torch.stack([layer.expert_N for layer in routing]))
         found["kept"].append(routing[0].kept_N)

@@ -172,7 +172,7 @@ def gather(
     tokens, width, experts = expert_N.shape[0], rows.shape[-1], kept_E.shape[0]
     rows = rows.contiguous()
     y_ND = rows.new_empty(tokens, width)
-    blocks = _blocks("gather", rows)
+    blocks = _blocks("gather", rows, _per_token(expert_N.numel(), tokens))
     tensors = (rows, expert_N.contiguous(), slot_N.contiguous(), kept_E.contiguous())
     # The kernel does not access the placeholders for absent tensors.
     gate = rows if gate_N is None else gate_N.contiguous()
@@ -190,7 +190,7 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor]:
     (tokens, width), choices, experts = dy_ND.shape, expert_N.numel(), kept_E.shape[0]
     drows, dgate_N = rows.new_empty(rows.shape), gate_N.new_empty(gate_N.shape)
-    blocks = _blocks("combine_backward", rows)
+    blocks = _blocks("combine_backward", rows, _per_token(choices, tokens))
     parts, zero_programs = _zero_programs(rows, blocks["BLOCK_N"])
     grid = (zero_programs + triton.cdiv(choices, blocks["BLOCK_N"]),)
     inputs = [tensor.contiguous() for tensor in (dy_ND, rows, expert_N, slot_N, gate_N, kept_E)]
@@ -220,12 +220,14 @@ def _zero_programs(rows: Tensor, block_n: int) -> tuple[int, int]:
     return parts, parts * (rows.shape[0] if rows.ndim == 3 else 1)
 
 
-def _blocks(kernel: str, rows: Tensor) -> dict[str, int]:
+def _blocks(kernel: str, rows: Tensor, per_token: int = 1) -> dict[str, int]:
     """Block sizes with which each of 128 threads has a few 16-byte accesses in flight and registers to spare."""
     width = triton.next_power_of_2(max(rows.shape[-1], 1))
     elements = 4096 if rows.element_size() <= 4 else 2048
     if kernel == "combine_backward":
         elements //= 2  # two tiles at once
+    if per_token > 1:
+        elements //= 2  # a sum over rows, or one token for several of them, needs registers of its own
     if rows.shape[-1] % 16:
         elements //= 4  # accesses are element-wise, and each needs a separate address
     # At least two tokens: with one, Triton 3.7's layout pass fails on the dropless float64 backward kernel.

@@ -108,3 +108,12 @@ def _default_signals() -> Iterator[None]:
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Any]:
+    """An object server (tests/object_server.py), one for all tests of a file."""
+    from tests.object_server import object_server  # slow
+
+    with object_server() as server:
+        yield server

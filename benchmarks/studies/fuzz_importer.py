@@ -7,17 +7,13 @@ files in --folder.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import io
 import json
-import os
-import resource
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,22 +23,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
-from shodh_moe.base.command import OneLineParser
-from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import write_text
 from shodh_moe.data import list_trajectories, read_provenance, read_trajectory
 from shodh_moe.data.importing import Mapping, import_data
 from shodh_moe.formats import worker
 from support.foreign_files import Arrays, Set, flow, make_sets, mapping_of, read_by_owner
 from support.mutations import Base, mutate
-from support.supervise import watch
+from support.supervise import fuzz_command, limit_child
 
 WRONG = "accepted, other values than its library's"
 UNREAD = "accepted, changed values that its library refuses"
 FAULTS = ("traceback", WRONG, UNREAD)
 SECONDS_A_CALL = 10.0  # replaces the worker's own limit, so that files that never end take less time
-MEMORY = 4 * 2**30  # address space that the child may add to its initial size
 
 
 def second_worker() -> Any:
@@ -178,52 +170,21 @@ def run_cases(seed: int, numbers: Iterable[int], folder: Path) -> Iterable[dict[
 
 def child(seed: int, start: int, stop: int, folder: Path) -> None:
     """Import the cases start..stop; before and after each, print its number or outcome as a line of JSON."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    limit_child()
     for line in run_cases(seed, range(start, stop), folder):
         print(json.dumps(line), flush=True)
 
 
+def only(seed: int, number: int, folder: Path) -> None:
+    """Import one case, print its result, and keep its files."""
+    for line in run_cases(seed, [number], folder):
+        if "outcome" in line:
+            print(json.dumps(line, indent=1))
+            shutil.copytree(folder / f"case{number}", folder / "kept", dirs_exist_ok=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=3000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and outcomes here")
-    parser.add_argument("--only", type=int, metavar="N", help="run case N, print its result and keep its files")
-    parser.add_argument("--folder", type=Path, help="folder for the files; default: a temporary one")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        if options.child:
-            first, stop = options.child
-            child(options.seed, first, stop, folder)
-            return 0
-        if options.only is not None:
-            for line in run_cases(options.seed, [options.only], folder):
-                if "outcome" in line:
-                    print(json.dumps(line, indent=1))
-                    shutil.copytree(folder / f"case{options.only}", folder / "kept", dirs_exist_ok=True)
-            return 0
-        began = time.monotonic()
-        outcomes, faults, reasons, longest = watch(__file__, options.seed, options.files, folder, FAULTS)
-        seconds = time.monotonic() - began
-    content = {
-        "benchmark": "fuzz_importer",
-        "machine": describe_environment(),
-        "seed": options.seed,
-        "files": options.files,
-        "seconds": round(seconds, 1),
-        "longest_seconds": round(longest, 2),
-        "outcomes": dict(sorted(outcomes.items())),
-        "faults": faults,
-        "refused_because": dict(reasons.most_common(40)),
-    }
-    print(json.dumps({key: content[key] for key in ("files", "seconds", "longest_seconds", "outcomes")}, indent=1))
-    if options.json:
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
-    return 1 if faults else 0
+    return fuzz_command(__file__, __doc__, 3000, FAULTS, child, only, arguments)
 
 
 if __name__ == "__main__":

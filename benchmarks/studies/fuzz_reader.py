@@ -6,13 +6,9 @@ ending the run. A file is determined by --seed and its number; --only N reads fi
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import resource
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -20,17 +16,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, for `support` and `studies`
 
-from shodh_moe.base.command import OneLineParser
-from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import write_text
 from shodh_moe.data import FieldStats, list_trajectories, opening, read_provenance, read_snapshots
 from shodh_moe.data.loader import Snapshots
 from support.mutations import Base, make_bases, mutate, mutated_stats
-from support.supervise import watch
+from support.supervise import fuzz_command, limit_child
 
 FAULTS = ("traceback", "crash", "timeout")
-MEMORY = 4 * 2**30  # address space that the child may add to its initial size
 CPU_SECONDS = 2  # replaces the reader's own limit, so that files that never end take less time
 STATS_SHARE = 0.03  # share of the cases that mutate statistics instead of a trajectory
 
@@ -77,9 +69,7 @@ def write_case(folder: Path, bases: list[Base], seed: int, number: int) -> tuple
 
 def child(seed: int, start: int, stop: int, folder: Path) -> None:
     """Read the files start..stop; before and after each, print its number or outcome as a line of JSON."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    limit_child()
     opening.CPU_SECONDS = CPU_SECONDS
     with tempfile.TemporaryDirectory() as made:
         bases = make_bases(Path(made))
@@ -90,42 +80,13 @@ def child(seed: int, start: int, stop: int, folder: Path) -> None:
         print(json.dumps({"number": number, "case": mutation, "outcome": outcome, "message": message}), flush=True)
 
 
+def only(seed: int, number: int, folder: Path) -> None:
+    """Read one file."""
+    child(seed, number, number + 1, folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and outcomes here")
-    parser.add_argument("--only", type=int, metavar="N", help="read file N of the run and keep it in --folder")
-    parser.add_argument("--folder", type=Path, help="folder for the files; default: a temporary one")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        if options.child:
-            start, stop = options.child
-            child(options.seed, start, stop, folder)
-            return 0
-        if options.only is not None:
-            child(options.seed, options.only, options.only + 1, folder)
-            return 0
-        began = time.monotonic()
-        outcomes, faults, reasons, longest = watch(__file__, options.seed, options.files, folder, FAULTS)
-        seconds = time.monotonic() - began
-    content = {
-        "benchmark": "fuzz_reader",
-        "machine": describe_environment(),
-        "seed": options.seed,
-        "files": options.files,
-        "seconds": round(seconds, 1),
-        "longest_seconds": round(longest, 2),
-        "outcomes": dict(sorted(outcomes.items())),
-        "faults": faults,
-        "refused_because": dict(reasons.most_common(40)),
-    }
-    print(json.dumps({key: content[key] for key in ("files", "seconds", "longest_seconds", "outcomes")}, indent=1))
-    if options.json:
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
-    return 1 if faults else 0
+    return fuzz_command(__file__, __doc__, 10_000, FAULTS, child, only, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run the cases of a fuzz test in child processes, so that a crash or a hang is counted without ending the run.
+"""The command of a fuzz test: its cases run in child processes, so that a crash or a hang does not end the run.
 
 A child is ``SCRIPT --child START STOP --seed S --folder F``. Before each case it prints a line of JSON with its number,
 and after it one with number, case, outcome and message.
@@ -6,18 +6,88 @@ and after it one with number, case, outcome and message.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import resource
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.command import OneLineParser
+from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.files import write_text
+
 SECONDS_A_FILE = 60.0
+MEMORY = 4 * 2**30  # address space that a child may add to its initial size
+
+
+def fuzz_command(
+    script: str,
+    description: str | None,
+    files: int,
+    faulty: Collection[str],
+    child: Callable[[int, int, int, Path], None],
+    only: Callable[[int, int, Path], None],
+    arguments: list[str] | None,
+) -> int:
+    """Run the command of a fuzz test, and return its exit code: 1 if there are faults.
+
+    Args:
+        script: the test's file.
+        files: number of cases, unless given.
+        faulty: see `watch`.
+        child: runs the cases start..stop of a seed in a folder, and prints lines of JSON as described above.
+        only: runs one case of a seed in a folder, and keeps its files there.
+    """
+    parser = OneLineParser(description=description)
+    parser.add_argument("--files", type=int, default=files, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and outcomes here")
+    parser.add_argument("--only", type=int, metavar="N", help="run case N, and keep its files in --folder")
+    parser.add_argument("--folder", type=Path, help="folder for the files; default: a temporary one")
+    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if options.child:
+            start, stop = options.child
+            child(options.seed, start, stop, folder)
+            return 0
+        if options.only is not None:
+            only(options.seed, options.only, folder)
+            return 0
+        began = time.monotonic()
+        outcomes, faults, reasons, longest = watch(script, options.seed, options.files, folder, faulty)
+        seconds = time.monotonic() - began
+    content = {
+        "benchmark": Path(script).stem,
+        "machine": describe_environment(),
+        "seed": options.seed,
+        "files": options.files,
+        "seconds": round(seconds, 1),
+        "longest_seconds": round(longest, 2),
+        "outcomes": dict(sorted(outcomes.items())),
+        "faults": faults,
+        "refused_because": dict(reasons.most_common(40)),
+    }
+    print(json.dumps({key: content[key] for key in ("files", "seconds", "longest_seconds", "outcomes")}, indent=1))
+    if options.json:
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    return 1 if faults else 0
+
+
+def limit_child() -> None:
+    """Limit what a damaged file can make this process take: no core files, and `MEMORY` more than now."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
 
 
 def watch(

@@ -37,6 +37,7 @@ from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jo
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder
+from shodh_moe.runs.jobs import job_in, training_job
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
@@ -98,22 +99,12 @@ def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:
 
 
 def _training_job(audit: AuditConfig, config: Config) -> ProcessJob:
-    path = audit.folder / "configs" / f"{config.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
-    arguments = ["-m", "shodh_moe.runs.pretrain_rank", "--config", str(path)]
-    return _job(audit, config.name, arguments, excused=lambda: diverged(config) is not None)
+    return training_job(audit.folder, config, excused=lambda: diverged(config) is not None)
 
 
 def _measure_job(audit: AuditConfig, one: Run) -> ProcessJob:
     arguments = ["-m", "shodh_moe.audit", str(audit.folder / "config.yaml"), one.name]
-    return _job(audit, f"measure-{one.name}", arguments)
-
-
-def _job(audit: AuditConfig, name: str, arguments: list[str], **more: Any) -> ProcessJob:
-    return ProcessJob(
-        name, arguments, audit.folder / "logs" / f"{name}.log", audit.folder / "cost" / f"{name}.json", **more
-    )
+    return job_in(audit.folder, f"measure-{one.name}", arguments)
 
 
 def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,27 +16,21 @@ from shodh_moe.base import remote
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote import is_url, list_folder, local_copy, upload_folder
 from shodh_moe.base.remote_file import mirror
-from tests.object_server import ObjectServer, fresh_bucket, object_server
+from tests.object_server import ObjectServer, fresh_bucket
 
 BLOCK = 1 << 16
 SIZE = 10 * BLOCK + 123
 DATA = np.random.default_rng(1).bytes(SIZE)
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[ObjectServer]:
-    with object_server() as server:
-        yield server
-
-
 @pytest.fixture
-def server(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+def server(store: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     """The server with an empty bucket of this test, ``s3://bucket``, and an empty cache."""
     monkeypatch.chdir(tmp_path)
-    fresh_bucket(started, tmp_path, monkeypatch)
+    fresh_bucket(store, tmp_path, monkeypatch)
     monkeypatch.setattr(remote, "BLOCK", BLOCK)
-    started.reset()
-    return started
+    store.reset()
+    return store
 
 
 def put(data: bytes, path: str) -> str:

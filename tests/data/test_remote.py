@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -20,7 +19,7 @@ from shodh_moe.data import list_trajectories, opening, read_snapshots, read_traj
 from shodh_moe.data.direct import find_places
 from shodh_moe.data.opening import opened
 from shodh_moe.solvers import Simulation
-from tests.object_server import ObjectServer, fresh_bucket, object_server
+from tests.object_server import ObjectServer, fresh_bucket
 from tests.tiny import config
 
 T, GRID = 12, (32, 32, 32)
@@ -29,23 +28,17 @@ FILE = "/bucket/set/data/train/a.hdf5"
 URL = "s3://bucket/set"
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[ObjectServer]:
-    with object_server() as server:
-        yield server
-
-
 @pytest.fixture
-def server(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+def server(store: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     """The server with one dataset in it, which is also in the folder ``set``."""
     monkeypatch.chdir(tmp_path)
-    fresh_bucket(started, tmp_path, monkeypatch)
+    fresh_bucket(store, tmp_path, monkeypatch)
     opening._stop()  # it has the variables of an earlier test
     write(Path("set/data/train/a.hdf5"), 0)
     Path("set/stats.yaml").write_text("a: 1\n")
     put("set")
-    started.reset()
-    return started
+    store.reset()
+    return store
 
 
 def write(path: Path, seed: int) -> None:

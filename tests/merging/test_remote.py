@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -14,20 +13,14 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.merging import merge
 from tests.merging.models import config, merged, network, same_bits, save, save_checkpoint
 from tests.merging.test_inputs import sharded
-from tests.object_server import ObjectServer, fresh_bucket, object_server
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[ObjectServer]:
-    with object_server() as server:
-        yield server
+from tests.object_server import ObjectServer, fresh_bucket
 
 
 @pytest.fixture
-def bucket(started: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
+def bucket(store: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectServer:
     monkeypatch.chdir(tmp_path)
-    fresh_bucket(started, tmp_path, monkeypatch)
-    return started
+    fresh_bucket(store, tmp_path, monkeypatch)
+    return store
 
 
 def put(path: str | Path) -> None:

@@ -29,6 +29,7 @@ from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder
+from shodh_moe.runs.jobs import job_in, write_config
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
@@ -166,21 +167,13 @@ def _data_job(config: BenchConfig, name: str, expert: ExpertConfig) -> ProcessJo
     folder = expert.family.folder()
     if all(data.is_done(regime) for regime in data.regimes(expert.family.family(), folder)):
         return None
-    return _job(config, name, "shodh_moe.ccm.bench", "data", _stored(config, expert))
+    return _job(config, name, "shodh_moe.ccm.bench", "data", str(write_config(config.folder, expert)))
 
 
 def _expert_job(config: BenchConfig, expert: ExpertConfig) -> ProcessJob | None:
     if (checkpoint_of_last_step(expert) / "state.json").exists():
         return None
-    return _job(config, expert.name, "shodh_moe.ccm.expert_rank", "--config", _stored(config, expert))
-
-
-def _stored(config: BenchConfig, expert: ExpertConfig) -> str:
-    """Write an expert's config to a file, and return its path."""
-    path = config.folder / "configs" / f"{expert.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(expert.model_dump(), sort_keys=False))
-    return str(path)
+    return _job(config, expert.name, "shodh_moe.ccm.expert_rank", "--config", str(write_config(config.folder, expert)))
 
 
 def _job_of(config: BenchConfig, step: str, seed: int, key: str) -> ProcessJob:
@@ -189,7 +182,7 @@ def _job_of(config: BenchConfig, step: str, seed: int, key: str) -> ProcessJob:
 
 
 def _job(config: BenchConfig, name: str, *module: str) -> ProcessJob:
-    return ProcessJob(name, ["-m", *module], config.folder / "logs" / f"{name}.log", _cost(config, name))
+    return job_in(config.folder, name, ["-m", *module])
 
 
 def _cost(config: BenchConfig, name: str) -> Path:

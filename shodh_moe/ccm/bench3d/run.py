@@ -18,12 +18,12 @@ from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.ccm.bench3d.config import ROLES, Bench3dConfig
 from shodh_moe.ccm.bench3d.measure import measured, result_path
 from shodh_moe.ccm.bench3d.tables import markdown, summarise
-from shodh_moe.config import Config
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder
+from shodh_moe.runs.jobs import job_in, training_job
 
 
 def run(bench: Bench3dConfig, output: Path | None = None) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def run(bench: Bench3dConfig, output: Path | None = None) -> dict[str, Any]:
         unfinished = [one for one in runs if not (last_checkpoint(one) / "state.json").exists()]
         for one in unfinished:
             claim_run_folder(one, write=False)
-        run_jobs([_training_job(bench, one) for one in unfinished], at_once, "bench")
+        run_jobs([training_job(bench.folder, one) for one in unfinished], at_once, "bench")
     pairs = list(itertools.product(bench.axes, bench.seeds))
     run_jobs([_measure_job(bench, *pair) for pair in pairs if not measured(bench, *pair)], at_once, "bench")
     return report(bench, output)
@@ -89,17 +89,6 @@ def _copy(files: Iterable[Path], output: Path) -> None:
         shutil.copyfile(file, output / file.name)
 
 
-def _training_job(bench: Bench3dConfig, config: Config) -> ProcessJob:
-    path = bench.folder / "configs" / f"{config.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
-    return _job(bench, config.name, ["-m", "shodh_moe.runs.pretrain_rank", "--config", str(path)])
-
-
 def _measure_job(bench: Bench3dConfig, domain: str, seed: int) -> ProcessJob:
     arguments = ["-m", "shodh_moe.ccm.bench3d", str(bench.folder / "config.yaml"), domain, str(seed)]
-    return _job(bench, f"measure-{domain}-{seed}", arguments)
-
-
-def _job(bench: Bench3dConfig, name: str, arguments: list[str]) -> ProcessJob:
-    return ProcessJob(name, arguments, bench.folder / "logs" / f"{name}.log", bench.folder / "cost" / f"{name}.json")
+    return job_in(bench.folder, f"measure-{domain}-{seed}", arguments)

@@ -43,8 +43,8 @@ class FNOSize:
     blocks: int = 4
 
 
-# small, medium and large are those of the CCM paper (arXiv 2605.14546), and the next three have half their width and
-# modes; tiny is ours. These four are for a CPU.
+# small, medium and large are those of the CCM paper (arXiv 2605.14546). The others are ours, for a CPU: tiny, and the
+# paper's three at half the width and half the modes.
 FNO_SIZES = {
     "tiny": FNOSize(24, 10),
     "small": FNOSize(48, 12),

@@ -17,9 +17,14 @@ from shodh_moe.tokenizer import Tokenizer
 def rollout(
     transformer: LatentTransformer, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None
 ) -> Iterator[Tensor]:
-    """Yield the next latents [B, C, x, y, z], one after the other, without end."""
+    """Yield the next latents [B, C, x, y, z], one after the other, without end.
+
+    The paths of the samples are chosen once, from the given latents, since a flow stays in its domain; the errors of
+    predicted latents could lead the router astray.
+    """
+    plan = transformer.lasting_plan(history_BHCxyz, geometry_BCxyz, context)
     while True:
-        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz, context).latent_BCxyz
+        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz, context, plan).latent_BCxyz
         history_BHCxyz = torch.cat([history_BHCxyz[:, 1:], z_BCxyz[:, None]], dim=1)
         yield z_BCxyz
 

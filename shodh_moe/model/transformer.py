@@ -145,17 +145,37 @@ class LatentTransformer(nn.Module):
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""
         return patchify(torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1), self.config.patch)
 
-    def forward(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None) -> Prediction:
+    def lasting_plan(
+        self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None
+    ) -> Plan | None:
+        """Return the paths that samples keep while they are predicted on from these latents; arguments as `forward`.
+
+        None without paths, and if they are not chosen by sample: what one token contains moves on.
+        """
+        if self.path is None or self.config.moe.router.context != "sample":
+            return None
+        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        return self.path(z_BSI, context or Context(len(history_BHCxyz)))
+
+    def forward(
+        self,
+        history_BHCxyz: Tensor,
+        geometry_BCxyz: Tensor,
+        context: Context | None = None,
+        plan: Plan | None = None,
+    ) -> Prediction:
         """Predict the next latents.
 
         Args:
             history_BHCxyz: the last H latents, the newest last.
             geometry_BCxyz: the geometry latents.
             context: the samples' number and domains; None if the domains are unknown.
+            plan: paths of an earlier `lasting_plan` for the same samples; None: choose them.
         """
         context = context or Context(len(history_BHCxyz))
         z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
-        plan = self.path(z_BSI, context) if self.path is not None else None
+        if plan is None and self.path is not None:
+            plan = self.path(z_BSI, context)
         # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(z_BSI, plan).to(history_BHCxyz.dtype)
         first, last = self.film(z_BSI) if self.film is not None else (None, None)

@@ -27,7 +27,13 @@ from tests.merging.models import files_of
 from tests.tiny import refused, tree
 from tests.trained import GRID, RECORD, make_run, run_config
 
-DAMAGED = ["model.safetensors", "config.yaml", "tokenizer/tokenizer.safetensors", "tokenizer/tokenizer.json"]
+DAMAGED = [
+    "model.safetensors",
+    "contexts.safetensors",
+    "config.yaml",
+    "tokenizer/tokenizer.safetensors",
+    "tokenizer/tokenizer.json",
+]
 
 
 @pytest.fixture(scope="module")

@@ -248,13 +248,13 @@ def test_ten_thousand_silent_hosts_give_a_short_table_within_the_time_limits(
     (tmp_path / "ssh").write_text("#!/bin/bash\nsleep 60\n")
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SHODH_HOST_SECONDS", "1")
+    monkeypatch.setenv("SHODH_HOST_SECONDS", "4")  # long enough to start 32 processes on a busy machine
     monkeypatch.setattr(diagnose, "gather", lambda folders: found.here(facts=probe.facts()))
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"n{number} slots=1\n" for number in range(10_000)))
     began = time.monotonic()
     assert doctor(hostfile, json=True) == 2
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
     printed = capsys.readouterr()
     lines = [line for line in json.loads(printed.out)["lines"] if "host" in line["what"]]
     assert [line["what"] for line in lines] == [

@@ -69,11 +69,12 @@ def test_ten_thousand_silent_hosts_take_no_longer_than_the_limit(
     """Also if ssh has children, such as a ProxyCommand, that keep its output open."""
     _install(folder, monkeypatch, COUNT + behaviour + "\n")
     began = time.monotonic()
-    answers = run_on_hosts(_names(10_000), folder / "script.py", seconds=1.5)
-    assert time.monotonic() - began < 5
+    seconds = 4.0  # long enough to start AT_ONCE processes on a busy machine
+    answers = run_on_hosts(_names(10_000), folder / "script.py", seconds=seconds)
+    assert time.monotonic() - began < seconds + 3.5
     errors = [answer.error for answer in answers]
-    assert errors.count("not asked: the 1.5 s for all hosts were over") == 10_000 - AT_ONCE
-    assert errors.count("no answer within 1.5 s") == AT_ONCE
+    assert errors.count("not asked: the 4 s for all hosts were over") == 10_000 - AT_ONCE
+    assert errors.count("no answer within 4 s") == AT_ONCE
     assert not _running("sleep 61.7")
 
 

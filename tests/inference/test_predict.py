@@ -49,8 +49,9 @@ def expected(run: Path, flow: Path, sample: int, start: int, steps: int) -> torc
     fields, solid = (torch.from_numpy(a) for a in read_snapshots(open_trajectories(flow)[sample], start, start + 2))
     z = [model.tokenizer.encode(torch.cat([one, solid])[None]) for one in fields]
     geometry = model.tokenizer.encode_geometry(solid[None])
+    plan = model.transformer.lasting_plan(torch.stack(z, dim=1), geometry)
     for _ in range(steps):
-        z.append(model.transformer(torch.stack(z[-2:], dim=1), geometry).latent_BCxyz)
+        z.append(model.transformer(torch.stack(z[-2:], dim=1), geometry, plan=plan).latent_BCxyz)
     return torch.cat([decode(model.tokenizer, one, solid) for one in z[2:]])
 
 

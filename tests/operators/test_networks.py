@@ -191,21 +191,13 @@ def test_unsuitable_grids_are_refused() -> None:
         dpot()(fields(1, 1, 2, 8, 5))
 
 
-FNO_PARAMETERS = {
-    "tiny": 925_370,
-    "small": 5_322_866,
-    "medium": 16_802_626,
-    "large": 40_999_442,
-    "half_small": 335_546,
-    "half_medium": 1_055_138,
-    "half_large": 2_570_122,
-}
+FNO_PARAMETERS = (925370, 5322866, 16802626, 40999442, 335546, 1055138, 2570122)
 
 
 @pytest.mark.parametrize(
     ("model", "count"),
     [
-        *((("fno", name), FNO_PARAMETERS[name]) for name in FNO_SIZES),
+        *((("fno", name), count) for name, count in zip(FNO_SIZES, FNO_PARAMETERS, strict=True)),
         *((("dpot", name), count) for name, count in zip(DPOT_SIZES, (288674, 4545698), strict=True)),
     ],
     ids=str,

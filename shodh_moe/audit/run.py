@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,14 @@ from shodh_moe.audit.relearning import curves, pair, relearns
 from shodh_moe.audit.summary import summarise
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.files import copy_files, require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder
-from shodh_moe.runs.jobs import job_in, training_job
+from shodh_moe.runs.jobs import cpu_seconds, job_in, training_job
 
 
 def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
@@ -116,9 +115,8 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
             raise UserError(f"{path} is missing: run `shodh audit` with this config until it finishes")
         # A run shared by two sets is measured once.
         results.append({**json.loads(path.read_text()), "set": one.set, "relearning": curves(audit, one)})
-    costs = [read_cost(path) for path in (audit.folder / "cost").glob("*.json")]
     summary = summarise(results, tuned) | {
-        "cpu_seconds": sum(cost["cpu_seconds"] for cost in costs),
+        "cpu_seconds": cpu_seconds(audit.folder),
         "environment": describe_environment(),
         "config": audit.model_dump(),
     }
@@ -129,9 +127,7 @@ def report(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
     pictures = draw(results, summary, folder, _maps(audit, results))
     page = write_page(summary, pictures, folder)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        for file in (folder / "summary.json", folder / "summary.md", page, *pictures):
-            shutil.copyfile(file, output / file.name)
+        copy_files((folder / "summary.json", folder / "summary.md", page, *pictures), output)
     return summary
 
 

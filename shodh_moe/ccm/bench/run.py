@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import yaml
 
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import finite_json, require_writable, write_text
+from shodh_moe.base.files import copy_files, finite_json, require_writable, write_text
 from shodh_moe.ccm import data
 from shodh_moe.ccm.bench.aims import family_title
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, checkpoint_of_last_step, expert_name
@@ -27,9 +25,9 @@ from shodh_moe.ccm.bench.vary import summarise_variants, unmeasured, variants_of
 from shodh_moe.ccm.bench.worth import markdown as worth
 from shodh_moe.ccm.config import ExpertConfig
 from shodh_moe.ccm.expert import require_same_dataset
-from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, resolve_jobs, run_jobs
 from shodh_moe.runs.folder import claim_run_folder
-from shodh_moe.runs.jobs import job_in, write_config
+from shodh_moe.runs.jobs import cost_of, job_in, write_config
 
 
 def run(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
@@ -66,20 +64,17 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path} is missing: run `shodh bench ccm` with this config until it finishes")
         result = json.loads(path.read_text())
-        spent = {role: _seconds(_cost(config, expert_name(key, seed, role))) for role in EXPERTS}
-        result["name"] = config.families[key].family.name
-        result["cpu_seconds"] = {**spent, "measure": _seconds(_cost(config, f"{key}-{seed}-measure"))}
-        result["wall_seconds"] = {
-            role: read_cost(_cost(config, expert_name(key, seed, role)))["seconds"] for role in EXPERTS
-        }
+        costs = {role: cost_of(config.folder, expert_name(key, seed, role)) for role in EXPERTS}
+        costs["measure"] = cost_of(config.folder, f"{key}-{seed}-measure")
         if seed == config.seeds[0]:
-            result["wall_seconds"]["data"] = read_cost(_cost(config, f"{key}-data"))["seconds"]
-            result["cpu_seconds"]["data"] = _seconds(_cost(config, f"{key}-data"))
+            costs["data"] = cost_of(config.folder, f"{key}-data")
+        result["name"] = config.families[key].family.name
+        result["cpu_seconds"] = {name: cost["cpu_seconds"] for name, cost in costs.items()}
+        result["wall_seconds"] = {name: cost["seconds"] for name, cost in costs.items() if name != "measure"}
         if config.families[key].variants:
             names = [expert.name for expert in _experts_of_variants(config, key, seed)]
             jobs = [f"{key}-{seed}-vary", *names, *(f"{name}-data" for name in names)]
-            seconds = sum(_seconds(_cost(config, job)) for job in jobs)
-            result["cpu_seconds"]["variants"] = seconds
+            result["cpu_seconds"]["variants"] = sum(cost_of(config.folder, job)["cpu_seconds"] for job in jobs)
         results.append(result)
     summary = summarise(results)
     variants = summarise_variants(config)
@@ -109,7 +104,7 @@ def report(config: BenchConfig, output: Path | None = None) -> dict[str, Any]:
             draw_fields(images, title, folder / f"fields_{key}.png")
             pictures.append(folder / f"fields_{key}.png")
     if output:
-        _copy([*(folder / name for name in ("summary.json", "summary.md", "worth.md")), *pictures], output)
+        copy_files([*(folder / name for name in ("summary.json", "summary.md", "worth.md")), *pictures], output)
     return summary
 
 
@@ -124,12 +119,6 @@ def backbones(config: BenchConfig) -> dict[str, dict[str, str]]:
         networks = found.setdefault(one.family.name, {})
         networks[key if one.network.label in networks else one.network.label] = key
     return {name: networks for name, networks in found.items() if len(networks) > 1}
-
-
-def _copy(files: Iterable[Path], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, output / file.name)
 
 
 def _experts(config: BenchConfig) -> dict[str, ExpertConfig]:
@@ -183,11 +172,3 @@ def _job_of(config: BenchConfig, step: str, seed: int, key: str) -> ProcessJob:
 
 def _job(config: BenchConfig, name: str, *module: str) -> ProcessJob:
     return job_in(config.folder, name, ["-m", *module])
-
-
-def _cost(config: BenchConfig, name: str) -> Path:
-    return config.folder / "cost" / f"{name}.json"
-
-
-def _seconds(path: Path) -> float:
-    return read_cost(path)["cpu_seconds"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,16 @@ import yaml
 from shodh_moe.audit.outcome import last_checkpoint
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.files import copy_files, require_writable, write_text
 from shodh_moe.ccm.bench3d.config import ROLES, Bench3dConfig
 from shodh_moe.ccm.bench3d.measure import measured, result_path
 from shodh_moe.ccm.bench3d.tables import markdown, summarise
 from shodh_moe.config.paths import resolve_paths
-from shodh_moe.launching.jobs import ProcessJob, read_cost, resolve_jobs, run_jobs
+from shodh_moe.launching.jobs import ProcessJob, resolve_jobs, run_jobs
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.checks import check
 from shodh_moe.runs.folder import claim_run_folder
-from shodh_moe.runs.jobs import job_in, training_job
+from shodh_moe.runs.jobs import cpu_seconds, job_in, training_job
 
 
 def run(bench: Bench3dConfig, output: Path | None = None) -> dict[str, Any]:
@@ -68,9 +66,8 @@ def report(bench: Bench3dConfig, output: Path | None = None) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path} is missing: run `shodh bench ccm3d` with this config until it finishes")
         results.append(json.loads(path.read_text()))
-    costs = [read_cost(path) for path in (bench.folder / "cost").glob("*.json")]
     summary = summarise(results) | {
-        "cpu_seconds": sum(cost["cpu_seconds"] for cost in costs),
+        "cpu_seconds": cpu_seconds(bench.folder),
         "environment": describe_environment(),
         "config": bench.model_dump(),
     }
@@ -79,14 +76,8 @@ def report(bench: Bench3dConfig, output: Path | None = None) -> dict[str, Any]:
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "summary.md", markdown(summary))
     if output:
-        _copy((folder / "summary.json", folder / "summary.md"), output)
+        copy_files((folder / "summary.json", folder / "summary.md"), output)
     return summary
-
-
-def _copy(files: Iterable[Path], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, output / file.name)
 
 
 def _measure_job(bench: Bench3dConfig, domain: str, seed: int) -> ProcessJob:

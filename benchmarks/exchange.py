@@ -140,7 +140,7 @@ def _batch(case: dict[str, int], rank: int, ranks: int, uneven: bool) -> Any:
     if uneven:  # of four samples, three have an expert in the first half
         half = ranks // 2
         domain_B = domain_B % half + half * ((torch.arange(samples) + rank * samples) % 4 == 3)
-    return Batch(history, geometry, target, domain_B)
+    return Batch(history, geometry, target, domain_B, torch.full((samples, 3, 2), -1))
 
 
 def _config(case: dict[str, int], variant: str, ranks: int) -> Any:
@@ -168,7 +168,7 @@ def _measure(case: dict[str, int], variant: str, rank: int, ranks: int, rounds: 
     config = _config(case, variant, ranks)
     shares = ranks if variant.startswith(("sample", "token")) else 1
     ep = ExpertParallel(shares, rank % shares, dist.group.WORLD)
-    model = LatentTransformer(config.model, case["channels"], [case["grid"]] * 3, 0, ep).train()
+    model = LatentTransformer(config.model, case["channels"], 0, ep).train()
     if variant == "deepspeed":
         for block in model.blocks:
             block.moe = _DeepSpeedBlock(config.model.moe, case["dim"], ranks)

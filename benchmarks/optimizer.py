@@ -26,11 +26,10 @@ Make = Callable[[list[nn.Parameter]], Any]
 
 def quickstart_shapes() -> list[torch.Size]:
     """Parameter shapes of the model of configs/quickstart.yaml."""
-    from shodh_moe.config import COMPRESSION
     from shodh_moe.config.load import load_config
 
     config = load_config(QUICKSTART)
-    return _shapes(config.model, config.tokenizer.latent_channels, [size // COMPRESSION for size in config.data.grid])
+    return _shapes(config.model, config.tokenizer.latent_channels)
 
 
 def larger_shapes(depth: int) -> list[torch.Size]:
@@ -38,15 +37,15 @@ def larger_shapes(depth: int) -> list[torch.Size]:
     from shodh_moe.config import ModelConfig, MoEConfig
 
     moe = MoEConfig(scope="layer", num_experts=8, expert_hidden=512, shared_experts=1)
-    return _shapes(ModelConfig(dim=512, depth=depth, heads=8, moe=moe), 128, [4, 4, 4])
+    return _shapes(ModelConfig(dim=512, depth=depth, heads=8, moe=moe), 128)
 
 
-def _shapes(model: Any, channels: int, grid: list[int]) -> list[torch.Size]:
+def _shapes(model: Any, channels: int) -> list[torch.Size]:
     from shodh_moe.model import LatentTransformer
     from shodh_moe.parallel import ExpertParallel
 
     with torch.device("cpu"):
-        return [p.shape for p in LatentTransformer(model, channels, grid, 0, ExpertParallel()).parameters()]
+        return [p.shape for p in LatentTransformer(model, channels, 0, ExpertParallel()).parameters()]
 
 
 def step_of(

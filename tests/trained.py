@@ -68,7 +68,7 @@ def make_run(
     run = folder / "runs" / "trained"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    transformer = LatentTransformer(config.model, 16, tokenizer.latent_grid, seed, ExpertParallel())
+    transformer = LatentTransformer(config.model, 16, seed, ExpertParallel())
     for name, weight in transformer.head.named_parameters():
         if name != "bias":  # initially zero, which would make every prediction persistence
             torch.nn.init.normal_(weight, std=0.3)

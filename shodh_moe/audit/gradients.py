@@ -33,8 +33,8 @@ def gradients_over_training(run: Path, config: Config, samples: LatentSamples, p
     Raises:
         UserError: a checkpoint is damaged.
     """
-    _, channels, *grid = samples.trajectories[0].z.shape
-    transformer = LatentTransformer(config.model, channels, list(grid), config.seed, ExpertParallel())
+    channels = samples.trajectories[0].z.shape[1]
+    transformer = LatentTransformer(config.model, channels, config.seed, ExpertParallel())
     records = []
     for step in list_checkpoints(run / "checkpoints"):
         transformer.load_state_dict(read_weights(find_source(run / "checkpoints" / str(step))))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from shodh_moe.base.section import Name, NonNegativeFloat, PathText, Positive, Section, Seed, setting
+from shodh_moe.config.sizes import misfit
 from shodh_moe.config.tokenizer import COMPRESSION
 from shodh_moe.solvers.domains import DEFAULT, DOMAINS, Domain
 
@@ -67,7 +68,6 @@ class DataConfig(Section):
     def _check_grid(self) -> DataConfig:
         if len(self.grid) != 3:
             raise ValueError(f"grid needs three sizes [X, Y, Z], not {self.grid}")
-        for size in self.grid:
-            if size % COMPRESSION:
-                raise ValueError(f"grid {self.grid} is not divisible by the tokenizer's compression {COMPRESSION}")
+        if found := misfit(self.grid, COMPRESSION):
+            raise ValueError(f"grid {self.grid} is not divisible by the tokenizer's compression: {found}")
         return self

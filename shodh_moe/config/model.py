@@ -189,7 +189,23 @@ class ModelConfig(Section):
         description="a control without a choice of paths: scale and shift the embedding's output and the head's input "
         "by what a path router would see",
     )
+    positions: Literal["open", "periodic_aware"] = setting(
+        "open",
+        changes="model",
+        description="periodic_aware: positions along an axis that the data call periodic close on themselves, so that "
+        "the last token is beside the first; open: along none",
+    )
+    boundaries: bool = setting(
+        False,
+        changes="model",
+        description="tell the model which faces of the box are walls, open or periodic, as the data record it",
+    )
     moe: MoEConfig = MoEConfig()
+
+    @property
+    def told_boundaries(self) -> bool:
+        """Whether the network needs to know what the faces of a sample's box are."""
+        return self.boundaries or self.positions != "open"
 
     @model_validator(mode="after")
     def _check_heads(self) -> ModelConfig:

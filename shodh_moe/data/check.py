@@ -13,6 +13,8 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress
 from shodh_moe.base.text import printable
 from shodh_moe.base.yaml_text import parse_yaml
+from shodh_moe.config import COMPRESSION
+from shodh_moe.config.sizes import misfit
 from shodh_moe.data.derivatives import relative_divergence
 from shodh_moe.data.listing import domain_names, files_of, open_file, require_inside
 from shodh_moe.data.opening import opened
@@ -131,8 +133,8 @@ def _header(name: str, path: Path, records: list[TrajectoryRecord]) -> Iterator[
         yield Finding("error", name, "dimensions", f"cells of {shown}: expected cubes; resample with shodh data import")
     if record.interval is None:
         yield Finding("warning", name, "dimensions/time", "no times: expected a constant time step")
-    if any(size % 8 for size in record.grid):
-        yield Finding("error", name, "", f"grid {list(record.grid)}: the tokenizer needs multiples of 8; crop it")
+    if found := misfit(record.grid, COMPRESSION):
+        yield Finding("error", name, "", f"grid {list(record.grid)}, {found}, which the tokenizer needs; crop it")
 
 
 def _schema_of_bad(name: str, path: Path, dataset: Path) -> list[Finding]:

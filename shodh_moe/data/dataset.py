@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from shodh_moe.base.boundaries import UNKNOWN_BOUNDARIES, Boundaries
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote_file import local_folder
 from shodh_moe.data.listing import domain_names, list_trajectories, open_file
@@ -31,11 +32,13 @@ class Source:
         spacing: distance between voxels along x, y and z; None if unknown.
         units: units of ``velocity``, ``pressure``, ``length`` and ``time``; a quantity whose unit the file does not
             state is missing.
+        boundaries: kind of the low and the high face of each axis: ``wall``, ``open``, ``periodic`` or ``unknown``.
     """
 
     domain: str = ""
     spacing: tuple[float, float, float] | None = None
     units: Mapping[str, str] | None = None
+    boundaries: Boundaries = UNKNOWN_BOUNDARIES
 
 
 class Fields(dict[str, Tensor]):
@@ -136,7 +139,7 @@ class Dataset(TorchDataset[Fields]):
         time_T = read_times(record)
         if time_T is not None:
             tensors["time"] = torch.from_numpy(time_T[list(snapshots)])
-        return Fields(tensors, Source(record.domain, record.spacing, stated_units(record)))
+        return Fields(tensors, Source(record.domain, record.spacing, stated_units(record), record.boundaries))
 
 
 def open_dataset(place: Path | str, split: str = "train", *, skip_bad: bool = False) -> Dataset:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.boundaries import UNKNOWN_BOUNDARIES, Boundaries, boundaries_of
 from shodh_moe.base.errors import UserError
 from shodh_moe.data.opening import flow_of, opened
 from shodh_moe.data.unpacking import read_gzip
@@ -34,6 +35,7 @@ class TrajectoryRecord:
         spacing: distance between cells along x, y, z in the file's units; None if unknown.
         interval: time between snapshots in the file's units; None if unknown.
         units: the units as stated in the file; "" if not stated.
+        boundaries: kind of the low and the high face of each axis: ``wall``, ``open``, ``periodic`` or ``unknown``.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class TrajectoryRecord:
     spacing: tuple[float, float, float] | None = None
     interval: float | None = None
     units: str = ""
+    boundaries: Boundaries = UNKNOWN_BOUNDARIES
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +100,7 @@ def open_trajectories(path: Path | str, grid: tuple[int, ...] | None = None) -> 
             spacing=tuple(flow["spacing"]) if flow["spacing"] else None,
             interval=interval,
             units=flow["units"],
+            boundaries=boundaries_of(flow["boundaries"]),
         )
         for sample, interval in enumerate(intervals)
     ]

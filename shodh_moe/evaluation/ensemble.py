@@ -92,7 +92,7 @@ def _steps(
         solid_1XYZ = torch.from_numpy(truth.solid_1XYZ)
         fluid_3XYZ = (solid_1XYZ < 0.5).expand(3, -1, -1, -1)
         given, geometry = latent.read(0, h)[None], latent.geometry_Cxyz[None]
-        flows = [rollout(one.transformer, given, geometry, samples.context(domain)) for one in members]
+        flows = [rollout(one.transformer, given, geometry, samples.context(latent)) for one in members]
         for step, found_M in enumerate(islice(zip(*flows, strict=True), steps)):
             velocities = [
                 decode(one.tokenizer, z_BCxyz, solid_1XYZ)[0, :3] for one, z_BCxyz in zip(members, found_M, strict=True)

@@ -32,9 +32,8 @@ from shodh_moe.inference.one_step import predict_trajectory
 from shodh_moe.inference.rollout import decode, decode_both, rollout
 from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
-from shodh_moe.model import Context
 from shodh_moe.tokenizer.encoding import trajectory_fields
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, require_boundaries
 from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
@@ -67,6 +66,7 @@ def measure(config: Config, model: Model, paths: Paths, folder: Path, history: l
         LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
         for split in ("train", "test")
     )
+    require_boundaries(test, config.model)
     domains = test.domains
     listing = config.data.grid, config.data.skip_bad
     records = trajectories_by_source(paths.dataset, "test", *listing)
@@ -93,7 +93,7 @@ def measure(config: Config, model: Model, paths: Paths, folder: Path, history: l
         results[domain] = {key: float(np.mean([e[key] for e in errors])) for key in errors[0] if key != "band_errors"}
         results[domain]["band_errors"] = {"velocity": np.mean([e["band_errors"] for e in errors], axis=0).tolist()}
         results[domain]["n_tokens"] = sum(_tokens(z, config) for z, _ in pairs)
-        free_running = _rollouts(model, config, pairs, test.context(domain))
+        free_running = _rollouts(model, config, test, pairs)
         results[domain]["rollout_nrmse"] = free_running["rollout_error"].tolist()
         results[domain]["rollout_nrmse_persistence"] = free_running["rollout_error_persistence"].tolist()
         arrays.update({f"{domain}/{key}": value for key, value in free_running.items()})
@@ -219,7 +219,7 @@ class _OneStep:
 
 
 def _rollouts(
-    model: Model, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
+    model: Model, config: Config, samples: LatentSamples, pairs: list[tuple[LatentTrajectory, Trajectory]]
 ) -> dict[str, np.ndarray]:
     """Return the velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
     h = config.model.history
@@ -228,7 +228,8 @@ def _rollouts(
     def roll(pair: tuple[LatentTrajectory, Trajectory]) -> Tensor:
         """Errors [2, steps] of the prediction and of persistence."""
         latent, truth = pair
-        predicted = rollout(model.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
+        given, context = latent.read(0, h)[None], samples.context(latent)
+        predicted = rollout(model.transformer, given, latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         errors = torch.zeros(2, steps)
         for step, z in zip(range(steps), predicted, strict=False):

@@ -34,7 +34,7 @@ from shodh_moe.metrics.fields import band_errors, divergence_moments, nrmse, poo
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.batches import on_device
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
-from shodh_moe.tokenizer.tokenizer import Flow, require_fit, tokenizer_sha256
+from shodh_moe.tokenizer.tokenizer import Flow, tokenizer_sha256
 
 # Maximum number of snapshots measured per domain, evenly spaced; more would change the metrics little.
 MOST = 32
@@ -69,7 +69,6 @@ def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -
     """
     paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config, paths)
     target = _target(paths.tokenizer, output)
     require_made(paths.dataset / STATS_FILE, "shodh data generate")
     other_data = _trained_on_other_data(tokenizer, FieldStats.load(paths.dataset))
@@ -92,7 +91,7 @@ def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -
             "sha256": tokenizer_sha256(paths.tokenizer),
             "dataset": str(paths.dataset),
             "split": split,
-            "grid": tokenizer.grid,
+            "grid": config.data.grid,
             "trained_on_other_data": other_data,
             "settings": settings,
             "parameters": sum(p.numel() for p in tokenizer.parameters()),

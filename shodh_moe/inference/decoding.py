@@ -29,7 +29,7 @@ from shodh_moe.kernels import divergence
 from shodh_moe.metrics.fields import divergence_moments, pooled_divergence
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.latents import LatentTrajectory, load_latents
-from shodh_moe.tokenizer.tokenizer import require_fit, tokenizer_sha256
+from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 VOXELS = 2**21  # number of voxels to decode at a time: one snapshot of 128^3
 
@@ -53,7 +53,6 @@ def decode_latents(config: Config, split: str, output: Path, dtype: str = "float
     require_writable(output.parent)
     paths = resolve_paths(config)
     tokenizer = load_tokenizer(paths.tokenizer)
-    require_fit(tokenizer, config, paths)
     require_made(paths.latents, "shodh tokenizer encode")
     latents = [one for one in load_latents(paths.latents, split, paths.tokenizer) if not one.copy]
     by_source = trajectories_by_source(paths.dataset, split, config.data.grid, config.data.skip_bad)

@@ -103,6 +103,7 @@ def write_export(
             "ep_size": model.ep_size,
             "weights_sha256": model.weights_sha256,
             "grid": model.tokenizer.grid,
+            "size_step": model.size_step,
             "latent_grid": model.tokenizer.latent_grid,
             "latent_channels": model.tokenizer.config.latent_channels,
             "versions": describe_environment()["packages"],

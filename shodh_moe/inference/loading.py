@@ -156,7 +156,7 @@ def load_source(source: ModelSource, model: ModelConfig | None = None) -> Model:
         raise UserError(f"{source.path} was trained on latents of another tokenizer than {folder}: name its own one")
     model = model or source.config.model
     transformer = LatentTransformer(
-        model, tokenizer.config.latent_channels, tokenizer.latent_grid, source.config.seed, ExpertParallel()
+        model, tokenizer.config.latent_channels, source.config.seed, ExpertParallel()
     )
     weights = read_weights(source)
     _require_same_shapes(source.path, transformer, weights)

@@ -12,10 +12,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from shodh_moe.base.boundaries import UNKNOWN_BOUNDARIES, Boundaries, codes_of
 from shodh_moe.base.errors import UserError
-from shodh_moe.data.dataset import Fields
+from shodh_moe.config.sizes import require_size, size_step
+from shodh_moe.data.dataset import Fields, Source
 from shodh_moe.inference.rollout import decode_both, rollout
-from shodh_moe.model import LatentTransformer
+from shodh_moe.model import Context, LatentTransformer
 from shodh_moe.tokenizer import Tokenizer
 
 
@@ -38,8 +40,13 @@ class Model:
 
     @property
     def grid(self) -> list[int]:
-        """Numbers of voxels along x, y and z, of every flow that it predicts."""
+        """Numbers of voxels along x, y and z of the flows that its tokenizer was trained on."""
         return self.tokenizer.grid
+
+    @property
+    def size_step(self) -> int:
+        """It takes flows on any grid whose sizes are multiples of this number."""
+        return size_step(self.transformer.config)
 
     @property
     def history(self) -> int:
@@ -56,8 +63,10 @@ class Model:
 
         Args:
             fields: ``velocity`` [T, 3, X, Y, Z], ``pressure`` [T, 1, X, Y, Z] and, if there are walls, ``solid``
-                [1, X, Y, Z], in the units of the training data. Any `Dataset` of the model's grid gives them. The last
-                ``history`` snapshots are used, which must be the training data's time step apart.
+                [1, X, Y, Z], in the units of the training data, on a grid whose sizes are multiples of ``size_step``.
+                Any `Dataset` gives them. The last ``history`` snapshots are used, which must be the training data's
+                time step apart. A model that is told boundaries (``model.boundaries`` or ``model.positions``) reads
+                them from ``fields.source``; those of a plain dictionary are unknown.
 
         Returns:
             velocity and pressure at the voxel centres in float64 on the CPU, and the solid mask; ``time``, if the
@@ -65,12 +74,14 @@ class Model:
             ``velocity_face``, or of ``velocity`` with other operators, vanishes to rounding for the model's operator.
 
         Raises:
-            UserError: a field is missing or does not have the model's grid, there are too few snapshots, or a given or
+            UserError: a field is missing, the model does not take their grid, there are too few snapshots, or a given or
                 predicted value is not finite.
         """
         given_H4XYZ, solid_1XYZ = self._checked(fields, steps)
+        source = fields.source if isinstance(fields, Fields) else Source()
         with torch.no_grad():
-            predicted = list(islice(self.continue_flow(given_H4XYZ, solid_1XYZ), steps))
+            flow = self.continue_flow(given_H4XYZ, solid_1XYZ, source.boundaries)
+            predicted = list(islice(flow, steps))
         for step, (fields_4XYZ, _) in enumerate(predicted, 1):
             if not fields_4XYZ.isfinite().all():
                 raise UserError(f"the prediction is not finite at step {step}: ask for fewer steps")
@@ -81,14 +92,17 @@ class Model:
         time_T = fields.get("time")
         if time_T is not None and len(time_T) > 1:
             tensors["time"] = time_T[-1] + (time_T[-1] - time_T[-2]) * torch.arange(1, steps + 1, dtype=torch.float64)
-        return Fields(tensors, fields.source if isinstance(fields, Fields) else None)
+        return Fields(tensors, source)
 
-    def continue_flow(self, fields_H4XYZ: Tensor, solid_1XYZ: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def continue_flow(
+        self, fields_H4XYZ: Tensor, solid_1XYZ: Tensor, boundaries: Boundaries = UNKNOWN_BOUNDARIES
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Predict one snapshot after another, without end, on a GPU if there is one.
 
         Args:
             fields_H4XYZ: exactly H snapshots of velocity and pressure in the units of the training data, float32.
             solid_1XYZ: 1 in solid voxels, 0 in fluid, float32.
+            boundaries: kind of the low and the high face of each axis.
 
         Yields:
             Velocity and pressure at the centres [4, X, Y, Z], and the velocity whose divergence vanishes [3, X, Y, Z]
@@ -96,7 +110,8 @@ class Model:
         """
         z_HCxyz, geometry_1Cxyz = self.encode_flow(fields_H4XYZ, solid_1XYZ)
         solid_1XYZ = solid_1XYZ.to(z_HCxyz.device)
-        for z_BCxyz in rollout(self.transformer, z_HCxyz[None], geometry_1Cxyz):
+        context = Context(boundary_B32=torch.tensor([codes_of(boundaries)], device=z_HCxyz.device))
+        for z_BCxyz in rollout(self.transformer, z_HCxyz[None], geometry_1Cxyz, context):
             exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(self.tokenizer, z_BCxyz, solid_1XYZ))
             yield exact_4XYZ, conserved_3XYZ
 
@@ -117,15 +132,15 @@ class Model:
         if missing := {"velocity", "pressure"} - fields.keys():
             raise UserError(f"the fields have no {' and no '.join(sorted(missing))}: give both, as a Dataset does")
         velocity, pressure = (torch.as_tensor(fields[name]) for name in ("velocity", "pressure"))
-        solid = torch.as_tensor(fields["solid"]) if "solid" in fields else torch.zeros(1, *self.grid)
+        grid = velocity.shape[2:]
+        solid = torch.as_tensor(fields["solid"]) if "solid" in fields else torch.zeros(1, *grid)
         shapes = [list(one.shape) for one in (velocity, pressure, solid)]
-        wanted = [[len(velocity), 3, *self.grid], [len(velocity), 1, *self.grid], [1, *self.grid]]
-        if shapes != wanted:
-            axes = ", ".join(map(str, self.grid))
+        if velocity.ndim != 5 or shapes != [[len(velocity), 3, *grid], [len(velocity), 1, *grid], [1, *grid]]:
             raise UserError(
-                f"velocity {shapes[0]}, pressure {shapes[1]} and solid {shapes[2]} do not fit the model: "
-                f"give [T, 3, {axes}], [T, 1, {axes}] and [1, {axes}]"
+                f"velocity {shapes[0]}, pressure {shapes[1]} and solid {shapes[2]} do not fit together: "
+                "give [T, 3, X, Y, Z], [T, 1, X, Y, Z] and [1, X, Y, Z]"
             )
+        require_size(grid, self.transformer.config, "the grid of the fields is")
         if len(velocity) < self.history or steps < 1:
             raise UserError(
                 f"{len(velocity)} snapshots given and {steps} asked for: give at least {self.history}, and ask for at "

@@ -68,7 +68,8 @@ def _what(source: ModelSource, trained: Model) -> str:
 A multi-physics foundation model for 3D flow: from the last {model.history} snapshots of velocity, pressure and the
 solid mask it predicts the next one. A tokenizer compresses fields of {_by(grid)} cells to latents of
 {_by(trained.tokenizer.latent_grid)} x {trained.tokenizer.config.latent_channels} numbers; a transformer with a sparse
-mixture of experts advances the latents. {_conserved(trained.tokenizer.config)}
+mixture of experts advances the latents. It takes every grid whose sizes are multiples of {trained.size_step}.
+{_conserved(trained.tokenizer.config)}
 
 | | |
 |---|---|
@@ -243,7 +244,8 @@ def _limits(config: Config, trained: Model) -> str:
         )
     return f"""## Limits
 
-- One grid: {_by(trained.tokenizer.grid)} cubic cells. Other sizes are refused.
+- Trained on a grid of {_by(config.data.grid)} cubic cells. Grids whose sizes are other multiples of
+  {trained.size_step} are accepted, but its errors on them were not measured here.
 - One time step: {time_step}.
   Data with another time step give wrong dynamics.
 - Only the flows and parameter ranges under Data. Anything else is extrapolation. `shodh predict` warns of a flow whose
@@ -265,8 +267,8 @@ def _use(trained: Model) -> str:
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
 FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
-{trained.transformer.config.history} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)} cells in
-the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
+{trained.transformer.config.history} snapshots of velocity and pressure in the_well's HDF5 schema, on a grid whose sizes are multiples of
+{trained.size_step}. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
 `shodh_moe.load_model(FOLDER).forecast(...)`."""
 
 

@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shodh_moe.base.boundaries import UNKNOWN
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, sha256
 from shodh_moe.base.progress import progress
+from shodh_moe.config.sizes import require_size
 from shodh_moe.data import TrajectoryRecord, open_trajectories, read_snapshots
 from shodh_moe.data.opening import opened
 from shodh_moe.data.prediction_file import (
@@ -166,7 +168,7 @@ def _snapshots(
     after = request.start + model.transformer.config.history
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ)
+        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ, record.boundaries)
         for step, (exact_4XYZ, conserved_3XYZ, spread_4XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
@@ -263,11 +265,7 @@ def _even_step(values: NDArray[np.float64]) -> float:
 
 
 def _require_fit(request: Request, record: TrajectoryRecord, model: Model, source: ModelSource, axes: _Axes) -> None:
-    if list(record.grid) != model.tokenizer.grid:
-        raise UserError(
-            f"{request.input} has grid {list(record.grid)}, the model was trained on {model.tokenizer.grid} and works "
-            "on that alone: resample the input"
-        )
+    require_size(record.grid, model.transformer.config, f"{request.input} has grid")
     history = model.transformer.config.history
     if request.start + history > record.n_snapshots:
         raise UserError(
@@ -279,6 +277,16 @@ def _require_fit(request: Request, record: TrajectoryRecord, model: Model, sourc
     if not data.path and not any(abs(axes.time_step - step) <= UNEVEN * step for step in trained):
         known = ", ".join(f"{step:g}" for step in sorted(trained))
         print(f"warning: the time step of {request.input} is {axes.time_step:g}, the model was trained with {known}")
+    if list(record.grid) != data.grid:
+        _warn(
+            f"{request.input} has grid {list(record.grid)}, {source.path} was trained on {data.grid}: its errors may be "
+            "larger than those of the model card"
+        )
+    if model.transformer.config.told_boundaries and any(UNKNOWN in axis for axis in record.boundaries):
+        _warn(
+            f"{request.input} does not state the boundaries of all faces, which the model is told: add "
+            "boundary_conditions in the_well's schema"
+        )
 
 
 def _warn(text: str) -> None:

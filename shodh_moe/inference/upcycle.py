@@ -89,9 +89,7 @@ def upcycled(trained: Model, model: ModelConfig, known: Contexts, seed: int) -> 
         seed: of k-means, and of low-rank parts of the attention.
     """
     tokenizer, dense = trained.tokenizer, trained.transformer
-    made = LatentTransformer(
-        model, tokenizer.config.latent_channels, tokenizer.latent_grid, seed, ExpertParallel()
-    ).eval()
+    made = LatentTransformer(model, tokenizer.config.latent_channels, seed, ExpertParallel()).eval()
     weights = dense.state_dict()
     own = {name: torch.zeros_like(tensor) for name, tensor in made.state_dict().items() if name not in weights}
     for name, tensor in made.state_dict().items():

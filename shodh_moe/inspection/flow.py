@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from shodh_moe.base.boundaries import KINDS, UNKNOWN
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.inspection.structure import check_written, why_unreadable
@@ -22,7 +23,7 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
 
     Returns:
         A dictionary of samples (number of trajectories), n_snapshots, grid [X, Y, Z], domain, periodic (three
-        booleans), forced, spacing (x, y, z, or None if unknown), intervals (time between snapshots of each trajectory,
+        booleans), boundaries (kind of the low and the high face of each axis), forced, spacing (x, y, z, or None if unknown), intervals (time between snapshots of each trajectory,
         or None), units (text).
 
     Raises:
@@ -57,6 +58,7 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
         "grid": grid,
         "domain": _domain(file, default_domain),
         "periodic": _periodic(file, axes),
+        "boundaries": _boundaries(file, axes),
         "forced": bool(np.any(file.attrs.get("forced", True))),
         "spacing": _spacing(file, axes, grid),
         "intervals": _intervals(file, samples, n_snapshots),
@@ -127,6 +129,30 @@ def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
         for axis in np.atleast_1d(group.attrs.get("associated_dims", []))
     }
     return [axis in wraps for axis in axes] if axes else [False] * 3
+
+
+def _boundaries(file: h5py.File, axes: list[str]) -> list[list[str]]:
+    """Return the kinds of the low and the high face of each axis: wall, open or periodic; unknown if not said.
+
+    As in the_well's own reader, the mask of a boundary condition says whether it holds at the first and at the last
+    cell. Conditions on more than one axis are none of a face.
+    """
+    kinds = [[UNKNOWN, UNKNOWN] for _ in range(3)]
+    groups = file["boundary_conditions"].values() if isinstance(file.get("boundary_conditions"), h5py.Group) else ()
+    for group in groups:
+        kind = _text(group.attrs.get("bc_type", "")).lower()
+        names = [_text(axis) for axis in np.atleast_1d(group.attrs.get("associated_dims", []))]
+        if kind not in KINDS or len(names) != 1 or names[0] not in axes:
+            continue
+        mask, faces = group.get("mask"), kinds[axes.index(names[0])]
+        if kind == "periodic":
+            faces[:] = [kind, kind]
+        elif isinstance(mask, h5py.Dataset) and mask.ndim == 1 and mask.size and mask.dtype.kind in "biu":
+            check_written(mask.name, mask)
+            for side, place in enumerate((0, -1)):
+                if mask[place]:
+                    faces[side] = kind
+    return kinds
 
 
 def _spacing(file: h5py.File, axes: list[str], grid: list[int]) -> list[float] | None:

@@ -22,7 +22,7 @@ from shodh_moe.kernels.cosine_gating import reference_logits
 from shodh_moe.merging.mixture_tensors import ROUTER
 from shodh_moe.model.path import Features
 from shodh_moe.model.routers.cosine import CosineRouter
-from shodh_moe.model.transformer import patchify
+from shodh_moe.model.transformer import patchify, token_grid
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 
 SAMPLES = 512  # training samples to look at, in equal numbers from each domain
@@ -53,9 +53,8 @@ def router_weights(
     features, rows = None, []
     for domain, folder in zip(domains, folders, strict=True):
         samples = _samples(folder, domain, model.history)
-        grid = [size // model.patch for size in samples.trajectories[0].z.shape[2:]]
         inputs = (model.history + 1) * samples.trajectories[0].z.shape[1] * model.patch**3
-        made = Features(inputs, grid, model.moe)
+        made = Features(inputs, model.moe)
         if features is not None and made.width != features.width:
             raise UserError(f"latents {folder} have other channels than those of {domains[0]}: give one `latents`")
         features = made
@@ -101,7 +100,7 @@ def _rows(samples: LatentSamples, features: Features, patch: int, experts: int) 
     for number in chosen:
         batch = samples.batch([(0, number)])
         z_BSI = patchify(torch.cat([batch.history_BHCxyz.flatten(1, 2), batch.geometry_BCxyz], dim=1), patch)
-        x_MF, _ = features(z_BSI)
+        x_MF, _ = features(z_BSI, token_grid(batch.geometry_BCxyz, patch))
         rows.append(_spaced(x_MF, max(most // len(chosen), 1)).clone())
     x_MF = torch.cat(rows)
     if not x_MF.isfinite().all():

@@ -1,4 +1,4 @@
-"""Self-attention over latent tokens with QK-norm and 3D axial rotary positions (DESIGN 3.4).
+"""Self-attention over latent tokens with QK-norm and rotary positions (DESIGN 3.4).
 
 Shapes: B batch, S tokens per sample, H heads, D model width, W head width, P = W / 2 pairs of features.
 """
@@ -14,29 +14,14 @@ from shodh_moe.model.plan import Plan
 from shodh_moe.model.routed_linear import RoutedLinear
 
 
-def axial_rotary(grid: list[int], head_width: int, base: float = 100.0) -> Tensor:
-    """Return the rotation angle of each pair of features of each token, in radians, float64 [S, W / 2].
-
-    Rotary positions (RoFormer, arXiv 2104.09864) per axis: each axis rotates a third of the pairs, and the remaining
-    pairs do not rotate. The base is small because a latent axis has at most a few dozen positions.
+def rotate(x_BHSW: Tensor, angles: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i+W/2}) by its token's angle; computes and returns float32 or wider [B, H, S, W].
 
     Args:
-        grid: numbers of tokens along x, y and z; tokens are ordered like the flattened grid, last axis fastest.
-        head_width: W.
-        base: ratio of the highest frequency to the limit of the lowest.
+        angles: from `token_angles`, [S, P] or [B, 1, S, P].
     """
-    pairs = head_width // 2 // 3
-    frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
-    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequency for axis in axes]
-    unrotated = torch.zeros(angles[0].shape[0], head_width // 2 - 3 * pairs, dtype=torch.float64)
-    return torch.cat([*angles, unrotated], dim=1)
-
-
-def rotate(x_BHSW: Tensor, angles_SP: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+W/2}) by its token's angle; computes and returns float32 or wider [B, H, S, W]."""
     x_BHSW = x_BHSW.to(torch.promote_types(x_BHSW.dtype, torch.float32))
-    cos, sin = angles_SP.cos().to(x_BHSW.dtype), angles_SP.sin().to(x_BHSW.dtype)
+    cos, sin = angles.cos().to(x_BHSW.dtype), angles.sin().to(x_BHSW.dtype)
     a, b = x_BHSW.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -47,20 +32,16 @@ class Attention(nn.Module):
     Args:
         dim: model width D.
         heads: H.
-        grid: numbers of tokens along x, y and z.
         norm: ``torch`` or ``apex`` (`available_norm`), for the norms of queries and keys.
         experts: number of paths with a part of their own in both projections; 0: none.
         rank: rank of that part; None: full matrices.
         shared: whether the projections also have a part for all paths.
     """
 
-    angles_SP: Tensor
-
     def __init__(
         self,
         dim: int,
         heads: int,
-        grid: list[int],
         norm: str = "torch",
         experts: int = 0,
         rank: int | None = None,
@@ -71,15 +52,19 @@ class Attention(nn.Module):
         self.qkv = RoutedLinear(dim, 3 * dim, experts, bias=False, rank=rank, shared=shared)
         self.out = RoutedLinear(dim, dim, experts, bias=False, rank=rank, shared=shared)
         self.q_norm, self.k_norm = make_norm(dim // heads, norm), make_norm(dim // heads, norm)
-        self.register_buffer("angles_SP", axial_rotary(grid, dim // heads), persistent=False)
 
-    def forward(self, x_BSD: Tensor, plan: Plan | None = None) -> Tensor:
-        """Outputs [B, S, D], in autocast's dtype under autocast. ``plan`` gives the tokens' paths, if there are any."""
+    def forward(self, x_BSD: Tensor, angles: Tensor, plan: Plan | None = None) -> Tensor:
+        """Outputs [B, S, D], in autocast's dtype under autocast.
+
+        Args:
+            angles: the tokens' positions, from `token_angles`.
+            plan: the tokens' paths, if there are any.
+        """
         b, s, d = x_BSD.shape
         q, k, v = self.qkv(x_BSD, plan).view(b, s, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         # Only the products are narrow under autocast, not norms and rotations. A fused norm needs input and weight in
         # one dtype.
         wide = self.q_norm.weight.dtype
-        q, k = rotate(self.q_norm(q.to(wide)), self.angles_SP), rotate(self.k_norm(k.to(wide)), self.angles_SP)
+        q, k = rotate(self.q_norm(q.to(wide)), angles), rotate(self.k_norm(k.to(wide)), angles)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(y.transpose(1, 2).reshape(b, s, d), plan)

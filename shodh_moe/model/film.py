@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shodh_moe.model.path import Features
+from shodh_moe.model.path import Features, TokenGrid
 
 HIDDEN = 64
 
@@ -33,9 +33,9 @@ class Film(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, z_BSI: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z_BSI: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """Return scale and shift, [B, S, 2 D], for the embedding's output and for the head's input."""
-        x_MF, row_N = self.features(z_BSI)
+        x_MF, row_N = self.features(z_BSI, grid)
         film_M = self.out(F.silu(self.hidden(x_MF.to(z_BSI.dtype))))
         film_N = film_M if row_N is None else film_M.index_select(0, row_N)
         first, last = film_N.view(*z_BSI.shape[:2], -1).chunk(2, dim=2)

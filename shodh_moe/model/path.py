@@ -6,6 +6,8 @@ Shapes: B samples, S tokens per sample, N = B S tokens, I inputs of a token's em
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,8 @@ from shodh_moe.config import MoEConfig
 from shodh_moe.model.plan import Plan, follow_plan, make_plan
 from shodh_moe.model.routers import Context, make_router
 from shodh_moe.parallel import ExpertParallel
+
+TokenGrid = tuple[int, int, int]
 
 
 class Features(nn.Module):
@@ -31,38 +35,27 @@ class Features(nn.Module):
 
     Args:
         inputs: I.
-        grid: numbers of tokens along x, y and z.
         config: ``model.moe``.
 
     Attributes:
         width: F.
-
-    Raises:
-        UserError: the window does not divide the grid.
     """
 
-    window_S: Tensor
-    order_S: Tensor
-
-    def __init__(self, inputs: int, grid: list[int], config: MoEConfig):
+    def __init__(self, inputs: int, config: MoEConfig):
         super().__init__()
-        self.context = config.router.context
+        self.context, self.window = config.router.context, config.router.window
         self.width = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
-        self.windows = 1
-        if self.context == "window":
-            require_window(config, grid)
-            window = config.router.window
-            axes = [torch.arange(size) // window for size in grid]
-            _, ny, nz = (size // window for size in grid)
-            window_S = (axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]
-            self.register_buffer("window_S", window_S.flatten(), persistent=False)
-            self.register_buffer("order_S", torch.argsort(self.window_S, stable=True), persistent=False)
-            self.windows = int(window_S.max()) + 1
 
-    def forward(self, z_BSI: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, z_BSI: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
         """Return the rows, float32 or wider [M, F], and the number of each token's row, int64 [N].
 
         The second is None if every token has a row of its own.
+
+        Args:
+            grid: numbers of tokens along x, y and z.
+
+        Raises:
+            UserError: the window does not divide the grid.
         """
         z_BSI = z_BSI.to(torch.promote_types(z_BSI.dtype, torch.float32))
         samples, tokens, _ = z_BSI.shape
@@ -70,8 +63,11 @@ class Features(nn.Module):
         if self.context == "sample":
             return _with_one(_mean_and_std(z_BSI)), sample_B.repeat_interleave(tokens)
         if self.context == "window":
-            windows = z_BSI[:, self.order_S].view(samples * self.windows, -1, z_BSI.shape[2])
-            return _with_one(_mean_and_std(windows)), (sample_B[:, None] * self.windows + self.window_S).flatten()
+            _require_windows(self.window, grid)
+            window_S = _windows(grid, self.window, z_BSI.device)
+            count = math.prod(grid) // self.window**3
+            windows = z_BSI[:, torch.argsort(window_S, stable=True)].view(samples * count, -1, z_BSI.shape[2])
+            return _with_one(_mean_and_std(windows)), (sample_B[:, None] * count + window_S).flatten()
         token_NI = _unit_rms(z_BSI.flatten(0, 1))
         if self.context == "token":
             return _with_one(token_NI), None
@@ -84,43 +80,52 @@ class PathRouter(nn.Module):
 
     Args:
         inputs: I.
-        grid: numbers of tokens along x, y and z.
         config: ``model.moe``.
         ep: which experts this rank holds.
-
-    Raises:
-        UserError: the window does not divide the grid.
     """
 
-    def __init__(self, inputs: int, grid: list[int], config: MoEConfig, ep: ExpertParallel):
+    def __init__(self, inputs: int, config: MoEConfig, ep: ExpertParallel):
         super().__init__()
         self.config, self.ep = config, ep
-        self.features = Features(inputs, grid, config)
+        self.features = Features(inputs, config)
         self.router = make_router(config.router, self.features.width, config.num_experts)
 
-    def forward(self, z_BSI: Tensor, context: Context) -> Plan:
-        """Plan the paths of all tokens (collective, unless the context has a decision that is local)."""
+    def forward(self, z_BSI: Tensor, grid: TokenGrid, context: Context) -> Plan:
+        """Plan the paths of all tokens (collective, unless the context has a decision that is local).
+
+        Args:
+            grid: numbers of tokens along x, y and z.
+
+        Raises:
+            UserError: the window does not divide the grid.
+        """
         with torch.autocast(z_BSI.device.type, enabled=False):
-            x_MF, row_N = self.features(z_BSI)
+            x_MF, row_N = self.features(z_BSI, grid)
             if context.decision is not None:
                 assert row_N is not None
                 return follow_plan(self.router, x_MF, context, context.decision, self.ep, row_N)
             return make_plan(self.router, x_MF, context, self.config, self.ep, self.training, row_N=row_N)
 
-    def decide(self, z_BSI: Tensor, context: Context) -> Plan:
+    def decide(self, z_BSI: Tensor, grid: TokenGrid, context: Context) -> Plan:
         """Choose the paths of all tokens as `forward` does, but without other ranks; the plan cannot be carried out."""
         with torch.autocast(z_BSI.device.type, enabled=False):
-            x_MF, row_N = self.features(z_BSI)
+            x_MF, row_N = self.features(z_BSI, grid)
             return make_plan(self.router, x_MF, context, self.config, ExpertParallel(), self.training, row_N=row_N)
 
 
-def require_window(config: MoEConfig, grid: list[int]) -> None:
-    """Raise `UserError` if the router's windows do not divide a grid of tokens."""
-    window = config.router.window
-    used = config.num_experts and config.scope == "path" and config.router.context == "window"
-    if used and any(size % window for size in grid):
+def _windows(grid: TokenGrid, window: int, device: torch.device) -> Tensor:
+    """Number of each token's window, int64 [S]."""
+    axes = [torch.arange(size, device=device) // window for size in grid]
+    _, ny, nz = (size // window for size in grid)
+    return ((axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]).flatten()
+
+
+def _require_windows(window: int, grid: TokenGrid) -> None:
+    """Raise `UserError` if windows do not divide a grid of tokens."""
+    if any(size % window for size in grid):
         raise UserError(
-            f"model.moe.router.window {window} does not divide the grid of tokens {grid}: choose a divisor of its sizes"
+            f"model.moe.router.window {window} does not divide the grid of tokens {list(grid)}: choose a divisor of "
+            "its sizes"
         )
 
 

@@ -16,12 +16,14 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import mark, marks
 from shodh_moe.config import ModelConfig, MoEConfig
 from shodh_moe.model.attention import Attention
+from shodh_moe.model.boundaries import BoundaryEmbedding, periodic_axes
 from shodh_moe.model.feed_forward import make_feed_forward
 from shodh_moe.model.film import Film, modulate
 from shodh_moe.model.moe import MoE
 from shodh_moe.model.norm import make_norm
-from shodh_moe.model.path import Features, PathRouter
+from shodh_moe.model.path import Features, PathRouter, TokenGrid
 from shodh_moe.model.plan import Plan
+from shodh_moe.model.positions import token_angles
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import Context, Router
 from shodh_moe.model.routing import Routing
@@ -47,7 +49,7 @@ BRANCH_SCALE = 0.3
 class Block(nn.Module):
     """Attention and a feed-forward block, each after a norm and, with ``model.norms`` sandwich, before another one."""
 
-    def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
+    def __init__(self, config: ModelConfig, ep: ExpertParallel, seed: int, layer: int, norm: str):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
         self.attention_out_norm: nn.Module | None = None
@@ -57,15 +59,17 @@ class Block(nn.Module):
             self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
         shared = config.moe.shared_linear or not (paths and rank is None)
-        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank, shared)
+        self.attention = Attention(config.dim, config.heads, norm, paths, rank, shared)
         for module in (self.attention_norm, self.attention):
             for parameter in module.parameters():
                 if marks(parameter).group == "rest":
                     mark(parameter, group="attention")
         self.moe = make_feed_forward(config.dim, config.moe, ep, seed, layer)
 
-    def forward(self, x_BSD: Tensor, context: Context, plan: Plan | None) -> tuple[Tensor, Routing | None]:
-        y_BSD = self.attention(self.attention_norm(x_BSD), plan)
+    def forward(
+        self, x_BSD: Tensor, angles: Tensor, context: Context, plan: Plan | None
+    ) -> tuple[Tensor, Routing | None]:
+        y_BSD = self.attention(self.attention_norm(x_BSD), angles, plan)
         if self.attention_out_norm is not None:
             y_BSD = self.attention_out_norm(y_BSD.to(x_BSD.dtype))
         x_BSD = x_BSD + y_BSD
@@ -81,46 +85,42 @@ class LatentTransformer(nn.Module):
     With ``model.moe.scope`` path, one decision per token, made from the inputs of the embedding, selects an expert in
     every layer and the expert's own part of the embedding, the head and, if configured, the attention.
 
+    The weights do not depend on the grid of the latents, so a network takes latents of any sizes that `require_size`
+    accepts. With ``model.boundaries`` it is told what the faces of the box are, and with ``model.positions``
+    periodic_aware the positions along periodic axes close on themselves; both need ``boundary_B32`` in the context.
+
     Args:
         config: the ``model`` section of a config.
         latent_channels: C.
-        latent_grid: sizes x, y, z.
         seed: determines the initial weights, at every expert-parallel size.
         ep: which experts this rank holds.
         norm: ``torch`` or ``apex`` (`available_norm`).
         activation_checkpointing: store only each block's input during training; the backward pass recomputes the
             block, including its exchanges between ranks.
-
-    Raises:
-        UserError: ``model.patch`` does not divide the grid, or ``model.moe.router.window`` the grid of tokens.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         latent_channels: int,
-        latent_grid: list[int],
         seed: int,
         ep: ExpertParallel,
         norm: str = "torch",
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        for size in latent_grid:
-            if size % config.patch:
-                raise UserError(f"latent grid {latent_grid} is not divisible by model.patch {config.patch}")
         self.config, self.activation_checkpointing = config, activation_checkpointing
         torch.manual_seed(seed)
-        grid = [size // config.patch for size in latent_grid]
         voxels = config.patch**3
         inputs = (config.history + 1) * latent_channels * voxels
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
-        self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
-        self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
+        self.path = PathRouter(inputs, config.moe, ep) if routed else None
+        self.film = Film(Features(inputs, config.moe), config.dim) if config.film else None
         torch.manual_seed(seed)  # again, because the router's draws depend on the number of experts
         shared = not routed or config.moe.shared_linear
         self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
-        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
+        self.boundaries = BoundaryEmbedding(config.dim) if config.boundaries else None
+        self.blocks = nn.ModuleList(Block(config, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
         self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, shared=shared, zero=True)
 
@@ -154,8 +154,8 @@ class LatentTransformer(nn.Module):
         """
         if self.path is None or self.config.moe.router.context != "sample":
             return None
-        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
-        return self.path(z_BSI, context or Context(len(history_BHCxyz)))
+        grid, z_BSI = token_grid(geometry_BCxyz, self.config.patch), self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        return self.path(z_BSI, grid, context or Context(len(history_BHCxyz)))
 
     def forward(
         self,
@@ -169,25 +169,38 @@ class LatentTransformer(nn.Module):
         Args:
             history_BHCxyz: the last H latents, the newest last.
             geometry_BCxyz: the geometry latents.
-            context: the samples' number and domains; None if the domains are unknown.
+            context: the samples' number, domains and boundaries; None if they are unknown.
             plan: paths of an earlier `lasting_plan` for the same samples; None: choose them.
+
+        Raises:
+            UserError: ``model.patch`` does not divide the grid, or ``model.moe.router.window`` the grid of tokens.
+            ValueError: the network is told boundaries, and the context has none.
         """
         context = context or Context(len(history_BHCxyz))
-        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        grid, z_BSI = token_grid(geometry_BCxyz, self.config.patch), self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
         if plan is None and self.path is not None:
-            plan = self.path(z_BSI, context)
+            plan = self.path(z_BSI, grid, context)
         # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(z_BSI, plan).to(history_BHCxyz.dtype)
-        first, last = self.film(z_BSI) if self.film is not None else (None, None)
+        periodic_B3 = None
+        if self.config.told_boundaries:
+            if context.boundary_B32 is None:
+                raise ValueError("the network is told boundaries: give the context boundary_B32")
+            if self.boundaries is not None:
+                x_BSD = x_BSD + self.boundaries(context.boundary_B32, grid)
+            if self.config.positions == "periodic_aware":
+                periodic_B3 = periodic_axes(context.boundary_B32)
+        angles = token_angles(grid, self.config.dim // self.config.heads, x_BSD.device, periodic_B3)
+        first, last = self.film(z_BSI, grid) if self.film is not None else (None, None)
         x_BSD = x_BSD if first is None else modulate(x_BSD, first)
         routing = []
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             # The random state need not be preserved, since blocks draw no random numbers.
             x_BSD, layer_routing = (
-                checkpoint(block, x_BSD, context, plan, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(block, x_BSD, angles, context, plan, use_reentrant=False, preserve_rng_state=False)
                 if recompute
-                else block(x_BSD, context, plan)
+                else block(x_BSD, angles, context, plan)
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
@@ -201,6 +214,18 @@ def attention_paths(config: MoEConfig) -> tuple[int, int | None]:
     """Number of paths with their own part in the attention's projections, and the rank of that part (None: full)."""
     own = config.scope == "path" and config.attention != "shared"
     return (config.num_experts if own else 0), (config.attention_rank if config.attention == "low_rank" else None)
+
+
+def token_grid(latent_BCxyz: Tensor, patch: int) -> TokenGrid:
+    """Return the numbers of tokens along x, y and z of latents.
+
+    Raises:
+        UserError: ``model.patch`` does not divide the grid.
+    """
+    nx, ny, nz = latent_BCxyz.shape[-3:]
+    if nx % patch or ny % patch or nz % patch:
+        raise UserError(f"latent grid {[nx, ny, nz]} is not divisible by model.patch {patch}: choose another grid")
+    return nx // patch, ny // patch, nz // patch
 
 
 def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:

@@ -10,16 +10,15 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable
 from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
-from shodh_moe.config import COMPRESSION, Config
+from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
+from shodh_moe.config.sizes import require_size
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
-from shodh_moe.model.path import require_window
 from shodh_moe.runs.folder import claim_run_folder, require_same_inputs_as_run
 from shodh_moe.tokenizer import load_tokenizer
-from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from shodh_moe.training.optimizer import resolve_optimizer
 
@@ -37,17 +36,11 @@ def check(config: Config, paths: Paths) -> None:
     resolve_optimizer(config.training)
     available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
     _check_kernels()
-    for size in config.data.grid:
-        if (size // COMPRESSION) % config.model.patch:
-            raise UserError(
-                f"data.grid {config.data.grid}: latents of {size // COMPRESSION} are not divisible by "
-                f"model.patch {config.model.patch}: change one of them"
-            )
-    require_window(config.model.moe, [size // COMPRESSION // config.model.patch for size in config.data.grid])
+    require_size(config.data.grid, config.model, "data.grid is")
     if not config.data.path:
         _check_generated(config)
     if config.tokenizer.path:
-        require_fit(load_tokenizer(paths.tokenizer), config, paths)
+        load_tokenizer(paths.tokenizer)
     claim_run_folder(config, write=False)
     require_same_inputs_as_run(config, paths)
     if config.start and not list_checkpoints(paths.run / "checkpoints"):  # a resumed run no longer needs its start

@@ -9,12 +9,12 @@ from typing import Any
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.config.sizes import require_size
 from shodh_moe.evaluation.ensemble import measure_members
 from shodh_moe.evaluation.evaluate import measure
 from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.members import load_members
 from shodh_moe.runs import pipeline
-from shodh_moe.tokenizer.tokenizer import require_fit
 from shodh_moe.training.records import read_run
 
 
@@ -35,7 +35,7 @@ def evaluate_elsewhere(
     model = load_source(source, config.model)
     ensemble = load_members(source, model, members, tokenizer)
     config, paths = _with_tokenizer_of(source, config)
-    require_fit(model.tokenizer, config, paths)
+    require_size(config.data.grid, config.model, "data.grid is")
     pipeline.make_latents(config, paths)
     output.mkdir(parents=True, exist_ok=True)
     history = read_run(source.run, "train") if source.run else []

@@ -20,6 +20,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys
 from shodh_moe.config.load import config_of_tree, read_yaml
 from shodh_moe.config.paths import Paths, resolve_paths
+from shodh_moe.config.sizes import require_size
 from shodh_moe.data import list_trajectories
 from shodh_moe.data.listing import SPLITS
 from shodh_moe.data.prediction_file import unknown_fields
@@ -133,8 +134,11 @@ def finetune(request: Request) -> Path:
 def _config(request: Request, source: ModelSource, model: Model) -> Config:
     """The config of the fine-tuning run: the model's, with `SETTINGS`, then the user's file and overrides.
 
+    The grid is that of the data.
+
     Raises:
-        UserError: a setting is unknown or wrong, or would make the weights another model.
+        UserError: a setting is unknown or wrong, or would make the weights another model; or the data have no
+            trajectories, or a grid that the model does not take.
     """
     folder = re.sub(r"[^A-Za-z0-9_.+=-]", "_", request.data.resolve().name).lstrip(".+=-") or "data"
     name = request.output.resolve().name
@@ -166,7 +170,10 @@ def _config(request: Request, source: ModelSource, model: Model) -> Config:
             raise UserError(f"{key} follows from --model, --data and --output: leave it out")
     if differing := differing_model_keys(source.config.model.model_dump(), config.model.model_dump()):
         raise UserError(f"model.{differing[0]} belongs to {request.model} and cannot change: leave it out")
-    return config.model_copy(update={"start": str(Path(config.runs) / name / START)})
+    grid = list(list_trajectories(request.data, "train", skip_bad=config.data.skip_bad)[0].grid)
+    require_size(grid, config.model, f"{request.data} has grid")
+    data = config.data.model_copy(update={"grid": grid})
+    return config.model_copy(update={"data": data, "start": str(Path(config.runs) / name / START)})
 
 
 def _update(tree: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -234,7 +241,7 @@ def _write_start(
     tokenizer, transformer = model.tokenizer, model.transformer
     ep = ExpertParallel()
     if grown or config.finetune.train == "lora":
-        made = LatentTransformer(config.model, tokenizer.config.latent_channels, tokenizer.latent_grid, config.seed, ep)
+        made = LatentTransformer(config.model, tokenizer.config.latent_channels, config.seed, ep)
         made.load_state_dict(grown.weights if grown else transformer.state_dict())
         transformer = made
     if config.finetune.train == "lora":

@@ -34,7 +34,7 @@ from shodh_moe.runs.folder import (
 )
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
-from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents, require_boundaries
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
 from shodh_moe.training.tokenizer_config import tokenizer_run
@@ -129,7 +129,8 @@ def make_latents(config: Config, paths: Paths) -> Path:
         with whole_folder(paths.latents, keep_first=True) as temporary:
             c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
             how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
-            encode_dataset(tokenizer, paths.dataset, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
+            what = (tokenizer, paths.dataset, config.data.grid)
+            encode_dataset(*what, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
     remember_data(config, paths)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 
@@ -143,6 +144,7 @@ def _check_latents(config: Config, paths: Paths) -> None:
     for split in ("train", "valid", "test"):
         latents = load_latents(paths.latents, split, paths.tokenizer)
         samples = LatentSamples(latents, config.model.history, config.data.weights)
+        require_boundaries(samples, config.model)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
     if found := difference(inputs_of_latents(paths.latents), latent_inputs(config, paths)):
         raise UserError(

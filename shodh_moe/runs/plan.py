@@ -87,7 +87,7 @@ def count_parameters(config: Config, world: int) -> Parameters:
     """Count parameters by building a model with one block, as one rank holds it, without allocating memory.
 
     Raises:
-        UserError: the experts cannot be distributed over the ranks, or ``model.patch`` does not divide the latent grid.
+        UserError: the experts cannot be distributed over the ranks.
     """
     ep, depth = expert_parallel_size(config, world), config.model.depth
     model = _with_one_block(config, ep)
@@ -101,9 +101,9 @@ def count_parameters(config: Config, world: int) -> Parameters:
 
 def _with_one_block(config: Config, ep: int) -> LatentTransformer:
     """The trained network as one rank holds it, without memory, and with its first block alone."""
-    channels, grid = config.tokenizer.latent_channels, latent_grid(config)
+    channels = config.tokenizer.latent_channels
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
+        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, 0, ExpertParallel(ep))
         if config.finetune and config.finetune.train == "lora":
             add_low_rank(model, config.finetune.rank)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.boundaries import codes_of
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
 from shodh_moe.base.progress import progress
@@ -33,6 +35,7 @@ WORKSPACE = 8  # memory of one call of the encoder, in units of its input (6.4 m
 def encode_dataset(
     tokenizer: Tokenizer,
     dataset: Path,
+    grid: Sequence[int],
     folder: Path,
     copies: int,
     seed: int,
@@ -50,6 +53,7 @@ def encode_dataset(
 
     Args:
         dataset: folder of the dataset.
+        grid: its numbers of voxels along x, y and z, which need not be those of the tokenizer's training data.
         copies: number of copies of each training trajectory, including the unchanged one.
         seed: selects the symmetries.
         skip_bad: whether to skip unusable files (``data.skip_bad``).
@@ -62,7 +66,7 @@ def encode_dataset(
         UserError: bad data, or latents that are not finite (names the trajectory).
     """
     tokenizer = tokenizer.to(device).eval()
-    listed = {split: list_trajectories(dataset, split, tokenizer.grid, skip_bad) for split in SPLITS}
+    listed = {split: list_trajectories(dataset, split, grid, skip_bad) for split in SPLITS}
     snapshots = Snapshots([record for records in listed.values() for record in records])
     batches, jobs, first = [], [], 0
     for split, records in listed.items():
@@ -82,7 +86,7 @@ def encode_dataset(
         return tokenizer.encode(fields_B5XYZ).cpu(), fields_B5XYZ[:1, 4:]
 
     flows = zip((symmetry for _, _, _, symmetry, _ in jobs), reads, strict=True)
-    batch_bytes = BATCH * 5 * math.prod(tokenizer.grid) * 4
+    batch_bytes = BATCH * 5 * math.prod(grid) * 4
     encoded = map_in_threads(encode, flows, WORKSPACE * batch_bytes) if device == "cpu" else map(encode, flows)
     stats = dataset / "stats.yaml"
     origin = {
@@ -90,7 +94,7 @@ def encode_dataset(
         "tokenizer": str(tokenizer_folder or ""),
         "dataset": str(dataset),
         "stats_sha256": sha256(stats) if stats.is_file() else "",
-        "grid": tokenizer.grid,
+        "grid": list(grid),
         "latent_channels": tokenizer.config.latent_channels,
         "copies": copies,
         "symmetries": symmetries,
@@ -132,7 +136,10 @@ def _new_group(
     group = file.create_group(name)
     group.attrs.update(domain=record.domain, source=record.path.name, sample=record.sample, copy=copy)
     group.attrs.update(shift=symmetry.shift, mirror=symmetry.mirror, order=symmetry.order)
-    shape = (record.n_snapshots, tokenizer.config.latent_channels, *tokenizer.latent_grid)
+    # Symmetries move no wall and exchange periodic axes alone, so a copy has the same boundaries.
+    group.attrs["boundaries"] = codes_of(record.boundaries)
+    latent_grid = [size // COMPRESSION for size in record.grid]
+    shape = (record.n_snapshots, tokenizer.config.latent_channels, *latent_grid)
     # Stored contiguously: reading chunks with checksums takes 16 times as long, and training waits for it.
     group.create_dataset("z", shape, "float32")
     group["geometry"] = tokenizer.encode_geometry(solid_11XYZ)[0].cpu().numpy()

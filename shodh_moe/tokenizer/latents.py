@@ -5,7 +5,8 @@
 [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z] (fraction of solid voxels in each latent's
 patch, float32) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of the trajectory in that
 file), ``copy`` (0: the trajectory itself), ``mean_squared_change`` (of z from snapshot to snapshot; absent in older
-caches) and the symmetry of the copy: ``shift``, ``mirror``, ``order``.
+caches), ``boundaries`` (codes of the faces, see `shodh_moe.base.boundaries`; absent in older caches) and the symmetry of
+the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.boundaries import UNKNOWN_CODE
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.text import NAME_RULE, is_name
-from shodh_moe.config import COMPRESSION
+from shodh_moe.config import ModelConfig
 from shodh_moe.config.inputs import NAMES, Inputs
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
@@ -48,6 +50,7 @@ class LatentTrajectory:
         geometry_Cxyz: geometry latent, float32.
         solid_fraction_xyz: fraction of solid voxels in each latent's patch, float32.
         copy: 0 for the trajectory itself, otherwise the number of its copy under a symmetry.
+        boundary_32: int64, codes of the faces of the box, see `shodh_moe.base.boundaries`; None in older caches.
     """
 
     domain: str
@@ -57,6 +60,7 @@ class LatentTrajectory:
     geometry_Cxyz: Tensor
     solid_fraction_xyz: Tensor
     copy: int = 0
+    boundary_32: Tensor | None = None
 
     @property
     def snapshots(self) -> int:
@@ -66,6 +70,10 @@ class LatentTrajectory:
     def solid_fraction_by_token(self, patch: int) -> Tensor:
         """Fraction of solid voxels in each token, float32 [x / patch, y / patch, z / patch]."""
         return F.avg_pool3d(self.solid_fraction_xyz[None, None], patch)[0, 0]
+
+    def boundaries(self) -> Tensor:
+        """``boundary_32``, or codes of unknown faces in older caches."""
+        return torch.full((3, 2), UNKNOWN_CODE) if self.boundary_32 is None else self.boundary_32
 
     def mean_squared_change(self) -> float:
         """Mean square of z[t + 1] - z[t] over all t, channels and cells.
@@ -102,7 +110,7 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
             tokenizer, latents of any tokenizer are accepted.
 
     Raises:
-        UserError: the cache is missing or damaged, another tokenizer made it (by hash, channels or grid), a trajectory
+        UserError: the cache is missing or damaged, another tokenizer made it (by hash or channels), a trajectory
             has no snapshots, trajectories differ in shape, or a geometry is not finite.
     """
     path = folder / f"{split}.hdf5"
@@ -130,6 +138,21 @@ def load_latents(folder: Path, split: str, tokenizer: Path | None = None) -> lis
     return found
 
 
+def require_boundaries(samples: LatentSamples, model: ModelConfig) -> None:
+    """Check that the latents of a network that is told boundaries record them.
+
+    Raises:
+        UserError: an earlier version made them.
+    """
+    if model.told_boundaries and any(one.boundary_32 is None for one in samples.trajectories):
+        path = Path(samples.trajectories[0].z.file.filename)
+        key = "boundaries" if model.boundaries else "positions"
+        raise UserError(
+            f"latents {path} are of an earlier version and do not record the boundaries that model.{key} needs: delete "
+            f"{path.parent} and run `shodh tokenizer encode` again"
+        )
+
+
 def inputs_of_latents(folder: Path) -> Inputs:
     """Read what the training latents in a cache folder were made from, see `shodh_moe.config.inputs`.
 
@@ -154,7 +177,13 @@ def _trajectory(group: h5py.Group) -> LatentTrajectory:
         geometry_Cxyz=torch.from_numpy(group["geometry"][()]),
         solid_fraction_xyz=torch.from_numpy(group["solid_fraction"][()]),
         copy=int(group.attrs.get("copy", 0)),
+        boundary_32=_boundaries(group),
     )
+
+
+def _boundaries(group: h5py.Group) -> Tensor | None:
+    codes = group.attrs.get("boundaries")
+    return None if codes is None else torch.from_numpy(np.asarray(codes, dtype=np.int64).reshape(3, 2))
 
 
 def _require_made_with(
@@ -167,22 +196,22 @@ def _require_made_with(
         shape: [C, x, y, z] of the latents.
 
     Raises:
-        UserError: hash or shape differ, or the tokenizer's description is damaged.
+        UserError: hash or channels differ, or the tokenizer's description is damaged.
     """
     (digest, folder), meta_path = made_with, tokenizer / "tokenizer.json"
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         own_digest = str(meta["sha256"])
-        own_shape = (int(meta["config"]["latent_channels"]), *(int(size) // COMPRESSION for size in meta["grid"]))
+        own_channels = int(meta["config"]["latent_channels"])
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta_path} cannot be read ({type(error).__name__}): train the tokenizer again") from error
-    if (digest, shape) != (own_digest, own_shape):
+    if (digest, shape[0]) != (own_digest, own_channels):
         theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "an unknown tokenizer"
         raise UserError(
-            f"latents {path}, {_size(shape)}, were made with {theirs}; the one in {tokenizer} is {own_digest[:12]} and "
-            f"makes {_size(own_shape)}: {remedy}, or set tokenizer.path to the tokenizer that made them"
+            f"latents {path}, {shape[0]} channels, were made with {theirs}; the one in {tokenizer} is "
+            f"{own_digest[:12]} and makes {own_channels}: {remedy}, or set tokenizer.path to the tokenizer that made them"
         )
 
 
@@ -209,17 +238,20 @@ class Batch(NamedTuple):
         geometry_BCxyz: the geometry latents.
         target_BCxyz: the latents to predict.
         domain_B: int64, number of each sample's domain in `LatentSamples.domains`.
+        boundary_B32: int64, codes of the faces of each sample's box, see `shodh_moe.base.boundaries`.
     """
 
     history_BHCxyz: Tensor
     geometry_BCxyz: Tensor
     target_BCxyz: Tensor
     domain_B: Tensor
+    boundary_B32: Tensor
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Context]:
         """The arguments of `LatentTransformer.forward`."""
-        return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
+        context = Context(len(self.domain_B), self.domain_B, boundary_B32=self.boundary_B32)
+        return self.history_BHCxyz, self.geometry_BCxyz, context
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move the samples to a device, and convert floating-point tensors to ``dtype`` (None keeps their dtypes)."""
@@ -288,7 +320,7 @@ class LatentSamples:
         Raises:
             UserError: the file is damaged.
         """
-        history, geometry, target = [], [], []
+        history, geometry, target, boundary = [], [], [], []
         for domain, index in samples:
             number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
@@ -296,12 +328,14 @@ class LatentSamples:
             history.append(z_TCxyz[:-1])
             geometry.append(trajectory.geometry_Cxyz)
             target.append(z_TCxyz[-1])
+            boundary.append(trajectory.boundaries())
         labels = torch.tensor([domain for domain, _ in samples])
-        return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
+        return Batch(*(torch.stack(parts) for parts in (history, geometry, target)), labels, torch.stack(boundary))
 
-    def context(self, domain: str) -> Context:
-        """Return the context of one sample of a domain, for `LatentTransformer.forward`."""
-        return Context(1, torch.tensor([self.domains.index(domain)]))
+    def context(self, trajectory: LatentTrajectory) -> Context:
+        """Return the context of one sample of a trajectory, for `LatentTransformer.forward`."""
+        domain_B = torch.tensor([self.domains.index(trajectory.domain)])
+        return Context(1, domain_B, boundary_B32=trajectory.boundaries()[None])
 
     def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
         """Return (domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""

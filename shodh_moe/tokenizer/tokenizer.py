@@ -52,11 +52,12 @@ class Tokenizer(nn.Module):
     no layer has to learn to invert a curl, whose gain grows with the wave number (our choice; see docs/tokenizer.md).
 
     One velocity scale and one pressure scale (rms over all domains of the training split) normalise the fields;
-    latents are normalised per channel. All statistics are buffers and are saved with the weights.
+    latents are normalised per channel. All statistics are buffers and are saved with the weights. Neither weights nor
+    statistics depend on the grid, so it encodes and decodes every grid whose sizes are multiples of 8.
 
     Args:
         config: the ``tokenizer`` section of a config.
-        grid: numbers of voxels along x, y and z.
+        grid: numbers of voxels along x, y and z of the grid that it is trained on.
     """
 
     velocity_rms: Tensor
@@ -81,7 +82,7 @@ class Tokenizer(nn.Module):
 
     @property
     def latent_grid(self) -> list[int]:
-        """Numbers of latents along x, y and z."""
+        """Numbers of latents along x, y and z on the grid that it was trained on."""
         return [size // COMPRESSION for size in self.grid]
 
     def normalise(self, fields_B5XYZ: Tensor) -> Tensor:
@@ -190,27 +191,14 @@ def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]
 
 
-def require_fit(tokenizer: Tokenizer, config: Config, paths: Paths) -> None:
-    """Check that the tokenizer's grid is that of the data (its fields are checked when it is loaded).
-
-    Raises:
-        UserError: the grids differ.
-    """
-    if tokenizer.grid != config.data.grid:
-        raise UserError(
-            f"tokenizer {paths.tokenizer} was trained on grid {tokenizer.grid}, data.grid is "
-            f"{config.data.grid}: set tokenizer.path to one of that grid, or to null to train one"
-        )
-
-
 def use_tokenizer(config: Config, paths: Paths) -> str:
     """Check that the tokenizer of a config, which exists, can be used, and return a phrase that says which it is.
 
     Raises:
-        UserError: it is damaged, of another grid, or was trained on something else than the config's data.
+        UserError: it is damaged, or was trained on something else than the config's data.
     """
     folder = paths.tokenizer
-    require_fit(load_tokenizer(folder), config, paths)
+    load_tokenizer(folder)
     if config.tokenizer.path:
         return f"given, {folder}"
     recorded = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("inputs", {})

@@ -10,6 +10,7 @@ Shapes: B samples of this rank, R samples that it computes, S tokens of a sample
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.metrics.latents import sample_mse
-from shodh_moe.model import Context, LatentTransformer, Routing
+from shodh_moe.model import LatentTransformer, Routing
 from shodh_moe.model.routers import Decision
+from shodh_moe.model.transformer import token_grid
 from shodh_moe.parallel import ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import Batch
 from shodh_moe.training.deepspeed_config import exchanges_samples
@@ -59,7 +61,7 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
     assert model.path is not None
     samples = len(batch.domain_B)
     z_BSI = model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz)
-    plan = model.path.decide(z_BSI, batch.inputs[2])
+    plan = model.path.decide(z_BSI, token_grid(batch.geometry_BCxyz, config.model.patch), batch.inputs[2])
     decided = Decision(plan.gating.expert_N.view(samples, -1)[:, 0], _kept(plan.routing, plan.capacity, samples))
 
     experts = config.model.moe.num_experts
@@ -72,8 +74,8 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
 
     received = there.batch
     decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
-    context = Context(len(received.domain_B), received.domain_B, decision=decision)
-    prediction = engine(received.history_BHCxyz, received.geometry_BCxyz, context)
+    history, geometry, context = received.inputs
+    prediction = engine(history, geometry, replace(context, decision=decision))
     error_R = sample_mse(prediction.latent_BCxyz, received.target_BCxyz)
     mine = (prediction_losses(kind, error_R, there.norm_B) * there.weight_B).sum()
 

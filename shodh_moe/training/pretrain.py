@@ -27,7 +27,7 @@ from shodh_moe.model.learning import prepare_fine_tuning, routers_learn
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
-from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents, require_boundaries
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.balance import update_biases
 from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
@@ -64,6 +64,8 @@ def pretrain(
         LatentSamples(load_latents(latents, split, tokenizer), config.model.history, config.data.weights)
         for split in ("train", "valid")
     )
+    for samples in (train_samples, valid):
+        require_boundaries(samples, config.model)
     init_distributed(_facts(config, train_samples, valid))
     inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
@@ -72,7 +74,7 @@ def pretrain(
 
 
 def latent_engine(
-    config: Config, latent_channels: int, latent_grid: list[int], samples: LatentSamples | None = None
+    config: Config, latent_channels: int, samples: LatentSamples | None = None
 ) -> Engine:
     """Build the engine around the config's transformer with this rank's experts (collective).
 
@@ -83,7 +85,7 @@ def latent_engine(
     ep = ExpertParallel(size, dist.get_rank() % size)
     norm = available_norm(config.training.norm, get_accelerator().device_name())
     model = LatentTransformer(
-        config.model, latent_channels, latent_grid, config.seed, ep,
+        config.model, latent_channels, config.seed, ep,
         norm=norm, activation_checkpointing=config.training.activation_checkpointing,
     )  # fmt: skip
     if model.path is not None and config.finetune is None:  # a fine-tuning begins with a trained router
@@ -117,7 +119,7 @@ class _LatentTask:
         inputs: Inputs,
     ):
         _, channels, *grid = samples.trajectories[0].z.shape
-        self.engine = latent_engine(config, channels, list(grid), samples)
+        self.engine = latent_engine(config, channels, samples)
         self.facts, self.inputs = facts, inputs
         self._config, self._samples, self._valid = config, samples, valid
         by_domain = config.training.loss == "domain"

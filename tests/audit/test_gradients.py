@@ -41,7 +41,7 @@ def _config(**moe: Any) -> Config:
 
 
 def _transformer(config: Config, head: float = 0.1) -> LatentTransformer:
-    transformer = LatentTransformer(config.model, SHAPE[0], list(SHAPE[1:]), 0, ExpertParallel())
+    transformer = LatentTransformer(config.model, SHAPE[0], 0, ExpertParallel())
     torch.nn.init.normal_(transformer.head.weight, std=head)
     return transformer
 

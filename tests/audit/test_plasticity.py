@@ -37,7 +37,7 @@ def _transformer(**moe: Any) -> LatentTransformer:
         "norms": "pre",
         "moe": LAYER | {"expert_hidden": HIDDEN, **moe},
     }
-    return LatentTransformer(tiny.config(model=model).model, 6, [2, 2, 2], 0, ExpertParallel()).eval()
+    return LatentTransformer(tiny.config(model=model).model, 6, 0, ExpertParallel()).eval()
 
 
 def test_dormant_units_by_hand() -> None:

@@ -56,6 +56,6 @@ def audit(folder: Path, **keys: Any) -> AuditConfig:
 
 def make_transformer(config: Config) -> LatentTransformer:
     """Make an untrained transformer for 6 channels on a grid of 2^3, in evaluation mode, whose head is not zero."""
-    transformer = LatentTransformer(config.model, 6, [2, 2, 2], 0, ExpertParallel())
+    transformer = LatentTransformer(config.model, 6, 0, ExpertParallel())
     torch.nn.init.normal_(transformer.head.weight, std=0.1)
     return transformer.eval()

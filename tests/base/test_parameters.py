@@ -33,7 +33,7 @@ def test_the_transformer_marks_its_parameters(frozen):
     """The marks equal the former decisions by parameter name."""
     moe = MoEConfig(**LAYER, expert_hidden=16, router=RouterConfig(frozen=frozen))
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
-    model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel())
+    model = LatentTransformer(config, 5, 0, ExpertParallel())
     seen = set()
     for name, parameter in model.named_parameters():
         found = marks(parameter)

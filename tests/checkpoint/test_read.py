@@ -280,7 +280,7 @@ def test_tensors_of_another_model_are_named_and_the_previous_checkpoint_is_used(
 
 def transformer(ep: ExpertParallel | None = None, dim: int = 24) -> LatentTransformer:
     model = config(model={"dim": dim, "depth": 2, "heads": 2, "moe": {"expert_hidden": 16}}).model
-    return LatentTransformer(model, 4, [2, 2, 2], 0, ep or ExpertParallel())
+    return LatentTransformer(model, 4, 0, ep or ExpertParallel())
 
 
 @pytest.mark.parametrize("saved_at", [1, 2])

@@ -32,7 +32,7 @@ def samples() -> LatentSamples:
 def _transformer(kind: str) -> LatentTransformer:
     moe = MoEConfig(**LAYER, num_experts=2, expert_hidden=16, router=RouterConfig(kind=kind))
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
-    transformer = LatentTransformer(config, SHAPE[0], list(SHAPE[1:]), 0, ExpertParallel())
+    transformer = LatentTransformer(config, SHAPE[0], 0, ExpertParallel())
     torch.nn.init.normal_(transformer.head.weight, std=0.1)
     return transformer.eval()
 

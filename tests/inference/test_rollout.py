@@ -18,7 +18,7 @@ def _model(context: str) -> LatentTransformer:
     """A model whose first prediction leads most samples to another path."""
     moe = MoEConfig(num_experts=2, expert_hidden=8, scope="path", router=RouterConfig(kind="linear", context=context))
     config = ModelConfig(dim=8, depth=1, heads=1, history=1, moe=moe)
-    model = LatentTransformer(config, CHANNELS, GRID, seed=0, ep=ExpertParallel()).eval()
+    model = LatentTransformer(config, CHANNELS, seed=0, ep=ExpertParallel()).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in (*model.head.parameters(), *model.routers[0].parameters()):
         torch.nn.init.normal_(parameter, std=3.0, generator=generator)

@@ -49,7 +49,7 @@ SINGLE = {
 
 
 def network(model: dict[str, Any], seed: int = 0) -> LatentTransformer:
-    return LatentTransformer(ModelConfig.model_validate(model), CHANNELS, GRID, seed, ExpertParallel()).eval()
+    return LatentTransformer(ModelConfig.model_validate(model), CHANNELS, seed, ExpertParallel()).eval()
 
 
 def experts(model: dict[str, Any], move: str = "") -> list[State]:

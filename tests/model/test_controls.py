@@ -16,7 +16,7 @@ from tests.tiny import LAYER
 
 def _model(moe: MoEConfig, seed: int = 0) -> LatentTransformer:
     config = ModelConfig(dim=24, depth=2, heads=2, moe=moe)
-    model = LatentTransformer(config, latent_channels=5, latent_grid=[4, 4, 2], seed=seed, ep=ExpertParallel())
+    model = LatentTransformer(config, latent_channels=5, seed=seed, ep=ExpertParallel())
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
     return model
 

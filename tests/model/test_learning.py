@@ -26,7 +26,7 @@ PATHS = {"num_experts": 3, "scope": "path", "attention": "low_rank", "attention_
 
 def network(moe: dict[str, Any], ep: ExpertParallel | None = None) -> LatentTransformer:
     config = ModelConfig.model_validate({**MODEL, "moe": moe})
-    model = LatentTransformer(config, 5, [2, 2, 2], 0, ep or ExpertParallel())
+    model = LatentTransformer(config, 5, 0, ep or ExpertParallel())
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # parts that start at zero would have no gradient behind them
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)

@@ -37,7 +37,7 @@ def _config(attention: str = "shared", context: str = "sample", **moe: Any) -> M
 
 def _model(config: ModelConfig, **options: Any) -> LatentTransformer:
     """A model in which every part changes the prediction."""
-    model = LatentTransformer(config, CHANNELS, GRID, seed=0, ep=ExpertParallel(), **options)
+    model = LatentTransformer(config, CHANNELS, seed=0, ep=ExpertParallel(), **options)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if not parameter.any():  # the head, and low-rank additions

@@ -33,7 +33,6 @@ def test_a_new_router_is_one_file_and_one_line(monkeypatch, frozen, recompute):
     model = LatentTransformer(
         ModelConfig(dim=24, depth=2, heads=2, moe=moe),
         latent_channels=5,
-        latent_grid=[4, 4, 2],
         seed=0,
         ep=ExpertParallel(),
         activation_checkpointing=recompute,
@@ -67,7 +66,7 @@ def test_an_unknown_router_is_refused_with_the_known_ones(tmp_path):
 def test_a_frozen_router_stays_frozen_in_any_precision(dtype):
     moe = MoEConfig(**LAYER, expert_hidden=16, router=RouterConfig(frozen=True))
     config = ModelConfig(dim=24, depth=1, heads=2, moe=moe)
-    model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel()).to(dtype)
+    model = LatentTransformer(config, 5, 0, ExpertParallel()).to(dtype)
     torch.nn.init.normal_(model.head.weight)
     prediction = model(torch.randn(3, 2, 5, 4, 4, 2, dtype=dtype), torch.randn(3, 5, 4, 4, 2, dtype=dtype))
     prediction.latent_BCxyz.square().mean().backward()

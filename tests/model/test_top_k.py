@@ -82,7 +82,7 @@ def test_a_routed_linear_map_adds_the_maps_of_all_the_tokens_experts(rank, dropl
 @pytest.mark.parametrize("scope", ["layer", "path"])
 def test_every_parameter_of_a_network_learns(scope):
     config = ModelConfig(dim=24, depth=2, heads=2, moe=_config(scope=scope, dropless=True, router={}))
-    model = LatentTransformer(config, 5, [4, 4, 2], 0, ExpertParallel())
+    model = LatentTransformer(config, 5, 0, ExpertParallel())
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     out = model(torch.randn(6, 2, 5, 4, 4, 2), torch.randn(6, 5, 4, 4, 2))

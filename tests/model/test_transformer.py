@@ -24,7 +24,7 @@ SMALL = ModelConfig(dim=24, depth=2, heads=2, norms="pre", moe=MoEConfig(**LAYER
 
 
 def _model(config: ModelConfig = SMALL, seed: int = 0) -> LatentTransformer:
-    return LatentTransformer(config, latent_channels=5, latent_grid=[4, 4, 2], seed=seed, ep=ExpertParallel())
+    return LatentTransformer(config, latent_channels=5, seed=seed, ep=ExpertParallel())
 
 
 def _inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +136,7 @@ def _trained_like(**options: Any) -> LatentTransformer:
     moe = MoEConfig(**LAYER, num_experts=3, expert_hidden=16, capacity_factor=0.8, min_capacity=1)
     config = SMALL.model_copy(update={"moe": moe})
     model = LatentTransformer(
-        config, latent_channels=5, latent_grid=[4, 4, 2], seed=0, ep=ExpertParallel(), **options
+        config, latent_channels=5, seed=0, ep=ExpertParallel(), **options
     )  # fmt: skip
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
     return model

@@ -127,7 +127,7 @@ def _check_activations(config: Config) -> None:
     precision, checkpointing = config.training.precision, config.training.activation_checkpointing
     channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
     model = LatentTransformer(
-        config.model, channels, grid, 0, ExpertParallel(), activation_checkpointing=checkpointing
+        config.model, channels, 0, ExpertParallel(), activation_checkpointing=checkpointing
     )  # fmt: skip
     if config.finetune:
         prepare_fine_tuning(model, config.finetune, ExpertParallel())
@@ -152,7 +152,7 @@ def test_planned_parameters_match_the_model(ep):
     config = _config(64, 96, 1, 3, 4, 8)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
     count = plan.count_parameters(config, world=4)
-    model = LatentTransformer(config.model, 8, [4, 4, 4], 0, ExpertParallel(ep, 0))
+    model = LatentTransformer(config.model, 8, 0, ExpertParallel(ep, 0))
     assert count.rank == sum(parameter.numel() for parameter in model.parameters())
     assert count.expert == 3 * 4 * 3 * 64 * 96  # layers, experts, matrices, their sizes
     assert count.active == count.total - count.expert * 3 // 4
@@ -171,7 +171,7 @@ def test_a_token_passes_through_top_k_experts():
 def test_a_token_passes_through_the_parts_of_one_path(attention):
     config = _config(64, 96, 1, 3, 4, 8, {"scope": "path", "attention": attention})
     count = plan.count_parameters(config, world=1)
-    model = LatentTransformer(config.model, 8, [4, 4, 4], 0, ExpertParallel())
+    model = LatentTransformer(config.model, 8, 0, ExpertParallel())
     names = [name for name, _ in model.named_parameters()]
     sizes = [parameter.numel() for parameter in model.parameters()]
     assert count.total == sum(sizes)

@@ -54,7 +54,7 @@ def measure(config: Config) -> dict[str, int]:
     t, channels = config.training, config.tokenizer.latent_channels
     grid = [size // 8 for size in config.data.grid]
     with LiveBytes() as live:
-        engine = latent_engine(config, channels, grid)
+        engine = latent_engine(config, channels)
         live.peak = 0
         for _ in range(2 * t.accumulation):
             history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)

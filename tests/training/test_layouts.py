@@ -103,7 +103,7 @@ class _Run:
         self.rank, self.step = rank, 0
         self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, WORLD)
-        self.engine = latent_engine(self.config, 6, [2, 2, 2], self.samples)
+        self.engine = latent_engine(self.config, 6, self.samples)
         self.folder = _folder(folder, case, layout)
         self.start = [f.values.clone() for f in self.engine.fragments()]
 

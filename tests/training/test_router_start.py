@@ -21,7 +21,7 @@ def test_the_start_does_not_depend_on_the_batch_size(tmp_path):
         config = Config.model_validate(
             {"model": {"dim": 24, "depth": 1, "heads": 2}, "training": {"batch_size": size}, "seed": 3}
         )
-        model = LatentTransformer(config.model, samples.trajectories[0].z.shape[1], grid, 3, ExpertParallel())
+        model = LatentTransformer(config.model, samples.trajectories[0].z.shape[1], 3, ExpertParallel())
         before = {name: tensor.clone() for name, tensor in model.path.router.state_dict().items()}
         start_router(model, samples, config)
         started.append(model.path.router.state_dict())

@@ -68,7 +68,7 @@ def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
     t = config.training
     samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
     sampler = DomainSampler(samples.sizes, t.batch_size, 0, WORLD)
-    engine = latent_engine(config, 6, [2, 2, 2], samples)
+    engine = latent_engine(config, 6, samples)
     scale_D = samples.change_scale()
     found: dict[str, Any] = {
         key: [] for key in ("losses", "error_B", "norms", "experts", "kept", "computed", "strangers")

@@ -42,7 +42,7 @@ def _routing(seed: int, tokens: int = 12, experts: int = 3) -> Routing:
 
 def _model(**moe) -> LatentTransformer:
     config = ModelConfig(dim=24, depth=2, heads=2, moe=MoEConfig(**LAYER, num_experts=3, expert_hidden=8, **moe))
-    return LatentTransformer(config, 4, [2, 2, 2], 0, ExpertParallel()).train()
+    return LatentTransformer(config, 4, 0, ExpertParallel()).train()
 
 
 def test_sums_equal_a_loop_over_tokens():

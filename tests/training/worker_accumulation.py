@@ -20,7 +20,7 @@ _, folder, name, *overrides = sys.argv
 config = load_config(Path(folder, "config.yaml"), overrides)
 init_distributed()
 samples = LatentSamples(load_latents(Path(folder, "latents"), "train"), config.model.history)
-engine = latent_engine(config, 6, [2, 2, 2])
+engine = latent_engine(config, 6)
 torch.nn.init.normal_(engine.model.head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
 for shard in engine._shards:  # ZeRO copied the weights before they were initialized here
     shard.of(shard.master).copy_(shard.parameter.detach().view(-1)[shard.start :][: shard.count])

@@ -25,7 +25,7 @@ config = load_config(folder / "config.yaml", [f"parallel.ep_size={ep_size}", *ov
 init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
 samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
-engine = latent_engine(config, 6, [2, 2, 2], samples)
+engine = latent_engine(config, 6, samples)
 generator = torch.Generator().manual_seed(7)
 for parameter in engine.model.head.parameters():
     torch.nn.init.normal_(parameter, std=0.1, generator=generator)

@@ -38,7 +38,7 @@ def train(folder: Path, stage: str) -> None:
     config = load_config(folder / "config.yaml", ["training.precision=float64", f"parallel.zero_stage={stage}"])
     samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
     sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed, dist.get_world_size())
-    engine = latent_engine(config, 6, [2, 2, 2])
+    engine = latent_engine(config, 6)
     assert state() == before
     for step in range(2):
         batch = samples.batch(sampler.batch(step, dist.get_rank())).to("cpu", torch.float64)

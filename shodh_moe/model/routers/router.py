@@ -41,12 +41,15 @@ class Context:
         domain_B: int64, number of each sample's domain; None if unknown.
         drop: whether experts drop tokens beyond their capacity outside training as well.
         decision: the samples' paths, if they are known already; the path router then only computes their gates.
+        boundary_B32: int64, code of each face of each sample's box, see `shodh_moe.base.boundaries`. Only networks that
+            are told boundaries need it.
     """
 
     samples: int = 1
     domain_B: Tensor | None = None
     drop: bool = False
     decision: Decision | None = None
+    boundary_B32: Tensor | None = None
 
     def by_row(self, value_B: Tensor, rows: int) -> Tensor:
         """Give each of ``rows`` rows, the same number from each sample, its sample's value: [B, ...] -> [M, ...]."""

@@ -129,6 +129,7 @@ class _DeepSpeedBlock(nn.Module):
 
 def _batch(case: dict[str, int], rank: int, ranks: int, uneven: bool) -> Any:
     """Samples whose domain is the number of their expert. With an even load, every expert gets the same number."""
+    from shodh_moe.base.boundaries import UNKNOWN_CODE
     from shodh_moe.tokenizer.latents import Batch
 
     samples, channels, grid = case["samples"], case["channels"], [case["grid"]] * 3
@@ -140,7 +141,7 @@ def _batch(case: dict[str, int], rank: int, ranks: int, uneven: bool) -> Any:
     if uneven:  # of four samples, three have an expert in the first half
         half = ranks // 2
         domain_B = domain_B % half + half * ((torch.arange(samples) + rank * samples) % 4 == 3)
-    return Batch(history, geometry, target, domain_B, torch.full((samples, 3, 2), -1))
+    return Batch(history, geometry, target, domain_B, torch.full((samples, 3, 2), UNKNOWN_CODE))
 
 
 def _config(case: dict[str, int], variant: str, ranks: int) -> Any:

@@ -64,7 +64,7 @@ def make_run(
     if not (folder / "theirs").exists():
         write_dataset(folder / "theirs", GRID, SNAPSHOTS)
     config = run_config(folder, model, **settings)
-    tokenizer = make_tokenizer(config, folder / "tok")
+    make_tokenizer(config, folder / "tok")
     run = folder / "runs" / "trained"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))

@@ -155,9 +155,7 @@ def load_source(source: ModelSource, model: ModelConfig | None = None) -> Model:
     if made_with and made_with != tokenizer_sha256(folder):
         raise UserError(f"{source.path} was trained on latents of another tokenizer than {folder}: name its own one")
     model = model or source.config.model
-    transformer = LatentTransformer(
-        model, tokenizer.config.latent_channels, source.config.seed, ExpertParallel()
-    )
+    transformer = LatentTransformer(model, tokenizer.config.latent_channels, source.config.seed, ExpertParallel())
     weights = read_weights(source)
     _require_same_shapes(source.path, transformer, weights)
     _require_same_settings(source, model)

@@ -74,7 +74,7 @@ class Model:
             ``velocity_face``, or of ``velocity`` with other operators, vanishes to rounding for the model's operator.
 
         Raises:
-            UserError: a field is missing, the model does not take their grid, there are too few snapshots, or a given or
+            UserError: a field is missing, the model does not take the grid, there are too few snapshots, or a given or
                 predicted value is not finite.
         """
         given_H4XYZ, solid_1XYZ = self._checked(fields, steps)

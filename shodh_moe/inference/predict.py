@@ -279,8 +279,8 @@ def _require_fit(request: Request, record: TrajectoryRecord, model: Model, sourc
         print(f"warning: the time step of {request.input} is {axes.time_step:g}, the model was trained with {known}")
     if list(record.grid) != data.grid:
         _warn(
-            f"{request.input} has grid {list(record.grid)}, {source.path} was trained on {data.grid}: its errors may be "
-            "larger than those of the model card"
+            f"{request.input} has grid {list(record.grid)}, {source.path} was trained on {data.grid}: expect larger "
+            "errors than those of the model card"
         )
     if model.transformer.config.told_boundaries and any(UNKNOWN in axis for axis in record.boundaries):
         _warn(

@@ -23,8 +23,8 @@ def describe(file: h5py.File, default_domain: str) -> dict[str, Any]:
 
     Returns:
         A dictionary of samples (number of trajectories), n_snapshots, grid [X, Y, Z], domain, periodic (three
-        booleans), boundaries (kind of the low and the high face of each axis), forced, spacing (x, y, z, or None if unknown), intervals (time between snapshots of each trajectory,
-        or None), units (text).
+        booleans), boundaries (kind of the low and the high face of each axis), forced, spacing (x, y, z, or None if
+        unknown), intervals (time between snapshots of each trajectory, or None), units (text).
 
     Raises:
         UserError: see `shodh_moe.data.reading.open_trajectories`.

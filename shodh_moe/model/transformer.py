@@ -154,7 +154,8 @@ class LatentTransformer(nn.Module):
         """
         if self.path is None or self.config.moe.router.context != "sample":
             return None
-        grid, z_BSI = token_grid(geometry_BCxyz, self.config.patch), self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        grid = token_grid(geometry_BCxyz, self.config.patch)
+        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
         return self.path(z_BSI, grid, context or Context(len(history_BHCxyz)))
 
     def forward(
@@ -177,7 +178,8 @@ class LatentTransformer(nn.Module):
             ValueError: the network is told boundaries, and the context has none.
         """
         context = context or Context(len(history_BHCxyz))
-        grid, z_BSI = token_grid(geometry_BCxyz, self.config.patch), self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
+        grid = token_grid(geometry_BCxyz, self.config.patch)
+        z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
         if plan is None and self.path is not None:
             plan = self.path(z_BSI, grid, context)
         # The residual stream stays as wide as the latents under autocast.

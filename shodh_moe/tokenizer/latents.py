@@ -5,8 +5,8 @@
 [C, x, y, z] (normalised latents, float32), ``solid_fraction`` [x, y, z] (fraction of solid voxels in each latent's
 patch, float32) and the attributes ``domain``, ``source`` (data file), ``sample`` (number of the trajectory in that
 file), ``copy`` (0: the trajectory itself), ``mean_squared_change`` (of z from snapshot to snapshot; absent in older
-caches), ``boundaries`` (codes of the faces, see `shodh_moe.base.boundaries`; absent in older caches) and the symmetry of
-the copy: ``shift``, ``mirror``, ``order``.
+caches), ``boundaries`` (codes of the faces, see `shodh_moe.base.boundaries`; absent in older caches) and the symmetry
+of the copy: ``shift``, ``mirror``, ``order``.
 
 The attributes of the file record the latents' origin: ``tokenizer_sha256`` (of all weights and statistics),
 ``tokenizer`` (its folder), ``dataset`` (its folder), ``stats_sha256`` (of the dataset's statistics), ``grid`` (of the
@@ -211,7 +211,7 @@ def _require_made_with(
         theirs = f"tokenizer {digest[:12]} (then in {folder})" if digest else "an unknown tokenizer"
         raise UserError(
             f"latents {path}, {shape[0]} channels, were made with {theirs}; the one in {tokenizer} is "
-            f"{own_digest[:12]} and makes {own_channels}: {remedy}, or set tokenizer.path to the tokenizer that made them"
+            f"{own_digest[:12]} and makes {own_channels}: {remedy}, or set tokenizer.path to their own tokenizer"
         )
 
 

@@ -73,9 +73,7 @@ def pretrain(
     train(task, config, run, resume, watchdog)
 
 
-def latent_engine(
-    config: Config, latent_channels: int, samples: LatentSamples | None = None
-) -> Engine:
+def latent_engine(config: Config, latent_channels: int, samples: LatentSamples | None = None) -> Engine:
     """Build the engine around the config's transformer with this rank's experts (collective).
 
     Args:

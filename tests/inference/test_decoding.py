@@ -53,7 +53,7 @@ def encode(config: Config) -> None:
     paths = resolve_paths(config)
     paths.latents.mkdir(parents=True)
     tokenizer = load_tokenizer(paths.tokenizer)
-    encode_dataset(tokenizer, paths.dataset, paths.latents, 2, 0, tokenizer_folder=paths.tokenizer)
+    encode_dataset(tokenizer, paths.dataset, GRID, paths.latents, 2, 0, tokenizer_folder=paths.tokenizer)
 
 
 def config_in(folder: Path) -> Config:

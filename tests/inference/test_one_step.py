@@ -50,12 +50,12 @@ def test_a_trajectory_is_predicted_from_its_true_latents(samples: LatentSamples,
     assert torch.equal(latents, torch.cat([out.latent_BCxyz for out in expected]))
     for layer, chosen in enumerate(experts):
         assert torch.equal(chosen.flatten(), torch.cat([out.routing[layer].expert_N for out in expected]))
-    assert samples.context("b").domain_B.tolist() == [1]
+    assert samples.context(trajectory).domain_B.tolist() == [1]
 
 
 def test_errors_are_compared_with_persistence(samples: LatentSamples) -> None:
     (found,) = predict_windows(_transformer("cosine"), samples, [(0, 1), (1, 8)], 4)
-    history, _, target, domain_B = found.batch
+    history, _, target, domain_B, _ = found.batch
     errors_B2 = mse_beside_persistence(found.latent_BCxyz, history, target)
     assert domain_B.tolist() == [0, 1]
     for n in range(2):

@@ -70,7 +70,7 @@ def test_contexts_are_what_the_router_sees(made: Path, monkeypatch: pytest.Monke
     rows = contexts.rows_MF[(contexts.domain_M == 0) & ~contexts.valid_M]
     torch.testing.assert_close(context_rows(z_BSI, HISTORY), rows, rtol=1e-5, atol=1e-6)
     assert models.transformer.path is not None
-    seen, _ = models.transformer.path.features(z_BSI)
+    seen, _ = models.transformer.path.features(z_BSI, (2, 1, 3))
     torch.testing.assert_close(router_features(rows, contexts.inputs), seen, rtol=1e-5, atol=1e-6)
     change = (batch.history_BHCxyz[:, 1] - batch.history_BHCxyz[:, 0]).flatten(2)
     torch.testing.assert_close(rows[:, 2 * contexts.inputs :][:, :16], change.mean(2), rtol=1e-4, atol=1e-5)

@@ -31,7 +31,7 @@ def network(moe: dict[str, Any], ep: ExpertParallel | None = None) -> LatentTran
     for parameter in model.parameters():  # parts that start at zero would have no gradient behind them
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
     if model.path is not None:  # so that every path is taken
-        rows, _ = model.path.features(model.embedding_inputs(*inputs()))
+        rows, _ = model.path.features(model.embedding_inputs(*inputs()), (2, 2, 2))
         model.path.router.start(rows, 0)
     return model
 

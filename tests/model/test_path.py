@@ -20,7 +20,7 @@ from shodh_moe.model.routers import ONE_SAMPLE, make_router
 from shodh_moe.model.routers.kmeans import kmeans
 from shodh_moe.parallel import ExpertParallel
 
-CHANNELS, GRID, HISTORY = 5, [4, 4, 2], 2
+CHANNELS, GRID, HISTORY = 5, (4, 4, 2), 2
 INPUTS = (HISTORY + 1) * CHANNELS
 
 
@@ -45,7 +45,7 @@ def _model(config: ModelConfig, **options: Any) -> LatentTransformer:
     if (
         model.path and config.moe.router.kind == "cosine"
     ):  # random samples differ too little for a random start to separate them
-        model.path.router.start(model.path.features(model.embedding_inputs(*_inputs(12)))[0].detach(), seed=0)
+        model.path.router.start(model.path.features(model.embedding_inputs(*_inputs(12)), GRID)[0].detach(), seed=0)
     return model
 
 
@@ -69,11 +69,11 @@ def test_every_layer_follows_one_decision_and_every_parameter_learns(context, at
 
 
 def test_a_sample_has_one_path_and_a_window_too():
-    sample, window = (PathRouter(INPUTS, GRID, _config(context=c).moe, ExpertParallel()) for c in ("sample", "window"))
+    sample, window = (PathRouter(INPUTS, _config(context=c).moe, ExpertParallel()) for c in ("sample", "window"))
     z_BSI = torch.randn(3, 32, INPUTS, generator=torch.Generator().manual_seed(0))
-    window.router.start(window.features(z_BSI)[0], seed=0)  # few random prototypes separate random windows
-    assert sample(z_BSI, Context(3)).gating.expert_N.view(3, 32).unique(dim=1).shape[1] == 1
-    experts = window(z_BSI, Context(3)).gating.expert_N.view(3, *GRID)
+    window.router.start(window.features(z_BSI, GRID)[0], seed=0)  # few random prototypes separate random windows
+    assert sample(z_BSI, GRID, Context(3)).gating.expert_N.view(3, 32).unique(dim=1).shape[1] == 1
+    experts = window(z_BSI, GRID, Context(3)).gating.expert_N.view(3, *GRID)
     for sample_xyz, x, y in itertools.product(experts, (0, 2), (0, 2)):
         assert len(sample_xyz[x : x + 2, y : y + 2].unique()) == 1
     assert len(experts.unique()) > 1
@@ -81,19 +81,19 @@ def test_a_sample_has_one_path_and_a_window_too():
 
 def test_the_context_is_mean_and_deviation_scaled_to_rms_one():
     z_BSI = 7 * torch.randn(3, 32, INPUTS)
-    features = Features(INPUTS, GRID, _config().moe)
-    x_MF, row_N = features(z_BSI)
+    features = Features(INPUTS, _config().moe)
+    x_MF, row_N = features(z_BSI, GRID)
     assert row_N.tolist() == [0] * 32 + [1] * 32 + [2] * 32
     expected = torch.cat([z_BSI.mean(1), z_BSI.std(1, correction=0)], dim=1)
     torch.testing.assert_close(x_MF[:, :-1], F.normalize(expected, dim=1) * (2 * INPUTS) ** 0.5)
     assert (x_MF[:, -1] == 1).all()
     # The order of tokens does not matter.
-    torch.testing.assert_close(features(z_BSI[:, torch.randperm(32)])[0], x_MF)
+    torch.testing.assert_close(features(z_BSI[:, torch.randperm(32)], GRID)[0], x_MF)
 
 
 def test_the_window_context_is_that_of_its_own_tokens():
     z_BSI = torch.randn(2, 32, INPUTS)
-    x_MF, row_N = Features(INPUTS, GRID, _config(context="window").moe)(z_BSI)
+    x_MF, row_N = Features(INPUTS, _config(context="window").moe)(z_BSI, GRID)
     inside = z_BSI.view(2, *GRID, INPUTS)[1, 2:4, :2].reshape(8, INPUTS)  # x = 2..3, y = 0..1, z = 0..1
     row = int(row_N.view(2, *GRID)[1, 3, 1, 0])
     expected = torch.cat([inside.mean(0), inside.std(0, correction=0)])
@@ -140,7 +140,7 @@ def test_without_shared_linear_only_norms_and_biases_are_shared():
     out = model(history, geometry)
     out.latent_BCxyz.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    plan = model.path(model.embedding_inputs(history, geometry), Context(12))
+    plan = model.path(model.embedding_inputs(history, geometry), GRID, Context(12))
     z_NI = model.embedding_inputs(history, geometry).flatten(0, 1)
     expected = torch.einsum("ni,nio->no", z_NI, model.embed.routed_EIO[plan.gating.expert_N])
     expected = expected * plan.gating.gate_N[:, None] + model.embed.bias
@@ -262,6 +262,6 @@ def test_film_modulates_embedding_and_head_by_the_same_features(context):
     changed.square().mean().backward()
     assert told.film.hidden.weight.grad.any()
     z_BSI = told.embedding_inputs(*_inputs())
-    first, last = told.film(z_BSI)
+    first, last = told.film(z_BSI, GRID)
     assert first.shape == last.shape == (4, 32, 2 * 24)
     assert (first.unique(dim=1).shape[1] == 1) == (context == "sample")

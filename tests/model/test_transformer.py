@@ -13,8 +13,9 @@ import torch
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.attention import axial_rotary, rotate
+from shodh_moe.model.attention import rotate
 from shodh_moe.model.norm import available_norm, make_norm
+from shodh_moe.model.positions import axial_rotary
 from shodh_moe.model.routers import ONE_SAMPLE, Slots, make_router
 from shodh_moe.model.transformer import Prediction, patchify, unpatchify
 from shodh_moe.parallel import ExpertParallel
@@ -69,7 +70,7 @@ def test_unpatchify_inverts_patchify():
 
 def test_a_patch_that_does_not_divide_the_grid_is_refused():
     with pytest.raises(UserError, match=r"not divisible by model\.patch 4"):
-        _model(SMALL.model_copy(update={"patch": 4}))
+        _model(SMALL.model_copy(update={"patch": 4}))(*_inputs())
 
 
 def test_attention_scores_depend_only_on_relative_position():

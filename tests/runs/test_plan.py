@@ -136,7 +136,8 @@ def _check_activations(config: Config) -> None:
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
         with torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext():
             prediction = model(history, geometry)
-        batch = Batch(history, geometry, target, torch.zeros(batch, dtype=torch.int64))
+        domain_B, boundary_B32 = torch.zeros(batch).long(), torch.zeros(batch, 3, 2).long()
+        batch = Batch(history, geometry, target, domain_B, boundary_B32)
         losses = total_loss(prediction, batch, config)
         kept = live.now
         losses.loss.backward()

@@ -8,6 +8,7 @@ import h5py
 import pytest
 import torch
 
+from shodh_moe.base.boundaries import UNKNOWN_CODE
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.model import Prediction, Routing
@@ -22,7 +23,8 @@ def _batch() -> Batch:
         torch.randn(4, 2, 3, 2, 2, 2, generator=generator),
         torch.randn(4, 3, 2, 2, 2, generator=generator),
     )
-    return Batch(history, torch.zeros_like(target), target, torch.tensor([0, 0, 1, 1]))
+    boundary_B32 = torch.full((4, 3, 2), UNKNOWN_CODE)
+    return Batch(history, torch.zeros_like(target), target, torch.tensor([0, 0, 1, 1]), boundary_B32)
 
 
 def _config(loss: str, **router: float) -> Config:

@@ -15,7 +15,6 @@ from tests.training.synthetic import write_latents
 def test_the_start_does_not_depend_on_the_batch_size(tmp_path):
     write_latents(tmp_path)
     samples = LatentSamples(load_latents(tmp_path, "train"), 2)
-    grid = list(samples.trajectories[0].z.shape[2:])
     started = []
     for size in (2, 6):
         config = Config.model_validate(

@@ -267,9 +267,9 @@ def _use(trained: Model) -> str:
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
 FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
-{trained.transformer.config.history} snapshots of velocity and pressure in the_well's HDF5 schema, on a grid whose sizes are
-multiples of {trained.size_step}. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
-`shodh_moe.load_model(FOLDER).forecast(...)`."""
+{trained.transformer.config.history} snapshots of velocity and pressure in the_well's HDF5 schema, on a grid whose
+sizes are multiples of {trained.size_step}. Neither command needs DeepSpeed. Evaluation needs the dataset of the config.
+From Python: `shodh_moe.load_model(FOLDER).forecast(...)`."""
 
 
 def _number(value: float | None) -> str:

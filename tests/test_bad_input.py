@@ -239,14 +239,11 @@ def test_ctrl_c_while_generating_keeps_the_finished_files(
 # Tokenizers.
 
 
-@pytest.mark.parametrize("data", [[], ["data.path=theirs"]])
-def test_a_tokenizer_of_another_grid_is_refused(
-    dataset: Path, capfd: pytest.CaptureFixture[str], data: list[str]
-) -> None:
+def test_a_grid_that_patches_do_not_divide_is_refused(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_tokenizer(dataset.parent / "tok", [16, 16, 32])
     before = tree(dataset.parent)
-    says = ("tokenizer tok", "[16, 16, 32]", "[16, 16, 16]", "set tokenizer.path")
-    refused(capfd, "run", "--config", "tiny.yaml", *data, "tokenizer.path=tok", says=says)
+    says = ("data.grid is [16, 16, 16], not a multiple of 24", "the nearest sizes are [24, 24, 24]", "model.patch 3")
+    refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", "tokenizer.path=tok", "model.patch=3", says=says)
     assert tree(dataset.parent) == before
 
 

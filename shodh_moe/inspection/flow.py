@@ -134,8 +134,8 @@ def _periodic(file: h5py.File, axes: list[str]) -> list[bool]:
 def _boundaries(file: h5py.File, axes: list[str]) -> list[list[str]]:
     """Return the kinds of the low and the high face of each axis: wall, open or periodic; unknown if not said.
 
-    As in the_well's own reader, the mask of a boundary condition says whether it holds at the first and at the last
-    cell. Conditions on more than one axis are none of a face.
+    The mask of a boundary condition says whether it holds at the first and at the last cell of its axis; a mask that
+    varies has to hold always. Conditions on more than one axis are none of a face.
     """
     kinds = [[UNKNOWN, UNKNOWN] for _ in range(3)]
     groups = file["boundary_conditions"].values() if isinstance(file.get("boundary_conditions"), h5py.Group) else ()
@@ -147,10 +147,10 @@ def _boundaries(file: h5py.File, axes: list[str]) -> list[list[str]]:
         mask, faces = group.get("mask"), kinds[axes.index(names[0])]
         if kind == "periodic":
             faces[:] = [kind, kind]
-        elif isinstance(mask, h5py.Dataset) and mask.ndim == 1 and mask.size and mask.dtype.kind in "biu":
+        elif isinstance(mask, h5py.Dataset) and mask.ndim and mask.size and mask.dtype.kind in "biu":
             check_written(mask.name, mask)
-            for side, place in enumerate((0, -1)):
-                if mask[place]:
+            for side, place in enumerate((0, mask.shape[-1] - 1)):
+                if np.all(mask[..., place]):
                     faces[side] = kind
     return kinds
 

@@ -89,7 +89,7 @@ def test_a_model_at_a_url(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_refusals(folder: Path) -> None:
     model = load_model(folder / "model")
-    with pytest.raises(UserError, match="do not fit the model"):
+    with pytest.raises(UserError, match="do not fit together"):
         model.forecast({**given(), "velocity": torch.zeros(2, 3, 8, 8, 8)}, 1)
     with pytest.raises(UserError, match="no pressure"):
         model.forecast({"velocity": given()["velocity"]}, 1)
@@ -104,7 +104,7 @@ def test_refusals(folder: Path) -> None:
 
 
 def test_a_prediction_that_is_not_finite_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverging(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
+    def diverging(transformer: object, history: torch.Tensor, *_: object) -> Iterator[torch.Tensor]:
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 

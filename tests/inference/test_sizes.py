@@ -167,7 +167,7 @@ def test_latents_of_an_earlier_version_lack_what_the_model_needs(
     model = made / "model/model"
     data = [f"data.path={made / 'other'}", "data.grid=[24, 16, 8]", "data.name=other", "tokenizer.root=cache"]
     config = ["--config", str(model / "config.yaml"), *data]
-    assert main(["tokenizer", "encode", *config]) == 0
+    assert main(["tokenizer", "encode", *config, "name=other"]) == 0
     for path in Path("cache").rglob("*.hdf5"):
         with h5py.File(path, "a") as file:
             for group in file.values():

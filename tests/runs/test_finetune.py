@@ -299,6 +299,31 @@ def test_wrong_words_are_refused_in_one_line(
     assert tree(here) == before
 
 
+def test_a_model_is_tuned_on_another_grid(made: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its contexts, from which a new path must keep away, are means over a grid of any size."""
+    push(write_dataset(here / "wide", (24, 16, 8), SNAPSHOTS, ("other",)), {"other": -8.0})
+    tuned = tune(here, "expert", model=str(made / "model"), data="wide")
+    assert find_source(tuned).config.data.grid == [24, 16, 8]
+    before, after = load_model(made / "model"), load_model(tuned)
+    assert before.grid == after.grid == list(GRID)  # that of the tokenizer
+    new, old = latents_of(tuned, here, monkeypatch), latents_of(made / "model", made, monkeypatch)
+    (z_a, _), (z_b, path_b) = (predictions(model, new, "test") for model in (before, after))
+    assert z_b.shape[2:] == (3, 2, 1)
+    assert set(path_b.tolist()) == {2}
+    assert float((z_a - z_b).abs().max()) > 1e-3
+    assert torch.equal(*(predictions(model, old, "test")[0] for model in (before, after)))
+
+
+def test_data_of_a_size_that_the_model_does_not_take_are_refused(
+    made: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(here / "odd", (20, 16, 8), SNAPSHOTS, ("other",))
+    words = ["finetune", "--model", str(made / "model"), "--data", "odd", "--output", "tuned", *SHORT]
+    says = ("odd has grid [20, 16, 8], not a multiple of 8", "nearest sizes are [16, 16, 8] and [24, 16, 8]")
+    refused(capfd, *words, says=says)
+    assert not (here / "runs").exists()
+
+
 def test_a_field_that_the_model_lacks_is_refused_unless_it_is_left_out(
     made: Path, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,12 +36,13 @@ def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int
     shape = (channels, grid, grid, grid)
     for split, count in (("train", 3), ("valid", 1), ("test", 1)):
         with h5py.File(folder / f"{split}.hdf5", "w") as file:
-            for domain, rate in (("open_channel", 0.3), ("porous_media", 0.6)):
+            for domain, rate, z_faces in (("open_channel", 0.3, [0, 0]), ("porous_media", 0.6, [2, 2])):
                 for number in range(count):
                     a, b = rng.standard_normal((2, *shape))
                     t = np.arange(snapshots).reshape(-1, 1, 1, 1, 1)
                     group = file.create_group(f"{domain}_{number}")
                     group.attrs.update(domain=domain, source=f"{domain}_{number}.hdf5", sample=0)
+                    group.attrs["boundaries"] = [[2, 2], [2, 2], z_faces]  # 0: wall, 2: periodic
                     z = (a * np.cos(rate * t) + b * np.sin(rate * t)).astype(np.float32)
                     if split == "train" and f"{domain}_{number}" == nan_in:
                         z[3, 0] = np.nan

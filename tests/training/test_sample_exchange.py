@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "parallel.exchange_capacity=1.0",
         "parallel.zero_stage=1",
     ),
+    "told boundaries": (DROPLESS, ROOM, "model.boundaries=true", "model.positions=periodic_aware"),
     "linear router": (DROPLESS, "model.moe.router.kind=linear", "training.batch_size=2"),
 }
 

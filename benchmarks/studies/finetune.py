@@ -202,7 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
-        config, output = read_arguments(str(__doc__).partition("\n")[0], "finetune.json", arguments)
+        config, output = read_arguments(str(__doc__).partition("\n")[0], "finetune.json", arguments, StudyConfig)
         for way in {"all", "expert", "lora"}.intersection(config.ways) - set(config.learning_rates):
             raise UserError(f"learning_rates has no entry {way}: add one")
         work(config, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shodh_moe.base.command import OneLineParser
 from shodh_moe.base.section import Positive, PositiveFloat, Section
@@ -14,6 +14,9 @@ from shodh_moe.config.load import load_config, load_config_of
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "finetune" / "study.yaml"
 Way = Literal["all", "expert", "lora", "same_tokenizer", "scratch"]
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Counts(Section, changes="nothing"):
@@ -42,15 +45,18 @@ class StudyConfig(Section, changes="nothing"):
     held_out_trajectories: Positive
 
 
-def read_arguments(description: str, result: str, arguments: list[str] | None) -> tuple[StudyConfig, Path]:
-    """Read the command line of a study; return its config and the JSON file to write."""
+def read_arguments(
+    description: str, result: str, arguments: list[str] | None, kind: type[S], default: Path = CONFIG
+) -> tuple[S, Path]:
+    """Read the command line of a study; return its config, which has the key ``folder``, and the JSON file to write."""
     parser = OneLineParser(description=description)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="default: configs/finetune/study.yaml")
+    shown = default.relative_to(ROOT)
+    parser.add_argument("--config", type=Path, default=default, help=f"default: {shown}")
     parser.add_argument("--json", type=Path, help=f"file for the results; default: {result} in the study's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the config's")
     options = parser.parse_args(arguments)
-    config = load_config_of(StudyConfig, options.config, options.overrides)
-    return config, options.json or Path(config.folder) / result
+    config = load_config_of(kind, options.config, options.overrides)
+    return config, options.json or Path(config.model_dump()["folder"]) / result
 
 
 def command(*arguments: str) -> None:

@@ -125,7 +125,7 @@ def work(config: StudyConfig, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     def run() -> None:
-        work(*read_arguments(str(__doc__).partition("\n")[0], "unlike.json", arguments))
+        work(*read_arguments(str(__doc__).partition("\n")[0], "unlike.json", arguments, StudyConfig))
 
     return exit_code(run)
 

@@ -28,13 +28,13 @@ from shodh_moe.config.sizes import require_size
 from studies.finetune_config import ROOT, Counts, command, read_arguments
 from support.common import machine
 
-CONFIG = ROOT / "configs" / "sizes.yaml"
+CONFIG = ROOT / "configs" / "sizes" / "study.yaml"
 MEASURES = ("velocity_nrmse", "velocity_vrmse", "pressure_vrmse", "rollout_nrmse", "rollout_nrmse_persistence")
 Grid = list[int]
 
 
 class SizesConfig(Section, changes="nothing"):
-    """See configs/sizes.yaml."""
+    """See configs/sizes/study.yaml."""
 
     base: str
     folder: str

@@ -69,5 +69,5 @@ class DataConfig(Section):
         if len(self.grid) != 3:
             raise ValueError(f"grid needs three sizes [X, Y, Z], not {self.grid}")
         if found := misfit(self.grid, COMPRESSION):
-            raise ValueError(f"grid {self.grid} is not divisible by the tokenizer's compression: {found}")
+            raise ValueError(f"grid {self.grid} is not divisible by the tokenizer's compression {COMPRESSION}, {found}")
         return self

@@ -129,8 +129,8 @@ def make_latents(config: Config, paths: Paths) -> Path:
         with whole_folder(paths.latents, keep_first=True) as temporary:
             c, seed, skip_bad = config.tokenizer, tokenizer_seed(config), config.data.skip_bad
             how = (c.latent_copies, seed, device(), skip_bad, c.latent_symmetries)
-            what = (tokenizer, paths.dataset, config.data.grid)
-            encode_dataset(*what, temporary, *how, paths.tokenizer, latent_inputs(config, paths))
+            inputs = latent_inputs(config, paths)
+            encode_dataset(tokenizer, paths.dataset, config.data.grid, temporary, *how, paths.tokenizer, inputs)
     remember_data(config, paths)
     return _say("latents", f"{paths.latents} in {time.perf_counter() - began:.0f} s", paths.latents)
 

@@ -330,7 +330,8 @@ class LatentSamples:
             target.append(z_TCxyz[-1])
             boundary.append(trajectory.boundaries())
         labels = torch.tensor([domain for domain, _ in samples])
-        return Batch(*(torch.stack(parts) for parts in (history, geometry, target)), labels, torch.stack(boundary))
+        history_BHCxyz, geometry_BCxyz, target_BCxyz = (torch.stack(parts) for parts in (history, geometry, target))
+        return Batch(history_BHCxyz, geometry_BCxyz, target_BCxyz, labels, torch.stack(boundary))
 
     def context(self, trajectory: LatentTrajectory) -> Context:
         """Return the context of one sample of a trajectory, for `LatentTransformer.forward`."""

@@ -41,9 +41,9 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, importable: None) 
 
     def ranks(config: Config, run: Path, resume: str, module: str, finished: Callable[[], bool]) -> int:
         trained.append(f"{run.parent.name}/{run.name.split('-')[0]}")
-        done = launch(
-            1, ROOT / f"{module.replace('.', '/')}.py", "--config", str(run / "config.yaml"), "--resume", resume
-        )
+        script = ROOT / f"{module.replace('.', '/')}.py"
+        words = ("--config", str(run / "config.yaml"), "--resume", resume, "--stop-file", str(run / "stop"))
+        done = launch(1, script, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.returncode
 

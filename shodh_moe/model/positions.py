@@ -6,11 +6,12 @@ Shapes: B samples, S tokens per sample, W head width, P = W / 2 pairs of feature
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def axial_rotary(grid: Sequence[int], head_width: int, base: float = 100.0) -> Tensor:
@@ -70,13 +71,15 @@ def token_angles(
     if periodic_B3 is None:
         return open_SP
     pairs = head_width // 2 // 3
-    wraps_BP = torch.nn.functional.pad(periodic_B3.repeat_interleave(pairs, dim=1), (0, head_width // 2 - 3 * pairs))
+    wraps_BP = F.pad(periodic_B3.repeat_interleave(pairs, dim=1), (0, head_width // 2 - 3 * pairs))
     closed_SP = _table(periodic_rotary, grid, head_width, device)
     return torch.where(wraps_BP[:, None, None], closed_SP, open_SP)
 
 
 @lru_cache(maxsize=32)
-def _table(make, grid: tuple[int, int, int], head_width: int, device: torch.device) -> Tensor:  # type: ignore[no-untyped-def]
+def _table(
+    make: Callable[[Sequence[int], int], Tensor], grid: tuple[int, int, int], head_width: int, device: torch.device
+) -> Tensor:
     """The result is cached, so callers must not write to it."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         return make(grid, head_width).to(device)

@@ -226,7 +226,7 @@ def test_invalid_requests_are_refused(
     before = tree(tmp_path)
     empty = ["tokenizer.path=null", f"tokenizer.root={tmp_path / 'none'}"]
     refused(capfd, *command, *empty, says=("no finished tokenizer", "shodh tokenizer train"))
-    refused(capfd, *command, "data.grid=[16,16,16]", says=("trained on grid [16, 8, 24]",))
+    refused(capfd, *command, "data.grid=[16,16,16]", says=("has grid [16, 8, 24], not [16, 16, 16]",))
     refused(capfd, *command, "--output", str(tmp_path), says=("is a folder",))
     with pytest.raises(SystemExit):
         main([*command, "--split", "all"])

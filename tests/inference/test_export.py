@@ -280,7 +280,7 @@ def test_evaluating_an_export_needs_an_output_and_the_data(
     text["data"]["grid"] = [16, 16, 16]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(text))
     arguments = ["--config", str(tmp_path / "c.yaml"), "--checkpoint", model, "--output", str(tmp_path / "m")]
-    refused(capfd, "evaluate", *arguments, says=("has grid [16, 8, 24], not [16, 16, 16]", "set data.grid"))
+    refused(capfd, "evaluate", *arguments, says=("the grid ([16, 8, 24] then, [16, 16, 16] now)", "restore that"))
 
 
 def test_the_hash_of_weights_depends_on_all_of_them() -> None:

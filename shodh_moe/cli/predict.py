@@ -22,6 +22,9 @@ def add_predict(commands: Any) -> None:
         help="new HDF5 file; a file for ParaView with suffix .vtkhdf is added",
     )
     parser.add_argument("--start", type=int, default=0, help="first input snapshot; default: %(default)s")
+    about = "time steps of the input from one given or predicted snapshot to the next, one of the model's strides; "
+    about += "default: the first of them"
+    parser.add_argument("--stride", type=int, help=about)
     parser.add_argument("--sample", type=int, help="index of a trajectory in the file, from 0; default: all")
     parser.add_argument(
         "--dtype", choices=["float32", "float64"], default="float32", help="precision of the stored fields"
@@ -37,6 +40,6 @@ def add_predict(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from shodh_moe.inference.predict import Request, predict
 
-    names = ("input", "output", "steps", "start", "sample", "dtype", "paraview", "overwrite")
+    names = ("input", "output", "steps", "start", "stride", "sample", "dtype", "paraview", "overwrite")
     given = {name: getattr(options, name) for name in names}
     predict(options.checkpoint, Request(**given, members=tuple(options.members)), options.tokenizer)

@@ -49,6 +49,23 @@ class TrainingConfig(Section):
         description="latent error to minimise: its square; the same over the mean squared change of the sample's "
         "domain, or of the sample itself; or its L2 norm over that of the target",
     )
+    unroll: Positive = setting(
+        1,
+        changes="run",
+        description="predictions from each training sample, each made from those before it; the loss is their mean",
+    )
+    unroll_gradient: Literal["last", "through"] = setting(
+        "last",
+        changes="run",
+        description="with unroll 2 or more, what the gradient of a prediction's loss passes through: that prediction "
+        "alone (push-forward), or also those that it was made from (through time)",
+    )
+    history_noise: NonNegativeFloat = setting(
+        0.0,
+        changes="run",
+        description="standard deviation of Gaussian noise on each training sample's history, as a share of the "
+        "history's root mean square",
+    )
     weight_decay: NonNegativeFloat = setting(0.05, changes="run")
     betas: list[Fraction] = setting([0.9, 0.95], changes="run")
     grad_clip: PositiveFloat = setting(1.0, changes="run", description="largest norm of the gradients")
@@ -139,3 +156,6 @@ class EvaluationConfig(Section, changes="nothing"):
 
     batch_size: Positive = 8
     rollout_steps: Positive = 10
+    stride: Positive | None = Field(
+        None, description="time stride of validation and evaluation, one of model.strides; null: the first of them"
+    )

@@ -75,8 +75,9 @@ def _check_generated(config: Config) -> None:
         raise UserError("data.domains names no domain: keep at least one")
     weights = domain_weights(config.data.weights, domains)
     DomainSampler(tuple(1 for _ in domains), config.training.batch_size, config.seed, weights=weights)
-    if config.model.history >= config.data.snapshots:
-        raise UserError(
-            f"model.history {config.model.history} needs more than the {config.data.snapshots} snapshots of a "
-            "trajectory: lower it or raise data.snapshots"
-        )
+    for window in config.windows.values():
+        if window.snapshots > config.data.snapshots:
+            raise UserError(
+                f"{window} needs {window.snapshots} snapshots, more than the {config.data.snapshots} snapshots of a "
+                "trajectory: lower it or raise data.snapshots"
+            )

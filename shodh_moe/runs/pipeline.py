@@ -34,7 +34,7 @@ from shodh_moe.runs.folder import (
 )
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
-from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.latents import inputs_of_latents, load_latents, samples_of
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
 from shodh_moe.training.tokenizer_config import tokenizer_run
@@ -65,8 +65,8 @@ def make_data(config: Config, paths: Paths) -> Path:
     if config.data.path:
         # Latents are named after the dataset's files: if they exist, every value has been read before.
         budget = 0 if paths.latents.exists() else READ_BYTES
-        history, batch, data = config.model.history, config.training.batch_size, config.data
-        require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        batch, data = config.training.batch_size, config.data
+        require_trainable(dataset, data.grid, config.windows, batch, budget, data.skip_bad, data.weights)
         remember_data(config, paths)
         return _say("data", f"given, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
@@ -142,7 +142,7 @@ def _check_latents(config: Config, paths: Paths) -> None:
     """
     for split in ("train", "valid", "test"):
         latents = load_latents(paths.latents, split, paths.tokenizer)
-        samples = LatentSamples(latents, config.model.history, config.data.weights)
+        samples = samples_of(config, latents, split)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
     if found := difference(inputs_of_latents(paths.latents), latent_inputs(config, paths)):
         raise UserError(

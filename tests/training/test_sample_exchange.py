@@ -150,8 +150,8 @@ def test_the_cases_are_what_they_claim(ranks):
 
 
 def test_only_inputs_travel_if_there_is_room(ranks):
-    """History, geometry and target of 8 cells and 6 channels in float64; expert, domain, norm and weight."""
-    row = 8 * (4 * 6 * 8 + 4)
+    """History, geometry and target of 8 cells and 6 channels in float64; expert, domain, stride, norm and weight."""
+    row = 8 * (4 * 6 * 8 + 5)
     for rank in ranks:
         kinds, sent = zip(*rank["room for all", "sample"]["exchanges"], strict=True)
         assert kinds == ("samples",) * 3  # counts, samples, errors

@@ -18,6 +18,7 @@ from torch import nn
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import COMPRESSION, Config, MoEConfig
+from shodh_moe.config.window import Window
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
@@ -80,7 +81,8 @@ def training_samples(config: Config) -> int:
     """Return the number of distinct samples of the training split, in all latent copies of its trajectories."""
     data = config.data
     trajectories = sum(domain.trajectories.train for _, domain in data.domains.items())
-    return trajectories * config.tokenizer.latent_copies * (data.snapshots - config.model.history)
+    shortest = Window(config.model.history, config.training.unroll, config.model.strides[0])
+    return trajectories * config.tokenizer.latent_copies * (data.snapshots - shortest.snapshots + 1)
 
 
 def count_parameters(config: Config, world: int) -> Parameters:
@@ -157,7 +159,7 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     tokens. ``backward``: an upper bound of what the backward pass holds in addition; with activation checkpointing this
     includes one whole block. ``exchange``: buffers of the exchanges between ranks. Dropless mode is counted with an
     even load of the experts. With an exchange of samples these are the bytes of the fullest rank that its capacity
-    allows.
+    allows. With ``training.unroll`` autograd keeps the activations of all predictions.
     """
     if exchanges_samples(config, ep):
         return _bytes_of_fullest_rank(config, ep)
@@ -171,8 +173,8 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     exchange = 2 * row if ep > 1 else 0
     if t.activation_checkpointing:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
-        return {"activations": kept + outside, "backward": backward + block, "exchange": exchange}
-    return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
+        return {"activations": t.unroll * (kept + outside), "backward": backward + block, "exchange": exchange}
+    return {"activations": t.unroll * (m.depth * block + outside), "backward": backward, "exchange": exchange}
 
 
 def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
@@ -188,7 +190,8 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
         }
     )
     parts = activation_bytes(full, ep)
-    sample = (config.model.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    snapshots = config.model.history + config.training.unroll + 1  # with the geometry
+    sample = snapshots * config.tokenizer.latent_channels * math.prod(latent_grid(config))
     own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
     packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}

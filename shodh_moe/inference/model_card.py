@@ -76,6 +76,7 @@ mixture of experts advances the latents. {_conserved(trained.tokenizer.config)}
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
 | routed experts per layer, shared experts | {_routed(model.moe)}, {model.moe.shared_experts} |
 | scope of a routing decision | {model.moe.scope} |
+| time strides, in snapshots of the training data | {", ".join(map(str, model.strides))} |
 | training step of these weights | {trained.step} |
 | weights (SHA-256 over all tensors) | {trained.weights_sha256} |
 
@@ -265,9 +266,9 @@ def _use(trained: Model) -> str:
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
 FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
-{trained.transformer.config.history} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)} cells in
-the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
-`shodh_moe.load_model(FOLDER).forecast(...)`."""
+{(trained.history - 1) * trained.strides[0] + 1} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)}
+cells in the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From
+Python: `shodh_moe.load_model(FOLDER).forecast(...)`."""
 
 
 def _number(value: float | None) -> str:

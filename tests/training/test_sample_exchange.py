@@ -53,6 +53,22 @@ CASES: dict[str, tuple[str, ...]] = {
         "parallel.exchange_capacity=1.0",
         "parallel.zero_stage=1",
     ),
+    "unrolled through time": (
+        DROPLESS,
+        ROOM,
+        "training.unroll=2",
+        "training.unroll_gradient=through",
+        "training.loss=sample",
+        "model.strides=[1,2]",
+        "model.scale_history=true",
+    ),
+    "unrolled, dropped tokens, no room": (
+        *DROPPING,
+        "parallel.exchange_capacity=1.0",
+        "parallel.zero_stage=2",
+        "training.unroll=3",
+        "training.loss=relative",
+    ),
     "linear router": (DROPLESS, "model.moe.router.kind=linear", "training.batch_size=2"),
 }
 
@@ -60,13 +76,14 @@ CASES: dict[str, tuple[str, ...]] = {
 def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
     from shodh_moe.config.load import load_config
     from shodh_moe.data.sampler import DomainSampler
-    from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+    from shodh_moe.tokenizer.latents import load_latents, samples_of
+    from shodh_moe.training.draws import draw_strides
     from shodh_moe.training.forward import forward
     from shodh_moe.training.pretrain import latent_engine
 
     config = load_config(folder / "config.yaml", [*SETTINGS, *settings])
     t = config.training
-    samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
+    samples = samples_of(config, load_latents(folder / "latents", "train"), "train")
     sampler = DomainSampler(samples.sizes, t.batch_size, 0, WORLD)
     engine = latent_engine(config, 6, [2, 2, 2], samples)
     scale_D = samples.change_scale()
@@ -74,7 +91,8 @@ def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
         key: [] for key in ("losses", "error_B", "norms", "experts", "kept", "computed", "strangers")
     }
     for micro in range(STEPS * t.accumulation):
-        batch = samples.batch(sampler.batch(micro, rank)).to("cpu", engine.dtype)
+        picks = sampler.batch(micro, rank)
+        batch = samples.batch(picks, draw_strides(samples, picks, 0, micro)).to("cpu", engine.dtype)
         engine.ep.exchanges = []
         losses, routing, exchange = forward(engine, batch, config, scale_D)
         found["losses"].append(torch.stack(losses[:5]).detach())

@@ -204,7 +204,7 @@ def _at(study: Study, errors: dict[str, list[float]]) -> dict[str, list[float]]:
 def markdown(rows: dict[str, Any], steps: list[int]) -> str:
     """One table for each domain: the mean error at each step, with the change against the base."""
     base = rows.get(BASE, {"domains": {}})["domains"]
-    domains = next((row["domains"] for name, row in rows.items() if name != PERSISTENCE and row["domains"]), {})
+    domains = rows.get(PERSISTENCE, {"domains": {}})["domains"]
     lines = []
     for domain in domains:
         titles = " | ".join(f"step {step}" for step in steps)

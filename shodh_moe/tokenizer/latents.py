@@ -335,7 +335,7 @@ class LatentSamples:
             geometry.append(trajectory.geometry_Cxyz)
             targets.append(z_TCxyz[self.history :])
         labels = torch.tensor([domain for domain, _ in samples])
-        stacked = (torch.stack(parts) for parts in (history, geometry, targets))
+        stacked = [torch.stack(parts) for parts in (history, geometry, targets)]
         return Batch(*stacked, labels, torch.tensor(strides))
 
     def context(self, domain: str) -> Context:

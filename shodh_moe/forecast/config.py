@@ -39,7 +39,7 @@ class UNOPeer(Peer):
 class UNetPeer(Peer):
     """Plain U-Net, as in The Well's benchmark."""
 
-    learning_rates: Rates = [5e-4, 1e-3, 2e-3]
+    learning_rates: Rates = Field([5e-4, 1e-3, 2e-3], description="learning rates to try, in increasing order")
     width: Positive = Field(16, description="channels of the first level")
     levels: Positive = Field(4, description="number of times that the grid is halved")
 
@@ -47,7 +47,7 @@ class UNetPeer(Peer):
 class DPOTPeer(Peer):
     """Network in the style of DPOT."""
 
-    learning_rates: Rates = [5e-4, 1e-3, 2e-3]
+    learning_rates: Rates = Field([5e-4, 1e-3, 2e-3], description="learning rates to try, in increasing order")
     width: Positive = 128
     patch: Positive = Field(4, description="cells per side of a patch")
     blocks: Positive = 4

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shodh_moe.audit.outcome import diverged
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.memory import keep_freed_memory
@@ -27,6 +29,7 @@ from shodh_moe.runs.jobs import write_config
 from shodh_moe.training.records import read_run
 
 CALIBRATION_STEPS = 12
+LEAST_STEPS = 4  # that must fit into the time
 FIRST_STEPS = 2  # slower than the others, and not counted
 SPARE = 0.03  # of the time, because a step does not always take equally long
 
@@ -58,23 +61,39 @@ def calibrate(bench: ForecastConfig) -> None:
 
 
 def tokenizer_config(bench: ForecastConfig, seed: int) -> Config:
-    """The config of a seed's tokenizer and latents. Raises: UserError: not even one step fits."""
+    """The config of a seed's tokenizer and latents, with as many steps as fit."""
     return _with(bench.base, f"tokenizer-{seed}", seed, bench.folder, _tokenizer_steps(bench), 1)
 
 
 def transformer_config(bench: ForecastConfig, training: Training) -> Config:
-    """The config of a training of our transformer, after its tokenizer. Raises: UserError: not even one step fits."""
-    measured = calibration(bench)
-    assert measured is not None, "calibrate first"
+    """The config of a training of our transformer, after its tokenizer, with as many steps as fit."""
+    measured = _calibrated(bench)
     seconds = (1 - SPARE) * training.seconds(bench)
     if not training.trial:
         found = tokenizer_outcome(bench, training.seed)
         assert found is not None, "train the tokenizer first"
         seconds -= found["tokenizer_seconds"] + found["encoding_seconds"]
-    steps = _fitting("our transformer", seconds, measured["pretraining"])
+    steps = _fitting(seconds, measured["pretraining"])
     config = _with(bench.base, training.name, training.seed, bench.folder, _tokenizer_steps(bench), steps)
     rate = {"learning_rate": training.learning_rate}
     return config.model_copy(update={"training": config.training.model_copy(update=rate)})
+
+
+def require_fitting(bench: ForecastConfig) -> None:
+    """Raise `UserError` if the times that `calibrate` measured leave no time for a few steps of every training."""
+    measured = _calibrated(bench)
+    given = {
+        ("tokenizer", "seconds or tokenizer_share"): _tokenizer_seconds(bench),
+        ("pretraining", "seconds, or lower tokenizer_share"): (1 - SPARE) * (1 - bench.tokenizer_share) * bench.seconds,
+        ("pretraining", "trial_seconds"): (1 - SPARE) * bench.trial_seconds,
+    }
+    for (stage, remedy), seconds in given.items():
+        times = measured[stage]
+        if seconds < (needed := times["rest"] + LEAST_STEPS * times["step"]):
+            raise UserError(
+                f"{LEAST_STEPS} steps of our {stage} with what comes before and after take {needed:.1f} s, but only "
+                f"{max(seconds, 0):.1f} s are allowed: raise {remedy}"
+            )
 
 
 def make_tokenizer(bench: ForecastConfig, seed: int) -> None:
@@ -139,9 +158,9 @@ def load_libraries() -> None:
 
     keep_freed_memory()
     prepare()
-    from shodh_moe.training import pretrain, tokenizer_task
-
-    assert pretrain and tokenizer_task
+    for module in ("shodh_moe.training.pretrain", "shodh_moe.training.tokenizer_task", "scipy.cluster.vq"):
+        importlib.import_module(module)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as the tokenizer's training does; it imports a lot
 
 
 def _with(
@@ -182,21 +201,23 @@ def _step_and_rest(folder: Path, seconds: float) -> Times:
     return {"step": step, "rest": max(seconds - CALIBRATION_STEPS * step, 0.0)}
 
 
-def _tokenizer_steps(bench: ForecastConfig) -> int:
+def _calibrated(bench: ForecastConfig) -> Times:
     measured = calibration(bench)
     assert measured is not None, "calibrate first"
-    seconds = (1 - SPARE) * bench.tokenizer_share * bench.seconds - measured["encoding"]
-    return _fitting("our tokenizer", seconds, measured["tokenizer"])
+    return measured
 
 
-def _fitting(what: str, seconds: float, times: Times) -> int:
-    steps = int((seconds - times["rest"]) / times["step"])
-    if steps < 1:
-        raise UserError(
-            f"{what} has {seconds:.1f} s, but needs {times['rest'] + times['step']:.1f} s for a single step with all "
-            "that comes before and after: raise seconds or trial_seconds, or change tokenizer_share"
-        )
-    return steps
+def _tokenizer_seconds(bench: ForecastConfig) -> float:
+    return (1 - SPARE) * bench.tokenizer_share * bench.seconds - float(_calibrated(bench)["encoding"])
+
+
+def _tokenizer_steps(bench: ForecastConfig) -> int:
+    return _fitting(_tokenizer_seconds(bench), _calibrated(bench)["tokenizer"])
+
+
+def _fitting(seconds: float, times: Times) -> int:
+    """Number of steps in a time, at least 1: if a stage before took longer than expected, the report says so."""
+    return max(int((seconds - times["rest"]) / times["step"]), 1)
 
 
 def _tokenizer_key(bench: ForecastConfig, seed: int) -> str:

@@ -23,6 +23,7 @@ CAPTIONS = {
     "fields": "Speed in the middle plane of a test flow, and the length of the velocity's error, with the first seed.",
 }
 BLEW_UP = "blew up"
+LATE = 0.02  # share of the time by which our model may exceed it without a remark
 
 
 def markdown(summary: Summary) -> str:
@@ -56,26 +57,29 @@ def sections(summary: Summary, pictures: Sequence[Path] = ()) -> list[Section]:
     ]
 
 
-_SPECTRA = """Three bands of wave numbers, from long to short waves. Error: power of the velocity's error over the true
-power. Energy: power of the forecast over the true power. At the first and at the last step, mean over seeds.""".replace(
-    "\n", " "
+_SPECTRA = (
+    "Three bands of wave numbers, from long to short waves. Error: power of the velocity's error over the true power. "
+    "Energy: power of the forecast over the true power. At the first and at the last step, mean over seeds."
 )
-_COST = """Seconds of training with the smallest and largest seed; those of our model include the tokenizer, the encoding
-of the data, and the training of the transformer. A forecast is made on all cores, the memory is what model and forecast
-need beyond the libraries.""".replace("\n", " ")
-_RATES = """Velocity nRMSE on validation flows, mean over steps and domains, after a trial of each learning rate. The
-chosen one is bold; an arrow says that it is the smallest or largest that was tried.""".replace("\n", " ")
+_COST = (
+    "Seconds of training, with the smallest and the largest seed; those of our model include the tokenizer, the "
+    "encoding of the data, and the training of the transformer. A forecast is made on all cores. Its memory is what "
+    "model and forecast need beyond the libraries."
+)
+_RATES = "Velocity nRMSE on validation flows, mean over steps and domains, after a trial of each learning rate."
 
 
 def _comparison(summary: Summary) -> str:
     trained = [name for name, model in summary["models"].items() if "seeds" in model]
     seeds = len(summary["models"][OURS]["seeds"])
     size = " x ".join(map(str, summary["grid"]))
+    several, longest = "s" if seeds > 1 else "", max(summary["models"][OURS]["seconds"])
+    late = f" Our model took longer: up to {longest:.0f} s." if longest > (1 + LATE) * summary["seconds"] else ""
     return (
-        f"Networks: {', '.join(map(title, trained))}. Each had {summary['seconds']:g} s of training on {summary['threads']} "
-        f"threads, {seeds} seed{'s' if seeds > 1 else ''}, and before that a trial of {summary['trial_seconds']:g} s for "
-        f"each of the same number of learning rates. Grid {size}, {summary['history']} given snapshots, "
-        f"{summary['steps']} forecast ones. Means over seeds are compared."
+        f"Networks: {', '.join(map(title, trained))}. Each had {summary['seconds']:g} s of training on "
+        f"{summary['threads']} threads, {seeds} seed{several}, and before that a trial of "
+        f"{summary['trial_seconds']:g} s for each of the same number of learning rates.{late} Grid {size}, "
+        f"{summary['history']} given snapshots, {summary['steps']} forecast ones. Means over seeds are compared."
     )
 
 
@@ -84,11 +88,9 @@ def _by_step(summary: Summary, domains: list[str], kind: str, field: str) -> Ite
         rows = []
         for name, model in summary["models"].items():
             if domain in model["domains"]:
-                found = model["domains"][domain][kind][field]
+                found, several = model["domains"][domain][kind][field], len(model.get("seeds", [])) > 1
                 values = zip(found["mean"], found["low"], found["high"], strict=True)
-                rows.append(
-                    [title(name), *(_error(*value, several=len(model.get("seeds", [])) > 1) for value in values)]
-                )
+                rows.append([title(name), *(_error(*value, several) for value in values)])
         yield Heading(words(domain))
         yield _table(["", *(str(step) for step in range(1, summary["steps"] + 1))], rows)
 
@@ -119,9 +121,9 @@ def _spectra(models: dict[str, Any], domains: list[str], steps: int) -> Iterator
 
 def _conserved_text(summary: Summary) -> str:
     return (
-        f"Divergence of the forecast velocity by the operator `{summary['operator']}`: {NORM}. Our model's is measured on "
-        "faces if the operator is staggered; all others are averaged to faces, as the true flow is. Velocity in solids: "
-        "its rms over the true rms in the fluid, mean over steps."
+        f"Divergence of the forecast velocity by the operator `{summary['operator']}`: {NORM}. Our model's is measured "
+        "on faces if the operator is staggered; all others are averaged to faces, as the true flow is. Velocity in "
+        "solids: its rms over the true rms in the fluid, mean over steps."
     )
 
 
@@ -146,10 +148,11 @@ def _training(models: dict[str, Any]) -> Table:
         if "seeds" in model:
             stages = model["stages"][0]
             detail = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items()) if stages else "-"
-            row = [f"{model['parameters']['total']:,}", _range(model["steps"]), _range(model["samples"])]
-            rows.append(
-                [title(name), *row, _range(model["seconds"]), detail, ", ".join(map(str, model["diverged"])) or "-"]
-            )
+            row = [
+                f"{model['parameters']['total']:,}",
+                *(_range(model[key]) for key in ("steps", "samples", "seconds")),
+            ]
+            rows.append([title(name), *row, detail, ", ".join(map(str, model["diverged"])) or "-"])
     head = ["", "parameters", "steps", "samples", "seconds", "of them (first seed)", "diverged seeds"]
     return _table(head, rows)
 
@@ -172,14 +175,13 @@ def _range(values: list[Any]) -> str:
 def _rates(models: dict[str, Any]) -> Table:
     rows = []
     for name, model in models.items():
+        rates = list(model.get("trials", {}))
         for rate, error in model.get("trials", {}).items():
-            rates = list(model["trials"])
-            chosen = float(rate) == model["learning_rate"]
-            edge = " ↓" if rate == rates[0] else " ↑" if rate == rates[-1] else ""
-            rows.append(
-                [title(name), f"**{rate}**{edge}" if chosen else rate, "diverged" if error is None else number(error)]
-            )
-    return _table(["", "learning rate", "validation error"], rows)
+            chosen = "yes" if float(rate) == model["learning_rate"] else ""
+            if chosen and rate in (rates[0], rates[-1]):
+                chosen = f"yes, the {'smallest' if rate == rates[0] else 'largest'} tried"
+            rows.append([title(name), rate, "diverged" if error is None else number(error), chosen])
+    return _table(["", "learning rate", "validation error", "chosen"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> Table:

@@ -19,7 +19,7 @@ from shodh_moe.data import SPLITS
 from shodh_moe.forecast import ours
 from shodh_moe.forecast.config import OURS, ForecastConfig
 from shodh_moe.forecast.data import dataset_records, require_long_enough
-from shodh_moe.forecast.measure import measure_key, read_result
+from shodh_moe.forecast.measure import read_result
 from shodh_moe.forecast.page import markdown, write_page
 from shodh_moe.forecast.peers import require_library
 from shodh_moe.forecast.pictures import draw
@@ -46,6 +46,7 @@ def run(bench: ForecastConfig, output: Path | None = None) -> dict[str, Any]:
     write_text(bench.folder / "config.yaml", yaml.safe_dump(bench.model_dump(), sort_keys=False))
     make_data(bench)
     _run([_job(bench, "calibrate")] if ours.calibration(bench) is None else [])
+    ours.require_fitting(bench)
     for model in bench.models:
         if model == OURS:
             _make_tokenizers(bench)
@@ -77,9 +78,8 @@ def make_data(bench: ForecastConfig) -> None:
 
 def train(bench: ForecastConfig, trainings: list[Training]) -> None:
     """Do the trainings that have not finished."""
-    _run(
-        [_training_job(bench, "trial" if one.trial else "final", one) for one in trainings if not finished(bench, one)]
-    )
+    missing = [one for one in trainings if not finished(bench, one)]
+    _run([_training_job(bench, "trial" if one.trial else "final", one) for one in missing])
 
 
 def _make_tokenizers(bench: ForecastConfig) -> None:

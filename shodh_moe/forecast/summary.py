@@ -110,6 +110,6 @@ def _mean(values: list[Any]) -> Any:
 
 def _missing(bench: ForecastConfig, name: str) -> UserError:
     return UserError(
-        f"{result_path(bench, name)} is missing or of other settings: run `shodh bench forecast` with this config until "
-        "it finishes"
+        f"{result_path(bench, name)} is missing or of other settings: run `shodh bench forecast` with this config "
+        "until it finishes"
     )

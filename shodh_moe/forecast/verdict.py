@@ -31,10 +31,8 @@ def verdict(models: dict[str, Any], steps: int) -> list[str]:
         peers += _losses(trained, domain)
         baselines += _losses(others, domain)
     if not peers and not baselines:
-        return [
-            f"Our model has the smallest velocity error of all at each of the {steps} steps in "
-            f"{_list([words(domain) for domain in domains])}."
-        ]
+        where = _list([words(domain) for domain in domains])
+        return [f"Our model has the smallest velocity error of all at each of the {steps} steps in {where}."]
     if not peers:
         peers = [f"Our model has a smaller velocity error than every other network at each of the {steps} steps."]
     return [*peers, *baselines]

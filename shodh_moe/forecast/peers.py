@@ -54,6 +54,7 @@ def _uno(width: int, modes: int) -> dict[str, Any]:
         "n_layers": 5,
         "uno_out_channels": [width, 2 * width, 2 * width, 2 * width, width],
         "uno_n_modes": [outer, inner, inner, inner, outer],
+        "channel_mlp_skip": "linear",  # the default needs layers of equal width
         "uno_scalings": [[1.0] * 3, [0.5] * 3, [1.0] * 3, [1.0] * 3, [2.0] * 3],
     }
 

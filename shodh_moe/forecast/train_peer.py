@@ -51,6 +51,7 @@ def train_peer(bench: ForecastConfig, training: Training) -> tuple[PeerModel, di
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=BETAS, weight_decay=peer.weight_decay
     )
+    print(f"training {training.name} for {training.seconds(bench):g} s", flush=True)
     budget, steps, diverged = TimeBudget(training.seconds(bench)), 0, None
     for batch in windows.batches(sampler):
         if (share := budget.share) >= 1:

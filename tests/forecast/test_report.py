@@ -122,7 +122,7 @@ def test_the_verdict_says_first_where_a_peer_wins() -> None:
         "In open channel, FNO has a smaller velocity error than our model at step 3: 0.400 against 0.500 at step 3.",
         "In open channel, U-Net has a smaller velocity error than our model at step 4: 0.300 against 0.600 at step 4.",
         "In open channel, persistence has a smaller velocity error than our model at steps 2 to 3: 0.100 against "
-        + "0.500 at step 3.",
+        "0.500 at step 3.",
     ]
 
 

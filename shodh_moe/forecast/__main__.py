@@ -16,7 +16,6 @@ from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.forecast import measure, ours
 from shodh_moe.forecast.config import OURS, ForecastConfig
-from shodh_moe.forecast.forecasters import of_peer
 from shodh_moe.forecast.plan import Training, key, write_outcome
 from shodh_moe.forecast.train_peer import WEIGHTS, train_peer
 from shodh_moe.forecast.validate import validation_error
@@ -48,21 +47,21 @@ def main() -> int:
 
 
 def _train(bench: ForecastConfig, training: Training) -> None:
-    """Train and validate; the outcome is written last."""
+    """Train, and validate a trial; the outcome is written last."""
     dataset = resolve_paths(bench.base).dataset
     if training.model == OURS:
         ours.load_libraries()
         found = ours.train_transformer(bench, training)
         reason = diverged(ours.transformer_config(bench, training))
-        forecaster = None if reason else measure.trained_forecaster(bench, training)[0]
     else:
         peer, found = train_peer(bench, training)
         reason = f"the loss was not finite at step {found['diverged']}" if found["diverged"] else None
-        forecaster = of_peer(peer, bench.base.tokenizer.operator)
         training.folder(bench).mkdir(parents=True, exist_ok=True)
         peer.save(training.folder(bench) / WEIGHTS)
-    error = math.inf if reason or forecaster is None else validation_error(bench, forecaster, dataset)
-    found |= {"diverged": reason, "validation_error": error}
+    found["diverged"] = reason
+    if training.trial:
+        forecaster = None if reason else measure.trained_forecaster(bench, training)[0]
+        found["validation_error"] = validation_error(bench, forecaster, dataset) if forecaster else math.inf
     write_outcome(training.folder(bench) / "outcome.json", key(bench, training), found)
 
 

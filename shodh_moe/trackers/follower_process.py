@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from shodh_moe.trackers.tracker import TrackedRun
 
-LONGEST_END_S = 30.0  # the process itself gives up earlier
+LONGEST_END_S = 150.0  # the process itself gives up earlier
 
 
 class FollowerProcess:
@@ -35,7 +35,7 @@ class FollowerProcess:
     _process: subprocess.Popen[bytes] | None
 
     def end(self, finished: bool) -> None:
-        """Tell the process that the training has ended; it then sends what is left."""
+        """Tell the process that the training has ended, or was stopped; it then sends what is left, and ends."""
         if self._process and self._process.stdin:
             if finished:
                 self._say("finished")

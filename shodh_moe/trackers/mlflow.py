@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ class MLflow:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         folder = (run.own_folder / "mlflow").resolve()
         uri = run.telemetry.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         artifacts = None
@@ -79,4 +82,4 @@ class MLflow:
             self._client.log_artifact(self._id, str(path), None if below == "." else below)
 
     def close(self, finished: bool = True) -> None:
-        self._client.set_terminated(self._id, "FINISHED" if finished else "FAILED")
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")

@@ -59,7 +59,7 @@ class Tracker(Protocol):
         """Add the numbers of an evaluation and the files of the report."""
 
     def close(self, finished: bool = True) -> None:
-        """Write what is left. ``finished`` says whether the training has ended without an error."""
+        """Write what is left. ``finished`` says whether the training has come to its end."""
 
 
 def make_tracker(name: str, run: TrackedRun) -> Tracker:

@@ -25,6 +25,7 @@ class WandB:
     """A run of a W&B project. Offline it is kept in ``trackers/wandb/`` of the run folder, a folder for each start."""
 
     def __init__(self, run: TrackedRun):
+        os.environ.setdefault("WANDB_SILENT", "true")  # its messages would hide ours
         import wandb
 
         folder = run.own_folder / "wandb"

@@ -59,8 +59,10 @@ class Log:
     def close(self, finished: bool = True) -> None:
         """Draw the load maps a last time, and let the trackers end. `write` raises ValueError from then on.
 
+        This does not wait for the processes of trackers, because a signal may leave the training little time.
+
         Args:
-            finished: whether the training has ended without an error.
+            finished: whether the training has come to its end.
         """
         if self.closed:
             return
@@ -72,8 +74,6 @@ class Log:
         finally:
             for follower in self._followers:
                 follower.end(finished)
-            for follower in self._followers:
-                follower.wait()
 
     def __enter__(self) -> Log:
         return self

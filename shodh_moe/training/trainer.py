@@ -80,6 +80,8 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchd
         if rank == 0:
             _announce(task, config, start)
         step, stopped = _Loop(task, config, start, writer, log, watchdog, stop_requests).run()
+        if log:
+            log.close(finished=not stopped)
         dist.barrier()
     if stopped:
         if rank == 0:

@@ -100,14 +100,21 @@ class Follower:
             raise
 
     def end(self, finished: bool, report: bool = False) -> int:
-        """Send what is left, with ``report`` the evaluation and the report too, and end the tracker."""
-        sender, count = self.open(), self.send_new()
-        sender.draw_last()
-        if report:
-            metrics, folder = evaluation_of(self._run.folder), self._run.folder
-            sender.tracker.add_report((int(metrics.get("step") or 0), results_of(metrics)), report_files(folder))
-        sender.tracker.close(finished)
-        self._lock.close()
+        """Send what is left, with ``report`` the evaluation and the report too; end the tracker, and let others send.
+
+        Returns:
+            the number of records sent.
+        """
+        try:
+            count = self.send_new()
+            sender = self.open()
+            sender.draw_last()
+            if report:
+                metrics, folder = evaluation_of(self._run.folder), self._run.folder
+                sender.tracker.add_report((int(metrics.get("step") or 0), results_of(metrics)), report_files(folder))
+            sender.tracker.close(finished)
+        finally:
+            self._lock.close()
         return count
 
 

@@ -83,9 +83,7 @@ def test_a_missing_library_is_found_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, real=find_spec: (name != "wandb" and real(name)) or None
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
     says = ("telemetry.trackers: wandb needs W&B's library", "pip install 'shodh_moe[wandb]'")
     refused(capfd, "run", "--config", str(config), "telemetry.trackers=[wandb]", says=says)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

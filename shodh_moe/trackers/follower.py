@@ -67,12 +67,16 @@ class Tail:
 
 
 class Follower:
-    """Sends what a tracker lacks. After an error, `send_new` begins anew with what the tracker has not got."""
+    """Sends what a tracker lacks. After an error, `send_new` begins anew with what the tracker has not got.
 
-    def __init__(self, name: str, run: TrackedRun):
+    Args:
+        lock: the lock of `lock_tracker`, if it is held already.
+    """
+
+    def __init__(self, name: str, run: TrackedRun, lock: IO[str] | None = None):
         self._name, self._run, self._sender = name, run, None
         self._tail: Tail
-        self._lock = lock_tracker(run, name)
+        self._lock = lock or lock_tracker(run, name)
 
     _sender: Sender | None
 
@@ -147,8 +151,9 @@ def reason_of(error: BaseException) -> str:
 def main() -> int:
     """Follow a run as the first line of standard input says, until its end; then send what is left.
 
-    The line is JSON with ``name``, ``folder``, ``telemetry`` and ``report``. A second line, ``finished``, says
-    that the training has ended; without it, it was stopped or killed.
+    The line is JSON with ``name``, ``folder``, ``telemetry``, ``report`` and ``lock``, the descriptor of a file that is
+    locked already, or null. A second line, ``finished``, says that the training has ended; without it, it was stopped
+    or killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the training, which ends this process
         signal.signal(number, lambda *_: None)
@@ -156,6 +161,7 @@ def main() -> int:
     command, data = _first_line()
     run = TrackedRun(Path(command["folder"]), TelemetryConfig.model_validate(command["telemetry"]))
     name, told = command["name"], False
+    lock = os.fdopen(command["lock"], "w") if command["lock"] else None
     terminal = _redirect_output(run.own_folder / f"{name}.log")
 
     def warn(error: BaseException) -> None:
@@ -181,7 +187,7 @@ def main() -> int:
         if time.monotonic() < due and not ended:
             continue
         try:
-            follower = follower or Follower(name, run)
+            follower = follower or Follower(name, run, lock)
             follower.send_new()
             wait = 0.0
             if ended:

@@ -1,4 +1,4 @@
-"""Draw forecasts of a run's newest checkpoint, in a process of low priority.
+"""Draw forecasts of a run's newest checkpoint, in a process of its own.
 
 ``python -m shodh_moe.watch.forecast RUN FOLDER`` writes a picture for each domain, ``<domain>.png``, and prints
 JSON with the step and the domains, or an error.
@@ -7,12 +7,9 @@ JSON with the step and the domains, or an error.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-NICE = 19
 
 
 def draw(run: Path, folder: Path) -> dict[str, Any]:
@@ -51,7 +48,6 @@ def draw(run: Path, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    os.nice(NICE)
     from shodh_moe.base.errors import UserError
 
     try:

@@ -147,7 +147,7 @@ def watch(
         raise UserError(f"--every {every}: give a number of steps, at least 1")
     watched = Watched(run, None)
     server = make_server(watched, host, port)
-    os.nice(NICE)  # the training goes first
+    os.nice(NICE)  # the training goes first; forecasts inherit this
     with tempfile.TemporaryDirectory(prefix="shodh-watch-") as folder:
         watched.forecasts = Forecasts(run, Path(folder), every) if forecast else None
         try:

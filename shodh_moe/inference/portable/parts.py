@@ -11,13 +11,12 @@ token, R rows that choose a path (1, or N where each token or window chooses), D
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
@@ -42,7 +41,7 @@ class DensePlan(Plan):
         gates_NE: p_e of each token's experts, 0 for all others.
     """
 
-    gates_NE: Tensor = torch.zeros(0)
+    gates_NE: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @staticmethod
     def of(gates_NE: Tensor) -> DensePlan:
@@ -165,9 +164,7 @@ class StepPart(nn.Module):
             plan = DensePlan.of(_dense(expert, gate, self.experts))
             return self.transformer(*inputs, plan).latent_BCxyz[0]
         # All tokens share their experts: compute with the weights of those alone.
-        chosen = {
-            name: self.transformer.get_parameter(name).index_select(0, expert[0]) for name in self.per_expert
-        }
+        chosen = {name: self.transformer.get_parameter(name).index_select(0, expert[0]) for name in self.per_expert}
         plan = DensePlan.of(gate.expand(self.tokens, -1))
         return functional_call(self.transformer, chosen, (*inputs, plan)).latent_BCxyz[0]
 

@@ -116,7 +116,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(403, {"error": f"you may not create {name}"})
             if name in hub.repositories:
                 return self.answer(409, {"error": "it exists", "url": f"{hub.url}/{name}"})
-            hub.repositories[name] = Repository(private=bool(asked.get("private")) or asked.get("visibility") == "private")
+            hub.repositories[name] = Repository(
+                private=bool(asked.get("private")) or asked.get("visibility") == "private"
+            )
             hub.repositories[name].commit({".gitattributes": b""})
             return self.answer(200, {"url": f"{hub.url}/{name}", "name": name, "id": name})
 

@@ -121,4 +121,5 @@ def _reason(address: HubAddress, error: Exception) -> str:
     if reason := next((found for one in causes if (found := disk_trouble(one))), None):
         return f"cannot write {address} to {constants.HF_HUB_CACHE}: {reason}"
     what = " ".join(str(causes[-1] if not statuses else error).split())[:150] or type(error).__name__
-    return f"the hub at {_endpoint() or constants.ENDPOINT} did not answer for {address} ({what}): check the connection and try again"
+    hub = _endpoint() or constants.ENDPOINT
+    return f"the hub at {hub} did not answer for {address} ({what}): check the connection and try again"

@@ -166,13 +166,15 @@ def make_app(model: Model, name: str, example: Fields, limits: Limits) -> FastAP
     )
     async def forecast(
         request: Request,
-        steps: Annotated[int, Query(ge=1, le=limits.steps, description="number of snapshots to predict")],
+        steps: Annotated[int, Query(ge=1, description="number of snapshots to predict; /info has the limit")],
         format: Annotated[
             Literal["npz", "hdf5", "slices"] | None, Query(description="of the answer; default: that of the body")
         ] = None,
         dtype: Annotated[Literal["float32", "float64"], Query(description="of the answer's fields")] = "float32",
     ) -> Response:
         nonlocal held
+        if steps > limits.steps:
+            raise Refused(422, f"steps {steps}: the service predicts at most {limits.steps}")
         if held >= limits.waiting:
             raise Refused(503, f"the service already holds {held} requests: try again in some seconds")
         held += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shodh_moe.base.text import printable
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -25,8 +27,8 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that cannot be answered: an HTTP status from 400 on, and the reason in one line."""
+    """A request that cannot be answered: an HTTP status from 400 on, and the reason in one printable line."""
 
     def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+        self.status, self.reason = status, printable(reason)
+        super().__init__(self.reason)

@@ -105,7 +105,12 @@ class MatrixOperations(nn.Module):
             return count + 1, phi + step * direction, r, z + after / rz * direction, after
 
         start = (torch.zeros((), dtype=torch.int64), torch.zeros_like(r_BXYZ), r_BXYZ.clone(), z_BXYZ.clone())
-        return while_loop(unsolved, iterate, (*start, (r_BXYZ * z_BXYZ).sum()))[1]
+        values: tuple[Tensor, ...] = (*start, (r_BXYZ * z_BXYZ).sum())
+        if torch.compiler.is_exporting():
+            return while_loop(unsolved, iterate, values)[1]
+        while unsolved(*values):  # the same without the compiler
+            values = iterate(*values)
+        return values[1]
 
     def _divergence(self, u_B3XYZ: Tensor) -> Tensor:
         x, y, z = (self._along(u, axis, "solver_derivative") for axis, u in zip(AXES, u_B3XYZ.unbind(1), strict=True))

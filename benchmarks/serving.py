@@ -73,7 +73,9 @@ class Load:
         connection.close()
 
 
-def measure(model: str, requests: int, clients: int, steps: int, batch: int, seconds: float, threads: int) -> dict[str, Any]:
+def measure(
+    model: str, requests: int, clients: int, steps: int, batch: int, seconds: float, threads: int
+) -> dict[str, Any]:
     """Run the load and return what was measured; memory in MB after each twentieth of the answers."""
     process, port = start(model, batch, threads)
     try:

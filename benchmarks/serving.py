@@ -140,11 +140,11 @@ def main() -> int:
         "torch": torch.__version__,
         "packages": describe_environment()["packages"],
     }
-    latency = found["latency_s"]
+    latency, memory = found["latency_s"], found["memory_mb"]
     print(
         f"{found['requests']} requests ({found['statuses']}), {found['requests_per_second']:.1f} per second; latency "
-        f"median {1e3 * latency['median']:.0f} ms, p99 {1e3 * latency['p99']:.0f} ms; memory {found['memory_mb'][0][1]:.0f} "
-        f"to {found['memory_mb'][-1][1]:.0f} MB, {found['memory_growth_mb_in_second_half']:+.1f} MB in the second half"
+        f"median {1e3 * latency['median']:.0f} ms, p99 {1e3 * latency['p99']:.0f} ms; memory {memory[0][1]:.0f} "
+        f"to {memory[-1][1]:.0f} MB, {found['memory_growth_mb_in_second_half']:+.1f} MB in the second half"
     )
     if target:
         target.write_text(json.dumps(result, indent=1) + "\n")

@@ -195,8 +195,8 @@ def make_parts(model: Model) -> dict[str, nn.Module]:
     """Make the parts of a model by name, in the order in which they are used; ``paths`` only if it has paths."""
     # A copy of a parameter has no marks.
     per_expert = [name for name, weight in model.transformer.named_parameters() if marks(weight).per_expert]
-    transformer = copy.deepcopy(model.transformer).cpu().eval()
-    tokenizer = copy.deepcopy(model.tokenizer).cpu().eval()
+    transformer = copy.deepcopy(model.transformer).cpu().eval().requires_grad_(False)
+    tokenizer = copy.deepcopy(model.tokenizer).cpu().eval().requires_grad_(False)
     parts: dict[str, nn.Module] = {"encoder": EncoderPart(tokenizer)}
     if transformer.path is not None:
         parts["paths"] = PathsPart(transformer)

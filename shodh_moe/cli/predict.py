@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from shodh_moe.base.command import path_option
+from shodh_moe.base.command import path_option, path_or_url
 from shodh_moe.cli.common import MODEL, add_command, add_debug, add_tokenizer_option
 
 
 def add_predict(commands: Any) -> None:
     example = "example: shodh predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"
     parser = add_command(commands, "predict", "continue your own flow with a trained model", example, _predict)
-    parser.add_argument("--checkpoint", type=path_option, required=True, help=MODEL)
+    parser.add_argument("--checkpoint", type=path_or_url, required=True, help=MODEL)
     parser.add_argument("--input", type=path_option, required=True, help="HDF5 file in the_well's schema")
     parser.add_argument("--steps", type=int, required=True, help="snapshots to predict")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_predict(commands: Any) -> None:
         "--dtype", choices=["float32", "float64"], default="float32", help="precision of the stored fields"
     )
     about = "further models with the same tokenizer, such as other seeds or checkpoints: predict their mean and spread"
-    parser.add_argument("--members", type=path_option, nargs="+", default=[], metavar="MODEL", help=about)
+    parser.add_argument("--members", type=path_or_url, nargs="+", default=[], metavar="MODEL", help=about)
     parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     add_tokenizer_option(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from shodh_moe.base.command import path_option, path_text
+from shodh_moe.base.command import path_option, path_or_url, path_text
 from shodh_moe.base.errors import EXIT_DONE, UserError
 from shodh_moe.cli.common import (
     MODEL,
@@ -38,10 +38,10 @@ def add_pretrain(commands: Any) -> None:
 def add_evaluate(commands: Any) -> None:
     text = "measure the newest checkpoint, or another model, on held-out trajectories"
     parser = add_config_command(commands, "evaluate", text, _evaluate)
-    parser.add_argument("--checkpoint", type=path_option, help=f"{MODEL}, instead of the config's run")
+    parser.add_argument("--checkpoint", type=path_or_url, help=f"{MODEL}, instead of the config's run")
     parser.add_argument("--output", type=path_option, help="folder for the results; required with --checkpoint")
     about = "further models that form an ensemble with --checkpoint: measure its mean, spread and coverage too"
-    parser.add_argument("--members", type=path_option, nargs="+", default=[], metavar="MODEL", help=about)
+    parser.add_argument("--members", type=path_or_url, nargs="+", default=[], metavar="MODEL", help=about)
     add_tokenizer_option(parser)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.remote_file import local_folder
 from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.model import Model
 from shodh_moe.metrics.ensemble import mean_and_spread
@@ -16,7 +17,7 @@ from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 
 def load_members(
-    first: ModelSource, model: Model, others: tuple[Path, ...], tokenizer: Path | None = None, stride: int = 1
+    first: ModelSource, model: Model, others: tuple[Path | str, ...], tokenizer: Path | None = None, stride: int = 1
 ) -> list[Model]:
     """Load the other members of an ensemble, and return all, ``model`` first.
 
@@ -31,7 +32,8 @@ def load_members(
     """
     members = [model]
     own, history = tokenizer_sha256(first.tokenizer_folder()), model.history
-    for path in others:
+    for place in others:
+        path = local_folder(place)
         exported = (path / "export.json").exists()
         source = find_source(path, None if exported else tokenizer)
         theirs = tokenizer_sha256(source.tokenizer_folder())

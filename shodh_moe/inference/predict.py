@@ -72,7 +72,7 @@ class Request:
     dtype: str = "float32"
     paraview: bool = True
     overwrite: bool = False
-    members: tuple[Path, ...] = ()
+    members: tuple[Path | str, ...] = ()
     stride: int | None = None
 
 
@@ -102,7 +102,7 @@ class _Scores:
     stored: float = 0.0
 
 
-def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
+def predict(checkpoint: Path | str, request: Request, tokenizer: Path | None = None) -> None:
     """Roll out the requested trajectories of ``request.input``, write the prediction, and print its errors.
 
     If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator

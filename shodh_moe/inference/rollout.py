@@ -31,6 +31,9 @@ def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: tor
 def decode_both(
     tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """As `decode`, with the divergence-free velocity [B, 3, X, Y, Z] as a second result; see `Flow`."""
-    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
+    """As `decode`, with the divergence-free velocity [B, 3, X, Y, Z] as a second result; see `Flow`.
+
+    The geometries may also differ: ``solid_1XYZ`` [B, 1, X, Y, Z].
+    """
+    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), 1, *solid_1XYZ.shape[-3:]), dtype)
     return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1), flow.conserved_B3XYZ

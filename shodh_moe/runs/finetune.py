@@ -75,7 +75,7 @@ class Request:
         tokenizer: folder of the model's tokenizer, if its config no longer leads to it.
     """
 
-    model: Path
+    model: Path | str
     data: Path
     output: Path
     config: Path | None = None

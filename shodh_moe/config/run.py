@@ -86,6 +86,11 @@ class Config(Section):
         """Time stride of validation and evaluation."""
         return self.evaluation.stride or self.model.strides[0]
 
+    def require_measured_stride_1(self, name: str) -> None:
+        """Raise ``ValueError`` if validation and evaluation skip snapshots; ``name`` is that of this config's section."""
+        if self.measured_stride != 1:
+            raise ValueError(f"{name}.model.strides must begin with 1, and {name}.evaluation.stride be 1 or null")
+
     @property
     def windows(self) -> dict[str, Window]:
         """The longest sample of each split."""

@@ -133,6 +133,7 @@ class ForecastConfig(Section):
         ):
             if given is not None:
                 raise ValueError(f"base.{key} must be null: the benchmark trains everything itself, on this host")
+        base.require_measured_stride_1("base")
         needed = self.history + self.steps
         if not base.data.path and base.data.snapshots < needed:
             raise ValueError(

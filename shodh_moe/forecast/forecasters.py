@@ -48,8 +48,8 @@ def of_model(model: Model) -> Forecaster:
     """Make a forecaster of our model."""
 
     def forecaster(flow: Flow, steps: int) -> Forecast:
-        given_H4XYZ = flow.fields_T4XYZ[-model.span() :: model.strides[0]]
-        predicted = list(islice(model.continue_flow(given_H4XYZ, flow.solid_1XYZ, model.strides[0]), steps))
+        given_H4XYZ = flow.fields_T4XYZ[-model.history :]
+        predicted = list(islice(model.continue_flow(given_H4XYZ, flow.solid_1XYZ, stride=1), steps))
         return Forecast(*(torch.stack(parts) for parts in zip(*predicted, strict=True)))
 
     return forecaster

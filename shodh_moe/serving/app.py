@@ -141,7 +141,7 @@ def make_app(model: Model, name: str, example: Fields, limits: Limits) -> FastAP
             step=model.step,
             weights_sha256=model.weights_sha256,
             grid=grid,
-            history=model.history,
+            history=model.span(),
             operator=model.operator,
             arrays={"velocity": ["T", 3, *grid], "pressure": ["T", 1, *grid], "solid": [1, *grid], "time": ["T"]},
             limits={key: float(value) for key, value in vars(limits).items()},

@@ -37,7 +37,7 @@ class Given(NamedTuple):
     """The flow of a request.
 
     Attributes:
-        fields: at least the model's history of snapshots.
+        fields: as many snapshots as the model needs, or more.
         record: where it is in an HDF5 body; None for npz.
     """
 

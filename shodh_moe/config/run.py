@@ -87,7 +87,7 @@ class Config(Section):
         return self.evaluation.stride or self.model.strides[0]
 
     def require_measured_stride_1(self, name: str) -> None:
-        """Raise ``ValueError`` if validation and evaluation skip snapshots; ``name`` is that of this config's section."""
+        """Raise ``ValueError`` if validation and evaluation skip snapshots; ``name`` is this config's section."""
         if self.measured_stride != 1:
             raise ValueError(f"{name}.model.strides must begin with 1, and {name}.evaluation.stride be 1 or null")
 

@@ -334,9 +334,13 @@ class LatentSamples:
             history.append(z_TCxyz[: self.history])
             geometry.append(trajectory.geometry_Cxyz)
             targets.append(z_TCxyz[self.history :])
-        labels = torch.tensor([domain for domain, _ in samples])
-        stacked = [torch.stack(parts) for parts in (history, geometry, targets)]
-        return Batch(*stacked, labels, torch.tensor(strides))
+        return Batch(
+            torch.stack(history),
+            torch.stack(geometry),
+            torch.stack(targets),
+            torch.tensor([domain for domain, _ in samples]),
+            torch.tensor(strides),
+        )
 
     def context(self, domain: str) -> Context:
         """Return the context of one sample of a domain with the smallest stride, for `LatentTransformer.forward`."""

@@ -59,7 +59,8 @@ def test_the_benchmark_from_data_to_report(
             found = model["domains"][domain]
             assert len(found["nrmse"]["velocity"]["mean"]) == len(found["vrmse"]["pressure"]["mean"]) == STEPS
             assert (name == "ours") == (found["divergence"] < 1e-9)  # the tokenizer conserves mass
-            assert (found["solid_velocity"] == [0.0] * STEPS) == (name != "dpot")
+            if name != "dpot":
+                assert found["solid_velocity"] == [0.0] * STEPS
     own, stages = models["ours"], models["ours"]["stages"][0]
     tokenizer = tokenizer_outcome(bench, 3)
     assert tokenizer
@@ -70,7 +71,7 @@ def test_the_benchmark_from_data_to_report(
     config = transformer_config(bench, Training("ours", 1e-3, 3))
     assert own["steps"] == [config.training.steps]
     assert own["parameters"]["total"] == own["parameters"]["tokenizer"] + own["parameters"]["transformer"]
-    assert models["dpot"]["seconds"][0] == pytest.approx(4.0, abs=3.0)
+    assert models["dpot"]["seconds"][0] >= 4.0
     assert summary["periods"]["porous_media"] == 3.0
 
     monkeypatch.setattr(jobs, "_run", lambda *arguments: pytest.fail("a process was started"))

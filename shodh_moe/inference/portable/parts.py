@@ -30,6 +30,7 @@ from shodh_moe.model.routers.grown import GrownRouter
 from shodh_moe.model.routers.linear import LinearRouter
 from shodh_moe.model.routers.oracle import OracleRouter
 from shodh_moe.model.routing import Routing
+from shodh_moe.model.transformer import Block
 from shodh_moe.tokenizer import Tokenizer
 from shodh_moe.tokenizer.helmholtz import Operations
 
@@ -74,7 +75,11 @@ def require_portable(model: Model) -> None:
 
 
 def choose(router: nn.Module, x_RF: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose the experts of each row as `shodh_moe.kernels.topk_gating` does: numbers (int64) and gates, both [R, J]."""
+    """Choose the experts of each row as `shodh_moe.kernels.topk_gating` does.
+
+    Returns:
+        Their numbers, int64, and their gates, both [R, J].
+    """
     if isinstance(router, GrownRouter):
         expert_RJ, gate_RJ = choose(cast(nn.Module, router.base), x_RF, top_k)
         taken_R1 = router.taken(x_RF)[:, None]
@@ -152,7 +157,9 @@ class StepPart(nn.Module):
             if isinstance(block.moe, MoE) and block.moe.router is not None:
                 block.moe = _RoutedHere(block.moe)
         config = transformer.config
-        self.tokens = transformer.blocks[0].attention.angles_SP.shape[0]
+        first = transformer.blocks[0]
+        assert isinstance(first, Block)
+        self.tokens = len(first.attention.angles_SP)
         self.experts, self.by_sample = config.moe.num_experts, config.moe.router.context == "sample"
 
     def forward(

@@ -95,7 +95,7 @@ def _metadata(source: ModelSource, metrics: dict[str, Any] | None, portable: Seq
         "neural-operator",
         *("onnx" for _ in portable if _ == "onnx"),
     ]
-    data = {"license": licence, "library_name": LIBRARY, "tags": tags}
+    data: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     results = [
         {
             "task": {"type": "other", "name": "next snapshot of a 3D flow"},

@@ -93,7 +93,7 @@ def _metadata(source: ModelSource, metrics: dict[str, Any] | None, portable: Seq
         "fluid-dynamics",
         "mixture-of-experts",
         "neural-operator",
-        *("onnx" for _ in portable if _ == "onnx"),
+        *(["onnx"] if "onnx" in portable else []),
     ]
     data: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     results = [

@@ -100,11 +100,12 @@ def _explained(address: HubAddress) -> Iterator[None]:
 def _reason(address: HubAddress, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
-    causes, one = [], error
-    while one is not None and len(causes) < 10:  # the library wraps errors of the connection
-        causes.append(one)
-        one = one.__cause__ or one.__context__  # type: ignore[assignment]
-    statuses = [one.response.status_code for one in causes if isinstance(one, errors.HfHubHTTPError) and one.response]
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and len(causes) < 10:  # the library wraps errors of the connection
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    statuses = [one.response.status_code for one in causes if isinstance(one, errors.HfHubHTTPError)]
     for found in causes:
         if isinstance(found, errors.RevisionNotFoundError):
             return f"{address} does not exist: the repository has no branch, tag or commit {address.revision or 'main'}"
@@ -118,7 +119,7 @@ def _reason(address: HubAddress, error: Exception) -> str:
         return f"the hub refuses {address} (403): your token may not do this; check its permissions"
     if 401 in statuses or any(isinstance(one, errors.RepositoryNotFoundError) for one in causes):
         return f"{address} does not exist, or it is private: check the name, and the token in HF_TOKEN"
-    if reason := next((found for one in causes if (found := disk_trouble(one))), None):
+    if reason := next(filter(None, map(disk_trouble, causes)), None):
         return f"cannot write {address} to {constants.HF_HUB_CACHE}: {reason}"
     what = " ".join(str(causes[-1] if not statuses else error).split())[:150] or type(error).__name__
     hub = _endpoint() or constants.ENDPOINT

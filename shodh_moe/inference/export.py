@@ -34,6 +34,7 @@ from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source,
 from shodh_moe.inference.model import Model
 from shodh_moe.inference.model_card import hub_config, model_card
 from shodh_moe.inference.portable import write as portable_graphs
+from shodh_moe.inference.portable.parts import require_portable
 
 DESCRIPTION = "export.json"
 
@@ -77,6 +78,8 @@ def _write(path: Path, output: Path, tokenizer: Path | None, portable: Sequence[
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
     model = load_source(source)
+    if portable:
+        require_portable(model)
     known = contexts.contexts_of(source)
     if known is None:
         print(

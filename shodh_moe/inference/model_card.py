@@ -93,9 +93,9 @@ def _metadata(source: ModelSource, metrics: dict[str, Any] | None, portable: Seq
         "fluid-dynamics",
         "mixture-of-experts",
         "neural-operator",
-        *("onnx" for _ in portable if _ == "onnx"),
+        *(["onnx"] if "onnx" in portable else []),
     ]
-    data = {"license": licence, "library_name": LIBRARY, "tags": tags}
+    data: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
     results = [
         {
             "task": {"type": "other", "name": "next snapshot of a 3D flow"},

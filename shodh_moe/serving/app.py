@@ -67,7 +67,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        names = {"registry": self.registry}
+        names: Any = {"registry": self.registry}
         self.requests = Counter("shodh_requests", "Requests by path and status", ["path", "status"], **names)
         self.seconds = Histogram("shodh_forecast_seconds", "Seconds from a body's first byte to its answer", **names)
         self.waiting = Gauge("shodh_requests_held", "Requests between their first byte and their answer", **names)

@@ -114,7 +114,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, left: int) -> NDArray[Any]:
 
 def write_npz(forecast: Fields, dtype: str) -> bytes:
     """Return a forecast as an npz file: the arrays of `Fields`, velocities and pressure in ``dtype``."""
-    arrays = {
+    arrays: dict[str, Any] = {
         name: values.to(getattr(torch, dtype)).numpy() if name not in ("time", "solid") else values.numpy()
         for name, values in forecast.items()
     }

@@ -65,8 +65,8 @@ def test_nothing_scrolls_sideways_at_400_pixels(running: Service, tmp_path: Path
             inner = text.replace('id="result" hidden', 'id="result"')
             outer = (
                 "<iframe id=f src=/inner style='width:400px;height:900px'></iframe><p id=w></p>"
-                "<script>f.onload = () => { "
-                "w.textContent = 'width ' + f.contentDocument.documentElement.scrollWidth }</script>"
+                "<script>f.onload = () => { w.textContent = "
+                "'width ' + f.contentDocument.documentElement.scrollWidth }</script>"
             )
             data = (inner if self.path == "/inner" else outer).encode()
             self.send_response(200)

@@ -28,7 +28,9 @@ from shodh_moe.model.plan import Plan
 from shodh_moe.model.routers.cosine import CosineRouter
 from shodh_moe.model.routers.grown import GrownRouter
 from shodh_moe.model.routers.linear import LinearRouter
+from shodh_moe.model.routers.oracle import OracleRouter
 from shodh_moe.model.routing import Routing
+from shodh_moe.model.transformer import Block
 from shodh_moe.tokenizer import Tokenizer
 from shodh_moe.tokenizer.helmholtz import Operations
 
@@ -63,22 +65,27 @@ class DensePlan(Plan):
         return y_ND if shared_ND is None else y_ND + shared_ND
 
 
-def choose(router: nn.Module, x_RF: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose the experts of each row as `shodh_moe.kernels.topk_gating` does: numbers (int64) and gates, both [R, J].
+def require_portable(model: Model) -> None:
+    """Check that a model can be written as graphs. Raises: UserError: its router needs to know each sample's domain."""
+    if any(isinstance(module, OracleRouter) for module in model.transformer.modules()):
+        raise UserError(
+            "model.moe.router.kind oracle needs each sample's domain, which a graph does not know: export a model with "
+            "another router, or leave --portable out"
+        )
 
-    Raises:
-        UserError: the router needs to know the domain of each sample.
+
+def choose(router: nn.Module, x_RF: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose the experts of each row as `shodh_moe.kernels.topk_gating` does.
+
+    Returns:
+        Their numbers, int64, and their gates, both [R, J].
     """
     if isinstance(router, GrownRouter):
         expert_RJ, gate_RJ = choose(cast(nn.Module, router.base), x_RF, top_k)
         taken_R1 = router.taken(x_RF)[:, None]
         added_R1 = router.num_experts - len(router.added) + taken_R1
         return torch.where(taken_R1 >= 0, added_R1, expert_RJ), torch.where(taken_R1 >= 0, 1.0, gate_RJ)
-    if not isinstance(router, (CosineRouter, LinearRouter)):
-        raise UserError(
-            "model.moe.router.kind oracle needs each sample's domain, which a graph does not know: export a model with "
-            "another router, or leave --portable out"
-        )
+    assert isinstance(router, (CosineRouter, LinearRouter))  # see `require_portable`
     logits_RE = router.logits(x_RF)
     p_RE = torch.softmax(logits_RE, dim=1)
     score_RE = logits_RE if router.bias_E is None else p_RE + router.bias_E
@@ -150,7 +157,9 @@ class StepPart(nn.Module):
             if isinstance(block.moe, MoE) and block.moe.router is not None:
                 block.moe = _RoutedHere(block.moe)
         config = transformer.config
-        self.tokens = transformer.blocks[0].attention.angles_SP.shape[0]
+        first = transformer.blocks[0]
+        assert isinstance(first, Block)
+        self.tokens = len(first.attention.angles_SP)
         self.experts, self.by_sample = config.moe.num_experts, config.moe.router.context == "sample"
 
     def forward(

@@ -24,9 +24,7 @@ from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
-
-BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
+from shodh_moe.training.deepspeed_config import BUCKET, deepspeed_config, exchanges_samples, expert_parallel_size
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,8 @@ def state_bytes(config: Config, world: int, count: Parameters | None = None) -> 
         sizes = {"weights": 1, "gradients": 1, "optimizer": 2}
         return {**{key: n * wide * count.rank for key, n in sizes.items()}, "reduction": wide * flat}
     part = -(-count.shared // world) - (-count.rank_expert // (world // ep))  # elements that this rank updates
-    zero = deepspeed_config(config, world)["zero_optimization"]
-    buckets = int(zero.get("reduce_bucket_size", BUCKET)) * (2 if zero.get("overlap_comm") else 1)
+    zero = deepspeed_config(config, world, count.rank)["zero_optimization"]
+    buckets = int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
     return {
         "weights": wide * count.rank,
         "gradients": wide * (count.rank if stage == 1 else part),

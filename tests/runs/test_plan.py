@@ -220,7 +220,6 @@ def counted(tmp_path_factory) -> Path:
     """A folder with config.yaml and the counts of `LAYOUTS`, from two ranks, two experts and few tokens."""
     folder = tmp_path_factory.mktemp("plan")
     config = _config(256, 512, 1, 2, 2, 8).model_dump()
-    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
     config["model"]["moe"]["num_experts"] = 2
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     done = launch(2, WORKER, str(folder / "config.yaml"), *LAYOUTS.values())

@@ -27,7 +27,6 @@ SETTINGS = (
     "model.moe.num_experts=8",
     "model.moe.router.balance_weight=0.5",
     "model.moe.router.z_weight=0.1",
-    "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 DROPLESS, ROOM = "model.moe.dropless=true", "parallel.exchange_capacity=4.0"
 DROPPING = ("model.moe.capacity_factor=0.7", "model.moe.min_capacity=1")

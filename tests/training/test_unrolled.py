@@ -31,7 +31,6 @@ SETTINGS = (
     "model.scale_history=true",
     "model.moe.dropless=true",
     "model.moe.router.balance=global",  # the other kind of balance depends on the micro-batch
-    "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 PATH = ("model.moe.scope=path", "model.moe.attention=own", "model.moe.num_experts=4")
 CASES = {

@@ -228,7 +228,10 @@ async def _received(request: Request, path: Path, limits: Limits) -> Given:
         await asyncio.wait_for(_store(request, path, limits.body_bytes, too_large), limits.seconds)
     except (TimeoutError, asyncio.TimeoutError):
         raise Refused(408, f"the body took longer than {limits.seconds:g} s to arrive") from None
-    return await _run(read_body, path, limits)
+    try:
+        return await asyncio.wait_for(_run(read_body, path, limits), limits.seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise Refused(422, f"the body took longer than {limits.seconds:g} s to examine: it may be damaged") from None
 
 
 async def _store(request: Request, path: Path, most: int, too_large: Refused) -> None:

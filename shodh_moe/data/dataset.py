@@ -95,6 +95,11 @@ class Fields(dict[str, Tensor]):
         return xarray.Dataset(variables, coordinates, {"domain": self.source.domain})
 
 
+def source_of(fields: Mapping[str, Tensor]) -> Source:
+    """What is known about fields besides their values; nothing of a plain dictionary."""
+    return fields.source if isinstance(fields, Fields) else Source()
+
+
 class Dataset(TorchDataset[Fields]):
     """Trajectories in the order of their files. Nothing is read before an index asks for it.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shodh_moe.model.path import Features, TokenGrid
+from shodh_moe.model.inputs import TokenGrid
+from shodh_moe.model.path import Features
 
 HIDDEN = 64
 

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import MoEConfig
+from shodh_moe.model.inputs import TokenGrid
 from shodh_moe.model.plan import Plan, follow_plan, make_plan
 from shodh_moe.model.routers import Context, make_router
 from shodh_moe.parallel import ExpertParallel
-
-TokenGrid = tuple[int, int, int]
 
 
 class Features(nn.Module):

@@ -76,7 +76,7 @@ class Request:
         tokenizer: folder of the model's tokenizer, if its config no longer leads to it.
     """
 
-    model: Path
+    model: Path | str
     data: Path
     output: Path
     config: Path | None = None
@@ -170,7 +170,8 @@ def _config(request: Request, source: ModelSource, model: Model) -> Config:
             raise UserError(f"{key} follows from --model, --data and --output: leave it out")
     if differing := differing_model_keys(source.config.model.model_dump(), config.model.model_dump()):
         raise UserError(f"model.{differing[0]} belongs to {request.model} and cannot change: leave it out")
-    grid = list(list_trajectories(request.data, "train", skip_bad=config.data.skip_bad)[0].grid)
+    dataset = resolve_paths(config).dataset
+    grid = list(list_trajectories(dataset, "train", skip_bad=config.data.skip_bad)[0].grid)
     require_size(grid, config.model, f"{request.data} has grid")
     data = config.data.model_copy(update={"grid": grid})
     return config.model_copy(update={"data": data, "start": str(Path(config.runs) / name / START)})
@@ -264,7 +265,8 @@ def _write_start(
 
 def _report(config: Config, paths: Paths, before: Model, output: Path) -> None:
     """Print the validation errors of the model before and after, beside those of persistence."""
-    samples = LatentSamples(load_latents(paths.latents, "valid", paths.tokenizer), config.model.history)
+    valid = load_latents(paths.latents, "valid", paths.tokenizer)
+    samples = LatentSamples(valid, config.model.history, strides=[config.measured_stride])
     after = load_source(find_source(output))
     errors = [_errors(model.transformer, samples, config) for model in (before, after)]
     for domain, (first, last) in enumerate(zip(*errors, strict=True)):

@@ -41,6 +41,7 @@ class Context:
         domain_B: int64, number of each sample's domain; None if unknown.
         drop: whether experts drop tokens beyond their capacity outside training as well.
         decision: the samples' paths, if they are known already; the path router then only computes their gates.
+        stride_B: int64, each sample's time stride, one of ``model.strides``; None: the first of them for all samples.
         boundary_B32: int64, code of each face of each sample's box, see `shodh_moe.base.boundaries`. Only networks that
             are told boundaries need it.
     """
@@ -49,6 +50,7 @@ class Context:
     domain_B: Tensor | None = None
     drop: bool = False
     decision: Decision | None = None
+    stride_B: Tensor | None = None
     boundary_B32: Tensor | None = None
 
     def by_row(self, value_B: Tensor, rows: int) -> Tensor:

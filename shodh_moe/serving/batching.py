@@ -24,7 +24,7 @@ from shodh_moe.inference.model import Model
 from shodh_moe.serving.limits import Limits, Refused
 
 
-@dataclass
+@dataclass(eq=False)  # each request is itself alone, whatever its flow
 class Job:
     """One request that waits for its forecast.
 

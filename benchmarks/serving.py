@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
+from shodh_moe.base.command import OneLineParser
 from shodh_moe.base.environment import describe_environment
+from shodh_moe.base.files import write_text
 
 
 def start(model: str, batch: int, threads: int) -> tuple[subprocess.Popen[str], int]:
@@ -119,7 +120,7 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an exported folder or a run")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=4)
@@ -136,9 +137,7 @@ def main() -> int:
         "model": Path(options["model"]).name,
         "asked": options["requests"],
         **found,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "packages": describe_environment()["packages"],
+        "environment": describe_environment(),
     }
     latency, memory = found["latency_s"], found["memory_mb"]
     print(
@@ -147,7 +146,7 @@ def main() -> int:
         f"to {memory[-1][1]:.0f} MB, {found['memory_growth_mb_in_second_half']:+.1f} MB in the second half"
     )
     if target:
-        target.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(target, json.dumps(result, indent=1) + "\n")
     return 0 if set(found["statuses"]) == {"200"} else 1
 
 

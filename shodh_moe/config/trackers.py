@@ -5,6 +5,8 @@ Classes are named rather than imported, so that reading a config needs none of t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shodh_moe.config.routers import check_name
 
 # Value in telemetry.trackers -> class, which implements `trackers.tracker.Tracker`.
@@ -16,6 +18,11 @@ TRACKERS = {
 }
 # Those that write files of the run folder. The training itself writes them; each of the others has a process.
 LOCAL = ("csv", "tensorboard")
+
+
+def with_process(names: Iterable[str]) -> list[str]:
+    """Return those of the named trackers that have a process of their own, each once."""
+    return [name for name in dict.fromkeys(names) if name not in LOCAL]
 
 
 def check_tracker(name: object) -> object:

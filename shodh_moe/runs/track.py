@@ -9,7 +9,7 @@ from pathlib import Path
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.config.load import load_config
-from shodh_moe.config.trackers import LOCAL
+from shodh_moe.config.trackers import LOCAL, with_process
 from shodh_moe.trackers.follower import Follower, lock_tracker, reason_of
 from shodh_moe.trackers.follower_process import FollowerProcess
 from shodh_moe.trackers.sender import Sender
@@ -21,8 +21,8 @@ SETTINGS = {"mlflow": "mlflow_uri", "wandb": "wandb_mode"}  # the key that says 
 
 def send_report(telemetry: TelemetryConfig, run: Path) -> None:
     """Send the report, the evaluation and the records that a tracker lacks. What fails is a warning."""
-    names = [name for name in dict.fromkeys(telemetry.trackers) if name not in LOCAL]
-    processes = [FollowerProcess(name, TrackedRun(run, telemetry), report=True) for name in names]
+    tracked = TrackedRun(run, telemetry)
+    processes = [FollowerProcess(name, tracked, report=True) for name in with_process(telemetry.trackers)]
     for process in processes:
         process.end(finished=True)
     for process in processes:
@@ -31,12 +31,11 @@ def send_report(telemetry: TelemetryConfig, run: Path) -> None:
 
 def wait_for_trackers(telemetry: TelemetryConfig, run: Path) -> None:
     """Wait until the processes that send the records of an ended training have ended, which they do by themselves."""
-    for name in dict.fromkeys(telemetry.trackers):
-        if name not in LOCAL:
-            try:
-                lock_tracker(TrackedRun(run, telemetry), name).close()
-            except UserError as error:
-                print(f"warning: {error}", flush=True)
+    for name in with_process(telemetry.trackers):
+        try:
+            lock_tracker(TrackedRun(run, telemetry), name).close()
+        except UserError as error:
+            print(f"warning: {error}", flush=True)
 
 
 def track(run: Path, names: Sequence[str] = ()) -> None:
@@ -59,9 +58,8 @@ def track(run: Path, names: Sequence[str] = ()) -> None:
     for name in names:
         if name in LOCAL:
             _write_anew(name, tracked)
-    for name in names:
-        if name not in LOCAL:
-            _send(name, tracked)
+    for name in with_process(names):
+        _send(name, tracked)
 
 
 def _write_anew(name: str, run: TrackedRun) -> None:

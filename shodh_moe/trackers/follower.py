@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.lock import Held, take_lock
+from shodh_moe.base.lock import Held
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.trackers.facts import evaluation_of, report_files
 from shodh_moe.trackers.scalars import results_of
 from shodh_moe.trackers.sender import Sender
-from shodh_moe.trackers.state import load_state
+from shodh_moe.trackers.state import load_state, take_tracker_lock
 from shodh_moe.trackers.tracker import TrackedRun, make_tracker
 
 POLL_S = 1.0  # between two looks at metrics.jsonl
@@ -123,16 +123,15 @@ class Follower:
 
 
 def lock_tracker(run: TrackedRun, name: str) -> IO[str]:
-    """Keep other processes from sending the same run to the same tracker.
+    """Wait for the lock of `take_tracker_lock`, and take it.
 
     Raises:
-        UserError: another one does so and has not ended within `LOCK_S`.
+        UserError: another process has held it for `LOCK_S`.
     """
-    path, deadline = run.own_folder / f"{name}.lock", time.monotonic() + LOCK_S
-    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_S
     while True:
         try:
-            return take_lock(path)
+            return take_tracker_lock(run, name)
         except Held as holder:
             if time.monotonic() > deadline:
                 raise UserError(

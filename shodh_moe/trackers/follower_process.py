@@ -8,7 +8,8 @@ import sys
 from contextlib import suppress
 from typing import IO, Any
 
-from shodh_moe.base.lock import Held, take_lock
+from shodh_moe.base.lock import Held
+from shodh_moe.trackers.state import take_tracker_lock
 from shodh_moe.trackers.tracker import TrackedRun
 
 LONGEST_END_S = 150.0  # the process itself gives up earlier
@@ -44,10 +45,8 @@ class FollowerProcess:
 
     def _free_lock(self, name: str, run: TrackedRun) -> IO[str] | None:
         """Take the process's lock before it starts, so that it is held from now on; None if an earlier one has it."""
-        path = run.own_folder / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(Held):
-            return take_lock(path)
+            return take_tracker_lock(run, name)
         return None
 
     _process: subprocess.Popen[bytes] | None

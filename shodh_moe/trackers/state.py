@@ -1,6 +1,7 @@
 """What a run folder keeps of a tracked run, in ``trackers/<name>.json``: its identity, and the last steps sent.
 
-A run that is resumed is thereby the same tracked run, and each of its steps is sent once.
+A run that is resumed is thereby the same tracked run, and each of its steps is sent once. ``trackers/<name>.lock`` is
+locked by the process that sends it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import write_text
+from shodh_moe.base.lock import take_lock
 from shodh_moe.trackers.tracker import TrackedRun
 
 
@@ -67,3 +69,14 @@ def load_state(run: TrackedRun, tracker: str) -> TrackerState:
         return TrackerState(path)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: remove it, and the run is tracked anew") from None
+
+
+def take_tracker_lock(run: TrackedRun, tracker: str) -> IO[str]:
+    """Keep other processes from sending the same run to the same tracker, until the file is closed.
+
+    Raises:
+        Held: another one sends it.
+    """
+    path = run.own_folder / f"{tracker}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return take_lock(path)

@@ -11,7 +11,7 @@ from typing import Any
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import append, finite_json, write_text
 from shodh_moe.config import TelemetryConfig
-from shodh_moe.config.trackers import LOCAL
+from shodh_moe.config.trackers import LOCAL, with_process
 from shodh_moe.trackers.follower_process import FollowerProcess
 from shodh_moe.trackers.sender import Sender
 from shodh_moe.trackers.tracker import TrackedRun, make_tracker
@@ -42,7 +42,7 @@ class Log:
         self._senders = [Sender(make_tracker(name, run)) for name in names if name in LOCAL]
         for sender in self._senders:
             sender.know(kept)
-        self._followers = [FollowerProcess(name, run) for name in names if name not in LOCAL]
+        self._followers = [FollowerProcess(name, run) for name in with_process(names)]
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record with ``step`` and ``kind``.

@@ -31,13 +31,14 @@ def draw(run: Path, folder: Path) -> dict[str, Any]:
     model, dataset = load_model(run), open_run(run).dataset("test")
     arrays: dict[str, Any] = {}
     domains: list[str] = []
+    before = model.span() - 1 + model.strides[0]  # from the first given snapshot to the predicted one
     for number, record in enumerate(dataset.records):
-        domain, now = record.domain, max(model.history, record.n_snapshots // 2)
+        domain, now = record.domain, max(before, record.n_snapshots // 2)
         if domain in domains or now >= record.n_snapshots:
             continue
         domains.append(domain)
-        fields = dataset[number, now - model.history : now + 1]
-        given = Fields({name: values if name == "solid" else values[:-1] for name, values in fields.items()})
+        fields = dataset[number, now - before : now + 1]
+        given = Fields({name: values if name == "solid" else values[: model.span()] for name, values in fields.items()})
         predicted = model.forecast(given, steps=1)
         for name, source, at in (("true", fields, -1), ("pred", predicted, -1)):
             arrays[f"{domain}/{name}"] = torch.cat([source["velocity"][at], source["pressure"][at]]).double().numpy()

@@ -15,6 +15,7 @@ import pytest
 
 from shodh_moe.base.network import free_port
 from shodh_moe.report.run.flow_3d import NAME
+from shodh_moe.watch.forecast import draw
 from shodh_moe.watch.forecasts import Forecasts
 from shodh_moe.watch.server import LOOPBACK, Watched, make_server
 from shodh_moe.watch.state import MOST_POINTS, charts_of
@@ -100,6 +101,15 @@ def test_wrong_use_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     refused(capfd, "watch", str(run), "--port", "99999", says=("port 99999", "choose another"))
     refused(capfd, "watch", str(run), "--every", "0", says=("--every 0", "at least 1"))
     refused(capfd, "watch", str(tmp_path), says=("there is no run folder", "has started"))
+
+
+def test_a_forecast_has_the_models_own_time_stride(tmp_path: Path) -> None:
+    """The model is given snapshots 0 and 2 of five, and predicts snapshot 4."""
+    run = make_trained_run(tmp_path, {"strides": [2]})
+    found = draw(run, tmp_path)
+    assert found["step"] == 7
+    assert len(found["domains"]) == 2
+    assert all((tmp_path / f"{domain}.png").stat().st_size > 1000 for domain in found["domains"])
 
 
 @needs_chromium

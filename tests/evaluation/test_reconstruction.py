@@ -19,6 +19,7 @@ from shodh_moe.evaluation.reconstruction import PROJECTIONS, evaluate_tokenizer,
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.metrics.fields import band_errors, nrmse, vrmse
+from shodh_moe.metrics.seams import block_power, face_jumps
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -103,6 +104,11 @@ def test_the_numbers_equal_a_direct_computation(data: Path, tmp_path: Path) -> N
         )
         for name, values, truth in (("velocity", u, true[:, :3]), ("pressure", p, true[:, 3:4])):
             assert found["band_errors"][name] == pytest.approx(band_errors(values, truth).mean(0).tolist(), rel=1e-5)
+            for what, measure in (("jumps", face_jumps), ("power", block_power)):
+                own, others = measure(values - truth).mean(0)
+                # Along y the grid has a single block, which has no neighbouring wave numbers.
+                ratios = [None if value.isnan() else pytest.approx(float(value), rel=1e-5) for value in own / others]
+                assert list(found["seams"][name][what].values()) == ratios
         speed = u.square().sum(1).mean().sqrt()
         central = divergence(u, "central2")
         reported = found["divergence"]["central2"]["float64"]

@@ -204,6 +204,7 @@ def test_a_domain_without_solids_has_no_velocity_there() -> None:
     rows = [{name: torch.ones(()) for name in ("velocity_vrmse", "pressure_vrmse", "velocity_nrmse")}]
     rows[0] |= {name: torch.ones(()) for name in ("velocity_mse", "pressure_mse")}
     rows[0] |= {name: torch.ones(3) for name in ("velocity_bands", "pressure_bands")}
+    rows[0] |= {f"{name}_{what}": torch.ones(2, 3) for name in ("velocity", "pressure") for what in ("jumps", "power")}
     rows[0] |= {f"{operator}/{dtype}": torch.zeros(3) for operator in OPERATORS for dtype in ("float32", "float64")}
     for solid, expected in (([0.0, 0, 0, 1], None), ([0.0, 5, 0, 0], 0.0)):  # no solids; a blocked box at rest
         found = reconstruction._summary([{**rows[0], "solid": torch.tensor(solid)}])

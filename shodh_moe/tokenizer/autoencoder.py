@@ -91,7 +91,7 @@ def _recomputed(on: bool, stage: Callable[..., Tensor], *inputs: Tensor) -> Tens
     return stage(*inputs)
 
 
-def _set_to_zero(layer: nn.Conv3d) -> None:
+def _set_to_zero(layer: nn.Module) -> None:
     """Set a layer's weights and bias to zero, so that its output is zero before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

@@ -44,11 +44,11 @@ def patch_shifts(count: int, periodic: tuple[bool, bool, bool]) -> list[Shift]:
 
 
 def continue_shifted(
-    model: Model, fields_H4XYZ: Tensor, solid_1XYZ: Tensor, shifts: list[Shift]
+    model: Model, fields_H4XYZ: Tensor, solid_1XYZ: Tensor, stride: int, shifts: list[Shift]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """As `Model.continue_flow`, both fields averaged over predictions of the flow under each shift."""
     axes = (-3, -2, -1)
-    flows = [model.continue_flow(fields_H4XYZ.roll(one, axes), solid_1XYZ.roll(one, axes)) for one in shifts]
+    flows = [model.continue_flow(fields_H4XYZ.roll(one, axes), solid_1XYZ.roll(one, axes), stride) for one in shifts]
     for found in zip(*flows, strict=True):
         back = [
             [x.roll([-cells for cells in one], axes) for x in pair] for pair, one in zip(found, shifts, strict=True)

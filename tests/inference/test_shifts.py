@@ -33,7 +33,7 @@ def given(run: Path) -> tuple[Model, torch.Tensor, torch.Tensor]:
 def first(model: Model, fields: torch.Tensor, solid: torch.Tensor, shifts: list[tuple[int, int, int]]) -> torch.Tensor:
     """Fields and conserved velocity of the first predicted snapshot, [7, X, Y, Z]."""
     with torch.no_grad():
-        return torch.cat(next(continue_shifted(model, fields, solid, shifts)))
+        return torch.cat(next(continue_shifted(model, fields, solid, 1, shifts)))
 
 
 def test_shifts_are_different_and_evenly_spread() -> None:

@@ -50,6 +50,7 @@ class Run:
         settings: ``key=value`` arguments for the commands.
         tokenizer: folder of the trained tokenizer.
         evaluation: output of `shodh tokenizer evaluate`; logs and the seconds of training are beside it.
+        split: the split that it is evaluated on.
     """
 
     variant: str
@@ -58,6 +59,7 @@ class Run:
     settings: list[str]
     tokenizer: Path
     evaluation: Path
+    split: str = SPLIT
 
     @property
     def name(self) -> str:
@@ -77,7 +79,7 @@ class Run:
             found: dict[str, Any] = json.loads(self.evaluation.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        same = found.get("sha256") == tokenizer_sha256(self.tokenizer) and found.get("split") == SPLIT
+        same = found.get("sha256") == tokenizer_sha256(self.tokenizer) and found.get("split") == self.split
         return found if same and self.trained else None
 
     def validation(self) -> dict[str, float] | None:
@@ -144,7 +146,7 @@ def carry_out(run: Run) -> bool:
         print(f"[{run.name}] trained in {took:.0f} s", flush=True)
     if run.read_evaluation() is None:
         began = time.perf_counter()
-        if not shodh(run, "evaluate", "--split", SPLIT, "--output", str(run.evaluation)):
+        if not shodh(run, "evaluate", "--split", run.split, "--output", str(run.evaluation)):
             return False
         print(f"[{run.name}] evaluated in {time.perf_counter() - began:.0f} s", flush=True)
     return True

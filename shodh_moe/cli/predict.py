@@ -31,6 +31,8 @@ def add_predict(commands: Any) -> None:
     )
     about = "further models with the same tokenizer, such as other seeds or checkpoints: predict their mean and spread"
     parser.add_argument("--members", type=path_or_url, nargs="+", default=[], metavar="MODEL", help=about)
+    about = "average over N shifts of the flow along its periodic axes, in N times the time; default: %(default)s"
+    parser.add_argument("--average", type=int, default=1, metavar="N", help=about)
     parser.add_argument("--no-paraview", dest="paraview", action="store_false", help="write no .vtkhdf file")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     add_tokenizer_option(parser)
@@ -40,6 +42,6 @@ def add_predict(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from shodh_moe.inference.predict import Request, predict
 
-    names = ("input", "output", "steps", "start", "stride", "sample", "dtype", "paraview", "overwrite")
+    names = ("input", "output", "steps", "start", "stride", "sample", "dtype", "paraview", "overwrite", "average")
     given = {name: getattr(options, name) for name in names}
     predict(options.checkpoint, Request(**given, members=tuple(options.members)), options.tokenizer)

@@ -27,6 +27,9 @@ from shodh_moe.config.content import content_of, list_dataset, times_of
 DATA_VERSION = 1
 TOKENIZER_VERSION = 2
 LATENTS_VERSION = 2
+# Keys of the tokenizer that came later, with the values that mean what was done before. At these values they are left
+# out of a tokenizer's identity, so that existing tokenizers are found.
+LATER_KEYS = {"patches": "apart", "refine": 0, "scales": "all"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def _paths(config: Config, dataset: Path, data_id: str) -> Paths:
     else:
         settings = settings_that_change(config.tokenizer, "tokenizer")
         del settings["seed"]  # `seed` replaces it
+        settings = {key: value for key, value in settings.items() if key not in LATER_KEYS or value != LATER_KEYS[key]}
         # Keys with an empty value are left out, which keeps the folder names from before these keys existed.
         settings |= {key: value for key, value in settings_that_change(data, "tokenizer").items() if value}
         tokenizer_id = fingerprint(TOKENIZER_VERSION, data_id, data.grid, settings, seed)

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shodh_moe.base.section import NonNegativeFloat, PathText, Positive, PositiveFloat, Section, Seed, setting
+from shodh_moe.base.section import (
+    NonNegative,
+    NonNegativeFloat,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    setting,
+)
 
 # The tokenizer halves each axis three times (DESIGN 3.2).
 COMPRESSION = 8
@@ -47,6 +56,22 @@ class TokenizerConfig(Section):
         [32, 64, 128], changes="tokenizer", description="channels after each of the three stride-2 stages"
     )
     blocks: Positive = setting(1, changes="tokenizer", description="residual blocks per stage")
+    patches: Literal["apart", "overlapping"] = setting(
+        "apart",
+        changes="tokenizer",
+        description="blocks of 8^3 cells that the linear maps take. overlapping: windows of 16^3 cells",
+    )
+    refine: NonNegative = setting(
+        0,
+        changes="tokenizer",
+        description="channels of two more convolutions after the decoder's patches, at full resolution; 0: none",
+    )
+    scales: Literal["all", "sample"] = setting(
+        "all",
+        changes="tokenizer",
+        description="what velocity and pressure are divided by. all: their rms over the training split; sample: their "
+        "rms in each snapshot, whose logarithms are the last two latent channels",
+    )
     steps: Positive = setting(400, changes="tokenizer", description="optimizer steps")
     batch_size: Positive = setting(8, changes="tokenizer", description="snapshots per optimizer step, over all ranks")
     learning_rate: PositiveFloat = setting(1e-3, changes="tokenizer")
@@ -78,6 +103,11 @@ class TokenizerConfig(Section):
     def _check_combination(self) -> TokenizerConfig:
         if len(self.widths) != 3:
             raise ValueError(f"widths needs one entry for each of the three stages, not {self.widths}")
+        if self.scales == "sample" and self.latent_channels < 3:
+            raise ValueError(
+                f"scales 'sample' takes two of the latent channels, of which there are {self.latent_channels}: set "
+                "latent_channels to at least 3, or scales to all"
+            )
         if self.walls != "none" and self.operator == "spectral":
             raise ValueError(
                 f"walls {self.walls!r} needs a local operator, but a spectral derivative senses solids everywhere: "

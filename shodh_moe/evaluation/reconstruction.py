@@ -31,6 +31,7 @@ from shodh_moe.evaluation.divergence import NORM, differentiated
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.metrics.fields import band_errors, divergence_moments, nrmse, pooled_divergence, vrmse
+from shodh_moe.metrics.seams import block_power, face_jumps
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.batches import on_device
 from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
@@ -50,10 +51,11 @@ def evaluate_tokenizer(config: Config, split: str, output: Path | None = None) -
     """Measure the config's tokenizer on a split of its dataset, write JSON, print a table, and return the JSON content.
 
     The content has for each domain, over at most `MOST` snapshots: errors of velocity and pressure as `metrics.fields`
-    defines them (means over snapshots; ``_mse`` of fields divided by their training rms), spectral bands, divergence
-    under every operator after decoding in float32 and in float64, velocity in solid voxels (null without any), and
-    median milliseconds per sample. For a direct decoder without a divergence penalty, ``projected`` has the same for
-    each of `PROJECTIONS`.
+    defines them (means over snapshots; ``_mse`` of fields divided by their training rms), spectral bands, seams of the
+    decoder's blocks by axis (``jumps`` and ``power``: the ratios of `metrics.seams`, 1 without seams), divergence under
+    every operator after decoding in float32 and in float64, velocity in solid voxels (null without any), and median
+    milliseconds per sample. For a direct decoder without a divergence penalty, ``projected`` has the same for each of
+    `PROJECTIONS`.
 
     Divergences are computed in float64 and pooled over snapshots. The decoder's own operator is applied to the velocity
     that it conserves, any other to the velocity at the voxels' centres. For ``staggered`` the latter is averaged to the
@@ -210,6 +212,7 @@ def _score(decoded: dict[str, Flow], own: str, fields_15XYZ: Tensor, rms: tuple[
         found[f"{name}_vrmse"] = vrmse(values, true)[0]
         found[f"{name}_mse"] = ((values - true) / scale).square().mean()
         found[f"{name}_bands"] = band_errors(values, true)[0]
+        found[f"{name}_jumps"], found[f"{name}_power"] = face_jumps(values - true)[0], block_power(values - true)[0]
     found["velocity_nrmse"] = nrmse(exact.velocity_B3XYZ, true_fields[0])[0]
     for dtype, flow in decoded.items():
         for operator in OPERATORS:
@@ -235,12 +238,22 @@ def _summary(rows: list[Scores]) -> dict[str, Any]:
     return {
         **{name: float(all_N[name].mean()) for name in means},
         "band_errors": {name: all_N[f"{name}_bands"].mean(0).tolist() for name in ("velocity", "pressure")},
+        "seams": {
+            name: {what: _ratios(all_N[f"{name}_{what}"]) for what in ("jumps", "power")}
+            for name in ("velocity", "pressure")
+        },
         "divergence": {
             operator: {dtype: pooled_divergence(all_N[f"{operator}/{dtype}"], spacing=1.0) for dtype in DTYPES}
             for operator in OPERATORS
         },
         "solid_velocity": solid or dict.fromkeys(("rms_relative", "max_relative", "max")),
     }
+
+
+def _ratios(pairs_N23: Tensor) -> dict[str, float]:
+    """Ratio of the two means over snapshots, by axis."""
+    own, others = pairs_N23.mean(0)
+    return dict(zip("xyz", (own / others).tolist(), strict=True))
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -254,17 +267,19 @@ def _table(result: dict[str, Any]) -> str:
     ]
     head = (
         f"{'domain':<16} {'decoder':<26} {'VRMSE of u':>10} {'of p':>8} {'bands of u: low, middle, high':>30} "
-        f"{'h div/u f32':>11} {'f64':>8} {'u in solid':>10} {'ms':>12}"
+        f"{'steps, xyz':>15} {'h div/u f32':>11} {'f64':>8} {'u in solid':>10} {'ms':>12}"
     )
     lines = [head]
     for domain in result["domains"]:
         for title, operator, found in sources:
             s = found[domain]
             bands = " ".join(f"{_number(band):>9}" for band in s["band_errors"]["velocity"])
+            steps = " ".join(_number(step, ".2f") for step in s["seams"]["velocity"]["jumps"].values())
             single, exact = (_number(s["divergence"][operator][dtype]["rms_relative"], ".1e") for dtype in DTYPES)
             lines.append(
                 f"{domain:<16} {title:<26} {_number(s['velocity_vrmse']):>10} {_number(s['pressure_vrmse']):>8} "
-                f"{bands:>30} {single:>11} {exact:>8} {_number(s['solid_velocity']['max_relative'], '.1e'):>10} "
+                f"{bands:>30} {steps:>15} {single:>11} {exact:>8} "
+                f"{_number(s['solid_velocity']['max_relative'], '.1e'):>10} "
                 f"{' + '.join(_number(ms, '.3g') for ms in s['ms_per_sample'].values()):>12}"
             )
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.remote_file import local_folder
 from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.model import Model
+from shodh_moe.inference.shifts import Shift, continue_shifted
 from shodh_moe.metrics.ensemble import mean_and_spread
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
@@ -62,14 +63,19 @@ def load_members(
 
 
 def continue_by_members(
-    members: list[Model], fields_H4XYZ: Tensor, solid_1XYZ: Tensor, stride: int, boundaries: Boundaries
+    members: list[Model],
+    fields_H4XYZ: Tensor,
+    solid_1XYZ: Tensor,
+    stride: int,
+    boundaries: Boundaries,
+    shifts: list[Shift],
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Continue a flow with every member by itself.
+    """Continue a flow with every member by itself, averaged over shifts as by `continue_shifted`.
 
     Yields:
         as `Model.continue_flow`, both means over the members, and the spread of velocity and pressure [4, X, Y, Z].
     """
-    flows = [member.continue_flow(fields_H4XYZ, solid_1XYZ, stride, boundaries) for member in members]
+    flows = [continue_shifted(member, fields_H4XYZ, solid_1XYZ, stride, boundaries, shifts) for member in members]
     for found in zip(*flows, strict=True):
         mean_4XYZ, spread_4XYZ = mean_and_spread([exact_4XYZ for exact_4XYZ, _ in found])
         yield mean_4XYZ, torch.stack([conserved_3XYZ for _, conserved_3XYZ in found]).mean(0), spread_4XYZ

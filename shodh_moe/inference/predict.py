@@ -38,6 +38,7 @@ from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.members import continue_by_members, load_members
 from shodh_moe.inference.model import Model
 from shodh_moe.inference.paraview import SPREAD, new_vtkhdf, put
+from shodh_moe.inference.shifts import patch_shifts
 from shodh_moe.inference.unlikeness import fit_unlikeness
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.ensemble import LEVELS, coverage
@@ -62,6 +63,7 @@ class Request:
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
         members: further models, which with the first one form an ensemble.
+        average: number of shifts of the flow along its periodic axes over which a prediction is averaged.
         stride: number of the input's time steps from one given or predicted snapshot to the next, one of the model's
             ``strides``; None: the first of them.
     """
@@ -76,6 +78,7 @@ class Request:
     overwrite: bool = False
     members: tuple[Path | str, ...] = ()
     stride: int | None = None
+    average: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def predict(checkpoint: Path | str, request: Request, tokenizer: Path | None = N
     If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator
     ``staggered`` the file also holds ``t1_fields/velocity_face`` on the lower faces of the voxels, whose divergence
     vanishes; ``velocity`` is its mean at the voxel centres. With ``members`` all fields are means over the ensemble,
-    and ``velocity_spread`` and ``pressure_spread`` its standard deviations.
+    and ``velocity_spread`` and ``pressure_spread`` its standard deviations. With ``average`` each model's prediction is
+    the mean over shifts of the flow.
 
     Raises:
         UserError: request, input or model cannot be used, or the prediction is not finite. Nothing is written then.
@@ -175,7 +179,8 @@ def _snapshots(
     given, stride = _given(request, model), request.stride or 1
     for row, record in enumerate(records):
         fields_H4XYZ, solid_1XYZ = _read_given(record, given)
-        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ, stride, record.boundaries)
+        shifts = patch_shifts(request.average, record.periodic)
+        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ, stride, record.boundaries, shifts)
         for step, (exact_4XYZ, conserved_3XYZ, spread_4XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
@@ -227,6 +232,8 @@ def _checked_records(request: Request) -> list[TrajectoryRecord]:
         if not 0 <= request.sample < len(records):
             raise UserError(f"--sample {request.sample}: {request.input} has trajectories 0 to {len(records) - 1}")
         records = [records[request.sample]]
+    for record in records:
+        patch_shifts(request.average, record.periodic)
     if request.output.exists() and request.output.samefile(request.input):
         raise UserError(f"--output {request.output} is the input: give another name")
     existing = [path for path in (request.output, *_companions(request, records)) if path.exists()]
@@ -359,6 +366,7 @@ def _provenance(source: ModelSource, model: Model, request: Request) -> dict[str
         "given_snapshots": model.transformer.config.history,
         "stride": request.stride,
         "steps": request.steps,
+        "average": request.average,
         "trajectories": "all" if request.sample is None else request.sample,
         "divergence_operator": model.tokenizer.config.operator,
         "walls": model.tokenizer.config.walls,

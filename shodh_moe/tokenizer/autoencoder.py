@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from shodh_moe.tokenizer.lapped import overlap, separate
+
 
 def space_to_depth(x_BCXYZ: Tensor, factor: int = 2) -> Tensor:
     """Fold each cube of ``factor``^3 voxels into channels: [B, C f^3, X/f, Y/f, Z/f]."""
@@ -89,7 +91,7 @@ def _recomputed(on: bool, stage: Callable[..., Tensor], *inputs: Tensor) -> Tens
     return stage(*inputs)
 
 
-def _set_to_zero(layer: nn.Conv3d) -> None:
+def _set_to_zero(layer: nn.Module) -> None:
     """Set a layer's weights and bias to zero, so that its output is zero before training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -116,13 +118,16 @@ class Encoder(nn.Module):
     also sees the neighbours and the walls and is zero before training. (Our choice: the projection starts as the
     patches' principal components, so that training only has to learn the correction.)
 
+    Args:
+        overlapping: whether the patches overlap, see `lapped`.
+
     Attributes:
         checkpointing: whether training stores only each stage's input and recomputes the stage in the backward pass.
     """
 
-    def __init__(self, widths: list[int], blocks: int, latent_channels: int):
+    def __init__(self, widths: list[int], blocks: int, latent_channels: int, overlapping: bool = False):
         super().__init__()
-        self.checkpointing, self._stage_layers = False, 1 + blocks
+        self.checkpointing, self._stage_layers, self._overlapping = False, 1 + blocks, overlapping
         stages: list[nn.Module] = []
         channels = 5
         for width in widths:
@@ -135,7 +140,8 @@ class Encoder(nn.Module):
         self.project = nn.Conv3d(4, latent_channels, 8, stride=8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.project(x[:, :4])
+        flow = x[:, :4]
+        z = self.project(overlap(flow) if self._overlapping else flow)
         for first in range(0, len(self.down), self._stage_layers):
             layers = self.down[first : first + self._stage_layers]
             x = _recomputed(self.checkpointing, partial(_down, layers), x)
@@ -156,15 +162,21 @@ class Decoder(nn.Module):
     channels for the walls (our choice). Mirrors `Encoder`: linear patches plus a convolutional correction that is zero
     before training.
 
+    Args:
+        overlapping: as for `Encoder`.
+        refine: channels of a further correction, which sees the sum of patches and correction; 0 for none.
+
     Attributes:
         checkpointing: as for `Encoder`.
     """
 
     FINE = 16  # channels at full resolution
 
-    def __init__(self, widths: list[int], blocks: int, latent_channels: int):
+    def __init__(
+        self, widths: list[int], blocks: int, latent_channels: int, overlapping: bool = False, refine: int = 0
+    ):
         super().__init__()
-        self.checkpointing = False
+        self.checkpointing, self._overlapping = False, overlapping
         self.stem = WrappingConv(latent_channels, widths[-1])
         self.geometry, self.blocks, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(3)):
@@ -176,14 +188,19 @@ class Decoder(nn.Module):
         self.head = WrappingConv(2 * self.FINE + 1, 4)
         _set_to_zero(self.head)
         self.patches = nn.ConvTranspose3d(latent_channels, 4, 8, stride=8, bias=False)
+        self.refinement = _Refinement(4 + self.FINE + 1, refine) if refine else None
 
     def forward(self, z: Tensor, solid_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
         """Raw velocity [B, 3, X, Y, Z] and pressure [B, 1, X, Y, Z]; normalised units."""
         x = self.stem(z)
         for i in range(len(self.up)):
             x = _recomputed(self.checkpointing, partial(self._up, i), x, solid_B1XYZ)
-        out = self.patches(z) + _recomputed(self.checkpointing, self._correction, x, solid_B1XYZ)
+        patches = separate(self.patches(z)) if self._overlapping else self.patches(z)
+        out = patches + _recomputed(self.checkpointing, self._correction, x, solid_B1XYZ)
         out = out * (1 - solid_B1XYZ)
+        if self.refinement is not None:
+            inputs = torch.cat([out, x, solid_B1XYZ.to(x.dtype)], dim=1)
+            out = out + (1 - solid_B1XYZ) * _recomputed(self.checkpointing, self.refinement, inputs)
         return out[:, :3], out[:, 3:]
 
     def _up(self, i: int, x: Tensor, solid_B1XYZ: Tensor) -> Tensor:
@@ -193,3 +210,14 @@ class Decoder(nn.Module):
     def _correction(self, x: Tensor, solid_B1XYZ: Tensor) -> Tensor:
         solid_B1XYZ = solid_B1XYZ.to(x.dtype)
         return self.head(torch.cat([x, x * solid_B1XYZ, solid_B1XYZ], dim=1))
+
+
+class _Refinement(nn.Sequential):
+    """Two more convolutions at full resolution, [B, C, X, Y, Z] to [B, 4, X, Y, Z]; zero before training.
+
+    They see the decoded fields themselves, on both sides of a border of patches, and can thus smooth its step.
+    """
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__(WrappingConv(channels_in, channels), nn.SiLU(), WrappingConv(channels, 4))
+        _set_to_zero(self[2])

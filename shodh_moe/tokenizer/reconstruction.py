@@ -29,15 +29,16 @@ class Reconstruction(nn.Module):
     def forward(self, fields_B5XYZ: Tensor) -> Tensor:
         """Return mean squares over each sample's voxels and components, float32 or wider [len(names), B].
 
-        ``velocity_mse`` and ``pressure_mse`` are errors of the fields divided by their training rms. A direct decoder
+        ``velocity_mse`` and ``pressure_mse`` are errors of the fields as `Tokenizer.normalise` divides them: by their
+        training rms, or with ``tokenizer.scales: sample`` by the rms of each sample itself. A direct decoder
         also has ``divergence_mse``, the cell width times the divergence of that velocity under the config's operator.
 
         Args:
             fields_B5XYZ: velocity, pressure and solid mask in the data's units.
         """
         tokenizer = self.tokenizer
-        normalised = tokenizer.normalise(fields_B5XYZ)
-        flow = tokenizer.decode_normalised(tokenizer.encoder(normalised), fields_B5XYZ[:, 4:])
+        z_raw, normalised = tokenizer.encode_raw(fields_B5XYZ)
+        flow = tokenizer.decode_normalised(z_raw, fields_B5XYZ[:, 4:])
         parts = [flow.velocity_B3XYZ - normalised[:, :3], flow.pressure_B1XYZ - normalised[:, 3:4]]
         if "divergence_mse" in self.names:
             parts.append(divergence(flow.conserved_B3XYZ, tokenizer.config.operator))

@@ -14,6 +14,7 @@ from shodh_moe.data.loader import Snapshots
 from shodh_moe.data.symmetry import Symmetry
 from shodh_moe.tokenizer.autoencoder import space_to_depth
 from shodh_moe.tokenizer.batches import drawn_batches
+from shodh_moe.tokenizer.lapped import overlap
 from shodh_moe.tokenizer.tokenizer import Tokenizer
 
 SAMPLES = 512  # maximum number of snapshots whose patches are analysed
@@ -50,7 +51,10 @@ def start_from_principal_components(
     picks = [int(i) for i in rng.permutation(len(train))[:SAMPLES]]
     draws = [([pick], [Symmetry.draw_for(rng, train.record(pick))]) for pick in picks]
     for _, fields in drawn_batches(train, draws[rank::ranks], device):
-        x = space_to_depth(tokenizer.normalise(fields), COMPRESSION)[0].flatten(1).T
+        normal = tokenizer.normalise(fields)
+        if tokenizer.config.patches == "overlapping":
+            normal = torch.cat([overlap(normal[:, :4]), normal[:, 4:]], dim=1)
+        x = space_to_depth(normal, COMPRESSION)[0].flatten(1).T
         flow += x[:, : 4 * patch].T @ x[:, : 4 * patch]
         solid += x[:, 4 * patch :].T @ x[:, 4 * patch :]
         mean += x[:, 4 * patch :].double().sum(0)
@@ -58,7 +62,7 @@ def start_from_principal_components(
     for sums in (flow, solid, mean, count):
         reduce(sums)
     flow, solid, mean = (sums.cpu() / count.cpu() for sums in (flow, solid, mean))
-    basis = _leading(flow, channels)[0]
+    basis = _leading(flow, len(tokenizer.encoder.project.weight))[0]
     tokenizer.encoder.project.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     tokenizer.decoder.patches.weight.copy_(basis.view(-1, 4, *[COMPRESSION] * 3))
     vectors, values = _leading(solid - torch.outer(mean, mean), channels)

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, X Y Z space (x y z latent grid, 8x coarser).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from shodh_moe.tokenizer.helmholtz import KERNELS, at_centres, conserved_velocit
 from shodh_moe.tokenizer.walls import to_faces
 
 FIELDS = ("velocity", "pressure", "solid")  # input fields of a tokenizer
+# Largest logarithm of the ratio between a snapshot's own rms and that of the training split, with scales `sample`. A
+# fluid at rest has the smallest scale, and a prediction that goes astray cannot overflow.
+LARGEST_LOG_SCALE = math.log(1e3)
 
 
 class Flow(NamedTuple):
@@ -55,6 +59,9 @@ class Tokenizer(nn.Module):
     latents are normalised per channel. All statistics are buffers and are saved with the weights. Neither weights nor
     statistics depend on the grid, so it encodes and decodes every grid whose sizes are multiples of 8.
 
+    With ``tokenizer.scales: sample`` each snapshot is divided by its own rms instead, and the last two latent channels
+    hold the logarithms of its ratios to the training rms, equal in all cells; decoding takes their mean over the cells.
+
     Args:
         config: the ``tokenizer`` section of a config.
         grid: numbers of voxels along x, y and z of the grid that it is trained on.
@@ -73,8 +80,10 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, grid: list[int]):
         super().__init__()
         self.config, self.grid, self.operations = config, list(grid), KERNELS
-        self.encoder = Encoder(config.widths, config.blocks, config.latent_channels)
-        self.decoder = Decoder(config.widths, config.blocks, config.latent_channels)
+        self._scale_channels = 2 if config.scales == "sample" else 0
+        learned, overlapping = config.latent_channels - self._scale_channels, config.patches == "overlapping"
+        self.encoder = Encoder(config.widths, config.blocks, learned, overlapping)
+        self.decoder = Decoder(config.widths, config.blocks, learned, overlapping, config.refine)
         patch = COMPRESSION**3
         self.register_buffer("velocity_rms", torch.ones(()))
         self.register_buffer("pressure_rms", torch.ones(()))
@@ -89,14 +98,36 @@ class Tokenizer(nn.Module):
         return [size // COMPRESSION for size in self.grid]
 
     def normalise(self, fields_B5XYZ: Tensor) -> Tensor:
-        """Divide velocity and pressure by their training rms; the solid mask stays as it is, [B, 5, X, Y, Z]."""
-        velocity, pressure, solid = fields_B5XYZ.split([3, 1, 1], dim=1)
-        return torch.cat([velocity / self.velocity_rms, pressure / self.pressure_rms, solid], dim=1)
+        """Divide velocity and pressure by their scales; the solid mask stays as it is, [B, 5, X, Y, Z]."""
+        return self._normalise(fields_B5XYZ)[0]
 
     def encode(self, fields_B5XYZ: Tensor) -> Tensor:
         """Encode velocity (3), pressure and solid mask in the data's units to normalised latents [B, C, x, y, z]."""
-        z = self.encoder(self.normalise(fields_B5XYZ))
-        return (z - _column(self.latent_mean_C)) / _column(self.latent_std_C)
+        return (self.encode_raw(fields_B5XYZ)[0] - _column(self.latent_mean_C)) / _column(self.latent_std_C)
+
+    def encode_raw(self, fields_B5XYZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents before their normalisation, as `decode_normalised` takes them, and `normalise`'s fields.
+
+        Shapes as in `encode` and `normalise`.
+        """
+        normalised_B5XYZ, log_B2 = self._normalise(fields_B5XYZ)
+        z_BCxyz = self.encoder(normalised_B5XYZ)
+        if self._scale_channels:
+            z_BCxyz = torch.cat([z_BCxyz, _cells(log_B2).expand(-1, -1, *z_BCxyz.shape[2:])], dim=1)
+        return z_BCxyz, normalised_B5XYZ
+
+    def _normalise(self, fields_B5XYZ: Tensor) -> tuple[Tensor, Tensor]:
+        """As `normalise`; also the logarithms of the ratios of the scales to the training rms, [B, 2]."""
+        velocity, pressure, solid = fields_B5XYZ.split([3, 1, 1], dim=1)
+        velocity, pressure = velocity / self.velocity_rms, pressure / self.pressure_rms
+        log_B2 = velocity.new_zeros(len(velocity), 2)
+        if self._scale_channels:
+            squares_B2 = torch.stack([field.square().mean(dim=(1, 2, 3, 4)) for field in (velocity, pressure)], dim=1)
+            log_B2 = (squares_B2.log() / 2).clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
+            velocity, pressure = (
+                x / scale for x, scale in zip((velocity, pressure), _cells(log_B2.exp()).split(1, 1), strict=True)
+            )
+        return torch.cat([velocity, pressure, solid], dim=1), log_B2
 
     def encode_geometry(self, solid_B1XYZ: Tensor) -> Tensor:
         """The geometry latent [B, C, x, y, z]: leading principal components of each 8^3 patch of the mask.
@@ -107,14 +138,14 @@ class Tokenizer(nn.Module):
         return torch.einsum("cp,bpxyz->bcxyz", self.geometry_basis_CP, patches_BPxyz)
 
     def decode_normalised(self, z_raw: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:
-        """Decode raw latents to fields divided by their training rms.
+        """Decode raw latents to fields as `normalise` returns them.
 
         Args:
-            z_raw: latents as the encoder returns them, [B, C, x, y, z].
+            z_raw: latents as `encode_raw` returns them, [B, C, x, y, z].
             solid_B1XYZ: 1 in solid voxels, 0 elsewhere.
             dtype: dtype in which the velocity is made divergence-free; None for float32, or float64 if ``z_raw`` is.
         """
-        raw, pressure = self.decoder(z_raw, solid_B1XYZ)
+        raw, pressure = self.decoder(z_raw[:, : z_raw.shape[1] - self._scale_channels], solid_B1XYZ)
         raw, pressure = raw.to(dtype or compute_dtype(raw.dtype)), pressure.to(compute_dtype(pressure.dtype))
         if self.config.decoder == "direct":
             return Flow(raw, pressure, to_faces(raw) if self.config.operator == "staggered" else raw)
@@ -129,7 +160,12 @@ class Tokenizer(nn.Module):
         """
         z_raw = z * _column(self.latent_std_C) + _column(self.latent_mean_C)
         velocity, pressure, conserved = self.decode_normalised(z_raw, solid_B1XYZ, dtype)
-        return Flow(velocity * self.velocity_rms, pressure * self.pressure_rms, conserved * self.velocity_rms)
+        velocity_scale, pressure_scale = self.velocity_rms, self.pressure_rms
+        if self._scale_channels:
+            log_B2 = z_raw[:, -2:].mean(dim=(2, 3, 4)).clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
+            ratios = _cells(log_B2.exp()).split(1, 1)
+            velocity_scale, pressure_scale = velocity_scale * ratios[0], pressure_scale * ratios[1]
+        return Flow(velocity * velocity_scale, pressure * pressure_scale, conserved * velocity_scale)
 
     def save(self, folder: Path, inputs: Inputs | None = None) -> None:
         """Write ``tokenizer.safetensors``, then ``tokenizer.json`` (config, grid, fields, hash of the weights, inputs).
@@ -192,6 +228,10 @@ def tokenizer_sha256(folder: Path) -> str | None:
 
 def _column(x_C: Tensor) -> Tensor:
     return x_C[:, None, None, None]
+
+
+def _cells(x_BC: Tensor) -> Tensor:
+    return x_BC[:, :, None, None, None]
 
 
 def use_tokenizer(config: Config, paths: Paths) -> str:

@@ -19,6 +19,7 @@ from shodh_moe.evaluation.reconstruction import PROJECTIONS, evaluate_tokenizer,
 from shodh_moe.kernels import divergence
 from shodh_moe.kernels.differentiation import OPERATORS
 from shodh_moe.metrics.fields import band_errors, nrmse, vrmse
+from shodh_moe.metrics.seams import block_power, face_jumps
 from shodh_moe.tokenizer import Tokenizer, load_tokenizer
 from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
@@ -103,6 +104,11 @@ def test_the_numbers_equal_a_direct_computation(data: Path, tmp_path: Path) -> N
         )
         for name, values, truth in (("velocity", u, true[:, :3]), ("pressure", p, true[:, 3:4])):
             assert found["band_errors"][name] == pytest.approx(band_errors(values, truth).mean(0).tolist(), rel=1e-5)
+            for what, measure in (("jumps", face_jumps), ("power", block_power)):
+                own, others = measure(values - truth).mean(0)
+                # Along y the grid has a single block, which has no neighbouring wave numbers.
+                ratios = [None if value.isnan() else pytest.approx(float(value), rel=1e-5) for value in own / others]
+                assert list(found["seams"][name][what].values()) == ratios
         speed = u.square().sum(1).mean().sqrt()
         central = divergence(u, "central2")
         reported = found["divergence"]["central2"]["float64"]
@@ -198,6 +204,7 @@ def test_a_domain_without_solids_has_no_velocity_there() -> None:
     rows = [{name: torch.ones(()) for name in ("velocity_vrmse", "pressure_vrmse", "velocity_nrmse")}]
     rows[0] |= {name: torch.ones(()) for name in ("velocity_mse", "pressure_mse")}
     rows[0] |= {name: torch.ones(3) for name in ("velocity_bands", "pressure_bands")}
+    rows[0] |= {f"{name}_{what}": torch.ones(2, 3) for name in ("velocity", "pressure") for what in ("jumps", "power")}
     rows[0] |= {f"{operator}/{dtype}": torch.zeros(3) for operator in OPERATORS for dtype in ("float32", "float64")}
     for solid, expected in (([0.0, 0, 0, 1], None), ([0.0, 5, 0, 0], 0.0)):  # no solids; a blocked box at rest
         found = reconstruction._summary([{**rows[0], "solid": torch.tensor(solid)}])

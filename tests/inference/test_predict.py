@@ -209,6 +209,8 @@ def nothing_is_wrong(path: Path) -> None:
         (nothing_is_wrong, ["--start", "-1"], ("--start -1",)),
         (nothing_is_wrong, ["--sample", "2"], ("trajectories 0 to 1",)),
         (nothing_is_wrong, ["--steps", "0"], ("--steps 0", "at least 1")),
+        (nothing_is_wrong, ["--average", "0"], ("--average 0", "periodic along x, y, z", "from 1 to 64")),
+        (nothing_is_wrong, ["--average", "65"], ("--average 65", "from 1 to 64")),
         (nothing_is_wrong, ["--output", "out.vtk"], ("out.vtk", ".hdf5")),
         (nothing_is_wrong, ["--checkpoint", "nowhere"], ("no folder nowhere",)),
         (nothing_is_wrong, ["--checkpoint", "."], ("no checkpoint and no exported model",)),

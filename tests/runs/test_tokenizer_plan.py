@@ -19,6 +19,7 @@ DECODERS = {
     "spectral": {"operator": "spectral", "walls": "none"},
     "ramp": {"operator": "central2", "walls": "ramp"},
     "exact": {"operator": "staggered", "walls": "exact"},
+    "seamless": {"operator": "staggered", "patches": "overlapping", "refine": 8, "scales": "sample"},
     "direct": {"operator": "staggered", "decoder": "direct", "walls": "none"},
 }
 
@@ -42,6 +43,8 @@ def _fields(config: Config) -> torch.Tensor:
         ("ramp", "bfloat16", False),
         ("direct", "bfloat16", True),
         ("exact", "float32", True),
+        ("seamless", "float32", False),
+        ("seamless", "bfloat16", True),
     ],
 )
 def test_a_step_uses_the_planned_memory(decoder: str, precision: str, checkpointing: bool) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, WrappingConv, depth_to_space, space_to_depth
+from shodh_moe.tokenizer.lapped import overlap, separate
 
 CELLS = st.integers(1, 3)
 
@@ -47,16 +48,37 @@ def test_the_decoders_output_is_zero_exactly_in_solids() -> None:
         assert (field[..., 3:] != 0).all()
 
 
-def test_before_training_the_correction_is_zero_and_the_model_linear() -> None:
-    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
+@pytest.mark.parametrize("refine", [0, 5])
+def test_before_training_the_correction_is_zero_and_the_model_linear(refine: int) -> None:
+    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3, refine=refine)
     x, z, fluid = torch.randn(1, 5, 16, 8, 8), torch.randn(1, 3, 2, 1, 1), torch.zeros(1, 1, 16, 8, 8)
     assert torch.equal(encoder(x), encoder.project(x[:, :4]))
     assert torch.equal(torch.cat(decoder(z, fluid), dim=1), decoder.patches(z))
 
 
-def test_every_parameter_can_learn() -> None:
+def test_overlapping_patches_are_patches_of_the_turned_field() -> None:
+    encoder, decoder = Encoder([4, 4, 4], 1, 3, overlapping=True), Decoder([4, 4, 4], 1, 3, overlapping=True)
+    x, z, fluid = torch.randn(1, 5, 16, 8, 8), torch.randn(1, 3, 2, 1, 1), torch.zeros(1, 1, 16, 8, 8)
+    assert torch.equal(encoder(x), encoder.project(overlap(x[:, :4])))
+    assert torch.equal(torch.cat(decoder(z, fluid), dim=1), separate(decoder.patches(z)))
+
+
+def test_a_refined_field_is_zero_in_solids_and_differs_in_the_fluid() -> None:
+    decoder = Decoder([4, 4, 4], 1, 3, refine=5)
+    z, solid = torch.randn(2, 3, 2, 1, 1), torch.zeros(2, 1, 16, 8, 8)
+    solid[..., :3] = 1
+    before = torch.cat(decoder(z, solid), dim=1)
+    for parameter in decoder.refinement.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    after = torch.cat(decoder(z, solid), dim=1)
+    assert (after[..., :3] == 0).all()
+    assert (after[..., 3:] != before[..., 3:]).all()
+
+
+@pytest.mark.parametrize("refine", [0, 5])
+def test_every_parameter_can_learn(refine: int) -> None:
     """A correction that starts at zero must be able to learn."""
-    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3)
+    encoder, decoder = Encoder([4, 4, 4], 1, 3), Decoder([4, 4, 4], 1, 3, refine=refine)
     parameters = [*encoder.named_parameters(), *decoder.named_parameters()]
     optimizer = torch.optim.SGD([p for _, p in parameters], lr=1.0)
     x, solid = torch.randn(2, 5, 16, 8, 8), (torch.rand(2, 1, 16, 8, 8) < 0.3).float()

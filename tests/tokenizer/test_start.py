@@ -49,6 +49,22 @@ def test_principal_components_reconstruct_a_field_of_low_rank() -> None:
     assert not tokenizer.geometry_basis_CP.any(), "without solids the geometry has no component"
 
 
+def test_overlapping_patches_keep_more_of_a_smooth_field(dataset: Path) -> None:
+    """Their principal components are those of the turned fields, and orthonormal."""
+    data, errors = snapshots(dataset), []
+    fields = data.batch(range(10))
+    for patches in ("apart", "overlapping"):
+        tokenizer = Tokenizer(config(tokenizer={**CONFIG["tokenizer"], "patches": patches}).tokenizer, [16, 16, 16])
+        with torch.no_grad():
+            start_from_principal_components(tokenizer, data, seed=0)
+            rows = tokenizer.encoder.project.weight.flatten(1)
+            torch.testing.assert_close(rows @ rows.T, torch.eye(16), rtol=0, atol=1e-5)
+            open_box = torch.zeros_like(fields[:, 4:])
+            decoded = torch.cat(tokenizer.decoder(tokenizer.encoder(fields), open_box), dim=1)
+        errors.append(float((decoded - fields[:, :4]).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_the_start_is_deterministic_including_signs(dataset: Path) -> None:
     states = []
     for seed in (0, 1):  # seeds of the initial weights, which the start must overwrite

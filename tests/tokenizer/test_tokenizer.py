@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from tests.tokenizer.helpers import rms
 GRIDS = [[16, 16, 16], [8, 16, 24]]
 
 
-def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "none") -> Tokenizer:
+def random_tokenizer(grid: list[int], operator: str = "spectral", walls: str = "none", **settings: Any) -> Tokenizer:
     """Make a tokenizer like a trained one: no weight is zero, and every statistic differs from its initial value."""
     torch.manual_seed(0)
-    config = TokenizerConfig.model_validate({**CONFIG["tokenizer"], "operator": operator, "walls": walls})
+    settings = {**CONFIG["tokenizer"], "operator": operator, "walls": walls, **settings}
+    config = TokenizerConfig.model_validate(settings)
     tokenizer = Tokenizer(config, grid)
     with torch.no_grad():
         for parameter in tokenizer.parameters():
@@ -91,6 +93,87 @@ def test_with_walls_the_velocity_is_also_exactly_zero_in_solids(walls: str, oper
         assert rms(divergence(one[None].double(), operator)) <= most * rms(one)
     assert gradient.isfinite().all()
     assert (gradient != 0).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("walls", ["none", "exact"])
+def test_overlapping_refined_and_scaled_decoders_conserve_too(walls: str) -> None:
+    settings = {"patches": "overlapping", "refine": 4, "scales": "sample"}
+    tokenizer, mask = random_tokenizer(GRIDS[1], "staggered", walls, **settings), solid(GRIDS[1], 2)
+    velocity = tokenizer.decode(torch.randn(2, 16, *tokenizer.latent_grid), mask, torch.float64).conserved_B3XYZ
+    assert rms(velocity) > 0.01
+    assert rms(divergence(velocity, "staggered")) <= 1e-13 * rms(velocity)
+
+
+def scaled_tokenizer() -> Tokenizer:
+    """With scales by sample, and latents that are normalised as after training."""
+    tokenizer = random_tokenizer(GRIDS[1], scales="sample")
+    tokenizer.velocity_rms.fill_(2.0)
+    tokenizer.pressure_rms.fill_(4.0)
+    return tokenizer
+
+
+@torch.no_grad()
+def test_with_scales_by_sample_a_flow_decodes_in_proportion() -> None:
+    """Velocity times 10 and pressure divided by 100 decode to just that, with the same latents but the last two."""
+    tokenizer, mask = scaled_tokenizer(), solid(GRIDS[1], 2)
+    fields = torch.cat([torch.randn(2, 4, *GRIDS[1]), mask], dim=1)
+    factors = torch.tensor([10.0] * 3 + [0.01] + [1.0]).view(5, 1, 1, 1)
+    plain, other = tokenizer.encode(fields), tokenizer.encode(fields * factors)
+    assert plain.shape == (2, 16, *tokenizer.latent_grid)
+    torch.testing.assert_close(other[:, :-2], plain[:, :-2], rtol=1e-4, atol=1e-5)
+    one, two = tokenizer.decode(plain, mask), tokenizer.decode(other, mask)
+    torch.testing.assert_close(two.velocity_B3XYZ, 10 * one.velocity_B3XYZ, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(two.conserved_B3XYZ, 10 * one.conserved_B3XYZ, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(two.pressure_B1XYZ, 0.01 * one.pressure_B1XYZ, rtol=1e-3, atol=1e-5)
+    normal = tokenizer.normalise(fields)
+    torch.testing.assert_close(normal[:, :3].square().mean((1, 2, 3, 4)), torch.ones(2))
+    torch.testing.assert_close(normal[:, 3:4].square().mean((1, 2, 3, 4)), torch.ones(2))
+
+
+@torch.no_grad()
+def test_the_last_two_latents_are_the_logarithms_of_the_scales() -> None:
+    tokenizer, fields = scaled_tokenizer(), torch.cat([torch.randn(1, 4, *GRIDS[1]), solid(GRIDS[1], 1)], dim=1)
+    z_raw, _ = tokenizer.encode_raw(fields)
+    ratios = [rms(fields[:, :3]) / 2, rms(fields[:, 3:4]) / 4]
+    torch.testing.assert_close(z_raw[0, -2:].flatten(1), torch.tensor(ratios).log()[:, None].expand(-1, 6))
+    # Predicted ones may differ from cell to cell.
+    mask, wavy = fields[:, 4:], z_raw.clone()
+    wavy[:, -2:, 0] += 0.1
+    wavy[:, -2:, :, 0] += 0.2
+    wavy[:, -2:, :, 1] -= 0.2
+    z, z_wavy = ((raw - column(tokenizer.latent_mean_C)) / column(tokenizer.latent_std_C) for raw in (z_raw, wavy))
+    expected = tokenizer.decode(z, mask).pressure_B1XYZ * 1.1051709
+    torch.testing.assert_close(tokenizer.decode(z_wavy, mask).pressure_B1XYZ, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [0.0, 1e-9, 1e9])
+def test_a_flow_at_rest_or_out_of_range_stays_finite(factor: float) -> None:
+    tokenizer, mask = scaled_tokenizer(), solid(GRIDS[1], 1)
+    fields = torch.cat([factor * torch.randn(1, 4, *GRIDS[1]), mask], dim=1)
+    z = tokenizer.encode(fields)
+    assert z.isfinite().all()
+    z[:, -2:] *= 1e6  # a prediction that went astray
+    for field in tokenizer.decode(z, mask):
+        assert field.isfinite().all()
+
+
+def column(x_C: Tensor) -> Tensor:
+    return x_C[:, None, None, None]
+
+
+def test_a_tokenizer_of_an_older_version_loads_and_decodes_as_before(tmp_path: Path) -> None:
+    """Its file states no patches, refinement and scales."""
+    tokenizer = random_tokenizer(GRIDS[0])
+    tokenizer.save(tmp_path)
+    meta = json.loads((tmp_path / "tokenizer.json").read_text())
+    for key in ("patches", "refine", "scales"):
+        del meta["config"][key]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(meta))
+    loaded, z, mask = load_tokenizer(tmp_path), torch.randn(1, 16, 2, 2, 2), solid(GRIDS[0], 1)
+    assert torch.equal(loaded.decode(z, mask).pressure_B1XYZ, tokenizer.decode(z, mask).pressure_B1XYZ)
+    assert not any("refine" in name for name in loaded.state_dict())
 
 
 @torch.no_grad()

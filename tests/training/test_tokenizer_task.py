@@ -176,6 +176,10 @@ def test_the_tokenizer_run_depends_only_on_tokenizer_settings() -> None:
         ({"precision": "bfloat16"}, False, False),
         ({"operator": "spectral", "walls": "none"}, False, False),
         ({"decoder": "direct", "walls": "none", "divergence_weight": 0.1}, False, False),
+        ({"patches": "apart", "refine": 0, "scales": "all"}, True, True),
+        ({"patches": "overlapping"}, False, False),
+        ({"refine": 8}, False, False),
+        ({"scales": "sample"}, False, False),
     ],
 )
 def test_folder_names_change_only_with_settings_that_change_the_content(

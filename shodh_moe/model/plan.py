@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
 from shodh_moe.model.routers import Context, Decision, Router, Slots
@@ -53,7 +54,7 @@ class Plan:
     def _moved(self) -> Plan:
         assert self.placement is not None
         gating = self.gating
-        order_E = torch.tensor(self.placement, device=gating.expert_N.device)
+        order_E = sent_numbers(self.placement, gating.expert_N.device)
         moved = gating._replace(
             expert_N=torch.argsort(order_E)[gating.expert_N],
             routed_E=gating.routed_E[order_E],

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
 
@@ -145,6 +146,18 @@ def _replace_torch_cuda(local_rank: int, count: int) -> None:
     torch.cuda.nvtx.range_pop = lambda: 0
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     nn.Module._apply = _apply
+    F.scaled_dot_product_attention = _attention
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention with the fused kernels that a GPU has; a CPU build of torch would choose separate products."""
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    if query.dtype == torch.float32:
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value)[0]
 
 
 def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

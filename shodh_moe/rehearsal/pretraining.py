@@ -21,7 +21,10 @@ def rehearse_pretraining(config: Config, watch: Watch) -> None:
     """Run the trainer's own code on fake CUDA tensors, in the phases build, first step, step, record and validation."""
     random = config.model.moe.router.model_copy(update={"start": "random"})
     moe = config.model.moe.model_copy(update={"router": random})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+    training = config.training.model_copy(update={"steps": 3})
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"moe": moe}), "training": training}
+    )
     samples = rehearsal_samples(config)
     with watch:
         with watch.during("build"), torch.device("cuda"):
@@ -34,7 +37,6 @@ def rehearse_pretraining(config: Config, watch: Watch) -> None:
         start.interval.clear()
         with watch.during("step"):
             loop._step(1)
-        config.training.steps = 3
         with watch.during("step with record"):
             result = loop._step(2)
         with watch.during("record"):

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,8 +190,8 @@ class Watch(TorchDispatchMode):
         if seed := SEEDS.get(name):
             seed(outputs)
         else:
-            found = [None] * len(outputs) if shadows is None else tree_leaves(shadows[0])
-            for output, shadow in zip(outputs, found, strict=True):
+            found = [] if shadows is None else [leaf for leaf in tree_leaves(shadows[0]) if isinstance(leaf, Tensor)]
+            for output, shadow in zip_longest(outputs, found[: len(outputs)]):
                 output.shadow = shadow
         return result
 
@@ -217,6 +218,7 @@ class Watch(TorchDispatchMode):
             waits = not kwargs.get("non_blocking", len(args) > 2 and args[2])
             if not _fake(source):
                 pinned = source.untyped_storage()._cdata in self._pinned
+                pinned &= kwargs.get("dtype") in (None, source.dtype)  # else torch converts it in ordinary memory
                 if waits or not pinned:
                     self._wait("copy to the device" if pinned else "copy to the device from memory that is not pinned")
         elif func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):

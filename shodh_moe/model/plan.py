@@ -80,7 +80,8 @@ class Plan:
         assert self.received_GL is not None
         ranks, local = self.received_GL.shape
         local_L = torch.arange(local, device=self.received_GL.device)
-        expert_R = torch.repeat_interleave(local_L.repeat(ranks), self.received_GL.flatten())
+        rows = sum(self.splits[1])  # without it, torch would wait for the device once more
+        expert_R = torch.repeat_interleave(local_L.repeat(ranks), self.received_GL.flatten(), output_size=rows)
         order_R = torch.argsort(expert_R, stable=True)
         return order_R, torch.argsort(order_R)
 

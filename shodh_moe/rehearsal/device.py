@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from shodh_moe.base.errors import UserError
@@ -147,6 +148,7 @@ def _replace_torch_cuda(local_rank: int, count: int) -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     nn.Module._apply = _apply
     F.scaled_dot_product_attention = _attention
+    FakeTensor.tolist = lambda self: self.cpu().tolist()  # one copy, as of a real tensor, not one for each element
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
 from shodh_moe.config import Config
+from shodh_moe.model import LatentTransformer
 from shodh_moe.rehearsal.inputs import rehearsal_samples
 from shodh_moe.rehearsal.watch import Watch
+from shodh_moe.training import pretrain
 from shodh_moe.training.engine import Engine
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.pretrain import _LatentTask
 from shodh_moe.training.trainer import _Loop, _Start
+
+
+class _OnDevice(LatentTransformer):
+    """A transformer that is built on the device, where its weights need no memory. A training moves it there."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with torch.device("cuda"):
+            super().__init__(*args, **kwargs)
 
 
 def rehearse_pretraining(config: Config, watch: Watch) -> None:
@@ -27,7 +39,7 @@ def rehearse_pretraining(config: Config, watch: Watch) -> None:
     )
     samples = rehearsal_samples(config)
     with watch:
-        with watch.during("build"), torch.device("cuda"):
+        with watch.during("build"), patch.object(pretrain, "LatentTransformer", _OnDevice):
             task = _LatentTask(config, samples, samples, Path("."), {}, {})
         name_groups(watch, task.engine)
         start = _Start(0, None, None, Interval())

@@ -11,11 +11,13 @@ it on. What has no shadow reads as zeros.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -109,12 +111,14 @@ class Watch(TorchDispatchMode):
             all ranks together gather, or that a rank sends in an all-to-all.
         products: number of each `Product`.
         memory: the bytes of the tensors on the device.
+        peaks: largest number of these bytes, by phase.
         groups: names of process groups by torch's names for them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase = "start"
+        self.phase = ""
+        self.peaks: dict[str, int] = {}
         self.waits: Counter[Wait] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.sent: Counter[Collective] = Counter()
@@ -139,13 +143,11 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Give records made inside the block this phase; the peak of memory starts over."""
-        before, self.phase = self.phase, phase
-        self.memory.peak = self.memory.now
-        try:
-            yield
-        finally:
-            self.phase = before
+        """Give records made inside the block this phase, which stays if the block fails."""
+        self.phase, self.memory.peak = phase, self.memory.now
+        yield
+        self.peaks[phase] = self.memory.peak
+        self.phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -273,22 +275,33 @@ class Watch(TorchDispatchMode):
         self.waits[Wait(self.phase, self._place(), what)] += 1
 
     def _place(self) -> str:
-        """File and function of the innermost frame that belongs to this project, or else to DeepSpeed."""
-        frame, engine = sys._getframe(1), ""
+        """Return file and function of the innermost frame that belongs to this project or to DeepSpeed."""
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            path, name = frame.f_code.co_filename, frame.f_code.co_name
-            if path.startswith(str(KERNELS)):
-                return f"kernels/{Path(path).name} {name}"
-            if path.startswith(str(PACKAGE)) and not path.startswith(str(Path(__file__).parent)):
-                return engine or f"{Path(path).relative_to(PACKAGE).as_posix()} {name}"
-            if "/deepspeed/" in path and not engine:
-                engine = f"deepspeed{path.rpartition('/deepspeed')[2]} {name}"
+            if place := _place_of(frame.f_code):
+                return place
             frame = frame.f_back
-        return engine or "elsewhere"
+        return "elsewhere"
+
+    def place_of(self, error: BaseException) -> str:
+        """Return file and function of the innermost frame of this project or DeepSpeed that an error passed through."""
+        frames = [_place_of(frame.f_code) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return next((place for place in reversed(frames) if place), "elsewhere")
 
 
 def _name(func: Any) -> str:
     return func._schema.name.rpartition("::")[2]
+
+
+def _place_of(code: CodeType) -> str:
+    """File and function of code of this project or DeepSpeed, "" for other code and that of the rehearsal."""
+    path, name = Path(code.co_filename), code.co_name
+    if path.is_relative_to(KERNELS):
+        return f"kernels/{path.name} {name}"
+    if path.is_relative_to(PACKAGE):
+        return "" if path.is_relative_to(Path(__file__).parent) else f"{path.relative_to(PACKAGE).as_posix()} {name}"
+    _, found, inside = path.as_posix().rpartition("/deepspeed/")
+    return f"deepspeed/{inside} {name}" if found else ""
 
 
 def _group(argument: torch.ScriptObject) -> dist.ProcessGroup:

@@ -1,0 +1,42 @@
+"""The process of a rehearsal: ``python -m shodh_moe.rehearsal CONFIG WORLD RANK RESULT`` (see `rehearse`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from shodh_moe.config.load import load_config
+from shodh_moe.rehearsal.device import pretend_cuda
+from shodh_moe.rehearsal.findings import Findings
+
+
+def main(config_path: str, world: str, rank: str, result: str) -> None:
+    """Rehearse one rank and write its `Findings` as JSON."""
+    config = load_config(Path(config_path))
+    pretend_cuda(int(rank), int(world))
+    # These import DeepSpeed, which looks for the device as it is imported.
+    from shodh_moe.rehearsal.pretraining import rehearse_pretraining
+    from shodh_moe.rehearsal.watch import Watch
+
+    watch, error = Watch(), ""
+    try:
+        rehearse_pretraining(config, watch)
+    except Exception as failure:
+        traceback.print_exc()
+        error = f"{watch.phase}: {watch.place_of(failure)}: {type(failure).__name__}: {str(failure).splitlines()[0]}"
+    found = Findings(
+        int(rank),
+        int(world),
+        dict(watch.peaks),
+        [(*key, count) for key, count in watch.waits.items()],
+        [(*key, count, watch.sent[key]) for key, count in watch.collectives.items()],
+        [(*key[:3], " ".join(str(t).removeprefix("torch.") for t in key.dtypes), n) for key, n in watch.products.items()],
+        error,
+    )
+    Path(result).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

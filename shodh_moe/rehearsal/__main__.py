@@ -14,15 +14,23 @@ from shodh_moe.rehearsal.findings import Findings
 
 def main(config_path: str, world: str, rank: str, result: str) -> None:
     """Rehearse one rank and write its `Findings` as JSON."""
-    config = load_config(Path(config_path))
+    config, size = load_config(Path(config_path)), int(world)
     pretend_cuda(int(rank), int(world))
     # These import DeepSpeed, which looks for the device as it is imported.
+    from shodh_moe.rehearsal.prediction import rehearse_prediction
     from shodh_moe.rehearsal.pretraining import rehearse_pretraining
+    from shodh_moe.rehearsal.tokenizing import rehearse_tokenizer
     from shodh_moe.rehearsal.watch import Watch
+    from shodh_moe.training.tokenizer_config import tokenizer_run
 
     watch, error = Watch(), ""
     try:
-        rehearse_pretraining(config, watch)
+        with watch:
+            rehearse_pretraining(config, watch)
+            if config.tokenizer.batch_size % size == 0:  # otherwise its training has other ranks
+                rehearse_tokenizer(tokenizer_run(config, size), watch)
+            if rank == "0":
+                rehearse_prediction(config, watch)
     except Exception as failure:
         traceback.print_exc()
         error = f"{watch.phase}: {watch.place_of(failure)}: {type(failure).__name__}: {str(failure).splitlines()[0]}"

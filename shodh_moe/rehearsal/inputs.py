@@ -1,16 +1,20 @@
-"""Latents for a rehearsal: the shapes of a config's real ones, without files. All numbers are zero."""
+"""Data for a rehearsal: in the shapes of a config's real data, without files. All numbers are zero."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shodh_moe.config import Config
 from shodh_moe.runs.plan import latent_grid
 from shodh_moe.tokenizer.latents import LatentSamples
+from shodh_moe.training.tokenizer_task import DescribedSnapshots
 
 
 @dataclass
@@ -32,10 +36,36 @@ class _Trajectory:
         return 1.0
 
 
-def rehearsal_samples(config: Config, snapshots: int = 4) -> LatentSamples:
-    """Samples of one short trajectory for each domain of the config."""
+def latent_samples(config: Config, snapshots: int = 4) -> LatentSamples:
+    """Samples of one short trajectory of each domain of the config."""
     shape = (config.tokenizer.latent_channels, *latent_grid(config))
     count = config.model.history + snapshots
-    names = sorted(name for name, _ in config.data.domains.items())
-    trajectories = [_Trajectory(name, SimpleNamespace(shape=(count, *shape)), torch.zeros(shape), count) for name in names]
+    z = SimpleNamespace(shape=(count, *shape))
+    trajectories = [_Trajectory(domain, z, torch.zeros(shape), count) for domain in _domains(config)]
     return LatentSamples(trajectories, config.model.history, None)  # type: ignore[arg-type]
+
+
+class _NoFiles(DescribedSnapshots):
+    def read(self, index: int, out_5XYZ: NDArray[np.float32]) -> None:
+        out_5XYZ.fill(0)
+
+
+def snapshots(config: Config, count: int = 2) -> DescribedSnapshots:
+    """A trajectory of ``count`` snapshots of each domain of the config."""
+    records = [
+        SimpleNamespace(
+            domain=domain,
+            path=Path("rehearsal"),
+            sample=0,
+            grid=tuple(config.data.grid),
+            n_snapshots=count,
+            periodic=(True, True, True),
+            forced=True,
+        )
+        for domain in _domains(config)
+    ]
+    return _NoFiles(records)  # type: ignore[arg-type]
+
+
+def _domains(config: Config) -> list[str]:
+    return sorted(name for name, _ in config.data.domains.items())

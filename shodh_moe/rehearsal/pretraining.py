@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from shodh_moe.config import Config
+from shodh_moe.config import Config, RunConfig
 from shodh_moe.model import LatentTransformer
-from shodh_moe.rehearsal.inputs import rehearsal_samples
+from shodh_moe.rehearsal.inputs import latent_samples
 from shodh_moe.rehearsal.watch import Watch
 from shodh_moe.training import pretrain
 from shodh_moe.training.engine import Engine
 from shodh_moe.training.interval import Interval
-from shodh_moe.training.pretrain import _LatentTask
-from shodh_moe.training.trainer import _Loop, _Start
+from shodh_moe.training.task import Task
+from shodh_moe.training.trainer import Loop, Start
 
 
-class _OnDevice(LatentTransformer):
+class OnDevice(LatentTransformer):
     """A transformer that is built on the device, where its weights need no memory. A training moves it there."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,31 +30,33 @@ class _OnDevice(LatentTransformer):
 
 
 def rehearse_pretraining(config: Config, watch: Watch) -> None:
-    """Run the trainer's own code on fake CUDA tensors, in the phases build, first step, step, record and validation."""
-    random = config.model.moe.router.model_copy(update={"start": "random"})
-    moe = config.model.moe.model_copy(update={"router": random})
-    training = config.training.model_copy(update={"steps": 3})
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"moe": moe}), "training": training}
-    )
-    samples = rehearsal_samples(config)
-    with watch:
-        with watch.during("build"), patch.object(pretrain, "LatentTransformer", _OnDevice):
-            task = _LatentTask(config, samples, samples, Path("."), {}, {})
-        name_groups(watch, task.engine)
-        start = _Start(0, None, None, Interval())
-        loop = _Loop(task, config, start, None, None, None, [])  # type: ignore[arg-type]
-        with watch.during("first step"):
-            loop._step(0)
-        start.interval.clear()
-        with watch.during("step"):
-            loop._step(1)
-        with watch.during("step with record"):
-            result = loop._step(2)
-        with watch.during("record"):
-            loop._write_train_record(3, result)
-        with watch.during("validation"):
-            task.validate()
+    """Run the trainer's own code in the phases build, first step, step, step with record, record and validation."""
+    # The k-means of the first start reads data, and runs on the CPU.
+    moe = config.model.moe
+    moe = moe.model_copy(update={"router": moe.router.model_copy(update={"start": "random"})})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+    samples = latent_samples(config)
+    with watch.during("build"), patch.object(pretrain, "LatentTransformer", OnDevice):
+        task = pretrain.LatentTask(config, samples, samples, Path(), {}, {})
+    name_groups(watch, task.engine)
+    rehearse_training(task, config, watch)
+
+
+def rehearse_training(task: Task, config: RunConfig, watch: Watch, prefix: str = "") -> None:
+    """Make three steps of a task, of which the last has a record, and validate; ``prefix`` begins the phases' names."""
+    config = config.model_copy(update={"training": config.training.model_copy(update={"steps": 3})})
+    start = Start(0, None, None, Interval())
+    loop = Loop(task, config, start, None, None, None, [])  # type: ignore[arg-type]
+    with watch.during(f"{prefix}first step"):
+        loop.make_step(0)
+    with watch.during(f"{prefix}step"):
+        loop.make_step(1)
+    with watch.during(f"{prefix}step with record"):
+        result = loop.make_step(2)
+    with watch.during(f"{prefix}record"):
+        loop.write_train_record(3, result)
+    with watch.during(f"{prefix}validation"):
+        task.validate()
 
 
 def name_groups(watch: Watch, engine: Engine) -> None:

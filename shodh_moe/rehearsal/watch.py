@@ -161,7 +161,9 @@ class Watch(TorchDispatchMode):
             return args[0].untyped_storage()._cdata in self._pinned
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if not fakes and (device is None or device.type != "cuda"):
-            return func(*args, **kwargs)
+            if not kwargs.pop("pin_memory", None):
+                return func(*args, **kwargs)
+            return self._pinned_now(func(*args, **kwargs))
         if func is aten.record_stream.default:
             return None
         if func in READS:
@@ -242,7 +244,9 @@ class Watch(TorchDispatchMode):
         return _number_of(args[0]).to(kwargs.get("dtype") or args[0].dtype).clone()
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        pinned = tensor.clone(memory_format=torch.contiguous_format)
+        return self._pinned_now(tensor.clone(memory_format=torch.contiguous_format))
+
+    def _pinned_now(self, pinned: Tensor) -> Tensor:
         # The number of a freed storage may come back, which at worst hides a copy from memory that is not pinned.
         self._pinned.add(pinned.untyped_storage()._cdata)
         return pinned

@@ -1,8 +1,9 @@
 """Compute from its config what the ranks of a pretraining send each other in one step, without starting anything.
 
-DeepSpeed reduces gradients in buckets. Without ZeRO these follow the order of the parameters; with ZeRO, the order in
-which the backward pass finishes them, which is taken to be the reverse. With ZeRO 1 and without ZeRO gradients are
-reduced once a step, with ZeRO 2 in every micro-batch. Defaults of DeepSpeed are assumed for settings of its
+DeepSpeed reduces gradients in buckets. Without ZeRO these follow the order of the parameters, with ZeRO 1 that of the
+optimizer's groups. With ZeRO 2, or with ``overlap_comm``, they follow the order in which the backward pass finishes
+them; it is taken to be the reverse of the parameters' order, so the number of buckets can be off by a few. With ZeRO 1
+and without ZeRO gradients are reduced once a step, with ZeRO 2 in every micro-batch. Defaults of DeepSpeed are assumed for settings of its
 ``zero_optimization`` other than its ``reduce_bucket_size``.
 
 A rehearsal (`shodh_moe.rehearsal`) counts the same collectives while it runs the training's own code.
@@ -21,6 +22,7 @@ from shodh_moe.config import Config
 from shodh_moe.runs.plan import BUCKET, latent_grid, sample_tokens, slots, widths, with_one_block
 from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
 
+LARGEST_GROUP = 178_956_971  # elements of a group of experts' parameters in DeepSpeed's optimizer
 WORLD, EXPERTS, REPLICAS = "world", "expert parallel", "expert data parallel"
 
 
@@ -87,13 +89,17 @@ def _exchanges(config: Config, ep: int) -> list[_Row]:
 def _gradients(config: Config, world: int, ep: int) -> list[_Row]:
     """Reduction of the gradients in a step."""
     wide, stage = widths(config)[0], config.parallel.zero_stage
-    parameters = [(REPLICAS if marks(p).sharded else WORLD, p.numel()) for p in _parameters(config, ep)]
+    parameters = [(_owners(p), p.numel()) for p in _parameters(config, ep)]
     if not stage:
         buckets = [bucket for group in (WORLD, REPLICAS) for bucket in _filled(parameters, group)]
         passes = 1
     else:
         zero = deepspeed_config(config, world)["zero_optimization"]
-        buckets = _in_backward_order(parameters, int(zero.get("reduce_bucket_size", BUCKET)))
+        if stage == 1 and not zero.get("overlap_comm"):
+            ordered = [(_owners(p), p.numel()) for group in _optimizer_groups(config, ep) for p in group]
+        else:
+            ordered = parameters[::-1]
+        buckets = _limited(ordered, int(zero.get("reduce_bucket_size", BUCKET)))
         passes = config.training.accumulation if stage == 2 else 1
     return [
         (group, "all_reduce", passes * len(sizes), passes * wide * sum(sizes), "gradients")
@@ -113,11 +119,11 @@ def _filled(parameters: list[tuple[str, int]], group: str) -> list[tuple[str, in
     return [*buckets, (group, size)] if size else buckets
 
 
-def _in_backward_order(parameters: list[tuple[str, int]], limit: int) -> list[tuple[str, int]]:
+def _limited(parameters: list[tuple[str, int]], limit: int) -> list[tuple[str, int]]:
     """Buckets of ZeRO: a common one for all groups, sent before it would have more than ``limit`` elements."""
     buckets: list[tuple[str, int]] = []
     held: dict[str, int] = {}
-    for group, count in reversed(parameters):
+    for group, count in parameters:
         if sum(held.values()) + count > limit:
             buckets += held.items()
             held = {}
@@ -147,17 +153,43 @@ def _weights(config: Config, world: int, ep: int) -> list[_Row]:
     if not config.parallel.zero_stage:
         return []
     wide = widths(config)[0]
-    groups: dict[tuple[bool, bool, float], int] = {}  # the optimizer's groups of parameters
-    for parameter in _parameters(config, ep):
-        key = marks(parameter).sharded, marks(parameter).decay, marks(parameter).lr_scale
-        groups[key] = groups.get(key, 0) + parameter.numel()
+    groups = _optimizer_groups(config, ep)
     rows = []
-    for group, sharded, replicas in ((WORLD, False, world), (REPLICAS, True, world // ep)):
+    for group, replicas in ((WORLD, world), (REPLICAS, world // ep)):
         each = 2 * replicas  # DeepSpeed fills a group up to a multiple of this
-        sizes = [-(-size // each) * each for key, size in groups.items() if key[0] == sharded]
+        counts = [sum(parameter.numel() for parameter in one) for one in groups if _owners(one[0]) == group]
+        sizes = [-(-count // each) * each for count in counts]
         if sizes and replicas > 1:
             rows.append((group, "all_gather", len(sizes), wide * sum(sizes), "updated weights"))
     return rows
+
+
+def _optimizer_groups(config: Config, ep: int) -> list[list[nn.Parameter]]:
+    """The optimizer's groups of parameters in their order; those that all ranks hold come first."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for parameter in _parameters(config, ep):
+        own = marks(parameter)
+        groups.setdefault((own.sharded, not own.decay, own.lr_scale), []).append(parameter)
+    dense = [groups[key] for key in sorted(groups) if not key[0]]
+    return dense + [part for key in sorted(groups) if key[0] for part in _split(groups[key])]
+
+
+def _split(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Split a group of experts' parameters as DeepSpeed does."""
+    parts: list[list[nn.Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if size and size + parameter.numel() > LARGEST_GROUP:
+            parts.append([])
+            size = 0
+        parts[-1].append(parameter)
+        size += parameter.numel()
+    return parts
+
+
+def _owners(parameter: nn.Parameter) -> str:
+    """The group whose ranks hold a parameter and average its gradient."""
+    return REPLICAS if marks(parameter).sharded else WORLD
 
 
 def _parameters(config: Config, ep: int) -> Iterable[nn.Parameter]:

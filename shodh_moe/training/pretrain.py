@@ -67,7 +67,7 @@ def pretrain(
     init_distributed(_facts(config, train_samples, valid))
     inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
-    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
+    task = LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
     train(task, config, run, resume, watchdog)
 
 
@@ -102,7 +102,7 @@ def latent_engine(
     return Engine(model, config, ep, norm)
 
 
-class _LatentTask:
+class LatentTask:
     """`Task` of the latent transformer, with telemetry of its routers, experts and exchanges."""
 
     name = "pretrain"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.tensors import sent
 from shodh_moe.data.dataset import Fields
 from shodh_moe.inference.rollout import decode_both, rollout
 from shodh_moe.model import LatentTransformer
@@ -95,7 +96,7 @@ class Model:
             (see `Flow`), both float64 on the CPU.
         """
         z_HCxyz, geometry_1Cxyz = self.encode_flow(fields_H4XYZ, solid_1XYZ)
-        solid_1XYZ = solid_1XYZ.to(z_HCxyz.device)
+        solid_1XYZ = sent(solid_1XYZ, z_HCxyz.device)
         for z_BCxyz in rollout(self.transformer, z_HCxyz[None], geometry_1Cxyz):
             exact_4XYZ, conserved_3XYZ = (x[0].cpu() for x in decode_both(self.tokenizer, z_BCxyz, solid_1XYZ))
             yield exact_4XYZ, conserved_3XYZ
@@ -109,8 +110,8 @@ class Model:
         self.tokenizer.to(device)
         self.transformer.to(device)
         given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
-        z_HCxyz = torch.cat([self.tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
-        return z_HCxyz, self.tokenizer.encode_geometry(solid_1XYZ.to(device)[None])
+        z_HCxyz = torch.cat([self.tokenizer.encode(sent(one, device)) for one in given_H5XYZ.split(1)])
+        return z_HCxyz, self.tokenizer.encode_geometry(sent(solid_1XYZ, device)[None])
 
     def _checked(self, fields: Mapping[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
         """Return the last H snapshots [H, 4, X, Y, Z] and the solid mask [1, X, Y, Z], both float32 on the CPU."""

@@ -40,7 +40,10 @@ def main(config_path: str, world: str, rank: str, result: str) -> None:
         dict(watch.peaks),
         [(*key, count) for key, count in watch.waits.items()],
         [(*key, count, watch.sent[key]) for key, count in watch.collectives.items()],
-        [(*key[:3], " ".join(str(t).removeprefix("torch.") for t in key.dtypes), n) for key, n in watch.products.items()],
+        [
+            (*key[:3], " ".join(str(t).removeprefix("torch.") for t in key.dtypes), n)
+            for key, n in watch.products.items()
+        ],
         error,
     )
     Path(result).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")

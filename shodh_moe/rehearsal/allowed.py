@@ -1,46 +1,54 @@
-"""Waits for the device and wide matrix products that a rehearsal accepts, each with its reason."""
+"""Waits for the device and wide matrix products that a rehearsal accepts, each with its reason.
+
+A place is a file and a function. Phases are named by their last word: the first one of a training may wait once, before
+the first step.
+"""
 
 from __future__ import annotations
 
-# By phase, or "" for all phases: file and function, and why the host may wait there.
+_SIZES = "the host must know the sizes of an exchange before it can start it"
+_RECORD = "the host writes the numbers of a record, once in training.log_every or telemetry.every steps"
+_RESULT = "the host writes the result, once for each validation"
+_FLOAT32 = "a product of rows sorted by expert in float32, for which there is no grouped kernel"
+
+# By the last word of the phase, or "" for all phases: places where the host may wait, and why.
 WAITS: dict[str, dict[str, str]] = {
     "": {
-        "training/engine.py _clipped": "one read a step: norms, bad losses and stop requests, which decide the step",
-        "parallel/sample_exchange.py __init__": "the sizes of an exchange of samples are needed before it can start",
+        "training/engine.py _clipped": "once a step: norms, losses that are not finite and stop requests decide the step",
+        "parallel/sample_exchange.py __init__": _SIZES,
+        "model/plan.py splits": _SIZES,
         "parallel/expert_parallel.py check_same_tokens": "once for each number of tokens, in the first step",
-        "model/plan.py splits": "the sizes of a dropless exchange of tokens are needed before it can start",
     },
-    "build": dict.fromkeys(
-        (
-            "model/routers/cosine.py __init__",
-            "training/pretrain.py __init__",
-            "deepspeed/runtime/zero/stage_1_and_2.py __init__",
-            "tokenizer/autoencoder.py __init__",
-            "tokenizer/tokenizer.py __init__",
-        ),
-        "once, before the first step",
-    ),
-    "record": dict.fromkeys(
-        (
-            "training/trainer.py _mean_over_ranks",
-            "training/telemetry.py summary",
-            "training/telemetry.py _mean_over_ranks",
-            "training/telemetry.py layer_records",
-            "parallel/expert_parallel.py _elapsed_ms",
-        ),
-        "a record is read by the host, every training.log_every and telemetry.every steps",
-    ),
-    "validation": {"training/pretrain.py validate": "the result, once for each validation"},
+    "record": {
+        "training/trainer.py _mean_over_ranks": _RECORD,
+        "training/telemetry.py summary": _RECORD,
+        "training/telemetry.py _mean_over_ranks": _RECORD,
+        "training/telemetry.py layer_records": _RECORD,
+        "parallel/expert_parallel.py _elapsed_ms": _RECORD,
+    },
+    "validation": {
+        "training/pretrain.py validate": _RESULT,
+        "training/tokenizer_task.py validate": _RESULT,
+    },
+    "predict": {
+        "inference/model.py continue_flow": "the predicted fields are read by the host",
+        "model/plan.py count_E": _FLOAT32,
+        "model/experts.py grouped": _FLOAT32,
+    },
 }
+BUILD = "build"  # the last word of phases that may wait anywhere
 
-# Where matrix products stay in float32 under autocast.
+# Places where matrix products stay in float32 under autocast.
 WIDE = {
     "model/routers/cosine.py forward": "the router decides in float32",
-    "kernels/cosine_gating.py reference_logits": "the router decides in float32",
     "model/routers/linear.py forward": "the router decides in float32",
+    "kernels/cosine_gating.py reference_logits": "the router decides in float32",
 }
+# The last words of phases that run in float32, whatever the precision of the training.
+FLOAT32_PHASES = ("predict", "statistics")
 
 
-def is_allowed(phase: str, place: str) -> bool:
+def may_wait(phase: str, place: str) -> bool:
     """Whether the host may wait for the device in this phase and place."""
-    return place in WAITS[""] or place in WAITS.get(phase, {})
+    kind = phase.rpartition(" ")[2]
+    return kind == BUILD or place in WAITS[""] or place in WAITS.get(kind, {})

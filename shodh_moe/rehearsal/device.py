@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from shodh_moe.base.errors import UserError
 
 STUB = Path(__file__).with_name("cuda_stub.cpp")
+_LIBRARY = torch.library.Library("aten", "IMPL")
 CAPABILITY = (9, 0)  # of the pretended GPU, an H100
 
 
@@ -147,8 +148,15 @@ def _replace_torch_cuda(local_rank: int, count: int) -> None:
     torch.cuda.nvtx.range_pop = lambda: 0
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     nn.Module._apply = _apply
+    # A CUDA build has one kernel for each of these. A CPU build would use several operations, which keep more memory.
+    for operation in ("silu_backward", "_fused_rms_norm"):
+        _LIBRARY.impl(operation, _never, "CUDA")
     F.scaled_dot_product_attention = _attention
     FakeTensor.tolist = lambda self: self.cpu().tolist()  # one copy, as of a real tensor, not one for each element
+
+
+def _never(*args: Any) -> None:
+    """A kernel that only has to exist, because fake tensors never reach it."""
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

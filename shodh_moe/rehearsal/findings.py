@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shodh_moe.config import Config
-from shodh_moe.rehearsal.allowed import WIDE, is_allowed
+from shodh_moe.rehearsal.allowed import FLOAT32_PHASES, WIDE, may_wait
 from shodh_moe.runs.plan import memory
 from shodh_moe.runs.traffic import step_traffic
 
@@ -51,7 +51,7 @@ def _waits(found: Findings) -> list[str]:
     return [
         f"{phase}: {place} waits for the device, {count} times: {what}"
         for phase, place, what, count in found.waits
-        if not is_allowed(phase, place)
+        if not may_wait(phase, place)
     ]
 
 
@@ -61,7 +61,7 @@ def _dtypes(found: Findings, config: Config) -> list[str]:
     wide: Counter[str] = Counter()
     for phase, place, operation, dtypes, count in found.products:
         precision = config.tokenizer.precision if phase.startswith("tokenizer") else config.training.precision
-        if precision in dtypes or phase == "predict":
+        if precision in dtypes or phase.rpartition(" ")[2] in FLOAT32_PHASES:
             continue
         backward = place.startswith("deepspeed") and "backward" in place
         if backward or place in WIDE:

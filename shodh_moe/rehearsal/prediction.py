@@ -20,10 +20,11 @@ STEPS = 2
 def rehearse_prediction(config: Config, watch: Watch) -> None:
     """Encode a flow, predict two snapshots and decode them, in the phase predict."""
     channels, grid = config.tokenizer.latent_channels, config.data.grid
-    with watch.during("predict"), torch.no_grad():
+    with watch.during("predict build"):
         with torch.device("cuda"):
             tokenizer = Tokenizer(config.tokenizer, grid)
         transformer = OnDevice(config.model, channels, latent_grid(config), config.seed, ExpertParallel())
         model = Model(tokenizer.eval(), transformer.eval(), 0, 1, 1, "")
+    with watch.during("predict"), torch.no_grad():
         flow = model.continue_flow(torch.zeros(config.model.history, 4, *grid), torch.zeros(1, *grid))
         list(islice(flow, STEPS))

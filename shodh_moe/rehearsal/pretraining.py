@@ -30,7 +30,7 @@ class OnDevice(LatentTransformer):
 
 
 def rehearse_pretraining(config: Config, watch: Watch) -> None:
-    """Run the trainer's own code in the phases build, first step, step, step with record, record and validation."""
+    """Run the trainer's own code in the phases build, first step, step, recorded step, record and validation."""
     # The k-means of the first start reads data, and runs on the CPU.
     moe = config.model.moe
     moe = moe.model_copy(update={"router": moe.router.model_copy(update={"start": "random"})})
@@ -51,7 +51,7 @@ def rehearse_training(task: Task, config: RunConfig, watch: Watch, prefix: str =
         loop.make_step(0)
     with watch.during(f"{prefix}step"):
         loop.make_step(1)
-    with watch.during(f"{prefix}step with record"):
+    with watch.during(f"{prefix}recorded step"):
         result = loop.make_step(2)
     with watch.during(f"{prefix}record"):
         loop.write_train_record(3, result)

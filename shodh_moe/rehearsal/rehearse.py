@@ -48,7 +48,9 @@ def table(found: Findings, config: Config) -> str:
     lines = [f"rehearsal of rank {found.rank} of {found.world}"]
     if not found.error:
         planned = memory(config, found.world)["sum"] / 2**30
-        lines.append(f"  memory      {found.peak[STEP] / 2**30:.2f} GiB at most in a step; planned are {planned:.2f} GiB")
+        lines.append(
+            f"  memory      {found.peak[STEP] / 2**30:.2f} GiB at most in a step; planned are {planned:.2f} GiB"
+        )
         lines += [
             f"  waits       {what} in {place}, {count} times in a step"
             for phase, place, what, count in found.waits

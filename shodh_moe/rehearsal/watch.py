@@ -23,9 +23,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -169,7 +173,9 @@ class Watch(TorchDispatchMode):
         if func in READS:
             self._wait(_name(func))
             return func(*(_number_of(arg) for arg in args))
-        if fakes and device is not None and device.type == "cpu" or func is aten.copy_.default and not _fake(args[0]):
+        if (fakes and device is not None and device.type == "cpu") or (
+            func is aten.copy_.default and not _fake(args[0])
+        ):
             return self._to_host(func, args, kwargs)
         self._check_inputs(func, args, kwargs)
         return self._on_device(func, args, kwargs, fakes)
@@ -178,7 +184,7 @@ class Watch(TorchDispatchMode):
         shadows = self._shadows_of(func, args, kwargs)
         try:
             with self._fake:
-                result = func(*args, **kwargs)
+                result = FORMS.get(func, func)(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             self._wait(f"{_name(func)}, whose shape depends on values")
             if shadows is None:
@@ -300,6 +306,8 @@ def _name(func: Any) -> str:
 def _place_of(code: CodeType) -> str:
     """File and function of code of this project or DeepSpeed, "" for other code and that of the rehearsal."""
     path, name = Path(code.co_filename), code.co_name
+    if name.startswith("<"):  # a comprehension; since Python 3.12 most have no frame of their own
+        return ""
     if path.is_relative_to(KERNELS):
         return f"kernels/{path.name} {name}"
     if path.is_relative_to(PACKAGE):
@@ -357,9 +365,9 @@ def _pass_on(args: Any, rank: int, size: int) -> None:
     outputs = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
     inputs = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
     shadow = _shadow(inputs[0])
-    if shadow is not None and shadow.shape == (size, size) and not shadow.is_floating_point():
-        if bool((shadow == shadow[0]).all()):
-            shadow = torch.stack([shadow[0].roll(other - rank) for other in range(size)])
+    counts = shadow is not None and shadow.shape == (size, size) and not shadow.is_floating_point()
+    if counts and bool((shadow == shadow[0]).all()):
+        shadow = torch.stack([shadow[0].roll(other - rank) for other in range(size)])
     for output in outputs:
         fits = shadow is not None and shadow.numel() == output.numel()
         if _fake(output):
@@ -367,7 +375,7 @@ def _pass_on(args: Any, rank: int, size: int) -> None:
 
 
 def _even_gating(outputs: list[FakeTensor]) -> None:
-    """Shadows of a gating kernel's results (`kernels.Gating`): each expert gets the same number of consecutive tokens."""
+    """Give a gating kernel's results shadows: each expert gets the same number of consecutive tokens."""
     expert_N, routed_E, kept_E = outputs[1], outputs[3], outputs[4]
     experts, choices = len(routed_E), expert_N.numel()
     even_N = torch.arange(choices) * experts // choices
@@ -377,3 +385,13 @@ def _even_gating(outputs: list[FakeTensor]) -> None:
 
 
 SEEDS = {"topk_gating": _even_gating, "cosine_topk_gating": _even_gating}
+
+
+def _rms_norm_shapes(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """The fused norm's results: the normalised rows, and the scale of each row."""
+    scales = [*x.shape[: x.ndim - len(shape)], *[1] * len(shape)]
+    return torch.empty_like(x), x.new_empty(scales, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+# Results of operations for which torch has no fake form, because a CPU build uses several operations instead.
+FORMS: dict[Any, Callable[..., Any]] = {aten._fused_rms_norm.default: _rms_norm_shapes}

@@ -276,7 +276,8 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
     for _ in range(0, len(parts), ranks):
         for fields in islice(batches, 1):  # in the last round a rank may have no batch
             z = tokenizer.encoder(tokenizer.normalise(fields)).double().transpose(0, 1).flatten(1)
-            sums += torch.cat([z.sum(1), z.square().sum(1), sums.new_tensor([z.shape[1]])])
+            sums[:-1] += torch.cat([z.sum(1), z.square().sum(1)])
+            sums[-1] += z.shape[1]
         if not keep_going():
             return False
     dist.all_reduce(sums)

@@ -96,8 +96,14 @@ def _amount(row: tuple[int, int] | None) -> str:
     return f"{row[0]} with {row[1]:,} bytes" if row else "none"
 
 
+def planned_memory(config: Config, world: int) -> int:
+    """The plan's bytes on a device, if the samples of all ranks are exchanged evenly, as in a rehearsal."""
+    even = config.parallel.model_copy(update={"exchange_capacity": 1.0})
+    return memory(config.model_copy(update={"parallel": even}), world)["sum"]
+
+
 def _memory(found: Findings, config: Config) -> list[str]:
-    planned, peak = memory(config, found.world)["sum"], found.peak[STEP]
+    planned, peak = planned_memory(config, found.world), found.peak[STEP]
     if abs(peak / planned - 1) <= MEMORY:
         return []
     return [f"{STEP}: {peak / 2**30:.2f} GiB on the device, but the plan has {planned / 2**30:.2f} GiB"]

@@ -1,1 +1,1 @@
-"""Rehearse a run on GPUs that are not there: one rank of a training, on fake CUDA tensors and with a fake process group."""
+"""Rehearse a run on GPUs that are not there: one rank, on fake CUDA tensors and with a fake process group."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from shodh_moe.config.load import load_config
 from shodh_moe.rehearsal.device import pretend_cuda
@@ -40,13 +43,14 @@ def main(config_path: str, world: str, rank: str, result: str) -> None:
         dict(watch.peaks),
         [(*key, count) for key, count in watch.waits.items()],
         [(*key, count, watch.sent[key]) for key, count in watch.collectives.items()],
-        [
-            (*key[:3], " ".join(str(t).removeprefix("torch.") for t in key.dtypes), n)
-            for key, n in watch.products.items()
-        ],
+        [(*key[:3], _names(key.dtypes), count) for key, count in watch.products.items()],
         error,
     )
     Path(result).write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ _FLOAT32 = "a product of rows sorted by expert in float32, for which there is no
 # By the last word of the phase, or "" for all phases: places where the host may wait, and why.
 WAITS: dict[str, dict[str, str]] = {
     "": {
-        "training/engine.py _clipped": "once a step: norms, losses that are not finite and stop requests decide the step",
+        "training/engine.py _clipped": "once a step: norms, bad losses and stop requests decide the step",
         "parallel/sample_exchange.py __init__": _SIZES,
         "model/plan.py splits": _SIZES,
         "parallel/expert_parallel.py check_same_tokens": "once for each number of tokens, in the first step",

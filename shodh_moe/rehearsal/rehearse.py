@@ -12,8 +12,7 @@ import yaml
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
-from shodh_moe.rehearsal.findings import STEP, Findings, problems
-from shodh_moe.runs.plan import memory
+from shodh_moe.rehearsal.findings import STEP, Findings, planned_memory, problems
 
 
 def rehearse(config: Config, world: int, rank: int = 0) -> Findings:
@@ -47,10 +46,12 @@ def table(found: Findings, config: Config) -> str:
     wrong = problems(found, config)
     lines = [f"rehearsal of rank {found.rank} of {found.world}"]
     if not found.error:
-        planned = memory(config, found.world)["sum"] / 2**30
-        lines.append(
-            f"  memory      {found.peak[STEP] / 2**30:.2f} GiB at most in a step; planned are {planned:.2f} GiB"
-        )
+        peak, planned = found.peak[STEP] / 2**30, planned_memory(config, found.world) / 2**30
+        lines.append(f"  memory      {peak:.2f} GiB at most in a step; planned for an even load {planned:.2f} GiB")
+        others = {
+            phase: size for phase, size in found.peak.items() if phase in ("validation", "tokenizer step", "predict")
+        }
+        lines += [f"  memory      {size / 2**30:.2f} GiB at most in {phase}" for phase, size in others.items()]
         lines += [
             f"  waits       {what} in {place}, {count} times in a step"
             for phase, place, what, count in found.waits

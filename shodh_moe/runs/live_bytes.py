@@ -71,6 +71,10 @@ class LiveBytes(TorchDispatchMode):
     def peak(self) -> int:
         return self._storages.peak
 
+    @peak.setter
+    def peak(self, value: int) -> None:
+        self._storages.peak = value
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]

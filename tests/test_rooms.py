@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     *("base", "kernels", "metrics", "solvers", "operators", "parallel", "config", "inspection", "formats", "data"),
     *("checkpoint", "model", "tokenizer", "launching", "merging", "training", "inference", "evaluation", "report"),
-    *("runs", "audit", "ccm", "doctor", "cli"),
+    *("runs", "rehearsal", "audit", "ccm", "doctor", "cli"),
 ]
 
 

@@ -113,12 +113,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.plan import plan
+    from shodh_moe.runs.traffic import traffic_table
 
     config = config_of(options)
     world = world_of(options) or count_ranks(config)
     if not 0 <= options.rank < world:
         raise UserError(f"--rank {options.rank}: with {world} ranks, give one from 0 to {world - 1}")
     print(plan(config, world))
+    print(traffic_table(config, world))
     if options.rehearse:
         from shodh_moe.rehearsal.findings import problems
         from shodh_moe.rehearsal.rehearse import rehearse, table

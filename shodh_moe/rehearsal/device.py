@@ -24,13 +24,10 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 CAPABILITY = (9, 0)  # of the pretended GPU, an H100
 
 
-def pretend_cuda(rank: int, world: int, per_host: int = 8) -> None:
-    """Make this process rank ``rank`` of ``world`` on a host of GPUs, with a process group that sends nothing.
+def pretend_cuda(rank: int, world: int) -> None:
+    """Make this process rank ``rank`` of ``world``, with a GPU and a process group that sends nothing.
 
-    Call it before DeepSpeed is imported. Imports `deepspeed`.
-
-    Args:
-        per_host: number of GPUs of a host.
+    The GPU is number 0 of its host, whatever the rank. Call it before DeepSpeed is imported.
 
     Raises:
         UserError: there is a CUDA build of torch, or the stub cannot be compiled.
@@ -40,10 +37,10 @@ def pretend_cuda(rank: int, world: int, per_host: int = 8) -> None:
             "a rehearsal needs a torch without CUDA, because it takes the place of the device: install the CPU build "
             "of torch in an environment of its own"
         )
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % per_host)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
     os.environ["DS_ACCELERATOR"] = "cuda"
     _load_stub()
-    _replace_torch_cuda(rank % per_host, min(world, per_host))
+    _replace_torch_cuda()
     # The engine would run backward passes on a thread of the device's own, where no frame says which code asked.
     torch.autograd.set_multithreading_enabled(False)
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -108,14 +105,14 @@ class _Stream:
         torch.cuda.synchronize()
 
 
-def _replace_torch_cuda(local_rank: int, count: int) -> None:
+def _replace_torch_cuda() -> None:
     """Replace what this project and DeepSpeed call in `torch.cuda`. Other functions still raise torch's own errors."""
     stream = _Stream()
     replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_lazy_init": lambda: None,
-        "device_count": lambda: count,
+        "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "device": lambda device: nullcontext(),

@@ -61,6 +61,18 @@ def step_traffic(config: Config, world: int) -> list[Traffic]:
     return [Traffic(group, kind, ranks[group], count, sent, why) for group, kind, count, sent, why in found if count]
 
 
+def traffic_table(config: Config, world: int) -> str:
+    """Return the lines that ``shodh plan`` prints about the collectives of a step; groups of one rank are left out."""
+    rows = [row for row in step_traffic(config, world) if row.ranks > 1]
+    total = sum(row.sent for row in rows)
+    lines = {"collectives": f"{sum(row.count for row in rows)} per rank and step, {total / 1e6:,.1f} MB (computed)"}
+    for row in rows:
+        what = f"{row.count} among {row.ranks} ranks ({row.group}), {row.sent / 1e6:,.1f} MB: {row.why}"
+        name = f"  {row.kind}"
+        lines[name] = f"{lines[name]}\n{'':<18}{what}" if name in lines else what
+    return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
+
+
 _Row = tuple[str, str, int, int, str]  # group, kind, count, sent and why of a `Traffic`
 
 

@@ -1,0 +1,33 @@
+"""The shipped configs for GPUs, with four layers and a small tokenizer's batch, rehearsed at 1, 8 and 64 ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shodh_moe.config.load import load_config
+from shodh_moe.rehearsal.findings import problems
+from shodh_moe.rehearsal.rehearse import rehearse, table
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RUNS = {
+    "one_gpu, 1": ("one_gpu", 1, 0, ""),
+    "pretrain_1gpu, 1": ("pretrain_1gpu", 1, 0, ""),
+    "one_gpu, 8": ("one_gpu", 8, 3, "parallel.ep_size=4 parallel.zero_stage=2"),
+    "node_8gpu, 8": ("node_8gpu", 8, 7, ""),
+    "cluster_8x8, 64": ("cluster_8x8", 64, 63, ""),
+    "tokens, 64": ("cluster_8x8", 64, 0, "parallel.exchange=token training.activation_checkpointing=true"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("name", "world", "rank", "changes"), RUNS.values(), ids=RUNS)
+def test_a_config_for_gpus_runs_as_planned(name, world, rank, changes):
+    small = f"model.depth=4 tokenizer.batch_size={world} {changes}"
+    config = load_config(CONFIGS / f"{name}.yaml", small.split())
+    found = rehearse(config, world, rank)
+    assert problems(found, config) == [], table(found, config)
+    assert {"build", "step", "record", "validation", "tokenizer step"} <= found.peak.keys()
+    assert ("predict" in found.peak) == (rank == 0)

@@ -2,9 +2,10 @@
 
 DeepSpeed reduces gradients in buckets. Without ZeRO these follow the order of the parameters, with ZeRO 1 that of the
 optimizer's groups. With ZeRO 2, or with ``overlap_comm``, they follow the order in which the backward pass finishes
-them; it is taken to be the reverse of the parameters' order, so the number of buckets can be off by a few. With ZeRO 1
-and without ZeRO gradients are reduced once a step, with ZeRO 2 in every micro-batch. Settings of DeepSpeed's
-``zero_optimization`` other than ``reduce_bucket_size`` and ``overlap_comm`` are taken to have their defaults.
+them; it is taken to be the reverse of the parameters' order, so the number of buckets can be off by a few, as it can
+with parameters that are larger than a bucket. With ZeRO 1 and without ZeRO gradients are reduced once a step, with ZeRO
+2 in every micro-batch. Settings of DeepSpeed's ``zero_optimization`` other than ``reduce_bucket_size`` and
+``overlap_comm`` are taken to have their defaults.
 
 A rehearsal (`shodh_moe.rehearsal`) counts the same collectives while it runs the training's own code.
 """

@@ -22,7 +22,7 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "world", "rank", "changes"), RUNS.values(), ids=RUNS)
 def test_a_config_for_gpus_runs_as_planned(name, world, rank, changes):
     small = f"model.depth=4 tokenizer.batch_size={world} {changes}"

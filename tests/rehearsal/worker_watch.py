@@ -36,7 +36,7 @@ CONFIG = Config.model_validate(
         "model": {"dim": 32, "depth": 1, "heads": 2, "moe": {"num_experts": 2, "expert_hidden": 32}},
         "training": {"batch_size": 2, "precision": "bfloat16"},
         "parallel": {"ep_size": 2, "zero_stage": 1},
-        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}},
+        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 7000}},
     }
 )
 

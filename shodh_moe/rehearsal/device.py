@@ -144,12 +144,13 @@ def _replace_torch_cuda() -> None:
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    nn.Module._apply = _apply
+    nn.Module._apply = _apply  # type: ignore[method-assign]
     # A CUDA build has one kernel for each of these. A CPU build would use several operations, which keep more memory.
     for operation in ("silu_backward", "_fused_rms_norm"):
         _LIBRARY.impl(operation, _never, "CUDA")
-    F.scaled_dot_product_attention = _attention
-    FakeTensor.tolist = lambda self: self.cpu().tolist()  # one copy, as of a real tensor, not one for each element
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    # One copy, as of a real tensor, not one for each element.
+    FakeTensor.tolist = lambda self: self.cpu().tolist()  # type: ignore[method-assign]
 
 
 def _never(*args: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from shodh_moe.config import Config, RunConfig
+from shodh_moe.config import Config
 from shodh_moe.model import LatentTransformer
 from shodh_moe.rehearsal.inputs import latent_samples
 from shodh_moe.rehearsal.watch import Watch
@@ -42,7 +42,7 @@ def rehearse_pretraining(config: Config, watch: Watch) -> None:
     rehearse_training(task, config, watch)
 
 
-def rehearse_training(task: Task, config: RunConfig, watch: Watch, prefix: str = "") -> None:
+def rehearse_training(task: Task, config: Config, watch: Watch, prefix: str = "") -> None:
     """Make three steps of a task, of which the last has a record, and validate; ``prefix`` begins the phases' names."""
     config = config.model_copy(update={"training": config.training.model_copy(update={"steps": 3})})
     start = Start(0, None, None, Interval())
@@ -65,4 +65,5 @@ def name_groups(watch: Watch, engine: Engine) -> None:
         watch.groups[engine.ep.group.group_name] = "expert parallel"
         replicas = groups._get_expert_data_parallel_group(f"ep_size_{engine.ep.size}")
         watch.groups[replicas.group_name] = "expert data parallel"
+    assert dist.group.WORLD is not None
     watch.groups[dist.group.WORLD.group_name] = "world"

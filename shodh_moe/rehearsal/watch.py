@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
         self.groups: dict[str, str] = {}
         self._fake = _Fake(allow_non_fake_inputs=True)
         self._pinned: set[int] = set()
-        self._synchronize: Callable[..., None] | None = None
+        self._synchronize: Callable[..., None] = torch.cuda.synchronize
 
     def __enter__(self) -> Watch:
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` then makes a copy that is seen
@@ -202,7 +202,7 @@ class Watch(TorchDispatchMode):
         else:
             found = [] if shadows is None else [leaf for leaf in tree_leaves(shadows[0]) if isinstance(leaf, Tensor)]
             for output, shadow in zip_longest(outputs, found[: len(outputs)]):
-                output.shadow = shadow
+                _set_shadow(output, shadow)
         return result
 
     def _shadows_of(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
@@ -331,6 +331,10 @@ def _shadow(tensor: Tensor) -> Tensor | None:
     return tensor.detach() if _keep(tensor) else None
 
 
+def _set_shadow(tensor: FakeTensor, shadow: Tensor | None) -> None:
+    tensor.shadow = shadow  # type: ignore[attr-defined]
+
+
 def _keep(result: Any) -> bool:
     if not isinstance(result, Tensor):
         return True
@@ -365,13 +369,12 @@ def _pass_on(args: Any, rank: int, size: int) -> None:
     outputs = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
     inputs = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
     shadow = _shadow(inputs[0])
-    counts = shadow is not None and shadow.shape == (size, size) and not shadow.is_floating_point()
-    if counts and bool((shadow == shadow[0]).all()):
+    if shadow is not None and shadow.shape == (size, size) and torch.equal(shadow, shadow[0].expand(size, -1)):
         shadow = torch.stack([shadow[0].roll(other - rank) for other in range(size)])
     for output in outputs:
-        fits = shadow is not None and shadow.numel() == output.numel()
-        if _fake(output):
-            output.shadow = shadow.reshape(output.shape).clone() if fits else None
+        if isinstance(output, FakeTensor):
+            fits = shadow is not None and shadow.numel() == output.numel()
+            _set_shadow(output, shadow.reshape(output.shape).clone() if fits else None)  # type: ignore[union-attr]
 
 
 def _even_gating(outputs: list[FakeTensor]) -> None:
@@ -379,9 +382,9 @@ def _even_gating(outputs: list[FakeTensor]) -> None:
     expert_N, routed_E, kept_E = outputs[1], outputs[3], outputs[4]
     experts, choices = len(routed_E), expert_N.numel()
     even_N = torch.arange(choices) * experts // choices
-    expert_N.shadow = even_N.view(expert_N.shape)
-    routed_E.shadow = torch.bincount(even_N, minlength=experts)
-    kept_E.shadow = routed_E.shadow.clone()
+    _set_shadow(expert_N, even_N.view(expert_N.shape))
+    for count_E in (routed_E, kept_E):
+        _set_shadow(count_E, torch.bincount(even_N, minlength=experts))
 
 
 SEEDS = {"topk_gating": _even_gating, "cosine_topk_gating": _even_gating}

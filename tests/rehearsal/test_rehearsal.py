@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from shodh_moe.config.load import load_config
 from shodh_moe.rehearsal.findings import problems
@@ -25,6 +26,7 @@ RUNS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="takes the place of a device that a CUDA build has")
 @pytest.mark.parametrize(("name", "world", "rank", "changes"), RUNS.values(), ids=RUNS)
 def test_a_config_for_gpus_runs_as_planned(name, world, rank, changes):
     config = load_config(CONFIGS / f"{name}.yaml", f"{changes} tokenizer.batch_size={world}".split())

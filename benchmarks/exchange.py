@@ -140,7 +140,7 @@ def _batch(case: dict[str, int], rank: int, ranks: int, uneven: bool) -> Any:
     if uneven:  # of four samples, three have an expert in the first half
         half = ranks // 2
         domain_B = domain_B % half + half * ((torch.arange(samples) + rank * samples) % 4 == 3)
-    return Batch(history, geometry, target, domain_B)
+    return Batch(history, geometry, target[:, None], domain_B, torch.ones_like(domain_B))
 
 
 def _config(case: dict[str, int], variant: str, ranks: int) -> Any:

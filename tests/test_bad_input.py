@@ -118,7 +118,9 @@ def test_a_missing_data_file_or_split_is_named(dataset: Path, capfd: pytest.Capt
     ("override", "says"),
     [
         ("data.grid=[32, 16, 16]", ("has grid [16, 16, 16], not [32, 16, 16]", "set data.grid")),
-        ("model.history=5", ("has 5 snapshots, too few for model.history 5",)),
+        ("model.history=5", ("has 5 snapshots, too few for model.history 5, which needs 6: lower that",)),
+        ("model.strides=[1, 4]", ("too few for model.history 2 with model.strides 4, which needs 9",)),
+        ("training.unroll=4", ("too few for model.history 2 with training.unroll 4, which needs 6",)),
         ("training.batch_size=3", ("training.batch_size 3", "2 domains")),
     ],
 )
@@ -128,6 +130,33 @@ def test_a_dataset_that_does_not_fit_the_config_is_refused(
     before = tree(dataset.parent)
     refused(capfd, "run", "--config", "tiny.yaml", "data.path=theirs", override, says=says)
     assert tree(dataset.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("training.unroll=4",), ("model.history 2 with training.unroll 4 needs 6 snapshots", "the 5 snapshots")),
+        (("model.strides=[3]",), ("model.history 2 with model.strides 3 needs 7 snapshots", "raise data.snapshots")),
+        (("model.strides=[2, 1]",), ("model.strides", "different numbers in increasing order")),
+        (("model.strides=[]",), ("model.strides", "one or more")),
+        (("evaluation.stride=2",), ("evaluation.stride 2 is not among model.strides [1]", "or add it there")),
+        (("training.unroll=0",), ("training.unroll", "greater than 0")),
+        (("training.history_noise=-0.1",), ("training.history_noise", "greater than or equal to 0")),
+        (("training.unroll_gradient=first",), ("training.unroll_gradient", "'last' or 'through'")),
+    ],
+)
+def test_samples_that_no_trajectory_can_have_are_refused_before_data_are_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    overrides: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    before = tree(tmp_path)
+    refused(capfd, "run", "--config", "tiny.yaml", *overrides, says=says)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("attribute", ["domain", "dataset_name"])

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a file may import from its own folder and from those before it.
 ROOMS = [
     *("base", "kernels", "metrics", "solvers", "operators", "parallel", "config", "inspection", "formats", "data"),
-    *("checkpoint", "model", "tokenizer", "launching", "merging", "training", "inference", "evaluation", "report"),
-    *("runs", "rehearsal", "audit", "ccm", "doctor", "cli"),
+    *("checkpoint", "model", "tokenizer", "launching", "merging", "trackers", "training", "inference", "evaluation"),
+    *("report", "serving", "runs", "rehearsal", "watch", "audit", "ccm", "forecast", "doctor", "cli"),
 ]
 
 

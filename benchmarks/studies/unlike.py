@@ -30,8 +30,8 @@ from shodh_moe.inference.loading import find_source, load_source
 from shodh_moe.inference.model import Model
 from shodh_moe.inference.unlikeness import Unlikeness, fit_unlikeness
 from shodh_moe.metrics.detection import auroc
+from shodh_moe.model.inputs import embedding_inputs
 from shodh_moe.model.routers.cosine import CosineRouter
-from shodh_moe.model.transformer import patchify
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from studies.finetune_config import StudyConfig, base_model, command, only_domain, read_arguments
 from support.common import machine
@@ -66,8 +66,8 @@ def rows_of(latents: Path, model: ModelConfig) -> Tensor:
     for domain, size in enumerate(samples.sizes):
         for number in range(size):
             batch = samples.batch([(domain, number)])
-            z = torch.cat([batch.history_BHCxyz.flatten(1, 2), batch.geometry_BCxyz], dim=1)
-            rows.append(context_rows(patchify(z, model.patch), model.history))
+            z_BSI = embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz, model)
+            rows.append(context_rows(z_BSI, model.history))
     return torch.cat(rows)
 
 

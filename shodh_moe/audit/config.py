@@ -113,6 +113,7 @@ class AuditConfig(Section):
         for key, value in (("data.weights", data.weights), ("data.path", data.path), ("start", self.base.start)):
             if value is not None:
                 raise ValueError(f"base.{key} must be null: the audit sets it for each run")
+        self.base.require_measured_stride_1("base")
         if self.base.parallel.hostfile:
             raise ValueError("base.parallel.hostfile must be null: every run of the audit is one process on this host")
         bed_only = set(self.bed) - set(self.domains)

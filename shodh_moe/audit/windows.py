@@ -34,8 +34,9 @@ def latent_errors(
     windows = all_windows(samples) if windows is None else windows
     totals_D2 = torch.zeros(len(samples.domains), 2, dtype=torch.float64)
     for found in predict_windows(transformer, samples, windows, batch_size):
-        history, _, target, domain_B = found.batch
-        totals_D2.index_add_(0, domain_B, mse_beside_persistence(found.latent_BCxyz, history, target).double())
+        batch = found.batch
+        errors_B2 = mse_beside_persistence(found.latent_BCxyz, batch.history_BHCxyz, batch.target_BCxyz)
+        totals_D2.index_add_(0, batch.domain_B, errors_B2.double())
     counts_D = torch.bincount(torch.tensor([domain for domain, _ in windows]), minlength=len(samples.domains))
     means = (totals_D2 / counts_D[:, None]).tolist()
     return {

@@ -100,6 +100,28 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append(path: Path, data: bytes) -> None:
+    """Append ``data`` to a file. If that fails, the file is unchanged.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(data)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
+    except OSError as error:
+        if reason := disk_trouble(error):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        raise
+
+
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copy files into a folder, which is made if it does not exist; files of the same name are replaced."""
     folder.mkdir(parents=True, exist_ok=True)

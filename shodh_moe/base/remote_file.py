@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import disk_trouble, write_text
+from shodh_moe.base.hub import downloaded, hub_address
 from shodh_moe.base.lock import making
 from shodh_moe.base.remote import cache_folder, is_url, key_of, list_versions, local_copy, read_range, tells_version
 
@@ -58,7 +59,12 @@ def mirror(url: str) -> Path:
 
 
 def local_folder(place: Path | str) -> Path:
-    """Return a local path, in which ``~`` may stand for the home folder, as it is; for a URL, its `mirror`."""
+    """Return a local path, in which ``~`` may stand for the home folder, as it is; for a URL, a local copy.
+
+    A model of the model hub is in the hub's own cache; any other folder is a `mirror`.
+    """
+    if isinstance(place, str) and (found := hub_address(place)):
+        return downloaded(found)
     return mirror(place) if isinstance(place, str) and is_url(place) else Path(place).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""``shodh bench ccm`` and ``shodh bench ccm3d``."""
+"""``shodh bench ccm``, ``shodh bench ccm3d`` and ``shodh bench forecast``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def add_bench(commands: Any) -> None:
     ccm = add_command(benches, "ccm", text, "example: shodh bench ccm --config configs/ccm/bench.yaml", _ccm)
     text = "the same for the path mixture of the main job: porous media and open channels in three dimensions"
     ccm3d = add_command(benches, "ccm3d", text, "example: shodh bench ccm3d --config configs/ccm/latent.yaml", _ccm3d)
-    for one in (ccm, ccm3d):
+    text = "compare our forecasts with those of other networks that were trained for the same time, and of baselines"
+    example = "example: shodh bench forecast --config configs/forecast/grid32.yaml"
+    forecast = add_command(benches, "forecast", text, example, _forecast)
+    for one in (ccm, ccm3d, forecast):
         add_config_arguments(one)
         one.add_argument(
             "--output", type=path_option, metavar="FOLDER", help="folder for a copy of tables, figures and results"
@@ -40,3 +43,13 @@ def _ccm3d(options: argparse.Namespace) -> None:
     bench = load_config_of(Bench3dConfig, options.config, options.overrides, options.name)
     run(bench, options.output)
     print((bench.folder / "report" / "summary.md").read_text())
+
+
+def _forecast(options: argparse.Namespace) -> None:
+    from shodh_moe.forecast.config import ForecastConfig
+    from shodh_moe.forecast.run import run
+
+    bench = load_config_of(ForecastConfig, options.config, options.overrides, options.name)
+    run(bench, options.output)
+    print((bench.folder / "report" / "summary.md").read_text())
+    print(f"report: {bench.folder / 'report' / 'index.html'}")

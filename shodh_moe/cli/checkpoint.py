@@ -1,4 +1,4 @@
-"""``shodh checkpoint inspect|verify|export``."""
+"""``shodh checkpoint inspect|verify|export|push``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,21 @@ def add_checkpoint(commands: Any) -> None:
         if name == "export":
             about = "new folder; also a URL, such as s3://bucket/trial_model"
             step.add_argument("--output", type=path_or_url, required=True, metavar="FOLDER", help=about)
+            about = "add graphs that run without this package: torch.export programs, ONNX files"
+            step.add_argument("--portable", nargs="+", choices=["pt2", "onnx"], default=[], help=about)
+            about = (
+                "licence of the weights for the model card, such as cc-by-4.0; default: apache-2.0 for simulated data"
+            )
+            step.add_argument("--licence", metavar="NAME", help=about)
             add_tokenizer_option(step)
         add_debug(step)
+    example = "example: shodh checkpoint push trial_model owner/trial"
+    push = add_command(steps, "push", "upload an exported folder to the model hub", example, _push)
+    push.add_argument("path", type=path_option, metavar="FOLDER", help="an exported folder")
+    push.add_argument("name", metavar="OWNER/NAME", help="repository on the hub; it is made if it does not exist")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to upload to; default: main")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    add_debug(push)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -53,4 +66,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> None:
     from shodh_moe.inference.export import export
 
-    print(f"[export] {export(options.path, options.output, options.tokenizer)}")
+    print(f"[export] {export(options.path, options.output, options.tokenizer, options.portable, options.licence)}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from shodh_moe.inference.push import push
+
+    print(f"[push] {push(options.path, options.name, options.revision, options.private)}")

@@ -12,7 +12,9 @@ from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import resolve_paths
 
 EXAMPLE = "example: shodh {command} --config configs/quickstart.yaml --name trial training.steps=200"
-MODEL = "a run folder (its newest intact checkpoint), a checkpoint, or an exported folder"
+MODEL = (
+    "a run folder (its newest intact checkpoint), a checkpoint, or an exported folder; also a URL, as hf://owner/name"
+)
 Work = Callable[[argparse.Namespace], object]
 
 

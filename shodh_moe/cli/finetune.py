@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
-from shodh_moe.base.command import path_option
+from shodh_moe.base.command import path_option, path_or_url
 from shodh_moe.cli.common import MODEL, add_command, add_debug, add_launch_options, add_tokenizer_option, overrides_of
 from shodh_moe.config.finetune import FineTuningConfig
 
@@ -15,7 +15,7 @@ def add_finetune(commands: Any) -> None:
     example += "a new path beside the others: shodh finetune --model ... --train expert training.steps=400"
     text = "train a model further on your own domain, and export the result"
     parser = add_command(commands, "finetune", text, example, _finetune)
-    parser.add_argument("--model", type=path_option, required=True, help=MODEL)
+    parser.add_argument("--model", type=path_or_url, required=True, help=MODEL)
     parser.add_argument("--data", type=path_option, required=True, help="folder of a dataset in the_well's schema")
     parser.add_argument("--output", type=path_option, required=True, help="new folder for the exported model")
     kinds = get_args(FineTuningConfig.model_fields["train"].annotation)

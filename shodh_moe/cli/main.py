@@ -18,13 +18,16 @@ from shodh_moe.cli.finetune import add_finetune
 from shodh_moe.cli.init import add_init
 from shodh_moe.cli.merge import add_merge
 from shodh_moe.cli.predict import add_predict
-from shodh_moe.cli.runs import add_evaluate, add_plan, add_pretrain, add_report, add_run
+from shodh_moe.cli.runs import add_evaluate, add_plan, add_pretrain, add_report, add_run, add_track
+from shodh_moe.cli.serve import add_serve
 from shodh_moe.cli.tokenizer import add_tokenizer
+from shodh_moe.cli.watch import add_watch
 
 # In the order of the help page.
 COMMANDS = (
-    *(add_init, add_run, add_data, add_tokenizer, add_pretrain, add_evaluate, add_report, add_plan, add_predict),
-    *(add_finetune, add_checkpoint, add_expert, add_merge, add_bench, add_audit, add_doctor),
+    *(add_init, add_run, add_data, add_tokenizer, add_pretrain, add_evaluate, add_report, add_watch, add_track),
+    *(add_plan, add_predict, add_serve, add_finetune, add_checkpoint, add_expert, add_merge, add_bench, add_audit),
+    add_doctor,
 )
 
 

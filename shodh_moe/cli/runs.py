@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from shodh_moe.base.command import path_option, path_text
-from shodh_moe.base.errors import UserError
-from shodh_moe.cli.common import MODEL, add_config_command, add_launch_options, add_tokenizer_option, config_of, stage
+from shodh_moe.base.command import path_option, path_or_url, path_text
+from shodh_moe.base.errors import EXIT_DONE, UserError
+from shodh_moe.cli.common import (
+    MODEL,
+    add_command,
+    add_config_command,
+    add_debug,
+    add_launch_options,
+    add_tokenizer_option,
+    config_of,
+    stage,
+)
 from shodh_moe.config.paths import resolve_paths
+from shodh_moe.config.trackers import TRACKERS
 
 
 def add_run(commands: Any) -> None:
@@ -28,10 +38,10 @@ def add_pretrain(commands: Any) -> None:
 def add_evaluate(commands: Any) -> None:
     text = "measure the newest checkpoint, or another model, on held-out trajectories"
     parser = add_config_command(commands, "evaluate", text, _evaluate)
-    parser.add_argument("--checkpoint", type=path_option, help=f"{MODEL}, instead of the config's run")
+    parser.add_argument("--checkpoint", type=path_or_url, help=f"{MODEL}, instead of the config's run")
     parser.add_argument("--output", type=path_option, help="folder for the results; required with --checkpoint")
     about = "further models that form an ensemble with --checkpoint: measure its mean, spread and coverage too"
-    parser.add_argument("--members", type=path_option, nargs="+", default=[], metavar="MODEL", help=about)
+    parser.add_argument("--members", type=path_or_url, nargs="+", default=[], metavar="MODEL", help=about)
     add_tokenizer_option(parser)
 
 
@@ -46,6 +56,18 @@ def add_plan(commands: Any) -> None:
     about = "also run one rank on fake GPUs, and report memory, waits for the device and collectives"
     parser.add_argument("--rehearse", action="store_true", help=about)
     parser.add_argument("--rank", type=int, default=0, help="the rank to rehearse; default: 0")
+
+
+def add_track(commands: Any) -> None:
+    text = "send a run's records and report to trackers, during training or afterwards"
+    parser = add_command(commands, "track", text, "example: shodh track runs/quickstart --to mlflow", _track)
+    parser.set_defaults(needs_torch=False)
+    parser.add_argument("run", type=path_option, help="run folder")
+    parser.add_argument(
+        "--to", nargs="+", choices=sorted(TRACKERS), default=[], metavar="TRACKER",
+        help=f"{', '.join(sorted(TRACKERS))}; default: those of the run's config",
+    )  # fmt: skip
+    add_debug(parser)
 
 
 def add_world(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +130,13 @@ def _evaluate(options: argparse.Namespace) -> None:
                 f"{entry['coverage_90_calibrated'][0]:.1%}, {entry['coverage_90_calibrated'][-1]:.1%}"
             )
     print(f"[evaluate] {options.output / 'metrics.json'}")
+
+
+def _track(options: argparse.Namespace) -> int:
+    from shodh_moe.runs.track import track
+
+    track(options.run, options.to)
+    return EXIT_DONE
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -176,6 +176,17 @@ class ModelConfig(Section):
     heads: Positive = setting(4, changes="model", description="attention heads per block")
     patch: Positive = setting(1, changes="model", description="latent cells per token along each axis")
     history: Positive = setting(2, changes="model", description="snapshots from which the model predicts the next one")
+    strides: list[Positive] = setting(
+        [1],
+        changes="model",
+        description="time strides, in snapshots, between the snapshots of a sample and to the one that it predicts; a "
+        "training sample draws one of them, and the model is told which",
+    )
+    scale_history: bool = setting(
+        False,
+        changes="model",
+        description="divide each sample's history by its root mean square, and multiply the predicted change by it",
+    )
     norms: Literal["pre", "sandwich"] = setting(
         "sandwich",
         changes="model",
@@ -190,6 +201,12 @@ class ModelConfig(Section):
         "by what a path router would see",
     )
     moe: MoEConfig = MoEConfig()
+
+    @model_validator(mode="after")
+    def _check_strides(self) -> ModelConfig:
+        if not self.strides or self.strides != sorted(set(self.strides)):
+            raise ValueError(f"strides {self.strides} must be one or more different numbers in increasing order")
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> ModelConfig:

@@ -23,6 +23,7 @@ from shodh_moe.config.training import (
     TelemetryConfig,
     TrainingConfig,
 )
+from shodh_moe.config.window import Window
 
 
 class RunConfig(Protocol):
@@ -79,6 +80,33 @@ class Config(Section):
         moe = self.model.moe
         one = moe.scope == "path" and moe.router.context == "sample" and moe.top_k == 1
         return one and moe.num_experts > 0 and not moe.router.added
+
+    @property
+    def measured_stride(self) -> int:
+        """Time stride of validation and evaluation."""
+        return self.evaluation.stride or self.model.strides[0]
+
+    def require_measured_stride_1(self, name: str) -> None:
+        """Raise ``ValueError`` if validation and evaluation skip snapshots; ``name`` is this config's section."""
+        if self.measured_stride != 1:
+            raise ValueError(f"{name}.model.strides must begin with 1, and {name}.evaluation.stride be 1 or null")
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """The longest sample of each split."""
+        history, stride = self.model.history, self.measured_stride
+        measured = Window(history, stride=stride, stride_key="evaluation.stride")
+        train = Window(history, self.training.unroll, self.model.strides[-1])
+        return {"train": train, "valid": measured, "test": measured}
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Config:
+        if self.measured_stride not in self.model.strides:
+            raise ValueError(
+                f"evaluation.stride {self.measured_stride} is not among model.strides {self.model.strides}, with which "
+                "the model is trained: choose one of them, or add it there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_fine_tuning(self) -> Config:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shodh_moe.base.paths import expand
 from shodh_moe.base.section import (
     Fraction,
+    Name,
     NonNegative,
     NonNegativeFloat,
     PathText,
@@ -17,6 +18,7 @@ from shodh_moe.base.section import (
     Section,
     setting,
 )
+from shodh_moe.config.trackers import check_tracker
 
 # Paths among DeepSpeed's settings, which it does not expand itself.
 _DEEPSPEED_PATHS = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
@@ -48,6 +50,23 @@ class TrainingConfig(Section):
         before="mse",
         description="latent error to minimise: its square; the same over the mean squared change of the sample's "
         "domain, or of the sample itself; or its L2 norm over that of the target",
+    )
+    unroll: Positive = setting(
+        1,
+        changes="run",
+        description="predictions from each training sample, each made from those before it; the loss is their mean",
+    )
+    unroll_gradient: Literal["last", "through"] = setting(
+        "last",
+        changes="run",
+        description="with unroll 2 or more, what the gradient of a prediction's loss passes through: that prediction "
+        "alone (push-forward), or also those that it was made from (through time)",
+    )
+    history_noise: NonNegativeFloat = setting(
+        0.0,
+        changes="run",
+        description="standard deviation of Gaussian noise on each training sample's history, as a share of the "
+        "history's root mean square",
     )
     weight_decay: NonNegativeFloat = setting(0.05, changes="run")
     betas: list[Fraction] = setting([0.9, 0.95], changes="run")
@@ -99,6 +118,20 @@ class TelemetryConfig(Section, changes="nothing"):
     every: Positive = Field(10, description="steps between records of the routers, experts and exchanges")
     starved_below: Fraction = Field(0.1, description="warn of an expert with less than this share of an even load")
     dropped_above: Fraction = Field(0.1, description="warn when more than this share of a domain's tokens is dropped")
+    trackers: list[Annotated[str, BeforeValidator(check_tracker)]] = Field(
+        ["tensorboard"],
+        description="where the records of training go besides metrics.jsonl: tensorboard, csv, mlflow, wandb "
+        "(docs/trackers.md)",
+    )
+    mlflow_uri: str | None = Field(
+        None, description="MLflow's tracking URI; null: MLFLOW_TRACKING_URI if it is set, else a database in the run"
+    )
+    mlflow_experiment: Name = Field("shodh_moe", description="MLflow's experiment, made if it is missing")
+    wandb_mode: Literal["auto", "online", "offline"] = Field(
+        "auto",
+        description="online sends to W&B, offline writes files to the run; auto: online with a key and a network",
+    )
+    wandb_project: Name = Field("shodh_moe", description="W&B's project, made if it is missing")
 
 
 class ParallelConfig(Section, changes="nothing"):
@@ -139,3 +172,6 @@ class EvaluationConfig(Section, changes="nothing"):
 
     batch_size: Positive = 8
     rollout_steps: Positive = 10
+    stride: Positive | None = Field(
+        None, description="time stride of validation and evaluation, one of model.strides; null: the first of them"
+    )

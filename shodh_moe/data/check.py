@@ -13,8 +13,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.progress import progress
 from shodh_moe.base.text import printable
 from shodh_moe.base.yaml_text import parse_yaml
+from shodh_moe.config.window import Window
 from shodh_moe.data.derivatives import relative_divergence
-from shodh_moe.data.listing import domain_names, files_of, open_file, require_inside
+from shodh_moe.data.listing import SPLITS, domain_names, files_of, open_file, require_inside
 from shodh_moe.data.opening import opened
 from shodh_moe.data.reading import TrajectoryRecord, read_provenance, read_snapshots
 from shodh_moe.data.repeats import SeenSnapshots, has_repeated_end
@@ -252,7 +253,8 @@ def _splits(folder: Path, records: dict[str, list[TrajectoryRecord]]) -> Iterato
     if all(records.values()):
         domains = domain_names(records["train"])
         try:
-            require_trainable(folder, records["train"][0].grid, history=1, batch_size=len(domains), budget_bytes=0)
+            windows = {split: Window(history=1) for split in SPLITS}
+            require_trainable(folder, records["train"][0].grid, windows, batch_size=len(domains), budget_bytes=0)
         except UserError as error:
             # Other problems of files and statistics are found elsewhere.
             if "has the domains" in str(error):

@@ -134,10 +134,17 @@ def _attributes(item: h5py.HLObject) -> dict[str, Any]:
     for key, value in item.attrs.items():
         if isinstance(value, np.ndarray) and value.dtype == object:
             if all(isinstance(one, str) for one in value.flat):
-                found[key] = text_array(value.tolist())
-        elif isinstance(value, (str, np.generic)) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufS"):
+                found[key] = text_array([_utf8(one) for one in value.flat]).reshape(value.shape)
+        elif isinstance(value, str):
+            found[key] = _utf8(value)
+        elif isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufS"):
             found[key] = value
     return found
+
+
+def _utf8(text: str) -> str:
+    """Replace what was not UTF-8 in a file, because it cannot be written."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def unknown_fields(path: Path) -> list[str]:

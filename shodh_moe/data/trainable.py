@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.config.window import Window
 from shodh_moe.data.listing import READ_BYTES, SPLITS, domain_names, list_trajectories
 from shodh_moe.data.reading import read_snapshots
 from shodh_moe.data.sampler import DomainSampler, domain_weights
@@ -15,7 +16,7 @@ from shodh_moe.data.stats import FieldStats
 def require_trainable(
     folder: Path,
     grid: Sequence[int],
-    history: int,
+    windows: Mapping[str, Window],
     batch_size: int,
     budget_bytes: int = READ_BYTES,
     skip_bad: bool = False,
@@ -28,7 +29,7 @@ def require_trainable(
 
     Args:
         grid: the config's ``data.grid``.
-        history: the config's ``model.history``; every trajectory must have more snapshots.
+        windows: the config's `windows`; every trajectory of a split must be long enough for that split's.
         batch_size: samples per micro-batch, which must be divisible among the domains.
         skip_bad: check only the files that `list_trajectories` does not skip; it lists the others on stderr.
         weights: the config's ``data.weights``.
@@ -48,10 +49,10 @@ def require_trainable(
                 f"{', '.join(domains)}: give every split trajectories of every domain"
             )
         for record in records:
-            if record.n_snapshots <= history:
+            if record.n_snapshots < windows[split].snapshots:
                 raise UserError(
-                    f"{record.path} has {record.n_snapshots} snapshots, too few for model.history {history}: "
-                    "lower model.history or remove the file"
+                    f"{record.path} has {record.n_snapshots} snapshots, too few for {windows[split]}, which needs "
+                    f"{windows[split].snapshots}: lower that or remove the file"
                 )
     for record in (record for records in splits.values() for record in records):
         budget_bytes -= record.nbytes

@@ -20,7 +20,7 @@ from shodh_moe.inference.model import Model
 from shodh_moe.inference.rollout import decode, rollout
 from shodh_moe.metrics.ensemble import LEVELS, covered, half_width, mean_and_spread
 from shodh_moe.metrics.fields import nrmse
-from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, load_latents, samples_of
 
 MOST = 2**18  # largest number of values of one velocity that a factor is fitted to
 
@@ -51,8 +51,7 @@ def measure_members(config: Config, members: list[Model], paths: Paths) -> dict[
     the share of the test values that it holds.
     """
     test, valid = (
-        LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
-        for split in ("test", "valid")
+        samples_of(config, load_latents(paths.latents, split, paths.tokenizer), split) for split in ("test", "valid")
     )
     found: dict[str, dict[str, Any]] = {}
     for domain in test.domains:
@@ -83,22 +82,22 @@ def _steps(
     config: Config, members: list[Model], paths: Paths, samples: LatentSamples, split: str, domain: str
 ) -> Iterator[_Step]:
     """Roll out all members from the start of each trajectory of a domain, and compare with the truth."""
-    h = config.model.history
+    h, s = config.model.history, config.measured_stride
     records = trajectories_by_source(paths.dataset, split, config.data.grid, config.data.skip_bad)
     own = [one for one in samples.trajectories if one.domain == domain and not one.copy]
-    steps = min(config.evaluation.rollout_steps, min(one.snapshots for one in own) - h)
+    steps = min(config.evaluation.rollout_steps, (min(one.snapshots for one in own) - 1) // s - h + 1)
     for latent in progress(own, f"ensemble {split} {domain}", len(own)):
         truth = read_trajectory(records[latent.source, latent.sample])
         solid_1XYZ = torch.from_numpy(truth.solid_1XYZ)
         fluid_3XYZ = (solid_1XYZ < 0.5).expand(3, -1, -1, -1)
-        given, geometry = latent.read(0, h)[None], latent.geometry_Cxyz[None]
+        given, geometry = latent.read(0, h * s, s)[None], latent.geometry_Cxyz[None]
         flows = [rollout(one.transformer, given, geometry, samples.context(domain)) for one in members]
         for step, found_M in enumerate(islice(zip(*flows, strict=True), steps)):
             velocities = [
                 decode(one.tokenizer, z_BCxyz, solid_1XYZ)[0, :3] for one, z_BCxyz in zip(members, found_M, strict=True)
             ]
             mean, spread = mean_and_spread(velocities)
-            true = torch.from_numpy(truth.velocity_T3XYZ[h + step]).double()
+            true = torch.from_numpy(truth.velocity_T3XYZ[(h + step) * s]).double()
             single = sum(float(nrmse(one, true)) for one in velocities) / len(members)
             size = float((spread.square().mean() / true.square().mean()).sqrt())
             error_K = (true - mean).abs()[fluid_3XYZ]

@@ -34,7 +34,7 @@ from shodh_moe.metrics.fields import band_errors, energy_spectrum, nrmse, vrmse
 from shodh_moe.metrics.routing import joint_counts, mutual_information, solid_fraction_category, summarise_routing
 from shodh_moe.model import Context
 from shodh_moe.tokenizer.encoding import trajectory_fields
-from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents, samples_of
 from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
@@ -64,8 +64,7 @@ def measure(config: Config, model: Model, paths: Paths, folder: Path, history: l
         the content of ``metrics.json``.
     """
     train, test = (
-        LatentSamples(load_latents(paths.latents, split, paths.tokenizer), config.model.history, config.data.weights)
-        for split in ("train", "test")
+        samples_of(config, load_latents(paths.latents, split, paths.tokenizer), split) for split in ("train", "test")
     )
     domains = test.domains
     listing = config.data.grid, config.data.skip_bad
@@ -149,13 +148,13 @@ class _OneStep:
     def __init__(
         self, model: Model, config: Config, samples: LatentSamples, latent: LatentTrajectory, truth: Trajectory
     ):
-        h = config.model.history
+        h, s = config.model.history, config.measured_stride
         self.config, self.tokenizer, self.latent = config, model.tokenizer, latent
         self.solid = torch.from_numpy(truth.solid_1XYZ)
         fields = trajectory_fields(truth)[:, :4].double()
-        self.true, self.before = fields[h:], fields[h - 1 : -1]
+        self.true, self.before = fields[h * s :], fields[(h - 1) * s : -s]
         z_TCxyz = latent.read()
-        self.z_true, self.z_before = z_TCxyz[h:], z_TCxyz[h - 1 : -1]
+        self.z_true, self.z_before = z_TCxyz[h * s :], z_TCxyz[(h - 1) * s : -s]
         size = config.evaluation.batch_size
         self.z, self.experts = predict_trajectory(model.transformer, samples, latent, size)
         decoded = [decode_both(model.tokenizer, part, self.solid) for part in self.z.split(size)]
@@ -222,19 +221,19 @@ def _rollouts(
     model: Model, config: Config, pairs: list[tuple[LatentTrajectory, Trajectory]], context: Context
 ) -> dict[str, np.ndarray]:
     """Return the velocity nRMSE of free-running predictions from the start of each trajectory, and of persistence."""
-    h = config.model.history
-    steps = min(config.evaluation.rollout_steps, min(z.snapshots for z, _ in pairs) - h)
+    h, s = config.model.history, config.measured_stride
+    steps = min(config.evaluation.rollout_steps, (min(z.snapshots for z, _ in pairs) - 1) // s - h + 1)
 
     def roll(pair: tuple[LatentTrajectory, Trajectory]) -> Tensor:
         """Errors [2, steps] of the prediction and of persistence."""
         latent, truth = pair
-        predicted = rollout(model.transformer, latent.read(0, h)[None], latent.geometry_Cxyz[None], context)
+        predicted = rollout(model.transformer, latent.read(0, h * s, s)[None], latent.geometry_Cxyz[None], context)
         velocity, solid = torch.from_numpy(truth.velocity_T3XYZ), torch.from_numpy(truth.solid_1XYZ)
         errors = torch.zeros(2, steps)
         for step, z in zip(range(steps), predicted, strict=False):
-            target = velocity[h + step]
+            target = velocity[(h + step) * s]
             errors[0, step] = nrmse(decode(model.tokenizer, z, solid)[0, :3], target.double())
-            errors[1, step] = nrmse(velocity[h - 1], target)
+            errors[1, step] = nrmse(velocity[(h - 1) * s], target)
         return errors
 
     snapshot_bytes = max(truth.velocity_T3XYZ[0].nbytes for _, truth in pairs)
@@ -305,7 +304,8 @@ def _mean_fields(dataset: Path, domain: str, grid: list[int], skip_bad: bool) ->
 
 def _tokens(latent: LatentTrajectory, config: Config) -> int:
     _, _, *grid = latent.z.shape
-    return (latent.snapshots - config.model.history) * int(np.prod(grid)) // config.model.patch**3
+    windows = latent.snapshots - config.model.history * config.measured_stride
+    return windows * int(np.prod(grid)) // config.model.patch**3
 
 
 def _median(history: list[dict[str, Any]], key: str) -> float | None:

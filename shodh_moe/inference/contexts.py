@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig
 from shodh_moe.inference.loading import ModelSource
-from shodh_moe.model.transformer import patchify
+from shodh_moe.model.inputs import embedding_inputs
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+from shodh_moe.training.draws import draw_strides
 
 FILE = "contexts.safetensors"
 SAMPLES = {"train": 384, "valid": 128}  # largest numbers of samples to keep of each domain
@@ -86,15 +87,15 @@ def collect(
     names: list[str] = []
     inputs = 0
     for split, most in SAMPLES.items():
-        samples = LatentSamples(load_latents(latents, split, tokenizer), model.history, weights)
+        samples = LatentSamples(load_latents(latents, split, tokenizer), model.history, weights, model.strides)
         names = names or samples.domains
         for domain, size in enumerate(samples.sizes):
             count = min(size, most)
             for start in range(0, count, 32):
                 chosen = range(start, min(start + 32, count))
-                batch = samples.batch([(domain, n * size // count) for n in chosen])
-                z = torch.cat([batch.history_BHCxyz.flatten(1, 2), batch.geometry_BCxyz], dim=1)
-                z_BSI = patchify(z, model.patch)
+                picks = [(domain, n * size // count) for n in chosen]
+                batch = samples.batch(picks, draw_strides(samples, picks, seed=0, step=0))
+                z_BSI = embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz, model)
                 inputs = z_BSI.shape[2]
                 rows.append(context_rows(z_BSI, model.history))
                 domains += [names.index(samples.domains[domain])] * len(chosen)

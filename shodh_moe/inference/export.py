@@ -5,6 +5,8 @@ tokenizer/            tokenizer.safetensors, tokenizer.json
 config.yaml           config of the run
 metrics.json          evaluation of these weights, if there is one
 contexts.safetensors  contexts of the training data, if its latents are there (see `contexts`)
+portable/             graphs that run without this package, if wanted (see `portable.write`)
+config.json           what the model hub shows of a model
 README.md             model card
 export.json           format, step, grids, versions, and SHA-256 of every other file except the card
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,38 +32,54 @@ from shodh_moe.inference import contexts
 from shodh_moe.inference.contexts import Contexts
 from shodh_moe.inference.loading import EXPORT_FORMAT, ModelSource, find_source, load_source
 from shodh_moe.inference.model import Model
-from shodh_moe.inference.model_card import model_card
+from shodh_moe.inference.model_card import hub_config, model_card
+from shodh_moe.inference.portable import write as portable_graphs
+from shodh_moe.inference.portable.parts import require_portable
 
 DESCRIPTION = "export.json"
 
 
-def export(path: Path, output: Path | str, tokenizer: Path | None = None) -> Path | str:
+def export(
+    path: Path,
+    output: Path | str,
+    tokenizer: Path | None = None,
+    portable: Sequence[str] = (),
+    licence: str | None = None,
+) -> Path | str:
     """Write the model of a checkpoint or run folder to the new folder ``output``, a path or a URL, and return it.
 
     A folder at a URL is complete if it has ``export.json``. After a broken transfer, the same call goes on with the
     files that are missing.
 
+    Args:
+        portable: kinds of graphs to add, of `portable.write.KINDS`.
+        licence: the weights' licence for the model card, as the model hub names it, such as ``cc-by-4.0``.
+
     Raises:
-        UserError: there is no intact checkpoint or no tokenizer, ``output`` exists, or it cannot be written.
+        UserError: there is no intact checkpoint or no tokenizer, ``output`` exists, it cannot be written, or the model
+            cannot be written as graphs.
     """
+    portable_graphs.require_exporters(portable)
     if isinstance(output, str):
         require_free(output, DESCRIPTION)
         cache_folder().mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache_folder(), prefix="export-") as folder:
-            _write(path, Path(folder, "model"), tokenizer)
+            _write(path, Path(folder, "model"), tokenizer, portable, licence)
             upload_folder(Path(folder, "model"), output, DESCRIPTION)
         return output
-    _write(path, output, tokenizer)
+    _write(path, output, tokenizer, portable, licence)
     return output
 
 
-def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
+def _write(path: Path, output: Path, tokenizer: Path | None, portable: Sequence[str], licence: str | None) -> None:
     if output.exists():
         raise UserError(f"{output} exists: give --output a new folder, or remove it")
     source = find_source(path, tokenizer)
     if source.exported:
         raise UserError(f"{path} is an exported model already: copy the folder")
     model = load_source(source)
+    if portable:
+        require_portable(model)
     known = contexts.contexts_of(source)
     if known is None:
         print(
@@ -69,11 +88,17 @@ def _write(path: Path, output: Path, tokenizer: Path | None) -> None:
             file=sys.stderr,
             flush=True,
         )
-    write_export(output, source, model, known, _metrics(source, model.weights_sha256))
+    write_export(output, source, model, known, _metrics(source, model.weights_sha256), portable, licence)
 
 
 def write_export(
-    output: Path, source: ModelSource, model: Model, known: Contexts | None, metrics: dict[str, Any] | None = None
+    output: Path,
+    source: ModelSource,
+    model: Model,
+    known: Contexts | None,
+    metrics: dict[str, Any] | None = None,
+    portable: Sequence[str] = (),
+    licence: str | None = None,
 ) -> None:
     """Write a model to the new folder ``output``.
 
@@ -81,6 +106,7 @@ def write_export(
         source: gives the config and the tokenizer's folder.
         known: contexts of its training data.
         metrics: content of metrics.json for these weights; None if they were not evaluated.
+        portable, licence: as for `export`.
     """
     weights = model.transformer.state_dict()
     with whole_folder(output) as folder:
@@ -93,8 +119,11 @@ def write_export(
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if known:
             contexts.save(known, folder / contexts.FILE)
+        if portable:
+            portable_graphs.write_portable(model, folder / portable_graphs.FOLDER, portable)
+        (folder / "config.json").write_text(json.dumps(hub_config(source, model), indent=2) + "\n")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        (folder / "README.md").write_text(model_card(source, model, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(source, model, metrics, portable, licence), encoding="utf-8")
         described = {
             "format": EXPORT_FORMAT,
             "run": source.config.name,

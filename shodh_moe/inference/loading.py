@@ -79,21 +79,23 @@ def load_model(place: Path | str, tokenizer: Path | str | None = None) -> Model:
     """Load a trained model on the CPU, without DeepSpeed.
 
     Args:
-        place: an exported folder, a run folder (its newest intact checkpoint) or one checkpoint; a folder or its URL.
+        place: an exported folder, a run folder (its newest intact checkpoint) or one checkpoint; a folder or its URL,
+            such as ``hf://owner/name`` or ``hf://owner/name@revision`` for a model of the model hub.
         tokenizer: the folder of the tokenizer, if the config of a run or checkpoint no longer leads to it.
 
     Raises:
         UserError: there is no model, a file is damaged, or the tokenizer is missing or not the model's own.
     """
-    return load_source(find_source(local_folder(place), local_folder(tokenizer) if tokenizer else None))
+    return load_source(find_source(place, local_folder(tokenizer) if tokenizer else None))
 
 
-def find_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
-    """Find the model at ``path``: an exported folder, a checkpoint, or a run folder (its newest intact checkpoint).
+def find_source(place: Path | str, tokenizer: Path | None = None) -> ModelSource:
+    """Find the model at a path or URL: an exported folder, a checkpoint, or a run (its newest intact checkpoint).
 
     Raises:
         UserError: there is no model, it is damaged (names the file), or its config cannot be read.
     """
+    path = local_folder(place)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}: give a run folder, a checkpoint or an exported model")
     if (path / "export.json").exists():
@@ -128,10 +130,13 @@ def verify_export(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{path / 'export.json'} is damaged ({type(error).__name__})"]
     if number != EXPORT_FORMAT:
-        return [f"{path} has export format {number}, this version reads {EXPORT_FORMAT}"]
+        newer = ", a newer one" if isinstance(number, int) and number > EXPORT_FORMAT else ""
+        return [f"{path} has export format {number}{newer}, this version reads {EXPORT_FORMAT}: update shodh_moe"]
     damages = []
     for name, expected in hashes.items():
         file = path / name
+        if name.startswith("portable/") and not file.exists():  # a copy for this package may leave them out
+            continue
         if not file.is_file():
             damages.append(f"{file} is missing")
         elif sha256(file) != expected:

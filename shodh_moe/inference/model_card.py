@@ -1,13 +1,18 @@
-"""The model card of an exported model: architecture, training, data, errors and limits."""
+"""The model card of an exported model: architecture, training, data, errors and limits.
+
+It begins with the metadata that the model hub reads, in YAML; ``config.json`` is read by the hub as well.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.parameters import marks
@@ -32,22 +37,80 @@ ERRORS = (
 )
 
 
-def model_card(source: ModelSource, trained: Model, metrics: dict[str, Any] | None) -> str:
+LIBRARY = "shodh_moe"
+
+
+def model_card(
+    source: ModelSource,
+    trained: Model,
+    metrics: dict[str, Any] | None,
+    portable: Sequence[str] = (),
+    licence: str | None = None,
+) -> str:
     """Return the text of README.md in Markdown.
 
     Args:
         source, trained: the model.
         metrics: content of metrics.json for these weights; None if they were not evaluated.
+        portable: kinds of graphs in the folder.
+        licence: of the weights, as the model hub names it. None: that of the software, if the data were simulated.
     """
+    licence = licence or ("unknown" if source.config.data.path else "apache-2.0")
     parts = [
-        _what(source, trained),
+        _what(source, trained, licence),
         _data(source),
         _training(source.config, trained),
         _measured(metrics),
         _limits(source.config, trained),
-        _use(trained),
+        _use(trained, portable),
     ]
-    return "\n\n".join(_wrapped(block) for part in parts for block in part.split("\n\n")) + "\n"
+    return (
+        _metadata(source, metrics, portable, licence)
+        + "\n\n".join(_wrapped(block) for part in parts for block in part.split("\n\n"))
+        + "\n"
+    )
+
+
+def hub_config(source: ModelSource, trained: Model) -> dict[str, Any]:
+    """Return the content of config.json: what the model hub shows. config.yaml has all settings."""
+    return {
+        "library_name": LIBRARY,
+        "model_type": LIBRARY,
+        "architectures": [type(trained.transformer).__name__],
+        "grid": trained.grid,
+        "latent_grid": trained.tokenizer.latent_grid,
+        "latent_channels": trained.tokenizer.config.latent_channels,
+        "history": trained.history,
+        "divergence_operator": trained.operator,
+        "model": source.config.model.model_dump(mode="json"),
+    }
+
+
+def _metadata(source: ModelSource, metrics: dict[str, Any] | None, portable: Sequence[str], licence: str) -> str:
+    """The block of YAML at the start of the card, as the model hub specifies it."""
+    tags = [
+        "physics",
+        "fluid-dynamics",
+        "mixture-of-experts",
+        "neural-operator",
+        *(["onnx"] if "onnx" in portable else []),
+    ]
+    data: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
+    results = [
+        {
+            "task": {"type": "other", "name": "next snapshot of a 3D flow"},
+            "dataset": {"type": domain, "name": f"{source.config.data.name}, {domain}", "split": "test"},
+            "metrics": [
+                {"type": key, "name": title, "value": float(values[key])}
+                for title, key, *_ in ERRORS
+                if values.get(key) is not None
+            ],
+        }
+        for domain, values in (metrics or {"domains": {}})["domains"].items()
+    ]
+    if results:
+        data["model-index"] = [{"name": source.config.name, "results": results}]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
 def _routed(moe: MoEConfig) -> str:
@@ -59,7 +122,7 @@ def _wrapped(block: str) -> str:
     return block if block[0] in "#|- " else textwrap.fill(" ".join(block.split()), 100)
 
 
-def _what(source: ModelSource, trained: Model) -> str:
+def _what(source: ModelSource, trained: Model, licence: str) -> str:
     parameters = sum(p.numel() for p in trained.transformer.parameters())
     experts = sum(p.numel() for p in trained.transformer.parameters() if marks(p).sharded)
     model, grid = source.config.model, trained.tokenizer.grid
@@ -76,11 +139,20 @@ mixture of experts advances the latents. {_conserved(trained.tokenizer.config)}
 | layers, width, heads | {model.depth}, {model.dim}, {model.heads} |
 | routed experts per layer, shared experts | {_routed(model.moe)}, {model.moe.shared_experts} |
 | scope of a routing decision | {model.moe.scope} |
+| time strides, in snapshots of the training data | {", ".join(map(str, model.strides))} |
 | training step of these weights | {trained.step} |
 | weights (SHA-256 over all tensors) | {trained.weights_sha256} |
 
-Licence of the software: Apache-2.0. The weights may carry obligations of the data they were trained on; state their
-licence here before publishing them."""
+Licence of the software: Apache-2.0. Licence of the weights: {licence}. {_obligations(source, licence)}"""
+
+
+def _obligations(source: ModelSource, licence: str) -> str:
+    if licence == "unknown":
+        return """The weights may carry obligations of the data they were trained on; state their licence here and in
+the first lines of this file before publishing them."""
+    if source.config.data.path:
+        return "The weights may carry obligations of the data they were trained on."
+    return "They were trained on simulations of this software alone."
 
 
 def _conserved(tokenizer: TokenizerConfig) -> str:
@@ -258,16 +330,21 @@ def _limits(config: Config, trained: Model) -> str:
   design decisions."""
 
 
-def _use(trained: Model) -> str:
+def _use(trained: Model, portable: Sequence[str]) -> str:
+    graphs = (
+        """ The folder `portable` has the model as graphs, which run without shodh_moe; its README.md has the code."""
+        if portable
+        else ""
+    )
     return f"""## Use
 
     shodh predict --checkpoint FOLDER --input flow.hdf5 --steps 10 --output prediction.hdf5
     shodh evaluate --config FOLDER/config.yaml --checkpoint FOLDER --output measured
 
 FOLDER is this folder; its files are first checked against `export.json`. `flow.hdf5` holds at least
-{trained.transformer.config.history} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)} cells in
-the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From Python:
-`shodh_moe.load_model(FOLDER).forecast(...)`."""
+{trained.span()} snapshots of velocity and pressure on {_by(trained.tokenizer.grid)}
+cells in the_well's HDF5 schema. Neither command needs DeepSpeed. Evaluation needs the dataset of the config. From
+Python: `shodh_moe.load_model(FOLDER).forecast(...)`.{graphs}"""
 
 
 def _number(value: float | None) -> str:

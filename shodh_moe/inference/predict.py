@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from shodh_moe.inference.unlikeness import fit_unlikeness
 from shodh_moe.kernels import divergence
 from shodh_moe.metrics.ensemble import LEVELS, coverage
 from shodh_moe.metrics.fields import divergence_report, nrmse, vrmse
+from shodh_moe.model.stride import require_stride
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 
 UNEVEN = 1e-3  # time steps and grid spacings with a smaller relative difference count as equal
@@ -59,6 +60,8 @@ class Request:
         paraview: whether to write the ``.vtkhdf`` files.
         overwrite: whether existing files may be replaced.
         members: further models, which with the first one form an ensemble.
+        stride: number of the input's time steps from one given or predicted snapshot to the next, one of the model's
+            ``strides``; None: the first of them.
     """
 
     input: Path
@@ -69,7 +72,8 @@ class Request:
     dtype: str = "float32"
     paraview: bool = True
     overwrite: bool = False
-    members: tuple[Path, ...] = ()
+    members: tuple[Path | str, ...] = ()
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class _Scores:
     stored: float = 0.0
 
 
-def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -> None:
+def predict(checkpoint: Path | str, request: Request, tokenizer: Path | None = None) -> None:
     """Roll out the requested trajectories of ``request.input``, write the prediction, and print its errors.
 
     If the input also holds the true snapshots, errors are printed beside those of persistence. For the operator
@@ -113,14 +117,17 @@ def predict(checkpoint: Path, request: Request, tokenizer: Path | None = None) -
     axes = _checked_axes(request.input, records[0].n_snapshots)
     source = find_source(checkpoint, tokenizer)
     model = load_source(source)
+    stride = model.strides[0] if request.stride is None else request.stride
+    require_stride(stride, model.strides)
+    request = replace(request, stride=stride)
     _require_fit(request, records[0], model, source, axes)
-    members = load_members(source, model, request.members, tokenizer)
+    members = load_members(source, model, request.members, tokenizer, stride)
     _warn_of_fields(request.input)
     unlike = _warn_of_unlike(request, records, model, source)
-    after = request.start + model.transformer.config.history
+    last = _given(request, model)[-1]
     # Continue from the last given time, so that rounding does not accumulate over the input's own steps.
-    first = axes.time[..., after - 1 : after]
-    time = (first + axes.time_step * np.arange(1, request.steps + 1)).astype(np.float32)
+    first = axes.time[..., last : last + 1]
+    time = (first + axes.time_step * stride * np.arange(1, request.steps + 1)).astype(np.float32)
     time = time[[record.sample for record in records]] if time.ndim == 2 else time
     scores = _Scores()
     with ExitStack() as stack, torch.no_grad():
@@ -163,10 +170,10 @@ def _snapshots(
     Extends ``scores``.
     """
     model = members[0]
-    after = request.start + model.transformer.config.history
+    given, stride = _given(request, model), request.stride or 1
     for row, record in enumerate(records):
-        fields_H4XYZ, solid_1XYZ = (torch.from_numpy(a) for a in read_snapshots(record, request.start, after))
-        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ)
+        fields_H4XYZ, solid_1XYZ = _read_given(record, given)
+        flow = continue_by_members(members, fields_H4XYZ, solid_1XYZ, stride)
         for step, (exact_4XYZ, conserved_3XYZ, spread_4XYZ) in zip(range(request.steps), flow, strict=False):
             if not exact_4XYZ.isfinite().all():
                 raise UserError(
@@ -177,8 +184,9 @@ def _snapshots(
             stored_4XYZ, stored_3XYZ = exact_4XYZ.to(dtype), conserved_3XYZ.to(dtype)
             scores.decoded = max(scores.decoded, _divergence(conserved_3XYZ, operator))
             scores.stored = max(scores.stored, _divergence(stored_3XYZ.double(), operator))
-            if after + step < record.n_snapshots:
-                true_T4XYZ, _ = read_snapshots(record, after + step, after + step + 1)
+            place = given[-1] + (step + 1) * stride
+            if place < record.n_snapshots:
+                true_T4XYZ, _ = read_snapshots(record, place, place + 1)
                 truth, last = torch.from_numpy(true_T4XYZ[0, :3]).double(), fields_H4XYZ[-1, :3].double()
                 errors = [float(measure(u, truth)) for measure in (nrmse, vrmse) for u in (exact_4XYZ[:3], last)]
                 if len(members) > 1:
@@ -186,6 +194,18 @@ def _snapshots(
                     errors.append(coverage(exact_4XYZ[:3], spread_4XYZ[:3], truth, LEVELS[-1], len(members)))
                 scores.errors.setdefault(step, []).append(errors)
             yield row, step, stored_4XYZ.numpy(), stored_3XYZ.numpy(), spread_4XYZ.to(dtype).numpy()
+
+
+def _given(request: Request, model: Model) -> range:
+    """Indices of the snapshots that the model is given."""
+    stride = request.stride or 1
+    return range(request.start, request.start + model.history * stride, stride)
+
+
+def _read_given(record: TrajectoryRecord, given: range) -> tuple[Tensor, Tensor]:
+    """Return the given snapshots [H, 4, X, Y, Z] and the solid mask [1, X, Y, Z]."""
+    fields_T4XYZ, solid_1XYZ = read_snapshots(record, given[0], given[-1] + 1)
+    return torch.from_numpy(fields_T4XYZ[:: given.step].copy()), torch.from_numpy(solid_1XYZ)
 
 
 def _divergence(u_3XYZ: Tensor, operator: str) -> float:
@@ -268,11 +288,13 @@ def _require_fit(request: Request, record: TrajectoryRecord, model: Model, sourc
             f"{request.input} has grid {list(record.grid)}, the model was trained on {model.tokenizer.grid} and works "
             "on that alone: resample the input"
         )
-    history = model.transformer.config.history
-    if request.start + history > record.n_snapshots:
+    given = _given(request, model)
+    if given[-1] >= record.n_snapshots:
+        apart = f", each {given.step} after the one before," if given.step > 1 else ""
+        remedy = "smaller --start" if given.step == 1 else "smaller --start or --stride"
         raise UserError(
-            f"{request.input} has {record.n_snapshots} snapshots, the model needs {history} from --start "
-            f"{request.start} on: give a longer file or a smaller --start"
+            f"{request.input} has {record.n_snapshots} snapshots, the model needs {len(given)}{apart} from --start "
+            f"{request.start} on: give a longer file or a {remedy}"
         )
     data = source.config.data
     trained = {float(domain.steps_per_snapshot) for _, domain in data.domains.items()}
@@ -303,8 +325,7 @@ def _warn_of_unlike(
     fitted, history = fit_unlikeness(contexts), model.transformer.config.history
     scores, domains = [], []
     for record in records:
-        fields_H4XYZ, solid_1XYZ = read_snapshots(record, request.start, request.start + history)
-        z_HCxyz, geometry_1Cxyz = model.encode_flow(torch.from_numpy(fields_H4XYZ), torch.from_numpy(solid_1XYZ))
+        z_HCxyz, geometry_1Cxyz = model.encode_flow(*_read_given(record, _given(request, model)))
         z_BSI = model.transformer.embedding_inputs(z_HCxyz[None], geometry_1Cxyz)
         score_B, nearest_B = fitted.score(context_rows(z_BSI, history).cpu())
         scores.append(float(score_B))
@@ -328,6 +349,7 @@ def _provenance(source: ModelSource, model: Model, request: Request) -> dict[str
         "input_sha256": sha256(request.input),
         "start": request.start,
         "given_snapshots": model.transformer.config.history,
+        "stride": request.stride,
         "steps": request.steps,
         "trajectories": "all" if request.sample is None else request.sample,
         "divergence_operator": model.tokenizer.config.operator,

@@ -11,22 +11,16 @@ import torch
 from torch import Tensor
 
 from shodh_moe.model import Context, LatentTransformer
+from shodh_moe.model.rollout import predictions
 from shodh_moe.tokenizer import Tokenizer
 
 
 def rollout(
     transformer: LatentTransformer, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None
 ) -> Iterator[Tensor]:
-    """Yield the next latents [B, C, x, y, z], one after the other, without end.
-
-    The paths of the samples are chosen once, from the given latents, since a flow stays in its domain; the errors of
-    predicted latents could lead the router astray.
-    """
-    plan = transformer.lasting_plan(history_BHCxyz, geometry_BCxyz, context)
-    while True:
-        z_BCxyz = transformer(history_BHCxyz, geometry_BCxyz, context, plan).latent_BCxyz
-        history_BHCxyz = torch.cat([history_BHCxyz[:, 1:], z_BCxyz[:, None]], dim=1)
-        yield z_BCxyz
+    """Yield the next latents [B, C, x, y, z], one after the other, without end; see `predictions`."""
+    for prediction in predictions(transformer, history_BHCxyz, geometry_BCxyz, context):
+        yield prediction.latent_BCxyz
 
 
 def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -37,6 +31,9 @@ def decode(tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: tor
 def decode_both(
     tokenizer: Tokenizer, z_BCxyz: Tensor, solid_1XYZ: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """As `decode`, with the divergence-free velocity [B, 3, X, Y, Z] as a second result; see `Flow`."""
-    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), -1, -1, -1, -1), dtype)
+    """As `decode`, with the divergence-free velocity [B, 3, X, Y, Z] as a second result; see `Flow`.
+
+    The geometries may also differ: ``solid_1XYZ`` [B, 1, X, Y, Z].
+    """
+    flow = tokenizer.decode(z_BCxyz, solid_1XYZ.expand(len(z_BCxyz), 1, *solid_1XYZ.shape[-3:]), dtype)
     return torch.cat([flow.velocity_B3XYZ, flow.pressure_B1XYZ.to(dtype)], dim=1), flow.conserved_B3XYZ

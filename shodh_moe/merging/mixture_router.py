@@ -20,9 +20,9 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig
 from shodh_moe.kernels.cosine_gating import reference_logits
 from shodh_moe.merging.mixture_tensors import ROUTER
+from shodh_moe.model.inputs import embedding_inputs
 from shodh_moe.model.path import Features
 from shodh_moe.model.routers.cosine import CosineRouter
-from shodh_moe.model.transformer import patchify
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 
 SAMPLES = 512  # training samples to look at, in equal numbers from each domain
@@ -52,14 +52,14 @@ def router_weights(
     """
     features, rows = None, []
     for domain, folder in zip(domains, folders, strict=True):
-        samples = _samples(folder, domain, model.history)
+        samples = _samples(folder, domain, model)
         grid = [size // model.patch for size in samples.trajectories[0].z.shape[2:]]
         inputs = (model.history + 1) * samples.trajectories[0].z.shape[1] * model.patch**3
         made = Features(inputs, grid, model.moe)
         if features is not None and made.width != features.width:
             raise UserError(f"latents {folder} have other channels than those of {domains[0]}: give one `latents`")
         features = made
-        rows.append(_rows(samples, features, model.patch, len(domains)))
+        rows.append(_rows(samples, features, model, len(domains)))
     assert features is not None
     few = min(len(one) for one in rows)
     rows = [_spaced(one, few) for one in rows]
@@ -83,24 +83,25 @@ def router_weights(
     return weights, {"rows_per_domain": few, "domains": record}, warnings
 
 
-def _samples(folder: Path, domain: str, history: int) -> LatentSamples:
+def _samples(folder: Path, domain: str, model: ModelConfig) -> LatentSamples:
     """The training samples of one domain."""
     trajectories = load_latents(folder, "train")
     own = [one for one in trajectories if one.domain == domain]
     if not own:
         there = ", ".join(sorted({one.domain for one in trajectories}))
         raise UserError(f"latents {folder} have no domain {domain}, only {there}: correct `domain`, or give `latents`")
-    return LatentSamples(own, history)
+    return LatentSamples(own, model.history, strides=model.strides)
 
 
-def _rows(samples: LatentSamples, features: Features, patch: int, experts: int) -> Tensor:
+def _rows(samples: LatentSamples, features: Features, model: ModelConfig, experts: int) -> Tensor:
     """What the router sees of samples at equal distances among all: float32 [M, F]."""
     count = samples.sizes[0]
     rows, most = [], -(-ROWS // experts)
     chosen = _spaced(torch.arange(count), max(SAMPLES // experts, 1)).tolist()
     for number in chosen:
-        batch = samples.batch([(0, number)])
-        z_BSI = patchify(torch.cat([batch.history_BHCxyz.flatten(1, 2), batch.geometry_BCxyz], dim=1), patch)
+        fitting = samples.fitting_strides(0, number)
+        batch = samples.batch([(0, number)], [fitting[number % len(fitting)]])
+        z_BSI = embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz, model)
         x_MF, _ = features(z_BSI)
         rows.append(_spaced(x_MF, max(most // len(chosen), 1)).clone())
     x_MF = torch.cat(rows)

@@ -86,8 +86,8 @@ class Experts(nn.Module):
                 skips them. None: every row may hold a token.
         """
         x_LTD, gate_up_LDF, down_LFD = to_autocast(x_LTD, self.gate_up_LDF, self.down_LFD)
-        # On a GPU, reading the counts would wait for the device.
-        if x_LTD.is_cuda:
+        # On a GPU, reading the counts would wait for the device; a graph has no counts.
+        if x_LTD.is_cuda or torch.compiler.is_exporting():
             gate, up = torch.bmm(x_LTD, gate_up_LDF).chunk(2, dim=-1)
             return torch.bmm(F.silu(gate) * up, down_LFD)
         local, rows, _ = x_LTD.shape

@@ -58,7 +58,7 @@ class MoE(nn.Module):
         done_LTD = self.experts(local_LTD, filled_LG)
         back_GLKD = done_LTD.view(-1, self.ep.size, capacity, width).transpose(0, 1)
         back_GLKD = all_to_all(back_GLKD, self.ep, layer=self.layer, direction="combine")
-        return plan.combine(back_GLKD.reshape(self.config.num_experts, capacity, width), shared_ND)
+        return plan.combine(back_GLKD.reshape(-1, capacity, width), shared_ND)
 
     def _dropless(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """Send every expert only the tokens that chose it."""

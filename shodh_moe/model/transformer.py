@@ -18,6 +18,7 @@ from shodh_moe.config import ModelConfig, MoEConfig
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.feed_forward import make_feed_forward
 from shodh_moe.model.film import Film, modulate
+from shodh_moe.model.inputs import embedding_inputs, history_scale, unpatchify
 from shodh_moe.model.moe import MoE
 from shodh_moe.model.norm import make_norm
 from shodh_moe.model.path import Features, PathRouter
@@ -25,6 +26,7 @@ from shodh_moe.model.plan import Plan
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import Context, Router
 from shodh_moe.model.routing import Routing
+from shodh_moe.model.stride import StrideEmbedding
 from shodh_moe.parallel import ExpertParallel
 
 
@@ -76,7 +78,7 @@ class Block(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """z[t+1] = z[t] + f(z[t-H+1..t], geometry), where f is zero before training.
+    """z[t+s] = z[t] + f(z[t-(H-1)s], ..., z[t], geometry, s), where f is zero before training and s is the time stride.
 
     With ``model.moe.scope`` path, one decision per token, made from the inputs of the embedding, selects an expert in
     every layer and the expert's own part of the embedding, the head and, if configured, the attention.
@@ -123,6 +125,8 @@ class LatentTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
         self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, shared=shared, zero=True)
+        # With a single stride there is nothing to tell.
+        self.stride = StrideEmbedding(config.strides, config.dim) if len(config.strides) > 1 else None
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -143,7 +147,7 @@ class LatentTransformer(nn.Module):
 
     def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""
-        return patchify(torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1), self.config.patch)
+        return embedding_inputs(history_BHCxyz, geometry_BCxyz, self.config)
 
     def lasting_plan(
         self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None
@@ -169,8 +173,11 @@ class LatentTransformer(nn.Module):
         Args:
             history_BHCxyz: the last H latents, the newest last.
             geometry_BCxyz: the geometry latents.
-            context: the samples' number and domains; None if the domains are unknown.
+            context: the samples' number, domains and time strides; None if the domains are unknown.
             plan: paths of an earlier `lasting_plan` for the same samples; None: choose them.
+
+        Raises:
+            UserError: outside training, if the model was not trained with a sample's stride.
         """
         context = context or Context(len(history_BHCxyz))
         z_BSI = self.embedding_inputs(history_BHCxyz, geometry_BCxyz)
@@ -178,6 +185,8 @@ class LatentTransformer(nn.Module):
             plan = self.path(z_BSI, context)
         # The residual stream stays as wide as the latents under autocast.
         x_BSD = self.embed(z_BSI, plan).to(history_BHCxyz.dtype)
+        if self.stride is not None:
+            x_BSD = x_BSD + self.stride(context)[:, None]
         first, last = self.film(z_BSI) if self.film is not None else (None, None)
         x_BSD = x_BSD if first is None else modulate(x_BSD, first)
         routing = []
@@ -194,26 +203,13 @@ class LatentTransformer(nn.Module):
         x_BSD = self.norm(x_BSD)
         change_BSD = self.head(x_BSD if last is None else modulate(x_BSD, last), plan)
         latest_BCxyz = history_BHCxyz[:, -1]
-        return Prediction(latest_BCxyz + unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape), routing)
+        change_BCxyz = unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape)
+        if self.config.scale_history:
+            change_BCxyz = change_BCxyz * history_scale(history_BHCxyz)
+        return Prediction(latest_BCxyz + change_BCxyz, routing)
 
 
 def attention_paths(config: MoEConfig) -> tuple[int, int | None]:
     """Number of paths with their own part in the attention's projections, and the rank of that part (None: full)."""
     own = config.scope == "path" and config.attention != "shared"
     return (config.num_experts if own else 0), (config.attention_rank if config.attention == "low_rank" else None)
-
-
-def patchify(x_BCxyz: Tensor, patch: int) -> Tensor:
-    """Turn cubes of ``patch``^3 latents into tokens [B, S, C patch^3], last grid axis fastest."""
-    b, c, nx, ny, nz = x_BCxyz.shape
-    p = patch
-    x = x_BCxyz.reshape(b, c, nx // p, p, ny // p, p, nz // p, p)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, (nx // p) * (ny // p) * (nz // p), c * p**3)
-
-
-def unpatchify(x_BSC: Tensor, patch: int, shape: torch.Size) -> Tensor:
-    """Inverse of `patchify`; ``shape`` is that of the latents, [B, C, x, y, z]."""
-    b, c, nx, ny, nz = shape
-    p = patch
-    x = x_BSC.view(b, nx // p, ny // p, nz // p, c, p, p, p)
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(shape)

@@ -79,28 +79,32 @@ class FourierAttention(nn.Module):
         self.bias1, self.bias2 = (nn.Parameter(torch.zeros(heads, 1, block, 2)) for _ in range(2))
 
     def forward(self, x_BhwD: Tensor) -> Tensor:
-        _, h, w, d = x_BhwD.shape
+        _, h, w, _ = x_BhwD.shape
         scale = (h * w) ** 0.5  # the orthonormal transform: white noise has coefficients of order one on every grid
         with torch.autocast(x_BhwD.device.type, enabled=False):
             dtype = torch.promote_types(self.weight1.dtype, torch.float32)
-            weight1, weight2, bias1, bias2 = (
-                torch.view_as_complex(parameter.to(dtype))
-                for parameter in (self.weight1, self.weight2, self.bias1, self.bias2)
-            )
-            z_PQBD = to_modes(x_BhwD.to(dtype), self.modes) * scale
-            z = z_PQBD.view(-1, self.heads, d // self.heads).transpose(0, 1)
-            z = torch.view_as_complex(F.gelu(torch.view_as_real(torch.baddbmm(bias1, z, weight1))))
-            z = torch.baddbmm(bias2, z, weight2).transpose(0, 1).reshape(z_PQBD.shape)
-            return (from_modes(z, h, w, self.modes) / scale).to(x_BhwD.dtype)
+            z_PQBD = self.mix(to_modes(x_BhwD.to(dtype), self.modes) * scale)
+            return (from_modes(z_PQBD, h, w, self.modes) / scale).to(x_BhwD.dtype)
+
+    def mix(self, z: Tensor) -> Tensor:
+        """Apply the network to Fourier coefficients, complex [..., D] to [..., D]."""
+        dtype = z.real.dtype
+        weight1, weight2, bias1, bias2 = (
+            torch.view_as_complex(parameter.to(dtype))
+            for parameter in (self.weight1, self.weight2, self.bias1, self.bias2)
+        )
+        by_head = z.reshape(-1, self.heads, z.shape[-1] // self.heads).transpose(0, 1)
+        by_head = torch.view_as_complex(F.gelu(torch.view_as_real(torch.baddbmm(bias1, by_head, weight1))))
+        return torch.baddbmm(bias2, by_head, weight2).transpose(0, 1).reshape(z.shape)
 
 
 class Block(nn.Module):
     """Fourier attention and a multilayer perceptron, each behind a layer norm and with a residual connection."""
 
-    def __init__(self, size: DPOTSize):
+    def __init__(self, size: DPOTSize, attention: nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
-        self.attention = FourierAttention(size.width, size.heads, size.modes)
+        self.attention = attention
         self.mlp = nn.Sequential(nn.Linear(size.width, size.width), nn.GELU(), nn.Linear(size.width, size.width))
 
     def forward(self, x: Tensor, modulation: Tensor | None) -> Tensor:
@@ -139,7 +143,9 @@ class DPOT2d(nn.Module):
         with initial_weights(seed):
             self.embed = nn.Linear((channels + COORDINATES[coordinates]) * cells, size.width)
             self.aggregate = nn.Linear(history * size.width, size.width)
-            self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
+            self.blocks = nn.ModuleList(
+                Block(size, FourierAttention(size.width, size.heads, size.modes)) for _ in range(size.blocks)
+            )
             self.modulation = make_modulation(conditions, size.width, size.blocks)
             self.hidden = nn.Linear(size.width, cells * size.head_width)
             self.cell = nn.Linear(channels * history, size.head_width)

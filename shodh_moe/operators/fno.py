@@ -1,6 +1,6 @@
 """Fourier neural operator in two dimensions (Li et al., arXiv 2010.08895).
 
-We do not use neuraloperator 2.0.0 (MIT), because it depends on 32 other packages (wandb 20 MB, tensorly 7 MB,
+CCM does not use neuraloperator 2.0.0 (MIT), because it depends on 32 other packages (wandb 20 MB, tensorly 7 MB,
 opentelemetry, requests), its state_dict() holds a dictionary, it loads pickles, and its spectral weights are always
 complex64.
 

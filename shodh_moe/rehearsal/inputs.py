@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shodh_moe.config import Config
+from shodh_moe.config.window import Window
 from shodh_moe.runs.plan import latent_grid
 from shodh_moe.tokenizer.latents import LatentSamples
 from shodh_moe.training.tokenizer_task import DescribedSnapshots
@@ -29,20 +30,21 @@ class _Trajectory:
     sample: int = 0
     copy: int = 0
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return torch.zeros(len(range(self.snapshots)[start:stop]), *self.z.shape[1:])
+    def read(self, start: int = 0, stop: int | None = None, step: int = 1) -> Tensor:
+        return torch.zeros(len(range(self.snapshots)[start:stop:step]), *self.z.shape[1:])
 
     def mean_squared_change(self) -> float:
         return 1.0
 
 
-def latent_samples(config: Config, snapshots: int = 4) -> LatentSamples:
-    """Samples of one short trajectory of each domain of the config."""
+def latent_samples(config: Config, extra: int = 4) -> LatentSamples:
+    """Samples of one short trajectory of each domain of the config, which holds a window and ``extra`` snapshots."""
     shape = (config.tokenizer.latent_channels, *latent_grid(config))
-    count = config.model.history + snapshots
+    ahead, strides = config.training.unroll, config.model.strides
+    count = Window(config.model.history, ahead, strides[-1]).snapshots + extra
     z = SimpleNamespace(shape=(count, *shape))
     trajectories = [_Trajectory(domain, z, torch.zeros(shape), count) for domain in _domains(config)]
-    return LatentSamples(trajectories, config.model.history, None)  # type: ignore[arg-type]
+    return LatentSamples(trajectories, config.model.history, None, strides, ahead)  # type: ignore[arg-type]
 
 
 class _NoFiles(DescribedSnapshots):

@@ -26,5 +26,7 @@ def rehearse_prediction(config: Config, watch: Watch) -> None:
         transformer = OnDevice(config.model, channels, latent_grid(config), config.seed, ExpertParallel())
         model = Model(tokenizer.eval(), transformer.eval(), 0, 1, 1, "")
     with watch.during("predict"), torch.no_grad():
-        flow = model.continue_flow(torch.zeros(config.model.history, 4, *grid), torch.zeros(1, *grid))
+        flow = model.continue_flow(
+            torch.zeros(config.model.history, 4, *grid), torch.zeros(1, *grid), config.model.strides[0]
+        )
         list(islice(flow, STEPS))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -62,7 +63,15 @@ class Preformatted:
     markdown: str = ""
 
 
-Block = Text | Heading | Note | Box | Preformatted | Table | Figure
+@dataclass(frozen=True)
+class Link:
+    """A paragraph that leads to another file in the folder of the page."""
+
+    file: str
+    text: str
+
+
+Block = Text | Heading | Note | Box | Preformatted | Link | Table | Figure
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,8 @@ class Page:
     browser_title: str = ""
 
     def html(self) -> str:
-        """The page as one HTML file without scripts or links to other files; all text is escaped."""
-        return _ENVIRONMENT.get_template("page.html.j2").render(page=self)
+        """The page as one HTML file that loads nothing else and has no scripts; all text is escaped."""
+        return render("page.html.j2", page=self)
 
     def write(self, path: Path) -> Path:
         """Write `html` to ``path``, and return ``path``. Raises: UserError: the folder cannot be written."""
@@ -107,6 +116,8 @@ def markdown(sections: Iterable[Section]) -> str:
                 parts.append(block.text)
             elif isinstance(block, Heading):
                 parts.append(f"### {block.text}")
+            elif isinstance(block, Link):
+                parts.append(f"[{block.text}]({block.file})")
             elif isinstance(block, Box):
                 parts += block.lines
             elif isinstance(block, Preformatted):
@@ -114,6 +125,11 @@ def markdown(sections: Iterable[Section]) -> str:
             elif isinstance(block, Table) and block.rows:
                 parts.append(block.markdown())
     return "\n\n".join(parts) + "\n"
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the package's templates; all text is escaped."""
+    return _ENVIRONMENT.get_template(template).render(**values)
 
 
 def formatted(text: str) -> Markup:

@@ -20,6 +20,7 @@ from shodh_moe.model.path import require_window
 from shodh_moe.runs.folder import claim_run_folder, require_same_inputs_as_run
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import require_fit
+from shodh_moe.trackers.tracker import require_library
 from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
 from shodh_moe.training.optimizer import resolve_optimizer
 
@@ -37,6 +38,8 @@ def check(config: Config, paths: Paths) -> None:
     resolve_optimizer(config.training)
     available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
     _check_kernels()
+    for tracker in config.telemetry.trackers:
+        require_library(tracker)
     for size in config.data.grid:
         if (size // COMPRESSION) % config.model.patch:
             raise UserError(
@@ -75,8 +78,9 @@ def _check_generated(config: Config) -> None:
         raise UserError("data.domains names no domain: keep at least one")
     weights = domain_weights(config.data.weights, domains)
     DomainSampler(tuple(1 for _ in domains), config.training.batch_size, config.seed, weights=weights)
-    if config.model.history >= config.data.snapshots:
-        raise UserError(
-            f"model.history {config.model.history} needs more than the {config.data.snapshots} snapshots of a "
-            "trajectory: lower it or raise data.snapshots"
-        )
+    for window in config.windows.values():
+        if window.snapshots > config.data.snapshots:
+            raise UserError(
+                f"{window} needs {window.snapshots} snapshots, more than the {config.data.snapshots} snapshots of a "
+                "trajectory: lower it or raise data.snapshots"
+            )

@@ -19,7 +19,11 @@ from shodh_moe.training.records import read_run
 
 
 def evaluate_elsewhere(
-    config: Config, checkpoint: Path, output: Path, tokenizer: Path | None = None, members: tuple[Path, ...] = ()
+    config: Config,
+    checkpoint: Path | str,
+    output: Path,
+    tokenizer: Path | None = None,
+    members: tuple[Path | str, ...] = (),
 ) -> dict[str, Any]:
     """Measure the model at ``checkpoint`` on the test split of ``config`` and write the results to ``output``.
 

@@ -75,7 +75,7 @@ class Request:
         tokenizer: folder of the model's tokenizer, if its config no longer leads to it.
     """
 
-    model: Path
+    model: Path | str
     data: Path
     output: Path
     config: Path | None = None
@@ -257,7 +257,8 @@ def _write_start(
 
 def _report(config: Config, paths: Paths, before: Model, output: Path) -> None:
     """Print the validation errors of the model before and after, beside those of persistence."""
-    samples = LatentSamples(load_latents(paths.latents, "valid", paths.tokenizer), config.model.history)
+    valid = load_latents(paths.latents, "valid", paths.tokenizer)
+    samples = LatentSamples(valid, config.model.history, strides=[config.measured_stride])
     after = load_source(find_source(output))
     errors = [_errors(model.transformer, samples, config) for model in (before, after)]
     for domain, (first, last) in enumerate(zip(*errors, strict=True)):

@@ -32,9 +32,10 @@ from shodh_moe.runs.folder import (
     remember_data,
     require_same_inputs_as_run,
 )
+from shodh_moe.runs.track import send_report, wait_for_trackers
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
-from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.latents import inputs_of_latents, load_latents, samples_of
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
 from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
 from shodh_moe.training.tokenizer_config import tokenizer_run
@@ -65,8 +66,8 @@ def make_data(config: Config, paths: Paths) -> Path:
     if config.data.path:
         # Latents are named after the dataset's files: if they exist, every value has been read before.
         budget = 0 if paths.latents.exists() else READ_BYTES
-        history, batch, data = config.model.history, config.training.batch_size, config.data
-        require_trainable(dataset, data.grid, history, batch, budget, data.skip_bad, data.weights)
+        batch, data = config.training.batch_size, config.data
+        require_trainable(dataset, data.grid, config.windows, batch, budget, data.skip_bad, data.weights)
         remember_data(config, paths)
         return _say("data", f"given, {dataset}", dataset)
     if manifest.exists() and is_complete(config.data, dataset):
@@ -142,7 +143,7 @@ def _check_latents(config: Config, paths: Paths) -> None:
     """
     for split in ("train", "valid", "test"):
         latents = load_latents(paths.latents, split, paths.tokenizer)
-        samples = LatentSamples(latents, config.model.history, config.data.weights)
+        samples = samples_of(config, latents, split)
         DomainSampler(samples.sizes, config.training.batch_size, config.seed, count_ranks(config), samples.weights)
     if found := difference(inputs_of_latents(paths.latents), latent_inputs(config, paths)):
         raise UserError(
@@ -177,6 +178,7 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
 
     began = time.perf_counter()
     train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
+    wait_for_trackers(config.telemetry, paths.run)
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 
 
@@ -213,6 +215,7 @@ def report(config: Config, paths: Paths) -> Path:
     page = write_report(run)
     if key:
         _stamp(run, "report", key)
+    send_report(config.telemetry, run)
     return _say("report", f"{page} in {time.perf_counter() - began:.0f} s", page)
 
 

@@ -18,14 +18,13 @@ from torch import nn
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import COMPRESSION, Config, MoEConfig
+from shodh_moe.config.window import Window
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
-
-BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
+from shodh_moe.training.deepspeed_config import BUCKET, deepspeed_config, exchanges_samples, expert_parallel_size
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def training_samples(config: Config) -> int:
     """Return the number of distinct samples of the training split, in all latent copies of its trajectories."""
     data = config.data
     trajectories = sum(domain.trajectories.train for _, domain in data.domains.items())
-    return trajectories * config.tokenizer.latent_copies * (data.snapshots - config.model.history)
+    shortest = Window(config.model.history, config.training.unroll, config.model.strides[0])
+    return trajectories * config.tokenizer.latent_copies * (data.snapshots - shortest.snapshots + 1)
 
 
 def count_parameters(config: Config, world: int) -> Parameters:
@@ -139,8 +139,8 @@ def state_bytes(config: Config, world: int, count: Parameters | None = None) -> 
         sizes = {"weights": 1, "gradients": 1, "optimizer": 2}
         return {**{key: n * wide * count.rank for key, n in sizes.items()}, "reduction": wide * flat}
     part = -(-count.shared // world) - (-count.rank_expert // (world // ep))  # elements that this rank updates
-    zero = deepspeed_config(config, world)["zero_optimization"]
-    buckets = int(zero.get("reduce_bucket_size", BUCKET)) * (2 if zero.get("overlap_comm") else 1)
+    zero = deepspeed_config(config, world, count.rank)["zero_optimization"]
+    buckets = int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
     return {
         "weights": wide * count.rank,
         "gradients": wide * (count.rank if stage == 1 else part),
@@ -157,7 +157,7 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     tokens. ``backward``: an upper bound of what the backward pass holds in addition; with activation checkpointing this
     includes one whole block. ``exchange``: buffers of the exchanges between ranks. Dropless mode is counted with an
     even load of the experts. With an exchange of samples these are the bytes of the fullest rank that its capacity
-    allows.
+    allows. With ``training.unroll`` autograd keeps the activations of all predictions.
     """
     if exchanges_samples(config, ep):
         return _bytes_of_fullest_rank(config, ep)
@@ -171,8 +171,8 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     exchange = 2 * row if ep > 1 else 0
     if t.activation_checkpointing:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
-        return {"activations": kept + outside, "backward": backward + block, "exchange": exchange}
-    return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
+        return {"activations": t.unroll * (kept + outside), "backward": backward + block, "exchange": exchange}
+    return {"activations": t.unroll * (m.depth * block + outside), "backward": backward, "exchange": exchange}
 
 
 def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
@@ -188,7 +188,8 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
         }
     )
     parts = activation_bytes(full, ep)
-    sample = (config.model.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    snapshots = config.model.history + config.training.unroll + 1  # with the geometry
+    sample = snapshots * config.tokenizer.latent_channels * math.prod(latent_grid(config))
     own = widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
     packed = widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}

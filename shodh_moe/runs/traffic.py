@@ -84,17 +84,21 @@ def _exchanges(config: Config, ep: int) -> list[_Row]:
     m, t, tokens = config.model, config.training, sample_tokens(config)
     wide, narrow = widths(config)
     if exchanges_samples(config, ep):
-        latents = (m.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config)) * wide
-        kept = 0 if m.moe.dropless else tokens
-        sample = latents + 16 + 2 * wide + kept  # with domain, expert, norm and weight, and whether tokens are kept
-        sent = t.batch_size * (sample + wide) + 8 * ep * ep  # the errors go back, and counts are exchanged first
+        latents = (m.history + 1 + t.unroll) * config.tokenizer.latent_channels * math.prod(latent_grid(config)) * wide
+        kept = 0 if m.moe.dropless else tokens  # whether each token is kept
+        sample = latents + 3 * 8 + (t.unroll + 1) * wide + kept  # with domain, stride, expert; norms and weight
+        sent = t.batch_size * (sample + t.unroll * wide) + 8 * ep * ep  # errors go back; counts are exchanged first
         return [(EXPERTS, "all_to_all", 3 * t.accumulation, sent * t.accumulation, "samples")]
-    passes = 6 if t.activation_checkpointing else 4  # dispatch and combine: forward, again, and backward
+    # Dispatch and combine of each prediction: forward, again, and backward.
+    passes = t.unroll * (6 if t.activation_checkpointing else 4)
     row = slots(config) * m.dim * narrow
     rows = (EXPERTS, "all_to_all", passes * m.depth * t.accumulation, passes * m.depth * t.accumulation * row, "tokens")
     if not m.moe.dropless:
         return [rows]
-    plans = 1 if m.moe.scope == "path" else m.depth * (2 if t.activation_checkpointing else 1)
+    if m.moe.scope == "path":
+        plans = 1 if config.samples_have_paths else t.unroll  # a sample keeps its path in all predictions
+    else:
+        plans = t.unroll * m.depth * (2 if t.activation_checkpointing else 1)
     counts = plans * t.accumulation
     return [rows, (EXPERTS, "all_to_all", counts, counts * 8 * m.moe.num_experts, "numbers of tokens")]
 

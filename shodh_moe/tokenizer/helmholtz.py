@@ -5,6 +5,9 @@ Shapes: B batch, 3 components, X Y Z space, periodic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,20 @@ def vector_potential(u_B3XYZ: Tensor, operator: str = "spectral") -> Tensor:
     return torch.fft.irfftn(torch.fft.rfftn(rotation, dim=(2, 3, 4)) * inverse, s=shape, dim=(2, 3, 4))
 
 
-def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, walls: str) -> Tensor:
+class Operations(NamedTuple):
+    """What `conserved_velocity` is made of; `shodh_moe.inference.portable.velocity` has another set of them."""
+
+    curl: Callable[..., Tensor]
+    vector_potential: Callable[..., Tensor]
+    project: Callable[..., Tensor]
+
+
+KERNELS = Operations(curl, vector_potential, project)
+
+
+def conserved_velocity(
+    w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, walls: str, by: Operations = KERNELS
+) -> Tensor:
     """Return a velocity u close to w with div_D(u) = 0, [B, 3, X, Y, Z].
 
     For ``staggered`` each component of u is on the lower faces of the voxels, otherwise at their centres.
@@ -42,22 +58,23 @@ def conserved_velocity(w_B3XYZ: Tensor, solid_B1XYZ: Tensor, operator: str, wall
             voxels, made divergence-free; it is the only flow through throats. A0 is the mean of A where the ramp
             rises: the curl of a constant is zero, but a constant ramped up within a few cells would make a jet.
             ``exact``: the nearest such velocity (`walls.project`).
+        by: how to compute it.
     """
     flows_B3XYZ = may_flow(solid_B1XYZ, operator)
     if operator == "staggered":
         w_B3XYZ = _on_faces(w_B3XYZ, flows_B3XYZ)
     if walls == "exact":
-        return project(w_B3XYZ, solid_B1XYZ, operator)
+        return by.project(w_B3XYZ, solid_B1XYZ, operator)
     if walls == "none":
-        return curl(vector_potential(w_B3XYZ, operator), w_B3XYZ.mean(dim=(2, 3, 4)), operator)
+        return by.curl(by.vector_potential(w_B3XYZ, operator), w_B3XYZ.mean(dim=(2, 3, 4)), operator)
     constant_B3 = w_B3XYZ.sum(dim=(2, 3, 4)) / flows_B3XYZ.sum(dim=(2, 3, 4)).clamp(min=1)
-    carrier_B3XYZ = project(constant_B3[:, :, None, None, None].expand_as(w_B3XYZ), solid_B1XYZ, operator)
-    potential_B3XYZ = vector_potential(w_B3XYZ - carrier_B3XYZ, operator)
+    carrier_B3XYZ = by.project(constant_B3[:, :, None, None, None].expand_as(w_B3XYZ), solid_B1XYZ, operator)
+    potential_B3XYZ = by.vector_potential(w_B3XYZ - carrier_B3XYZ, operator)
     factor = ramp(solid_B1XYZ.to(w_B3XYZ.dtype), operator)
     rises = factor * (1 - factor)
     share = rises / rises.sum(dim=(2, 3, 4), keepdim=True).clamp(min=torch.finfo(rises.dtype).tiny)
     at_walls = (share * potential_B3XYZ).sum(dim=(2, 3, 4), keepdim=True)
-    return curl(factor * (potential_B3XYZ - at_walls), operator=operator) + carrier_B3XYZ
+    return by.curl(factor * (potential_B3XYZ - at_walls), operator=operator) + carrier_B3XYZ
 
 
 def at_centres(u_B3XYZ: Tensor, operator: str) -> Tensor:

@@ -16,7 +16,7 @@ the dataset), ``data_version`` (of generated data) and ``latents_version`` (of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,9 @@ from torch.nn import functional as F
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.tensors import sent
 from shodh_moe.base.text import NAME_RULE, is_name
-from shodh_moe.config import COMPRESSION
+from shodh_moe.config import COMPRESSION, Config
 from shodh_moe.config.inputs import NAMES, Inputs
+from shodh_moe.config.window import Window
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
 
@@ -78,14 +79,14 @@ class LatentTrajectory:
             stored = self.z.parent.attrs.get("mean_squared_change")
         return mean_squared_change(self.read()) if stored is None else float(stored)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Latents of snapshots ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
+    def read(self, start: int = 0, stop: int | None = None, step: int = 1) -> Tensor:
+        """Latents of every ``step``-th snapshot from ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
 
         Raises:
             UserError: the file is damaged.
         """
         with _readable(Path(self.z.file.filename)):
-            return torch.from_numpy(self.z[start:stop])
+            return torch.from_numpy(self.z[start:stop:step])
 
 
 def mean_squared_change(z_TCxyz: Tensor) -> float:
@@ -203,24 +204,34 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class Batch(NamedTuple):
-    """Samples for one call of the transformer. Shapes: B samples, H history, C channels, x y z latent grid.
+    """Samples for one call of the transformer.
+
+    Shapes: B samples, H history, U predictions, C channels, x y z latent grid.
 
     Attributes:
         history_BHCxyz: the H latents before the target, the newest last.
         geometry_BCxyz: the geometry latents.
-        target_BCxyz: the latents to predict.
+        targets_BUCxyz: the latents to predict, one after the other.
         domain_B: int64, number of each sample's domain in `LatentSamples.domains`.
+        stride_B: int64, each sample's time stride.
     """
 
     history_BHCxyz: Tensor
     geometry_BCxyz: Tensor
-    target_BCxyz: Tensor
+    targets_BUCxyz: Tensor
     domain_B: Tensor
+    stride_B: Tensor
+
+    @property
+    def target_BCxyz(self) -> Tensor:
+        """The first latents to predict."""
+        return self.targets_BUCxyz[:, 0]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Context]:
         """The arguments of `LatentTransformer.forward`."""
-        return self.history_BHCxyz, self.geometry_BCxyz, Context(len(self.domain_B), self.domain_B)
+        context = Context(len(self.domain_B), self.domain_B, stride_B=self.stride_B)
+        return self.history_BHCxyz, self.geometry_BCxyz, context
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move the samples to a device, and convert floating-point tensors to ``dtype`` (None keeps their dtypes)."""
@@ -228,12 +239,16 @@ class Batch(NamedTuple):
 
 
 class LatentSamples:
-    """Samples of a split, grouped by domain. A sample is H latents, the geometry latent, and the next latent.
+    """Samples of a split, grouped by domain. A sample is H latents, the geometry latent, and the next U latents.
+
+    A sample begins at any snapshot from which the smallest stride fits into the trajectory; larger ones may not.
 
     Args:
         trajectories: latent trajectories of one split.
         history: H.
         weights: ``data.weights``; domains with weight 0 are left out.
+        strides: distances between the snapshots of a sample, in increasing order.
+        ahead: U.
 
     Attributes:
         domains: sorted names of the domains in use.
@@ -243,24 +258,36 @@ class LatentSamples:
         streams: number of each domain in use among all domains, which selects its random stream in `DomainSampler`.
 
     Raises:
-        UserError: a weight is for an unknown domain, or no trajectory of a domain is long enough.
+        UserError: a weight is for an unknown domain, or no trajectory of a domain is long enough for all strides.
     """
 
-    def __init__(self, trajectories: list[LatentTrajectory], history: int, weights: dict[str, float] | None = None):
+    def __init__(
+        self,
+        trajectories: list[LatentTrajectory],
+        history: int,
+        weights: dict[str, float] | None = None,
+        strides: Sequence[int] = (1,),
+        ahead: int = 1,
+    ):
         all_domains = sorted({trajectory.domain for trajectory in trajectories})
         all_weights = domain_weights(weights, all_domains)
         self.streams = tuple(n for n in range(len(all_domains)) if all_weights is None or all_weights[n] > 0)
         self.weights = tuple(all_weights[n] for n in self.streams) if all_weights else None
         self.domains = [all_domains[n] for n in self.streams]
         self.trajectories = [trajectory for trajectory in trajectories if trajectory.domain in self.domains]
-        self.history = history
+        self.history, self.ahead, self.strides = history, ahead, list(strides)
         self.index: list[list[tuple[int, int]]] = [[] for _ in self.domains]
+        shortest, longest = (Window(history, ahead, stride) for stride in (strides[0], strides[-1]))
         for number, trajectory in enumerate(self.trajectories):
-            starts = range(trajectory.snapshots - history)
+            starts = range(trajectory.snapshots - shortest.snapshots + 1)
             self.index[self.domains.index(trajectory.domain)].extend((number, start) for start in starts)
-        for domain, samples in zip(self.domains, self.index, strict=True):
-            if not samples:
-                raise UserError(f"no trajectory of domain {domain} has more than model.history = {history} snapshots")
+        for domain in self.domains:
+            most = max(one.snapshots for one in self.trajectories if one.domain == domain)
+            if most < longest.snapshots:
+                raise UserError(
+                    f"no trajectory of domain {domain} has the {longest.snapshots} snapshots that {longest} needs, the "
+                    f"longest has {most}: lower that, or give longer trajectories"
+                )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -283,26 +310,42 @@ class LatentSamples:
             raise UserError(f"training.loss domain: the latents of {still[0]} never change: set training.loss to mse")
         return change_D / change_D.mean()
 
-    def batch(self, samples: list[tuple[int, int]]) -> Batch:
+    def fitting_strides(self, domain: int, index: int) -> list[int]:
+        """Return the strides with which a sample fits into its trajectory, in increasing order."""
+        number, start = self.index[domain][index]
+        room = self.trajectories[number].snapshots - start
+        return [stride for stride in self.strides if Window(self.history, self.ahead, stride).snapshots <= room]
+
+    def batch(self, samples: list[tuple[int, int]], strides: Sequence[int] | None = None) -> Batch:
         """Read samples, given as (domain, index within the domain).
+
+        Args:
+            strides: the stride of each sample, one of its `fitting_strides`; None: the smallest of all.
 
         Raises:
             UserError: the file is damaged.
         """
-        history, geometry, target = [], [], []
-        for domain, index in samples:
+        strides = [self.strides[0]] * len(samples) if strides is None else strides
+        history, geometry, targets = [], [], []
+        for (domain, index), stride in zip(samples, strides, strict=True):
             number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
-            z_TCxyz = trajectory.read(start, start + self.history + 1)
-            history.append(z_TCxyz[:-1])
+            stop = start + Window(self.history, self.ahead, stride).snapshots
+            z_TCxyz = trajectory.read(start, stop, stride)
+            history.append(z_TCxyz[: self.history])
             geometry.append(trajectory.geometry_Cxyz)
-            target.append(z_TCxyz[-1])
-        labels = torch.tensor([domain for domain, _ in samples])
-        return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)
+            targets.append(z_TCxyz[self.history :])
+        return Batch(
+            torch.stack(history),
+            torch.stack(geometry),
+            torch.stack(targets),
+            torch.tensor([domain for domain, _ in samples]),
+            torch.tensor(strides),
+        )
 
     def context(self, domain: str) -> Context:
-        """Return the context of one sample of a domain, for `LatentTransformer.forward`."""
-        return Context(1, torch.tensor([self.domains.index(domain)]))
+        """Return the context of one sample of a domain with the smallest stride, for `LatentTransformer.forward`."""
+        return Context(1, torch.tensor([self.domains.index(domain)]), stride_B=torch.tensor(self.strides[:1]))
 
     def windows_of(self, trajectory: LatentTrajectory) -> list[tuple[int, int]]:
         """Return (domain, index) of every sample of one of `trajectories`, in the order of its snapshots."""
@@ -311,7 +354,11 @@ class LatentSamples:
         return [(domain, n) for n, (owner, _) in enumerate(self.index[domain]) if owner == number]
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
-        """Locate a sample (domain, file, trajectory, first snapshot), and check whether its values are finite."""
+        """Locate a sample (domain, file, trajectory, first snapshot), and check whether its values are finite.
+
+        With several strides, those are the values of the largest one and all between them.
+        """
+        longest = Window(self.history, self.ahead, self.strides[-1])
         number, start = self.index[domain][index]
         trajectory = self.trajectories[number]
         return {
@@ -319,5 +366,17 @@ class LatentSamples:
             "file": trajectory.source,
             "trajectory": trajectory.sample,
             "first_snapshot": start,
-            "finite": bool(torch.isfinite(trajectory.read(start, start + self.history + 1)).all()),
+            "finite": bool(torch.isfinite(trajectory.read(start, start + longest.snapshots)).all()),
         }
+
+
+def samples_of(config: Config, trajectories: list[LatentTrajectory], split: str) -> LatentSamples:
+    """The samples of a split that a config asks for: for training (``train``), or for measuring at one stride.
+
+    Raises:
+        UserError: see `LatentSamples`.
+    """
+    if split == "train":
+        strides, ahead = config.model.strides, config.training.unroll
+        return LatentSamples(trajectories, config.model.history, config.data.weights, strides, ahead)
+    return LatentSamples(trajectories, config.model.history, config.data.weights, [config.measured_stride])

@@ -22,7 +22,7 @@ from shodh_moe.config.inputs import Inputs, difference, tokenizer_inputs
 from shodh_moe.config.paths import Paths
 from shodh_moe.kernels.spectral_curl import compute_dtype
 from shodh_moe.tokenizer.autoencoder import Decoder, Encoder, space_to_depth
-from shodh_moe.tokenizer.helmholtz import at_centres, conserved_velocity
+from shodh_moe.tokenizer.helmholtz import KERNELS, at_centres, conserved_velocity
 from shodh_moe.tokenizer.walls import to_faces
 
 FIELDS = ("velocity", "pressure", "solid")  # input fields of a tokenizer
@@ -57,6 +57,9 @@ class Tokenizer(nn.Module):
     Args:
         config: the ``tokenizer`` section of a config.
         grid: numbers of voxels along x, y and z.
+
+    Attributes:
+        operations: how `decode` makes velocities divergence-free.
     """
 
     velocity_rms: Tensor
@@ -68,7 +71,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig, grid: list[int]):
         super().__init__()
-        self.config, self.grid = config, list(grid)
+        self.config, self.grid, self.operations = config, list(grid), KERNELS
         self.encoder = Encoder(config.widths, config.blocks, config.latent_channels)
         self.decoder = Decoder(config.widths, config.blocks, config.latent_channels)
         patch = COMPRESSION**3
@@ -115,7 +118,7 @@ class Tokenizer(nn.Module):
         if self.config.decoder == "direct":
             return Flow(raw, pressure, to_faces(raw) if self.config.operator == "staggered" else raw)
         with torch.autocast(raw.device.type, enabled=False):
-            conserved = conserved_velocity(raw, solid_B1XYZ, self.config.operator, self.config.walls)
+            conserved = conserved_velocity(raw, solid_B1XYZ, self.config.operator, self.config.walls, self.operations)
             return Flow(at_centres(conserved, self.config.operator), pressure, conserved)
 
     def decode(self, z: Tensor, solid_B1XYZ: Tensor, dtype: torch.dtype | None = None) -> Flow:

@@ -259,6 +259,12 @@ def _t(u_B3XYZ: Tensor) -> Tensor:
     return _by_component(u_B3XYZ, along_others)
 
 
+def t_matrix(size: int) -> Tensor:
+    """T along an axis as a matrix, float64 [size, size]."""
+    identity = torch.eye(size, dtype=torch.float64)
+    return _T[0] * (identity.roll(1, 0) + identity.roll(-1, 0)) + _T[1] * identity
+
+
 def _t_inverse(u_B3XYZ: Tensor) -> Tensor:
     """Apply the inverse of `_t`, by FFT."""
     shape = u_B3XYZ.shape[2:]

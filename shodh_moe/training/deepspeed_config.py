@@ -10,6 +10,8 @@ from typing import Any
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, RunConfig
 
+BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
+
 
 def expert_parallel_size(config: Config, world_size: int) -> int:
     """Return ``parallel.ep_size``; ``auto`` is the greatest common divisor of the world size and number of experts.
@@ -50,8 +52,12 @@ def fit_expert_parallel_size(config: Config, world_size: int) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int, parameters: int | None = None) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a config; the ``deepspeed`` section is merged in last.
+
+    Args:
+        parameters: number of parameters that a rank holds. ZeRO allocates its buckets in full, two gigabytes by default
+            in float32, so a smaller network gets a bucket of its own size. None: DeepSpeed's default.
 
     Raises:
         UserError: the section has a key that DeepSpeed does not know, that would have no effect here or break
@@ -59,6 +65,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     _check_keys(config.deepspeed)
     stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
+    if parameters is not None:
+        zero = {"reduce_bucket_size": min(parameters, BUCKET), **zero}
     return {
         "train_micro_batch_size_per_gpu": config.training.batch_size,
         "train_batch_size": config.training.batch_size * config.training.accumulation * world_size,

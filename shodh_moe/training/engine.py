@@ -117,10 +117,9 @@ class Engine:
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
         self._sharded = bool(config.parallel.zero_stage)
+        settings = deepspeed_config(config, world, sum(parameter.numel() for parameter in module.parameters()))
         with self._deepspeed_precision():
-            self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer, config=deepspeed_config(config, world)
-            )
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
         self.device = self._engine.device
         self._clip = t.grad_clip
         self.load_E = torch.zeros(self._experts, dtype=torch.float64, device=self.device)

@@ -5,25 +5,38 @@ samples, sends each to the rank that holds its expert, and runs the network on t
 of parameters are sums over all ranks, so it does not matter which rank adds a sample's part. What concerns a rank's own
 micro-batch stays there: the router's losses, the tokens that a capacity drops, and the norms of the errors.
 
-Shapes: B samples of this rank, R samples that it computes, S tokens of a sample.
+With ``training.unroll`` U the model is applied U times, each time to what it has predicted. A sample travels once, with
+all its targets, and keeps the paths that are chosen from its given latents (`predictions`).
+
+Shapes: B samples of this rank, R samples that it computes, U predictions of each, S tokens of a sample, H history, C
+latent channels, x y z latent grid.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shodh_moe.config import Config
-from shodh_moe.metrics.latents import sample_mse
-from shodh_moe.model import Context, LatentTransformer, Routing
+from shodh_moe.model import Context, LatentTransformer, Prediction, Routing
+from shodh_moe.model.rollout import predictions
 from shodh_moe.model.routers import Decision
 from shodh_moe.parallel import ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import Batch
 from shodh_moe.training.deepspeed_config import exchanges_samples
 from shodh_moe.training.engine import Engine
-from shodh_moe.training.losses import Losses, add_router_losses, error_norms, prediction_losses, total_loss
+from shodh_moe.training.losses import (
+    Losses,
+    add_router_losses,
+    error_norms,
+    errors,
+    prediction_losses,
+    total_loss,
+)
 
 
 class Result(NamedTuple):
@@ -31,7 +44,7 @@ class Result(NamedTuple):
 
     Attributes:
         losses: the losses of this rank's samples. The gradient of ``loss`` is that of the samples that it computes.
-        routing: the routing of this rank's samples in every MoE layer; [] for a dense model.
+        routing: the routing of this rank's samples in every MoE layer, in the first prediction; [] for a dense model.
         exchange: who computed which samples; None after an exchange of tokens.
     """
 
@@ -40,20 +53,38 @@ class Result(NamedTuple):
     exchange: SampleExchange | None
 
 
-def forward(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None = None) -> Result:
+def forward(
+    engine: Engine,
+    batch: Batch,
+    config: Config,
+    scale_D: Tensor | None = None,
+    noise_BHCxyz: Tensor | None = None,
+) -> Result:
     """Run the engine's transformer on one micro-batch (collective).
 
     Args:
         batch: this rank's samples, on the engine's device and in its dtype.
-        scale_D: see `total_loss`.
+        scale_D: see `error_norms`.
+        noise_BHCxyz: added to the history that the model sees; None: nothing is added.
     """
+    norm_BU = error_norms(config.training.loss, batch, scale_D)  # of the latents without noise
+    if noise_BHCxyz is not None:
+        batch = batch._replace(history_BHCxyz=batch.history_BHCxyz + noise_BHCxyz)
     if exchanges_samples(config, engine.ep.size):
-        return _with_samples(engine, batch, config, scale_D)
-    prediction = engine(*batch.inputs)
-    return Result(total_loss(prediction, batch, config, scale_D), prediction.routing, None)
+        return _with_samples(engine, batch, config, norm_BU)
+    found = _unrolled(engine, config, *batch.inputs)
+    return Result(total_loss(found, batch, config, norm_BU), found[0].routing, None)
 
 
-def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None) -> Result:
+def _unrolled(engine: Engine, config: Config, history: Tensor, geometry: Tensor, context: Context) -> list[Prediction]:
+    """Make the U predictions of ``training.unroll``, one after the other."""
+    assert isinstance(engine.model, LatentTransformer)
+    through = config.training.unroll_gradient == "through"
+    chain = predictions(engine.model, history, geometry, context, engine, through)
+    return list(islice(chain, config.training.unroll))
+
+
+def _with_samples(engine: Engine, batch: Batch, config: Config, norm_BU: Tensor) -> Result:
     model, kind = engine.model, config.training.loss
     assert isinstance(model, LatentTransformer)
     assert model.path is not None
@@ -65,22 +96,21 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
     experts = config.model.moe.num_experts
     holder_B = engine.ep.holders(experts, decided.expert_B.device)[decided.expert_B]
     exchange = SampleExchange(engine.ep, holder_B, config.parallel.exchange_capacity)
-    norm_B = error_norms(kind, batch, scale_D)
-    weight_B = torch.full_like(norm_B, 1 / samples)
-    own = _Samples(batch, decided.expert_B, norm_B, weight_B, decided.kept_BS)
+    weight_B = torch.full_like(norm_BU[:, 0], 1 / samples)
+    own = _Samples(batch, decided.expert_B, norm_BU, weight_B, decided.kept_BS)
     there = own.sent(exchange).or_blank(engine.ep, experts)
 
     received = there.batch
     decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
-    context = Context(len(received.domain_B), received.domain_B, decision=decision)
-    prediction = engine(received.history_BHCxyz, received.geometry_BCxyz, context)
-    error_R = sample_mse(prediction.latent_BCxyz, received.target_BCxyz)
-    mine = (prediction_losses(kind, error_R, there.norm_B) * there.weight_B).sum()
+    history, geometry, context = received.inputs
+    found = _unrolled(engine, config, history, geometry, replace(context, decision=decision))
+    error_RU = errors(found, received)
+    mine = (prediction_losses(kind, error_RU, there.norm_BU).mean(1) * there.weight_B).sum()
 
-    error_B = exchange.send_back(error_R[: exchange.computed_G[engine.ep.rank]])
-    predicted = prediction_losses(kind, error_B, norm_B).mean()
+    error_BU = exchange.send_back(error_RU[: exchange.computed_G[engine.ep.rank]])
+    predicted = prediction_losses(kind, error_BU, norm_BU).mean()
     routing = [plan.routing] * len(model.moe_layers)
-    losses = add_router_losses(predicted, error_B, routing, config)
+    losses = add_router_losses(predicted, error_BU, routing, config)
     return Result(losses._replace(loss=_AddGradient.apply(losses.loss, mine)), routing, exchange)
 
 
@@ -95,13 +125,13 @@ class _Samples(NamedTuple):
     Attributes:
         batch: the samples themselves.
         expert_B, kept_BS: see `Decision`.
-        norm_B: see `error_norms`.
+        norm_BU: see `error_norms`.
         weight_B: weight of the sample's loss in the loss of its own rank.
     """
 
     batch: Batch
     expert_B: Tensor
-    norm_B: Tensor
+    norm_BU: Tensor
     weight_B: Tensor
     kept_BS: Tensor | None
 
@@ -120,11 +150,11 @@ class _Samples(NamedTuple):
         if len(self.expert_B):
             return self
         blank = [column.new_zeros(1, *column.shape[1:]) for column in self.batch]
-        batch = Batch(*blank)._replace(target_BCxyz=blank[2] + 1)
+        batch = Batch(*blank)._replace(targets_BUCxyz=blank[2] + 1)
         expert_B = self.expert_B.new_full((1,), ep.local_experts(experts)[0])
-        norm_B, weight_B = self.norm_B.new_ones(1), self.weight_B.new_zeros(1)
+        norm_BU, weight_B = self.norm_BU.new_ones(1, self.norm_BU.shape[1]), self.weight_B.new_zeros(1)
         kept_BS = None if self.kept_BS is None else self.kept_BS.new_ones(1, self.kept_BS.shape[1])
-        return _Samples(batch, expert_B, norm_B, weight_B, kept_BS)
+        return _Samples(batch, expert_B, norm_BU, weight_B, kept_BS)
 
 
 class _AddGradient(torch.autograd.Function):

@@ -1,10 +1,12 @@
 """The loss of pretraining: one of several norms of the prediction's error, plus the router's losses.
 
-Shapes: B samples, D domains, L layers, E experts, H history, C latent channels, x y z latent grid.
+Shapes: B samples, U predictions of each, D domains, L layers, E experts, H history, C latent channels, x y z latent
+grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ LEAST_CHANGE = 0.1  # relative to the mean of the micro-batch
 class Losses(NamedTuple):
     """Losses of one micro-batch, 0-d, without weights except for ``loss``; and ``error_B``, each sample's latent MSE.
 
+    The latter is the mean over the predictions of the sample.
+
     ``loss`` = ``prediction_loss`` times (1 + the router's three losses, each times its weight), where the first factor
     has no gradient in front of the router's losses: their weights are shares of the prediction loss.
     """
@@ -35,27 +39,34 @@ class Losses(NamedTuple):
     error_B: Tensor
 
 
-def total_loss(prediction: Prediction, batch: Batch, config: Config, scale_D: Tensor | None = None) -> Losses:
-    """Compute the losses of a micro-batch. The router's losses are means over layers, and 0 for a dense model.
+def total_loss(predictions: Sequence[Prediction], batch: Batch, config: Config, norm_BU: Tensor) -> Losses:
+    """Compute the losses of a micro-batch. The router's are means over layers and predictions, 0 for a dense model.
 
     Args:
-        batch: the samples predicted, on one device and in one dtype with the prediction.
-        scale_D: mean squared change from snapshot to snapshot of each domain, divided by its mean over domains; only
-            ``training.loss`` domain needs it.
+        predictions: U predictions of the samples, one after the other.
+        batch: the samples predicted, on one device and in one dtype with the predictions.
+        norm_BU: see `error_norms`.
     """
-    error_B = sample_mse(prediction.latent_BCxyz, batch.target_BCxyz)
-    norm_B = error_norms(config.training.loss, batch, scale_D)
-    predicted = prediction_losses(config.training.loss, error_B, norm_B).mean()
-    return add_router_losses(predicted, error_B, prediction.routing, config)
+    error_BU = errors(predictions, batch)
+    predicted = prediction_losses(config.training.loss, error_BU, norm_BU).mean()
+    routing = [layer for prediction in predictions for layer in prediction.routing]
+    return add_router_losses(predicted, error_BU, routing, config)
 
 
-def prediction_losses(kind: str, error_B: Tensor, norm_B: Tensor) -> Tensor:
-    """Loss of each sample, [B], by the kind ``training.loss``, from its latent MSE and its norm (`error_norms`)."""
-    return (error_B / norm_B).sqrt() if kind == "relative" else error_B / norm_B
+def errors(predictions: Sequence[Prediction], batch: Batch) -> Tensor:
+    """Latent MSE of each sample and prediction, [B, U]."""
+    targets = batch.targets_BUCxyz.unbind(1)
+    pairs = zip(predictions, targets, strict=True)
+    return torch.stack([sample_mse(prediction.latent_BCxyz, target) for prediction, target in pairs], dim=1)
 
 
-def add_router_losses(predicted: Tensor, error_B: Tensor, routing: list[Routing], config: Config) -> Losses:
-    """Add the router's losses to the mean loss of the samples.
+def prediction_losses(kind: str, error_BU: Tensor, norm_BU: Tensor) -> Tensor:
+    """Loss of each prediction, [B, U], by the kind ``training.loss``, from its latent MSE and norm (`error_norms`)."""
+    return (error_BU / norm_BU).sqrt() if kind == "relative" else error_BU / norm_BU
+
+
+def add_router_losses(predicted: Tensor, error_BU: Tensor, routing: list[Routing], config: Config) -> Losses:
+    """Add the router's losses, means over ``routing``, to the mean loss of the predictions.
 
     With ``router.balance`` global or bias, the balance loss and the factor in front of the router's losses are those of
     all ranks (collective), so that a step depends on its samples only, and not on the number of ranks that share them.
@@ -73,7 +84,7 @@ def add_router_losses(predicted: Tensor, error_B: Tensor, routing: list[Routing]
     shares = router.z_weight * z + router.commitment_weight * commitment
     if router.balance != "bias":
         shares = router.balance_weight * balance + shares
-    return Losses(predicted + factor * shares, predicted, balance, z, commitment, error_B.detach())
+    return Losses(predicted + factor * shares, predicted, balance, z, commitment, error_BU.detach().mean(1))
 
 
 def _over_ranks(predicted: Tensor, routing: list[Routing]) -> tuple[Tensor, Tensor]:
@@ -87,17 +98,23 @@ def _over_ranks(predicted: Tensor, routing: list[Routing]) -> tuple[Tensor, Tens
 
 
 def error_norms(kind: str, batch: Batch, scale_D: Tensor | None) -> Tensor:
-    """What each sample's squared error is divided by, [B], by the kind ``training.loss``.
+    """What the squared error of each prediction is divided by, [B, U], by the kind ``training.loss``.
 
-    With the kind sample it depends on all samples of the micro-batch.
+    With the kind sample it is the change of the target from the snapshot before it, and depends on all samples of the
+    micro-batch.
+
+    Args:
+        scale_D: mean squared change from snapshot to snapshot of each domain, divided by its mean over domains; only
+            the kind domain needs it.
     """
-    target_BCxyz = batch.target_BCxyz
+    targets = batch.targets_BUCxyz.unbind(1)
     if kind == "domain":
         assert scale_D is not None
-        return scale_D.to(target_BCxyz)[batch.domain_B]
+        return scale_D.to(targets[0])[batch.domain_B][:, None].expand(-1, len(targets))
     if kind == "sample":
-        change_B = sample_mse(batch.history_BHCxyz[:, -1], target_BCxyz)
-        return torch.maximum(change_B, LEAST_CHANGE * change_B.mean())
+        before = (batch.history_BHCxyz[:, -1], *targets[:-1])
+        change_BU = torch.stack([sample_mse(a, b) for a, b in zip(before, targets, strict=True)], dim=1)
+        return torch.maximum(change_BU, LEAST_CHANGE * change_BU.mean(0))
     if kind == "relative":
-        return sample_mse(target_BCxyz, torch.zeros_like(target_BCxyz))
-    return torch.ones_like(batch.domain_B, dtype=target_BCxyz.dtype)
+        return torch.stack([sample_mse(target, torch.zeros_like(target)) for target in targets], dim=1)
+    return torch.ones_like(batch.domain_B, dtype=targets[0].dtype)[:, None].expand(-1, len(targets))

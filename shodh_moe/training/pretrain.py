@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from shodh_moe.base.tensors import sent
 from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
@@ -27,10 +28,11 @@ from shodh_moe.model.learning import prepare_fine_tuning, routers_learn
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
-from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
+from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents, samples_of
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.balance import update_biases
 from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
+from shodh_moe.training.draws import draw_noise, draw_strides
 from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.forward import forward
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
@@ -61,8 +63,7 @@ def pretrain(
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     train_samples, valid = (
-        LatentSamples(load_latents(latents, split, tokenizer), config.model.history, config.data.weights)
-        for split in ("train", "valid")
+        samples_of(config, load_latents(latents, split, tokenizer), split) for split in ("train", "valid")
     )
     init_distributed(_facts(config, train_samples, valid))
     inputs = inputs_of_latents(latents)
@@ -161,8 +162,13 @@ class LatentTask:
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
         picks = self._sampler.batch(micro_batch, dist.get_rank())
-        batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
-        losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D)
+        t, seed, samples = self._config.training, self._config.seed, self._samples
+        step = micro_batch // t.accumulation
+        batch = samples.batch(picks, draw_strides(samples, picks, seed, step))
+        noise = draw_noise(samples, picks, batch.history_BHCxyz, t.history_noise, seed, step)
+        batch = batch.to(self.engine.device, self.engine.dtype)
+        noise = noise if noise is None else sent(noise, self.engine.device, self.engine.dtype)
+        losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D, noise)
         named = losses._asdict()
         error_B = named.pop("error_B")
         kept = {key: value.detach() for key, value in named.items()}

@@ -8,6 +8,7 @@ from shodh_moe.config import Config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.model import LatentTransformer
 from shodh_moe.tokenizer.latents import LatentSamples
+from shodh_moe.training.draws import draw_strides
 
 SAMPLES = 512  # number of training samples to look at, divided among the domains like those of a training batch
 AT_ONCE = 8  # samples in memory
@@ -29,9 +30,11 @@ def start_router(model: LatentTransformer, samples: LatentSamples, config: Confi
     count = -(-SAMPLES // domains) * domains
     sampler = DomainSampler(samples.sizes, count, config.seed, 1, samples.weights, samples.streams)
     picks = sampler.batch(0, 0)
+    strides = draw_strides(samples, picks, config.seed, step=0)
     rows = []
     for first in range(0, count, AT_ONCE):
-        batch = samples.batch(picks[first : first + AT_ONCE])
+        chosen = slice(first, first + AT_ONCE)
+        batch = samples.batch(picks[chosen], strides[chosen])
         x_MF, _ = path.features(model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz))
         rows.append(x_MF)
     x_MF = torch.cat(rows)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from shodh_moe.base.errors import EXIT_REQUEUE
 from shodh_moe.base.progress import progress
 from shodh_moe.checkpoint import CheckpointReader, CheckpointWriter
-from shodh_moe.config import RunConfig, TrainingConfig
+from shodh_moe.config import Config, RunConfig, TrainingConfig
 from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.sentinel import clear
 from shodh_moe.launching.stop_signals import stop_request
@@ -75,10 +75,13 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchd
 
         start = _restore(task, config, run / "checkpoints", resume)
         writer = _checkpoint_writer(run / "checkpoints", config.training, attempt)
-        log = resources.enter_context(Log(run, start.step)) if rank == 0 else None
+        telemetry = config.telemetry if isinstance(config, Config) else None
+        log = resources.enter_context(Log(run, start.step, telemetry)) if rank == 0 else None
         if rank == 0:
             _announce(task, config, start)
         step, stopped = Loop(task, config, start, writer, log, watchdog, stop_requests).run()
+        if log:
+            log.close(finished=not stopped)
         dist.barrier()
     if stopped:
         if rank == 0:

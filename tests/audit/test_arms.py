@@ -185,6 +185,7 @@ def test_the_shipped_audit_config(tmp_path, monkeypatch):
         ({"base.model.moe.scope": "layer"}, "must be the mixture that the other arms are derived from"),
         ({"bed": ["open_channel", "decaying_turbulence"]}, "must be the main domains"),
         ({"base.model.moe.shared_linear": False}, "must be the mixture that the other arms are derived from"),
+        ({"base.model.strides": [2]}, "base.model.strides must begin with 1"),
         ({"unseen.porous_media": None}, "unseen has no porous_media"),
         ({"unseen.open_channel.bed": ["spheres"]}, "give it another geometry"),
         ({"unseen.obstacle_wake": WAKE}, "base.data.domains has no obstacle_wake"),

@@ -34,7 +34,8 @@ def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
     windows = SNAPSHOTS - HISTORY
     assert set(errors) == {"calm", "wild"}
     for number, domain in enumerate(sorted(errors)):
-        history, geometry, target, _ = samples.batch([(number, n) for n in range(windows)])
+        batch = samples.batch([(number, n) for n in range(windows)])
+        history, geometry, target = batch.history_BHCxyz, batch.geometry_BCxyz, batch.target_BCxyz
         z = model.transformer(history, geometry).latent_BCxyz
         true, before = fields[domain][HISTORY:, :4], fields[domain][HISTORY - 1 : -1, :4]
         predicted = decode(tokenizer, z, fields[domain][0, 4:]).float()
@@ -58,7 +59,7 @@ def test_errors_are_means_over_the_windows_of_the_test_trajectories(tmp_path):
 
     maps = routing_maps(model, config, test, samples)
     for number, domain in enumerate(samples.domains):
-        history, geometry, _, _ = samples.batch([(number, windows // 2)])
+        history, geometry, _ = samples.batch([(number, windows // 2)]).inputs
         routing = model.transformer(history, geometry).routing
         assert maps[f"{domain}/expert_map"].tolist() == [r.expert_N.view(2, 1, 3).tolist() for r in routing]
         assert (maps[f"{domain}/solid_fraction"] == test[number].solid_fraction_xyz.numpy()).all()

@@ -63,7 +63,8 @@ def test_the_increase_equals_that_of_naming_the_other_domain(
     found = _growth(config, transformer, test_split, count=count)
     samples = LatentSamples(test_split, 2)
     for number, domain in enumerate(samples.domains):
-        history, geometry, target, _ = samples.batch([(number, n) for n in ((0, 2) if count else range(5))])
+        batch = samples.batch([(number, n) for n in ((0, 2) if count else range(5))])
+        history, geometry, target = batch.history_BHCxyz, batch.geometry_BCxyz, batch.target_BCxyz
         errors = []
         for expert in (number, 1 - number):
             with torch.no_grad():

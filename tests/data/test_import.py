@@ -15,6 +15,7 @@ from scipy.io import netcdf_file
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.cli import main
+from shodh_moe.config.window import Window
 from shodh_moe.data import (
     FieldStats,
     compute_stats,
@@ -98,7 +99,7 @@ def test_imported_files_can_be_trained_on(cutouts: Path) -> None:
     trajectory = read_trajectory(record)
     np.testing.assert_array_equal(trajectory.velocity_T3XYZ, velocity)
     np.testing.assert_array_equal(trajectory.pressure_T1XYZ[:, 0], pressure)
-    require_trainable(out, GRID, history=2, batch_size=4)
+    require_trainable(out, GRID, {split: Window(history=2) for split in ("train", "valid", "test")}, batch_size=4)
     assert FieldStats.load(out).velocity_rms == pytest.approx(1, rel=0.05)
     # The statistics equal those of whole trajectories, to the last digit.
     assert yaml.safe_load((out / "stats.yaml").read_text()) == compute_stats([trajectory])

@@ -31,6 +31,7 @@ DAMAGED = [
     "model.safetensors",
     "contexts.safetensors",
     "config.yaml",
+    "config.json",
     "tokenizer/tokenizer.safetensors",
     "tokenizer/tokenizer.json",
 ]
@@ -135,6 +136,12 @@ def test_the_card_of_an_evaluated_model(finished: Path) -> None:
         row = [f"{values[f'latent_mse{end}']:.4g}" for end in ("", "_persistence", "_mean")]
         assert f"| {domain} | latent MSE | {row[0]} | {row[1]} | {row[2]} |" in card
         assert f"- {domain}: 1: {values['rollout_nrmse'][0]:.3g}" in card
+    head = yaml.safe_load(card.split("---\n")[1])  # what the model hub reads
+    assert (head["license"], head["library_name"]) == ("unknown", "shodh_moe")
+    calm, wild = head["model-index"][0]["results"]
+    assert (calm["dataset"]["type"], wild["dataset"]["type"]) == ("calm", "wild")
+    shown = {one["type"]: one["value"] for one in calm["metrics"]}
+    assert shown["velocity_vrmse"] == metrics["domains"]["calm"]["velocity_vrmse"]
     # The weights are random, and the card must not claim otherwise.
     assert "Not better than a baseline: latent MSE in calm" in card
     assert f"{metrics['divergence']['rms_relative']:.1e}" in card

@@ -104,7 +104,7 @@ def test_refusals(folder: Path) -> None:
 
 
 def test_a_prediction_that_is_not_finite_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverging(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
+    def diverging(_: object, history: torch.Tensor, *more: object) -> Iterator[torch.Tensor]:
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 

@@ -55,9 +55,9 @@ def test_a_trajectory_is_predicted_from_its_true_latents(samples: LatentSamples,
 
 def test_errors_are_compared_with_persistence(samples: LatentSamples) -> None:
     (found,) = predict_windows(_transformer("cosine"), samples, [(0, 1), (1, 8)], 4)
-    history, _, target, domain_B = found.batch
+    history, target = found.batch.history_BHCxyz, found.batch.target_BCxyz
     errors_B2 = mse_beside_persistence(found.latent_BCxyz, history, target)
-    assert domain_B.tolist() == [0, 1]
+    assert found.batch.domain_B.tolist() == [0, 1]
     for n in range(2):
         assert errors_B2[n, 0] == pytest.approx(float((found.latent_BCxyz[n] - target[n]).square().mean()))
         assert errors_B2[n, 1] == pytest.approx(float((history[n, -1] - target[n]).square().mean()))

@@ -248,7 +248,7 @@ def test_existing_files_are_kept_without_overwrite(run: Path, flow: Path, capfd:
 def test_a_diverging_prediction_leaves_no_files(
     run: Path, flow: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def exploding(transformer: object, history: torch.Tensor, geometry: torch.Tensor) -> Iterator[torch.Tensor]:
+    def exploding(_: object, history: torch.Tensor, *more: object) -> Iterator[torch.Tensor]:
         yield history[:, -1]
         yield history[:, -1] * float("nan")
 

@@ -14,9 +14,10 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig, MoEConfig, RouterConfig
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.attention import axial_rotary, rotate
+from shodh_moe.model.inputs import patchify, unpatchify
 from shodh_moe.model.norm import available_norm, make_norm
 from shodh_moe.model.routers import ONE_SAMPLE, Slots, make_router
-from shodh_moe.model.transformer import Prediction, patchify, unpatchify
+from shodh_moe.model.transformer import Prediction
 from shodh_moe.parallel import ExpertParallel
 from tests.tiny import LAYER
 

@@ -24,7 +24,7 @@ from shodh_moe.parallel import ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.latents import Batch
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.losses import error_norms, total_loss
 from tests.tiny import LAYER
 from tests.training.launch import launch
 
@@ -136,8 +136,9 @@ def _check_activations(config: Config) -> None:
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
         with torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext():
             prediction = model(history, geometry)
-        batch = Batch(history, geometry, target, torch.zeros(batch, dtype=torch.int64))
-        losses = total_loss(prediction, batch, config)
+        label_B = torch.zeros(batch, dtype=torch.int64)
+        samples = Batch(history, geometry, target[:, None], label_B, label_B)
+        losses = total_loss([prediction], samples, config, error_norms("mse", samples, None))
         kept = live.now
         losses.loss.backward()
     parts = plan.activation_bytes(config)
@@ -219,7 +220,6 @@ def counted(tmp_path_factory) -> Path:
     """A folder with config.yaml and the counts of `LAYOUTS`, from two ranks, two experts and few tokens."""
     folder = tmp_path_factory.mktemp("plan")
     config = _config(256, 512, 1, 2, 2, 8).model_dump()
-    config["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
     config["model"]["moe"]["num_experts"] = 2
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     done = launch(2, WORKER, str(folder / "config.yaml"), *LAYOUTS.values())

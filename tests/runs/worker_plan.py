@@ -59,10 +59,11 @@ def measure(config: Config) -> dict[str, int]:
         for _ in range(2 * t.accumulation):
             history = torch.randn(t.batch_size, config.model.history, channels, *grid, dtype=engine.dtype)
             geometry, target = torch.randn(2, t.batch_size, channels, *grid, dtype=engine.dtype)
-            batch = Batch(history, geometry, target, torch.zeros(t.batch_size, dtype=torch.int64))
+            label_B = torch.zeros(t.batch_size, dtype=torch.int64)
+            batch = Batch(history, geometry, target[:, None], label_B, label_B + 1)
             losses, _, _ = forward(engine, batch, config)
             engine.step(losses.loss, 1e-3)
-            del history, geometry, target, batch, losses
+            del history, geometry, target, label_B, batch, losses
         return {"between": live.now, "peak": live.peak}
 
 

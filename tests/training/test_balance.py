@@ -133,7 +133,7 @@ def test_the_global_loss_of_two_ranks_is_that_of_their_tokens_together(monkeypat
 
     def balance(x_ND: torch.Tensor) -> torch.Tensor:
         predicted = torch.tensor(2.0, dtype=torch.float64)
-        return losses.add_router_losses(predicted, predicted, [layer(x_ND)[1]], config).balance_loss
+        return losses.add_router_losses(predicted, predicted.reshape(1, 1), [layer(x_ND)[1]], config).balance_loss
 
     whole = balance(x_ND)
     (expected,) = torch.autograd.grad(whole, layer.router.projection.weight)
@@ -148,10 +148,12 @@ def test_the_global_loss_of_two_ranks_is_that_of_their_tokens_together(monkeypat
 
 
 def test_with_a_bias_there_is_no_balance_loss():
-    layer, error_B = _layer("bias"), torch.ones(2, dtype=torch.float64)
+    layer, error_BU = _layer("bias"), torch.ones(2, 1, dtype=torch.float64)
     routing = layer(torch.randn(50, 8, dtype=torch.float64))[1]
     moe = {"scope": "layer", "router": {"balance": "bias", "balance_weight": 1.0, "z_weight": 0.5}}
-    found = losses.add_router_losses(error_B.mean(), error_B, [routing], Config.model_validate({"model": {"moe": moe}}))
+    found = losses.add_router_losses(
+        error_BU.mean(), error_BU, [routing], Config.model_validate({"model": {"moe": moe}})
+    )
     torch.testing.assert_close(found.loss, 1 + 0.5 * found.z_loss)
     assert found.balance_loss > 1
 

@@ -243,3 +243,13 @@ def test_other_deepspeed_settings_pass_through(tmp_path):
     config = deepspeed_config(_config(tmp_path, "deepspeed={wall_clock_breakdown: true}"), 2)
     assert config["wall_clock_breakdown"] is True
     assert config["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "parameters", "bucket"),
+    [("{}", 1000, 1000), ("{}", 10**12, 500_000_000), ("{zero_optimization: {reduce_bucket_size: 7}}", 1000, 7)],
+)
+def test_a_bucket_is_no_larger_than_the_network(tmp_path, section, parameters, bucket):
+    """ZeRO would allocate two gigabytes for a network of a thousand parameters."""
+    config = _config(tmp_path, "parallel.zero_stage=1", f"deepspeed={section}")
+    assert deepspeed_config(config, 2, parameters)["zero_optimization"]["reduce_bucket_size"] == bucket

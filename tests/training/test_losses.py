@@ -12,7 +12,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.model import Prediction, Routing
 from shodh_moe.tokenizer.latents import Batch, LatentSamples, load_latents
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.losses import error_norms, total_loss
 from tests.training.synthetic import write_latents
 
 
@@ -22,7 +22,8 @@ def _batch() -> Batch:
         torch.randn(4, 2, 3, 2, 2, 2, generator=generator),
         torch.randn(4, 3, 2, 2, 2, generator=generator),
     )
-    return Batch(history, torch.zeros_like(target), target, torch.tensor([0, 0, 1, 1]))
+    domain_B = torch.tensor([0, 0, 1, 1])
+    return Batch(history, torch.zeros_like(target), target[:, None], domain_B, torch.ones_like(domain_B))
 
 
 def _config(loss: str, **router: float) -> Config:
@@ -45,7 +46,7 @@ def test_each_loss_follows_its_formula():
         "relative": (error_B / size_B).sqrt().mean(),
     }
     for kind, value in expected.items():
-        losses = total_loss(_prediction(batch), batch, _config(kind), scale_D)
+        losses = total_loss([_prediction(batch)], batch, _config(kind), error_norms(kind, batch, scale_D))
         torch.testing.assert_close(losses.loss, torch.as_tensor(value, dtype=torch.float32), msg=kind)
         torch.testing.assert_close(losses.error_B, error_B)
 
@@ -53,7 +54,7 @@ def test_each_loss_follows_its_formula():
 def test_a_sample_that_hardly_changes_does_not_dominate():
     batch = _batch()
     batch.history_BHCxyz[0, -1] = batch.target_BCxyz[0]
-    losses = total_loss(_prediction(batch), batch, _config("sample"))
+    losses = total_loss([_prediction(batch)], batch, _config("sample"), error_norms("sample", batch, None))
     assert losses.loss < 100
 
 
@@ -64,7 +65,8 @@ def test_the_routers_losses_are_shares_of_the_prediction_loss():
     for scale in (1.0, 1e-3):
         latent = batch.target_BCxyz + scale
         config = _config("mse", balance_weight=0.1, z_weight=0.01, commitment_weight=0.2)
-        losses = total_loss(Prediction(latent.requires_grad_(), routing), batch, config)
+        made = Prediction(latent.requires_grad_(), routing)
+        losses = total_loss([made], batch, config, error_norms("mse", batch, None))
         assert losses.loss.item() == pytest.approx(scale**2 * (1 + 0.1 * 2.0 + 0.01 * 20 + 0.2 * 0.5), rel=1e-4)
         gradients = torch.autograd.grad(losses.loss, [latent, balance, z, commitment])
         torch.testing.assert_close(gradients[0], 2 * (latent - batch.target_BCxyz) / latent.numel())

@@ -26,7 +26,6 @@ SETTINGS = (
     "model.moe.num_experts=4",
     "model.moe.router.kind=oracle",
     "model.moe.attention=own",
-    "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 
 

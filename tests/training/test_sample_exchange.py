@@ -27,7 +27,6 @@ SETTINGS = (
     "model.moe.num_experts=8",
     "model.moe.router.balance_weight=0.5",
     "model.moe.router.z_weight=0.1",
-    "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 DROPLESS, ROOM = "model.moe.dropless=true", "parallel.exchange_capacity=4.0"
 DROPPING = ("model.moe.capacity_factor=0.7", "model.moe.min_capacity=1")
@@ -53,6 +52,22 @@ CASES: dict[str, tuple[str, ...]] = {
         "parallel.exchange_capacity=1.0",
         "parallel.zero_stage=1",
     ),
+    "unrolled through time": (
+        DROPLESS,
+        ROOM,
+        "training.unroll=2",
+        "training.unroll_gradient=through",
+        "training.loss=sample",
+        "model.strides=[1,2]",
+        "model.scale_history=true",
+    ),
+    "unrolled, dropped tokens, no room": (
+        *DROPPING,
+        "parallel.exchange_capacity=1.0",
+        "parallel.zero_stage=2",
+        "training.unroll=3",
+        "training.loss=relative",
+    ),
     "linear router": (DROPLESS, "model.moe.router.kind=linear", "training.batch_size=2"),
 }
 
@@ -60,13 +75,14 @@ CASES: dict[str, tuple[str, ...]] = {
 def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
     from shodh_moe.config.load import load_config
     from shodh_moe.data.sampler import DomainSampler
-    from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+    from shodh_moe.tokenizer.latents import load_latents, samples_of
+    from shodh_moe.training.draws import draw_strides
     from shodh_moe.training.forward import forward
     from shodh_moe.training.pretrain import latent_engine
 
     config = load_config(folder / "config.yaml", [*SETTINGS, *settings])
     t = config.training
-    samples = LatentSamples(load_latents(folder / "latents", "train"), config.model.history)
+    samples = samples_of(config, load_latents(folder / "latents", "train"), "train")
     sampler = DomainSampler(samples.sizes, t.batch_size, 0, WORLD)
     engine = latent_engine(config, 6, [2, 2, 2], samples)
     scale_D = samples.change_scale()
@@ -74,7 +90,8 @@ def _train(folder: Path, rank: int, *settings: str) -> dict[str, Any]:
         key: [] for key in ("losses", "error_B", "norms", "experts", "kept", "computed", "strangers")
     }
     for micro in range(STEPS * t.accumulation):
-        batch = samples.batch(sampler.batch(micro, rank)).to("cpu", engine.dtype)
+        picks = sampler.batch(micro, rank)
+        batch = samples.batch(picks, draw_strides(samples, picks, 0, micro)).to("cpu", engine.dtype)
         engine.ep.exchanges = []
         losses, routing, exchange = forward(engine, batch, config, scale_D)
         found["losses"].append(torch.stack(losses[:5]).detach())
@@ -150,8 +167,8 @@ def test_the_cases_are_what_they_claim(ranks):
 
 
 def test_only_inputs_travel_if_there_is_room(ranks):
-    """History, geometry and target of 8 cells and 6 channels in float64; expert, domain, norm and weight."""
-    row = 8 * (4 * 6 * 8 + 4)
+    """History, geometry and target of 8 cells and 6 channels in float64; expert, domain, stride, norm and weight."""
+    row = 8 * (4 * 6 * 8 + 5)
     for rank in ranks:
         kinds, sent = zip(*rank["room for all", "sample"]["exchanges"], strict=True)
         assert kinds == ("samples",) * 3  # counts, samples, errors

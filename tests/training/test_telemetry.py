@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shodh_moe.config import ModelConfig, MoEConfig, TelemetryConfig
 from shodh_moe.model import LatentTransformer, Routing
 from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
-from shodh_moe.training import log as log_module
-from shodh_moe.training.log import COLUMNS, EVEN, STARVED, LoadMaps, Log
+from shodh_moe.trackers import sender
+from shodh_moe.trackers.load_maps import COLUMNS, EVEN, STARVED, LoadMaps
+from shodh_moe.training.log import Log
 from shodh_moe.training.telemetry import (
     ExchangeCounts,
     RoutingCounts,
@@ -268,7 +269,7 @@ def test_many_experts_become_two_scalars(tmp_path):
 
 
 def test_load_maps_are_drawn_periodically_and_continue_after_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_module, "RECORDS_PER_MAP", 3)
+    monkeypatch.setattr(sender, "RECORDS_PER_MAP", 3)
     log = Log(tmp_path, 0)
     for step in range(1, 6):
         log.write(_record(step, [0.5, 0.5]))

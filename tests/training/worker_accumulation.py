@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.losses import error_norms, total_loss
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
@@ -28,7 +28,8 @@ sampler = DomainSampler(samples.sizes, config.training.batch_size, config.seed)
 norms: list[float] = []
 for micro in range(3 * config.training.accumulation):
     batch = samples.batch(sampler.batch(micro, 0))
-    loss = total_loss(engine(*batch.inputs), batch, config).loss
+    norm_BU = error_norms(config.training.loss, batch, None)
+    loss = total_loss([engine(*batch.inputs)], batch, config, norm_BU).loss
     step = engine.step(loss, 1e-2)
     norms += [step.norm] if step else []
 tensors = {key: value.detach().clone().contiguous() for key, value in engine.model.named_parameters()}

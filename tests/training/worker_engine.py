@@ -15,7 +15,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.engine import Step
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.losses import error_norms, total_loss
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
@@ -47,7 +47,7 @@ engine._clipped = keep_gradients  # type: ignore[method-assign]
 for step in range(3):
     batch = samples.batch(sampler.batch(step, rank))
     prediction = engine(*batch.inputs)
-    loss = total_loss(prediction, batch, config).loss
+    loss = total_loss([prediction], batch, config, error_norms(config.training.loss, batch, None)).loss
     norms.append(engine.step(loss, 1e-2).norm)
     losses.append(float(loss.detach()))
     dropped.append(sum(int((~layer.kept_N).sum()) for layer in prediction.routing))

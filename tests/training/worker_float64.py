@@ -19,7 +19,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
 from shodh_moe.training.deepspeed_patches import in_float64
-from shodh_moe.training.losses import total_loss
+from shodh_moe.training.losses import error_norms, total_loss
 from shodh_moe.training.pretrain import latent_engine
 from shodh_moe.training.process_group import init_distributed
 
@@ -42,7 +42,8 @@ def train(folder: Path, stage: str) -> None:
     assert state() == before
     for step in range(2):
         batch = samples.batch(sampler.batch(step, dist.get_rank())).to("cpu", torch.float64)
-        result = engine.step(total_loss(engine(*batch.inputs), batch, config).loss, 1e-3)
+        norm_BU = error_norms(config.training.loss, batch, None)
+        result = engine.step(total_loss([engine(*batch.inputs)], batch, config, norm_BU).loss, 1e-3)
         assert result is not None
         assert result.applied
         assert state() == before

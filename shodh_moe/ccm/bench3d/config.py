@@ -84,6 +84,7 @@ class Bench3dConfig(Section):
         for key, given in (("data.path", data.path), ("data.weights", data.weights), ("start", self.base.start)):
             if given is not None:
                 raise ValueError(f"base.{key} must be null: the benchmark sets it for each run")
+        self.base.require_measured_stride_1("base")
         for name, axis in self.axes.items():
             if name not in domains:
                 raise ValueError(f"axes.{name}: base.data.domains has only {', '.join(domains)}")

@@ -46,15 +46,20 @@ class CosineRouter(nn.Module):
         """See `Router`."""
         dtype = torch.promote_types(x_MD.dtype, torch.float32)
         with torch.autocast(x_MD.device.type, enabled=False):
+            if slots.row_N is not None:  # few rows for many tokens: the fused kernel would score every token
+                return choose(self.logits(x_MD), slots, self.bias_E)
             projection_RD, prototypes_ER = self.projection.weight.to(dtype), self.prototypes_ER.to(dtype)
             temperature = self._temperature(dtype)
-            if slots.row_N is not None:  # few rows for many tokens: the fused kernel would score every token
-                q_MR = F.linear(x_MD.to(dtype), projection_RD)
-                return choose(reference_logits(q_MR, prototypes_ER, temperature), slots, self.bias_E)
             return cosine_topk_gating(
                 x_MD, projection_RD, prototypes_ER, temperature,
                 slots.capacity, slots.drop_order, self.bias_E, slots.check_finite, slots.top_k,
             )  # fmt: skip
+
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """Return the logits of each row in plain torch, float32 or wider [M, E]."""
+        dtype = torch.promote_types(x_MD.dtype, torch.float32)
+        q_MR = F.linear(x_MD.to(dtype), self.projection.weight.to(dtype))
+        return reference_logits(q_MR, self.prototypes_ER.to(dtype), self._temperature(dtype))
 
     @torch.no_grad()
     def start(self, x_MD: Tensor, seed: int) -> None:

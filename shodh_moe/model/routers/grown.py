@@ -50,7 +50,7 @@ class GrownRouter(nn.Module):
         margins_MK = x_MF @ self.margins_KF.to(x_MF.dtype).T
         taken_M = torch.full((len(x_MF),), -1, device=x_MF.device)
         for number, margins_MD in enumerate(margins_MK.split(self.added, dim=1)):
-            taken_M[(margins_MD > 0).all(dim=1)] = number
+            taken_M = torch.where((margins_MD > 0).all(dim=1), number, taken_M)
         return taken_M
 
     def forward(self, x_MF: Tensor, context: Context, slots: Slots) -> Gating:

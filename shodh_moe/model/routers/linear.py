@@ -24,9 +24,13 @@ class LinearRouter(nn.Module):
 
     def forward(self, x_MD: Tensor, context: Context, slots: Slots) -> Gating:
         """See `Router`."""
-        dtype = torch.promote_types(x_MD.dtype, torch.float32)
         with torch.autocast(x_MD.device.type, enabled=False):
-            return choose(F.linear(x_MD.to(dtype), self.projection.weight.to(dtype)), slots, self.bias_E)
+            return choose(self.logits(x_MD), slots, self.bias_E)
+
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """Return the logits of each row, float32 or wider [M, E]."""
+        dtype = torch.promote_types(x_MD.dtype, torch.float32)
+        return F.linear(x_MD.to(dtype), self.projection.weight.to(dtype))
 
     def start(self, x_MD: Tensor, seed: int) -> None:
         """See `Router`: the random weights stay."""

@@ -42,12 +42,14 @@ class Context:
         domain_B: int64, number of each sample's domain; None if unknown.
         drop: whether experts drop tokens beyond their capacity outside training as well.
         decision: the samples' paths, if they are known already; the path router then only computes their gates.
+        stride_B: int64, each sample's time stride, one of ``model.strides``; None: the first of them for all samples.
     """
 
     samples: int = 1
     domain_B: Tensor | None = None
     drop: bool = False
     decision: Decision | None = None
+    stride_B: Tensor | None = None
 
     def by_row(self, value_B: Tensor, rows: int) -> Tensor:
         """Give each of ``rows`` rows, the same number from each sample, its sample's value: [B, ...] -> [M, ...]."""

@@ -8,15 +8,15 @@ from typing import Any
 from matplotlib import figure as matplotlib_figure
 
 from shodh_moe.report.figure import Figure, write_figures
-from shodh_moe.report.page import Block, Box, Heading, Note, Page, Preformatted, Section, Text
-from shodh_moe.report.run import curves, fields, routing, tables, texts
+from shodh_moe.report.page import Block, Box, Heading, Link, Note, Page, Preformatted, Section, Text
+from shodh_moe.report.run import curves, fields, flow_3d, routing, tables, texts
 from shodh_moe.report.run.load import RunData, load_run
 from shodh_moe.report.style import words
 from shodh_moe.report.table import Table, number
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write ``<run>/report/index.html`` and ``<run>/report/*.png``; return the path of the page.
+    """Write ``<run>/report/index.html``, ``flow_3d.html`` and ``*.png``; return the path of the page.
 
     Reads metrics.json, metrics.jsonl, evaluation.npz, config.yaml, environment.json and, if it exists,
     tokenizer_metrics.jsonl. Figures without data are left out, and the page says so. Every file is written under a
@@ -82,6 +82,8 @@ def _flow_fields(run: RunData, folder: Path) -> list[Block]:
         drawing, name = fields.field_slices(run, domain), words(domain)
         absent = f"The evaluation kept no example fields of {name}."
         blocks.append(_figure(folder / f"fields_{domain}.png", drawing, f"Slices of {name}", "", absent))
+    if path := flow_3d.write_flow_3d(run, folder):
+        blocks.append(Link(path.name, "The same fields in 3D"))
     return blocks
 
 

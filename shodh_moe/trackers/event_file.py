@@ -6,7 +6,6 @@ import io
 import os
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -14,29 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import disk_trouble
-
-
-def append(path: Path, data: bytes) -> None:
-    """Append ``data`` to a file. If that fails, the file is unchanged.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
-    try:
-        with open(path, "ab", buffering=0) as file:
-            size, left = file.tell(), memoryview(data)
-            try:
-                while left:
-                    left = left[file.write(left) :]
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(size)
-                raise
-    except OSError as error:
-        if reason := disk_trouble(error):
-            raise UserError(f"cannot write {path}: {reason}") from error
-        raise
+from shodh_moe.base.files import append, disk_trouble
 
 
 class EventFile:

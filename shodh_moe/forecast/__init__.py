@@ -1,0 +1,1 @@
+"""`shodh bench forecast`: our model and other networks, trained for the same time, forecast the same flows."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 _SIZES = "the host must know the sizes of an exchange before it can start it"
 _RECORD = "the host writes the numbers of a record, once in training.log_every or telemetry.every steps"
 _RESULT = "the host writes the result, once for each validation"
+_STRIDE = "a stride that the model was not trained with must be refused, outside of training"
 _FLOAT32 = "a product of rows sorted by expert in float32, for which there is no grouped kernel"
 
 # By the last word of the phase, or "" for all phases: places where the host may wait, and why.
@@ -29,9 +30,11 @@ WAITS: dict[str, dict[str, str]] = {
     "validation": {
         "training/pretrain.py validate": _RESULT,
         "training/tokenizer_task.py validate": _RESULT,
+        "model/stride.py forward": _STRIDE,
     },
     "predict": {
-        "inference/model.py continue_flow": "the predicted fields are read by the host",
+        "inference/model.py continue_flows": "the predicted fields are read by the host",
+        "model/stride.py forward": _STRIDE,
         "model/plan.py count_E": _FLOAT32,
         "model/experts.py grouped": _FLOAT32,
     },
@@ -40,8 +43,8 @@ BUILD = "build"  # the last word of phases that may wait anywhere
 
 # Places where matrix products stay in float32 under autocast.
 WIDE = {
-    "model/routers/cosine.py forward": "the router decides in float32",
-    "model/routers/linear.py forward": "the router decides in float32",
+    "model/routers/cosine.py logits": "the router decides in float32",
+    "model/routers/linear.py logits": "the router decides in float32",
     "kernels/cosine_gating.py reference_logits": "the router decides in float32",
 }
 # The last words of phases that run in float32, whatever the precision of the training.

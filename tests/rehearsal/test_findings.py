@@ -36,7 +36,7 @@ def good() -> Findings:
         collectives=[("step", *key, *both) for key, both in sums.items()],
         products=[
             ("step", "model/attention.py forward", "mm", "bfloat16 bfloat16", 4),
-            ("step", "model/routers/cosine.py forward", "mm", "float32 float32", 1),
+            ("step", "model/routers/cosine.py logits", "mm", "float32 float32", 1),
             ("step", "deepspeed/runtime/engine.py backward", "mm", "float32 float32", 2),
         ],
     )

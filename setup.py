@@ -90,6 +90,7 @@ setup(
         "shodh_moe.configs": ["**/*.yaml", "README.md"],
         "shodh_moe.examples": ["README.md"],
         "shodh_moe.kernels": ["tuned.json"],
+        "shodh_moe.rehearsal": ["cuda_stub.cpp"],
         "shodh_moe.report": ["templates/*.j2"],
         "shodh_moe.serving": ["page.html"],
     },

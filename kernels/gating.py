@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shodh_moe.base.tensors import count_classes
 from shodh_moe.kernels.backend import exact, recording, use_triton
 
 MAX_EXPERTS = 256
@@ -123,7 +124,7 @@ def reference_gating(
     score_NE = logits_NE.detach() if bias_E is None else p_NE.detach() + bias_E.detach()
     expert_N = _best(score_NE, top_k)
     gate_N = p_NE.gather(1, expert_N.view(tokens, top_k)).view(expert_N.shape)
-    routed_E = torch.bincount(expert_N.flatten(), minlength=experts)
+    routed_E = count_classes(expert_N, experts)
     fraction_E = routed_E.to(p_NE.dtype) / (tokens * top_k)
     mean_p_E = p_NE.mean(dim=0)
     slot_N = assign_slots(expert_N.flatten(), gate_N.detach().flatten(), routed_E, capacity, drop_order)

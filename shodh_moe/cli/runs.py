@@ -51,7 +51,11 @@ def add_report(commands: Any) -> None:
 
 def add_plan(commands: Any) -> None:
     text = "show a config's parameters, GPU memory, steps and disk space; needs no GPU and starts nothing"
-    add_world(add_config_command(commands, "plan", text, _plan))
+    parser = add_config_command(commands, "plan", text, _plan)
+    add_world(parser)
+    about = "also run one rank on fake GPUs, and report memory, waits for the device and collectives"
+    parser.add_argument("--rehearse", action="store_true", help=about)
+    parser.add_argument("--rank", type=int, default=0, help="the rank to rehearse; default: 0")
 
 
 def add_track(commands: Any) -> None:
@@ -138,6 +142,19 @@ def _track(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from shodh_moe.launching.hostfile import count_ranks
     from shodh_moe.runs.plan import plan
+    from shodh_moe.runs.traffic import traffic_table
 
     config = config_of(options)
-    print(plan(config, world_of(options) or count_ranks(config)))
+    world = world_of(options) or count_ranks(config)
+    if not 0 <= options.rank < world:
+        raise UserError(f"--rank {options.rank}: with {world} ranks, give one from 0 to {world - 1}")
+    print(plan(config, world))
+    print(traffic_table(config, world))
+    if options.rehearse:
+        from shodh_moe.rehearsal.findings import problems
+        from shodh_moe.rehearsal.rehearse import rehearse, table
+
+        found = rehearse(config, world, options.rank)
+        print(table(found, config))
+        if wrong := problems(found, config):
+            raise UserError(f"the rehearsal found {len(wrong)} problem{'s' * (len(wrong) > 1)}, listed above")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.data.reading import TrajectoryRecord
 
 Axes = tuple[int, int, int]
@@ -66,9 +67,11 @@ class Symmetry:
         if any(self.mirror):
             fields = fields.flip([2 + axis for axis in range(3) if self.mirror[axis]])
             sign = [-1.0 if turned else 1.0 for turned in self.mirror] + [1.0, 1.0]
-            fields = fields * torch.tensor(sign, dtype=fields.dtype, device=fields.device)[:, None, None, None]
+            fields = fields * sent_numbers(sign, fields.device, fields.dtype)[:, None, None, None]
         if self.order != (0, 1, 2):
-            fields = fields.permute(0, 1, *(2 + axis for axis in self.order))[:, [*self.order, 3, 4]]
+            fields = fields.permute(0, 1, *(2 + axis for axis in self.order))
+            # A list as the index would be copied to the device, which the host would wait for.
+            fields = torch.cat([fields[:, axis : axis + 1] for axis in (*self.order, 3, 4)], dim=1)
         return fields
 
 

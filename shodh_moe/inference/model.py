@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shodh_moe.base.boundaries import UNKNOWN_BOUNDARIES, Boundaries, codes_of
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.tensors import sent
 from shodh_moe.config.sizes import require_size, size_step
 from shodh_moe.data.dataset import Fields, source_of
 from shodh_moe.inference.rollout import decode_both, rollout
@@ -146,10 +147,10 @@ class Model:
         encoded = [self.encode_flow(fields_H4XYZ, solid_1XYZ) for fields_H4XYZ, solid_1XYZ in pairs]
         z_BHCxyz = torch.stack([z_HCxyz for z_HCxyz, _ in encoded])
         geometry_BCxyz = torch.cat([geometry_1Cxyz for _, geometry_1Cxyz in encoded])
-        solid_B1XYZ = solid_B1XYZ.to(z_BHCxyz.device)
+        solid_B1XYZ = sent(solid_B1XYZ, z_BHCxyz.device)
         samples, device = len(z_BHCxyz), z_BHCxyz.device
         stride_B = torch.full((samples,), stride, device=device)
-        boundary_B32 = torch.tensor([codes_of(one) for one in boundaries], device=device)
+        boundary_B32 = sent(torch.tensor([codes_of(one) for one in boundaries]), device)
         context = Context(samples, stride_B=stride_B, boundary_B32=boundary_B32)
         for z_BCxyz in rollout(self.transformer, z_BHCxyz, geometry_BCxyz, context):
             exact_B4XYZ, conserved_B3XYZ = decode_both(self.tokenizer, z_BCxyz, solid_B1XYZ)
@@ -164,8 +165,8 @@ class Model:
         self.tokenizer.to(device)
         self.transformer.to(device)
         given_H5XYZ = torch.cat([fields_H4XYZ, solid_1XYZ.expand(len(fields_H4XYZ), -1, -1, -1, -1)], dim=1)
-        z_HCxyz = torch.cat([self.tokenizer.encode(one.to(device)) for one in given_H5XYZ.split(1)])
-        return z_HCxyz, self.tokenizer.encode_geometry(solid_1XYZ.to(device)[None])
+        z_HCxyz = torch.cat([self.tokenizer.encode(sent(one, device)) for one in given_H5XYZ.split(1)])
+        return z_HCxyz, self.tokenizer.encode_geometry(sent(solid_1XYZ, device)[None])
 
     def checked(self, fields: Mapping[str, Tensor], steps: int, stride: int) -> tuple[Tensor, Tensor]:
         """Return the H snapshots to use [H, 4, X, Y, Z] and the solid mask [1, X, Y, Z], both float32 on the CPU.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.config import MoEConfig
 from shodh_moe.kernels import Gating, combine, dispatch, expert_capacity
 from shodh_moe.model.routers import Context, Decision, Router, Slots
@@ -53,7 +54,7 @@ class Plan:
     def _moved(self) -> Plan:
         assert self.placement is not None
         gating = self.gating
-        order_E = torch.tensor(self.placement, device=gating.expert_N.device)
+        order_E = sent_numbers(self.placement, gating.expert_N.device)
         moved = gating._replace(
             expert_N=torch.argsort(order_E)[gating.expert_N],
             routed_E=gating.routed_E[order_E],
@@ -79,7 +80,8 @@ class Plan:
         assert self.received_GL is not None
         ranks, local = self.received_GL.shape
         local_L = torch.arange(local, device=self.received_GL.device)
-        expert_R = torch.repeat_interleave(local_L.repeat(ranks), self.received_GL.flatten())
+        rows = sum(self.splits[1])  # without it, torch would wait for the device once more
+        expert_R = torch.repeat_interleave(local_L.repeat(ranks), self.received_GL.flatten(), output_size=rows)
         order_R = torch.argsort(expert_R, stable=True)
         return order_R, torch.argsort(order_R)
 

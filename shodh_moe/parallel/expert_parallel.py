@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.tensors import sent_numbers
 
 Splits = list[int] | None  # number of rows for each rank of the group; None: equal blocks
 # What an exchange does in the forward pass; the backward pass is counted under the same name. `samples` has none.
@@ -73,7 +74,7 @@ class ExpertParallel:
 
     def holders(self, num_experts: int, device: torch.device) -> Tensor:
         """The rank that holds each expert, int64 [E]."""
-        order_E = torch.tensor(self.placement or range(num_experts), device=device)
+        order_E = sent_numbers(list(self.placement or range(num_experts)), device)
         rank_E = torch.empty_like(order_E)
         rank_E[order_E] = torch.arange(num_experts, device=device) // (num_experts // self.size)
         return rank_E
@@ -110,7 +111,7 @@ class ExpertParallel:
         if self.size == 1 or (tokens, capacity) in self._agreed:
             return
         group = self._ready_group()
-        mine = torch.tensor([tokens, capacity], device=device)
+        mine = sent_numbers([tokens, capacity], device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=group)
         ranks_with: dict[tuple[int, ...], list[int]] = {}

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shodh_moe.base.tensors import count_classes, sent_numbers
 from shodh_moe.parallel.expert_parallel import ExpertParallel, all_to_all
 
 
@@ -44,7 +45,7 @@ class SampleExchange:
 
     def __init__(self, ep: ExpertParallel, holder_B: Tensor, capacity: float):
         self._ep = ep
-        count_G = torch.bincount(holder_B, minlength=ep.size)
+        count_G = count_classes(holder_B, ep.size)
         # Every rank sends its counts to all others.
         count_GG = all_to_all(count_G.expand(ep.size, -1), ep, direction="samples")
         counts = count_GG.tolist()
@@ -61,7 +62,7 @@ class SampleExchange:
                 self._send[rank] += count
                 ranks += [rank] * count  # shares are sorted by holder, as are the samples below
         rank_B = torch.empty_like(holder_B)
-        rank_B[torch.argsort(holder_B, stable=True)] = torch.tensor(ranks, device=holder_B.device)
+        rank_B[torch.argsort(holder_B, stable=True)] = sent_numbers(ranks, holder_B.device)
         self._order_B = torch.argsort(rank_B, stable=True)
 
     def send(self, columns: Sequence[Tensor]) -> list[Tensor]:

@@ -90,7 +90,7 @@ def count_parameters(config: Config, world: int) -> Parameters:
         UserError: the experts cannot be distributed over the ranks.
     """
     ep, depth = expert_parallel_size(config, world), config.model.depth
-    model = _with_one_block(config, ep)
+    model = with_one_block(config, ep)
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
     routed = _held_by_all(model) + (depth - 1) * _held_by_all(model.blocks)
@@ -99,7 +99,7 @@ def count_parameters(config: Config, world: int) -> Parameters:
     return Parameters(shared, expert, rank_expert, active)
 
 
-def _with_one_block(config: Config, ep: int) -> LatentTransformer:
+def with_one_block(config: Config, ep: int) -> LatentTransformer:
     """The trained network as one rank holds it, without memory, and with its first block alone."""
     channels = config.tokenizer.latent_channels
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -132,7 +132,7 @@ def state_bytes(config: Config, world: int, count: Parameters | None = None) -> 
         UserError: the parallel layout or the DeepSpeed section does not fit ``world`` ranks.
     """
     count, ep = count or count_parameters(config, world), expert_parallel_size(config, world)
-    wide, _ = _widths(config)
+    wide, _ = widths(config)
     stage = config.parallel.zero_stage
     if not stage:
         flat = min(max(count.shared, count.rank_expert), BUCKET)
@@ -162,7 +162,7 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     if exchanges_samples(config, ep):
         return _bytes_of_fullest_rank(config, ep)
     m, t, channels = config.model, config.training, config.tokenizer.latent_channels * config.model.patch**3
-    wide, narrow = _widths(config)
+    wide, narrow = widths(config)
     tokens, row = batch_tokens(config), slots(config) * m.dim * narrow
     # Outside the blocks: the last norm, the head, the embedding's input, the batch, the prediction, the error.
     outside = tokens * (m.dim * (wide + narrow) + channels * (narrow * (m.history + 1) + wide * (m.history + 4)))
@@ -190,8 +190,8 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
     parts = activation_bytes(full, ep)
     snapshots = config.model.history + config.training.unroll + 1  # with the geometry
     sample = snapshots * config.tokenizer.latent_channels * math.prod(latent_grid(config))
-    own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
-    packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
+    own = widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
+    packed = widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
 
 
@@ -203,7 +203,7 @@ def _summed_bytes(config: Config, ep: int) -> int:
     """
     if not config.finetune or config.finetune.train != "lora":
         return 0
-    model, (wide, narrow) = _with_one_block(config, ep), _widths(config)
+    model, (wide, narrow) = with_one_block(config, ep), widths(config)
 
     def numbers(module: nn.Module, *ends: str) -> int:
         return sum(p.numel() for name, p in module.named_parameters() if name.endswith(ends))
@@ -220,7 +220,7 @@ def _path_bytes(config: Config) -> int:
     m, moe = config.model, config.model.moe
     if moe.scope != "path" or not moe.num_experts:
         return 0
-    wide, _ = _widths(config)
+    wide, _ = widths(config)
     channels = config.tokenizer.latent_channels * m.patch**3
     inputs = (m.history + 1) * channels
     own = _routed_bytes(config, inputs, m.dim, None, inputs_learn=False)
@@ -239,7 +239,7 @@ def _routed_bytes(config: Config, inputs: int, outputs: int, rank: int | None, i
 
     Its narrow weights are kept only if the inputs need a gradient.
     """
-    wide, narrow = _widths(config)
+    wide, narrow = widths(config)
     per_slot = narrow * (inputs + outputs + (rank or 0))
     weights = inputs * outputs if rank is None else rank * (inputs + outputs)
     kept = wide != narrow and inputs_learn
@@ -254,7 +254,7 @@ def slots(config: Config) -> int:
     return tokens * moe.top_k if moe.dropless else moe.num_experts * moe_capacity(moe, tokens)
 
 
-def _widths(config: Config) -> tuple[int, int]:
+def widths(config: Config) -> tuple[int, int]:
     """Return the bytes per number of weights and the residual stream, and those of matrix products under autocast."""
     wide = 8 if config.training.precision == "float64" else 4
     return wide, 2 if config.training.precision == "bfloat16" else wide
@@ -263,7 +263,7 @@ def _widths(config: Config) -> tuple[int, int]:
 def _block_bytes(config: Config, ep: int) -> int:
     """Return the bytes that autograd keeps for one block on a GPU."""
     m, moe = config.model, config.model.moe
-    wide, narrow = _widths(config)
+    wide, narrow = widths(config)
     cast = wide != narrow
     d, f, experts = m.dim, moe.expert_hidden, moe.num_experts
     # Bytes per token:
@@ -326,7 +326,7 @@ def latent_bytes(config: Config) -> int:
 
 def checkpoint_bytes(config: Config, world: int) -> int:
     """Return the size of one checkpoint on disk: every weight and its two moments."""
-    return 3 * _widths(config)[0] * count_parameters(config, world).total
+    return 3 * widths(config)[0] * count_parameters(config, world).total
 
 
 def checkpoints_kept(config: Config) -> int:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from shodh_moe.base.boundaries import UNKNOWN_CODE
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.tensors import sent
 from shodh_moe.base.text import NAME_RULE, is_name
 from shodh_moe.config import Config, ModelConfig
 from shodh_moe.config.inputs import NAMES, Inputs
@@ -266,7 +267,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Move the samples to a device, and convert floating-point tensors to ``dtype`` (None keeps their dtypes)."""
-        return Batch(*(x.to(device, dtype if x.is_floating_point() else None, non_blocking=True) for x in self))
+        return Batch(*(sent(x, device, dtype if x.is_floating_point() else None) for x in self))
 
 
 class LatentSamples:

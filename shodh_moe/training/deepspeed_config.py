@@ -73,6 +73,7 @@ def deepspeed_config(config: RunConfig, world_size: int, parameters: int | None 
         "gradient_accumulation_steps": config.training.accumulation,
         "gradient_clipping": 0.0,  # `Engine.step` clips by the true global norm
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every step
         **config.deepspeed,
         "zero_optimization": {"stage": stage, "compute_grad_norm": False, **zero} if stage else {"stage": 0},
     }

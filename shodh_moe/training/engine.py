@@ -9,6 +9,7 @@ is wrong: without ZeRO it counts only the local rank's experts, and with ZeRO it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import IPGBucket
 from torch import Tensor, nn
 
 from shodh_moe.base.parameters import marks
+from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
 from shodh_moe.model import LatentTransformer, MoE
@@ -39,14 +41,19 @@ from shodh_moe.training.shards import (
 
 
 class _TrainedModule(nn.Module):
-    """The network together with the marker for DeepSpeed; calls go to the network."""
+    """The network together with the marker for DeepSpeed; calls go to the network, in the training's precision.
 
-    def __init__(self, model: nn.Module, marker: nn.Module):
+    Autocast begins here and not around DeepSpeed's engine, because on a GPU the engine switches it off for its module.
+    """
+
+    def __init__(self, model: nn.Module, marker: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]):
         super().__init__()
         self.model, self.marker = model, marker
+        self._autocast = autocast
 
     def forward(self, *inputs: Any) -> Any:
-        return self.model(*inputs)
+        with self._autocast():
+            return self.model(*inputs)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Engine:
                 parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
 
         marker = ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
-        module = _TrainedModule(self.model, marker)
+        module = _TrainedModule(self.model, marker, self.autocast)
         parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
         self.optimizer = make_optimizer(self.optimizer_name, parameters, t)
@@ -135,8 +142,7 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the network's forward pass in ``training.precision``."""
-        with self.autocast():
-            return self._engine(*inputs)
+        return self._engine(*inputs)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which calls of ``model`` itself use ``training.precision``."""
@@ -175,7 +181,7 @@ class Engine:
         layers, experts = len(self.moe_layers), self._experts
         squares = squared_norms(gradients, self._layer_of, layers, experts, self.ep)
         # One small reduction gives every rank the norms, the count of bad losses, and the count of stop requests.
-        table = torch.cat([squares, self._bad_losses[None], self._bad_losses.new_tensor([float(stop)])])
+        table = torch.cat([squares, self._bad_losses[None], sent_numbers([float(stop)], self.device, torch.float64)])
         self._bad_losses.zero_()
         dist.all_reduce(table)
         table = table.cpu()

@@ -91,7 +91,7 @@ def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
         for parameter in group["params"]:
             step: int | Tensor = count
             if isinstance(optimizer, torch.optim.AdamW):
-                step = torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
+                step = torch.full((), float(count), dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter]["step"] = step
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from shodh_moe.base.tensors import sent
 from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
@@ -75,7 +76,7 @@ def pretrain(
     init_distributed(_facts(config, train_samples, valid))
     inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
-    task = _LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
+    task = LatentTask(config, train_samples, valid, run, {"tokenizer_sha256": made_with}, inputs)
     train(task, config, run, resume, watchdog)
 
 
@@ -108,7 +109,7 @@ def latent_engine(config: Config, latent_channels: int, samples: LatentSamples |
     return Engine(model, config, ep, norm)
 
 
-class _LatentTask:
+class LatentTask:
     """`Task` of the latent transformer, with telemetry of its routers, experts and exchanges."""
 
     name = "pretrain"
@@ -172,7 +173,7 @@ class _LatentTask:
         batch = samples.batch(picks, draw_strides(samples, picks, seed, step))
         noise = draw_noise(samples, picks, batch.history_BHCxyz, t.history_noise, seed, step)
         batch = batch.to(self.engine.device, self.engine.dtype)
-        noise = noise if noise is None else noise.to(self.engine.device, self.engine.dtype)
+        noise = noise if noise is None else sent(noise, self.engine.device, self.engine.dtype)
         losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D, noise)
         named = losses._asdict()
         error_B = named.pop("error_B")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shodh_moe.base.parameters import marks
+from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.checkpoint import Fragment, logical_shape, runs
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.training.optimizer import MOMENTS
@@ -127,7 +128,7 @@ def squared_norms(
             places.append(first + held[expert])
             squares.append(_square(gradient[low:high]))
     if places:
-        table.index_add_(0, torch.tensor(places, device=device), torch.stack(squares))
+        table.index_add_(0, sent_numbers(places, device), torch.stack(squares))
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh_moe.base.tensors import sent
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.model import Routing
 from shodh_moe.model.routers import Router
@@ -107,7 +108,7 @@ class ExchangeCounts:
         of the exchanges of samples, all as means over ranks (collective).
         """
         cost = _sum([exchange for exchange in exchanges if exchange.direction == "samples"])
-        means = _mean_over_ranks(torch.cat([self.sums[1:] / self.sums[0].clamp(min=1), cost]).to(device)).tolist()
+        means = _mean_over_ranks(sent(torch.cat([self.sums[1:] / self.sums[0].clamp(min=1), cost]), device)).tolist()
         return dict(zip(("held_imbalance", "imbalance", "by_tokens", "ms", "wait_ms", "bytes"), means, strict=True))
 
 
@@ -146,7 +147,7 @@ def _traffic(layers: int, exchanges: list[Exchange], device: torch.device) -> li
         if exchange.direction in DIRECTIONS:
             found[exchange.layer][DIRECTIONS.index(exchange.direction)].append(exchange)
     sums = torch.stack([torch.stack([_sum(part) for part in layer]) for layer in found])
-    means = _mean_over_ranks(sums.to(device))
+    means = _mean_over_ranks(sent(sums, device))
     return [
         _named(layer.sum(0)) | {name: _named(part) for name, part in zip(DIRECTIONS, layer, strict=True)}
         for layer in means

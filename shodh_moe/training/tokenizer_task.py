@@ -68,9 +68,9 @@ def train_tokenizer(
     torch.use_deterministic_algorithms(True, warn_only=True)
     init_distributed(flatten(config.model_dump()))
     data, sampler = on_rank_0(lambda: _list_data(config, dataset))
-    train_samples, valid = (_Samples(records) for records in data)
+    train_samples, valid = (DescribedSnapshots(records) for records in data)
     tokenizer = started_tokenizer(config, train_samples, dataset, folder)
-    task = _TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder, inputs or {})
+    task = TokenizerTask(config, tokenizer, train_samples, valid, sampler, folder, inputs or {})
     train(task, config, folder, resume, watchdog)
 
 
@@ -139,7 +139,7 @@ def set_learning_rate_scales(tokenizer: nn.Module) -> None:
             mark(parameter, lr_scale=16 / parameter[0].numel() ** 0.5)
 
 
-class _Samples(Snapshots):
+class DescribedSnapshots(Snapshots):
     """Snapshots that can be described in reports."""
 
     def describe(self, domain: int, index: int) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class _Samples(Snapshots):
         }
 
 
-class _TokenizerTask:
+class TokenizerTask:
     """The tokenizer's `Task`."""
 
     name = "train tokenizer"
@@ -165,8 +165,8 @@ class _TokenizerTask:
         self,
         config: Config,
         tokenizer: Tokenizer,
-        samples: _Samples,
-        valid: _Samples,
+        samples: DescribedSnapshots,
+        valid: DescribedSnapshots,
         sampler: DomainSampler | None,
         folder: Path,
         inputs: Inputs,
@@ -276,7 +276,8 @@ def set_latent_statistics(tokenizer: Tokenizer, samples: Snapshots, batch: int, 
     for _ in range(0, len(parts), ranks):
         for fields in islice(batches, 1):  # in the last round a rank may have no batch
             z = tokenizer.encode_raw(fields)[0].double().transpose(0, 1).flatten(1)
-            sums += torch.cat([z.sum(1), z.square().sum(1), sums.new_tensor([z.shape[1]])])
+            sums[:-1] += torch.cat([z.sum(1), z.square().sum(1)])
+            sums[-1] += z.shape[1]
         if not keep_going():
             return False
     dist.all_reduce(sums)

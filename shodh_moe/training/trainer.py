@@ -79,7 +79,7 @@ def train(task: Task, config: RunConfig, run: Path, resume: str = "auto", watchd
         log = resources.enter_context(Log(run, start.step, telemetry)) if rank == 0 else None
         if rank == 0:
             _announce(task, config, start)
-        step, stopped = _Loop(task, config, start, writer, log, watchdog, stop_requests).run()
+        step, stopped = Loop(task, config, start, writer, log, watchdog, stop_requests).run()
         if log:
             log.close(finished=not stopped)
         dist.barrier()
@@ -104,7 +104,7 @@ def _leave_process_group(
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """Where a training starts.
 
     Attributes:
@@ -120,21 +120,21 @@ class _Start:
     interval: Interval
 
 
-def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> _Start:
+def _restore(task: Task, config: RunConfig, checkpoints: Path, resume: str) -> Start:
     """Load the checkpoint to resume from, or the weights that ``start`` names (collective)."""
     found, state = restore_checkpoint(checkpoints, resume, task)
     origin = found["start"] if found else load_initial_weights(Path(config.start), task) if config.start else None
     interval = Interval()
     interval.load_state(state)
     task.load_state(state)
-    return _Start(found["step"] if found else 0, found, origin, interval)
+    return Start(found["step"] if found else 0, found, origin, interval)
 
 
 def _checkpoint_writer(checkpoints: Path, t: TrainingConfig, attempt: str) -> CheckpointWriter:
     return CheckpointWriter(checkpoints, dist.get_rank(), dist.get_world_size(), t.keep_last, t.keep_every, attempt)
 
 
-def _announce(task: Task, config: RunConfig, start: _Start) -> None:
+def _announce(task: Task, config: RunConfig, start: Start) -> None:
     """Print where the run starts, its layout, its kernels, and what changed since the checkpoint."""
     engine, world, found = task.engine, dist.get_world_size(), start.checkpoint
     if found:
@@ -154,12 +154,12 @@ def _announce(task: Task, config: RunConfig, start: _Start) -> None:
 
 
 @dataclass
-class _Loop:
+class Loop:
     """The steps of one training, from ``start`` to the last one or to a stop signal."""
 
     task: Task
     config: RunConfig
-    start: _Start
+    start: Start
     writer: CheckpointWriter
     log: Log | None  # on rank 0
     watchdog: Watchdog
@@ -172,9 +172,9 @@ class _Loop:
         self.watchdog.alive()
         for step in progress(steps, self.task.name, len(steps)) if self.log else steps:
             done = step + 1
-            result = self._step(step)
+            result = self.make_step(step)
             if self._due(done, t.log_every) and self.start.interval.times:
-                self._write_train_record(done, result)
+                self.write_train_record(done, result)
             if self._due(done, t.validate_every):
                 self._write({"kind": "valid", "step": done, **self.task.validate()})
             self.writer.check()
@@ -191,7 +191,7 @@ class _Loop:
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
 
-    def _step(self, step: int) -> Step:
+    def make_step(self, step: int) -> Step:
         """Make one optimizer step from ``training.accumulation`` micro-batches."""
         began = time.perf_counter()
         t, task, interval, done = self.config.training, self.task, self.start.interval, step + 1
@@ -211,7 +211,8 @@ class _Loop:
             interval.skipped += 1
         return result
 
-    def _write_train_record(self, done: int, result: Step) -> None:
+    def write_train_record(self, done: int, result: Step) -> None:
+        """Write a record of the steps since the last one (collective); ``result`` is that of step ``done``."""
         t, task, interval = self.config.training, self.task, self.start.interval
         seconds = statistics.median(interval.times)
         record = {

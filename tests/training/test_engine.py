@@ -233,6 +233,12 @@ def test_paths_among_deepspeeds_settings_are_expanded(tmp_path, monkeypatch):
         _config(tmp_path, "deepspeed={tensorboard: {output_path: $SCRATCH/tb}}")
 
 
+def test_the_throughput_timer_which_waits_for_the_device_is_off(tmp_path):
+    assert deepspeed_config(_config(tmp_path), 2)["timers"] == {"throughput": {"enabled": False}}
+    wanted = deepspeed_config(_config(tmp_path, "deepspeed={timers: {throughput: {enabled: true}}}"), 2)
+    assert wanted["timers"]["throughput"]["enabled"] is True
+
+
 def test_other_deepspeed_settings_pass_through(tmp_path):
     config = deepspeed_config(_config(tmp_path, "deepspeed={wall_clock_breakdown: true}"), 2)
     assert config["wall_clock_breakdown"] is True

@@ -26,7 +26,7 @@ from shodh_moe.training import log, pretrain, trainer
 
 folder, ports = Path(sys.argv[1]), sys.argv[2:]
 rank, run = int(os.environ["RANK"]), folder / "run"
-end_of_step = pretrain._LatentTask.end
+end_of_step = pretrain.LatentTask.end
 SIGNALS = stop_signals()
 handlers = [signal.getsignal(number) for number in SIGNALS]
 logs: list[log.Log] = []
@@ -55,7 +55,7 @@ def at_step(number: int, act: Callable[[], None]) -> None:
             act()
         end_of_step(task, step, applied)
 
-    pretrain._LatentTask.end = end  # type: ignore[method-assign]
+    pretrain.LatentTask.end = end  # type: ignore[method-assign]
 
 
 def fail(error: BaseException) -> None:

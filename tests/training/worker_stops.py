@@ -7,16 +7,16 @@ import runpy
 import signal
 from pathlib import Path
 
-from shodh_moe.training.pretrain import _LatentTask
+from shodh_moe.training.pretrain import LatentTask
 
-end = _LatentTask.end
+end = LatentTask.end
 
 
-def end_and_ask_to_stop(self: _LatentTask, step: int, applied: bool) -> None:
+def end_and_ask_to_stop(self: LatentTask, step: int, applied: bool) -> None:
     end(self, step, applied)
     if step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-_LatentTask.end = end_and_ask_to_stop  # type: ignore[method-assign]
+LatentTask.end = end_and_ask_to_stop  # type: ignore[method-assign]
 runpy.run_path(str(Path(__file__).with_name("worker_pretrain.py")), run_name="__main__")

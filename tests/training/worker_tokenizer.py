@@ -28,7 +28,7 @@ folder, *names = [argument for argument in sys.argv[1:] if not argument.startswi
 folder = Path(folder)
 init_distributed()
 trainer.leave_process_group = lambda failed: None
-end_of_step = training._TokenizerTask.end
+end_of_step = training.TokenizerTask.end
 set_latent_statistics = training.set_latent_statistics
 
 
@@ -63,10 +63,10 @@ def main() -> int:
         if name in ("whole", "alone"):
             train(name)
         if name == "broken":  # interrupted after the checkpoint of step 2; resumed with other flows in the other splits
-            training._TokenizerTask.end = interrupt  # type: ignore[method-assign]
+            training.TokenizerTask.end = interrupt  # type: ignore[method-assign]
             with pytest.raises(Interrupted):
                 train(name)
-            training._TokenizerTask.end = end_of_step  # type: ignore[method-assign]
+            training.TokenizerTask.end = end_of_step  # type: ignore[method-assign]
             assert not (folder / name / "tokenizer.json").exists()
             train(name, data="altered")
         if name == "asked":  # rank 1 gets SIGTERM while the latent statistics are computed, after the last step

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shodh_moe.base.tensors import count_classes
 from shodh_moe.kernels import Gating
 from shodh_moe.kernels.gating import assign_slots
 from shodh_moe.model.routers.router import Context, Router, Slots
@@ -65,7 +66,7 @@ class GrownRouter(nn.Module):
         gate_N = before.gate_N.masked_fill(new_N, 1.0)
         if torch.is_grad_enabled():  # every parameter needs a gradient, see `hold`
             gate_N = gate_N + 0 * self.margins_KF.sum().to(gate_N.dtype)
-        routed_E = torch.bincount(expert_N, minlength=self.num_experts)
+        routed_E = count_classes(expert_N, self.num_experts)
         return before._replace(
             gate_N=gate_N,
             expert_N=expert_N,

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from shodh_moe.base.tensors import count_classes
 from shodh_moe.config import RouterConfig
 from shodh_moe.kernels import Gating, topk_gating
 from shodh_moe.kernels.gating import assign_slots
@@ -112,14 +113,14 @@ def follow(logits_ME: Tensor, slots: Slots) -> Gating:
     kept_N = torch.ones_like(expert_N, dtype=torch.bool) if decision.kept_BS is None else decision.kept_BS.flatten()
     # Dropped tokens form a class of their own, so that kept tokens fill their slots without gaps.
     class_N = torch.where(kept_N, expert_N, experts)
-    count_C = torch.bincount(class_N, minlength=experts + 1)
+    count_C = count_classes(class_N, experts + 1)
     slot_N = assign_slots(class_N, gate_N, count_C, len(class_N), "position")
     logsumexp_N, none = logits_ME.detach().logsumexp(1)[row_N], gate_N.new_zeros(())
     return Gating(
         gate_N=gate_N,
         expert_N=expert_N,
         slot_N=torch.where(kept_N, slot_N, -1),
-        routed_E=torch.bincount(expert_N, minlength=experts),
+        routed_E=count_classes(expert_N, experts),
         kept_E=count_C[:experts],
         entropy_N=torch.zeros_like(logsumexp_N),
         balance_loss=none,

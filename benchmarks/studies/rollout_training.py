@@ -32,7 +32,9 @@ from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, require_writable, write_text
 from shodh_moe.base.progress import progress
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.config import Config
+from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.inference.loading import find_source, load_source
@@ -160,10 +162,11 @@ def measured(study: Study, config: Config) -> dict[str, Any] | None:
     """
     if diverged(config):
         return None
-    last, key = study.steps[-1], {"first": study.longest, "steps": study.steps[-1]}
+    last = study.steps[-1]
+    key = fingerprint(study.longest, last)
     path = study.audit.folder / "rollouts" / f"{config.name}.json"
-    if path.exists() and (found := json.loads(path.read_text()))["key"] == key:
-        return dict(found)
+    if found := read_result(path, key):
+        return found
     model, domains = load_source(find_source(last_checkpoint(config))), set_domains(study.audit, "main")
     by_domain: dict[str, list[Tensor]] = {}
     for latent in study.trajectories(config):
@@ -172,13 +175,11 @@ def measured(study: Study, config: Config) -> dict[str, Any] | None:
         by_domain.setdefault(latent.domain, []).append(errors)
     means = {domain: torch.stack(rows).mean(0).tolist() for domain, rows in by_domain.items()}
     found = {
-        "key": key,
         "latent_mse": {domain: rows[0] for domain, rows in means.items()},
         PERSISTENCE: {domain: rows[1] for domain, rows in means.items()},
         "cpu_seconds": cost_of(study.audit.folder, config.name)["cpu_seconds"],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_result(path, key, found)
     return found
 
 

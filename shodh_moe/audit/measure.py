@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from shodh_moe.audit.place import place_information
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, unseen
 from shodh_moe.audit.swap import swap_growth
-from shodh_moe.base.files import finite_json, write_text
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
@@ -44,10 +43,7 @@ def result_path(audit: AuditConfig, run: Run) -> Path:
 
 def measured(audit: AuditConfig, run: Run) -> bool:
     """Whether a result for the current weights and settings exists."""
-    try:
-        return bool(json.loads(result_path(audit, run).read_text())["key"] == measure_key(audit, run))
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_result(result_path(audit, run), measure_key(audit, run)) is not None
 
 
 def measure_key(audit: AuditConfig, run: Run) -> str:
@@ -119,8 +115,7 @@ def measure(audit: AuditConfig, run: Run) -> Path:
 
 def _write(audit: AuditConfig, run: Run, found: dict[str, Any]) -> Path:
     path = result_path(audit, run)
-    result = {"key": measure_key(audit, run), **facts(run), **found}
-    write_text(path, json.dumps(finite_json(result), indent=1) + "\n")
+    write_result(path, measure_key(audit, run), facts(run) | found)
     return path
 
 

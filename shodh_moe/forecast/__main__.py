@@ -12,11 +12,12 @@ import torch
 
 from shodh_moe.audit.outcome import diverged
 from shodh_moe.base.command import exit_code
+from shodh_moe.base.results import write_result
 from shodh_moe.config.load import load_config_of
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.forecast import measure, ours
 from shodh_moe.forecast.config import OURS, ForecastConfig
-from shodh_moe.forecast.plan import Training, key, write_outcome
+from shodh_moe.forecast.plan import Training, key
 from shodh_moe.forecast.train_peer import WEIGHTS, train_peer
 from shodh_moe.forecast.validate import validation_error
 
@@ -62,7 +63,7 @@ def _train(bench: ForecastConfig, training: Training) -> None:
     if training.trial:
         forecaster = None if reason else measure.trained_forecaster(bench, training)[0]
         found["validation_error"] = validation_error(bench, forecaster, dataset) if forecaster else math.inf
-    write_outcome(training.folder(bench) / "outcome.json", key(bench, training), found)
+    write_result(training.folder(bench) / "outcome.json", key(bench, training), found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import psutil
 import torch
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import finite_json, write_text
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.checkpoint import list_checkpoints
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
@@ -26,7 +25,7 @@ from shodh_moe.forecast.data import Flow, dataset_records, flows, periods, requi
 from shodh_moe.forecast.errors import rollout_errors
 from shodh_moe.forecast.forecasters import Forecaster, load_peer, of_fields, of_model, of_peer
 from shodh_moe.forecast.ours import timed
-from shodh_moe.forecast.plan import Training, key, outcome, read_outcome
+from shodh_moe.forecast.plan import Training, key, outcome
 from shodh_moe.forecast.train_peer import WEIGHTS, new_peer
 from shodh_moe.inference.loading import find_source, load_source
 from shodh_moe.report.run.fields import mid_slice
@@ -71,10 +70,10 @@ def measure_key(bench: ForecastConfig, training: Training | None) -> str:
     return fingerprint(MEASURE_VERSION, data, bench.steps, bench.starts, trained)
 
 
-def read_result(bench: ForecastConfig, training: Training | None) -> Result | None:
+def result_of(bench: ForecastConfig, training: Training | None) -> Result | None:
     """Read a result for the current settings; None if there is none. Those of the baselines are in ``models``."""
     name = training.name if training else "baselines"
-    return read_outcome(result_path(bench, name), measure_key(bench, training))
+    return read_result(result_path(bench, name), measure_key(bench, training))
 
 
 def measure(bench: ForecastConfig, training: Training) -> None:
@@ -97,7 +96,7 @@ def measure(bench: ForecastConfig, training: Training) -> None:
     }
     if training.seed == bench.seeds[0]:
         _write_pictures(bench, training.name, forecaster, records)
-    _write(bench, training.name, measure_key(bench, training), found)
+    write_result(result_path(bench, training.name), measure_key(bench, training), found)
 
 
 def measure_baselines(bench: ForecastConfig) -> None:
@@ -116,7 +115,7 @@ def measure_baselines(bench: ForecastConfig) -> None:
     if pulsed:
         found[baselines.PHASE_MEAN] = _errors(bench, of_fields(phase_mean, bench.base.tokenizer.operator), pulsed)
     _write_pictures(bench, "true", None, records)
-    _write(bench, "baselines", measure_key(bench, None), {"models": found})
+    write_result(result_path(bench, "baselines"), measure_key(bench, None), {"models": found})
 
 
 def _simple(bench: ForecastConfig) -> dict[str, Callable[[Flow, int], torch.Tensor]]:
@@ -168,9 +167,3 @@ def _write_pictures(
 def picture_path(bench: ForecastConfig, name: str) -> Path:
     """Where the arrays to draw of a training, or of the ``true`` flows, are."""
     return bench.folder / "results" / f"{name}.npz"
-
-
-def _write(bench: ForecastConfig, name: str, wanted: str, found: Result) -> None:
-    path = result_path(bench, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(finite_json({**found, "key": wanted}), indent=1) + "\n")

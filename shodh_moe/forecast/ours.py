@@ -19,11 +19,12 @@ import torch
 from shodh_moe.audit.outcome import diverged
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.memory import keep_freed_memory
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.forecast.config import ForecastConfig
-from shodh_moe.forecast.plan import Training, base_key, read_outcome, write_outcome
+from shodh_moe.forecast.plan import Training, base_key
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.jobs import write_config
 from shodh_moe.training.records import read_run
@@ -38,7 +39,7 @@ Times = dict[str, Any]
 
 def calibration(bench: ForecastConfig) -> Times | None:
     """Read what `calibrate` measured; None if it has not with these settings."""
-    return read_outcome(bench.folder / "calibration.json", base_key(bench))
+    return read_result(bench.folder / "calibration.json", base_key(bench))
 
 
 def calibrate(bench: ForecastConfig) -> None:
@@ -57,7 +58,7 @@ def calibrate(bench: ForecastConfig) -> None:
         "pretraining": _step_and_rest(paths.run, pretraining),
     }
     shutil.rmtree(scratch)
-    write_outcome(bench.folder / "calibration.json", base_key(bench), found)
+    write_result(bench.folder / "calibration.json", base_key(bench), found)
 
 
 def tokenizer_config(bench: ForecastConfig, seed: int) -> Config:
@@ -104,12 +105,12 @@ def make_tokenizer(bench: ForecastConfig, seed: int) -> None:
     seconds = timed(lambda: _train("tokenizer_rank", write_config(bench.folder, config)))
     encoding = timed(lambda: pipeline.make_latents(config, paths))
     found = {"steps": config.tokenizer.steps, "tokenizer_seconds": seconds, "encoding_seconds": encoding}
-    write_outcome(_tokenizer_file(bench, seed), _tokenizer_key(bench, seed), found)
+    write_result(_tokenizer_file(bench, seed), _tokenizer_key(bench, seed), found)
 
 
 def tokenizer_outcome(bench: ForecastConfig, seed: int) -> Times | None:
     """Read what `make_tokenizer` wrote; None if it has not finished with these settings."""
-    return read_outcome(_tokenizer_file(bench, seed), _tokenizer_key(bench, seed))
+    return read_result(_tokenizer_file(bench, seed), _tokenizer_key(bench, seed))
 
 
 def train_transformer(bench: ForecastConfig, training: Training) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import finite_json, write_text
+from shodh_moe.base.results import read_result
 from shodh_moe.config.compare import fingerprint
 from shodh_moe.config.paths import resolve_paths
 from shodh_moe.forecast.config import OURS, ForecastConfig
@@ -70,7 +69,7 @@ def finals(bench: ForecastConfig, model: str) -> list[Training]:
 
 def outcome(bench: ForecastConfig, training: Training) -> dict[str, Any]:
     """What a finished training has written. Raises: UserError: it has not finished with these settings."""
-    found = read_outcome(training.folder(bench) / "outcome.json", key(bench, training))
+    found = read_result(training.folder(bench) / "outcome.json", key(bench, training))
     if found is None:
         raise UserError(
             f"{training.folder(bench)} holds no finished training: run `shodh bench forecast` with this config until "
@@ -81,28 +80,13 @@ def outcome(bench: ForecastConfig, training: Training) -> dict[str, Any]:
 
 def finished(bench: ForecastConfig, training: Training) -> bool:
     """Whether a training with these settings has finished."""
-    return read_outcome(training.folder(bench) / "outcome.json", key(bench, training)) is not None
+    return read_result(training.folder(bench) / "outcome.json", key(bench, training)) is not None
 
 
 def score(found: dict[str, Any]) -> float:
     """The validation error of an outcome; infinite if the training diverged."""
     value = found["validation_error"]
     return math.inf if value is None or not math.isfinite(value) else float(value)
-
-
-def read_outcome(path: Path, wanted: str) -> dict[str, Any] | None:
-    """Read a file that `write_outcome` wrote; None if it is missing or has another key."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return dict(found) if isinstance(found, dict) and found.get("key") == wanted else None
-
-
-def write_outcome(path: Path, wanted: str, found: dict[str, Any]) -> None:
-    """Write the last file of a training: a training without it starts again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(finite_json({"key": wanted, **found}), indent=1) + "\n")
 
 
 def key(bench: ForecastConfig, training: Training) -> str:

@@ -19,7 +19,7 @@ from shodh_moe.data import SPLITS
 from shodh_moe.forecast import ours
 from shodh_moe.forecast.config import OURS, ForecastConfig
 from shodh_moe.forecast.data import dataset_records, require_long_enough
-from shodh_moe.forecast.measure import read_result
+from shodh_moe.forecast.measure import result_of
 from shodh_moe.forecast.page import markdown, write_page
 from shodh_moe.forecast.peers import require_library
 from shodh_moe.forecast.pictures import draw
@@ -53,9 +53,9 @@ def run(bench: ForecastConfig, output: Path | None = None) -> dict[str, Any]:
         train(bench, trials(bench, model))
         train(bench, finals(bench, model))
     for model in bench.models:
-        unmeasured = [one for one in finals(bench, model) if read_result(bench, one) is None]
+        unmeasured = [one for one in finals(bench, model) if result_of(bench, one) is None]
         _run([_training_job(bench, "measure", one) for one in unmeasured])
-    if read_result(bench, None) is None:
+    if result_of(bench, None) is None:
         _run([_job(bench, "baselines")])
     return report(bench, output)
 

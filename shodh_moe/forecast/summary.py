@@ -10,7 +10,7 @@ from shodh_moe.base.cores import available_cores
 from shodh_moe.base.errors import UserError
 from shodh_moe.forecast.config import ForecastConfig
 from shodh_moe.forecast.data import periods
-from shodh_moe.forecast.measure import Result, read_result, result_path
+from shodh_moe.forecast.measure import Result, result_of, result_path
 from shodh_moe.forecast.plan import chosen_rate, finals, outcome, score, trials
 from shodh_moe.forecast.verdict import verdict
 from shodh_moe.runs.jobs import cpu_seconds
@@ -29,7 +29,7 @@ def summarise(bench: ForecastConfig) -> dict[str, Any]:
         UserError: a result is missing.
     """
     models: dict[str, Any] = {model: _trained(bench, model) for model in bench.models}
-    baselines = read_result(bench, None)
+    baselines = result_of(bench, None)
     if baselines is None:
         raise _missing(bench, "baselines")
     for name, domains in baselines["models"].items():
@@ -52,7 +52,7 @@ def summarise(bench: ForecastConfig) -> dict[str, Any]:
 def _trained(bench: ForecastConfig, model: str) -> dict[str, Any]:
     results = []
     for training in finals(bench, model):
-        if (found := read_result(bench, training)) is None:
+        if (found := result_of(bench, training)) is None:
             raise _missing(bench, training.name)
         results.append(found)
     tried = {f"{one.learning_rate:g}": score(outcome(bench, one)) for one in trials(bench, model)}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from shodh_moe.base.results import write_result
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.load import load_config_of
 from shodh_moe.forecast.config import ForecastConfig
 from shodh_moe.forecast.data import periods
 from shodh_moe.forecast.ours import require_fitting
-from shodh_moe.forecast.plan import base_key, trials, write_outcome
+from shodh_moe.forecast.plan import base_key, trials
 from tests.forecast.tiny import LIBRARY, PEERS, tree
 from tests.tiny import refused, write_dataset
 
@@ -82,7 +83,7 @@ def test_too_little_time_is_refused_before_the_first_training(tmp_path: Path) ->
     bench = ForecastConfig.model_validate(tree(tmp_path))
     times = {"tokenizer": {"step": 0.1, "rest": 0.5}, "encoding": 1.0, "pretraining": {"step": 0.1, "rest": 0.5}}
     file = bench.folder / "calibration.json"
-    write_outcome(file, base_key(bench), times)
+    write_result(file, base_key(bench), times)
     require_fitting(bench)
     for stage, changes, words in (
         (
@@ -93,7 +94,7 @@ def test_too_little_time_is_refused_before_the_first_training(tmp_path: Path) ->
         ("pretraining", {"rest": 3.5}, r"our pretraining .* raise seconds, or lower tokenizer_share"),
         ("pretraining", {"rest": 1.7}, r"our pretraining .* 2\.1 s, but only 1\.9 s .* raise trial_seconds"),
     ):
-        write_outcome(file, base_key(bench), {**times, stage: {"step": 0.1, **changes}})
+        write_result(file, base_key(bench), {**times, stage: {"step": 0.1, **changes}})
         with pytest.raises(Exception, match=words):
             require_fitting(bench)
 

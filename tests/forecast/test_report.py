@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.results import write_result
 from shodh_moe.data import list_trajectories
 from shodh_moe.forecast.baselines import persistence
 from shodh_moe.forecast.config import ForecastConfig
@@ -18,7 +19,7 @@ from shodh_moe.forecast.data import flows
 from shodh_moe.forecast.errors import rollout_errors
 from shodh_moe.forecast.forecasters import Forecast, of_fields
 from shodh_moe.forecast.page import sections
-from shodh_moe.forecast.plan import Training, chosen_rate, finals, finished, key, trials, write_outcome
+from shodh_moe.forecast.plan import Training, chosen_rate, finals, finished, key, trials
 from shodh_moe.forecast.run import report
 from shodh_moe.forecast.summary import domain_summary
 from shodh_moe.forecast.verdict import verdict
@@ -35,7 +36,7 @@ def with_rates(folder: Path, **changes: Any) -> ForecastConfig:
 
 
 def end(bench: ForecastConfig, training: Training, error: float) -> None:
-    write_outcome(training.folder(bench) / "outcome.json", key(bench, training), {"validation_error": error})
+    write_result(training.folder(bench) / "outcome.json", key(bench, training), {"validation_error": error})
 
 
 def test_the_rate_with_the_smallest_validation_error_is_chosen(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from shodh_moe.base.results import write_result
 from shodh_moe.cli import main as shodh
 from shodh_moe.config.load import load_config_of
 from shodh_moe.forecast.config import ForecastConfig
 from shodh_moe.forecast.ours import calibration, tokenizer_outcome, transformer_config
-from shodh_moe.forecast.plan import Training, base_key, finished, write_outcome
+from shodh_moe.forecast.plan import Training, base_key, finished
 from shodh_moe.forecast.run import run
 from shodh_moe.launching import jobs
 from tests.forecast.tiny import PEERS, STEPS, tree
@@ -41,7 +42,7 @@ def test_the_benchmark_from_data_to_report(
     peers = {**PEERS, "unet": None}
     path = write(tmp_path, tree(tmp_path, seconds=4.0, peers=peers))
     bench = load_config_of(ForecastConfig, path)
-    write_outcome(bench.folder / "calibration.json", base_key(bench), TIMES)
+    write_result(bench.folder / "calibration.json", base_key(bench), TIMES)
     interrupted = bench.folder / "runs" / "ours-3"  # what an interrupted training has left starts again
     interrupted.mkdir(parents=True)
     (interrupted / "config.yaml").write_text("name: ours-3\nseed: 99\n")

@@ -6,7 +6,6 @@ All tuning uses the validation split. The test splits (interpolation, ood_low, o
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.base.files import finite_json, write_text
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.ccm.bench.baselines import choose_rate, fine_tune, mean_error, oracle, task_vectors
 from shodh_moe.ccm.bench.config import EXPERTS, BenchConfig, FamilyBench, checkpoint_of_last_step
 from shodh_moe.ccm.curve import line
@@ -38,10 +37,7 @@ def result_path(config: BenchConfig, key: str, seed: int) -> Path:
 
 def measured(config: BenchConfig, key: str, seed: int) -> bool:
     """Whether a result for the current experts and settings exists."""
-    try:
-        return bool(json.loads(result_path(config, key, seed).read_text())["key"] == _key(config, key, seed))
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_result(result_path(config, key, seed), _key(config, key, seed)) is not None
 
 
 def _key(config: BenchConfig, key: str, seed: int) -> str:
@@ -79,7 +75,6 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
             if example is None and split != "interpolation":
                 example = chosen.example(regime)
     result = {
-        "key": _key(config, key, seed),
         "family": key,
         "seed": seed,
         "parameter": family.parameter,
@@ -92,10 +87,10 @@ def measure(config: BenchConfig, key: str, seed: int) -> Path:
         "regimes": regimes,
     }
     path = result_path(config, key, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if example is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".npz"), allow_pickle=False, **example)
-    write_text(path, json.dumps(finite_json(result), indent=1) + "\n")
+    write_result(path, _key(config, key, seed), result)
     return path
 
 

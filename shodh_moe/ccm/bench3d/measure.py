@@ -6,7 +6,6 @@ other domains' predictions must keep their bits; this is measured. The scale gam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 from shodh_moe.audit.measure import heldout_errors
 from shodh_moe.audit.outcome import last_checkpoint
 from shodh_moe.base.errors import UserError
-from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.base.parameters import marks
+from shodh_moe.base.results import read_result, write_result
 from shodh_moe.ccm.bench3d.config import ROLES, Bench3dConfig
 from shodh_moe.ccm.readout import BANK, GAMMAS, clip, golden_section
 from shodh_moe.checkpoint import CheckpointReader
@@ -43,10 +42,7 @@ def result_path(bench: Bench3dConfig, domain: str, seed: int) -> Path:
 
 def measured(bench: Bench3dConfig, domain: str, seed: int) -> bool:
     """Whether a result for the current experts and settings exists."""
-    try:
-        return bool(json.loads(result_path(bench, domain, seed).read_text())["key"] == _key(bench, domain, seed))
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_result(result_path(bench, domain, seed), _key(bench, domain, seed)) is not None
 
 
 def checkpoints(bench: Bench3dConfig, domain: str, seed: int) -> dict[str, Path]:
@@ -132,7 +128,6 @@ def measure(bench: Bench3dConfig, domain: str, seed: int) -> Path:
     gamma = min(errors, key=lambda one: (errors[one], abs(one - 1)))
     rows = [_rows(regimes[value], axis.alpha(value), gamma, weights, at, bench.frames) for value in axis.test]
     result = {
-        "key": _key(bench, domain, seed),
         "domain": domain,
         "seed": seed,
         "parameter": axis.parameter,
@@ -146,8 +141,7 @@ def measure(bench: Bench3dConfig, domain: str, seed: int) -> Path:
         "others": _others(bench, domain, model, weights["mixture"], at(clip(axis.alpha(max(axis.test))))),
     }
     target = result_path(bench, domain, seed)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, json.dumps(finite_json(result), indent=1) + "\n")
+    write_result(target, _key(bench, domain, seed), result)
     return target
 
 

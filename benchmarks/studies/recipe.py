@@ -25,10 +25,10 @@ from shodh_moe.audit.run import make_latents, train
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.files import finite_json, require_writable, write_text
+from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config_of
 from shodh_moe.launching.jobs import resolve_jobs
-from shodh_moe.training.records import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "audit" / "cpu.yaml"

@@ -18,6 +18,7 @@ from shodh_moe.audit.place import place_information
 from shodh_moe.audit.plasticity import plasticity
 from shodh_moe.audit.routing import bifurcation, heldout_routing, local_speeds, unseen
 from shodh_moe.audit.swap import swap_growth
+from shodh_moe.base.records import read_run
 from shodh_moe.base.results import read_result, write_result
 from shodh_moe.checkpoint import CheckpointReader
 from shodh_moe.config import Config
@@ -32,7 +33,6 @@ from shodh_moe.metrics.fields import vrmse
 from shodh_moe.runs.plan import count_parameters
 from shodh_moe.tokenizer.encoding import trajectory_fields
 from shodh_moe.tokenizer.latents import LatentSamples, LatentTrajectory, load_latents
-from shodh_moe.training.records import read_run
 
 MEASURE_VERSION = 2  # increase it when the same weights would give different numbers
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
-from shodh_moe.training.records import read_run
 
 # A run counts as diverged if its error exceeds that of persistence (repeating the last snapshot) by this factor.
 DIVERGED_ABOVE = 10.0

@@ -12,8 +12,8 @@ from typing import Any
 from shodh_moe.audit.arms import RELEARNING, Run, run_config
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.outcome import diverged, run_folder
+from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
-from shodh_moe.training.records import read_run
 
 POINTS = 12  # number of validations per curve
 

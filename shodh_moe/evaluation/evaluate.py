@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shodh_moe.base.files import write_text
 from shodh_moe.base.progress import progress
+from shodh_moe.base.records import read_run
 from shodh_moe.base.threads import map_in_threads
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
@@ -40,7 +41,6 @@ from shodh_moe.tokenizer.latents import (
     require_boundaries,
     samples_of,
 )
-from shodh_moe.training.records import read_run
 from shodh_moe.training.telemetry import RoutingCounts
 
 # Memory to measure one trajectory, in units of its velocity: eight fields like it, in float64.

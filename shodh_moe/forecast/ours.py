@@ -19,6 +19,7 @@ import torch
 from shodh_moe.audit.outcome import diverged
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.memory import keep_freed_memory
+from shodh_moe.base.records import read_run
 from shodh_moe.base.results import read_result, write_result
 from shodh_moe.config import Config
 from shodh_moe.config.compare import fingerprint
@@ -27,7 +28,6 @@ from shodh_moe.forecast.config import ForecastConfig
 from shodh_moe.forecast.plan import Training, base_key
 from shodh_moe.runs import pipeline
 from shodh_moe.runs.jobs import write_config
-from shodh_moe.training.records import read_run
 
 CALIBRATION_STEPS = 12
 LEAST_STEPS = 4  # that must fit into the time

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import sha256
+from shodh_moe.base.records import METRICS
 from shodh_moe.base.remote_file import local_folder
 from shodh_moe.base.section import with_old_values
 from shodh_moe.checkpoint import CheckpointReader, Damaged, checkpoints_at, mismatch, resolve_checkpoint
@@ -32,7 +33,6 @@ from shodh_moe.model.low_rank import fold
 from shodh_moe.parallel import ExpertParallel
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
-from shodh_moe.training.records import METRICS
 
 EXPORT_FORMAT = 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh_moe.base.files import require_writable, write_text
+from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.config.sizes import require_size
@@ -15,7 +16,6 @@ from shodh_moe.evaluation.evaluate import measure
 from shodh_moe.inference.loading import ModelSource, find_source, load_source
 from shodh_moe.inference.members import load_members
 from shodh_moe.runs import pipeline
-from shodh_moe.training.records import read_run
 
 
 def evaluate_elsewhere(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.records import read_run
 from shodh_moe.checkpoint import find_checkpoint
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.config.paths import Paths, resolve_paths
 from shodh_moe.data.dataset import Dataset, open_dataset
-from shodh_moe.training.records import read_run
 
 if TYPE_CHECKING:
     import pandas

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.records import METRICS, read_run
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.config.load import load_config
 from shodh_moe.config.trackers import LOCAL, with_process
@@ -14,7 +15,6 @@ from shodh_moe.trackers.follower import Follower, lock_tracker, reason_of
 from shodh_moe.trackers.follower_process import FollowerProcess
 from shodh_moe.trackers.sender import Sender
 from shodh_moe.trackers.tracker import TrackedRun, make_tracker, require_library
-from shodh_moe.training.records import METRICS, read_run
 
 SETTINGS = {"mlflow": "mlflow_uri", "wandb": "wandb_mode"}  # the key that says where a tracker's server is
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.lock import Held
+from shodh_moe.base.records import METRICS, Tail
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.trackers.facts import evaluation_of, report_files
 from shodh_moe.trackers.scalars import results_of
@@ -34,36 +35,6 @@ KILLED_S = 15.0  # the same if it was stopped or killed
 LOCK_S = 130.0  # for the process of an earlier start to end
 BATCH = 200  # records that are sent together
 NICE = 5
-
-
-class Tail:
-    """Reads the lines that are appended to metrics.jsonl. A resumed run replaces the file, which is then read anew."""
-
-    def __init__(self, path: Path):
-        self.path, self._inode, self._offset = path, -1, 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the complete records since the last call; [] if there is no file.
-
-        Raises:
-            UserError: a line is not JSON.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._inode, self._offset = found.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        try:
-            records = [json.loads(line) for line in whole.splitlines() if line.strip()]
-        except ValueError as error:
-            raise UserError(f"{self.path} has a line that is not JSON ({error}): repair or remove it") from None
-        self._offset += len(whole)
-        return records
 
 
 class Follower:
@@ -84,7 +55,7 @@ class Follower:
         """Connect to the tracker, unless that is done already. Raises whatever its library raises."""
         if self._sender is None:
             sender = Sender(make_tracker(self._name, self._run))
-            self._state, self._tail = load_state(self._run, self._name), Tail(self._run.folder / "metrics.jsonl")
+            self._state, self._tail = load_state(self._run, self._name), Tail(self._run.folder / METRICS)
             self._sender = sender
         return self._sender
 

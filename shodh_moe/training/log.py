@@ -10,12 +10,12 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import append, finite_json, write_text
+from shodh_moe.base.records import METRICS, Record, read_run
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.config.trackers import LOCAL, with_process
 from shodh_moe.trackers.follower_process import FollowerProcess
 from shodh_moe.trackers.sender import Sender
 from shodh_moe.trackers.tracker import TrackedRun, make_tracker
-from shodh_moe.training.records import METRICS, Record, read_run
 
 
 class Log:

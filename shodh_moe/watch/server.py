@@ -13,9 +13,9 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.network import port_holder
+from shodh_moe.base.records import METRICS
 from shodh_moe.base.yaml_text import parse_yaml
 from shodh_moe.report.page import render
-from shodh_moe.training.records import METRICS
 from shodh_moe.watch.forecasts import Forecasts
 from shodh_moe.watch.state import charts_of
 

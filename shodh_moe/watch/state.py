@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.colors import to_hex
 
+from shodh_moe.base.records import Record, read_run, records
 from shodh_moe.report import style
 from shodh_moe.report.run.curves import TRAIN_TERMS
 from shodh_moe.report.run.routing import evenly
-from shodh_moe.training.records import Record, read_run, records
 
 MOST_POINTS = 400  # of a line
 MOST_LAYERS, MOST_EXPERTS = 4, 8

@@ -1,4 +1,4 @@
-"""Trackers that need no server: names, the CSV file, the state in the run folder, and reading a growing file."""
+"""Trackers that need no server: names, the CSV file, and the state in the run folder."""
 
 from __future__ import annotations
 
@@ -90,25 +90,6 @@ def test_a_missing_library_is_found_before_any_work(
     says = ("telemetry.trackers: wandb needs W&B's library", "pip install 'shodh_moe[wandb]'")
     refused(capfd, "run", "--config", str(config), "telemetry.trackers=[wandb]", says=says)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
-
-
-def test_a_tail_reads_whole_lines_once_and_a_new_file_anew(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert tail.read() == []
-    path.write_text('{"step": 1}\n{"step"')
-    assert tail.read() == [{"step": 1}]
-    with open(path, "a") as file:
-        file.write(": 2}\n")
-    assert tail.read() == [{"step": 2}]
-    assert tail.read() == []
-    (tmp_path / "new").write_text('{"step": 1}\n{"step": 5}\n{"step": 6}\n')
-    (tmp_path / "new").replace(path)
-    assert tail.read() == [{"step": 1}, {"step": 5}, {"step": 6}]
-    with open(path, "a") as file:
-        file.write("half a line\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not JSON"):
-        tail.read()
 
 
 def test_a_step_is_sent_once_for_each_kind(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shodh_moe.base.records import Record, records
 from shodh_moe.report import style
 from shodh_moe.report.run.load import RunData
-from shodh_moe.training.records import Record, records
 
 TRAIN_TERMS = {
     "loss": ("total", "black"),

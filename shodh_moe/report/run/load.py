@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.base.records import Record, read_history
 from shodh_moe.base.text import NAME_RULE, is_name
-from shodh_moe.training.records import Record, read_history
 
 Array = NDArray[Any]
 

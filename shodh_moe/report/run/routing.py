@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from shodh_moe.base.records import Record, records
 from shodh_moe.report import style
 from shodh_moe.report.run.fields import cut_name, mid_slice
 from shodh_moe.report.run.load import RunData
-from shodh_moe.training.records import Record, records
 
 MOST_LAYERS = 9  # panels of more layers would be too small to read; evenly spaced layers are shown
 MOST_NAMED_EXPERTS = 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.training.records import read_history, records
+from shodh_moe.base.records import Tail, read_history, records
 
 
 def _lines(*found: dict[str, Any]) -> str:
@@ -37,3 +37,22 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text("not JSON\n" + _lines({"kind": "train", "step": 1}))
     with pytest.raises(UserError, match=r"metrics\.jsonl line 1 is not JSON .*: repair or remove that line"):
         read_history(path)
+
+
+def test_a_tail_reads_whole_lines_once_and_a_new_file_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    path.write_text('{"step": 1}\n{"step"')
+    assert tail.read() == [{"step": 1}]
+    with open(path, "a") as file:
+        file.write(": 2}\n")
+    assert tail.read() == [{"step": 2}]
+    assert tail.read() == []
+    (tmp_path / "new").write_text('{"step": 1}\n{"step": 5}\n{"step": 6}\n')
+    (tmp_path / "new").replace(path)
+    assert tail.read() == [{"step": 1}, {"step": 5}, {"step": 6}]
+    with open(path, "a") as file:
+        file.write("half a line\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not JSON"):
+        tail.read()

@@ -15,7 +15,6 @@ from shodh_moe.cli import main
 from shodh_moe.config import TelemetryConfig
 from shodh_moe.config.load import load_config
 from shodh_moe.trackers import tracker
-from shodh_moe.trackers.follower import Tail
 from shodh_moe.trackers.scalars import results_of
 from shodh_moe.trackers.state import load_state
 from shodh_moe.trackers.tracker import TrackedRun, require_library

@@ -22,7 +22,7 @@ def write_result(path: Path, key: str, found: dict[str, Any]) -> None:
     """Write a result with its key, and its folder if that is missing; NaN and infinity become null.
 
     Args:
-        key: hash of everything that the result depends on.
+        key: hash of everything that the result depends on; replaces one that ``found`` may have from another result.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(finite_json({"key": key, **found}), indent=1) + "\n")
+    write_text(path, json.dumps(finite_json({**found, "key": key}), indent=1) + "\n")

@@ -15,9 +15,9 @@ def test_a_result_is_read_with_its_own_key_only(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "one.json"
     assert read_result(path, "a") is None
     write_result(path, "a", {"error": 0.5, "diverged": math.inf})
-    assert read_result(path, "a") == {"key": "a", "error": 0.5, "diverged": None}
+    assert read_result(path, "a") == {"error": 0.5, "diverged": None, "key": "a"}
     assert read_result(path, "b") is None
-    write_result(path, "b", {"error": 0.25})
+    write_result(path, "b", {"error": 0.25, "key": "a"})
     assert read_result(path, "a") is None
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.tensors import sent
+
 
 def axial_rotary(grid: Sequence[int], head_width: int, base: float = 100.0) -> Tensor:
     """Return the rotation angle of each pair of features of each token, in radians, float64 [S, P].
@@ -82,4 +84,4 @@ def _table(
 ) -> Tensor:
     """The result is cached, so callers must not write to it."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return make(grid, head_width).to(device)
+        return sent(make(grid, head_width), device)

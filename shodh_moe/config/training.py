@@ -102,7 +102,7 @@ class TelemetryConfig(Section, changes="nothing"):
 
 
 class ParallelConfig(Section, changes="nothing"):
-    """Parallel layout: world size = EP x EDP (DESIGN 7). A checkpoint fits every layout."""
+    """Parallel layout: world size = EP x EDP x CP (DESIGN 7). A checkpoint fits every layout."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
     hostfile: PathText | None = Field(
@@ -114,6 +114,10 @@ class ParallelConfig(Section, changes="nothing"):
     )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
+    )
+    context_size: Positive = Field(
+        1,
+        description="ranks that share the tokens of each sample, as slabs of its latent grid; 1: whole samples",
     )
     exchange: Literal["sample", "token", "auto"] = Field(
         "auto",

@@ -1,7 +1,7 @@
 """Path routing: one decision per token and forward pass, made from the inputs of the embedding (DESIGN 3.5).
 
-Shapes: B samples, S tokens per sample, N = B S tokens, I inputs of a token's embedding, M rows that the router scores
-(samples, windows or tokens), F features of a row.
+Shapes: B samples, S tokens per sample (on this rank), N = B S tokens, I inputs of a token's embedding, M rows that the
+router scores (samples, windows or tokens), F features of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import MoEConfig
 from shodh_moe.model.plan import Plan, follow_plan, make_plan
 from shodh_moe.model.routers import Context, make_router
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel, nearest_divisor
 
 
 class Features(nn.Module):
@@ -31,8 +31,9 @@ class Features(nn.Module):
 
     Args:
         inputs: I.
-        grid: numbers of tokens along x, y and z.
+        grid: numbers of tokens of a whole sample along x, y and z.
         config: ``model.moe``.
+        cp: which tokens of each sample this rank has.
 
     Attributes:
         width: F.
@@ -44,16 +45,17 @@ class Features(nn.Module):
     window_S: Tensor
     order_S: Tensor
 
-    def __init__(self, inputs: int, grid: list[int], config: MoEConfig):
+    def __init__(self, inputs: int, grid: list[int], config: MoEConfig, cp: ContextParallel = ALONE):
         super().__init__()
-        self.context = config.router.context
+        self.context, self.cp = config.router.context, cp
+        self.inputs, self.grid = inputs, grid
         self.width = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
         self.windows = 1
         if self.context == "window":
-            require_window(config, grid)
-            window = config.router.window
-            axes = [torch.arange(size) // window for size in grid]
-            _, ny, nz = (size // window for size in grid)
+            require_window(config, grid, cp.size)
+            window, slab = config.router.window, [grid[0] // cp.size, *grid[1:]]
+            axes = [torch.arange(size) // window for size in slab]
+            _, ny, nz = (size // window for size in slab)
             window_S = (axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]
             self.register_buffer("window_S", window_S.flatten(), persistent=False)
             self.register_buffer("order_S", torch.argsort(self.window_S, stable=True), persistent=False)
@@ -68,14 +70,15 @@ class Features(nn.Module):
         samples, tokens, _ = z_BSI.shape
         sample_B = torch.arange(samples, device=z_BSI.device)
         if self.context == "sample":
-            return _with_one(_mean_and_std(z_BSI)), sample_B.repeat_interleave(tokens)
+            return _with_one(_mean_and_std(z_BSI, self.cp)), sample_B.repeat_interleave(tokens)
         if self.context == "window":
             windows = z_BSI[:, self.order_S].view(samples * self.windows, -1, z_BSI.shape[2])
-            return _with_one(_mean_and_std(windows)), (sample_B[:, None] * self.windows + self.window_S).flatten()
+            x_MF = _with_one(_mean_and_std(windows, ALONE))  # no slab cuts a window
+            return x_MF, (sample_B[:, None] * self.windows + self.window_S).flatten()
         token_NI = _unit_rms(z_BSI.flatten(0, 1))
         if self.context == "token":
             return _with_one(token_NI), None
-        sample_NF = _mean_and_std(z_BSI).repeat_interleave(tokens, dim=0)
+        sample_NF = _mean_and_std(z_BSI, self.cp).repeat_interleave(tokens, dim=0)
         return _with_one(torch.cat([sample_NF, token_NI], dim=1)), None
 
 
@@ -84,18 +87,21 @@ class PathRouter(nn.Module):
 
     Args:
         inputs: I.
-        grid: numbers of tokens along x, y and z.
+        grid: numbers of tokens of a whole sample along x, y and z.
         config: ``model.moe``.
         ep: which experts this rank holds.
+        cp: which tokens of each sample this rank has.
 
     Raises:
         UserError: the window does not divide the grid.
     """
 
-    def __init__(self, inputs: int, grid: list[int], config: MoEConfig, ep: ExpertParallel):
+    def __init__(
+        self, inputs: int, grid: list[int], config: MoEConfig, ep: ExpertParallel, cp: ContextParallel = ALONE
+    ):
         super().__init__()
         self.config, self.ep = config, ep
-        self.features = Features(inputs, grid, config)
+        self.features = Features(inputs, grid, config, cp)
         self.router = make_router(config.router, self.features.width, config.num_experts)
 
     def forward(self, z_BSI: Tensor, context: Context) -> Plan:
@@ -108,25 +114,33 @@ class PathRouter(nn.Module):
             return make_plan(self.router, x_MF, context, self.config, self.ep, self.training, row_N=row_N)
 
     def decide(self, z_BSI: Tensor, context: Context) -> Plan:
-        """Choose the paths of all tokens as `forward` does, but without other ranks; the plan cannot be carried out."""
+        """Choose the paths of all tokens as `forward` does, but no rank learns how many tokens it will receive.
+
+        The plan therefore cannot be carried out.
+        """
         with torch.autocast(z_BSI.device.type, enabled=False):
             x_MF, row_N = self.features(z_BSI)
             return make_plan(self.router, x_MF, context, self.config, ExpertParallel(), self.training, row_N=row_N)
 
 
-def require_window(config: MoEConfig, grid: list[int]) -> None:
-    """Raise `UserError` if the router's windows do not divide a grid of tokens."""
+def require_window(config: MoEConfig, grid: list[int], slabs: int = 1) -> None:
+    """Raise `UserError` if the router's windows do not divide a grid of tokens, or one of its slabs."""
     window = config.router.window
     used = config.num_experts and config.scope == "path" and config.router.context == "window"
     if used and any(size % window for size in grid):
         raise UserError(
             f"model.moe.router.window {window} does not divide the grid of tokens {grid}: choose a divisor of its sizes"
         )
+    if used and grid[0] // slabs % window:
+        raise UserError(
+            f"parallel.context_size {slabs} cuts windows of {window} tokens (model.moe.router.window): set it to "
+            f"{nearest_divisor(slabs, grid[0] // window)}"
+        )
 
 
-def _mean_and_std(z_MSI: Tensor) -> Tensor:
-    """Mean and standard deviation over the tokens S of each row, scaled to an RMS of 1: [M, 2 I]."""
-    std_MI, mean_MI = torch.std_mean(z_MSI, dim=1, correction=0)
+def _mean_and_std(z_MSI: Tensor, cp: ContextParallel) -> Tensor:
+    """Mean and standard deviation over each row's tokens on all ranks of ``cp``, scaled to an RMS of 1: [M, 2 I]."""
+    std_MI, mean_MI = cp.std_and_mean(z_MSI)
     return _unit_rms(torch.cat([mean_MI, std_MI], dim=1))
 
 

@@ -1,7 +1,7 @@
 """The latent transformer predicts the next latent from the last H latents and the geometry latent (DESIGN 3.3, 3.4).
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, I = (H + 1) C patch^3 inputs of
-a token's embedding, D model width.
+Shapes: B batch, H history, C latent channels, x y z latent grid (of this rank's slab), S tokens per sample (on this
+rank), I = (H + 1) C patch^3 inputs of a token's embedding, D model width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shodh_moe.model.plan import Plan
 from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import Context, Router
 from shodh_moe.model.routing import Routing
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel, require_slabs
 
 
 class Prediction(NamedTuple):
@@ -47,7 +47,16 @@ BRANCH_SCALE = 0.3
 class Block(nn.Module):
     """Attention and a feed-forward block, each after a norm and, with ``model.norms`` sandwich, before another one."""
 
-    def __init__(self, config: ModelConfig, grid: list[int], ep: ExpertParallel, seed: int, layer: int, norm: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        grid: list[int],
+        ep: ExpertParallel,
+        seed: int,
+        layer: int,
+        norm: str,
+        cp: ContextParallel,
+    ):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
         self.attention_out_norm: nn.Module | None = None
@@ -57,7 +66,7 @@ class Block(nn.Module):
             self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
         shared = config.moe.shared_linear or not (paths and rank is None)
-        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank, shared)
+        self.attention = Attention(config.dim, config.heads, grid, norm, paths, rank, shared, cp)
         for module in (self.attention_norm, self.attention):
             for parameter in module.parameters():
                 if marks(parameter).group == "rest":
@@ -84,15 +93,17 @@ class LatentTransformer(nn.Module):
     Args:
         config: the ``model`` section of a config.
         latent_channels: C.
-        latent_grid: sizes x, y, z.
+        latent_grid: sizes x, y, z of a whole sample.
         seed: determines the initial weights, at every expert-parallel size.
         ep: which experts this rank holds.
         norm: ``torch`` or ``apex`` (`available_norm`).
         activation_checkpointing: store only each block's input during training; the backward pass recomputes the
             block, including its exchanges between ranks.
+        cp: which slab of each sample this rank has; its inputs and outputs are those of the slab.
 
     Raises:
-        UserError: ``model.patch`` does not divide the grid, or ``model.moe.router.window`` the grid of tokens.
+        UserError: ``model.patch`` does not divide the grid, or ``model.moe.router.window`` or the number of slabs the
+            grid of tokens.
     """
 
     def __init__(
@@ -104,6 +115,7 @@ class LatentTransformer(nn.Module):
         ep: ExpertParallel,
         norm: str = "torch",
         activation_checkpointing: bool = False,
+        cp: ContextParallel = ALONE,
     ):
         super().__init__()
         for size in latent_grid:
@@ -112,15 +124,16 @@ class LatentTransformer(nn.Module):
         self.config, self.activation_checkpointing = config, activation_checkpointing
         torch.manual_seed(seed)
         grid = [size // config.patch for size in latent_grid]
+        require_slabs(cp.size, grid)
         voxels = config.patch**3
         inputs = (config.history + 1) * latent_channels * voxels
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
-        self.path = PathRouter(inputs, grid, config.moe, ep) if routed else None
-        self.film = Film(Features(inputs, grid, config.moe), config.dim) if config.film else None
+        self.path = PathRouter(inputs, grid, config.moe, ep, cp) if routed else None
+        self.film = Film(Features(inputs, grid, config.moe, cp), config.dim) if config.film else None
         torch.manual_seed(seed)  # again, because the router's draws depend on the number of experts
         shared = not routed or config.moe.shared_linear
         self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
-        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, grid, ep, seed, layer, norm, cp) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
         self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, shared=shared, zero=True)
 

@@ -17,10 +17,11 @@ from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.path import require_window
+from shodh_moe.parallel import require_slabs
 from shodh_moe.runs.folder import claim_run_folder, require_same_inputs_as_run
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.tokenizer import require_fit
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, layout_of
 from shodh_moe.training.optimizer import resolve_optimizer
 
 
@@ -32,7 +33,7 @@ def check(config: Config, paths: Paths) -> None:
             was trained on other inputs, or a folder cannot be written.
     """
     world = count_ranks(config)
-    expert_parallel_size(config, world)
+    layout_of(config, world)
     deepspeed_config(config, world)
     resolve_optimizer(config.training)
     available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +44,9 @@ def check(config: Config, paths: Paths) -> None:
                 f"data.grid {config.data.grid}: latents of {size // COMPRESSION} are not divisible by "
                 f"model.patch {config.model.patch}: change one of them"
             )
-    require_window(config.model.moe, [size // COMPRESSION // config.model.patch for size in config.data.grid])
+    tokens = [size // COMPRESSION // config.model.patch for size in config.data.grid]
+    require_slabs(config.parallel.context_size, tokens)
+    require_window(config.model.moe, tokens, config.parallel.context_size)
     if not config.data.path:
         _check_generated(config)
     if config.tokenizer.path:

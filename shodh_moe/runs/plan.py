@@ -23,7 +23,7 @@ from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, layout_of
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
@@ -68,12 +68,12 @@ def sample_tokens(config: Config) -> int:
 
 def batch_tokens(config: Config) -> int:
     """Return the number of tokens in one rank's micro-batch."""
-    return config.training.batch_size * sample_tokens(config)
+    return config.training.batch_size * sample_tokens(config) // config.parallel.context_size
 
 
 def step_samples(config: Config, world: int) -> int:
     """Return the number of samples in one optimizer step, over all ranks."""
-    return world * config.training.batch_size * config.training.accumulation
+    return world // config.parallel.context_size * config.training.batch_size * config.training.accumulation
 
 
 def training_samples(config: Config) -> int:
@@ -89,7 +89,7 @@ def count_parameters(config: Config, world: int) -> Parameters:
     Raises:
         UserError: the experts cannot be distributed over the ranks, or ``model.patch`` does not divide the latent grid.
     """
-    ep, depth = expert_parallel_size(config, world), config.model.depth
+    ep, depth = layout_of(config, world).ep, config.model.depth
     model = _with_one_block(config, ep)
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
@@ -131,7 +131,7 @@ def state_bytes(config: Config, world: int, count: Parameters | None = None) -> 
     Raises:
         UserError: the parallel layout or the DeepSpeed section does not fit ``world`` ranks.
     """
-    count, ep = count or count_parameters(config, world), expert_parallel_size(config, world)
+    count, ep = count or count_parameters(config, world), layout_of(config, world).ep
     wide, _ = _widths(config)
     stage = config.parallel.zero_stage
     if not stage:
@@ -295,7 +295,7 @@ def memory(config: Config, world: int) -> dict[str, int]:
     Raises:
         UserError: the parallel layout or the DeepSpeed section does not fit ``world`` ranks.
     """
-    parts = {**state_bytes(config, world), **activation_bytes(config, expert_parallel_size(config, world))}
+    parts = {**state_bytes(config, world), **activation_bytes(config, layout_of(config, world).ep)}
     total = sum(parts.values())
     if not config.parallel.zero_stage:
         # The flat copy is made after the backward pass has freed the activations.
@@ -340,9 +340,10 @@ def plan(config: Config, world: int) -> str:
     Raises:
         UserError: the layout does not fit ``world`` ranks.
     """
-    count, t, ep = count_parameters(config, world), config.training, expert_parallel_size(config, world)
+    count, t, ranks = count_parameters(config, world), config.training, layout_of(config, world)
     sizes, samples, tokens = memory(config, world), step_samples(config, world), sample_tokens(config)
-    layout = f"{world}: EP {ep}, EDP {world // ep}, ZeRO {config.parallel.zero_stage}, {t.precision}"
+    layout = f"{world}: EP {ranks.ep}, EDP {ranks.edp}{f', CP {ranks.cp}' if ranks.cp > 1 else ''}"
+    layout += f", ZeRO {config.parallel.zero_stage}, {t.precision}"
     lines = {
         "ranks": layout + (", activation checkpointing" if t.activation_checkpointing else ""),
         "parameters": f"{_count(count.total)}, {_count(count.active)} active, {_count(count.rank)} per rank",

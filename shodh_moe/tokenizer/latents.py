@@ -35,6 +35,8 @@ from shodh_moe.config.inputs import NAMES, Inputs
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
 
+WHOLE = slice(None)  # of an axis
+
 
 @dataclass(frozen=True)
 class LatentTrajectory:
@@ -77,14 +79,17 @@ class LatentTrajectory:
             stored = self.z.parent.attrs.get("mean_squared_change")
         return mean_squared_change(self.read()) if stored is None else float(stored)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, start: int = 0, stop: int | None = None, slab: slice = WHOLE) -> Tensor:
         """Latents of snapshots ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
+
+        Args:
+            slab: part of the x axis; nothing else is read from the disk.
 
         Raises:
             UserError: the file is damaged.
         """
         with _readable(Path(self.z.file.filename)):
-            return torch.from_numpy(self.z[start:stop])
+            return torch.from_numpy(self.z[start:stop, :, slab])
 
 
 def mean_squared_change(z_TCxyz: Tensor) -> float:
@@ -282,8 +287,11 @@ class LatentSamples:
             raise UserError(f"training.loss domain: the latents of {still[0]} never change: set training.loss to mse")
         return change_D / change_D.mean()
 
-    def batch(self, samples: list[tuple[int, int]]) -> Batch:
+    def batch(self, samples: list[tuple[int, int]], slab: slice = WHOLE) -> Batch:
         """Read samples, given as (domain, index within the domain).
+
+        Args:
+            slab: part of the x axis to read.
 
         Raises:
             UserError: the file is damaged.
@@ -292,9 +300,9 @@ class LatentSamples:
         for domain, index in samples:
             number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
-            z_TCxyz = trajectory.read(start, start + self.history + 1)
+            z_TCxyz = trajectory.read(start, start + self.history + 1, slab)
             history.append(z_TCxyz[:-1])
-            geometry.append(trajectory.geometry_Cxyz)
+            geometry.append(trajectory.geometry_Cxyz[:, slab])
             target.append(z_TCxyz[-1])
         labels = torch.tensor([domain for domain, _ in samples])
         return Batch(torch.stack(history), torch.stack(geometry), torch.stack(target), labels)

@@ -5,6 +5,9 @@ samples, sends each to the rank that holds its expert, and runs the network on t
 of parameters are sums over all ranks, so it does not matter which rank adds a sample's part. What concerns a rank's own
 micro-batch stays there: the router's losses, the tokens that a capacity drops, and the norms of the errors.
 
+With context parallelism a rank has a slab of each sample. The ranks of an expert-parallel group have the same slab, and
+those of a context-parallel group choose the same paths, so all slabs of a sample move to one context-parallel group.
+
 Shapes: B samples of this rank, R samples that it computes, S tokens of a sample.
 """
 
@@ -44,13 +47,13 @@ def forward(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None
     """Run the engine's transformer on one micro-batch (collective).
 
     Args:
-        batch: this rank's samples, on the engine's device and in its dtype.
+        batch: this rank's samples, or its slab of them, on the engine's device and in its dtype.
         scale_D: see `total_loss`.
     """
     if exchanges_samples(config, engine.ep.size):
         return _with_samples(engine, batch, config, scale_D)
     prediction = engine(*batch.inputs)
-    return Result(total_loss(prediction, batch, config, scale_D), prediction.routing, None)
+    return Result(total_loss(prediction, batch, config, scale_D, engine.cp), prediction.routing, None)
 
 
 def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor | None) -> Result:
@@ -65,7 +68,7 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
     experts = config.model.moe.num_experts
     holder_B = engine.ep.holders(experts, decided.expert_B.device)[decided.expert_B]
     exchange = SampleExchange(engine.ep, holder_B, config.parallel.exchange_capacity)
-    norm_B = error_norms(kind, batch, scale_D)
+    norm_B = error_norms(kind, batch, scale_D, engine.cp)
     weight_B = torch.full_like(norm_B, 1 / samples)
     own = _Samples(batch, decided.expert_B, norm_B, weight_B, decided.kept_BS)
     there = own.sent(exchange).or_blank(engine.ep, experts)
@@ -74,13 +77,13 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, scale_D: Tensor 
     decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
     context = Context(len(received.domain_B), received.domain_B, decision=decision)
     prediction = engine(received.history_BHCxyz, received.geometry_BCxyz, context)
-    error_R = sample_mse(prediction.latent_BCxyz, received.target_BCxyz)
+    error_R = engine.cp.mean(sample_mse(prediction.latent_BCxyz, received.target_BCxyz))
     mine = (prediction_losses(kind, error_R, there.norm_B) * there.weight_B).sum()
 
     error_B = exchange.send_back(error_R[: exchange.computed_G[engine.ep.rank]])
     predicted = prediction_losses(kind, error_B, norm_B).mean()
     routing = [plan.routing] * len(model.moe_layers)
-    losses = add_router_losses(predicted, error_B, routing, config)
+    losses = add_router_losses(predicted, error_B, routing, config, engine.cp)
     return Result(losses._replace(loss=_AddGradient.apply(losses.loss, mine)), routing, exchange)
 
 

@@ -26,11 +26,11 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.model.learning import prepare_fine_tuning, routers_learn
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.plan import moe_capacity
-from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
+from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange, join_context
 from shodh_moe.tokenizer.latents import LatentSamples, inputs_of_latents, load_latents
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.balance import update_biases
-from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import exchanges_samples, layout_of
 from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.forward import forward
 from shodh_moe.training.nonfinite import MicroBatch, NonFinite
@@ -77,14 +77,15 @@ def latent_engine(
     """Build the engine around the config's transformer with this rank's experts (collective).
 
     Args:
+        latent_grid: sizes x, y, z of a whole sample.
         samples: training samples from which the path router's weights start; None: they start at random.
     """
-    size = expert_parallel_size(config, dist.get_world_size())
-    ep = ExpertParallel(size, dist.get_rank() % size)
+    layout, rank = layout_of(config, dist.get_world_size()), dist.get_rank()
+    ep, cp = ExpertParallel(layout.ep, layout.expert_rank(rank)), join_context(layout, rank)
     norm = available_norm(config.training.norm, get_accelerator().device_name())
     model = LatentTransformer(
         config.model, latent_channels, latent_grid, config.seed, ep,
-        norm=norm, activation_checkpointing=config.training.activation_checkpointing,
+        norm=norm, activation_checkpointing=config.training.activation_checkpointing, cp=cp,
     )  # fmt: skip
     if model.path is not None and config.finetune is None:  # a fine-tuning begins with a trained router
         experts, batch = config.model.moe.num_experts, config.training.batch_size
@@ -99,7 +100,7 @@ def latent_engine(
             start_router(model, samples, config)
     if config.finetune:
         prepare_fine_tuning(model, config.finetune, ep)
-    return Engine(model, config, ep, norm)
+    return Engine(model, config, ep, norm, cp)
 
 
 class _LatentTask:
@@ -126,7 +127,7 @@ class _LatentTask:
             samples.sizes,
             config.training.batch_size,
             config.seed,
-            dist.get_world_size(),
+            self.engine.layout.batches,
             samples.weights,
             samples.streams,
         )
@@ -144,6 +145,7 @@ class _LatentTask:
         self._shares: list[SampleExchange] = []
         self._exchanges: list[Exchange] = []
         self._records = False
+        self._slab = self.engine.cp.slab(grid[0])
         self.tokens = _tokens(config, list(grid))
 
     def check_start(self, state: dict[str, Any]) -> str | None:
@@ -160,8 +162,8 @@ class _LatentTask:
         self.engine.ep.exchanges = self._exchanges if self._records else None
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
-        picks = self._sampler.batch(micro_batch, dist.get_rank())
-        batch = self._samples.batch(picks).to(self.engine.device, self.engine.dtype)
+        picks = self._sampler.batch(micro_batch, self.engine.layout.batch_rank(dist.get_rank()))
+        batch = self._samples.batch(picks, self._slab).to(self.engine.device, self.engine.dtype)
         losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D)
         named = losses._asdict()
         error_B = named.pop("error_B")
@@ -229,7 +231,7 @@ class _LatentTask:
 
 def _tokens(config: Config, grid: list[int]) -> int:
     """Number of tokens in one rank's micro-batch."""
-    return config.training.batch_size * math.prod(grid) // config.model.patch**3
+    return config.training.batch_size * math.prod(grid) // config.model.patch**3 // config.parallel.context_size
 
 
 def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:
@@ -250,15 +252,20 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
 
 @torch.no_grad()
 def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, dict[str, float]]:
-    """Return the latent MSE of the model and of persistence, by domain, over the validation split (collective)."""
-    rank, world, size = dist.get_rank(), dist.get_world_size(), config.evaluation.batch_size
+    """Return the latent MSE of the model and of persistence, by domain, over the validation split (collective).
+
+    The mean over the ranks of a CP group is that over the slabs of their samples.
+    """
+    layout, size = engine.layout, config.evaluation.batch_size
+    rank, batches = layout.batch_rank(dist.get_rank()), layout.batches
+    slab = engine.cp.slab(valid.trajectories[0].z.shape[2])
     engine.model.eval()
     totals = torch.zeros(len(valid.domains), 3, dtype=torch.float64, device=engine.device)
     everything = [(domain, i) for domain, count in enumerate(valid.sizes) for i in range(count)]
     # Every rank makes the same number of calls, because the all-to-all inside waits for all ranks.
-    for first in range(0, len(everything), size * world):
+    for first in range(0, len(everything), size * batches):
         mine = everything[first + rank * size : first + (rank + 1) * size]
-        batch = valid.batch(mine or everything[:1]).to(engine.device, engine.dtype)
+        batch = valid.batch(mine or everything[:1], slab).to(engine.device, engine.dtype)
         with engine.autocast():
             predicted = engine.model(*batch.inputs).latent_BCxyz
         errors_B2 = mse_beside_persistence(predicted, batch.history_BHCxyz, batch.target_BCxyz)

@@ -7,6 +7,7 @@ import torch
 from shodh_moe.config import Config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.model import LatentTransformer
+from shodh_moe.model.path import Features
 from shodh_moe.tokenizer.latents import LatentSamples
 
 SAMPLES = 512  # number of training samples to look at, divided among the domains like those of a training batch
@@ -25,6 +26,8 @@ def start_router(model: LatentTransformer, samples: LatentSamples, config: Confi
     """
     path = model.path
     assert path is not None
+    # Of whole samples, whatever slab this rank has.
+    features = Features(path.features.inputs, path.features.grid, config.model.moe)
     domains = len(samples.sizes)
     count = -(-SAMPLES // domains) * domains
     sampler = DomainSampler(samples.sizes, count, config.seed, 1, samples.weights, samples.streams)
@@ -32,7 +35,7 @@ def start_router(model: LatentTransformer, samples: LatentSamples, config: Confi
     rows = []
     for first in range(0, count, AT_ONCE):
         batch = samples.batch(picks[first : first + AT_ONCE])
-        x_MF, _ = path.features(model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz))
+        x_MF, _ = features(model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz))
         rows.append(x_MF)
     x_MF = torch.cat(rows)
     path.router.start(x_MF[:: -(-len(x_MF) // ROWS)], config.seed)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.training.deepspeed_config import INSTEAD, SETTINGS, deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import INSTEAD, SETTINGS, deepspeed_config, layout_of
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_case
 
@@ -129,14 +129,14 @@ def _config(tmp_path: Path, *overrides: str) -> Config:
 
 @pytest.mark.parametrize(("world", "experts", "expected"), [(2, 2, 2), (4, 6, 2), (1, 2, 1), (8, 4, 4), (3, 2, 1)])
 def test_auto_ep_size(tmp_path, world, experts, expected):
-    assert expert_parallel_size(_config(tmp_path, f"model.moe.num_experts={experts}"), world) == expected
+    assert layout_of(_config(tmp_path, f"model.moe.num_experts={experts}"), world).ep == expected
 
 
 def test_impossible_layouts_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"num_experts 3 is not divisible by parallel\.ep_size 2"):
-        expert_parallel_size(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
+        layout_of(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
     with pytest.raises(UserError, match="ep_size 2 does not divide the world size 3"):
-        expert_parallel_size(_config(tmp_path, "parallel.ep_size=2"), 3)
+        layout_of(_config(tmp_path, "parallel.ep_size=2"), 3)
 
 
 @pytest.mark.parametrize(

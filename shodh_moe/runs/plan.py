@@ -22,7 +22,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ContextParallel, ExpertParallel
 from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, layout_of
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
@@ -87,7 +87,8 @@ def count_parameters(config: Config, world: int) -> Parameters:
     """Count parameters by building a model with one block, as one rank holds it, without allocating memory.
 
     Raises:
-        UserError: the experts cannot be distributed over the ranks, or ``model.patch`` does not divide the latent grid.
+        UserError: the experts or the slabs of samples cannot be distributed over the ranks, or ``model.patch`` does not
+            divide the latent grid.
     """
     ep, depth = layout_of(config, world).ep, config.model.depth
     model = _with_one_block(config, ep)
@@ -103,7 +104,8 @@ def _with_one_block(config: Config, ep: int) -> LatentTransformer:
     """The trained network as one rank holds it, without memory, and with its first block alone."""
     channels, grid = config.tokenizer.latent_channels, latent_grid(config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, grid, 0, ExpertParallel(ep))
+        one_block, cp = config.model.model_copy(update={"depth": 1}), ContextParallel(config.parallel.context_size)
+        model = LatentTransformer(one_block, channels, grid, 0, ExpertParallel(ep), cp=cp)
         if config.finetune and config.finetune.train == "lora":
             add_low_rank(model, config.finetune.rank)
     return model
@@ -168,11 +170,29 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     outside = tokens * (m.dim * (wide + narrow) + channels * (narrow * (m.history + 1) + wide * (m.history + 4)))
     outside += _path_bytes(config) + _summed_bytes(config, ep)
     backward, block = tokens * m.dim * wide + 2 * row, _block_bytes(config, ep)
-    exchange = 2 * row if ep > 1 else 0
+    exchange = max(2 * row if ep > 1 else 0, _gather_bytes(config))
     if t.activation_checkpointing:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
         return {"activations": kept + outside, "backward": backward + block, "exchange": exchange}
     return {"activations": m.depth * block + outside, "backward": backward, "exchange": exchange}
+
+
+def _gather_bytes(config: Config) -> int:
+    """Return the bytes that gathering keys and values needs: those of a slab, and those of all slabs in two orders."""
+    slabs, (_, narrow) = config.parallel.context_size, _widths(config)
+    return batch_tokens(config) * 2 * config.model.dim * narrow * (1 + 2 * slabs) if slabs > 1 else 0
+
+
+def gather_traffic(config: Config) -> int:
+    """Return the bytes that a rank sends to those with other slabs of its samples, per optimizer step.
+
+    These are keys and values in the forward pass, the same again if the backward pass recomputes blocks, and their
+    gradients. A few numbers for each sample, for the router and the loss, are left out.
+    """
+    m, t, (_, narrow) = config.model, config.training, _widths(config)
+    passes = 3 if t.activation_checkpointing else 2
+    sent = batch_tokens(config) * 2 * m.dim * narrow * (config.parallel.context_size - 1)
+    return t.accumulation * passes * m.depth * sent
 
 
 def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
@@ -189,6 +209,7 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
     )
     parts = activation_bytes(full, ep)
     sample = (config.model.history + 2) * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    sample //= config.parallel.context_size
     own = _widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
     packed = _widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
@@ -273,6 +294,9 @@ def _block_bytes(config: Config, ep: int) -> int:
     # The norm's output (d), q, k and v (3 d), rotated q and k (2 d), the result by head and by token (2 d); logsumexps.
     attention = narrow * 8 * d + wide * m.heads
     attention += cast * 2 * wide * d  # wide copies of q and k, the inputs of their norms
+    if (slabs := config.parallel.context_size) > 1:
+        # Keys and values of all slabs replace the rotated k and, where there are wide copies, the narrow q, k and v.
+        attention += narrow * d * (2 * slabs - (4 if cast else 1))
     own_router = bool(experts) and moe.scope == "layer"
     router = wide * d if own_router or not cast or not experts else 0  # the norm's output
     if own_router:
@@ -281,7 +305,7 @@ def _block_bytes(config: Config, ep: int) -> int:
     shared += cast * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
     per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
     # Bytes that do not depend on the batch:
-    rotary = 4 * wide * sample_tokens(config) * (d // m.heads // 2)  # cosines and sines for q and k
+    rotary = 4 * wide * sample_tokens(config) // slabs * (d // m.heads // 2)  # cosines and sines for q and k
     weights = cast * narrow * (4 * d * d + 3 * d * f * (moe.shared_experts + experts // ep))  # narrow copies
     paths, rank = attention_paths(moe)
     own = (_routed_bytes(config, d, 3 * d, rank) + _routed_bytes(config, d, d, rank)) if paths else 0
@@ -351,6 +375,7 @@ def plan(config: Config, world: int) -> str:
         "steps": f"{t.steps:,} with {samples:,} samples each",
         "memory per GPU": f"{sizes.pop('sum') / 2**30:.1f} GiB (computed, without CUDA's and NCCL's own), of which",
         **{f"  {part}": f"{size / 2**30:.2f} GiB" for part, size in sizes.items()},
+        **({"slabs": f"{gather_traffic(config) / 2**20:,.1f} MiB sent per rank and step"} if ranks.cp > 1 else {}),
         "checkpoint": f"{checkpoint_bytes(config, world) / 1e9:,.1f} GB, at most {checkpoints_kept(config)} on disk",
     }
     if not config.data.path:

@@ -37,7 +37,7 @@ class TrainingConfig(Section):
     """Pretraining: optimizer, schedule, and how often to write checkpoints and records."""
 
     steps: Positive = setting(400, changes="run", description="optimizer steps")
-    batch_size: Positive = setting(16, changes="run", description="samples per rank and micro-batch")
+    batch_size: Positive = setting(16, changes="run", description="samples per micro-batch and rank (or context group)")
     accumulation: Positive = setting(1, changes="run", description="micro-batches per optimizer step")
     learning_rate: PositiveFloat = setting(1e-3, changes="run")
     min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")

@@ -15,10 +15,12 @@ import torch.distributed as dist
 
 from shodh_moe.base.network import free_port
 from shodh_moe.checkpoint import CheckpointReader
+from shodh_moe.training.records import read_run
 from tests.forked import spawn
-from tests.training.synthetic import CONFIG, write_latents
+from tests.training.launch import launch
+from tests.training.synthetic import CONFIG, write_case, write_latents
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS, SAVED_AT = 6, 3
 GRID = 4
@@ -35,7 +37,14 @@ SETTINGS = (
 PATH = ("model.moe.scope=path", "model.moe.attention=own")
 CASES: dict[str, tuple[str, ...]] = {
     "path": (*PATH, "training.loss=domain"),
-    "layer": ("model.moe.scope=layer", "training.loss=relative", "training.accumulation=2"),
+    # Every expert has room for all tokens, because a capacity drops tokens of each rank.
+    "layer": (
+        "model.moe.scope=layer",
+        "model.moe.dropless=false",
+        "model.moe.capacity_factor=4.0",
+        "training.loss=relative",
+        "training.accumulation=2",
+    ),
     "windows": (*PATH, "model.moe.router.context=window", "model.norms=sandwich", "training.loss=sample"),
     "sample and token": (
         *PATH,
@@ -56,8 +65,13 @@ SHARED = {
     "EP 2, ZeRO 2, samples": ("parallel.ep_size=2", "parallel.exchange=sample", "parallel.zero_stage=2"),
 }
 RUNS = [("path", layout) for layout in SHARED]
-RUNS += [(case, layout) for case in CASES if case != "path" for layout in ("EP 2", "EP 2, ZeRO 1") if case != "film"]
-RUNS += [("film", "EP 1")]
+RUNS += [
+    ("layer", "EP 2"),
+    ("windows", "EP 2"),
+    ("sample and token", "EP 2, ZeRO 1"),
+    ("bias", "EP 1"),
+    ("film", "EP 1"),
+]
 WHOLE = ("parallel.ep_size=1",)
 
 
@@ -207,3 +221,29 @@ def test_the_cases_learn_clip_and_route(folder):
     for case, run in torch.load(folder / "whole.pt", weights_only=True).items():
         assert run["losses"][-1, 0] < run["losses"][0, 0], case
         assert (run["norms"][:, 0] > 0.05).any(), case
+
+
+def test_a_run_in_slabs_writes_the_same_records_and_is_continued_without(tmp_path):
+    """Training, validation and telemetry of two ranks with slabs and of one with whole samples."""
+    folder, worker = write_case(tmp_path / "case"), Path(__file__).with_name("worker_pretrain.py")
+
+    def pretrain(ranks: int, name: str, *settings: str, resume: str = "auto") -> str:
+        common = ("training.precision=float64", "model.moe.scope=path", "model.moe.dropless=true")
+        done = launch(ranks, worker, str(folder), str(tmp_path / name), resume, *common, *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    pretrain(1, "whole")
+    assert "ZeRO 0, float64, CP 2" in pretrain(2, "slabs", "parallel.context_size=2")
+    checkpoint = str(tmp_path / "slabs" / "checkpoints" / "3")
+    assert "made by 2 ranks at CP 2, now 1\n" in pretrain(1, "continued", resume=checkpoint)
+    whole, slabs, continued = (read_run(tmp_path / name) for name in ("whole", "slabs", "continued"))
+    assert [record["kind"] for record in slabs] == ["train", "valid", "train", "valid"]
+    for one, other in [*zip(whole, slabs, strict=True), *zip(whole[2:], continued, strict=True)]:
+        for key in ("loss", "prediction_loss", "commitment_loss", "grad_norm", "latent_mse", "latent_mse_persistence"):
+            if key in one:
+                torch.testing.assert_close(other[key], one[key], rtol=1e-9, atol=1e-12, msg=key)
+    for one, other in zip(whole[::2], slabs[::2], strict=True):
+        for key in ("load", "entropy", "mean_gate", "largest_logit", "load_all"):
+            for layer, same in zip(one["routing"], other["routing"], strict=True):
+                torch.testing.assert_close(same[key], layer[key], rtol=1e-9, atol=1e-12, msg=key)

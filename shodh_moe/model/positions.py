@@ -1,6 +1,7 @@
 """3D axial rotary positions (DESIGN 3.4): the angle by which each token rotates each pair of features of a head.
 
-Shapes: B samples, S tokens per sample, W head width, P = W / 2 pairs of features, of which each axis rotates a third.
+Shapes: B samples, S tokens per sample (on this rank), W head width, P = W / 2 pairs of features, of which each axis
+rotates a third.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from shodh_moe.parallel import ALONE, ContextParallel
 
 
 def axial_rotary(grid: Sequence[int], head_width: int, base: float = 100.0) -> Tensor:
@@ -58,21 +61,28 @@ def _along_axes(grid: Sequence[int], head_width: int, frequencies: list[Tensor])
 
 
 def token_angles(
-    grid: tuple[int, int, int], head_width: int, device: torch.device, periodic_B3: Tensor | None = None
+    grid: tuple[int, int, int],
+    head_width: int,
+    device: torch.device,
+    periodic_B3: Tensor | None = None,
+    cp: ContextParallel = ALONE,
 ) -> Tensor:
     """Return the angles of all tokens, float64: [S, P] for all samples, or [B, 1, S, P] with ``periodic_B3``.
 
     Args:
-        grid: numbers of tokens along x, y and z.
+        grid: numbers of tokens along x, y and z on this rank.
         head_width: W.
         periodic_B3: whether positions close on themselves along each axis of each sample, bool; None: along none.
+        cp: which slab of each sample the tokens are; their positions are those in the whole sample.
     """
-    open_SP = _table(axial_rotary, grid, head_width, device)
+    whole = cp.whole(grid)
+    own = cp.slab(math.prod(whole))
+    open_SP = _table(axial_rotary, whole, head_width, device)[own]
     if periodic_B3 is None:
         return open_SP
     pairs = head_width // 2 // 3
     wraps_BP = F.pad(periodic_B3.repeat_interleave(pairs, dim=1), (0, head_width // 2 - 3 * pairs))
-    closed_SP = _table(periodic_rotary, grid, head_width, device)
+    closed_SP = _table(periodic_rotary, whole, head_width, device)[own]
     return torch.where(wraps_BP[:, None, None], closed_SP, open_SP)
 
 

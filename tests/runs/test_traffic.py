@@ -31,11 +31,12 @@ def _rows(config: Config, world: int, why: str) -> list[Traffic]:
     return [row for row in step_traffic(config, world) if row.why == why]
 
 
-def test_an_exchange_of_samples_sends_latents_and_six_numbers():
+def test_an_exchange_of_samples_sends_latents_and_twelve_numbers():
     config = load_config(CONFIGS / "node_8gpu.yaml")
     (row,) = _rows(config, 8, "samples")
-    # Two latents of history, geometry and target; domain, stride, expert in int64; norm, weight, error in float32.
-    sample = 4 * 128 * 16**3 * 4 + 3 * 8 + 3 * 4
+    # Two latents of history, geometry and target; domain, stride, expert and six faces in int64; norm, weight and error
+    # in float32.
+    sample = 4 * 128 * 16**3 * 4 + 9 * 8 + 3 * 4
     assert (row.kind, row.group, row.ranks, row.count) == ("all_to_all", "expert parallel", 8, 3)
     assert row.sent == 8 * sample + 8 * 8 * 8  # the counts of all pairs of ranks
 

@@ -76,20 +76,24 @@ def token_angles(
         cp: which slab of each sample the tokens are; their positions are those in the whole sample.
     """
     whole = cp.whole(grid)
-    own = cp.slab(math.prod(whole))
-    open_SP = _table(axial_rotary, whole, head_width, device)[own]
+    open_SP = _table(axial_rotary, whole, head_width, device, cp.size, cp.rank)
     if periodic_B3 is None:
         return open_SP
     pairs = head_width // 2 // 3
     wraps_BP = F.pad(periodic_B3.repeat_interleave(pairs, dim=1), (0, head_width // 2 - 3 * pairs))
-    closed_SP = _table(periodic_rotary, whole, head_width, device)[own]
+    closed_SP = _table(periodic_rotary, whole, head_width, device, cp.size, cp.rank)
     return torch.where(wraps_BP[:, None, None], closed_SP, open_SP)
 
 
 @lru_cache(maxsize=32)
 def _table(
-    make: Callable[[Sequence[int], int], Tensor], grid: tuple[int, int, int], head_width: int, device: torch.device
+    make: Callable[[Sequence[int], int], Tensor],
+    grid: tuple[int, int, int],
+    head_width: int,
+    device: torch.device,
+    slabs: int,
+    slab: int,
 ) -> Tensor:
-    """The result is cached, so callers must not write to it."""
+    """The angles of one slab. The result is cached, so callers must not write to it."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return make(grid, head_width).to(device)
+        return make(grid, head_width).chunk(slabs)[slab].to(device)

@@ -22,6 +22,7 @@ from shodh_moe.config.load import load_config
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.experts import Experts, to_autocast
 from shodh_moe.model.learning import prepare_fine_tuning
+from shodh_moe.model.positions import token_angles
 from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
@@ -152,6 +153,8 @@ def _check_activations(config: Config, cp: ContextParallel = ALONE) -> None:
     grid[0] //= cp.size
     if config.finetune:
         prepare_fine_tuning(model, config.finetune, ExpertParallel())
+    # Positions are cached for all layers and steps, and small.
+    token_angles((grid[0], grid[1], grid[2]), config.model.dim // config.model.heads, torch.device("cpu"), cp=cp)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         history = torch.randn(batch, config.model.history, channels, *grid)
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.base.tensors import sent
 from shodh_moe.parallel import ALONE, ContextParallel
 
 
@@ -96,4 +97,4 @@ def _table(
 ) -> Tensor:
     """The angles of one slab. The result is cached, so callers must not write to it."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return make(grid, head_width).chunk(slabs)[slab].to(device)
+        return sent(make(grid, head_width).chunk(slabs)[slab], device)

@@ -178,9 +178,16 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
 
 
 def _gather_bytes(config: Config) -> int:
-    """Return the bytes that gathering keys and values needs: those of a slab, and those of all slabs in two orders."""
+    """Return the bytes that gathering keys and values needs beyond what autograd keeps at another time.
+
+    They are those of a slab, and those of all slabs in two orders. At that time the feed-forward part of the last block
+    has not begun, or is freed by the backward pass.
+    """
     slabs, (_, narrow) = config.parallel.context_size, widths(config)
-    return batch_tokens(config) * 2 * config.model.dim * narrow * (1 + 2 * slabs) if slabs > 1 else 0
+    if slabs == 1:
+        return 0
+    gathered = batch_tokens(config) * 2 * config.model.dim * narrow * (1 + 2 * slabs)
+    return max(gathered - _feed_forward_bytes(config), 0)
 
 
 def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
@@ -290,16 +297,23 @@ def _block_bytes(config: Config, ep: int) -> int:
     router = wide * d if own_router or not cast or not experts else 0  # the norm's output
     if own_router:
         router += 4 * moe.router.dim + _decision_bytes(moe)
-    shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
-    shared += cast * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
-    per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
     # Bytes that do not depend on the batch:
     rotary = 4 * wide * sample_tokens(config) // slabs * (d // m.heads // 2)  # cosines and sines for q and k
     weights = cast * narrow * (4 * d * d + 3 * d * f * (moe.shared_experts + experts // ep))  # narrow copies
     paths, rank = attention_paths(moe)
     own = (_routed_bytes(config, d, 3 * d, rank) + _routed_bytes(config, d, d, rank)) if paths else 0
-    rows = batch_tokens(config) * (norms + attention + router + shared) + slots(config) * per_slot
+    rows = batch_tokens(config) * (norms + attention + router) + _feed_forward_bytes(config)
     return rows + rotary + weights + own
+
+
+def _feed_forward_bytes(config: Config) -> int:
+    """Return the bytes that autograd keeps for the experts of one block, without weights."""
+    moe, d, (wide, narrow) = config.model.moe, config.model.dim, widths(config)
+    f = moe.expert_hidden
+    shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
+    shared += (wide != narrow) * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
+    per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
+    return batch_tokens(config) * shared + slots(config) * per_slot
 
 
 def memory(config: Config, world: int) -> dict[str, int]:

@@ -35,6 +35,10 @@ SETTINGS = (
     "deepspeed.zero_optimization={reduce_bucket_size: 100000}",  # the default takes gigabytes
 )
 PATH = ("model.moe.scope=path", "model.moe.attention=own")
+ROLLOUT = (
+    *("training.unroll=2", "training.history_noise=0.1", "model.strides=[1,2]", "model.scale_history=true"),
+    *("model.boundaries=true", "model.positions=periodic_aware"),  # the first axis has walls in one domain
+)
 CASES: dict[str, tuple[str, ...]] = {
     "path": (*PATH, "training.loss=domain"),
     # Every expert has room for all tokens, because a capacity drops tokens of each rank.
@@ -55,6 +59,17 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "bias": (*PATH, "model.moe.router.balance=bias", "model.patch=2"),
     "film": ("model.film=true", "model.moe.scope=layer", "model.moe.num_experts=0"),
+    "through time": (*PATH, *ROLLOUT, "training.unroll_gradient=through", "training.loss=relative"),
+    "push-forward": (
+        *(*PATH, *ROLLOUT, "training.unroll_gradient=last", "training.loss=sample"),
+        "training.activation_checkpointing=true",
+        "model.moe.router.balance=global",
+    ),
+    "both, through time": (*PATH, *ROLLOUT, "training.unroll_gradient=through", "model.moe.router.context=both"),
+    "film, through time": (
+        *("model.film=true", "model.moe.scope=layer", "model.moe.num_experts=0"),
+        *(*ROLLOUT, "training.unroll_gradient=through"),
+    ),
 }
 # Layouts of four ranks: settings beside those of the case.
 SHARED = {
@@ -71,6 +86,11 @@ RUNS += [
     ("sample and token", "EP 2, ZeRO 1"),
     ("bias", "EP 1"),
     ("film", "EP 1"),
+    ("through time", "EP 2, ZeRO 1"),
+    ("through time", "EP 2, ZeRO 2, samples"),
+    ("push-forward", "EP 2, samples"),
+    ("both, through time", "EP 1"),
+    ("film, through time", "EP 1"),
 ]
 WHOLE = ("parallel.ep_size=1",)
 
@@ -81,12 +101,12 @@ class _Run:
     def __init__(self, folder: Path, name: str, *settings: str):
         from shodh_moe.config.load import load_config
         from shodh_moe.data.sampler import DomainSampler
-        from shodh_moe.tokenizer.latents import LatentSamples, load_latents
+        from shodh_moe.tokenizer.latents import load_latents, samples_of
         from shodh_moe.training.pretrain import latent_engine
 
         self.config = load_config(folder / "config.yaml", [*SETTINGS, *settings])
         self.folder, self.step = folder / name, 0
-        self.samples = LatentSamples(load_latents(folder / "latents", "train"), self.config.model.history)
+        self.samples = samples_of(self.config, load_latents(folder / "latents", "train"), "train")
         self.engine = latent_engine(self.config, 4, self.samples)
         layout = self.engine.layout
         self.sampler = DomainSampler(self.samples.sizes, self.config.training.batch_size, 0, layout.batches)
@@ -94,14 +114,21 @@ class _Run:
     def train(self, steps: int) -> dict[str, torch.Tensor]:
         """Return the losses of each micro-batch, as means over ranks, and the norms of each step."""
         from shodh_moe.training.balance import update_biases
+        from shodh_moe.training.draws import draw_noise, draw_strides
         from shodh_moe.training.forward import forward
 
         engine, rank, found = self.engine, dist.get_rank(), {"losses": [], "norms": []}
         accumulation, scale_D = self.config.training.accumulation, self.samples.change_scale()
+        seed, slab = self.config.seed, engine.cp.slab(GRID)
         for micro in range(self.step * accumulation, (self.step + steps) * accumulation):
             picks = self.sampler.batch(micro, engine.layout.batch_rank(rank))
-            batch = self.samples.batch(picks, slab=engine.cp.slab(GRID)).to("cpu", engine.dtype)
-            losses, routing, _ = forward(engine, batch, self.config, scale_D)
+            number = micro // accumulation
+            strides = draw_strides(self.samples, picks, seed, number)
+            batch = self.samples.batch(picks, strides, slab).to("cpu", engine.dtype)
+            noise = None
+            if self.config.training.history_noise:
+                noise = draw_noise(self.samples, picks, seed, number, slab).to(engine.dtype)
+            losses, routing, _ = forward(engine, batch, self.config, scale_D, noise)
             step = engine.step(losses.loss, 1e-2)
             mean = torch.stack(losses[:5]).detach()
             dist.all_reduce(mean)
@@ -182,7 +209,7 @@ def _whole(rank: int, folder: Path, port: int) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("context_parallel")
     (folder / "config.yaml").write_text(CONFIG)
-    write_latents(folder / "latents", channels=4, grid=GRID)
+    write_latents(folder / "latents", channels=4, grid=GRID, wall_axis=0)
     spawn(_slabs, (folder, free_port()), 4)
     spawn(_whole, (folder, free_port()), 2)
     return folder
@@ -228,7 +255,7 @@ def test_a_run_in_slabs_writes_the_same_records_and_is_continued_without(tmp_pat
     folder, worker = write_case(tmp_path / "case"), Path(__file__).with_name("worker_pretrain.py")
 
     def pretrain(ranks: int, name: str, *settings: str, resume: str = "auto") -> str:
-        common = ("training.precision=float64", "model.moe.scope=path", "model.moe.dropless=true")
+        common = ("training.precision=float64", "model.moe.scope=path", "model.moe.dropless=true", *ROLLOUT)
         done = launch(ranks, worker, str(folder), str(tmp_path / name), resume, *common, *settings)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -98,8 +98,8 @@ def counting() -> Iterator[Counter]:
 class _Engine:
     """What `training.forward` needs of an engine, without DeepSpeed's reduction of gradients."""
 
-    def __init__(self, model: nn.Module, ep: Any):
-        self.model, self.ep = model, ep
+    def __init__(self, model: nn.Module, ep: Any, cp: Any):
+        self.model, self.ep, self.cp = model, ep, cp
 
     def __call__(self, *inputs: Any) -> Any:
         return self.model(*inputs)
@@ -164,7 +164,7 @@ def _config(case: dict[str, int], variant: str, ranks: int) -> Any:
 
 def _measure(case: dict[str, int], variant: str, rank: int, ranks: int, rounds: int) -> dict[str, Any]:
     from shodh_moe.model import LatentTransformer
-    from shodh_moe.parallel import ExpertParallel
+    from shodh_moe.parallel import ALONE, ExpertParallel
     from shodh_moe.training.forward import forward
 
     config = _config(case, variant, ranks)
@@ -174,7 +174,7 @@ def _measure(case: dict[str, int], variant: str, rank: int, ranks: int, rounds: 
     if variant == "deepspeed":
         for block in model.blocks:
             block.moe = _DeepSpeedBlock(config.model.moe, case["dim"], ranks)
-    engine: Any = _Engine(model, ep)
+    engine: Any = _Engine(model, ep, ALONE)
     batch = _batch(case, rank, ranks, variant.endswith("3:1"))
     cpu, wall, within, computed = [], [], [], None
     for number in range(WARM_UP + rounds):

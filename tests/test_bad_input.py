@@ -54,6 +54,24 @@ def tokenizer(here: Path) -> Path:
     return save_tokenizer(here / "tok", [16, 16, 16])
 
 
+# Layouts.
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slabs", "says"),
+    [
+        (4, 4, "parallel.context_size 4 does not divide the 2 tokens along the first axis"),
+        (3, 2, "parallel.context_size 2 does not divide the world size 3: set it to 1"),
+    ],
+)
+def test_slabs_that_do_not_fit_are_refused(
+    here: Path, capfd: pytest.CaptureFixture[str], ranks: int, slabs: int, says: str
+) -> None:
+    settings = (f"parallel.processes={ranks}", f"parallel.context_size={slabs}")
+    refused(capfd, "run", "--config", "tiny.yaml", *settings, says=(says,))
+    refused(capfd, "plan", "--config", "tiny.yaml", *settings, says=(says,))
+
+
 # Data files.
 
 

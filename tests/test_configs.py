@@ -11,7 +11,7 @@ from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.runs import plan
 from shodh_moe.runs.checks import _check_generated
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, layout_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 HOST_GPUS = 8
@@ -34,7 +34,7 @@ def _world(path: Path) -> int:
 
 def test_the_config_fits_its_ranks(path):
     config, world = load_config(path), _world(path)
-    ep = expert_parallel_size(config, world)
+    ep = layout_of(config, world).ep
     deepspeed_config(config, world)
     _check_generated(config)
     assert config.name == path.stem

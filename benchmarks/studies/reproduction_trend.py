@@ -70,6 +70,7 @@ class Point:
             f"training.warmup_steps={max(1, self.steps // 20)}",
             "parallel.processes=1",
             "parallel.ep_size=1",
+            "parallel.context_size=1",
         ]
 
     def name(self, base: str) -> str:
@@ -86,7 +87,7 @@ def planned(options: argparse.Namespace, base: Config) -> dict[Point, list[str]]
     """Arguments of each point's `shodh run` after ``--config``; cheap points first."""
     tokenizer = resolve_paths(base).tokenizer
     domains = [name for name, _ in base.data.domains.items()]
-    samples = base.training.batch_size * count_ranks(base)
+    samples = base.training.batch_size * count_ranks(base) // base.parallel.context_size
     words = {}
     found = {point for points in _axes(options, base).values() for point in points}
     for point in sorted(found, key=lambda point: (point.dim**2 * point.steps, astuple(point))):

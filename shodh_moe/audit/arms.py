@@ -87,7 +87,7 @@ def shared_config(audit: AuditConfig) -> Config:
             "tokenizer": base.tokenizer.model_copy(
                 update={"path": str(resolve_paths(base).tokenizer), "seed": tokenizer_seed(base)}
             ),
-            "parallel": base.parallel.model_copy(update={"processes": 1, "ep_size": "auto"}),
+            "parallel": base.parallel.model_copy(update={"processes": 1, "ep_size": "auto", "context_size": 1}),
         }
     )
 

@@ -71,6 +71,8 @@ class ExpertConfig(Section):
     def _check_lists(self) -> ExpertConfig:
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ValueError(f"splits {self.splits} must be one or more different splits")
+        if (slabs := self.parallel.context_size) > 1:
+            raise ValueError(f"parallel.context_size {slabs}: every rank has whole fields here: set it to 1")
         if not self.rollout:
             raise ValueError("rollout must have one or more numbers of steps")
         frames = self.network.history + max(self.rollout)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from shodh_moe.base.errors import UserError
 from shodh_moe.config.model import ModelConfig, MoEConfig
 from shodh_moe.config.tokenizer import COMPRESSION
+from shodh_moe.parallel import nearest_divisor
 
 
 def size_step(model: ModelConfig) -> int:
@@ -43,3 +44,24 @@ def require_size(grid: Sequence[int], model: ModelConfig, where: str) -> None:
         parts += [f"model.patch {model.patch}"] if model.patch > 1 else []
         parts += [f"model.moe.router.window {token_window(model.moe)}"] if token_window(model.moe) > 1 else []
         raise UserError(f"{where} {list(grid)}, {found} (from {' times '.join(parts)}); crop, pad or resample to one")
+
+
+def require_slabs(latent_grid: Sequence[int], model: ModelConfig, slabs: int) -> None:
+    """Check that latents can be cut along their first axis into slabs of equal size, without cutting tokens or windows.
+
+    Args:
+        latent_grid: a grid that a model takes (`require_size`), in latents.
+        slabs: ``parallel.context_size``.
+
+    Raises:
+        UserError: they cannot; names the nearest number of slabs that is possible.
+    """
+    tokens, window = latent_grid[0] // model.patch, token_window(model.moe)
+    if slabs == 1 or not tokens % (slabs * window):
+        return
+    if tokens % slabs:
+        wrong = f"does not divide the {tokens} tokens along the first axis of the latent grid"
+    else:
+        wrong = f"cuts windows of {window} tokens (model.moe.router.window)"
+    nearest = nearest_divisor(slabs, max(tokens // window, 1))
+    raise UserError(f"parallel.context_size {slabs} {wrong}: set it to {nearest}")

@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     """Pretraining: optimizer, schedule, and how often to write checkpoints and records."""
 
     steps: Positive = setting(400, changes="run", description="optimizer steps")
-    batch_size: Positive = setting(16, changes="run", description="samples per rank and micro-batch")
+    batch_size: Positive = setting(16, changes="run", description="samples per micro-batch and rank (or context group)")
     accumulation: Positive = setting(1, changes="run", description="micro-batches per optimizer step")
     learning_rate: PositiveFloat = setting(1e-3, changes="run")
     min_learning_rate: NonNegativeFloat = setting(1e-5, changes="run", description="learning rate at the last step")
@@ -135,7 +135,7 @@ class TelemetryConfig(Section, changes="nothing"):
 
 
 class ParallelConfig(Section, changes="nothing"):
-    """Parallel layout: world size = EP x EDP (DESIGN 7). A checkpoint fits every layout."""
+    """Parallel layout: world size = EP x EDP x CP (DESIGN 7). A checkpoint fits every layout."""
 
     processes: Positive | Literal["auto"] = Field("auto", description="ranks on this host; auto: one per GPU, 2 on CPU")
     hostfile: PathText | None = Field(
@@ -147,6 +147,10 @@ class ParallelConfig(Section, changes="nothing"):
     )
     ep_size: Positive | Literal["auto"] = Field(
         "auto", description="ranks that share the experts; auto: the largest that divides world size and experts"
+    )
+    context_size: Positive = Field(
+        1,
+        description="ranks that share the tokens of each sample, as slabs of its latent grid; 1: whole samples",
     )
     exchange: Literal["sample", "token", "auto"] = Field(
         "auto",

@@ -226,7 +226,7 @@ def _ranges(source: ModelSource) -> list[str]:
 
 def _training(config: Config, trained: Model) -> str:
     t = config.training
-    samples = t.batch_size * t.accumulation * trained.world_size
+    samples = t.batch_size * t.accumulation * trained.world_size // config.parallel.context_size
     return f"""## Training
 
 {trained.step} of {t.steps} steps, {samples} samples each, under the DeepSpeed engine; ranks: {trained.world_size},

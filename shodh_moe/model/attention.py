@@ -1,6 +1,6 @@
 """Self-attention over latent tokens with QK-norm and rotary positions (DESIGN 3.4).
 
-Shapes: B batch, S tokens per sample, H heads, D model width, W head width, P = W / 2 pairs of features.
+Shapes: B batch, S tokens per sample (on this rank), H heads, D model width, W head width, P = W / 2 pairs of features.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from shodh_moe.model.norm import make_norm
 from shodh_moe.model.plan import Plan
 from shodh_moe.model.routed_linear import RoutedLinear
+from shodh_moe.parallel import ALONE, ContextParallel
 
 
 def rotate(x_BHSW: Tensor, angles: Tensor) -> Tensor:
@@ -29,6 +30,8 @@ def rotate(x_BHSW: Tensor, angles: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Full attention among the tokens of each sample, with torch's scaled_dot_product_attention.
 
+    With context parallelism, each rank has the queries of its slab, and gathers the keys and values of all slabs.
+
     Args:
         dim: model width D.
         heads: H.
@@ -36,6 +39,7 @@ class Attention(nn.Module):
         experts: number of paths with a part of their own in both projections; 0: none.
         rank: rank of that part; None: full matrices.
         shared: whether the projections also have a part for all paths.
+        cp: which tokens of each sample this rank has.
     """
 
     def __init__(
@@ -46,9 +50,10 @@ class Attention(nn.Module):
         experts: int = 0,
         rank: int | None = None,
         shared: bool = True,
+        cp: ContextParallel = ALONE,
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.cp = heads, cp
         self.qkv = RoutedLinear(dim, 3 * dim, experts, bias=False, rank=rank, shared=shared)
         self.out = RoutedLinear(dim, dim, experts, bias=False, rank=rank, shared=shared)
         self.q_norm, self.k_norm = make_norm(dim // heads, norm), make_norm(dim // heads, norm)
@@ -66,5 +71,8 @@ class Attention(nn.Module):
         # one dtype.
         wide = self.q_norm.weight.dtype
         q, k = rotate(self.q_norm(q.to(wide)), angles), rotate(self.k_norm(k.to(wide)), angles)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        k = k.to(v.dtype)
+        if self.cp.size > 1:
+            k, v = self.cp.gather_tokens(torch.stack([k, v]), dim=3).unbind()
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v)
         return self.out(y.transpose(1, 2).reshape(b, s, d), plan)

@@ -1,7 +1,8 @@
 """Tell the network what the faces of each sample's box are.
 
-Shapes: B samples, x y z grid of tokens, S tokens per sample, 3 axes, 2 faces of an axis (low, high), K kinds of a face
-that is not periodic (wall, open), D model width. Codes of faces are those of `shodh_moe.base.boundaries`.
+Shapes: B samples, x y z grid of tokens, S tokens per sample (on this rank), 3 axes, 2 faces of an axis (low, high), K
+kinds of a face that is not periodic (wall, open), D model width. Codes of faces are those of
+`shodh_moe.base.boundaries`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from shodh_moe.base.boundaries import KINDS
 from shodh_moe.base.parameters import mark
+from shodh_moe.parallel import ALONE, ContextParallel
 
 WALL, OPEN, PERIODIC = range(len(KINDS))
 
@@ -27,10 +29,12 @@ class BoundaryEmbedding(nn.Module):
 
     Args:
         dim: D.
+        cp: which slab of each sample this rank has.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, cp: ContextParallel = ALONE):
         super().__init__()
+        self.cp = cp
         self.face_32KD = nn.Parameter(torch.zeros(3, 2, PERIODIC, dim))
         self.periodic_3D = nn.Parameter(torch.zeros(3, dim))
         mark(self.face_32KD, decay=False)
@@ -41,18 +45,20 @@ class BoundaryEmbedding(nn.Module):
 
         Args:
             boundary_B32: codes of the faces, int64.
-            grid: x, y, z.
+            grid: x, y, z on this rank. Faces are those of the whole sample.
         """
         dtype = self.face_32KD.dtype
         kind_B32K = (boundary_B32[..., None] == torch.arange(PERIODIC, device=boundary_B32.device)).to(dtype)
         face_B32D = torch.einsum("bafk,afkd->bafd", kind_B32K, self.face_32KD)
         all_B3D = periodic_axes(boundary_B32).to(dtype)[..., None] * self.periodic_3D
         added = all_B3D.sum(1)[:, None, None, None]
-        for axis, size in enumerate(grid):
+        for axis, size in enumerate(self.cp.whole(grid)):
             first_n = torch.arange(size, device=boundary_B32.device) == 0
             side_n2 = torch.stack([first_n, first_n.flip(0)], dim=1).to(dtype)
+            if axis == 0:  # only the first and the last slab have a face across it
+                side_n2 = side_n2[self.cp.slab(size)]
             along_BnD = torch.einsum("nf,bfd->bnd", side_n2, face_B32D[:, axis])
-            shape = [size if other == axis else 1 for other in range(3)]
+            shape = [grid[axis] if other == axis else 1 for other in range(3)]
             added = added + along_BnD.view(len(boundary_B32), *shape, -1)
         return added.flatten(1, 3)
 

@@ -1,6 +1,7 @@
 """Inputs of the latent transformer's embedding: latents as tokens, and a sample's own scale.
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample.
+Shapes: B batch, H history, C latent channels, x y z latent grid (of this rank's slab), S tokens per sample (on this
+rank).
 """
 
 from __future__ import annotations
@@ -10,25 +11,32 @@ from torch import Tensor
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import ModelConfig
+from shodh_moe.parallel import ALONE, ContextParallel
 
 TokenGrid = tuple[int, int, int]
 LEAST_SCALE = 1e-6  # of a history, so that one without any flow can be divided by it
 
 
-def embedding_inputs(history_BHCxyz: Tensor, geometry_BCxyz: Tensor, config: ModelConfig) -> Tensor:
+def embedding_inputs(
+    history_BHCxyz: Tensor, geometry_BCxyz: Tensor, config: ModelConfig, cp: ContextParallel = ALONE
+) -> Tensor:
     """Return the tokens before the embedding, [B, S, (H + 1) C patch^3].
 
     With ``model.scale_history`` the history is divided by `history_scale`; the geometry is not.
     """
     if config.scale_history:
-        history_BHCxyz = history_BHCxyz / history_scale(history_BHCxyz)[:, None]
+        history_BHCxyz = history_BHCxyz / history_scale(history_BHCxyz, cp)[:, None]
     return patchify(torch.cat([history_BHCxyz.flatten(1, 2), geometry_BCxyz], dim=1), config.patch)
 
 
-def history_scale(history_BHCxyz: Tensor) -> Tensor:
-    """Root mean square of each sample's history over all its snapshots, channels and cells, [B, 1, 1, 1, 1]."""
-    scale_B = history_BHCxyz.square().flatten(1).mean(1).sqrt()
-    return scale_B.clamp(min=LEAST_SCALE)[:, None, None, None, None]
+def history_scale(history_BHCxyz: Tensor, cp: ContextParallel = ALONE) -> Tensor:
+    """`history_rms`, but no less than `LEAST_SCALE`, [B, 1, 1, 1, 1]."""
+    return history_rms(history_BHCxyz, cp).clamp(min=LEAST_SCALE)[:, None, None, None, None]
+
+
+def history_rms(history_BHCxyz: Tensor, cp: ContextParallel = ALONE) -> Tensor:
+    """Root mean square of each sample's history over all its snapshots, channels and cells, in all slabs, [B]."""
+    return cp.mean(history_BHCxyz.square().flatten(1).mean(1)).sqrt()
 
 
 def token_grid(latent_BCxyz: Tensor, patch: int) -> TokenGrid:

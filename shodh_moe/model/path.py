@@ -1,7 +1,7 @@
 """Path routing: one decision per token and forward pass, made from the inputs of the embedding (DESIGN 3.5).
 
-Shapes: B samples, S tokens per sample, N = B S tokens, I inputs of a token's embedding, M rows that the router scores
-(samples, windows or tokens), F features of a row.
+Shapes: B samples, S tokens per sample (on this rank), N = B S tokens, I inputs of a token's embedding, M rows that the
+router scores (samples, windows or tokens), F features of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shodh_moe.config import MoEConfig
 from shodh_moe.model.inputs import TokenGrid
 from shodh_moe.model.plan import Plan, follow_plan, make_plan
 from shodh_moe.model.routers import Context, make_router
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel
 
 
 class Features(nn.Module):
@@ -35,13 +35,15 @@ class Features(nn.Module):
     Args:
         inputs: I.
         config: ``model.moe``.
+        cp: which tokens of each sample this rank has.
 
     Attributes:
         width: F.
     """
 
-    def __init__(self, inputs: int, config: MoEConfig):
+    def __init__(self, inputs: int, config: MoEConfig, cp: ContextParallel = ALONE):
         super().__init__()
+        self.inputs, self.cp = inputs, cp
         self.context, self.window = config.router.context, config.router.window
         self.width = {"sample": 2, "window": 2, "token": 1, "both": 3}[self.context] * inputs + 1
 
@@ -51,7 +53,7 @@ class Features(nn.Module):
         The second is None if every token has a row of its own.
 
         Args:
-            grid: numbers of tokens along x, y and z.
+            grid: numbers of tokens along x, y and z on this rank.
 
         Raises:
             UserError: the window does not divide the grid.
@@ -60,17 +62,18 @@ class Features(nn.Module):
         samples, tokens, _ = z_BSI.shape
         sample_B = torch.arange(samples, device=z_BSI.device)
         if self.context == "sample":
-            return _with_one(_mean_and_std(z_BSI)), sample_B.repeat_interleave(tokens)
+            return _with_one(_mean_and_std(z_BSI, self.cp)), sample_B.repeat_interleave(tokens)
         if self.context == "window":
             _require_windows(self.window, grid)
             window_S = _windows(grid, self.window, z_BSI.device)
             count = math.prod(grid) // self.window**3
             windows = z_BSI[:, torch.argsort(window_S, stable=True)].view(samples * count, -1, z_BSI.shape[2])
-            return _with_one(_mean_and_std(windows)), (sample_B[:, None] * count + window_S).flatten()
+            x_MF = _with_one(_mean_and_std(windows, ALONE))  # no slab cuts a window
+            return x_MF, (sample_B[:, None] * count + window_S).flatten()
         token_NI = _unit_rms(z_BSI.flatten(0, 1))
         if self.context == "token":
             return _with_one(token_NI), None
-        sample_NF = _mean_and_std(z_BSI).repeat_interleave(tokens, dim=0)
+        sample_NF = _mean_and_std(z_BSI, self.cp).repeat_interleave(tokens, dim=0)
         return _with_one(torch.cat([sample_NF, token_NI], dim=1)), None
 
 
@@ -81,12 +84,13 @@ class PathRouter(nn.Module):
         inputs: I.
         config: ``model.moe``.
         ep: which experts this rank holds.
+        cp: which tokens of each sample this rank has.
     """
 
-    def __init__(self, inputs: int, config: MoEConfig, ep: ExpertParallel):
+    def __init__(self, inputs: int, config: MoEConfig, ep: ExpertParallel, cp: ContextParallel = ALONE):
         super().__init__()
         self.config, self.ep = config, ep
-        self.features = Features(inputs, config)
+        self.features = Features(inputs, config, cp)
         self.router = make_router(config.router, self.features.width, config.num_experts)
 
     def forward(self, z_BSI: Tensor, grid: TokenGrid, context: Context) -> Plan:
@@ -106,7 +110,10 @@ class PathRouter(nn.Module):
             return make_plan(self.router, x_MF, context, self.config, self.ep, self.training, row_N=row_N)
 
     def decide(self, z_BSI: Tensor, grid: TokenGrid, context: Context) -> Plan:
-        """Choose the paths of all tokens as `forward` does, but without other ranks; the plan cannot be carried out."""
+        """Choose the paths of all tokens as `forward` does, but no rank learns how many tokens it will receive.
+
+        The plan therefore cannot be carried out.
+        """
         with torch.autocast(z_BSI.device.type, enabled=False):
             x_MF, row_N = self.features(z_BSI, grid)
             return make_plan(self.router, x_MF, context, self.config, ExpertParallel(), self.training, row_N=row_N)
@@ -128,9 +135,9 @@ def _require_windows(window: int, grid: TokenGrid) -> None:
         )
 
 
-def _mean_and_std(z_MSI: Tensor) -> Tensor:
-    """Mean and standard deviation over the tokens S of each row, scaled to an RMS of 1: [M, 2 I]."""
-    std_MI, mean_MI = torch.std_mean(z_MSI, dim=1, correction=0)
+def _mean_and_std(z_MSI: Tensor, cp: ContextParallel) -> Tensor:
+    """Mean and standard deviation over each row's tokens on all ranks of ``cp``, scaled to an RMS of 1: [M, 2 I]."""
+    std_MI, mean_MI = cp.std_and_mean(z_MSI)
     return _unit_rms(torch.cat([mean_MI, std_MI], dim=1))
 
 

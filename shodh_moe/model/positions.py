@@ -1,6 +1,7 @@
 """3D axial rotary positions (DESIGN 3.4): the angle by which each token rotates each pair of features of a head.
 
-Shapes: B samples, S tokens per sample, W head width, P = W / 2 pairs of features, of which each axis rotates a third.
+Shapes: B samples, S tokens per sample (on this rank), W head width, P = W / 2 pairs of features, of which each axis
+rotates a third.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh_moe.base.tensors import sent
+from shodh_moe.parallel import ALONE, ContextParallel
 
 
 def axial_rotary(grid: Sequence[int], head_width: int, base: float = 100.0) -> Tensor:
@@ -60,28 +62,39 @@ def _along_axes(grid: Sequence[int], head_width: int, frequencies: list[Tensor])
 
 
 def token_angles(
-    grid: tuple[int, int, int], head_width: int, device: torch.device, periodic_B3: Tensor | None = None
+    grid: tuple[int, int, int],
+    head_width: int,
+    device: torch.device,
+    periodic_B3: Tensor | None = None,
+    cp: ContextParallel = ALONE,
 ) -> Tensor:
     """Return the angles of all tokens, float64: [S, P] for all samples, or [B, 1, S, P] with ``periodic_B3``.
 
     Args:
-        grid: numbers of tokens along x, y and z.
+        grid: numbers of tokens along x, y and z on this rank.
         head_width: W.
         periodic_B3: whether positions close on themselves along each axis of each sample, bool; None: along none.
+        cp: which slab of each sample the tokens are; their positions are those in the whole sample.
     """
-    open_SP = _table(axial_rotary, grid, head_width, device)
+    whole = cp.whole(grid)
+    open_SP = _table(axial_rotary, whole, head_width, device, cp.size, cp.rank)
     if periodic_B3 is None:
         return open_SP
     pairs = head_width // 2 // 3
     wraps_BP = F.pad(periodic_B3.repeat_interleave(pairs, dim=1), (0, head_width // 2 - 3 * pairs))
-    closed_SP = _table(periodic_rotary, grid, head_width, device)
+    closed_SP = _table(periodic_rotary, whole, head_width, device, cp.size, cp.rank)
     return torch.where(wraps_BP[:, None, None], closed_SP, open_SP)
 
 
 @lru_cache(maxsize=32)
 def _table(
-    make: Callable[[Sequence[int], int], Tensor], grid: tuple[int, int, int], head_width: int, device: torch.device
+    make: Callable[[Sequence[int], int], Tensor],
+    grid: tuple[int, int, int],
+    head_width: int,
+    device: torch.device,
+    slabs: int,
+    slab: int,
 ) -> Tensor:
-    """The result is cached, so callers must not write to it."""
+    """The angles of one slab. The result is cached, so callers must not write to it."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return sent(make(grid, head_width), device)
+        return sent(make(grid, head_width).chunk(slabs)[slab], device)

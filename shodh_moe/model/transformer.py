@@ -1,7 +1,7 @@
 """The latent transformer predicts the next latent from the last H latents and the geometry latent (DESIGN 3.3, 3.4).
 
-Shapes: B batch, H history, C latent channels, x y z latent grid, S tokens per sample, I = (H + 1) C patch^3 inputs of
-a token's embedding, D model width.
+Shapes: B batch, H history, C latent channels, x y z latent grid (of this rank's slab), S tokens per sample (on this
+rank), I = (H + 1) C patch^3 inputs of a token's embedding, D model width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shodh_moe.model.routed_linear import RoutedLinear
 from shodh_moe.model.routers import Context, Router
 from shodh_moe.model.routing import Routing
 from shodh_moe.model.stride import StrideEmbedding
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel
 
 
 class Prediction(NamedTuple):
@@ -50,7 +50,7 @@ BRANCH_SCALE = 0.3
 class Block(nn.Module):
     """Attention and a feed-forward block, each after a norm and, with ``model.norms`` sandwich, before another one."""
 
-    def __init__(self, config: ModelConfig, ep: ExpertParallel, seed: int, layer: int, norm: str):
+    def __init__(self, config: ModelConfig, ep: ExpertParallel, seed: int, layer: int, norm: str, cp: ContextParallel):
         super().__init__()
         self.attention_norm, self.moe_norm = make_norm(config.dim, norm), make_norm(config.dim, norm)
         self.attention_out_norm: nn.Module | None = None
@@ -60,7 +60,7 @@ class Block(nn.Module):
             self.moe_out_norm = make_norm(config.dim, norm, BRANCH_SCALE)
         paths, rank = attention_paths(config.moe)
         shared = config.moe.shared_linear or not (paths and rank is None)
-        self.attention = Attention(config.dim, config.heads, norm, paths, rank, shared)
+        self.attention = Attention(config.dim, config.heads, norm, paths, rank, shared, cp)
         for module in (self.attention_norm, self.attention):
             for parameter in module.parameters():
                 if marks(parameter).group == "rest":
@@ -98,6 +98,7 @@ class LatentTransformer(nn.Module):
         norm: ``torch`` or ``apex`` (`available_norm`).
         activation_checkpointing: store only each block's input during training; the backward pass recomputes the
             block, including its exchanges between ranks.
+        cp: which slab of each sample this rank has; its inputs and outputs are those of the slab.
     """
 
     def __init__(
@@ -108,20 +109,21 @@ class LatentTransformer(nn.Module):
         ep: ExpertParallel,
         norm: str = "torch",
         activation_checkpointing: bool = False,
+        cp: ContextParallel = ALONE,
     ):
         super().__init__()
-        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.config, self.activation_checkpointing, self.cp = config, activation_checkpointing, cp
         torch.manual_seed(seed)
         voxels = config.patch**3
         inputs = (config.history + 1) * latent_channels * voxels
         routed = config.moe.num_experts if config.moe.scope == "path" else 0
-        self.path = PathRouter(inputs, config.moe, ep) if routed else None
-        self.film = Film(Features(inputs, config.moe), config.dim) if config.film else None
+        self.path = PathRouter(inputs, config.moe, ep, cp) if routed else None
+        self.film = Film(Features(inputs, config.moe, cp), config.dim) if config.film else None
         torch.manual_seed(seed)  # again, because the router's draws depend on the number of experts
         shared = not routed or config.moe.shared_linear
         self.embed = RoutedLinear(inputs, config.dim, routed, shared=shared)
-        self.boundaries = BoundaryEmbedding(config.dim) if config.boundaries else None
-        self.blocks = nn.ModuleList(Block(config, ep, seed, layer, norm) for layer in range(config.depth))
+        self.boundaries = BoundaryEmbedding(config.dim, cp) if config.boundaries else None
+        self.blocks = nn.ModuleList(Block(config, ep, seed, layer, norm, cp) for layer in range(config.depth))
         self.norm = make_norm(config.dim, norm)
         self.head = RoutedLinear(config.dim, latent_channels * voxels, routed, shared=shared, zero=True)
         # With a single stride there is nothing to tell.
@@ -146,7 +148,7 @@ class LatentTransformer(nn.Module):
 
     def embedding_inputs(self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor) -> Tensor:
         """Return the tokens before the embedding, [B, S, (H + 1) C patch^3]."""
-        return embedding_inputs(history_BHCxyz, geometry_BCxyz, self.config)
+        return embedding_inputs(history_BHCxyz, geometry_BCxyz, self.config, self.cp)
 
     def lasting_plan(
         self, history_BHCxyz: Tensor, geometry_BCxyz: Tensor, context: Context | None = None
@@ -198,7 +200,7 @@ class LatentTransformer(nn.Module):
                 x_BSD = x_BSD + self.boundaries(context.boundary_B32, grid)
             if self.config.positions == "periodic_aware":
                 periodic_B3 = periodic_axes(context.boundary_B32)
-        angles = token_angles(grid, self.config.dim // self.config.heads, x_BSD.device, periodic_B3)
+        angles = token_angles(grid, self.config.dim // self.config.heads, x_BSD.device, periodic_B3, self.cp)
         first, last = self.film(z_BSI, grid) if self.film is not None else (None, None)
         x_BSD = x_BSD if first is None else modulate(x_BSD, first)
         routing = []
@@ -217,7 +219,7 @@ class LatentTransformer(nn.Module):
         latest_BCxyz = history_BHCxyz[:, -1]
         change_BCxyz = unpatchify(change_BSD, self.config.patch, latest_BCxyz.shape)
         if self.config.scale_history:
-            change_BCxyz = change_BCxyz * history_scale(history_BHCxyz)
+            change_BCxyz = change_BCxyz * history_scale(history_BHCxyz, self.cp)
         return Prediction(latest_BCxyz + change_BCxyz, routing)
 
 

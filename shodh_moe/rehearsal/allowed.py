@@ -46,6 +46,7 @@ WIDE = {
     "model/routers/cosine.py logits": "the router decides in float32",
     "model/routers/linear.py logits": "the router decides in float32",
     "kernels/cosine_gating.py reference_logits": "the router decides in float32",
+    "kernels/cosine_gating.py _gradient": "the gradient of such a decision",
 }
 # The last words of phases that run in float32, whatever the precision of the training.
 FLOAT32_PHASES = ("predict", "statistics")

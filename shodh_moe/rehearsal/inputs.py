@@ -15,7 +15,7 @@ from shodh_moe.base.boundaries import UNKNOWN_CODE
 from shodh_moe.config import Config
 from shodh_moe.config.window import Window
 from shodh_moe.runs.plan import latent_grid
-from shodh_moe.tokenizer.latents import LatentSamples
+from shodh_moe.tokenizer.latents import WHOLE, LatentSamples
 from shodh_moe.training.tokenizer_task import DescribedSnapshots
 
 
@@ -31,8 +31,10 @@ class _Trajectory:
     sample: int = 0
     copy: int = 0
 
-    def read(self, start: int = 0, stop: int | None = None, step: int = 1) -> Tensor:
-        return torch.zeros(len(range(self.snapshots)[start:stop:step]), *self.z.shape[1:])
+    def read(self, start: int = 0, stop: int | None = None, step: int = 1, slab: slice = WHOLE) -> Tensor:
+        _, channels, *grid = self.z.shape
+        grid[0] = len(range(grid[0])[slab])
+        return torch.zeros(len(range(self.snapshots)[start:stop:step]), channels, *grid)
 
     def boundaries(self) -> Tensor:
         return torch.full((3, 2), UNKNOWN_CODE)

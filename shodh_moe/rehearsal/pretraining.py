@@ -15,6 +15,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.rehearsal.inputs import latent_samples
 from shodh_moe.rehearsal.watch import Watch
 from shodh_moe.training import pretrain
+from shodh_moe.training.deepspeed_patches import group_name
 from shodh_moe.training.engine import Engine
 from shodh_moe.training.interval import Interval
 from shodh_moe.training.task import Task
@@ -63,7 +64,9 @@ def name_groups(watch: Watch, engine: Engine) -> None:
     """Tell the watch what the engine's process groups are for."""
     if engine.ep.group is not None:
         watch.groups[engine.ep.group.group_name] = "expert parallel"
-        replicas = groups._get_expert_data_parallel_group(f"ep_size_{engine.ep.size}")
+        replicas = groups._get_expert_data_parallel_group(group_name(engine.layout))
         watch.groups[replicas.group_name] = "expert data parallel"
+    if engine.cp.group is not None:
+        watch.groups[engine.cp.group.group_name] = "context parallel"
     assert dist.group.WORLD is not None
     watch.groups[dist.group.WORLD.group_name] = "world"

@@ -58,7 +58,7 @@ def table(found: Findings, config: Config) -> str:
             if phase == STEP
         ]
         lines += [
-            f"  {kind:<12}{count} in a step in the group {group}, {sent / 1e6:,.1f} MB"
+            f"  {kind + ' ':<12}{count} in a step in the group {group}, {sent / 1e6:,.1f} MB"
             for phase, group, kind, count, sent in found.collectives
             if phase == STEP
         ]

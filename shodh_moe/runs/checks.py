@@ -12,15 +12,16 @@ from shodh_moe.base.lock import wait_for_maker
 from shodh_moe.checkpoint import checkpoints_at, list_checkpoints
 from shodh_moe.config import Config
 from shodh_moe.config.paths import Paths
-from shodh_moe.config.sizes import require_size
+from shodh_moe.config.sizes import require_size, require_slabs
 from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.kernels.backend import describe
 from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.model.norm import available_norm
 from shodh_moe.runs.folder import claim_run_folder, require_same_inputs_as_run
+from shodh_moe.runs.plan import latent_grid
 from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.trackers.tracker import require_library
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, layout_of
 from shodh_moe.training.optimizer import resolve_optimizer
 
 
@@ -32,7 +33,7 @@ def check(config: Config, paths: Paths) -> None:
             was trained on other inputs, or a folder cannot be written.
     """
     world = count_ranks(config)
-    expert_parallel_size(config, world)
+    layout_of(config, world)
     deepspeed_config(config, world)
     resolve_optimizer(config.training)
     available_norm(config.training.norm, "cuda" if torch.cuda.is_available() else "cpu")
@@ -40,6 +41,7 @@ def check(config: Config, paths: Paths) -> None:
     for tracker in config.telemetry.trackers:
         require_library(tracker)
     require_size(config.data.grid, config.model, "data.grid is")
+    require_slabs(latent_grid(config), config.model, config.parallel.context_size)
     if not config.data.path:
         _check_generated(config)
     if config.tokenizer.path:

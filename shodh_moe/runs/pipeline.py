@@ -37,7 +37,7 @@ from shodh_moe.tokenizer import load_tokenizer
 from shodh_moe.tokenizer.encoding import encode_dataset, latent_inputs
 from shodh_moe.tokenizer.latents import inputs_of_latents, load_latents, require_boundaries, samples_of
 from shodh_moe.tokenizer.tokenizer import use_tokenizer
-from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
+from shodh_moe.training.deepspeed_config import fit_layout
 from shodh_moe.training.tokenizer_config import tokenizer_run
 
 
@@ -179,7 +179,7 @@ def pretrain(config: Config, paths: Paths, resume: str = "auto") -> Path:
         return last_checkpoint(paths.run / "checkpoints", config.training.steps) is not None
 
     began = time.perf_counter()
-    train_elastic(config, paths.run, resume, start, fit_expert_parallel_size)
+    train_elastic(config, paths.run, resume, start, fit_layout)
     wait_for_trackers(config.telemetry, paths.run)
     return _say("pretrain", f"{paths.run} in {time.perf_counter() - began:.0f} s", paths.run)
 

@@ -18,13 +18,14 @@ from torch import nn
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import COMPRESSION, Config, MoEConfig
+from shodh_moe.config.sizes import require_slabs
 from shodh_moe.config.window import Window
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.low_rank import add_low_rank
 from shodh_moe.model.plan import moe_capacity
 from shodh_moe.model.transformer import attention_paths
 from shodh_moe.parallel import ExpertParallel
-from shodh_moe.training.deepspeed_config import BUCKET, deepspeed_config, exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import BUCKET, deepspeed_config, exchanges_samples, layout_of
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ def sample_tokens(config: Config) -> int:
 
 def batch_tokens(config: Config) -> int:
     """Return the number of tokens in one rank's micro-batch."""
-    return config.training.batch_size * sample_tokens(config)
+    return config.training.batch_size * sample_tokens(config) // config.parallel.context_size
 
 
 def step_samples(config: Config, world: int) -> int:
     """Return the number of samples in one optimizer step, over all ranks."""
-    return world * config.training.batch_size * config.training.accumulation
+    return world // config.parallel.context_size * config.training.batch_size * config.training.accumulation
 
 
 def training_samples(config: Config) -> int:
@@ -87,9 +88,10 @@ def count_parameters(config: Config, world: int) -> Parameters:
     """Count parameters by building a model with one block, as one rank holds it, without allocating memory.
 
     Raises:
-        UserError: the experts cannot be distributed over the ranks.
+        UserError: the experts or the slabs of samples cannot be distributed over the ranks.
     """
-    ep, depth = expert_parallel_size(config, world), config.model.depth
+    ep, depth = layout_of(config, world).ep, config.model.depth
+    require_slabs(latent_grid(config), config.model, config.parallel.context_size)
     model = with_one_block(config, ep)
     rank_expert = depth * sum(_numel(layer.experts) for layer in model.moe_layers)
     shared = _numel(model) + (depth - 1) * _numel(model.blocks) - rank_expert
@@ -131,7 +133,7 @@ def state_bytes(config: Config, world: int, count: Parameters | None = None) -> 
     Raises:
         UserError: the parallel layout or the DeepSpeed section does not fit ``world`` ranks.
     """
-    count, ep = count or count_parameters(config, world), expert_parallel_size(config, world)
+    count, ep = count or count_parameters(config, world), layout_of(config, world).ep
     wide, _ = widths(config)
     stage = config.parallel.zero_stage
     if not stage:
@@ -168,11 +170,24 @@ def activation_bytes(config: Config, ep: int = 1) -> dict[str, int]:
     outside = tokens * (m.dim * (wide + narrow) + channels * (narrow * (m.history + 1) + wide * (m.history + 4)))
     outside += _path_bytes(config) + _summed_bytes(config, ep)
     backward, block = tokens * m.dim * wide + 2 * row, _block_bytes(config, ep)
-    exchange = 2 * row if ep > 1 else 0
+    exchange = max(2 * row if ep > 1 else 0, _gather_bytes(config))
     if t.activation_checkpointing:
         kept = m.depth * tokens * (m.dim * wide + 24)  # each block's input and routing
         return {"activations": t.unroll * (kept + outside), "backward": backward + block, "exchange": exchange}
     return {"activations": t.unroll * (m.depth * block + outside), "backward": backward, "exchange": exchange}
+
+
+def _gather_bytes(config: Config) -> int:
+    """Return the bytes that gathering keys and values needs beyond what autograd keeps at another time.
+
+    They are those of a slab, and those of all slabs in two orders. At that time the feed-forward part of the last block
+    has not begun, or is freed by the backward pass.
+    """
+    slabs, (_, narrow) = config.parallel.context_size, widths(config)
+    if slabs == 1:
+        return 0
+    gathered = batch_tokens(config) * 2 * config.model.dim * narrow * (1 + 2 * slabs)
+    return max(gathered - _feed_forward_bytes(config), 0)
 
 
 def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
@@ -190,6 +205,7 @@ def _bytes_of_fullest_rank(config: Config, ep: int) -> dict[str, int]:
     parts = activation_bytes(full, ep)
     snapshots = config.model.history + config.training.unroll + 1  # with the geometry
     sample = snapshots * config.tokenizer.latent_channels * math.prod(latent_grid(config))
+    sample //= config.parallel.context_size
     own = widths(config)[0] * size * sample  # a rank keeps its own batch beside the one that it computes
     packed = widths(config)[0] * (size + most) * sample  # sent and received, and freed before the first layer
     return {**parts, "activations": parts["activations"] + own, "exchange": max(parts["exchange"], packed)}
@@ -274,20 +290,30 @@ def _block_bytes(config: Config, ep: int) -> int:
     # The norm's output (d), q, k and v (3 d), rotated q and k (2 d), the result by head and by token (2 d); logsumexps.
     attention = narrow * 8 * d + wide * m.heads
     attention += cast * 2 * wide * d  # wide copies of q and k, the inputs of their norms
+    if (slabs := config.parallel.context_size) > 1:
+        # Keys and values of all slabs replace the rotated k and, where there are wide copies, the narrow q, k and v.
+        attention += narrow * d * (2 * slabs - (4 if cast else 1))
     own_router = bool(experts) and moe.scope == "layer"
     router = wide * d if own_router or not cast or not experts else 0  # the norm's output
     if own_router:
         router += 4 * moe.router.dim + _decision_bytes(moe)
-    shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
-    shared += cast * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
-    per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
     # Bytes that do not depend on the batch:
-    rotary = 4 * wide * sample_tokens(config) * (d // m.heads // 2)  # cosines and sines for q and k
+    rotary = 4 * wide * sample_tokens(config) // slabs * (d // m.heads // 2)  # cosines and sines for q and k
     weights = cast * narrow * (4 * d * d + 3 * d * f * (moe.shared_experts + experts // ep))  # narrow copies
     paths, rank = attention_paths(moe)
     own = (_routed_bytes(config, d, 3 * d, rank) + _routed_bytes(config, d, d, rank)) if paths else 0
-    rows = batch_tokens(config) * (norms + attention + router + shared) + slots(config) * per_slot
+    rows = batch_tokens(config) * (norms + attention + router) + _feed_forward_bytes(config)
     return rows + rotary + weights + own
+
+
+def _feed_forward_bytes(config: Config) -> int:
+    """Return the bytes that autograd keeps for the experts of one block, without weights."""
+    moe, d, (wide, narrow) = config.model.moe, config.model.dim, widths(config)
+    f = moe.expert_hidden
+    shared = narrow * moe.shared_experts * 4 * f  # gate, up, silu(gate), and silu(gate) * up
+    shared += (wide != narrow) * narrow * d * bool(moe.shared_experts)  # narrow copy of the norm's output
+    per_slot = narrow * (2 * d + 4 * f)  # a routed expert's input and output, and the same four as above
+    return batch_tokens(config) * shared + slots(config) * per_slot
 
 
 def memory(config: Config, world: int) -> dict[str, int]:
@@ -296,7 +322,7 @@ def memory(config: Config, world: int) -> dict[str, int]:
     Raises:
         UserError: the parallel layout or the DeepSpeed section does not fit ``world`` ranks.
     """
-    parts = {**state_bytes(config, world), **activation_bytes(config, expert_parallel_size(config, world))}
+    parts = {**state_bytes(config, world), **activation_bytes(config, layout_of(config, world).ep)}
     total = sum(parts.values())
     if not config.parallel.zero_stage:
         # The flat copy is made after the backward pass has freed the activations.
@@ -341,9 +367,10 @@ def plan(config: Config, world: int) -> str:
     Raises:
         UserError: the layout does not fit ``world`` ranks.
     """
-    count, t, ep = count_parameters(config, world), config.training, expert_parallel_size(config, world)
+    count, t, ranks = count_parameters(config, world), config.training, layout_of(config, world)
     sizes, samples, tokens = memory(config, world), step_samples(config, world), sample_tokens(config)
-    layout = f"{world}: EP {ep}, EDP {world // ep}, ZeRO {config.parallel.zero_stage}, {t.precision}"
+    layout = f"{world}: EP {ranks.ep}, EDP {ranks.edp}{f', CP {ranks.cp}' if ranks.cp > 1 else ''}"
+    layout += f", ZeRO {config.parallel.zero_stage}, {t.precision}"
     lines = {
         "ranks": layout + (", activation checkpointing" if t.activation_checkpointing else ""),
         "parameters": f"{_count(count.total)}, {_count(count.active)} active, {_count(count.rank)} per rank",

@@ -5,7 +5,8 @@ optimizer's groups. With ZeRO 2, or with ``overlap_comm``, they follow the order
 them; it is taken to be the reverse of the parameters' order, so the number of buckets can be off by a few, as it can
 with parameters that are larger than a bucket. With ZeRO 1 and without ZeRO gradients are reduced once a step, with ZeRO
 2 in every micro-batch. Settings of DeepSpeed's ``zero_optimization`` other than ``reduce_bucket_size`` and
-``overlap_comm`` are taken to have their defaults.
+``overlap_comm`` are taken to have their defaults. With slabs, keys and values are taken to have gradients in all
+layers, as they have unless a fine-tuning trains only some weights.
 
 A rehearsal (`shodh_moe.rehearsal`) counts the same collectives while it runs the training's own code.
 """
@@ -20,11 +21,11 @@ from torch import nn
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import Config
-from shodh_moe.runs.plan import BUCKET, latent_grid, sample_tokens, slots, widths, with_one_block
-from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, expert_parallel_size
+from shodh_moe.runs.plan import BUCKET, batch_tokens, latent_grid, sample_tokens, slots, widths, with_one_block
+from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, layout_of
 
 LARGEST_GROUP = 178_956_971  # elements of a group of experts' parameters in DeepSpeed's optimizer
-WORLD, EXPERTS, REPLICAS = "world", "expert parallel", "expert data parallel"
+WORLD, EXPERTS, REPLICAS, CONTEXT = "world", "expert parallel", "expert data parallel", "context parallel"
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Traffic:
     """Collectives of one kind in one group and step.
 
     Attributes:
-        group: ``world``, ``expert parallel`` or ``expert data parallel``.
-        kind: ``all_reduce``, ``all_gather`` or ``all_to_all``.
+        group: ``world``, ``expert parallel``, ``expert data parallel`` or ``context parallel``.
+        kind: ``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``all_to_all``.
         ranks: number of ranks in the group.
         count: number of collectives that a rank takes part in.
-        sent: sum of their sizes in bytes: of the tensor that is reduced, that all ranks together gather, or that a rank
-            distributes in an all-to-all, its own part included.
+        sent: sum of their sizes in bytes: of the tensor that is reduced (and scattered), that all ranks together
+            gather, or that a rank distributes in an all-to-all, its own part included.
         why: what they are for.
     """
 
@@ -55,10 +56,11 @@ def step_traffic(config: Config, world: int) -> list[Traffic]:
     Raises:
         UserError: the layout or the DeepSpeed section does not fit ``world`` ranks.
     """
-    ep = expert_parallel_size(config, world)
-    ranks = {WORLD: world, EXPERTS: ep, REPLICAS: world // ep}
-    found = [*_exchanges(config, ep), *_gradients(config, world, ep), *_balance(config), *_clipping(config)]
-    found += _weights(config, world, ep)
+    layout = layout_of(config, world)
+    ep, cp = layout.ep, layout.cp
+    ranks = {WORLD: world, EXPERTS: ep, REPLICAS: layout.replicas, CONTEXT: cp}
+    found = [*_exchanges(config, ep), *_slabs(config, ep, cp), *_gradients(config, world, ep)]
+    found += [*_balance(config, ep, cp), *_clipping(config), *_weights(config, world, ep)]
     return [Traffic(group, kind, ranks[group], count, sent, why) for group, kind, count, sent, why in found if count]
 
 
@@ -81,11 +83,12 @@ def _exchanges(config: Config, ep: int) -> list[_Row]:
     """Exchanges of samples or tokens in the forward and backward passes of a step."""
     if ep == 1:
         return []
-    m, t, tokens = config.model, config.training, sample_tokens(config)
+    m, t, slabs = config.model, config.training, config.parallel.context_size
     wide, narrow = widths(config)
     if exchanges_samples(config, ep):
-        latents = (m.history + 1 + t.unroll) * config.tokenizer.latent_channels * math.prod(latent_grid(config)) * wide
-        kept = 0 if m.moe.dropless else tokens  # whether each token is kept
+        numbers = config.tokenizer.latent_channels * math.prod(latent_grid(config)) // slabs
+        latents = (m.history + 1 + t.unroll) * numbers * wide
+        kept = 0 if m.moe.dropless else sample_tokens(config) // slabs  # whether each token is kept
         # With domain, stride, expert and the kinds of six faces; norms and weight.
         sample = latents + 9 * 8 + (t.unroll + 1) * wide + kept
         sent = t.batch_size * (sample + t.unroll * wide) + 8 * ep * ep  # errors go back; counts are exchanged first
@@ -97,11 +100,46 @@ def _exchanges(config: Config, ep: int) -> list[_Row]:
     if not m.moe.dropless:
         return [rows]
     if m.moe.scope == "path":
-        plans = 1 if config.samples_have_paths else t.unroll  # a sample keeps its path in all predictions
+        plans = 1 if m.moe.router.context == "sample" else t.unroll  # a sample keeps its path in all predictions
     else:
         plans = t.unroll * m.depth * (2 if t.activation_checkpointing else 1)
     counts = plans * t.accumulation
     return [rows, (EXPERTS, "all_to_all", counts, counts * 8 * m.moe.num_experts, "numbers of tokens")]
+
+
+def _slabs(config: Config, ep: int, cp: int) -> list[_Row]:
+    """What ranks with slabs of the same samples gather in a step, and the gradients that they scatter."""
+    if cp == 1:
+        return []
+    m, t, moe = config.model, config.training, config.model.moe
+    (wide, narrow), again = widths(config), 2 if t.activation_checkpointing else 1
+    layers, pair = t.unroll * m.depth, cp * 2 * batch_tokens(config) * m.dim * narrow
+    gathered, scattered = [pair] * layers * again, [pair] * layers
+
+    number = cp * t.batch_size * wide  # one of each sample
+    parts = [number * t.unroll] * (2 if t.loss in ("sample", "relative") else 1)  # of errors, and of their norms
+    parts_back = [number * t.unroll]  # gradients
+    parts += [number] if t.history_noise else []
+    # The latents of later predictions have a gradient if it passes through the earlier ones.
+    later = t.unroll - 1 if t.unroll_gradient == "through" else 0
+    # How often the router looks at samples once, before all predictions, and how often in each of them.
+    paths, sample = bool(moe.num_experts) and moe.scope == "path", moe.router.context == "sample"
+    once = paths * sample * (2 if exchanges_samples(config, ep) else 1)
+    of_each = paths * (not sample) + m.film
+    if moe.router.context in ("sample", "both"):
+        features = 2 * number * (m.history + 1) * config.tokenizer.latent_channels * m.patch**3
+        parts += [features] * (once + of_each * t.unroll)
+        parts_back += [features] * (of_each * later)
+    if m.scale_history:
+        parts += [number] * (once + 2 * t.unroll)
+        parts_back += [number] * (2 * later)
+    rows = [
+        ("all_gather", gathered, "keys and values"),
+        ("reduce_scatter", scattered, "gradients of keys and values"),
+        ("all_gather", parts, "means over slabs"),
+        ("reduce_scatter", parts_back, "gradients of means over slabs"),
+    ]
+    return [(CONTEXT, kind, t.accumulation * len(sizes), t.accumulation * sum(sizes), why) for kind, sizes, why in rows]
 
 
 def _gradients(config: Config, world: int, ep: int) -> list[_Row]:
@@ -149,16 +187,18 @@ def _limited(parameters: list[tuple[str, int]], limit: int) -> list[tuple[str, i
     return [*buckets, *held.items()]
 
 
-def _balance(config: Config) -> list[_Row]:
-    """Sums of the experts' loads over all ranks (``router.balance``)."""
+def _balance(config: Config, ep: int, cp: int) -> list[_Row]:
+    """Sums of the experts' loads over all ranks (``router.balance``), or over the slabs of the same samples."""
     moe, t = config.model.moe, config.training
-    if not moe.num_experts or moe.router.balance == "loss":
+    own = moe.router.balance == "loss"  # the balance is that of the micro-batch
+    if not moe.num_experts or (own and cp == 1):
         return []
     loads = config.model.depth * moe.num_experts
-    count, sent = t.accumulation, t.accumulation * 8 * (loads + 2)
+    decisions = 1 if exchanges_samples(config, ep) else t.unroll
+    count, sent = t.accumulation, t.accumulation * 8 * (decisions * loads + 2)
     if moe.router.balance == "bias":
         count, sent = count + 1, sent + 8 * loads
-    return [(WORLD, "all_reduce", count, sent, "loads of the experts")]
+    return [(CONTEXT if own else WORLD, "all_reduce", count, sent, "loads of the experts")]
 
 
 def _clipping(config: Config) -> list[_Row]:

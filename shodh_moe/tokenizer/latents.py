@@ -39,6 +39,8 @@ from shodh_moe.config.window import Window
 from shodh_moe.data.sampler import domain_weights
 from shodh_moe.model import Context
 
+WHOLE = slice(None)  # of an axis
+
 
 @dataclass(frozen=True)
 class LatentTrajectory:
@@ -87,14 +89,17 @@ class LatentTrajectory:
             stored = self.z.parent.attrs.get("mean_squared_change")
         return mean_squared_change(self.read()) if stored is None else float(stored)
 
-    def read(self, start: int = 0, stop: int | None = None, step: int = 1) -> Tensor:
+    def read(self, start: int = 0, stop: int | None = None, step: int = 1, slab: slice = WHOLE) -> Tensor:
         """Latents of every ``step``-th snapshot from ``start`` to ``stop - 1``, float32 [T, C, x, y, z].
+
+        Args:
+            slab: part of the x axis; nothing else is read from the disk.
 
         Raises:
             UserError: the file is damaged.
         """
         with _readable(Path(self.z.file.filename)):
-            return torch.from_numpy(self.z[start:stop:step])
+            return torch.from_numpy(self.z[start:stop:step, :, slab])
 
 
 def mean_squared_change(z_TCxyz: Tensor) -> float:
@@ -348,11 +353,12 @@ class LatentSamples:
         room = self.trajectories[number].snapshots - start
         return [stride for stride in self.strides if Window(self.history, self.ahead, stride).snapshots <= room]
 
-    def batch(self, samples: list[tuple[int, int]], strides: Sequence[int] | None = None) -> Batch:
+    def batch(self, samples: list[tuple[int, int]], strides: Sequence[int] | None = None, slab: slice = WHOLE) -> Batch:
         """Read samples, given as (domain, index within the domain).
 
         Args:
             strides: the stride of each sample, one of its `fitting_strides`; None: the smallest of all.
+            slab: part of the x axis to read.
 
         Raises:
             UserError: the file is damaged.
@@ -363,9 +369,9 @@ class LatentSamples:
             number, start = self.index[domain][index]
             trajectory = self.trajectories[number]
             stop = start + Window(self.history, self.ahead, stride).snapshots
-            z_TCxyz = trajectory.read(start, stop, stride)
+            z_TCxyz = trajectory.read(start, stop, stride, slab)
             history.append(z_TCxyz[: self.history])
-            geometry.append(trajectory.geometry_Cxyz)
+            geometry.append(trajectory.geometry_Cxyz[:, slab])
             targets.append(z_TCxyz[self.history :])
             boundary.append(trajectory.boundaries())
         return Batch(

@@ -9,19 +9,27 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, RunConfig
+from shodh_moe.parallel import Layout, nearest_divisor
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
 
-def expert_parallel_size(config: Config, world_size: int) -> int:
-    """Return ``parallel.ep_size``; ``auto`` is the greatest common divisor of the world size and number of experts.
+def layout_of(config: Config, world_size: int) -> Layout:
+    """Return the layout of the ranks; ``parallel.ep_size`` auto is the largest that is possible.
 
     Raises:
-        UserError: ep_size does not divide the world size or the number of experts.
+        UserError: context_size does not divide the world size, or ep_size the number of experts or the number of ranks
+            with the same slab.
     """
-    experts, ep = config.model.moe.num_experts, config.parallel.ep_size
+    experts, ep, cp = config.model.moe.num_experts, config.parallel.ep_size, config.parallel.context_size
+    if world_size % cp:
+        raise UserError(
+            f"parallel.context_size {cp} does not divide the world size {world_size}: set it to "
+            f"{nearest_divisor(cp, world_size)}, or change parallel.processes"
+        )
+    same_slab = world_size // cp
     if ep == "auto":
-        return math.gcd(world_size, experts) if experts else 1
+        return Layout(world_size, math.gcd(same_slab, experts) if experts else 1, cp)
     if ep > 1 and not experts:
         raise UserError(
             f"parallel.ep_size {ep}: model.moe.num_experts is 0, so there are no experts to distribute: set it to auto"
@@ -30,11 +38,13 @@ def expert_parallel_size(config: Config, world_size: int) -> int:
         raise UserError(
             f"model.moe.num_experts {experts} is not divisible by parallel.ep_size {ep}; change one of them"
         )
-    if world_size % ep:
+    if same_slab % ep:
+        what = f"the world size {world_size}" + (f" divided by parallel.context_size {cp}" if cp > 1 else "")
         raise UserError(
-            f"parallel.ep_size {ep} does not divide the world size {world_size}; change it or parallel.processes"
+            f"parallel.ep_size {ep} does not divide {what}: set it to "
+            f"{nearest_divisor(ep, math.gcd(same_slab, experts))}, or change parallel.processes"
         )
-    return ep
+    return Layout(world_size, ep, cp)
 
 
 def exchanges_samples(config: Config, ep_size: int) -> bool:
@@ -42,14 +52,17 @@ def exchanges_samples(config: Config, ep_size: int) -> bool:
     return ep_size > 1 and config.parallel.exchange != "token" and config.samples_have_paths
 
 
-def fit_expert_parallel_size(config: Config, world_size: int) -> Config:
-    """Return the config with the largest ``parallel.ep_size`` up to the given one that this world size allows."""
-    ep = config.parallel.ep_size
-    if ep == "auto":
-        return config
-    common = math.gcd(world_size, config.model.moe.num_experts)
-    ep = max(size for size in range(1, min(ep, common) + 1) if common % size == 0)
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": ep})})
+def fit_layout(config: Config, world_size: int) -> Config:
+    """Return the config with the largest sizes up to the given ones that this world size allows.
+
+    The context size stays a divisor of the given one, as it has to divide the latent grid.
+    """
+    ep, cp = config.parallel.ep_size, math.gcd(config.parallel.context_size, world_size)
+    if ep != "auto":
+        common = math.gcd(world_size // cp, config.model.moe.num_experts)
+        ep = max(size for size in range(1, min(ep, common) + 1) if common % size == 0)
+    parallel = config.parallel.model_copy(update={"ep_size": ep, "context_size": cp})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def deepspeed_config(config: RunConfig, world_size: int, parameters: int | None = None) -> dict[str, Any]:

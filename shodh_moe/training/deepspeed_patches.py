@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -15,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import nn
 
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ExpertParallel, Layout
 
 
 class ExpertParallelMarker(DeepSpeedMoE):
@@ -26,16 +27,30 @@ class ExpertParallelMarker(DeepSpeedMoE):
     depend on DeepSpeed.
     """
 
-    def __init__(self, num_experts: int, ep: ExpertParallel):
+    def __init__(self, num_experts: int, ep: ExpertParallel, layout: Layout):
         nn.Module.__init__(self)  # DeepSpeed's own constructor would build its layer
         self.num_experts = num_experts
-        self._ep = ep
+        self._ep, self._layout = ep, layout
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        name = f"ep_size_{self._ep.size}"
-        if name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self._ep.size)
+        name = group_name(self._layout)
+        if name not in groups._EXPERT_PARALLEL_GROUP:
+            # DeepSpeed's own function puts consecutive ranks into an EP group, but those may have slabs of one sample.
+            replicas, sharing = self._layout.replica_groups(), self._layout.expert_groups()
+            groups._EXPERT_DATA_PARALLEL_GROUP[name], _ = dist.new_subgroups_by_enumeration(replicas)
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = _own(replicas)
+            groups._EXPERT_PARALLEL_GROUP[name], _ = dist.new_subgroups_by_enumeration(sharing)
+            groups._EXPERT_PARALLEL_GROUP_RANKS[name] = _own(sharing)
         self._ep.group = groups._get_expert_parallel_group(name)
+
+
+def group_name(layout: Layout) -> str:
+    """DeepSpeed's name for the groups of ranks that share or repeat experts. It reads EP from the third word."""
+    return f"ep_size_{layout.ep}" + (f"_context_{layout.cp}" if layout.cp > 1 else "")
+
+
+def _own(ranks_of_groups: list[list[int]]) -> list[int]:
+    return next(ranks for ranks in ranks_of_groups if dist.get_rank() in ranks)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The draws depend on the seed, the step and the sample, not on the rank or micro-batch that holds it. So every number of
 ranks has the same ones, and resuming needs no state.
 
-Shapes: B samples, H history, C latent channels, x y z latent grid.
+Shapes: B samples, H history, C latent channels, x y z latent grid (of this rank's slab).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh_moe.tokenizer.latents import LatentSamples
+from shodh_moe.model.inputs import history_rms
+from shodh_moe.parallel import ALONE, ContextParallel
+from shodh_moe.tokenizer.latents import WHOLE, LatentSamples
 
 # Numbers of the random streams, far from those of `DomainSampler`, which are numbers of domains.
 STRIDE, NOISE = 2**31, 2**31 + 1
@@ -35,24 +37,29 @@ def draw_strides(samples: LatentSamples, picks: list[tuple[int, int]], seed: int
 
 
 def draw_noise(
-    samples: LatentSamples, picks: list[tuple[int, int]], history_BHCxyz: Tensor, share: float, seed: int, step: int
-) -> Tensor | None:
-    """Draw Gaussian noise for the history of each sample, on the CPU and in the dtype of the history.
+    samples: LatentSamples, picks: list[tuple[int, int]], seed: int, step: int, slab: slice = WHOLE
+) -> Tensor:
+    """Draw Gaussian noise of standard deviation 1 for the history of each sample, float32 [B, H, C, x, y, z].
 
     Args:
         picks, step: as in `draw_strides`.
-        history_BHCxyz: the samples' history, on the CPU.
-        share: standard deviation over the root mean square of the sample's history, ``training.history_noise``.
-
-    Returns:
-        None without noise.
+        slab: part of the x axis to return; the noise is drawn for whole samples.
     """
-    if not share:
-        return None
-    shape = history_BHCxyz.shape[1:]
+    shape = (samples.history, *samples.trajectories[0].z.shape[1:])
     drawn = [_generator(samples, seed, NOISE, step, pick).standard_normal(shape, np.float32) for pick in picks]
-    rms_B = history_BHCxyz.square().flatten(1).mean(1).sqrt()
-    return torch.from_numpy(np.stack(drawn)).to(history_BHCxyz.dtype) * (share * rms_B).view(-1, *[1] * len(shape))
+    return torch.from_numpy(np.stack([noise_HCxyz[:, :, slab] for noise_HCxyz in drawn]))
+
+
+def add_noise(history_BHCxyz: Tensor, noise_BHCxyz: Tensor, share: float, cp: ContextParallel = ALONE) -> Tensor:
+    """Add noise to the history of samples (collective if ranks have slabs of them).
+
+    Args:
+        noise_BHCxyz: from `draw_noise`, on the history's device and in its dtype.
+        share: its standard deviation over the root mean square of the sample's history, ``training.history_noise``.
+        cp: which slab of each sample this rank has.
+    """
+    size_B = share * history_rms(history_BHCxyz, cp)
+    return history_BHCxyz + noise_BHCxyz * size_B.view(-1, 1, 1, 1, 1, 1)
 
 
 def _generator(samples: LatentSamples, seed: int, stream: int, step: int, pick: tuple[int, int]) -> np.random.Generator:

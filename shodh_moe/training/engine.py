@@ -4,6 +4,11 @@ DeepSpeed broadcasts the initial parameters, averages each gradient over the rig
 step. We replace three parts. DeepSpeed recognises only its own MoE class (see `ExpertParallelMarker`). Its global norm
 is wrong: without ZeRO it counts only the local rank's experts, and with ZeRO it averages their norms (DeepSpeed issues
 8475, 8613), so `Engine.step` clips. It keeps a float64 model in float32 (see `in_float64`).
+
+To DeepSpeed, ranks with different slabs of the same samples are data-parallel ranks like all others. They have the same
+loss, that of whole samples, and each gets the gradients of all their losses (`ContextParallel.gather`), so the average
+over the world is the gradient of the mean loss. DeepSpeed's own sequence parallelism would be wrong here: it sums over
+such ranks instead of averaging, but not for experts, and it keeps the setting in a global variable.
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.checkpoint import CheckpointReader, Fragment
 from shodh_moe.config import RunConfig
 from shodh_moe.model import LatentTransformer, MoE
-from shodh_moe.parallel import ExpertParallel, place_experts
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel, Layout, place_experts
 from shodh_moe.training.deepspeed_config import deepspeed_config
-from shodh_moe.training.deepspeed_patches import ExpertParallelMarker, in_float64
+from shodh_moe.training.deepspeed_patches import ExpertParallelMarker, group_name, in_float64
 from shodh_moe.training.optimizer import make_optimizer, make_state, resolve_optimizer, set_updates, updates
 from shodh_moe.training.shards import (
     Shard,
@@ -83,11 +88,14 @@ class Engine:
         config: the run's config.
         ep: which experts this rank holds; its process group is set here.
         norm: the library of the network's RMS norms, which is only reported.
+        cp: which slab of each sample this rank has.
 
     Attributes:
         model: the network.
         moe_layers: the network's MoE layers, each holding this rank's experts.
         ep: the rank's expert-parallel group.
+        cp: its context-parallel group.
+        layout: how the ranks divide the work.
         load_E: number of this rank's tokens that each expert has had since `next_placement`, float64.
         optimizer: AdamW over DeepSpeed's parameter groups.
         optimizer_name, norm: the libraries that provide the optimizer and RMS norm kernels.
@@ -97,9 +105,10 @@ class Engine:
         UserError: the DeepSpeed section or the optimizer does not fit.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str):
+    def __init__(self, model: nn.Module, config: RunConfig, ep: ExpertParallel, norm: str, cp: ContextParallel = ALONE):
         world, rank, t = dist.get_world_size(), dist.get_rank(), config.training
-        self.ep, self.model, self.norm = ep, model, norm
+        self.ep, self.cp, self.model, self.norm = ep, cp, model, norm
+        self.layout = layout = Layout(world, ep.size, cp.size)
         self.moe_layers: list[MoE] = list(getattr(model, "moe_layers", []))
         self._experts = self.moe_layers[0].config.num_experts if self.moe_layers else 0
         self._placed_by_load = config.parallel.placement == "load" and ep.size > 1
@@ -109,9 +118,9 @@ class Engine:
         for parameter in model.parameters():
             if marks(parameter).sharded:  # DeepSpeed has marks of its own for this
                 parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.group_name = f"ep_size_{ep.size}"  # type: ignore[attr-defined]
+                parameter.group_name = group_name(layout)  # type: ignore[attr-defined]
 
-        marker = ExpertParallelMarker(self._experts, ep) if self.moe_layers else nn.Identity()
+        marker = ExpertParallelMarker(self._experts, ep, layout) if self.moe_layers else nn.Identity()
         module = _TrainedModule(self.model, marker, self.autocast)
         parameters = split_params_into_different_moe_groups_for_optimizer(_parameter_groups(module, t.weight_decay))
         self.optimizer_name = resolve_optimizer(t)
@@ -134,7 +143,7 @@ class Engine:
             # This is how ZeRO skips a step; `_clipped` sets the flag before ZeRO reads it.
             self._zero.check_grad_overflow, self._zero.has_overflow = True, lambda partition_gradients=True: self._skip
         else:
-            self._shards = shards_without_zero(self.model, rank, world, self.ep)
+            self._shards = shards_without_zero(self.model, rank, layout)
         make_state(self.optimizer)
         self._bad_losses = torch.zeros((), dtype=torch.float64, device=self.device)
         experts = {id(p): layer for layer, moe in enumerate(self.moe_layers) for p in moe.experts.parameters()}

@@ -8,6 +8,9 @@ micro-batch stays there: the router's losses, the tokens that a capacity drops, 
 With ``training.unroll`` U the model is applied U times, each time to what it has predicted. A sample travels once, with
 all its targets, and keeps the paths that are chosen from its given latents (`predictions`).
 
+With context parallelism a rank has a slab of each sample. The ranks of an expert-parallel group have the same slab, and
+those of a context-parallel group choose the same paths, so all slabs of a sample move to one context-parallel group.
+
 Shapes: B samples of this rank, R samples that it computes, U predictions of each, S tokens of a sample, H history, C
 latent channels, x y z latent grid.
 """
@@ -29,6 +32,7 @@ from shodh_moe.model.routers import Decision
 from shodh_moe.parallel import ExpertParallel, SampleExchange
 from shodh_moe.tokenizer.latents import Batch
 from shodh_moe.training.deepspeed_config import exchanges_samples
+from shodh_moe.training.draws import add_noise
 from shodh_moe.training.engine import Engine
 from shodh_moe.training.losses import (
     Losses,
@@ -64,17 +68,18 @@ def forward(
     """Run the engine's transformer on one micro-batch (collective).
 
     Args:
-        batch: this rank's samples, on the engine's device and in its dtype.
+        batch: this rank's samples, or its slab of them, on the engine's device and in its dtype.
         scale_D: see `error_norms`.
-        noise_BHCxyz: added to the history that the model sees; None: nothing is added.
+        noise_BHCxyz: for the history that the model sees (`draw_noise`); None: it sees the history as it is.
     """
-    norm_BU = error_norms(config.training.loss, batch, scale_D)  # of the latents without noise
+    norm_BU = error_norms(config.training.loss, batch, scale_D, engine.cp)  # of the latents without noise
     if noise_BHCxyz is not None:
-        batch = batch._replace(history_BHCxyz=batch.history_BHCxyz + noise_BHCxyz)
+        noisy = add_noise(batch.history_BHCxyz, noise_BHCxyz, config.training.history_noise, engine.cp)
+        batch = batch._replace(history_BHCxyz=noisy)
     if exchanges_samples(config, engine.ep.size):
         return _with_samples(engine, batch, config, norm_BU)
     found = _unrolled(engine, config, *batch.inputs)
-    return Result(total_loss(found, batch, config, norm_BU), found[0].routing, None)
+    return Result(total_loss(found, batch, config, norm_BU, engine.cp), found[0].routing, None)
 
 
 def _unrolled(engine: Engine, config: Config, history: Tensor, geometry: Tensor, context: Context) -> list[Prediction]:
@@ -105,13 +110,13 @@ def _with_samples(engine: Engine, batch: Batch, config: Config, norm_BU: Tensor)
     decision = Decision(there.expert_B, there.kept_BS, local=not exchange.strangers)
     history, geometry, context = received.inputs
     found = _unrolled(engine, config, history, geometry, replace(context, decision=decision))
-    error_RU = errors(found, received)
+    error_RU = errors(found, received, engine.cp)
     mine = (prediction_losses(kind, error_RU, there.norm_BU).mean(1) * there.weight_B).sum()
 
     error_BU = exchange.send_back(error_RU[: exchange.computed_G[engine.ep.rank]])
     predicted = prediction_losses(kind, error_BU, norm_BU).mean()
     routing = [plan.routing] * len(model.moe_layers)
-    losses = add_router_losses(predicted, error_BU, routing, config)
+    losses = add_router_losses(predicted, error_BU, routing, config, engine.cp)
     return Result(losses._replace(loss=_AddGradient.apply(losses.loss, mine)), routing, exchange)
 
 

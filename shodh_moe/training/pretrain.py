@@ -20,6 +20,7 @@ from shodh_moe.base.tensors import sent
 from shodh_moe.config import Config
 from shodh_moe.config.compare import differing_model_keys, flatten
 from shodh_moe.config.inputs import Inputs
+from shodh_moe.config.sizes import require_slabs
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.launching.watchdog import Watchdog
 from shodh_moe.metrics.latents import mse_beside_persistence
@@ -27,7 +28,7 @@ from shodh_moe.model import LatentTransformer
 from shodh_moe.model.learning import prepare_fine_tuning, routers_learn
 from shodh_moe.model.norm import available_norm
 from shodh_moe.model.plan import moe_capacity
-from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange
+from shodh_moe.parallel import Exchange, ExpertParallel, SampleExchange, join_context
 from shodh_moe.tokenizer.latents import (
     LatentSamples,
     inputs_of_latents,
@@ -37,7 +38,7 @@ from shodh_moe.tokenizer.latents import (
 )
 from shodh_moe.tokenizer.tokenizer import tokenizer_sha256
 from shodh_moe.training.balance import update_biases
-from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import exchanges_samples, layout_of
 from shodh_moe.training.draws import draw_noise, draw_strides
 from shodh_moe.training.engine import Engine, Step
 from shodh_moe.training.forward import forward
@@ -73,6 +74,7 @@ def pretrain(
     )
     for samples in (train_samples, valid):
         require_boundaries(samples, config.model)
+        require_slabs(samples.trajectories[0].z.shape[2:], config.model, config.parallel.context_size)
     init_distributed(_facts(config, train_samples, valid))
     inputs = inputs_of_latents(latents)
     made_with = tokenizer_sha256(tokenizer) if tokenizer else None
@@ -86,12 +88,12 @@ def latent_engine(config: Config, latent_channels: int, samples: LatentSamples |
     Args:
         samples: training samples from which the path router's weights start; None: they start at random.
     """
-    size = expert_parallel_size(config, dist.get_world_size())
-    ep = ExpertParallel(size, dist.get_rank() % size)
+    layout, rank = layout_of(config, dist.get_world_size()), dist.get_rank()
+    ep, cp = ExpertParallel(layout.ep, layout.expert_rank(rank)), join_context(layout, rank)
     norm = available_norm(config.training.norm, get_accelerator().device_name())
     model = LatentTransformer(
         config.model, latent_channels, config.seed, ep,
-        norm=norm, activation_checkpointing=config.training.activation_checkpointing,
+        norm=norm, activation_checkpointing=config.training.activation_checkpointing, cp=cp,
     )  # fmt: skip
     if model.path is not None and config.finetune is None:  # a fine-tuning begins with a trained router
         experts, batch = config.model.moe.num_experts, config.training.batch_size
@@ -106,7 +108,7 @@ def latent_engine(config: Config, latent_channels: int, samples: LatentSamples |
             start_router(model, samples, config)
     if config.finetune:
         prepare_fine_tuning(model, config.finetune, ep)
-    return Engine(model, config, ep, norm)
+    return Engine(model, config, ep, norm, cp)
 
 
 class LatentTask:
@@ -133,7 +135,7 @@ class LatentTask:
             samples.sizes,
             config.training.batch_size,
             config.seed,
-            dist.get_world_size(),
+            self.engine.layout.batches,
             samples.weights,
             samples.streams,
         )
@@ -151,6 +153,7 @@ class LatentTask:
         self._shares: list[SampleExchange] = []
         self._exchanges: list[Exchange] = []
         self._records = False
+        self._slab = self.engine.cp.slab(grid[0])
         self.tokens = _tokens(config, list(grid))
 
     def check_start(self, state: dict[str, Any]) -> str | None:
@@ -167,12 +170,12 @@ class LatentTask:
         self.engine.ep.exchanges = self._exchanges if self._records else None
 
     def losses(self, micro_batch: int) -> dict[str, Tensor]:
-        picks = self._sampler.batch(micro_batch, dist.get_rank())
+        picks = self._sampler.batch(micro_batch, self.engine.layout.batch_rank(dist.get_rank()))
         t, seed, samples = self._config.training, self._config.seed, self._samples
         step = micro_batch // t.accumulation
-        batch = samples.batch(picks, draw_strides(samples, picks, seed, step))
-        noise = draw_noise(samples, picks, batch.history_BHCxyz, t.history_noise, seed, step)
+        batch = samples.batch(picks, draw_strides(samples, picks, seed, step), self._slab)
         batch = batch.to(self.engine.device, self.engine.dtype)
+        noise = draw_noise(samples, picks, seed, step, self._slab) if t.history_noise else None
         noise = noise if noise is None else sent(noise, self.engine.device, self.engine.dtype)
         losses, routing, exchange = forward(self.engine, batch, self._config, self._scale_D, noise)
         named = losses._asdict()
@@ -241,7 +244,7 @@ class LatentTask:
 
 def _tokens(config: Config, grid: list[int]) -> int:
     """Number of tokens in one rank's micro-batch."""
-    return config.training.batch_size * math.prod(grid) // config.model.patch**3
+    return config.training.batch_size * math.prod(grid) // config.model.patch**3 // config.parallel.context_size
 
 
 def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[str, Any]:
@@ -262,15 +265,20 @@ def _facts(config: Config, train: LatentSamples, valid: LatentSamples) -> dict[s
 
 @torch.no_grad()
 def validate(engine: Engine, valid: LatentSamples, config: Config) -> dict[str, dict[str, float]]:
-    """Return the latent MSE of the model and of persistence, by domain, over the validation split (collective)."""
-    rank, world, size = dist.get_rank(), dist.get_world_size(), config.evaluation.batch_size
+    """Return the latent MSE of the model and of persistence, by domain, over the validation split (collective).
+
+    The mean over the ranks of a CP group is that over the slabs of their samples.
+    """
+    layout, size = engine.layout, config.evaluation.batch_size
+    rank, batches = layout.batch_rank(dist.get_rank()), layout.batches
+    slab = engine.cp.slab(valid.trajectories[0].z.shape[2])
     engine.model.eval()
     totals = torch.zeros(len(valid.domains), 3, dtype=torch.float64, device=engine.device)
     everything = [(domain, i) for domain, count in enumerate(valid.sizes) for i in range(count)]
     # Every rank makes the same number of calls, because the all-to-all inside waits for all ranks.
-    for first in range(0, len(everything), size * world):
+    for first in range(0, len(everything), size * batches):
         mine = everything[first + rank * size : first + (rank + 1) * size]
-        batch = valid.batch(mine or everything[:1]).to(engine.device, engine.dtype)
+        batch = valid.batch(mine or everything[:1], slab=slab).to(engine.device, engine.dtype)
         with engine.autocast():
             predicted = engine.model(*batch.inputs).latent_BCxyz
         errors_B2 = mse_beside_persistence(predicted, batch.history_BHCxyz, batch.target_BCxyz)

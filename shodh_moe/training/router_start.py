@@ -7,7 +7,8 @@ import torch
 from shodh_moe.config import Config
 from shodh_moe.data.sampler import DomainSampler
 from shodh_moe.model import LatentTransformer
-from shodh_moe.model.inputs import token_grid
+from shodh_moe.model.inputs import embedding_inputs, token_grid
+from shodh_moe.model.path import Features
 from shodh_moe.tokenizer.latents import LatentSamples
 from shodh_moe.training.draws import draw_strides
 
@@ -27,6 +28,8 @@ def start_router(model: LatentTransformer, samples: LatentSamples, config: Confi
     """
     path = model.path
     assert path is not None
+    # This rank is alone here, and looks at whole samples, whatever slab it has in training.
+    features = Features(path.features.inputs, config.model.moe)
     domains = len(samples.sizes)
     count = -(-SAMPLES // domains) * domains
     sampler = DomainSampler(samples.sizes, count, config.seed, 1, samples.weights, samples.streams)
@@ -36,8 +39,8 @@ def start_router(model: LatentTransformer, samples: LatentSamples, config: Confi
     for first in range(0, count, AT_ONCE):
         chosen = slice(first, first + AT_ONCE)
         batch = samples.batch(picks[chosen], strides[chosen])
-        z_BSI = model.embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz)
-        x_MF, _ = path.features(z_BSI, token_grid(batch.geometry_BCxyz, config.model.patch))
+        z_BSI = embedding_inputs(batch.history_BHCxyz, batch.geometry_BCxyz, config.model)
+        x_MF, _ = features(z_BSI, token_grid(batch.geometry_BCxyz, config.model.patch))
         rows.append(x_MF)
     x_MF = torch.cat(rows)
     path.router.start(x_MF[:: -(-len(x_MF) // ROWS)], config.seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shodh_moe.base.parameters import marks
 from shodh_moe.base.tensors import sent_numbers
 from shodh_moe.checkpoint import Fragment, logical_shape, runs
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.parallel import ExpertParallel, Layout
 from shodh_moe.training.optimizer import MOMENTS
 
 
@@ -49,11 +49,12 @@ class Shard:
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def shards_without_zero(model: nn.Module, rank: int, world: int, ep: ExpertParallel) -> list[Shard]:
+def shards_without_zero(model: nn.Module, rank: int, layout: Layout) -> list[Shard]:
     """Return one shard per parameter. Ranks that hold the same parameters own them in turn, to share the writing."""
     found = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        replicas, replica = (world // ep.size, rank // ep.size) if marks(parameter).sharded else (world, rank)
+        sharded = marks(parameter).sharded
+        replicas, replica = (layout.replicas, layout.replica(rank)) if sharded else (layout.world, rank)
         found.append(Shard(name, parameter, 0, 0, parameter, 0, parameter.numel(), index % replicas == replica))
     return found
 

@@ -45,7 +45,7 @@ def tokenizer_run(config: Config, world: int) -> Config:
         data=config.data,
         tokenizer=c.model_copy(update={"seed": None}),
         training=training,
-        parallel=config.parallel.model_copy(update={"ep_size": 1}),  # the tokenizer has no experts
+        parallel=config.parallel.model_copy(update={"ep_size": 1, "context_size": 1}),  # no experts, no slabs
         deepspeed=config.deepspeed,
     )
     deepspeed_config(run, world)

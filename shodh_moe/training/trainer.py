@@ -143,14 +143,23 @@ def _announce(task: Task, config: RunConfig, start: Start) -> None:
         where = f"with the weights of {start.origin['path']}"
     else:
         where = "from scratch"
-    layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}, {config.training.precision}"
+    layout = f"{world} ranks, EP {engine.ep.size}, ZeRO {config.parallel.zero_stage}"
+    layout += f", {config.training.precision}" + (f", CP {engine.cp.size}" if engine.cp.size > 1 else "")
     print(f"{task.name} {where}: {layout}, device {engine.device}", flush=True)
     print(f"kernels: {describe(engine.device)}; AdamW: {engine.optimizer_name}; norms: {engine.norm}", flush=True)
-    if found and found["world_size"] != world:
-        before = CheckpointReader(Path(found["path"])).state["config"]["training"]["batch_size"]
-        changes = before * found["world_size"] != config.training.batch_size * world
+    if not found:
+        return
+    saved = CheckpointReader(Path(found["path"])).state["config"]
+    before, now = (found["world_size"], saved.get("parallel", {}).get("context_size", 1)), (world, engine.cp.size)
+    if before != now:
+        global_batch = saved["training"]["batch_size"] * before[0] // before[1]
+        changes = global_batch != config.training.batch_size * engine.layout.batches
         batch = ": the global batch changes with them" if changes else ""
-        print(f"the checkpoint was made by {found['world_size']} ranks, now {world}{batch}", flush=True)
+        print(f"the checkpoint was made by {_size(*before, unit=' ranks')}, now {_size(*now)}{batch}", flush=True)
+
+
+def _size(world: int, context_size: int, unit: str = "") -> str:
+    return f"{world}{unit}" + (f" at CP {context_size}" if context_size > 1 else "")
 
 
 @dataclass

@@ -12,10 +12,15 @@ from shodh_moe.rehearsal.findings import problems
 from shodh_moe.rehearsal.rehearse import rehearse, table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+UNROLLED = (
+    "training.unroll=2 training.unroll_gradient=through training.history_noise=0.1 model.scale_history=true "
+    "training.batch_size=12"
+)
 RUNS = {
     "pretrain_1gpu, 1": ("pretrain_1gpu", 1, 0, "model.depth=4"),
     "one_gpu, 8": ("one_gpu", 8, 3, "model.depth=4 parallel.ep_size=4 parallel.zero_stage=2"),
     "node_8gpu, 8": (*("node_8gpu", 8, 7), "model.depth=4 training.unroll=2 training.history_noise=0.1"),
+    "slabs, 8": (*("node_8gpu", 8, 5), f"model.depth=4 parallel.context_size=2 parallel.ep_size=4 {UNROLLED}"),
     "cluster_8x8, 64": ("cluster_8x8", 64, 63, "model.depth=4"),
     "tokens, 64": (
         *("cluster_8x8", 64, 0),

@@ -16,6 +16,7 @@ from shodh_moe.config import Config
 from shodh_moe.rehearsal.findings import Findings, problems
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(600),  # the first rehearsal on a machine compiles the stub
     pytest.mark.skipif(torch.version.cuda is not None, reason="takes the place of a device that a CUDA build has"),
 ]
@@ -88,17 +89,30 @@ def test_freed_memory_does_not_count(recorded):
     assert recorded["found"]["freed"]["peak"] <= 2 * 4000
 
 
+SLABS = [
+    *("samples", "tokens, a router in each layer", "a path for each token", "two paths for a sample", "windows"),
+    "film",
+]
+
+
 def found_in(recorded: dict[str, Any], training: str) -> list[str]:
     """The problems of one of the trainings; memory is not compared at these sizes."""
-    found = recorded["found"][f"training: {training}"]
+    found = recorded["found"][training]
     rows = {key: [tuple(row) for row in found[key]] for key in ("waits", "collectives", "products")}
     findings = Findings(1, 4, found["peaks"], **rows, error=found["error"])
-    config = Config.model_validate(recorded["config"])
+    config = Config.model_validate(recorded["configs"][training])
     return [line for line in problems(findings, config) if "GiB" not in line]
 
 
 def test_a_training_without_a_fault_is_as_planned(recorded):
-    assert found_in(recorded, "none") == []
+    assert found_in(recorded, "training: none") == []
+
+
+@pytest.mark.parametrize("slabs", SLABS)
+def test_collectives_among_ranks_with_slabs_are_as_planned(recorded, slabs):
+    assert found_in(recorded, f"slabs: {slabs}") == []
+    groups = {row[1] for row in recorded["found"][f"slabs: {slabs}"]["collectives"]}
+    assert "context parallel" in groups
 
 
 FAULTS = {
@@ -111,5 +125,5 @@ FAULTS = {
 
 @pytest.mark.parametrize(("training", "says"), FAULTS.items(), ids=FAULTS)
 def test_a_fault_of_a_training_is_found(recorded, training, says):
-    lines = found_in(recorded, training)
+    lines = found_in(recorded, f"training: {training}")
     assert any(says in line for line in lines), lines

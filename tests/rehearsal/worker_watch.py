@@ -40,6 +40,49 @@ CONFIG = Config.model_validate(
     }
 )
 
+LAYER = {"scope": "layer", "attention": "shared"}
+SLABS = {
+    "samples": {
+        "model": {"scale_history": True, "boundaries": True, "positions": "periodic_aware", "strides": [1, 2]},
+        "training": {"unroll": 2, "unroll_gradient": "through", "history_noise": 0.1, "loss": "relative"},
+    },
+    "tokens, a router in each layer": {
+        "model": {"moe": LAYER},
+        "training": {"unroll": 2, "activation_checkpointing": True, "accumulation": 2},
+    },
+    "a path for each token": {
+        "model": {"scale_history": True, "moe": {"top_k": 2, "router": {"context": "both", "balance": "global"}}},
+        "training": {"unroll": 3, "unroll_gradient": "through"},
+    },
+    "two paths for a sample": {
+        "model": {"moe": {"num_experts": 4, "top_k": 2, "router": {"balance": "bias"}}},
+        "training": {"unroll": 2, "unroll_gradient": "through", "loss": "sample"},
+        "parallel": {"zero_stage": 2},
+    },
+    "windows": {"model": {"moe": {"dropless": False, "router": {"context": "window", "window": 1}}}},
+    "film": {
+        "model": {
+            "film": True,
+            "scale_history": True,
+            "moe": {**LAYER, "num_experts": 0, "shared_experts": 1},
+        },
+        "training": {"unroll": 2, "unroll_gradient": "through"},
+        "parallel": {"ep_size": "auto", "context_size": 4},
+    },
+}
+
+
+def with_slabs(changes: dict[str, Any]) -> Config:
+    """`CONFIG` on a longer grid, whose samples two ranks share, with changes."""
+    base = CONFIG.model_dump()
+    base["data"]["grid"][0], base["parallel"]["context_size"], base["deepspeed"] = 32, 2, {}
+    return Config.model_validate(_merged(base, changes))
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) for key, value in changes.items() if isinstance(value, dict)}
+    return {**base, **changes, **both}
+
 
 def on_device(*shape: int) -> Tensor:
     return torch.zeros(*shape, device="cuda")
@@ -142,7 +185,12 @@ def main() -> None:
     for name, fault in TRAININGS.items():
         with fault:
             found[f"training: {name}"] = record(lambda watch: rehearse_pretraining(CONFIG, watch))
-    Path(sys.argv[1]).write_text(json.dumps({"config": CONFIG.model_dump(mode="json"), "found": found}))
+    configs = {name: with_slabs(changes) for name, changes in SLABS.items()}
+    for name, config in configs.items():
+        found[f"slabs: {name}"] = record(lambda watch, config=config: rehearse_pretraining(config, watch))
+    dumped = {f"slabs: {name}": config.model_dump(mode="json") for name, config in configs.items()}
+    dumped |= {f"training: {name}": CONFIG.model_dump(mode="json") for name in TRAININGS}
+    Path(sys.argv[1]).write_text(json.dumps({"configs": dumped, "found": found}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from shodh_moe.launching.hostfile import count_ranks
 from shodh_moe.launching.launcher import HostsUnusable, TrainingFailed
 from shodh_moe.runs import elastic
 from shodh_moe.runs.elastic import HOSTS_LEFT, train_elastic
-from shodh_moe.training.deepspeed_config import fit_expert_parallel_size
+from shodh_moe.training.deepspeed_config import fit_layout
 from tests.training.launch import launch
 from tests.training.synthetic import write_job
 from tests.training.weights import check_same_weights
@@ -70,7 +70,7 @@ class Ranks:
         config = Config.model_validate(
             {"model": {"moe": {"num_experts": 4}}, "parallel": {"elastic": True, **parallel}}
         )
-        train_elastic(config, self.run, resume, self.start, fit_expert_parallel_size)
+        train_elastic(config, self.run, resume, self.start, fit_layout)
 
     def written(self, step: int, code: int = EXIT_FAILED) -> Callable[[], int]:
         """An outcome: write the checkpoint of a step, then end with a code."""

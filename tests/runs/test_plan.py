@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
@@ -20,7 +22,8 @@ from shodh_moe.config.load import load_config
 from shodh_moe.model import LatentTransformer
 from shodh_moe.model.experts import Experts, to_autocast
 from shodh_moe.model.learning import prepare_fine_tuning
-from shodh_moe.parallel import ExpertParallel
+from shodh_moe.model.positions import token_angles
+from shodh_moe.parallel import ALONE, ContextParallel, ExpertParallel
 from shodh_moe.runs import plan
 from shodh_moe.runs.live_bytes import LiveBytes
 from shodh_moe.tokenizer.latents import Batch
@@ -123,14 +126,35 @@ def test_planned_activations_of_low_rank_additions_match_what_autograd_keeps(as_
     _check_activations(config.model_copy(update={"finetune": FineTuningConfig(train="lora")}))
 
 
-def _check_activations(config: Config) -> None:
+@pytest.fixture
+def cp():
+    """One of two ranks that share samples; the other does not exist, so what it gathers from there means nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield ContextParallel(2, 0, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_planned_activations_of_slabs_match_what_autograd_keeps(as_on_a_gpu, cp, precision, checkpointing):
+    config = _config(
+        96, 192, 1, 3, 8, 64, {"scope": "path"}, precision=precision, activation_checkpointing=checkpointing
+    )
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context_size": 2})})
+    _check_activations(config, cp)
+
+
+def _check_activations(config: Config, cp: ContextParallel = ALONE) -> None:
     precision, checkpointing = config.training.precision, config.training.activation_checkpointing
     channels, grid, batch = config.tokenizer.latent_channels, plan.latent_grid(config), config.training.batch_size
     model = LatentTransformer(
-        config.model, channels, 0, ExpertParallel(), activation_checkpointing=checkpointing
+        config.model, channels, 0, ExpertParallel(), activation_checkpointing=checkpointing, cp=cp
     )  # fmt: skip
+    grid[0] //= cp.size
     if config.finetune:
         prepare_fine_tuning(model, config.finetune, ExpertParallel())
+    # Positions are cached for all layers and steps, and small.
+    token_angles((grid[0], grid[1], grid[2]), config.model.dim // config.model.heads, torch.device("cpu"), cp=cp)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         history = torch.randn(batch, config.model.history, channels, *grid)
         geometry, target = torch.randn(batch, channels, *grid), torch.randn(batch, channels, *grid)
@@ -138,7 +162,7 @@ def _check_activations(config: Config) -> None:
             prediction = model(history, geometry)
         label_B, boundary_B32 = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 3, 2).long()
         samples = Batch(history, geometry, target[:, None], label_B, label_B, boundary_B32)
-        losses = total_loss([prediction], samples, config, error_norms("mse", samples, None))
+        losses = total_loss([prediction], samples, config, error_norms("mse", samples, None), cp)
         kept = live.now
         losses.loss.backward()
     parts = plan.activation_bytes(config)
@@ -186,6 +210,9 @@ def test_a_layout_that_does_not_fit_is_refused():
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 4})})
     with pytest.raises(UserError, match="ep_size 4 does not divide the world size 6"):
         plan.plan(config, 6)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context_size": 3})})
+    with pytest.raises(UserError, match=r"context_size 3 does not divide the 4 tokens .* set it to 2"):
+        plan.plan(config, 12)
 
 
 def test_planned_disk_space_matches_the_files():
@@ -202,6 +229,15 @@ def test_the_table_shows_layout_tokens_and_epochs():
     text = plan.plan(_config(64, 96, 1, 3, 4, 8, steps=20, batch_size=4, accumulation=2), 2)
     tokens = "64 per sample, 256 per micro-batch, 1,024 per step"
     for words in ("2: EP 2, EDP 1, ZeRO 0, float32", tokens, "20 with 16 samples each"):
+        assert words in text
+
+
+def test_the_table_shows_slabs():
+    config = _config(64, 96, 1, 3, 4, 8, batch_size=4, accumulation=2)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"context_size": 2})})
+    text = plan.plan(config, 8)
+    tokens = "64 per sample, 128 per micro-batch, 2,048 per step"
+    for words in ("8: EP 4, EDP 1, CP 2, ZeRO 0", tokens, "with 32 samples each"):
         assert words in text
 
 

@@ -31,11 +31,12 @@ def _rows(config: Config, world: int, why: str) -> list[Traffic]:
     return [row for row in step_traffic(config, world) if row.why == why]
 
 
-def test_an_exchange_of_samples_sends_latents_and_six_numbers():
+def test_an_exchange_of_samples_sends_latents_and_twelve_numbers():
     config = load_config(CONFIGS / "node_8gpu.yaml")
     (row,) = _rows(config, 8, "samples")
-    # Two latents of history, geometry and target; domain, stride, expert in int64; norm, weight, error in float32.
-    sample = 4 * 128 * 16**3 * 4 + 3 * 8 + 3 * 4
+    # Two latents of history, geometry and target; domain, stride, expert and six faces in int64; norm, weight and error
+    # in float32.
+    sample = 4 * 128 * 16**3 * 4 + 9 * 8 + 3 * 4
     assert (row.kind, row.group, row.ranks, row.count) == ("all_to_all", "expert parallel", 8, 3)
     assert row.sent == 8 * sample + 8 * 8 * 8  # the counts of all pairs of ranks
 
@@ -76,6 +77,23 @@ def test_without_zero_no_weights_are_gathered():
 def test_balance_over_ranks_needs_sums(balance, count):
     config = _config({"router": {"balance": balance}}, accumulation=2)
     assert sum(row.count for row in _rows(config, 2, "loads of the experts")) == count
+
+
+def test_ranks_with_slabs_gather_keys_values_and_a_few_numbers():
+    config = _config(parallel={"context_size": 2, "ep_size": 1})
+    keys_and_values = 2 * 4 * 2**3 * 32 * 4  # of whole samples, in float32
+    features, errors = 2 * 2 * 4 * 3 * 8 * 4, 2 * 4 * 4  # mean and standard deviation of 3 x 8 inputs; errors
+    expected = {
+        "keys and values": ("all_gather", 3, 3 * keys_and_values),
+        "gradients of keys and values": ("reduce_scatter", 3, 3 * keys_and_values),
+        "means over slabs": ("all_gather", 2, features + errors),
+        "gradients of means over slabs": ("reduce_scatter", 1, errors),
+        "loads of the experts": ("all_reduce", 1, 8 * (3 * 4 + 2)),
+    }
+    rows = [row for row in step_traffic(config, 4) if row.group == "context parallel"]
+    assert {row.why: (row.kind, row.count, row.sent) for row in rows} == expected
+    assert {row.ranks for row in rows} == {2}
+    assert not any(row.group == "context parallel" for row in step_traffic(_config(), 4))
 
 
 def test_the_table_leaves_out_groups_of_one_rank():

@@ -128,6 +128,23 @@ def test_a_domain_with_weight_0_is_ignored(made: Path) -> None:
         LatentSamples(everything, 2, {"wake": 1.0})
 
 
+def test_a_rank_reads_only_its_slab(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = LatentSamples(load_latents(made / "latents" / "all", "train"), 2)
+    read: list[int] = []
+    original = h5py.Dataset.__getitem__
+    whole = samples.batch([(0, 0), (1, 3)])
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda z, key: _noted(original(z, key), read))
+    slab = samples.batch([(0, 0), (1, 3)], slab=slice(1, 2))
+    for part, all_of_it in zip(slab[:3], whole[:3], strict=True):
+        assert torch.equal(part, all_of_it[..., 1:2, :, :])
+    assert sum(read) == (whole.history_BHCxyz.numel() + whole.target_BCxyz.numel()) // 2
+
+
+def _noted(values: np.ndarray, read: list[int]) -> np.ndarray:
+    read.append(values.size)
+    return values
+
+
 def test_latents_of_another_tokenizer_are_refused(made: Path, cache: Path, tmp_path: Path) -> None:
     other = save_tokenizer(tmp_path / "other", 1)
     with pytest.raises(UserError) as raised:

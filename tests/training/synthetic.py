@@ -25,24 +25,27 @@ evaluation: {batch_size: 3}
 """
 
 
-def write_latents(folder: Path, channels: int = 6, grid: int = 2, snapshots: int = 7, nan_in: str = "") -> None:
+def write_latents(
+    folder: Path, channels: int = 6, grid: int = 2, snapshots: int = 7, nan_in: str = "", wall_axis: int = 2
+) -> None:
     """Write rotating random latents of two domains at different rates, in the format of tokenizer.latents.
 
     Args:
         nan_in: name of a training trajectory that gets a NaN in its fourth snapshot.
+        wall_axis: axis between the walls of the open channel; all others are periodic.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     shape = (channels, grid, grid, grid)
     for split, count in (("train", 3), ("valid", 1), ("test", 1)):
         with h5py.File(folder / f"{split}.hdf5", "w") as file:
-            for domain, rate, z_faces in (("open_channel", 0.3, [0, 0]), ("porous_media", 0.6, [2, 2])):
+            for domain, rate, faces in (("open_channel", 0.3, [0, 0]), ("porous_media", 0.6, [2, 2])):
                 for number in range(count):
                     a, b = rng.standard_normal((2, *shape))
                     t = np.arange(snapshots).reshape(-1, 1, 1, 1, 1)
                     group = file.create_group(f"{domain}_{number}")
                     group.attrs.update(domain=domain, source=f"{domain}_{number}.hdf5", sample=0)
-                    group.attrs["boundaries"] = [[2, 2], [2, 2], z_faces]  # 0: wall, 2: periodic
+                    group.attrs["boundaries"] = [faces if axis == wall_axis else [2, 2] for axis in range(3)]
                     z = (a * np.cos(rate * t) + b * np.sin(rate * t)).astype(np.float32)
                     if split == "train" and f"{domain}_{number}" == nan_in:
                         z[3, 0] = np.nan

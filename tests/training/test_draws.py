@@ -10,7 +10,7 @@ import torch
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.tokenizer.latents import LatentSamples, load_latents
-from shodh_moe.training.draws import draw_noise, draw_strides
+from shodh_moe.training.draws import add_noise, draw_noise, draw_strides
 from tests.training.synthetic import write_latents
 
 
@@ -62,12 +62,11 @@ def test_draws_depend_on_seed_step_and_sample_alone(folder: Path) -> None:
     history = samples.batch(picks).history_BHCxyz
 
     def drawn(picks: list[tuple[int, int]], seed: int, step: int) -> tuple[list[int], torch.Tensor]:
-        noise = draw_noise(samples, picks, samples.batch(picks).history_BHCxyz, 0.1, seed, step)
-        assert noise is not None
-        return draw_strides(samples, picks, seed, step), noise
+        return draw_strides(samples, picks, seed, step), draw_noise(samples, picks, seed, step)
 
     strides, noise = drawn(picks, 0, 5)
     assert noise.shape == history.shape
+    assert torch.equal(draw_noise(samples, picks, 0, 5, slice(1, 2)), noise[:, :, :, 1:2])
     for row, pick in enumerate(picks):  # as another rank or micro-batch would draw it
         alone = drawn([pick], 0, 5)
         assert alone[0] == strides[row : row + 1]
@@ -80,13 +79,12 @@ def test_draws_depend_on_seed_step_and_sample_alone(folder: Path) -> None:
 def test_noise_is_a_share_of_each_samples_history(folder: Path) -> None:
     samples = _samples(folder, [1])
     history = samples.batch([(0, 0), (1, 0)]).history_BHCxyz * torch.tensor([1.0, 50.0]).view(2, 1, 1, 1, 1, 1)
-    made = [draw_noise(samples, [(0, 0), (1, 0)], history, 0.1, seed=0, step=step) for step in range(100)]
-    noise = torch.stack([one for one in made if one is not None]).double()
+    drawn = [draw_noise(samples, [(0, 0), (1, 0)], seed=0, step=step) for step in range(100)]
+    noise = torch.stack([add_noise(history, one, 0.1) - history for one in drawn]).double()
     for sample in (0, 1):
         size = history[sample].double().square().mean().sqrt()
         assert float(noise[:, sample].std() / size) == pytest.approx(0.1, rel=0.03)
         assert abs(float(noise[:, sample].mean() / size)) < 0.003
-    assert draw_noise(samples, [(0, 0), (1, 0)], history, 0.0, seed=0, step=0) is None
 
 
 def test_a_stride_or_unroll_for_which_all_trajectories_are_too_short_is_refused(folder: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
-from shodh_moe.training.deepspeed_config import INSTEAD, SETTINGS, deepspeed_config, expert_parallel_size
+from shodh_moe.parallel import Layout
+from shodh_moe.training.deepspeed_config import INSTEAD, SETTINGS, deepspeed_config, fit_layout, layout_of
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_case
 
@@ -129,14 +130,32 @@ def _config(tmp_path: Path, *overrides: str) -> Config:
 
 @pytest.mark.parametrize(("world", "experts", "expected"), [(2, 2, 2), (4, 6, 2), (1, 2, 1), (8, 4, 4), (3, 2, 1)])
 def test_auto_ep_size(tmp_path, world, experts, expected):
-    assert expert_parallel_size(_config(tmp_path, f"model.moe.num_experts={experts}"), world) == expected
+    assert layout_of(_config(tmp_path, f"model.moe.num_experts={experts}"), world).ep == expected
 
 
 def test_impossible_layouts_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"num_experts 3 is not divisible by parallel\.ep_size 2"):
-        expert_parallel_size(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
-    with pytest.raises(UserError, match="ep_size 2 does not divide the world size 3"):
-        expert_parallel_size(_config(tmp_path, "parallel.ep_size=2"), 3)
+        layout_of(_config(tmp_path, "model.moe.num_experts=3", "parallel.ep_size=2"), 2)
+    with pytest.raises(UserError, match="ep_size 2 does not divide the world size 3: set it to 1"):
+        layout_of(_config(tmp_path, "parallel.ep_size=2"), 3)
+    with pytest.raises(UserError, match=r"context_size 3 does not divide the world size 8: set it to 2, or"):
+        layout_of(_config(tmp_path, "parallel.context_size=3"), 8)
+    with pytest.raises(UserError, match=r"ep_size 2 does not divide the world size 4 divided by .*context_size 4"):
+        layout_of(_config(tmp_path, "parallel.ep_size=2", "parallel.context_size=4"), 4)
+
+
+def test_experts_are_shared_by_ranks_with_the_same_slab(tmp_path):
+    slabs = "parallel.context_size=2"
+    assert layout_of(_config(tmp_path, slabs, "model.moe.num_experts=8"), 8) == Layout(8, 4, 2)
+    assert layout_of(_config(tmp_path, slabs, "parallel.ep_size=2"), 8) == Layout(8, 2, 2)
+
+
+@pytest.mark.parametrize(("world", "ep", "cp"), [(16, 4, 4), (8, 2, 4), (6, 1, 2), (12, 1, 4), (7, 1, 1)])
+def test_fewer_ranks_get_the_largest_sizes_that_fit(tmp_path, world, ep, cp):
+    config = _config(tmp_path, "model.moe.num_experts=4", "parallel.ep_size=4", "parallel.context_size=4")
+    fitted = fit_layout(config, world).parallel
+    assert (fitted.ep_size, fitted.context_size) == (ep, cp)
+    assert layout_of(fit_layout(config, world), world) == Layout(world, ep, cp)
 
 
 @pytest.mark.parametrize(

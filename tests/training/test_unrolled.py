@@ -65,8 +65,7 @@ def _train(folder: Path, rank: int, world: int, *settings: str) -> dict[str, tor
     for step in range(STEPS):
         picks = sampler.batch(step, rank)
         batch = samples.batch(picks, draw_strides(samples, picks, config.seed, step))
-        noise = draw_noise(samples, picks, batch.history_BHCxyz, t.history_noise, config.seed, step)
-        assert noise is not None
+        noise = draw_noise(samples, picks, config.seed, step)
         strides += batch.stride_B.tolist()
         found, _, exchange = forward(
             engine, batch.to("cpu", engine.dtype), config, samples.change_scale(), noise.to(engine.dtype)

@@ -170,4 +170,4 @@ class Bench3dConfig(Section):
         )
 
     def _one_rank(self) -> Any:
-        return self.base.parallel.model_copy(update={"processes": 1, "ep_size": "auto"})
+        return self.base.parallel.model_copy(update={"processes": 1, "ep_size": "auto", "context_size": 1})

@@ -86,7 +86,8 @@ def collective_seconds(kind: Kind, sent: float, place: Place, machine: Machine, 
     if kind == "all_gather":
         hops = (p - m) * inside.hop + (m - 1) * network.hop
         return rates.start + hops + (p - 1) / p * sent / rate
-    ring = 2 * ((p - 1 - m) * inside.hop + m * network.hop) + 2 * (p - 1) / p * sent / rate
+    across = min(m, p - 1)
+    ring = 2 * ((p - 1 - across) * inside.hop + across * network.hop) + 2 * (p - 1) / p * sent / rate
     tree = 2 * ((k - 1) * inside.hop + math.ceil(math.log2(m)) * network.hop) + 2 * sent / rate
     return rates.start + min(ring, tree)
 

@@ -168,9 +168,9 @@ def with_global_batch(config: Config, world: int, samples: int | None) -> Config
 
 def reason(choice: Choice, best: Choice) -> str:
     """Say what limits a layout, or which part makes it slower than the best one."""
-    limits = ", ".join(f"{name} {share:.0%}" for name, share in choice.prediction.limits[:2])
-    if choice == best:
-        return f"most time: {limits}"
+    if choice.layout == best.layout:
+        limits = ", ".join(f"{name} {share:.0%}" for name, share in choice.prediction.limits[:2])
+        return f"limited by {limits}"
     parts, others = choice.prediction.parts, best.prediction.parts
     grown = {name: parts.get(name, 0.0) - others.get(name, 0.0) for name in parts}
     name = max(grown, key=lambda one: grown[one])

@@ -23,7 +23,7 @@ Kind = Literal["all_reduce", "all_gather", "all_to_all"]
 KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "all_to_all")
 PRODUCTS = ("bfloat16", "float32", "float64")
 FORMAT = 1  # of the file that `write_machine` writes
-EXAMPLE = "shodh plan --config configs/quickstart.yaml --measure --output machine.json"
+MEASURE = "shodh plan --measure --output machine.json"
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Machine(Section):
 
     Attributes:
         name: for tables.
+        source: where the rates are from.
         device: ``cuda`` if the host launches operations ahead of the device, else ``cpu``.
         per_node: ranks of a node.
         memory: of a rank's device; None: unknown or shared with other ranks.
@@ -133,6 +134,7 @@ class Machine(Section):
 
     format: Literal[1] = 1
     name: str
+    source: Literal["data sheets", "measured"] = "measured"
     device: Literal["cpu", "cuda"]
     per_node: Positive
     memory: PositiveFloat | None = None
@@ -173,6 +175,7 @@ def from_data_sheets(gpu: str, network: str | None, assumed: Assumed = ASSUMED) 
     )
     return Machine(
         name=f"{gpu.lower()}, 8 in a node" + (f", {network.lower()}" if network else ""),
+        source="data sheets",
         device="cuda",
         per_node=8,
         memory=sheet.memory - assumed.reserved,
@@ -192,7 +195,7 @@ def read_machine(path: Path) -> Machine:
     Raises:
         UserError: the file is missing, or is not one.
     """
-    again = f"make it anew with `{EXAMPLE}`"
+    again = f"make it anew with `{MEASURE}`"
     try:
         tree = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.plan.hardware import NETWORKS
-from shodh_moe.plan.machine import Kind, Machine
+from shodh_moe.plan.machine import MEASURE, Kind, Machine
 from shodh_moe.runs.traffic import EXPERTS, REPLICAS, WORLD
 
 
@@ -65,6 +65,11 @@ def collective_seconds(kind: Kind, sent: float, place: Place, machine: Machine, 
     if place.ranks == 1:
         return 0.0
     rates = machine.rates(world)
+    if kind not in rates.links:
+        raise UserError(
+            f"{machine.name} was measured with one rank, not {world}: measure again, as with "
+            f"`{MEASURE} --ranks 1 {world}`"
+        )
     inside, p, m, k = rates.links[kind], place.ranks, place.nodes, place.together
     if m == 1:
         steps, hops, rate = p - 1, (p - 1) * inside.hop, inside.rate

@@ -172,9 +172,9 @@ def reason(choice: Choice, best: Choice) -> str:
         limits = ", ".join(f"{name} {share:.0%}" for name, share in choice.prediction.limits[:2])
         return f"limited by {limits}"
     parts, others = choice.prediction.parts, best.prediction.parts
-    grown = {name: parts.get(name, 0.0) - others.get(name, 0.0) for name in parts}
-    name = max(grown, key=lambda one: grown[one])
+    grown = sorted(((time - others.get(name, 0.0), name) for name, time in parts.items()), reverse=True)
     slower = choice.prediction.step / best.prediction.step - 1
-    if grown[name] <= 0 or slower < 1e-4:
-        return "as fast, but needs more memory"
-    return f"{slower:.1%} slower: {name} +{1e3 * grown[name]:.3g} ms"
+    if slower < 5e-4:
+        return "as fast"
+    most = ", ".join(f"{name} +{1e3 * time:.3g} ms" for time, name in grown[:2] if time > 0)
+    return f"{slower:.1%} slower: {most}"

@@ -148,13 +148,9 @@ class Machine(Section):
         return self.ranks[max(fits) if fits else min(self.ranks)]
 
 
-def from_data_sheets(gpu: str, network: str | None, assumed: Assumed = ASSUMED) -> Machine:
-    """Return nodes of eight GPUs of this name, connected by the network of this name.
-
-    Raises:
-        UserError: the GPU or the network is not known.
-    """
-    sheet, outside = gpu_named(gpu), network_named(network) if network else None
+def from_data_sheets(gpu: str, assumed: Assumed = ASSUMED) -> Machine:
+    """Return nodes of eight GPUs of this name. Raises `UserError` if it is not known."""
+    sheet = gpu_named(gpu)
 
     def constant(rate: float) -> Curve:
         return Curve(points=[(1.0, rate)])
@@ -174,14 +170,21 @@ def from_data_sheets(gpu: str, network: str | None, assumed: Assumed = ASSUMED) 
         reading=assumed.reading,
     )
     return Machine(
-        name=f"{gpu.lower()}, 8 in a node" + (f", {network.lower()}" if network else ""),
+        name=f"{gpu.lower()}, 8 in a node",
         source="data sheets",
         device="cuda",
         per_node=8,
         memory=sheet.memory - assumed.reserved,
         ranks={1: rates},
-        network=Link(hop=assumed.network_hop, rate=assumed.network * outside.rate) if outside else None,
     )
+
+
+def with_network(machine: Machine, name: str | None, assumed: Assumed = ASSUMED) -> Machine:
+    """Return the machine with nodes that this network connects. Raises `UserError` if it is not known."""
+    if name is None:
+        return machine
+    link = Link(hop=assumed.network_hop, rate=assumed.network * network_named(name).rate)
+    return machine.model_copy(update={"name": f"{machine.name}, {name.lower()}", "network": link})
 
 
 def write_machine(path: Path, machine: Machine) -> None:

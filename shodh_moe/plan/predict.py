@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.plan.collectives import collective_seconds, exposed_seconds, place_of
-from shodh_moe.plan.machine import Machine, Rates
+from shodh_moe.plan.machine import MEASURE, Machine, Rates
 from shodh_moe.plan.operations import Cost, Operation, work_of
 from shodh_moe.runs.plan import batch_tokens, memory, step_samples
 from shodh_moe.runs.traffic import Traffic, step_traffic
@@ -87,6 +88,11 @@ def predict(config: Config, world: int, machine: Machine) -> Prediction:
     """
     ep, t = expert_parallel_size(config, world), config.training
     rates, ahead = machine.rates(world), machine.device == "cuda"
+    if t.precision not in rates.products:
+        raise UserError(
+            f"{machine.name} has no rate of products in {t.precision}: choose training.precision from "
+            f"{', '.join(rates.products)}, or measure it with `{MEASURE} --dtypes {t.precision}`"
+        )
     work = work_of(config, ep, world, fused=ahead)
     depth, passes = config.model.depth, t.accumulation * t.unroll
     again = 1 if t.activation_checkpointing else 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shodh_moe.config import Config
 from shodh_moe.plan.layouts import Choice, Comparison, reason
 from shodh_moe.plan.machine import Machine, assumptions
 from shodh_moe.plan.predict import Prediction
+from shodh_moe.plan.simulate import EVEN, QUANTILES, Stragglers, simulate
 
 SHOWN = 5  # layouts in the table
 
@@ -49,3 +52,32 @@ def _row(name: str, choice: Choice, best: Choice) -> list[str]:
     checkpointing = "yes" if layout.checkpointing else "no"
     start = [name, str(layout.ep), str(layout.zero), layout.exchange, checkpointing, micro_batch]
     return [*start, *numbers, reason(choice, best)]
+
+
+def spread_table(
+    config: Config, world: int, machine: Machine, load_E: Sequence[float] | None, steps: int, seed: int
+) -> str:
+    """Return the lines that ``shodh plan --simulate`` prints: with both causes of a spread, and with each alone."""
+    experts = config.model.moe.num_experts
+    drawn = load_E if load_E is not None else [1.0] * max(experts, 1)
+    cases = {
+        "stragglers and uneven experts": (Stragglers(), drawn),
+        "stragglers alone": (Stragglers(), None),
+        "uneven experts alone": (EVEN, drawn),
+    }
+    lines = {}
+    for name, (stragglers, load) in cases.items():
+        if name == "uneven experts alone" and not experts:
+            continue
+        found = simulate(config, world, machine, stragglers, load, steps, seed)
+        times = ", ".join(f"{share:.0%} {1e3 * found.quantile(share):,.1f}" for share in QUANTILES)
+        slower = found.mean / found.predicted - 1
+        lines[name] = f"mean {1e3 * found.mean:,.1f} ms ({slower:+.1%} of the prediction), quantiles {times} ms"
+    s = Stragglers()
+    lines["assumed"] = (
+        f"a rank's speed varies by {s.ranks:.0%} and a step's by {s.steps:.0%} (log-normal), a rank stalls for "
+        f"{s.stall:g} s with probability {s.stall_chance:g} in a step; "
+        + ("each sample draws its expert from the given load" if load_E is not None else "experts are drawn evenly")
+    )
+    head = f"simulated: {steps} steps of {world} ranks, seed {seed}"
+    return "\n".join([head, *(f"  {name:<31}{text}" for name, text in lines.items())])

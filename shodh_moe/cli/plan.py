@@ -22,7 +22,9 @@ def add_plan(commands: Any) -> None:
     parser = add_command(commands, "plan", text, EXAMPLE, _plan)
     add_config_arguments(parser, required=False)
     add_world(parser)
-    parser.add_argument("--global-batch", type=int, metavar="N", help="samples per step of all ranks; default: config's")
+    parser.add_argument(
+        "--global-batch", type=int, metavar="N", help="samples per step of all ranks; default: config's"
+    )
     machine = parser.add_mutually_exclusive_group()
     machine.add_argument("--gpu", help="predict times for nodes of 8 of these: h100, h200, b200, mi300x")
     machine.add_argument("--machine", type=path_option, metavar="FILE", help="predict times from what --measure wrote")

@@ -9,6 +9,7 @@ from typing import Any
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
+from shodh_moe.data.sampler import DomainSampler, domain_weights
 from shodh_moe.plan.hardware import GPUS
 from shodh_moe.plan.machine import ASSUMED, Machine
 from shodh_moe.plan.predict import Prediction, predict
@@ -102,7 +103,20 @@ def layouts(config: Config, world: int) -> Iterator[Layout]:
             for zero in (0, 1, 2):
                 for checkpointing in (False, True):
                     for micro_batch in divisors(own):
-                        yield Layout(ep, zero, exchange, checkpointing, micro_batch, own // micro_batch)
+                        if micro_batch == own or mixes_domains(config, micro_batch):
+                            yield Layout(ep, zero, exchange, checkpointing, micro_batch, own // micro_batch)
+
+
+def mixes_domains(config: Config, micro_batch: int) -> bool:
+    """Whether a micro-batch of this size can be divided among the domains. Those of ``data.path`` are not known."""
+    names = sorted(name for name, _ in config.data.domains.items())
+    if config.data.path or not names:
+        return True
+    try:
+        DomainSampler((1,) * len(names), micro_batch, 0, weights=domain_weights(config.data.weights, names))
+    except UserError:
+        return False
+    return True
 
 
 def divisors(number: int) -> list[int]:
@@ -155,12 +169,15 @@ def with_global_batch(config: Config, world: int, samples: int | None) -> Config
         return config
     if samples < 1:
         raise UserError(f"--global-batch {samples}: give the number of samples per step over all ranks, at least 1")
-    if samples % world:
-        fits = divisors(samples)
+    fits = [one for one in divisors(samples) if mixes_domains(config, samples // one)]
+    if not fits:
+        raise UserError(f"--global-batch {samples} cannot be divided among the domains of data.domains: change one")
+    if world not in fits:
         below, above = [one for one in fits if one < world], [one for one in fits if one > world]
         near = " or ".join(str(one) for one in [*below[-1:], *above[:1]])
         raise UserError(
-            f"--world {world} does not divide --global-batch {samples}: the nearest numbers of ranks that do are {near}"
+            f"--world {world} cannot share --global-batch {samples} with each domain in every rank's part: the nearest "
+            f"numbers of ranks that can are {near}"
         )
     training = config.training.model_copy(update={"batch_size": samples // world, "accumulation": 1})
     return config.model_copy(update={"training": training})

@@ -44,8 +44,7 @@ def measure_rates(device: torch.device, precisions: tuple[str, ...]) -> Rates:
     links = {one: link(one, device) for one in KINDS} if dist.get_world_size() > 1 else {}
     return Rates(
         products={
-            name: Curve(points=[product(side, dtype, device) for side in SIDES[kind]])
-            for name, dtype in dtypes.items()
+            name: Curve(points=[product(side, dtype, device) for side in SIDES[kind]]) for name, dtype in dtypes.items()
         },
         attention={name: Curve(points=[forward for forward, _ in pair]) for name, pair in pairs.items()},
         attention_backward={name: Curve(points=[backward for _, backward in pair]) for name, pair in pairs.items()},

@@ -118,7 +118,7 @@ class _Counter:
 
     def block(self) -> list[Operation]:
         m, moe = self.config.model, self.config.model.moe
-        wide, narrow = widths(self.config)
+        narrow = widths(self.config)[1]
         n, d, f = batch_tokens(self.config), m.dim, moe.expert_hidden
         paths, rank = attention_paths(moe)
         shared = moe.shared_linear or not (paths and rank is None)

@@ -23,8 +23,12 @@ def time_table(config: Config, world: int, machine: Machine, found: Prediction) 
             lines[f"  {name}"] = f"{1e3 * share * found.step:,.1f} ms, {share:.1%}"
     device = "GPU" if machine.device == "cuda" else "rank"
     lines["exchanges"] = f"{found.exchanges / found.step:.1%} of the step"
-    lines["tokens per second"] = f"{found.tokens / found.step:,.0f}, {found.tokens / found.step / world:,.0f} per {device}"
-    lines["pretraining"] = f"{hours:,.1f} hours, {hours * world:,.0f} {device} hours, without validation and checkpoints"
+    lines["tokens per second"] = (
+        f"{found.tokens / found.step:,.0f}, {found.tokens / found.step / world:,.0f} per {device}"
+    )
+    lines["pretraining"] = (
+        f"{hours:,.1f} hours, {hours * world:,.0f} {device} hours, without validation and checkpoints"
+    )
     width = max(len(name) for name in lines) + 2
     return "\n".join(f"{name:<{max(18, width)}}{text}" for name, text in lines.items())
 

@@ -39,6 +39,11 @@ class Assumed:
             protocol Simple in NCCL's own model (src/graph/tuning.cc).
         start: time until a collective starts, from the same table.
         operation: time of the host to launch an operation in eager mode, with autograd and autocast.
+        kernel: the same for dispatch and combine, which Python code launches.
+        recompute: time of the host for a block that activation checkpointing recomputes, besides its operations.
+        tensor: time of the host for each tensor of parameters in an optimizer step, by ZeRO stage.
+        step: time of the host for a step besides.
+        sample: time of the host to find and read a sample.
         reading: rate at which a rank reads latents from the page cache and copies them to its device.
         reserved: memory of CUDA, NCCL and the allocator's gaps.
     """
@@ -53,11 +58,17 @@ class Assumed:
     network_hop: float = 14e-6
     start: float = 8.4e-6
     operation: float = 6e-6
+    kernel: float = 60e-6
+    recompute: float = 5e-4
+    tensor: tuple[float, float, float] = (40e-6, 80e-6, 80e-6)
+    step: float = 2e-3
+    sample: float = 3e-4
     reading: float = 2e9
     reserved: float = 4e9
 
 
 ASSUMED = Assumed()
+_Time = Annotated[float, Field(ge=0)]
 _Points = Annotated[list[tuple[PositiveFloat, PositiveFloat]], Field(min_length=1)]
 
 
@@ -92,7 +103,7 @@ class Curve(Section):
 class Link(Section):
     """Time of a step of a collective is ``hop`` plus its bytes over ``rate``."""
 
-    hop: Annotated[float, Field(ge=0)]
+    hop: _Time
     rate: PositiveFloat
 
 
@@ -103,10 +114,15 @@ class Rates(Section):
         products: rate of matrix products against FLOPs, by dtype.
         attention, attention_backward: the same of fused attention, FLOPs of both passes counted without recomputing.
         memory: rate of elementwise operations, against bytes read and written.
-        operation: time that each operation takes besides.
+        operation: time that each operation takes besides; on a GPU the host's time to launch it.
+        kernel: the same for dispatch and combine.
+        recompute: time for a block that activation checkpointing recomputes, besides its operations.
+        tensor: time for each tensor of parameters in an optimizer step, by ZeRO stage.
+        step: time of an optimizer step besides.
         start: time until a collective starts.
         links: between the ranks of a node, by kind of collective.
-        reading: rate at which a rank makes batches of latents.
+        sample: time to find a sample.
+        reading: rate at which a rank reads samples.
     """
 
     products: dict[str, Curve]
@@ -114,8 +130,13 @@ class Rates(Section):
     attention_backward: dict[str, Curve]
     memory: Curve
     operation: PositiveFloat
-    start: Annotated[float, Field(ge=0)] = 0.0
+    kernel: PositiveFloat
+    recompute: _Time
+    tensor: tuple[_Time, _Time, _Time]
+    step: _Time
+    start: _Time = 0.0
     links: dict[Kind, Link]
+    sample: _Time
     reading: PositiveFloat
 
 
@@ -165,6 +186,11 @@ def from_data_sheets(gpu: str, assumed: Assumed = ASSUMED) -> Machine:
         attention_backward=products(assumed.attention_backward),
         memory=constant(assumed.memory * sheet.bandwidth),
         operation=assumed.operation,
+        kernel=assumed.kernel,
+        recompute=assumed.recompute,
+        tensor=assumed.tensor,
+        step=assumed.step,
+        sample=assumed.sample,
         start=assumed.start,
         links=dict.fromkeys(KINDS, link),
         reading=assumed.reading,

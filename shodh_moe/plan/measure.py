@@ -55,6 +55,7 @@ def _rates(count: int, precisions: list[str], end: float) -> Rates:
     """Measure with ``count`` ranks, which end before ``end`` (of `time.monotonic`)."""
     threads = str(max(1, available_cores() // count))  # as a training's launcher does
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"DEEPSPEED_LOG_LEVEL": "error", "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "rates.json")
@@ -62,7 +63,7 @@ def _rates(count: int, precisions: list[str], end: float) -> Rates:
         log = Path(folder, "log")
         with open(log, "w") as output:
             started = [
-                subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stdout=output, stderr=output)
+                subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=output, stderr=output)
                 for rank in range(count)
             ]
         try:

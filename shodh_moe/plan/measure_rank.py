@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shodh_moe.base.files import write_text
 from shodh_moe.base.memory import keep_freed_memory
 from shodh_moe.plan.microbenchmarks import measure_rates
+from shodh_moe.training.process_group import init_distributed, leave_process_group
 
 
 def main(result: str, *precisions: str) -> None:
@@ -20,14 +21,12 @@ def main(result: str, *precisions: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     rank, cuda = int(os.environ["RANK"]), torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    init_distributed()
     rates = measure_rates(device, precisions)
     if rank == 0:
         write_text(Path(result), rates.model_dump_json())
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -2,34 +2,27 @@
 
 Each result is the median over repetitions of the slowest rank. Operations are those of a training, in its sizes: matrix
 products in the three orders of a linear map's passes, fused attention, elementwise operations on tensors that are
-allocated anew, RMS norms of a few numbers (whose time is that of launching operations), reading latents, and the
-collectives of a step.
+allocated anew, and the collectives of a step. `own_costs` measures what the code takes besides.
 """
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from shodh_moe.plan.clock import seconds
 from shodh_moe.plan.machine import KINDS, Curve, Kind, Link, Rates
+from shodh_moe.plan.own_costs import own_costs
 
-BUDGET_S = 0.25  # of one measurement
-NORM_OPERATIONS = 20  # of an unfused RMS norm, forward and backward (`operations`)
 SIDES = {"cpu": (32, 64, 128, 256, 512), "cuda": (64, 256, 1024, 4096)}
 NUMBERS = {"cpu": (2**12, 2**15, 2**18, 2**21, 2**23), "cuda": (2**14, 2**18, 2**22, 2**26)}
 TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 4096)}
 SENT = (2**10, 2**16, 2**20, 2**23)  # bytes
-INNER = {"cpu": 1, "cuda": 10}  # calls between two looks at the clock
 
 
 def measure_rates(device: torch.device, precisions: tuple[str, ...]) -> Rates:
@@ -49,34 +42,9 @@ def measure_rates(device: torch.device, precisions: tuple[str, ...]) -> Rates:
         attention={name: Curve(points=[forward for forward, _ in pair]) for name, pair in pairs.items()},
         attention_backward={name: Curve(points=[backward for _, backward in pair]) for name, pair in pairs.items()},
         memory=Curve(points=[elementwise(numbers, device) for numbers in NUMBERS[kind]]),
-        operation=operation(device),
+        **own_costs(device),
         links=links,
-        reading=reading(device),
     )
-
-
-def seconds(work: Callable[[], object], device: torch.device, inner: int | None = None) -> float:
-    """Time of a call: the median over repetitions on the slowest rank (collective)."""
-    inner = INNER[device.type] if inner is None else inner
-
-    def once() -> float:
-        began = time.perf_counter()
-        for _ in range(inner):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / inner
-
-    once()
-    rounds = int(min(max(BUDGET_S / (_slowest(once(), device) * inner), 3), 100))
-    dist.barrier()
-    return _slowest(statistics.median(once() for _ in range(rounds)), device)
-
-
-def _slowest(value: float, device: torch.device) -> float:
-    most = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return float(most)
 
 
 def product(side: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -117,37 +85,6 @@ def elementwise(numbers: int, device: torch.device) -> tuple[float, float]:
     started = few * seconds(lambda: one * one, device) if device.type == "cpu" else 0.0
     taken = seconds(mixture, device)
     return sizes / few, sizes / max(taken - started, 0.3 * taken)
-
-
-def operation(device: torch.device) -> float:
-    """Time of an operation on few numbers, with autograd, from RMS norms; on a GPU the host's time to launch it."""
-    norm, x = nn.RMSNorm(8, device=device), torch.randn(2, 8, device=device, requires_grad=True)
-    calls = 2 if device.type == "cuda" else NORM_OPERATIONS
-
-    def both() -> None:
-        norm(x).sum().backward()
-
-    if device.type == "cpu":
-        return seconds(both, device) / (calls + 2)  # the sum has two more
-    both()
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(50):
-        both()
-    taken = time.perf_counter() - began
-    torch.cuda.synchronize(device)
-    return _slowest(taken / 50 / (calls + 4), device)
-
-
-def reading(device: torch.device) -> float:
-    """Rate of reading latents from a file in the page cache, stacking them and sending them to the device."""
-    with tempfile.TemporaryDirectory() as folder, h5py.File(Path(folder, "latents.h5"), "w") as file:
-        latents = file.create_dataset("z", data=np.zeros((32, 2**18), dtype=np.float32))
-
-        def read() -> Tensor:
-            return torch.stack([torch.from_numpy(latents[first : first + 2]) for first in range(0, 16, 2)]).to(device)
-
-        return 16 * 2**18 * 4 / seconds(read, device, 1)
 
 
 def link(kind: Kind, device: torch.device) -> Link:

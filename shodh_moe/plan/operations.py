@@ -51,12 +51,12 @@ class Operation:
 
     Attributes:
         part: where their time is reported.
-        kind: ``product`` and ``attention`` are limited by FLOPs or bytes, ``memory`` by bytes.
+        kind: ``product`` and ``attention`` are limited by FLOPs or bytes, ``memory`` and ``kernel`` (our own) by bytes.
         forward, backward: their cost. FLOPs of attention's backward pass do not include what it recomputes.
     """
 
     part: Part
-    kind: Literal["product", "attention", "memory"]
+    kind: Literal["product", "attention", "memory", "kernel"]
     forward: Cost
     backward: Cost
 
@@ -70,7 +70,8 @@ class Work:
         shared: those of its shared experts, which are also in ``block``.
         ends: operations outside the blocks, for one prediction.
         accumulation: bytes of adding a micro-batch's gradients to those before.
-        update: operations of the optimizer step, in ``forward``.
+        update: bytes of the optimizer step.
+        tensors: number of a rank's tensors of parameters.
         read: bytes of latents that a rank reads for a micro-batch.
     """
 
@@ -78,7 +79,8 @@ class Work:
     shared: list[Operation]
     ends: list[Operation]
     accumulation: Cost
-    update: list[Operation]
+    update: float
+    tensors: int
     read: float
 
 
@@ -96,7 +98,9 @@ def work_of(config: Config, ep: int, world: int, fused: bool) -> Work:
     latents = config.model.history + 1 + config.training.unroll
     read = batch_tokens(config) * counter.channels * 4 * latents
     update = _update(config, parameters, ep, world)
-    return Work(counter.block(), counter.shared_experts(), counter.ends(), accumulation, update, read)
+    return Work(
+        counter.block(), counter.shared_experts(), counter.ends(), accumulation, update, parameters.tensors, read
+    )
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ class _Counter:
         there = narrow * (tokens + rows) * inputs
         back = narrow * (rows + tokens * (2 if shared else 1)) * outputs
         backward = there + narrow * (tokens + 2 * rows) * outputs
-        return [Operation("dispatch", "memory", Cost(0, there + back, 2), Cost(0, backward, 2))]
+        return [Operation("dispatch", "kernel", Cost(0, there + back, 2), Cost(0, backward, 2))]
 
     def swiglu(self, rows: int, d: int, f: int, matrices: int) -> list[Operation]:
         """Gate, up and down with their activation: silu (2 F), product (3 F); backward 14 F, with the silu again."""
@@ -274,8 +278,8 @@ class _Parameters:
         return cls(len(everything) + more * len(inside), elements, experts)
 
 
-def _update(config: Config, own: _Parameters, ep: int, world: int) -> list[Operation]:
-    """Operations of an optimizer step: DeepSpeed's copies of gradients, norms, clipping, AdamW and new weights."""
+def _update(config: Config, own: _Parameters, ep: int, world: int) -> float:
+    """Bytes of an optimizer step: DeepSpeed's copies of gradients, norms, clipping, AdamW and new weights."""
     wide, stage = widths(config)[0], config.parallel.zero_stage
     part = own.elements
     if stage:
@@ -283,6 +287,4 @@ def _update(config: Config, own: _Parameters, ep: int, world: int) -> list[Opera
     # Without ZeRO: gradients are copied to a flat bucket, divided, and copied back. With it: copied to a bucket and
     # divided, a rank's part copied out, and its updated part copied to the weights.
     copied = 6 * own.elements if not stage else 4 * own.elements + 4 * part
-    calls = (6 if not stage else 10) * own.tensors
-    elements = copied + (1 + 2 + 7) * part  # norms, clipping, and AdamW: weight, gradient and two moments
-    return [Operation("optimizer", "memory", Cost(0, wide * elements, calls + 3 * own.tensors), Cost())]
+    return wide * (copied + (1 + 2 + 7) * part)  # norms, clipping, and AdamW: weight, gradient and two moments

@@ -100,21 +100,25 @@ def predict(config: Config, world: int, machine: Machine) -> Prediction:
     timer = _Timer(rates, t.precision, ahead)
     for operations, count, more in ((work.block, depth, again), (work.ends, 1, 0)):
         timer.add(operations, (1 + more) * count * passes, count * passes)
+    timer.take("norms and sums", again * depth * passes * rates.recompute)
     added = Operation("optimizer", "memory", work.accumulation, Cost())
     timer.add([added], t.accumulation - 1, 0)
     update = _Timer(rates, t.precision, ahead)
-    update.add(work.update, 1, 0)
+    own = rates.step + work.tensors * rates.tensor[config.parallel.zero_stage]
+    update.add([Operation("optimizer", "memory", Cost(0, work.update, 1), Cost())], 1, 0)
+    update.take("optimizer", own)
 
     first, second = _Timer(rates, t.precision, ahead), _Timer(rates, t.precision, ahead)
     for operations, count, more in ((work.block, depth, again), (work.ends, 1, 0)):
         first.add(operations, count * t.unroll, 0)
         second.add(operations, more * count * t.unroll, count * t.unroll)
+    second.take("norms and sums", again * depth * t.unroll * rates.recompute)
     compute = timer.parts | {part: timer.parts.get(part, 0.0) + time for part, time in update.parts.items()}
     launching = timer.launching + update.launching
     if launching:
         compute["launching"] = launching
 
-    reading = work.read / rates.reading
+    reading = work.read / rates.reading + t.batch_size * rates.sample
     waiting = max(0.0, sum(update.parts.values()) - update.host) if ahead else 0.0  # the host reads meanwhile
     data = reading * t.accumulation - min(reading, waiting)
     shared = _Timer(rates, t.precision, ahead)
@@ -158,11 +162,18 @@ class _Timer:
         for one in operations:
             for cost, times, back in ((one.forward, forward, False), (one.backward, backward, True)):
                 time = seconds(cost, one.kind, back, self._rates, self._precision, self._ahead)
-                launch = cost.calls * self._rates.operation
-                self.host += times * launch if self._ahead else 0.0
-                self.parts[one.part] = self.parts.get(one.part, 0.0) + times * (
-                    time if self._ahead else time + launch * (one.kind == "memory")
-                )
+                self.parts[one.part] = self.parts.get(one.part, 0.0) + times * time
+                launch = self._rates.kernel if one.kind == "kernel" else self._rates.operation
+                # A measured rate of products contains the time of the operation.
+                if self._ahead or one.kind in ("memory", "kernel"):
+                    self.take(one.part, times * cost.calls * launch)
+
+    def take(self, part: str, time: float) -> None:
+        """Add time of the host."""
+        if self._ahead:
+            self.host += time
+        else:
+            self.parts[part] = self.parts.get(part, 0.0) + time
 
     @property
     def launching(self) -> float:

@@ -1,13 +1,17 @@
 """Measurements of one rank for ``shodh plan --measure``, made by all ranks of a node at the same time.
 
 Each result is the median over repetitions of the slowest rank. Operations are those of a training, in its sizes: matrix
-products in the three orders of a linear map's passes, fused attention, elementwise operations on tensors that are
-allocated anew, and the collectives of a step. `own_costs` measures what the code takes besides.
+products in the three orders of a linear map's passes, fused attention, elementwise operations, and the collectives of a
+step. As in a training, inputs have not been used for a while and results are kept, so both are rarely in a cache.
+`own_costs` measures what the code takes besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from shodh_moe.plan.own_costs import own_costs
 SIDES = {"cpu": (32, 64, 128, 256, 512), "cuda": (64, 256, 1024, 4096)}
 NUMBERS = {"cpu": (2**12, 2**15, 2**18, 2**21, 2**23), "cuda": (2**14, 2**18, 2**22, 2**26)}
 TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 4096)}
+COLD = 2**26  # bytes of operands, between which an operation takes turns
 SENT = (2**10, 2**16, 2**20, 2**23)  # bytes
 
 
@@ -49,10 +54,15 @@ def measure_rates(device: torch.device, precisions: tuple[str, ...]) -> Rates:
 
 def product(side: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """FLOPs and rate of products of 2 n rows with an n x n matrix, and those of their backward pass."""
-    x, y = (torch.randn(2 * side, side, dtype=dtype, device=device) for _ in range(2))
-    weight = torch.randn(side, side, dtype=dtype, device=device)
+    turns = _turns(lambda: [torch.randn(rows, side, dtype=dtype, device=device) for rows in (2 * side, 2 * side, side)])
     flops = 4.0 * side**3
-    return flops, 3 * flops / seconds(lambda: (x @ weight.t(), y @ weight, y.t() @ x), device)
+
+    def passes() -> None:
+        x, y, weight = next(turns)
+        kept.append((x @ weight.t(), y @ weight, y.t() @ x))
+
+    kept: deque[Any] = deque(maxlen=8)
+    return flops, 3 * flops / seconds(passes, device)
 
 
 def attention(tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple[float, float], ...]:
@@ -72,16 +82,27 @@ def attention(tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[tu
     return (flops, flops / forward), (2 * flops, 2 * flops / backward)
 
 
+def _turns(make: Callable[[], list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Endlessly yield operands, of as many sets as `COLD` bytes hold, but at most 500."""
+    first = make()
+    sets = min(500, max(1, COLD // sum(one.nbytes for one in first)))
+    return itertools.cycle([first, *(make() for _ in range(sets - 1))])
+
+
 def elementwise(numbers: int, device: torch.device) -> tuple[float, float]:
     """Mean bytes of an operation, and the rate, over a mixture of operations on float32 numbers in rows of 64."""
-    a, b = (torch.randn(numbers // 64, 64, device=device) for _ in range(2))
+    turns = _turns(lambda: [torch.randn(numbers // 64, 64, device=device) for _ in range(2)])
+    kept: deque[Any] = deque(maxlen=max(1, min(COLD // (24 * numbers), 500)))
     scale = torch.randn(64, device=device)
     one, few = torch.randn(1, device=device), 5
     sizes = 4 * numbers * (2 + 3 + 2 + 2 + 4)
 
-    def mixture() -> tuple[Tensor, ...]:
-        return a * scale, a + b, F.silu(a), a.pow(2), torch.cat([a, b])
+    def mixture() -> None:
+        a, b = next(turns)
+        kept.append((a * scale, a + b, F.silu(a), a.pow(2), torch.cat([a, b])))
 
+    for _ in range(2 * (kept.maxlen or 1)):  # until the allocator has all the memory that it needs
+        mixture()
     started = few * seconds(lambda: one * one, device) if device.type == "cpu" else 0.0
     taken = seconds(mixture, device)
     return sizes / few, sizes / max(taken - started, 0.3 * taken)

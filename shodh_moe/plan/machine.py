@@ -240,4 +240,8 @@ def read_machine(path: Path) -> Machine:
 
 def assumptions(assumed: Assumed = ASSUMED) -> str:
     """One line with the assumptions about GPUs."""
-    return ", ".join(f"{name} {value:g}" for name, value in asdict(assumed).items())
+    texts = {
+        name: "/".join(f"{one:g}" for one in (value if isinstance(value, tuple) else (value,)))
+        for name, value in asdict(assumed).items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in texts.items())

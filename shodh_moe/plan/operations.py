@@ -23,9 +23,9 @@ from shodh_moe.runs.plan import batch_tokens, sample_tokens, slots, widths, with
 
 Part = Literal["products", "attention", "experts", "norms and sums", "dispatch", "ends and losses", "optimizer"]
 # Operations outside the blocks that a plan does not list one by one: inputs, router, decision, loss and records. As
-# torch dispatches them with path routing (forward, backward); they touch few bytes.
-OTHERS = (80, 75)
-ROUTER = (40, 45)  # of a router in a block (forward, backward)
+# torch dispatches them (forward, backward), by `model.moe.scope` or in a dense network; they touch few bytes.
+OTHERS = {"path": (51, 71), "layer": (24, 17), "dense": (21, 10)}
+ROUTER = (10, 45)  # of a router in a block (forward, backward)
 
 
 class Cost(NamedTuple):
@@ -164,8 +164,9 @@ class _Counter:
         found += self.linear("ends and losses", d, self.channels, paths, None, shared)
         found.append(replace(self.norm(n * d), part="ends and losses"))
         passes = 4 * inputs + 12 * self.channels  # the embedding's inputs and their statistics; the loss
-        cost = Cost(0, wide * n * passes, OTHERS[0])
-        found.append(Operation("ends and losses", "memory", cost, Cost(0, wide * n * 8 * self.channels, OTHERS[1])))
+        forward, backward = OTHERS[moe.scope if moe.num_experts else "dense"]
+        costs = Cost(0, wide * n * passes, forward), Cost(0, wide * n * 8 * self.channels, backward)
+        found.append(Operation("ends and losses", "memory", *costs))
         return found
 
     def norm(self, numbers: int) -> Operation:

@@ -44,7 +44,12 @@ from support.plan_ranks import write_latents
 
 DOMAINS = ("decaying_turbulence", "obstacle_wake", "open_channel", "porous_media")
 # Width, depth, latent grid, channels, samples per rank and step.
-SIZES = {"small": (64, 2, 4, 16, 16), "medium": (128, 4, 4, 32, 16), "large": (256, 4, 8, 16, 8), "tiny": (24, 1, 2, 4, 8)}
+SIZES = {
+    "small": (64, 2, 4, 16, 16),
+    "medium": (128, 4, 4, 32, 16),
+    "large": (256, 4, 8, 16, 8),
+    "tiny": (24, 1, 2, 4, 8),
+}
 WITHIN = 0.15
 GROUP = 6  # layouts that one start of the ranks runs
 
@@ -57,7 +62,7 @@ def tree_of(size: str) -> dict[str, Any]:
         "name": f"plan_{size}",
         "data": {"grid": [8 * grid] * 3, "domains": {name: {} for name in DOMAINS}},
         "tokenizer": {"latent_channels": channels},
-        "model": {"dim": dim, "depth": depth, "heads": max(2, dim // 32), "moe": {**moe, "router": {"kind": "oracle"}}},
+        "model": {"dim": dim, "depth": depth, "heads": max(2, dim // 32), "moe": moe},
         "training": {"batch_size": samples, "steps": 1000, "log_every": 1000, "stall_seconds": 0.0},
     }
 
@@ -129,7 +134,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         members = list(group)
         errors = [abs(row["error"]) for row in members]
         preferred = min(members, key=lambda row: row["predicted"])
-        tau = kendalltau([row["predicted"] for row in members], [row["measured"] for row in members]).statistic
+        order = [row["predicted"] for row in members], [row["measured"] for row in members]
         found.append(
             {
                 "size": size,
@@ -138,7 +143,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "median_error": statistics.median(errors),
                 "largest_error": max(errors),
                 "within": sum(error <= WITHIN for error in errors) / len(errors),
-                "kendall_tau": float(tau) if len(members) > 1 else None,
+                "kendall_tau": float(kendalltau(*order).statistic) if len(members) > 1 else None,
                 "regret": preferred["measured"] / min(row["measured"] for row in members) - 1,
             }
         )
@@ -185,8 +190,12 @@ def work(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write results here, and continue them")
-    parser.add_argument("--machine", type=Path, metavar="FILE", help="what `shodh plan --measure` wrote on this machine")
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="write results here, and continue them"
+    )
+    parser.add_argument(
+        "--machine", type=Path, metavar="FILE", help="what `shodh plan --measure` wrote on this machine"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--sizes", choices=list(SIZES), nargs="+", default=["small", "medium", "large"])
     parser.add_argument("--steps", type=int, default=10, help="steps of each layout, after two others")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ def _samples(file: h5py.File, config: Config) -> Any:
 
     trajectories = []
     for name in sorted(file):
-        file[name].parent.attrs  # noqa: B018 (the trajectory reads its group's attributes)
         geometry = torch.zeros(file[name].shape[1:])
         trajectories.append(LatentTrajectory(name, "random", 0, file[name], geometry, geometry[0]))
     return LatentSamples(trajectories, config.model.history, None, config.model.strides, config.training.unroll)
@@ -70,7 +70,7 @@ def main() -> int:
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)  # as a training does
     task = json.loads(Path(sys.argv[1]).read_text())
-    path = Path(sys.argv[1]).with_name(f"config.{__import__('os').environ['RANK']}.yaml")
+    path = Path(sys.argv[1]).with_name(f"config.{os.environ['RANK']}.yaml")
     path.write_text(yaml.safe_dump(task["config"]))
     init_distributed()
     for layout in task["layouts"]:

@@ -63,7 +63,12 @@ def _rates(count: int, precisions: list[str], end: float) -> Rates:
         log = Path(folder, "log")
         with open(log, "w") as output:
             started = [
-                subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=output, stderr=output)
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=output,
+                )
                 for rank in range(count)
             ]
         try:

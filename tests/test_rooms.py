@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     *("base", "kernels", "metrics", "solvers", "operators", "parallel", "config", "inspection", "formats", "data"),
     *("checkpoint", "model", "tokenizer", "launching", "merging", "trackers", "training", "inference", "evaluation"),
-    *("report", "serving", "runs", "rehearsal", "watch", "audit", "ccm", "forecast", "doctor", "cli"),
+    *("report", "serving", "runs", "plan", "rehearsal", "watch", "audit", "ccm", "forecast", "doctor", "cli"),
 ]
 
 

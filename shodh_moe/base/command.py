@@ -70,9 +70,9 @@ def path_or_url(text: str) -> Path | str:
     return expanded if is_url(expanded) else Path(expanded)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that all commands with a config share."""
-    parser.add_argument("--config", type=path_text, required=True, help="config file, e.g. configs/quickstart.yaml")
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the arguments that all commands with a config share; ``required``: whether there must be a config."""
+    parser.add_argument("--config", type=path_text, required=required, help="config file, e.g. configs/quickstart.yaml")
     parser.add_argument("--name", help="run name; default: the config's")
     parser.add_argument("--debug", action="store_true", help="show a traceback for wrong input too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")

@@ -17,8 +17,9 @@ from shodh_moe.cli.expert import add_expert
 from shodh_moe.cli.finetune import add_finetune
 from shodh_moe.cli.init import add_init
 from shodh_moe.cli.merge import add_merge
+from shodh_moe.cli.plan import add_plan
 from shodh_moe.cli.predict import add_predict
-from shodh_moe.cli.runs import add_evaluate, add_plan, add_pretrain, add_report, add_run, add_track
+from shodh_moe.cli.runs import add_evaluate, add_pretrain, add_report, add_run, add_track
 from shodh_moe.cli.serve import add_serve
 from shodh_moe.cli.tokenizer import add_tokenizer
 from shodh_moe.cli.watch import add_watch

@@ -1,4 +1,4 @@
-"""``shodh run|pretrain|evaluate|report|plan``: the main job or one of its stages."""
+"""``shodh run|pretrain|evaluate|report|track``: the main job or one of its stages."""
 
 from __future__ import annotations
 
@@ -49,15 +49,6 @@ def add_report(commands: Any) -> None:
     add_config_command(commands, "report", "write the report of a run", stage("report"))
 
 
-def add_plan(commands: Any) -> None:
-    text = "show a config's parameters, GPU memory, steps and disk space; needs no GPU and starts nothing"
-    parser = add_config_command(commands, "plan", text, _plan)
-    add_world(parser)
-    about = "also run one rank on fake GPUs, and report memory, waits for the device and collectives"
-    parser.add_argument("--rehearse", action="store_true", help=about)
-    parser.add_argument("--rank", type=int, default=0, help="the rank to rehearse; default: 0")
-
-
 def add_track(commands: Any) -> None:
     text = "send a run's records and report to trackers, during training or afterwards"
     parser = add_command(commands, "track", text, "example: shodh track runs/quickstart --to mlflow", _track)
@@ -68,18 +59,6 @@ def add_track(commands: Any) -> None:
         help=f"{', '.join(sorted(TRACKERS))}; default: those of the run's config",
     )  # fmt: skip
     add_debug(parser)
-
-
-def add_world(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world", type=int, help="number of ranks; default: those of this host")
-
-
-def world_of(options: argparse.Namespace) -> int | None:
-    """The value of ``--world``; None if it is not given. Raises `UserError` if it is below 1."""
-    world: int | None = options.world
-    if world is not None and world < 1:
-        raise UserError(f"--world {world}: give the number of ranks, at least 1")
-    return world
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -137,24 +116,3 @@ def _track(options: argparse.Namespace) -> int:
 
     track(options.run, options.to)
     return EXIT_DONE
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from shodh_moe.launching.hostfile import count_ranks
-    from shodh_moe.runs.plan import plan
-    from shodh_moe.runs.traffic import traffic_table
-
-    config = config_of(options)
-    world = world_of(options) or count_ranks(config)
-    if not 0 <= options.rank < world:
-        raise UserError(f"--rank {options.rank}: with {world} ranks, give one from 0 to {world - 1}")
-    print(plan(config, world))
-    print(traffic_table(config, world))
-    if options.rehearse:
-        from shodh_moe.rehearsal.findings import problems
-        from shodh_moe.rehearsal.rehearse import rehearse, table
-
-        found = rehearse(config, world, options.rank)
-        print(table(found, config))
-        if wrong := problems(found, config):
-            raise UserError(f"the rehearsal found {len(wrong)} problem{'s' * (len(wrong) > 1)}, listed above")

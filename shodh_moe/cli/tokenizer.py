@@ -7,7 +7,7 @@ from typing import Any
 
 from shodh_moe.base.command import path_option
 from shodh_moe.cli.common import EXAMPLE, add_config_command, add_group, add_launch_options, config_of, stage
-from shodh_moe.cli.runs import add_world, world_of
+from shodh_moe.cli.plan import add_world, world_of
 
 SPLITS = ("train", "valid", "test")
 

@@ -10,6 +10,7 @@ All sizes are in bytes.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from shodh_moe.base.parameters import marks
-from shodh_moe.config import COMPRESSION, Config, MoEConfig
+from shodh_moe.config import COMPRESSION, Config, ModelConfig, MoEConfig
 from shodh_moe.config.sizes import require_slabs
 from shodh_moe.config.window import Window
 from shodh_moe.model import LatentTransformer
@@ -102,13 +103,20 @@ def count_parameters(config: Config, world: int) -> Parameters:
 
 
 def with_one_block(config: Config, ep: int) -> LatentTransformer:
-    """The trained network as one rank holds it, without memory, and with its first block alone."""
-    channels = config.tokenizer.latent_channels
+    """The trained network as one rank holds it, without memory, and with its first block alone. Not to be changed."""
+    lora = config.finetune.rank if config.finetune and config.finetune.train == "lora" else None
+    model = config.model.model_copy(update={"depth": 1})
+    return _one_block(model.model_dump_json(), config.tokenizer.latent_channels, ep, lora)
+
+
+@functools.lru_cache(maxsize=64)
+def _one_block(model: str, channels: int, ep: int, lora: int | None) -> LatentTransformer:
+    """Build a network on the meta device from its section as JSON; a plan asks for the same ones many times."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = LatentTransformer(config.model.model_copy(update={"depth": 1}), channels, 0, ExpertParallel(ep))
-        if config.finetune and config.finetune.train == "lora":
-            add_low_rank(model, config.finetune.rank)
-    return model
+        made = LatentTransformer(ModelConfig.model_validate_json(model), channels, 0, ExpertParallel(ep))
+        if lora is not None:
+            add_low_rank(made, lora)
+    return made
 
 
 def _held_by_all(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from shodh_moe.kernels import curl
+from shodh_moe.plan.machine import from_data_sheets, write_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -117,6 +118,36 @@ def test_pictures_are_drawn(results: Path) -> None:
     for name in SCRIPTS:
         for kind in ("roofline", "times"):
             assert (results / f"{name}_{kind}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_predicted_steps_are_compared_with_trainings(tmp_path: Path) -> None:
+    """One layout on one rank, with given rates; a second call has nothing left to do."""
+    machine, results = tmp_path / "machine.json", tmp_path / "accuracy.json"
+    made = from_data_sheets("h100").model_copy(update={"device": "cpu", "memory": None})
+    write_machine(machine, made)
+    options = ["--quick", "--json", str(results), "--machine", str(machine), "--ranks", "1", "--steps", "2"]
+    for _ in range(2):
+        done = script("plan_accuracy", *options, timeout=380)
+        assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(results.read_text())
+    (row,) = content["results"]
+    assert len(row["times"]) == 2
+    assert row["predicted"] == pytest.approx(sum(row["parts"].values()))
+    assert content["summary"][0]["layouts"] == 1
+    assert "layouts left" not in done.stdout  # of the second call
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    picture, numbers = tmp_path / "scaling.png", tmp_path / "scaling.json"
+    options = ["--quick", "--steps", "1", "--output", str(picture), "--json", str(numbers)]
+    done = script("scaling_curves", *options, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert {row["world"] for row in json.loads(numbers.read_text())["rows"]} == {8, 16}
 
 
 @pytest.mark.slow

@@ -38,7 +38,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "pretrain",
         "evaluate",
         "report",
-        "plan",
     ],
 )
 def test_help_shows_an_example_to_copy(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +53,7 @@ def test_help_shows_an_example_to_copy(command: str, capsys: pytest.CaptureFixtu
     ("command", "example"),
     [
         ("predict", "predict --checkpoint runs/trial --input flow.hdf5 --steps 10 --output prediction.hdf5"),
+        ("plan", "plan --config configs/cluster_8x8.yaml --world 1024 --gpu h100 --network ib-ndr"),
         ("finetune", "finetune --model quickstart_model --data my_flows --output my_model"),
         ("merge upcycle", "merge upcycle dense_model --experts 4 --output mixture_model"),
         ("checkpoint", "checkpoint export runs/trial --output trial_model"),
@@ -83,6 +83,34 @@ def test_a_plan_needs_no_gpu(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "4: EP 4, EDP 1" in shown
     assert "memory per GPU" in shown
     refused(capsys, "plan", "--config", "tiny.yaml", "--world", "0", says=("--world 0", "at least 1"))
+
+
+def test_a_plan_has_times_and_layouts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--world", "4", "--gpu", "h100", "--simulate", "--steps", "2", "model.moe.num_experts=4"]
+    assert shodh("plan", *options) == 0
+    shown = capsys.readouterr().out
+    for words in ("step time", "tokens per second", "GPU hours", "layouts: ", "the fastest: ", "simulated: 2 steps"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("", "--config is missing"),
+        ("--config tiny.yaml --simulate", "--simulate needs a machine"),
+        ("--config tiny.yaml --gpu v100", "--gpu v100 is not known: the nearest is h100"),
+        ("--config tiny.yaml --gpu h100 --network x", "--network x is not known: "),
+        ("--config tiny.yaml --world 2 --global-batch 3", "the nearest numbers of ranks"),
+        ("--config tiny.yaml --gpu h100 --steps 0", "--steps 0"),
+        ("--config tiny.yaml --machine tiny.yaml", "tiny.yaml is damaged"),
+        ("--config tiny.yaml --gpu h100 --simulate --load data", "no routing record"),
+        ("--measure --ranks 0", "--ranks 0"),
+        ("--measure --output nowhere/machine.json", "nowhere"),
+    ],
+)
+def test_a_plan_refuses(here: Path, capsys: pytest.CaptureFixture[str], options: str, says: str) -> None:
+    refused(capsys, "plan", *options.split(), says=(says,))
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from shodh_moe.base.network import free_port
+from shodh_moe.base.records import read_run
 from shodh_moe.checkpoint import CheckpointReader
-from shodh_moe.training.records import read_run
 from tests.forked import spawn
 from tests.training.launch import launch
 from tests.training.synthetic import CONFIG, write_case, write_latents

@@ -106,7 +106,7 @@ def test_a_plan_has_times_and_layouts(here: Path, capsys: pytest.CaptureFixture[
         ("--config tiny.yaml --machine tiny.yaml", "tiny.yaml is damaged"),
         ("--config tiny.yaml --gpu h100 --simulate --load data", "no routing record"),
         ("--measure --ranks 0", "--ranks 0"),
-        ("--measure --output nowhere/machine.json", "nowhere"),
+        ("--measure --output tiny.yaml/machine.json", "tiny.yaml"),
     ],
 )
 def test_a_plan_refuses(here: Path, capsys: pytest.CaptureFixture[str], options: str, says: str) -> None:

@@ -14,8 +14,8 @@ BUDGET_S = float(os.environ.get("SHODH_MEASURE_SECONDS", "0.2"))  # of one measu
 INNER = {"cpu": 1, "cuda": 10}  # calls between two looks at the clock
 
 
-def seconds(work: Callable[[], object], device: torch.device, inner: int | None = None) -> float:
-    """Time of a call: the median over repetitions on the slowest rank (collective)."""
+def seconds(work: Callable[[], object], device: torch.device, inner: int | None = None, least: int = 3) -> float:
+    """Time of a call: the median over at least ``least`` repetitions on the slowest rank (collective)."""
     inner = INNER[device.type] if inner is None else inner
 
     def once() -> float:
@@ -27,7 +27,7 @@ def seconds(work: Callable[[], object], device: torch.device, inner: int | None 
         return (time.perf_counter() - began) / inner
 
     once()
-    rounds = int(min(max(BUDGET_S / (_slowest(once(), device) * inner), 3), 100))
+    rounds = int(min(max(BUDGET_S / (_slowest(once(), device) * inner), least), 100))
     dist.barrier()
     return _slowest(statistics.median(once() for _ in range(rounds)), device)
 

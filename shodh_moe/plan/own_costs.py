@@ -25,7 +25,9 @@ from shodh_moe.tokenizer.latents import Batch, LatentSamples, LatentTrajectory
 from shodh_moe.training.forward import forward
 from shodh_moe.training.pretrain import latent_engine
 
-DEPTHS = (1, 4)
+DEPTHS = (1, 8)  # far apart, because differences of times are noisy
+MICRO_BATCHES = (1, 3)
+ROUNDS = 8  # at least
 CHANNELS, GRID, SAMPLES = 2, 2, 2
 
 
@@ -75,8 +77,10 @@ def _work(depth: int) -> Any:
 
 
 def _pass(depth: int, checkpointing: bool, device: torch.device) -> float:
-    """Time of the forward and backward pass of a micro-batch: that by which a second one prolongs a step."""
-    return _step(depth, 0, 2, device, checkpointing) - _step(depth, 0, 1, device, checkpointing)
+    """Time of the forward and backward pass of a micro-batch: that by which further ones prolong a step."""
+    few, many = MICRO_BATCHES
+    more = _step(depth, 0, many, device, checkpointing) - _step(depth, 0, few, device, checkpointing)
+    return more / (many - few)
 
 
 def _step(depth: int, stage: int, accumulation: int, device: torch.device, checkpointing: bool = False) -> float:
@@ -94,7 +98,7 @@ def _step(depth: int, stage: int, accumulation: int, device: torch.device, check
             engine.step(losses.loss, 1e-4)
 
     gc.collect()  # the engine before this one
-    return seconds(step, device, 1)
+    return seconds(step, device, 1, ROUNDS)
 
 
 def _kernel(device: torch.device) -> float:

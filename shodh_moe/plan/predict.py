@@ -11,6 +11,7 @@ All ranks have the same load here; `simulate` lets them differ. All times are in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,7 +45,6 @@ class Prediction:
         data: time for which the step waits for latents.
         memory: bytes of a rank's device (`shodh_moe.runs.plan.memory`).
         tokens: tokens of a step, over all ranks.
-        forward, backward: time of the forward and backward passes of one micro-batch.
     """
 
     compute: dict[str, float]
@@ -52,8 +52,6 @@ class Prediction:
     data: float
     memory: int
     tokens: int
-    forward: float
-    backward: float
 
     @property
     def exchanges(self) -> float:
@@ -94,39 +92,33 @@ def predict(config: Config, world: int, machine: Machine) -> Prediction:
             f"{', '.join(rates.products)}, or measure it with `{MEASURE} --dtypes {t.precision}`"
         )
     work = work_of(config, ep, world, fused=ahead)
-    depth, passes = config.model.depth, t.accumulation * t.unroll
-    again = 1 if t.activation_checkpointing else 0
-
-    timer = _Timer(rates, t.precision, ahead)
+    depth, again = config.model.depth, int(t.activation_checkpointing)
+    timer = functools.partial(_Timer, rates, t.precision, ahead)
+    forward, backward, update, shared = timer(), timer(), timer(), timer()
     for operations, count, more in ((work.block, depth, again), (work.ends, 1, 0)):
-        timer.add(operations, (1 + more) * count * passes, count * passes)
-    timer.take("norms and sums", again * depth * passes * rates.recompute)
-    added = Operation("optimizer", "memory", work.accumulation, Cost())
-    timer.add([added], t.accumulation - 1, 0)
-    update = _Timer(rates, t.precision, ahead)
-    own = rates.step + work.tensors * rates.tensor[config.parallel.zero_stage]
+        forward.add(operations, count * t.unroll, 0)
+        backward.add(operations, more * count * t.unroll, count * t.unroll)
+    backward.take("norms and sums", again * depth * t.unroll * rates.recompute)
+    update.add([Operation("optimizer", "memory", work.accumulation, Cost())], t.accumulation - 1, 0)
     update.add([Operation("optimizer", "memory", Cost(0, work.update, 1), Cost())], 1, 0)
-    update.take("optimizer", own)
+    update.take("optimizer", rates.step + work.tensors * rates.tensor[config.parallel.zero_stage])
+    shared.add(work.shared, 1, 0)
 
-    first, second = _Timer(rates, t.precision, ahead), _Timer(rates, t.precision, ahead)
-    for operations, count, more in ((work.block, depth, again), (work.ends, 1, 0)):
-        first.add(operations, count * t.unroll, 0)
-        second.add(operations, more * count * t.unroll, count * t.unroll)
-    second.take("norms and sums", again * depth * t.unroll * rates.recompute)
-    compute = timer.parts | {part: timer.parts.get(part, 0.0) + time for part, time in update.parts.items()}
-    launching = timer.launching + update.launching
-    if launching:
+    compute: dict[str, float] = {}
+    for part, times in ((forward, t.accumulation), (backward, t.accumulation), (update, 1)):
+        for name, time in part.parts.items():
+            compute[name] = compute.get(name, 0.0) + times * time
+    late = max(0.0, forward.host + backward.host - forward.device - backward.device)
+    if launching := t.accumulation * late + max(0.0, update.host - update.device):
         compute["launching"] = launching
 
     reading = work.read / rates.reading + t.batch_size * rates.sample
-    waiting = max(0.0, sum(update.parts.values()) - update.host) if ahead else 0.0  # the host reads meanwhile
+    waiting = max(0.0, update.device - update.host) if ahead else 0.0  # the host reads meanwhile
     data = reading * t.accumulation - min(reading, waiting)
-    shared = _Timer(rates, t.precision, ahead)
-    shared.add(work.shared, 1, 0)
-    exchanged = _exchanges(config, world, machine, second.total, sum(shared.parts.values()))
+    exchanged = _exchanges(config, world, machine, backward.device, shared.device)
     tokens = step_samples(config, world) * (batch_tokens(config) // t.batch_size)
     peak = memory(config, world)["sum"]
-    return Prediction(compute, exchanged, data, peak, tokens, first.total, second.total)
+    return Prediction(compute, exchanged, data, peak, tokens)
 
 
 def seconds(cost: Cost, kind: str, backward: bool, rates: Rates, precision: str, ahead: bool) -> float:
@@ -176,13 +168,9 @@ class _Timer:
             self.parts[part] = self.parts.get(part, 0.0) + time
 
     @property
-    def launching(self) -> float:
-        """Time for which the device waits for the host."""
-        return max(0.0, self.host - sum(self.parts.values()))
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values()) + self.launching
+    def device(self) -> float:
+        """Seconds on the device; on a CPU of everything."""
+        return sum(self.parts.values())
 
 
 def _exchanges(config: Config, world: int, machine: Machine, backward: float, shared: float) -> list[Exchanged]:

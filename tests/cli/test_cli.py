@@ -100,12 +100,13 @@ def test_a_plan_has_times_and_layouts(here: Path, capsys: pytest.CaptureFixture[
         ("--config tiny.yaml --simulate", "--simulate needs a machine"),
         ("--config tiny.yaml --gpu v100", "--gpu v100 is not known: the nearest is h100"),
         ("--config tiny.yaml --gpu h100 --network x", "--network x is not known: "),
-        ("--config tiny.yaml --world 2 --global-batch 3", "the nearest numbers of ranks"),
+        ("--config tiny.yaml --world 3 --global-batch 8", "the nearest numbers of ranks that can are 2 or 4"),
+        ("--config tiny.yaml --world 2 --global-batch 3", "cannot be divided among the domains"),
         ("--config tiny.yaml --gpu h100 --steps 0", "--steps 0"),
         ("--config tiny.yaml --machine tiny.yaml", "tiny.yaml is damaged"),
         ("--config tiny.yaml --gpu h100 --simulate --load data", "no routing record"),
         ("--measure --ranks 0", "--ranks 0"),
-        ("--measure --output nowhere/machine.json", "nowhere"),
+        ("--measure --output tiny.yaml/machine.json", "tiny.yaml"),
     ],
 )
 def test_a_plan_refuses(here: Path, capsys: pytest.CaptureFixture[str], options: str, says: str) -> None:

@@ -115,7 +115,6 @@ def test_checkpointing_costs_time_and_saves_memory():
     kept, again = (predict(cluster(f"training.activation_checkpointing={on}"), 64, NODES) for on in ("false", "true"))
     assert kept.step < again.step < 1.5 * kept.step
     assert again.memory < 0.5 * kept.memory
-    assert again.forward == kept.forward
 
 
 @pytest.mark.parametrize("name", ["one_gpu", "pretrain_1gpu", "node_8gpu", "cluster_8x8"])

@@ -35,7 +35,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import require_writable, write_text
 from shodh_moe.base.network import free_port
 from shodh_moe.config import Config
-from shodh_moe.plan.layouts import Layout, layouts
+from shodh_moe.plan.layouts import StepLayout, layouts
 from shodh_moe.plan.machine import Machine, read_machine
 from shodh_moe.plan.measure import measure
 from shodh_moe.plan.predict import predict
@@ -67,7 +67,7 @@ def tree_of(size: str) -> dict[str, Any]:
     }
 
 
-def chosen(config: Config, ranks: int, few: bool) -> list[Layout]:
+def chosen(config: Config, ranks: int, few: bool) -> list[StepLayout]:
     """The layouts to run; ``few``: of each kind of exchange one."""
     found = list(layouts(config, ranks))
     if not few:
@@ -111,7 +111,7 @@ def run_layouts(tree: dict[str, Any], ranks: int, settings: list[str], steps: in
         return {row["layout"]: row["times"] for row in rows}
 
 
-def row_of(size: str, ranks: int, layout: Layout, times: list[float], machine: Machine) -> dict[str, Any]:
+def row_of(size: str, ranks: int, layout: StepLayout, times: list[float], machine: Machine) -> dict[str, Any]:
     """Predicted and measured time of one layout."""
     found = predict(layout.applied_to(Config.model_validate(tree_of(size))), ranks, machine)
     measured = statistics.median(times)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WORLD, EXPERTS, REPLICAS, CONTEXT = "world", "expert parallel", "expert data parallel", "context parallel"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -63,6 +65,12 @@ class Layout:
     def replica_groups(self) -> list[list[int]]:
         """Ranks that hold the same experts."""
         return [[rank for rank in range(self.world) if self.expert_rank(rank) == e] for e in range(self.ep)]
+
+    def groups(self, kind: str) -> list[list[int]]:
+        """Ranks of each group of a kind: `WORLD`, `EXPERTS`, `REPLICAS` or `CONTEXT`."""
+        if kind == WORLD:
+            return [list(range(self.world))]
+        return {EXPERTS: self.expert_groups, REPLICAS: self.replica_groups, CONTEXT: self.context_groups}[kind]()
 
 
 def nearest_divisor(size: int, number: int) -> int:

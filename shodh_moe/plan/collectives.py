@@ -16,9 +16,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.parallel.layout import Layout
 from shodh_moe.plan.hardware import NETWORKS
 from shodh_moe.plan.machine import MEASURE, Kind, Machine
-from shodh_moe.runs.traffic import EXPERTS, REPLICAS, WORLD
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,15 @@ class Place:
 
 
 @functools.lru_cache(maxsize=4096)
-def place_of(group: str, world: int, ep: int, per_node: int) -> Place:
+def place_of(group: str, layout: Layout, per_node: int) -> Place:
     """Place a group of `Traffic`: the one of its kind that spans most nodes, with fewest ranks in a node.
 
-    Ranks fill one node after the other. The ranks of an EP group are consecutive; those of an EDP group are ``ep``
-    apart.
+    Ranks fill one node after the other.
     """
-    starts = {WORLD: [0], EXPERTS: range(0, world, ep), REPLICAS: range(min(ep, world))}[group]
-    size, stride = {WORLD: (world, 1), EXPERTS: (ep, 1), REPLICAS: (world // ep, ep)}[group]
     found = []
-    for start in starts:
-        nodes = Counter((start + number * stride) // per_node for number in range(size))
-        found.append(Place(size, len(nodes), min(nodes.values())))
+    for ranks in layout.groups(group):
+        nodes = Counter(rank // per_node for rank in ranks)
+        found.append(Place(len(ranks), len(nodes), min(nodes.values())))
     return max(found, key=lambda place: (place.nodes, -place.together))
 
 

@@ -14,11 +14,11 @@ from shodh_moe.plan.hardware import GPUS
 from shodh_moe.plan.machine import ASSUMED, Machine
 from shodh_moe.plan.predict import Prediction, predict
 from shodh_moe.runs.plan import memory
-from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import exchanges_samples, layout_of
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One way to divide an optimizer step among the ranks.
 
     Attributes:
@@ -37,9 +37,9 @@ class Layout:
     accumulation: int
 
     @classmethod
-    def of(cls, config: Config, world: int) -> Layout:
+    def of(cls, config: Config, world: int) -> StepLayout:
         """The layout that a config has with ``world`` ranks. Raises `UserError` if it does not fit them."""
-        ep, t = expert_parallel_size(config, world), config.training
+        ep, t = layout_of(config, world).ep, config.training
         exchange = "none" if ep == 1 else "sample" if exchanges_samples(config, ep) else "token"
         stage, checkpointing = config.parallel.zero_stage, t.activation_checkpointing
         return cls(ep, stage, exchange, checkpointing, t.batch_size, t.accumulation)
@@ -75,7 +75,7 @@ class Layout:
 class Choice:
     """A layout with its prediction."""
 
-    layout: Layout
+    layout: StepLayout
     prediction: Prediction
 
 
@@ -94,17 +94,17 @@ class Comparison:
     considered: int
 
 
-def layouts(config: Config, world: int) -> Iterator[Layout]:
+def layouts(config: Config, world: int) -> Iterator[StepLayout]:
     """Yield every layout with the config's samples per step, and as many of them on each rank."""
     own = config.training.batch_size * config.training.accumulation
-    for ep in divisors(math.gcd(world, config.model.moe.num_experts)):
+    for ep in divisors(math.gcd(world // config.parallel.context_size, config.model.moe.num_experts)):
         exchanges = ["none"] if ep == 1 else ["sample", "token"] if config.samples_have_paths else ["token"]
         for exchange in exchanges:
             for zero in (0, 1, 2):
                 for checkpointing in (False, True):
                     for micro_batch in divisors(own):
                         if micro_batch == own or mixes_domains(config, micro_batch):
-                            yield Layout(ep, zero, exchange, checkpointing, micro_batch, own // micro_batch)
+                            yield StepLayout(ep, zero, exchange, checkpointing, micro_batch, own // micro_batch)
 
 
 def mixes_domains(config: Config, micro_batch: int) -> bool:
@@ -130,7 +130,7 @@ def compare(config: Config, world: int, machine: Machine) -> Comparison:
     Raises:
         UserError: no layout fits, or the machine cannot be used; the message names the nearest choice.
     """
-    configured = Layout.of(config, world)
+    configured = StepLayout.of(config, world)
     found: list[Choice] = []
     smallest, considered = math.inf, 0
     for layout in layouts(config, world):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from shodh_moe.base.errors import UserError
-from shodh_moe.training.records import read_run
+from shodh_moe.base.records import read_run
 
 
 def load_of_run(run: Path) -> list[float]:

@@ -131,11 +131,12 @@ class _Counter:
         found += self.linear("products", d, 3 * d, paths, rank, shared)
         found += self.linear("products", d, d, paths, rank, shared)
         scores = n * sample_tokens(self.config) * d
+        moved = 2 * (1 + self.config.parallel.context_size) * narrow * n * d  # keys and values are those of all slabs
         attention = Operation(
             "attention",
             "attention",
-            Cost(4 * scores, 4 * narrow * n * d, 1),
-            Cost(8 * scores, 8 * narrow * n * d, 1),
+            Cost(4 * scores, moved, 1),
+            Cost(8 * scores, 2 * moved, 1),
         )
         found.append(attention)
         found.append(self.copies(2 * n * d, 1, 1))  # norm's outputs narrow, branches' outputs wide

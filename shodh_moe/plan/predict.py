@@ -22,7 +22,7 @@ from shodh_moe.plan.machine import MEASURE, Machine, Rates
 from shodh_moe.plan.operations import Cost, Operation, work_of
 from shodh_moe.runs.plan import batch_tokens, memory, step_samples
 from shodh_moe.runs.traffic import Traffic, step_traffic
-from shodh_moe.training.deepspeed_config import deepspeed_config, expert_parallel_size
+from shodh_moe.training.deepspeed_config import deepspeed_config, layout_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def predict(config: Config, world: int, machine: Machine) -> Prediction:
     Raises:
         UserError: the layout does not fit ``world`` ranks, or the machine lacks a dtype or a network.
     """
-    ep, t = expert_parallel_size(config, world), config.training
+    ep, t = layout_of(config, world).ep, config.training
     rates, ahead = machine.rates(world), machine.device == "cuda"
     if t.precision not in rates.products:
         raise UserError(
@@ -180,13 +180,13 @@ def _exchanges(config: Config, world: int, machine: Machine, backward: float, sh
         backward: time of a micro-batch's backward pass.
         shared: time of the shared experts' forward pass in a block.
     """
-    ep = expert_parallel_size(config, world)
+    layout = layout_of(config, world)
     zero = deepspeed_config(config, world)["zero_optimization"]
     overlaps = machine.device == "cuda" and bool(zero.get("overlap_comm")) and config.parallel.zero_stage > 0
     reductions = config.training.accumulation if config.parallel.zero_stage == 2 else 1
     found = []
     for row in step_traffic(config, world):
-        place = place_of(row.group, world, ep, machine.per_node)
+        place = place_of(row.group, layout, machine.per_node)
         one = collective_seconds(row.kind, row.sent / row.count, place, machine, world)  # type: ignore[arg-type]
         exposed = one * row.count
         if row.why == "gradients" and overlaps:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
+from shodh_moe.parallel.layout import CONTEXT, EXPERTS, REPLICAS, WORLD, Layout
 from shodh_moe.parallel.sample_exchange import share_out
 from shodh_moe.plan.machine import Machine
 from shodh_moe.plan.predict import Prediction, predict
-from shodh_moe.runs.traffic import EXPERTS, REPLICAS, WORLD
-from shodh_moe.training.deepspeed_config import exchanges_samples, expert_parallel_size
+from shodh_moe.training.deepspeed_config import exchanges_samples, layout_of
 
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
 
@@ -89,13 +89,13 @@ def simulate(
     stragglers = stragglers or Stragglers()
     random = np.random.default_rng(seed)
     found = predict(config, world, machine)
-    ep = expert_parallel_size(config, world)
+    layout = layout_of(config, world)
     factor_SW = _factors(stragglers, steps, world, random)
     stall_SW = stragglers.stall * (random.random((steps, world)) < stragglers.stall_chance)
-    load_SWA = _loads(config, world, ep, load_E, steps, random)
+    load_SWA = _loads(config, layout, load_E, steps, random)
 
     environment = simpy.Environment()
-    meet = _Meetings(environment, world, ep)
+    meet = _Meetings(environment, layout)
     ends = np.zeros((steps, world))
     plan = _phases(config, found)
 
@@ -142,6 +142,7 @@ def _phases(config: Config, found: Prediction) -> list[_Phase]:
     waits = {(one.row.why, one.row.group): one.exposed for one in found.exchanged}
     there = waits.pop(("samples", EXPERTS), 0.0) / accumulation
     tokens = (waits.pop(("tokens", EXPERTS), 0.0) + waits.pop(("numbers of tokens", EXPERTS), 0.0)) / accumulation
+    slabs = sum(waits.pop(key) for key in list(waits) if key[1] == CONTEXT) / accumulation
     update = found.compute.get("optimizer", 0.0)
     passes = (sum(found.compute.values()) - update) / accumulation
     data = found.data / accumulation
@@ -156,6 +157,8 @@ def _phases(config: Config, found: Prediction) -> list[_Phase]:
         else:
             phases.append(_Phase(data, 0.0, None, EXPERTS if there else None, there))
             phases.append(_Phase(0.0, passes, micro_batch, EXPERTS if there else None, 0.0))
+        if slabs:  # the ranks of a CP group meet in each layer: here once, as they have equal loads
+            phases.append(_Phase(0.0, 0.0, None, CONTEXT, slabs))
     for group in (REPLICAS, WORLD):
         before = sum(time for (why, where), time in waits.items() if where == group and why != "updated weights")
         phases.append(_Phase(0.0, 0.0, None, group, before))
@@ -168,15 +171,19 @@ def _phases(config: Config, found: Prediction) -> list[_Phase]:
 class _Meetings:
     """Ranks that wait for each other."""
 
-    def __init__(self, environment: Any, world: int, ep: int):
-        self._environment, self._world, self._ep = environment, world, ep
+    def __init__(self, environment: Any, layout: Layout):
+        self._environment = environment
+        # The number of each rank's group, and the group's size, by kind.
+        self._groups = {
+            kind: {rank: (number, len(ranks)) for number, ranks in enumerate(layout.groups(kind)) for rank in ranks}
+            for kind in (WORLD, EXPERTS, REPLICAS, CONTEXT)
+        }
         self._waiting: dict[tuple[Any, ...], list[Any]] = {}
 
     def all(self, group: str, rank: int, when: tuple[int, int], seconds: float) -> Any:
         """An event that happens ``seconds`` after the last rank of the group has come."""
-        ep, world = self._ep, self._world
-        name, size = {WORLD: (0, world), EXPERTS: (rank // ep, ep), REPLICAS: (rank % ep, world // ep)}[group]
-        key = (group, name, when)
+        number, size = self._groups[group][rank]
+        key = (group, number, when)
         waiting = self._waiting.setdefault(key, [self._environment.event(), 0])
         event = waiting[0]
         waiting[1] += 1
@@ -194,28 +201,32 @@ def _factors(stragglers: Stragglers, steps: int, world: int, random: np.random.G
 
 
 def _loads(
-    config: Config, world: int, ep: int, load_E: Sequence[float] | None, steps: int, random: np.random.Generator
+    config: Config, layout: Layout, load_E: Sequence[float] | None, steps: int, random: np.random.Generator
 ) -> NDArray[np.float64]:
     """Load of each rank in each micro-batch relative to an even one, [steps, world, accumulation]."""
     t, experts = config.training, config.model.moe.num_experts
-    shape = (steps, world, t.accumulation)
+    ep, shape = layout.ep, (steps, layout.world, t.accumulation)
     if load_E is None or ep == 1:
         return np.ones(shape)
     share_E = _checked(load_E, experts)
     holder_E = np.arange(experts) // (experts // ep)
     if not exchanges_samples(config, ep):
         held_G = np.bincount(holder_E, weights=share_E, minlength=ep) * ep
-        return np.broadcast_to(np.tile(held_G, world // ep)[None, :, None], shape)
+        held_W = held_G[[layout.expert_rank(rank) for rank in range(layout.world)]]
+        return np.broadcast_to(held_W[None, :, None], shape)
     found = np.empty(shape)
     for step in range(steps):
-        for first in range(0, world, ep):
+        # All slabs of a sample move together, so one draw serves the EP groups of all slabs.
+        for first in range(0, layout.world, ep * layout.cp):
             for micro_batch in range(t.accumulation):
                 drawn_GE = random.multinomial(t.batch_size, share_E, size=ep)
                 count_GG = [[int(row[holder_E == rank].sum()) for rank in range(ep)] for row in drawn_GE]
                 computed_G = np.zeros(ep)
                 for share in share_out(count_GG, config.parallel.exchange_capacity):
                     computed_G[share.rank] += share.samples
-                found[step, first : first + ep, micro_batch] = computed_G / t.batch_size
+                found[step, first : first + ep * layout.cp, micro_batch] = (
+                    np.repeat(computed_G, layout.cp) / t.batch_size
+                )
     return found
 
 

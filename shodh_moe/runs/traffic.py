@@ -21,11 +21,11 @@ from torch import nn
 
 from shodh_moe.base.parameters import marks
 from shodh_moe.config import Config
+from shodh_moe.parallel.layout import CONTEXT, EXPERTS, REPLICAS, WORLD
 from shodh_moe.runs.plan import BUCKET, batch_tokens, latent_grid, sample_tokens, slots, widths, with_one_block
 from shodh_moe.training.deepspeed_config import deepspeed_config, exchanges_samples, layout_of
 
 LARGEST_GROUP = 178_956_971  # elements of a group of experts' parameters in DeepSpeed's optimizer
-WORLD, EXPERTS, REPLICAS, CONTEXT = "world", "expert parallel", "expert data parallel", "context parallel"
 
 
 @dataclass(frozen=True)

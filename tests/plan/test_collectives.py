@@ -7,10 +7,10 @@ import math
 import pytest
 
 from shodh_moe.base.errors import UserError
+from shodh_moe.parallel.layout import CONTEXT, EXPERTS, REPLICAS, WORLD, Layout
 from shodh_moe.plan.collectives import Place, collective_seconds, exposed_seconds, place_of
 from shodh_moe.plan.machine import KINDS, Link, Machine, from_data_sheets
 from shodh_moe.plan.microbenchmarks import fitted_link
-from shodh_moe.runs.traffic import EXPERTS, REPLICAS, WORLD
 
 
 def machine(hop: float = 1.0, rate: float = 10.0, outside: tuple[float, float] | None = (3.0, 2.0)) -> Machine:
@@ -46,19 +46,22 @@ def test_a_collective_takes_the_time_of_the_formula(kind, sent, place, expected)
 
 
 PLACES = {
-    "the world fills nodes": (WORLD, 16, 4, Place(16, 2, 8)),
-    "the last node is not full": (WORLD, 12, 4, Place(12, 2, 4)),
-    "experts within a node": (EXPERTS, 16, 8, Place(8, 1, 8)),
-    "experts over two nodes": (EXPERTS, 32, 16, Place(16, 2, 8)),
-    "replicas, one in each node": (REPLICAS, 32, 8, Place(4, 4, 1)),
-    "replicas, two in each node": (REPLICAS, 32, 4, Place(8, 4, 2)),
-    "experts that straddle nodes": (EXPERTS, 12, 6, Place(6, 2, 2)),
+    "the world fills nodes": (WORLD, 16, 4, 1, Place(16, 2, 8)),
+    "the last node is not full": (WORLD, 12, 4, 1, Place(12, 2, 4)),
+    "experts within a node": (EXPERTS, 16, 8, 1, Place(8, 1, 8)),
+    "experts over two nodes": (EXPERTS, 32, 16, 1, Place(16, 2, 8)),
+    "replicas, one in each node": (REPLICAS, 32, 8, 1, Place(4, 4, 1)),
+    "replicas, two in each node": (REPLICAS, 32, 4, 1, Place(8, 4, 2)),
+    "slabs of a sample": (CONTEXT, 16, 4, 2, Place(2, 1, 2)),
+    "experts beside slabs": (EXPERTS, 32, 8, 2, Place(8, 2, 4)),
+    "replicas beside slabs": (REPLICAS, 32, 8, 2, Place(4, 2, 2)),
+    "experts that straddle nodes": (EXPERTS, 12, 6, 1, Place(6, 2, 2)),
 }
 
 
-@pytest.mark.parametrize(("group", "world", "ep", "expected"), PLACES.values(), ids=PLACES)
-def test_a_group_is_placed(group, world, ep, expected):
-    assert place_of(group, world, ep, 8) == expected
+@pytest.mark.parametrize(("group", "world", "ep", "cp", "expected"), PLACES.values(), ids=PLACES)
+def test_a_group_is_placed(group, world, ep, cp, expected):
+    assert place_of(group, Layout(world, ep, cp), 8) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

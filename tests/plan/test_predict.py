@@ -12,7 +12,7 @@ from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.config.load import load_config
 from shodh_moe.plan.hardware import GPUS, NETWORKS, gpu_named, network_named
-from shodh_moe.plan.layouts import Layout, compare, layouts, reason, with_global_batch
+from shodh_moe.plan.layouts import StepLayout, compare, layouts, reason, with_global_batch
 from shodh_moe.plan.machine import (
     ASSUMED,
     Curve,
@@ -143,8 +143,8 @@ def test_layouts_make_the_same_step_and_mix_the_domains():
 
 def test_the_settings_of_a_layout_are_overrides_that_give_it():
     for layout in layouts(cluster(), 64):
-        assert Layout.of(cluster(*layout.settings.split()), 64) == layout
-        assert Layout.of(layout.applied_to(cluster()), 64) == layout
+        assert StepLayout.of(cluster(*layout.settings.split()), 64) == layout
+        assert StepLayout.of(layout.applied_to(cluster()), 64) == layout
 
 
 def test_reasons_name_what_limits_and_what_is_slower():

@@ -53,7 +53,8 @@ def collective_seconds(kind: Kind, sent: float, place: Place, machine: Machine, 
     """Time of one collective.
 
     Args:
-        sent: n: the tensor that is reduced, that all ranks together gather, or that a rank distributes.
+        sent: n: the tensor that is reduced, that all ranks together gather, or that a rank distributes or reduces and
+            scatters.
         world: number of busy ranks, which all run such a collective at the same time.
 
     Raises:
@@ -85,7 +86,7 @@ def collective_seconds(kind: Kind, sent: float, place: Place, machine: Machine, 
         return rates.start + hops + max((k - 1) / p * sent / inside.rate, (p - k) / p * sent / network.rate)
     # The ranks of a node share its adapters: each carries a part of the ring.
     rate = k * network.rate if k == 1 else min(inside.rate, k * network.rate)
-    if kind == "all_gather":
+    if kind in ("all_gather", "reduce_scatter"):
         hops = (p - m) * inside.hop + (m - 1) * network.hop
         return rates.start + hops + (p - 1) / p * sent / rate
     across = min(m, p - 1)

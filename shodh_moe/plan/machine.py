@@ -19,8 +19,8 @@ from shodh_moe.base.files import write_text
 from shodh_moe.base.section import Positive, PositiveFloat, Section
 from shodh_moe.plan.hardware import gpu_named, network_named
 
-Kind = Literal["all_reduce", "all_gather", "all_to_all"]
-KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "all_to_all")
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PRODUCTS = ("bfloat16", "float32", "float64")
 FORMAT = 1  # of the file that `write_machine` writes
 MEASURE = "shodh plan --measure --output machine.json"

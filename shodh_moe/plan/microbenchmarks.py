@@ -119,6 +119,7 @@ def link(kind: Kind, device: torch.device) -> Link:
         calls: dict[Kind, Callable[[], object]] = {
             "all_reduce": lambda x=x: dist.all_reduce(x),  # type: ignore[misc]
             "all_gather": lambda x=x, part=part: dist.all_gather_into_tensor(x, part),  # type: ignore[misc]
+            "reduce_scatter": lambda x=x, part=part: dist.reduce_scatter_tensor(part, x),  # type: ignore[misc]
             "all_to_all": lambda x=x, y=y: dist.all_to_all_single(y, x),  # type: ignore[misc]
         }
         times.append((4.0 * numbers, seconds(calls[kind], device)))

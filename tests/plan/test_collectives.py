@@ -32,6 +32,7 @@ BY_HAND = {
     "all_reduce, ring": ("all_reduce", 80, Place(4, 2, 2), 0.5 + 14 + 30),
     "all_reduce, tree": ("all_reduce", 8, Place(4, 2, 2), 0.5 + 8 + 4),
     # two nodes of two: one hop between nodes, two inside
+    "reduce_scatter in a node": ("reduce_scatter", 80, Place(4, 1, 4), 0.5 + 3 + 6),
     "all_gather, two nodes": ("all_gather", 80, Place(4, 2, 2), 0.5 + 2 + 3 + 15),
     # a quarter goes to the neighbour at 10, two quarters over the network at 2
     "all_to_all, two nodes": ("all_to_all", 80, Place(4, 2, 2), 0.5 + 1 + 6 + 20),

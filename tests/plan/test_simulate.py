@@ -34,6 +34,8 @@ CASES = {
     "tokens": ("parallel.exchange=token", "model.depth=3"),
     "no experts exchanged": ("parallel.ep_size=1", "parallel.zero_stage=0"),
     "accumulation": ("training.accumulation=3",),
+    "slabs": ("parallel.context_size=2",),
+    "slabs and tokens": ("parallel.context_size=2", "parallel.exchange=token", "model.depth=3"),
 }
 
 

@@ -53,11 +53,11 @@ class Features(nn.Module):
             require_window(config, grid)
             window = config.router.window
             axes = [torch.arange(size) // window for size in grid]
-            _, ny, nz = (size // window for size in grid)
+            nx, ny, nz = (size // window for size in grid)
             window_S = (axes[0][:, None, None] * ny + axes[1][:, None]) * nz + axes[2]
             self.register_buffer("window_S", window_S.flatten(), persistent=False)
             self.register_buffer("order_S", torch.argsort(self.window_S, stable=True), persistent=False)
-            self.windows = int(window_S.max()) + 1
+            self.windows = nx * ny * nz  # known without the values, for a model without memory
 
     def forward(self, z_BSI: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the rows, float32 or wider [M, F], and the number of each token's row, int64 [N].

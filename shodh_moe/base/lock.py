@@ -2,7 +2,7 @@
 
 They are flock locks on small files, which the system releases when their process ends, however it ends. On network
 disks they hold between hosts if those support flock, as NFS 4 and Lustre (mounted with flock) do. The file says who
-holds the lock.
+holds the lock: a line of JSON for each process, of which the last took it last.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from shodh_moe.base.files import disk_trouble
 RUN_LOCK = ".lock"  # in a run folder, held by the training itself
 POLL_S = 0.5
 NO_LOCK_S = 60.0
-TRIES = 3  # `holder_of` holds a lock for an instant
+TRIES = 3  # to lock, 0.02 s apart, since `holder_of` holds a lock for an instant
 
 
 class Held(Exception):
-    """Another process holds the lock; the message is what the file says about it, which may be nothing."""
+    """Another process holds the lock; the message is the text of the file, which may be empty."""
 
 
 def take_lock(path: Path, shared: bool = False, **facts: str) -> IO[str]:
-    """Lock a file until the returned object is closed or this process ends, and write host, process and time to it.
+    """Lock a file until the returned object is closed or this process ends, and add a line of host, process and time.
 
     Where the disk has no locks, a warning is printed and the file is not locked.
 
@@ -69,8 +69,9 @@ def take_lock(path: Path, shared: bool = False, **facts: str) -> IO[str]:
         file.close()  # the process that held it has removed it meanwhile
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now, **facts}))
+        if not shared:
+            file.truncate(0)  # those who share a lock may write at the same moment, so that each only appends
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now, **facts}) + "\n")
         file.flush()
     except OSError as error:
         with suppress(OSError):
@@ -144,16 +145,28 @@ def wait_for_first_rank(target: Path, job: str, is_made: Callable[[], bool]) -> 
 
 
 def holder_of(path: Path) -> str | None:
-    """Return what a lock's file says about the process that holds it; None if none does or it cannot be read."""
+    """Return what a lock's file says about the processes that hold it; None if none does or it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip()
+            for _ in range(TRIES):
+                try:
+                    _flock_to_test(file)
+                    return None
+                except BlockingIOError:
+                    time.sleep(0.02)
+            return file.read().strip()
     except OSError:
-        pass
-    return None
+        return None
+
+
+def _flock_to_test(file: IO[str]) -> None:
+    """Lock a file opened for reading, exclusively where possible, so that it also fails if others share the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # NFS locks exclusively only files opened for writing
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 class _Waiting:
@@ -179,12 +192,12 @@ class _Waiting:
 
 
 def _named(text: str) -> str:
-    """``run NAME (process P on host H since T)``, from the text in a lock's file."""
+    """``run NAME (process P on host H since T)`` of the process that took a lock last, from the text in its file."""
     try:
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = json.loads(text.splitlines()[-1])
         where = f"process {found['process']} on host {found['host']} since {found['since']}"
         return f"run {found['run']} ({where})" if found.get("run") else where
-    except (ValueError, KeyError, TypeError):
+    except (IndexError, ValueError, KeyError, TypeError):
         return f"another process ({text[:200]!r})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -151,6 +152,19 @@ def test_a_lock_is_refused_while_another_holds_it(tmp_path: Path) -> None:
     assert holder_of(tmp_path / "lock") is None
     assert holder_of(tmp_path / "none") is None
     take_lock(tmp_path / "lock").close()
+
+
+def test_the_file_of_a_shared_lock_names_all_who_hold_it(tmp_path: Path, start: Start) -> None:
+    first = start("one", "part")
+    assert line(first) == "making"
+    second = start("two", "part")
+    assert line(second) == "making"
+    said = [json.loads(text)["process"] for text in (holder_of(tmp_path / ".artefact.making") or "").splitlines()]
+    assert said == [first.pid, second.pid]
+    other_rank = start("one", "other rank")
+    assert other_rank.communicate(timeout=60)[0] == "done\n", "the first rank of its job is a maker"
+    for waiting in (start("whole"), start("user", "user")):
+        assert f"waiting for run two (process {second.pid} on host" in line(waiting)
 
 
 def test_a_disk_without_locks_is_used_with_a_warning(

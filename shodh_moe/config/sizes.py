@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shodh_moe.base.divisors import nearest_divisor
 from shodh_moe.base.errors import UserError
 from shodh_moe.config.model import ModelConfig, MoEConfig
 from shodh_moe.config.tokenizer import COMPRESSION
-from shodh_moe.parallel import nearest_divisor
 
 
 def size_step(model: ModelConfig) -> int:

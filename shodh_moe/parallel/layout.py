@@ -71,8 +71,3 @@ class Layout:
         if kind == WORLD:
             return [list(range(self.world))]
         return {EXPERTS: self.expert_groups, REPLICAS: self.replica_groups, CONTEXT: self.context_groups}[kind]()
-
-
-def nearest_divisor(size: int, number: int) -> int:
-    """Return the divisor of ``number`` that is nearest to ``size``; of two, the smaller one."""
-    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - size))

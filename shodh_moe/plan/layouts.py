@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shodh_moe.base.divisors import divisors
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config
 from shodh_moe.data.sampler import DomainSampler, domain_weights
@@ -117,11 +118,6 @@ def mixes_domains(config: Config, micro_batch: int) -> bool:
     except UserError:
         return False
     return True
-
-
-def divisors(number: int) -> list[int]:
-    """Divisors in increasing order; [1] for 0."""
-    return [one for one in range(1, number + 1) if number % one == 0] or [1]
 
 
 def compare(config: Config, world: int, machine: Machine) -> Comparison:

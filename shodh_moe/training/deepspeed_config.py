@@ -7,9 +7,10 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from shodh_moe.base.divisors import nearest_divisor
 from shodh_moe.base.errors import UserError
 from shodh_moe.config import Config, RunConfig
-from shodh_moe.parallel import Layout, nearest_divisor
+from shodh_moe.parallel import Layout
 
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 

@@ -158,7 +158,7 @@ def test_exchanges_are_counted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["variant"]: row for row in json.loads((tmp_path / "exchange.json").read_text())["results"]}
     assert rows["none"]["bytes"] == rows["none"]["exchanges"] == 0
-    sample = 4 * (2 + 2) * 4 * 8 + 3 * 8 + 2 * 4  # latents; domain, stride and expert; norm and weight
+    sample = 4 * (2 + 2) * 4 * 8 + (3 + 6) * 8 + 2 * 4  # latents; domain, stride, expert and faces; norm and weight
     assert rows["sample"]["bytes"] == 2 * sample + 2 * 8 + 2 * 4  # and counts and errors
     assert rows["token"]["bytes"] == 2 * 8 * 24 * 4 * 4 + 8  # dispatch, combine and their gradients; a count
     assert (rows["sample"]["exchanges"], rows["token"]["exchanges"]) == (3, 5)

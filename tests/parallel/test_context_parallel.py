@@ -13,7 +13,7 @@ from shodh_moe.config import MoEConfig
 from shodh_moe.model.attention import Attention
 from shodh_moe.model.path import Features
 from shodh_moe.model.positions import token_angles
-from shodh_moe.parallel import ContextParallel, Layout, join_context, nearest_divisor
+from shodh_moe.parallel import ContextParallel, Layout, join_context
 from tests.forked import spawn
 
 WORLD, GRID, SAMPLES, DIM = 4, (4, 3, 2), 2, 24
@@ -141,11 +141,6 @@ def test_ranks_of_a_context_group_are_consecutive_then_those_of_an_expert_group(
     assert layout.context_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert layout.expert_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert layout.replica_groups() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-
-
-@pytest.mark.parametrize(("size", "number", "nearest"), [(3, 4, 2), (5, 12, 4), (7, 4, 4), (6, 16, 4), (1, 5, 1)])
-def test_the_nearest_divisor(size, number, nearest):
-    assert nearest_divisor(size, number) == nearest
 
 
 def test_an_axis_is_not_cut_into_slabs_of_different_sizes():

@@ -208,7 +208,7 @@ def test_a_token_passes_through_the_parts_of_one_path(attention):
 @pytest.mark.parametrize("context", ["sample", "window", "token", "both"])
 def test_parameters_are_counted_with_every_context_of_the_router(context):
     config = _config(64, 96, 1, 1, 4, 8, {"scope": "path", "router": {"context": context, "window": 2}})
-    model = LatentTransformer(config.model, 8, [4, 4, 4], 0, ExpertParallel())
+    model = LatentTransformer(config.model, 8, 0, ExpertParallel())
     assert plan.count_parameters(config, world=1).total == sum(one.numel() for one in model.parameters())
 
 

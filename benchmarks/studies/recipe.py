@@ -5,9 +5,9 @@
 recipe: the audit's mixture with one setting changed. parts: from a dense network to a model for each domain, one part
 of the network after another chosen by the sample's label, to see in which part the harm of joint training sits.
 
-The runs use the audit's tuning seeds and lie in its folder. Errors are those of validation trajectories at the last
-step. Finished runs are skipped, so repeating the command resumes. Writes numbers (--json) and a table beside them
-(.md). See docs/audit.md.
+The runs use the audit's tuning seeds and rates, and lie in its folder. Errors are those of validation trajectories at
+the last step. Finished runs are skipped, so repeating the command resumes. Writes numbers (--json) and a table beside
+them (.md). See docs/audit.md.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shodh_moe.audit.arm_models import ARMS, SINGLE
-from shodh_moe.audit.arms import arm_config, choose_rates, run_config, set_domains, tuned_as
+from shodh_moe.audit.arm_models import ARMS, SINGLE, with_moe
+from shodh_moe.audit.arms import arm_config, choose_rates, rate_of, run_config, set_domains, trained_together
 from shodh_moe.audit.config import AuditConfig
 from shodh_moe.audit.outcome import diverged, run_folder
-from shodh_moe.audit.run import make_latents, train
+from shodh_moe.audit.run import find_rates, make_latents, train
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.files import finite_json, require_writable, write_text
@@ -89,10 +89,8 @@ def configs(audit: AuditConfig, table: str, rates: dict[str, float]) -> Iterator
     """
     for name, variant in TABLES[table].items():
         for set_name in variant.sets:
-            mixed = set_domains(audit, set_name)
-            for domains in [[one] for one in mixed] if variant.arm == SINGLE else [mixed]:
-                own, others = tuned_as(variant.arm, domains), tuned_as(variant.arm, audit.domains)
-                rate = variant.rate * rates[own if own in rates else ARMS[variant.arm].rate_of or others]
+            for domains in trained_together(variant.arm, set_domains(audit, set_name)):
+                rate = variant.rate * rate_of(audit, variant.arm, domains, rates)
                 for seed in audit.tuning_seeds:
                     yield set_name, name, _config(audit, set_name, variant, domains, seed, rate)
 
@@ -100,11 +98,8 @@ def configs(audit: AuditConfig, table: str, rates: dict[str, float]) -> Iterator
 def _config(audit: AuditConfig, set_name: str, variant: Variant, domains: list[str], seed: int, rate: float) -> Config:
     if variant.arm == SINGLE:
         return arm_config(audit, set_name, SINGLE, seed, rate, domain=domains[0])
-    model = ARMS[variant.arm].model(audit.base, len(domains))
-    router = model.moe.router.model_copy(update=variant.router)
-    moe = model.moe.model_copy(update={**variant.moe, "router": router})
-    training = {"learning_rate": rate, **variant.training}
-    return run_config(audit, variant.arm, model.model_copy(update={"moe": moe}), domains, seed, training)
+    model = with_moe(ARMS[variant.arm].model(audit.base, len(domains)), **variant.moe, router=variant.router)
+    return run_config(audit, variant.arm, model, domains, seed, {"learning_rate": rate, **variant.training})
 
 
 def measured(config: Config) -> dict[str, Any] | None:
@@ -185,10 +180,13 @@ def work(options: argparse.Namespace) -> None:
     audit = load_config_of(AuditConfig, options.config, options.overrides)
     path = options.json or RESULTS / f"{options.table}_cpu.json"
     require_writable(path.parent)
-    rates = choose_rates(audit)
-    if not options.summary_only:
+    if options.summary_only:
+        rates = choose_rates(audit)
+    else:
+        at_once = resolve_jobs(audit.jobs)
         make_latents(audit)
-        train(audit, [config for _, _, config in configs(audit, options.table, rates)], resolve_jobs(audit.jobs))
+        rates = find_rates(audit, at_once)
+        train(audit, [config for _, _, config in configs(audit, options.table, rates)], at_once)
     rows = summarise(audit, options.table, rates)
     content = {"learning_rates": rates, "rows": rows, "environment": describe_environment()}
     write_text(path, json.dumps(finite_json(content), indent=1) + "\n")

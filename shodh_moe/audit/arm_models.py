@@ -16,7 +16,7 @@ from shodh_moe.runs.plan import count_parameters
 SINGLE = "single"
 
 
-def _moe(model: ModelConfig, **changes: Any) -> ModelConfig:
+def with_moe(model: ModelConfig, **changes: Any) -> ModelConfig:
     """Change settings of ``model.moe``; those of the router under ``router``."""
     router = model.moe.router.model_copy(update=changes.pop("router", {}))
     return model.model_copy(update={"moe": model.moe.model_copy(update={**changes, "router": router})})
@@ -24,20 +24,20 @@ def _moe(model: ModelConfig, **changes: Any) -> ModelConfig:
 
 def mixture(base: Config, experts: int) -> ModelConfig:
     """The base model with this number of experts."""
-    return _moe(base.model, num_experts=experts)
+    return with_moe(base.model, num_experts=experts)
 
 
 def one_expert(base: Config, experts: int) -> ModelConfig:
     """A dense network of the mixture's active size: the mixture with a single expert, which takes every token."""
-    return _moe(base.model, num_experts=1, top_k=1)
+    return with_moe(base.model, num_experts=1, top_k=1)
 
 
 def wider_experts(base: Config, experts: int) -> ModelConfig:
     """A dense network of the mixture's total size, all of it active, with wider feed-forward blocks."""
     wanted, dense = parameters(base, mixture(base, experts)), one_expert(base, experts)
     width, size = base.model.moe.expert_hidden, parameters(base, dense)
-    per_unit = parameters(base, _moe(dense, expert_hidden=width + 1)) - size
-    return _moe(dense, expert_hidden=width + round((wanted - size) / per_unit))
+    per_unit = parameters(base, with_moe(dense, expert_hidden=width + 1)) - size
+    return with_moe(dense, expert_hidden=width + round((wanted - size) / per_unit))
 
 
 def wider_model(base: Config, experts: int) -> ModelConfig:
@@ -47,7 +47,7 @@ def wider_model(base: Config, experts: int) -> ModelConfig:
 
     def widened(dim: int) -> ModelConfig:
         hidden = round(base.model.moe.expert_hidden * dim / first)
-        return _moe(dense.model_copy(update={"dim": dim}), expert_hidden=hidden)
+        return with_moe(dense.model_copy(update={"dim": dim}), expert_hidden=hidden)
 
     dim = first
     while parameters(base, widened(dim)) < wanted:
@@ -58,7 +58,7 @@ def wider_model(base: Config, experts: int) -> ModelConfig:
 def router_in_each_layer(base: Config, experts: int) -> ModelConfig:
     """The mixture with a router in each layer, which sees the layer's tokens and learns at the full rate."""
     router = {"lr_scale": 1.0, "commitment_weight": 0.0}
-    return _moe(base.model, num_experts=experts, scope="layer", attention="shared", router=router)
+    return with_moe(base.model, num_experts=experts, scope="layer", attention="shared", router=router)
 
 
 def told(base: Config, experts: int) -> ModelConfig:
@@ -68,45 +68,45 @@ def told(base: Config, experts: int) -> ModelConfig:
 
 def oracle(base: Config, experts: int) -> ModelConfig:
     """The mixture, routed by the sample's domain with gate 1."""
-    return _moe(base.model, num_experts=experts, top_k=1, router={"kind": "oracle", "balance": "loss"})
+    return with_moe(base.model, num_experts=experts, top_k=1, router={"kind": "oracle", "balance": "loss"})
 
 
 def frozen_random(base: Config, experts: int) -> ModelConfig:
     """The mixture with a random router that does not learn."""
-    return _moe(base.model, num_experts=experts, router={"frozen": True, "start": "random", "balance": "loss"})
+    return with_moe(base.model, num_experts=experts, router={"frozen": True, "start": "random", "balance": "loss"})
 
 
 def random_start(base: Config, experts: int) -> ModelConfig:
     """The mixture with a router that learns from a random start, at the full rate."""
-    return _moe(base.model, num_experts=experts, router={"start": "random", "lr_scale": 1.0})
+    return with_moe(base.model, num_experts=experts, router={"start": "random", "lr_scale": 1.0})
 
 
 def no_shared(base: Config, experts: int) -> ModelConfig:
     """The mixture whose paths share nothing but norms and biases, with experts as wide as all of a token's together."""
     hidden = base.model.moe.expert_hidden * (1 + base.model.moe.shared_experts)
-    return _moe(base.model, num_experts=experts, shared_experts=0, expert_hidden=hidden, shared_linear=False)
+    return with_moe(base.model, num_experts=experts, shared_experts=0, expert_hidden=hidden, shared_linear=False)
 
 
 def shared_expert(base: Config, experts: int) -> ModelConfig:
     """The mixture with one more expert for all paths; all experts are narrower instead, by half if there was none."""
     shared = base.model.moe.shared_experts + 1
     hidden = base.model.moe.expert_hidden * shared // (shared + 1)
-    return _moe(base.model, num_experts=experts, shared_experts=shared, expert_hidden=hidden)
+    return with_moe(base.model, num_experts=experts, shared_experts=shared, expert_hidden=hidden)
 
 
 def shared_attention(base: Config, experts: int) -> ModelConfig:
     """The mixture whose paths share the attention."""
-    return _moe(base.model, num_experts=experts, attention="shared")
+    return with_moe(base.model, num_experts=experts, attention="shared")
 
 
 def by_window(base: Config, experts: int) -> ModelConfig:
     """The mixture with one decision for each window of a sample."""
-    return _moe(base.model, num_experts=experts, router={"context": "window"})
+    return with_moe(base.model, num_experts=experts, router={"context": "window"})
 
 
 def by_token(base: Config, experts: int) -> ModelConfig:
     """The mixture with one decision for each token, made from the sample and the token."""
-    return _moe(base.model, num_experts=experts, router={"context": "both"})
+    return with_moe(base.model, num_experts=experts, router={"context": "both"})
 
 
 @dataclass(frozen=True)

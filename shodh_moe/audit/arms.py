@@ -68,6 +68,20 @@ def tuned_as(arm: str, domains: list[str]) -> str:
     return f"{arm}:{domains[0]}" if arm == SINGLE else arm
 
 
+def trained_together(arm: str, mixed: list[str]) -> list[list[str]]:
+    """The domains of each run of an arm in a set that mixes these: all of them, or each alone for ``single``."""
+    return [[one] for one in mixed] if arm == SINGLE else [mixed]
+
+
+def rate_of(audit: AuditConfig, arm: str, domains: list[str], rates: dict[str, float]) -> float:
+    """The learning rate of an arm on some domains, of the rates by `tuned_as` that were chosen.
+
+    Domains that the main set lacks use the rate of its first domain.
+    """
+    own = tuned_as(arm, domains)
+    return rates[own if own in rates else ARMS[arm].rate_of or tuned_as(arm, audit.domains)]
+
+
 def set_domains(audit: AuditConfig, set_name: str) -> list[str]:
     """The domains mixed in a set, sorted."""
     four = [name for name in audit.all_domains if name not in set(audit.bed) - set(audit.domains)]
@@ -197,11 +211,8 @@ def set_runs(
             counts = list(audit.experts)
         elif set_name == "four" and arm == "oracle":
             counts = [len(mixed)]
-        for domains in [[one] for one in mixed] if arm == SINGLE else [mixed]:
-            own = tuned_as(arm, domains)
-            # Domains that the main set lacks use the rate of its first domain.
-            other = ARMS[arm].rate_of or tuned_as(arm, audit.domains)
-            rate = rates[own] if own in rates else rates[other]
+        for domains in trained_together(arm, mixed):
+            rate = rate_of(audit, arm, domains, rates)
             for experts in counts:
                 for seed in seeds:
                     one = domains[0] if arm == SINGLE else None

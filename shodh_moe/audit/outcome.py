@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
@@ -50,6 +51,11 @@ def validation_score(config: Config) -> float:
     """The last validation latent MSE relative to persistence, unweighted mean over domains; infinite if diverged."""
     if diverged(config):
         return math.inf
-    last = read_run(run_folder(config), "valid")[-1]
-    ratios = [error / last["latent_mse_persistence"][domain] for domain, error in last["latent_mse"].items()]
-    return sum(ratios) / len(ratios)
+    ratios = relative_errors(read_run(run_folder(config), "valid")[-1])
+    return sum(ratios.values()) / len(ratios)
+
+
+def relative_errors(record: dict[str, Any]) -> dict[str, float]:
+    """The latent MSE of each domain relative to persistence, from a validation record whose errors are finite."""
+    persistence = record["latent_mse_persistence"]
+    return {domain: error / persistence[domain] for domain, error in record["latent_mse"].items()}

@@ -52,13 +52,7 @@ def run(audit: AuditConfig, output: Path | None = None) -> dict[str, Any]:
     write_text(audit.folder / "config.yaml", yaml.safe_dump(audit.model_dump(), sort_keys=False))
     at_once = resolve_jobs(audit.jobs)
     make_latents(audit)
-    if len(audit.learning_rates) > 1:
-        train(
-            audit,
-            [one.config for tried in tuning_runs(audit).values() for runs in tried.values() for one in runs],
-            at_once,
-        )
-    rates = choose_rates(audit)
+    rates = find_rates(audit, at_once)
     runs = all_runs(audit, rates)
     train(audit, [one.config for one in runs], at_once)
     train(audit, [config for one in runs if relearns(audit, one) for config in pair(audit, one)], at_once)
@@ -83,6 +77,14 @@ def make_latents(audit: AuditConfig) -> None:
     unseen_paths = resolve_paths(unseen)
     pipeline.make_data(unseen, unseen_paths)
     pipeline.make_latents(unseen, unseen_paths)
+
+
+def find_rates(audit: AuditConfig, at_once: int) -> dict[str, float]:
+    """Train the runs among which learning rates are chosen, and return the chosen rates by `tuned_as`."""
+    if len(audit.learning_rates) > 1:
+        tried = [one.config for rates in tuning_runs(audit).values() for runs in rates.values() for one in runs]
+        train(audit, tried, at_once)
+    return choose_rates(audit)
 
 
 def train(audit: AuditConfig, configs: Iterable[Config], at_once: int) -> None:

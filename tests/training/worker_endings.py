@@ -50,8 +50,9 @@ def run_is_locked() -> bool:
 def at_step(number: int, act: Callable[[], None]) -> None:
     def end(task: Any, step: int, applied: bool) -> None:
         if step == number:
-            # Rank 0 holds both, and may end before the other rank is here.
-            assert rank or (run_is_locked() and not logs[-1].closed)
+            assert run_is_locked()
+            assert rank or not logs[-1].closed
+            dist.barrier()  # rank 0 holds the lock, and must not end before the other rank has looked
             act()
         end_of_step(task, step, applied)
 

@@ -3,28 +3,29 @@
     python benchmarks/studies/failures.py runs/audit/arms [--json FILE]
 
 A run failed in a domain if its last validation error is more than 1.25 times the median of the runs that differ only in
-their seed, or more than 0.9 of persistence's (repeating the last snapshot). Runs with fewer than two such others, runs
-that started from another run, and unfinished runs are left out. Prints every group of runs.
+their seed, or more than 0.9 of persistence's (repeating the last snapshot), or if it diverged. Runs with fewer than two
+such others, runs that started from another run, and runs that have not ended are left out. Prints every group of runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
+from shodh_moe.audit.outcome import relative_errors
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
 from shodh_moe.base.errors import UserError
 from shodh_moe.base.files import finite_json, write_text
 from shodh_moe.base.records import read_run
 from shodh_moe.config.compare import fingerprint
+from shodh_moe.config.load import read_yaml
 
 ABOVE_MEDIAN = 1.25
 ABOVE_PERSISTENCE = 0.9
@@ -36,13 +37,16 @@ class Group:
     """Runs that differ only in their seed, in one of their domains.
 
     Attributes:
+        key: identifies the settings that the runs share.
         name: the runs' name up to the seed.
         errors: the last validation latent MSE relative to persistence, by seed.
         failed: the seeds that failed.
     """
 
+    key: str
     name: str
     steps: int
+    batch_size: int
     learning_rate: float
     domain: str
     errors: dict[int, float]
@@ -63,29 +67,36 @@ def groups_in(folder: Path) -> list[Group]:
     found: dict[str, dict[int, dict[str, float]]] = {}
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/config.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        records = read_run(path.parent, "valid")
-        if config.get("start") or not records or records[-1]["step"] != config["training"]["steps"]:
+        config = read_yaml(path)
+        ratios = last_errors(path.parent, config["training"]["steps"])
+        if config.get("start") or ratios is None:
             continue
-        last, seed = records[-1], config.pop("seed")
-        name, training = config.pop("name"), config["training"]
+        seed, name, training = config.pop("seed"), config.pop("name"), config["training"]
         for irrelevant in ("keep_every", "checkpoint_every"):
             training.pop(irrelevant, None)
         key = fingerprint(config)
         settings[key] = (name.rsplit("-", 2)[0], training)
-        ratios = {
-            domain: error / last["latent_mse_persistence"][domain] for domain, error in last["latent_mse"].items()
-        }
         found.setdefault(key, {})[seed] = ratios
     if not found:
         raise UserError(f"{folder} has no finished training run: give the folder that holds the run folders")
     groups = []
     for key, runs in found.items():
         name, training = settings[key]
-        for domain in next(iter(runs.values())) if len(runs) >= FEWEST else ():
-            errors = {seed: ratios[domain] for seed, ratios in sorted(runs.items())}
-            groups.append(Group(name, training["steps"], training["learning_rate"], domain, errors, failed(errors)))
-    return sorted(groups, key=lambda group: (group.name, group.steps, group.learning_rate, group.domain))
+        if len(runs) < FEWEST:
+            continue
+        for domain in sorted({domain for ratios in runs.values() for domain in ratios}) or ["every domain"]:
+            errors = {seed: ratios.get(domain, math.inf) for seed, ratios in sorted(runs.items())}
+            shared = (training["steps"], training["batch_size"], training["learning_rate"])
+            groups.append(Group(key, name, *shared, domain, errors, failed(errors)))
+    return sorted(groups, key=lambda one: (one.name, one.steps, one.batch_size, one.learning_rate, one.key, one.domain))
+
+
+def last_errors(run: Path, steps: int) -> dict[str, float] | None:
+    """The errors of a run's last validation relative to persistence; {} if it diverged, None if it has not ended."""
+    records = read_run(run, "valid")
+    if records and records[-1]["step"] == steps:
+        return {} if None in records[-1]["latent_mse"].values() else relative_errors(records[-1])
+    return {} if any((run / "nonfinite").glob("*.json")) else None
 
 
 def failed(errors: dict[int, float]) -> list[int]:
@@ -97,17 +108,17 @@ def failed(errors: dict[int, float]) -> list[int]:
 def table(groups: list[Group]) -> str:
     """A row for each group, and a last line with the number of runs."""
     lines = [
-        "| runs | steps | rate | domain | seeds | median | worst / median | failed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| runs | steps | samples a step | rate | domain | seeds | median | worst / median | failed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in groups:
-        middle = median(one.errors.values())
+        middle, seeds = median(one.errors.values()), len(one.errors)
         lines.append(
-            f"| {one.name} | {one.steps} | {one.learning_rate:g} | {one.domain} | {len(one.errors)} | {middle:.3f} | "
-            f"{one.worst:.2f} | {', '.join(f'seed {seed}' for seed in one.failed) or '-'} |"
+            f"| {one.name} | {one.steps} | {one.batch_size} | {one.learning_rate:g} | {one.domain} | {seeds} | "
+            f"{middle:.3f} | {one.worst:.2f} | {', '.join(f'seed {seed}' for seed in one.failed) or '-'} |"
         )
-    runs = {(one.name, one.steps, one.learning_rate, seed) for one in groups for seed in one.errors}
-    failures = {(one.name, one.steps, one.learning_rate, seed) for one in groups for seed in one.failed}
+    runs = {(one.key, seed) for one in groups for seed in one.errors}
+    failures = {(one.key, seed) for one in groups for seed in one.failed}
     return "\n".join([*lines, "", f"{len(failures)} of {len(runs)} runs failed."])
 
 

@@ -17,11 +17,17 @@ def script(importable: None) -> ModuleType:
 
 
 def write_run(
-    folder: Path, seed: int, error: float, steps: int = 600, last: int = 600, start: str | None = None
+    folder: Path,
+    seed: int,
+    error: float,
+    steps: int = 600,
+    last: int = 600,
+    start: str | None = None,
+    batch_size: int = 12,
 ) -> None:
     run = folder / f"moe-channel-{seed}-{steps}{bool(start)}"
     run.mkdir(parents=True)
-    training = {"steps": steps, "learning_rate": 5e-3, "keep_every": seed}
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": 5e-3, "keep_every": seed}
     config = {"name": run.name, "seed": seed, "start": start, "training": training}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     record = {
@@ -45,12 +51,30 @@ def test_runs_are_compared_with_those_of_other_seeds(script: ModuleType, tmp_pat
     assert short.worst == pytest.approx(0.14 / 0.105)
     assert long.failed == []
     assert "1 of 8 runs failed." in script.table([short, long])
-    assert "| moe-channel | 600 | 0.005 | channel | 4 | 0.105 | 1.33 | seed 3 |" in script.table([short, long])
+    assert "| moe-channel | 600 | 12 | 0.005 | channel | 4 | 0.105 | 1.33 | seed 3 |" in script.table([short, long])
 
 
 def test_runs_that_all_end_at_persistence_have_failed(script: ModuleType) -> None:
     assert script.failed({0: 0.95, 1: 0.94, 2: 0.96}) == [0, 1, 2]
     assert script.failed({0: 0.2, 1: 0.2, 2: float("nan")}) == [2]
+
+
+def test_runs_of_another_batch_size_are_counted_too(script: ModuleType, tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path / "a", seed, 0.2)
+        write_run(tmp_path / "b", seed, 0.2, batch_size=3)
+    runs = [run for folder in ("a", "b") for run in (tmp_path / folder).iterdir()]
+    for number, run in enumerate(runs):
+        run.rename(tmp_path / f"{number}")
+    assert "0 of 6 runs failed." in script.table(script.groups_in(tmp_path))
+
+
+def test_a_run_that_diverged_has_failed(script: ModuleType, tmp_path: Path) -> None:
+    for seed in range(4):
+        write_run(tmp_path, seed, 0.2, last=600 if seed else 300)
+    (tmp_path / "moe-channel-0-600False" / "nonfinite").mkdir()
+    (tmp_path / "moe-channel-0-600False" / "nonfinite" / "301.json").write_text("{}")
+    assert [group.failed for group in script.groups_in(tmp_path)] == [[0]]
 
 
 def test_too_few_seeds_are_left_out(script: ModuleType, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from shodh_moe.audit.arm_models import ARMS, SINGLE, with_moe
 from shodh_moe.audit.arms import arm_config, choose_rates, rate_of, run_config, set_domains, trained_together
 from shodh_moe.audit.config import AuditConfig
-from shodh_moe.audit.outcome import diverged, run_folder
+from shodh_moe.audit.outcome import diverged, last_validation, run_folder
 from shodh_moe.audit.run import find_rates, make_latents, train
 from shodh_moe.base.command import OneLineParser, exit_code
 from shodh_moe.base.environment import describe_environment
@@ -106,9 +106,8 @@ def measured(config: Config) -> dict[str, Any] | None:
     """Validation error, purity and gate of each domain at the end of a run; None if it diverged."""
     if diverged(config):
         return None
-    folder = run_folder(config)
-    valid, train_records = read_run(folder, "valid")[-1], read_run(folder, "train")
-    routing = train_records[-1]["routing"][0]
+    valid = last_validation(config)
+    routing = read_run(run_folder(config), "train")[-1]["routing"][0]
     return {
         domain: {
             "latent_mse": error,

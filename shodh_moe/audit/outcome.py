@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from shodh_moe.base.errors import UserError
 from shodh_moe.base.records import read_run
 from shodh_moe.config import Config
 
@@ -51,8 +52,16 @@ def validation_score(config: Config) -> float:
     """The last validation latent MSE relative to persistence, unweighted mean over domains; infinite if diverged."""
     if diverged(config):
         return math.inf
-    ratios = relative_errors(read_run(run_folder(config), "valid")[-1])
+    ratios = relative_errors(last_validation(config))
     return sum(ratios.values()) / len(ratios)
+
+
+def last_validation(config: Config) -> dict[str, Any]:
+    """The last validation record of a run. Raises `UserError` if it has none, because it was not trained."""
+    records = read_run(run_folder(config), "valid")
+    if not records:
+        raise UserError(f"{run_folder(config)} has no validation record: repeat the command that trains its runs")
+    return records[-1]
 
 
 def relative_errors(record: dict[str, Any]) -> dict[str, float]:

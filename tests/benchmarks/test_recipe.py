@@ -94,6 +94,14 @@ def test_the_table_compares_with_its_first_row(script: ModuleType, audit: AuditC
     assert "| loss mse | 0.1200 +20.0% (0.75, 0.90) |" in table
 
 
+def test_a_summary_of_runs_that_were_not_trained_is_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--summary-only", "--json", str(tmp_path / "recipe.json")]) == 2
+    assert "has no validation record: repeat the command that trains its runs" in capsys.readouterr().err
+
+
 def test_models_of_one_domain_fill_one_row(script: ModuleType, audit: AuditConfig) -> None:
     for _, name, config in script.configs(audit, "parts", RATES):
         write_records(config, 0.1 if name == "a model for each domain" else 0.11)
